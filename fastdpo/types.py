@@ -1,0 +1,190 @@
+"""The value objects that travel along the flow, one per arrow, in the order in which a batch meets them.
+
+    dataset row -> PreferenceRow -> TokenizedGroup -> PackedBatch -> TokenLogps -> SequenceLogps -> PairLogps -> PairScores
+
+Nothing here computes more than a property. Layouts are made in `fastdpo.data`, numbers in `fastdpo.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # label of a row that has no target; its log-prob is 0.0 and it gets no gradient
+
+Message = dict[str, Any]  # {"role": "user", "content": "..."}
+
+
+@dataclass(frozen=True)
+class PreferenceRow:
+    """One prompt with its responses as text, before tokenization.
+
+    Text rows hold strings, conversational rows hold lists of messages; all fields of one row are of the same kind.
+    """
+
+    prompt: str | list[Message]
+    responses: tuple[str | list[Message], ...]  # K of them; K = 1 for supervised fine-tuning
+    preferences: tuple[tuple[int, int], ...] = ((0, 1),)  # (index of the chosen, index of the rejected)
+
+    @property
+    def is_conversational(self) -> bool:
+        return isinstance(self.prompt, list)
+
+
+@dataclass(frozen=True)
+class TokenizedGroup:
+    """One prompt and K responses as token ids.
+
+    `loss_masks` keeps (True) the response tokens that count; None keeps all. Where truncation has left every response with a
+    prompt of its own, `prompt_ids` is empty and each response starts with its own prompt, masked out.
+    """
+
+    prompt_ids: Sequence[int]
+    responses: Sequence[Sequence[int]]
+    loss_masks: Sequence[Sequence[bool]] | None = None
+    ref_logps: Sequence[float] | None = None  # (K,) summed reference log-probs, nats
+    preferences: Sequence[tuple[int, int]] = ((0, 1),)  # (index of the chosen, index of the rejected)
+
+    def __post_init__(self) -> None:
+        num_responses = len(self.responses)
+        if num_responses == 0 or any(len(response) == 0 for response in self.responses):
+            raise ValueError(f"responses must hold at least one response of at least one token each, got {self.responses!r}")
+        for chosen, rejected in self.preferences:
+            if not (0 <= chosen < num_responses and 0 <= rejected < num_responses) or chosen == rejected:
+                raise ValueError(
+                    f"preferences must pair two different indices in [0, {num_responses}), got ({chosen}, {rejected})"
+                )
+        if self.loss_masks is not None and [len(m) for m in self.loss_masks] != [len(r) for r in self.responses]:
+            raise ValueError("loss_masks must have one entry for each response token")
+        if self.ref_logps is not None and len(self.ref_logps) != num_responses:
+            raise ValueError(f"ref_logps must have one value per response ({num_responses}), got {len(self.ref_logps)}")
+
+
+@dataclass(frozen=True, init=False)
+class TokenizedPair(TokenizedGroup):
+    """The group with K = 2: response 0 is the chosen one, response 1 the rejected one."""
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        chosen_ids: Sequence[int],
+        rejected_ids: Sequence[int],
+        *,
+        loss_masks: Sequence[Sequence[bool]] | None = None,
+        ref_logps: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(prompt_ids, (chosen_ids, rejected_ids), loss_masks, ref_logps)
+
+    @property
+    def chosen_ids(self) -> Sequence[int]:
+        return self.responses[0]
+
+    @property
+    def rejected_ids(self) -> Sequence[int]:
+        return self.responses[1]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """B pairs over S sequences, laid out for one forward of the model. Made by `fastdpo.data.packing`.
+
+    Packed (`attention_mask` is None): one row of T tokens, every group as `[shared prefix | branch | branch ...]`.
+    Padded (`segments` is empty): one right-padded row per sequence, for models whose attention cannot be packed.
+    Hidden states are viewed as (input_ids.numel(), H) in both cases, and `logit_rows` points into that view.
+    """
+
+    pairs: Tensor  # (B, 2) int64: sequence index of chosen, of rejected. First, so that Trainer reads B as the batch size
+    input_ids: Tensor  # (1, T) int64 packed; (S, L) padded
+    position_ids: Tensor  # like input_ids; restarts with each group, every branch goes on from its prefix's end
+    logit_rows: Tensor  # (R,) int64, row of the hidden states that predicts labels[r]
+    labels: Tensor  # (R,) int64, response tokens only; a token shared by two responses is here once
+    token_rows: Tensor  # (N,) int64, which r each counted token of each sequence uses
+    cu_seqlens: Tensor  # (S + 1,) int64, delimits the sequences in token_rows
+    num_tokens: int  # prompt and response tokens, the prompt counted once per response (TRL's num_tokens)
+    attention_mask: Tensor | None = None  # (S, L) int64, padded only
+    segments: tuple[tuple[int, int, int, int], ...] = ()  # per branch: query start, query end, prefix start, prefix end
+    ref_logps: Tensor | None = None  # (S,) fp32, where the dataset brings them
+
+    @property
+    def is_packed(self) -> bool:
+        return self.attention_mask is None
+
+    @property
+    def num_pairs(self) -> int:
+        return self.pairs.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    def asdict(self) -> dict[str, Any]:
+        """The fields as a dict, because Trainer moves only mappings to the device; `PackedBatch(**inputs)` goes back."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with every tensor on `device`."""
+        return PackedBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.asdict().items()})
+
+
+@dataclass(frozen=True)
+class TokenLogps:
+    """What the head op returns per row. `logps` is differentiable; the optional statistics are not and are None unless asked for."""
+
+    logps: Tensor  # (T,) fp32 (fp64 for fp64 inputs), nats; 0.0 in ignored rows
+    lse: Tensor | None = None  # (T,) log of the softmax denominator, nats
+    entropy: Tensor | None = None  # (T,) nats
+    mean_logits: Tensor | None = None  # (T,) mean over the vocabulary
+    is_top1: Tensor | None = None  # (T,) bool: the label has the largest logit
+    log_sum_sq_probs: Tensor | None = None  # (T,) log of sum_v p_v^2
+
+
+TOKEN_OUTPUTS = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+
+
+@dataclass(frozen=True)
+class SequenceLogps:
+    """Log-probs summed over the counted tokens of each sequence."""
+
+    sums: Tensor  # (S,) fp32, nats
+    lengths: Tensor  # (S,) int64, counted tokens
+    tokens: TokenLogps  # over the R rows that reached the head
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Summed log-probs of the two sides of each pair."""
+
+    chosen: Tensor  # (B,) fp32, nats
+    rejected: Tensor  # (B,)
+    chosen_lengths: Tensor  # (B,) int64
+    rejected_lengths: Tensor  # (B,)
+    sequences: SequenceLogps
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """What a loss reads: policy and reference log-probs of both sides, and their lengths. Everything is (B,), in nats."""
+
+    policy_chosen_logps: Tensor
+    policy_rejected_logps: Tensor
+    ref_chosen_logps: Tensor
+    ref_rejected_logps: Tensor
+    chosen_lengths: Tensor | None = None  # int64; needed by losses that average per token
+    rejected_lengths: Tensor | None = None
+
+    @property
+    def chosen_logratios(self) -> Tensor:
+        return self.policy_chosen_logps - self.ref_chosen_logps
+
+    @property
+    def rejected_logratios(self) -> Tensor:
+        return self.policy_rejected_logps - self.ref_rejected_logps
+
+    @property
+    def margins(self) -> Tensor:
+        """`logratio(chosen) - logratio(rejected)`, before beta."""
+        return self.chosen_logratios - self.rejected_logratios
