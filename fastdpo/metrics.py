@@ -1,0 +1,87 @@
+"""Metrics of a batch as (sum, weight) pairs, and their exact weighted means over any number of batches.
+
+Keys are TRL's, plus `rewards/weight`. A mean over pairs weighs every pair alike and a mean over tokens every token, however
+the batches were cut, because sums and weights are kept apart until `MetricMeans.pop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastdpo.types import PairLogps, PairScores
+
+SumAndWeight = tuple[Tensor, Tensor | float]
+
+
+def pair_metrics(scores: PairScores, beta: float) -> dict[str, SumAndWeight]:
+    """Sums over the B pairs of what TRL logs, and of the paper's gradient weight `sigmoid(-beta * margin)` (arXiv 2305.18290, sec. 4)."""
+    chosen_rewards = beta * scores.chosen_logratios.detach()
+    rejected_rewards = beta * scores.rejected_logratios.detach()
+    values = {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "rewards/weight": torch.sigmoid(rejected_rewards - chosen_rewards),
+        "logps/chosen": scores.policy_chosen_logps.detach(),
+        "logps/rejected": scores.policy_rejected_logps.detach(),
+    }
+    return {key: (value.sum(), float(value.numel())) for key, value in values.items()}
+
+
+def token_metrics(logps: PairLogps, token_rows: Tensor, cu_seqlens: Tensor, pairs: Tensor) -> dict[str, SumAndWeight]:
+    """Sums over counted tokens of the statistics that the head op returned; the ones it was not asked for are left out.
+
+    Args:
+        logps: with `logps.sequences.tokens` over the R rows that reached the head.
+        token_rows, cu_seqlens, pairs: of the PackedBatch.
+    """
+    tokens = logps.sequences.tokens
+    lengths = cu_seqlens.diff()
+    num_sequences = lengths.shape[0]
+    sequence_of_token = torch.repeat_interleave(
+        torch.arange(num_sequences, device=lengths.device), lengths, output_size=token_rows.shape[0]
+    )
+
+    def per_sequence(statistic: Tensor) -> Tensor:  # (R,) -> (S,)
+        sums = torch.zeros(num_sequences, dtype=torch.float32, device=statistic.device)
+        return sums.index_add_(0, sequence_of_token, statistic.float()[token_rows])
+
+    chosen, rejected = pairs[:, 0], pairs[:, 1]
+    num_chosen, num_rejected = lengths[chosen].sum(), lengths[rejected].sum()
+    metrics: dict[str, SumAndWeight] = {}
+    if tokens.entropy is not None:
+        entropy = per_sequence(tokens.entropy)
+        metrics["entropy"] = (entropy[chosen].sum() + entropy[rejected].sum(), num_chosen + num_rejected)
+    if tokens.mean_logits is not None:
+        mean_logits = per_sequence(tokens.mean_logits)
+        metrics["logits/chosen"] = (mean_logits[chosen].sum(), num_chosen)
+        metrics["logits/rejected"] = (mean_logits[rejected].sum(), num_rejected)
+    if tokens.is_top1 is not None:
+        metrics["mean_token_accuracy"] = (per_sequence(tokens.is_top1)[chosen].sum(), num_chosen)
+    return metrics
+
+
+class MetricMeans:
+    """Weighted means over batches. Values stay on the device until `pop`, which reads them back in one transfer."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, SumAndWeight]) -> None:
+        for key, (value, weight) in metrics.items():
+            pair = torch.stack([value.double(), torch.as_tensor(weight, dtype=torch.float64, device=value.device)])
+            self._sums[key] = self._sums[key] + pair if key in self._sums else pair
+
+    def pop(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """The mean of each key since the last `pop`. `reduce` sums the (K, 2) table of sums and weights over processes."""
+        if not self._sums:
+            return {}
+        table = torch.stack(list(self._sums.values()))
+        if reduce is not None:
+            table = reduce(table)
+        keys, self._sums = list(self._sums), {}
+        return {key: value / weight for key, (value, weight) in zip(keys, table.tolist(), strict=True) if weight > 0}

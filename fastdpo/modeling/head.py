@@ -1,0 +1,60 @@
+"""The LM head of a causal LM as the arguments that the head op takes: weight, bias, logit scale, softcap.
+
+Refuses heads that are not one plain linear layer, because their logits would be something else than the op computes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class LMHead(NamedTuple):
+    """`logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`, without the tanh where softcap is None."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+
+
+# config field -> the factor that it puts on the logits, with the model families that have it
+_LOGIT_SCALES = {
+    "logit_scale": lambda value: value,  # Cohere
+    "logits_scaling": lambda value: 1.0 / value,  # Granite, MiniCPM3
+    "lm_head_multiplier": lambda value: value,  # Falcon-H1
+    "output_multiplier": lambda value: value,
+}
+_MULTIPLIES_LOGITS_SCALING = {"hyperclovax"}
+
+
+def lm_head(model: nn.Module) -> LMHead:
+    """The head of a bare causal LM.
+
+    Raises:
+        ValueError: the output embedding is not a plain linear layer.
+    """
+    layer = model.get_output_embeddings()  # type: ignore[operator]
+    if layer is None or getattr(layer, "weight", None) is None or layer.weight.dim() != 2:
+        raise ValueError(f"model must have an LM head with a (V, H) weight, {type(model).__name__} has {layer!r}")
+    if hasattr(layer, "lora_A") or hasattr(layer, "modules_to_save"):
+        raise ValueError(
+            "peft_config must leave the LM head alone: remove 'lm_head' from target_modules and modules_to_save; an adapter on"
+            " the head is not part of the fused head op"
+        )
+    if layer.weight.dtype.itemsize < 2 or not layer.weight.dtype.is_floating_point:
+        raise ValueError(f"the LM head must hold fp32, fp16 or bf16 weights, {type(model).__name__} has {layer.weight.dtype}")
+    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    scale = 1.0
+    for field, factor in _LOGIT_SCALES.items():
+        value = getattr(config, field, None)
+        if isinstance(value, int | float):
+            multiplies = field == "logits_scaling" and config.model_type in _MULTIPLIES_LOGITS_SCALING
+            scale *= value if multiplies else factor(value)
+    return LMHead(
+        weight=layer.weight,
+        bias=getattr(layer, "bias", None),
+        logit_scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )

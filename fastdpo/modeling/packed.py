@@ -1,0 +1,177 @@
+"""The packed branch inside `model.forward`, and `packed_logps`, which calls it through whatever wraps the model.
+
+Backbone and head run inside the wrapped model's own forward, so that DDP, FSDP and autocast see an ordinary call. A batch sets the
+attention it needs and leaves it set, because gradient checkpointing runs the layers again in backward, outside any forward of the
+model. Every other call, generation included, runs with the attention that the model came with.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastdpo.modeling.attention import PACKED_ATTENTION, PackedLayout, register
+from fastdpo.modeling.head import lm_head
+from fastdpo.ops import sequence_logps
+from fastdpo.types import PackedBatch, PairLogps, SequenceLogps, TokenLogps
+
+_STATE = "_fastdpo_state"  # attribute of a prepared model
+
+
+@dataclass
+class _Prepared:
+    """What `prepare_model` changes, and how to take it back."""
+
+    attentions: list[tuple[Any, str]]  # configs that the model's layers read, each with the attention it came with
+    own_methods: dict[str, Any]  # forward and generate where the model had them as instance attributes
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside DDP, FSDP, torch.compile and PEFT wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        elif hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod
+        elif isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "get_output_embeddings"):
+            model = model.module  # DDP, FSDP1
+        else:
+            return model
+
+
+def is_prepared(model: nn.Module) -> bool:
+    return hasattr(bare_model(model), _STATE)
+
+
+def prepare_model(model: nn.Module) -> nn.Module:
+    """Installs the packed branch inside `model.forward` and returns the same model. Idempotent.
+
+    Raises:
+        ValueError: the model is not a causal LM with a plain linear LM head.
+    """
+    bare = bare_model(model)
+    if is_prepared(bare):
+        return model
+    if not hasattr(bare, "get_output_embeddings") or getattr(bare, "base_model", bare) is bare:
+        raise ValueError(f"model must be a Hugging Face causal LM with a backbone and an LM head, got {type(bare).__name__}")
+    lm_head(bare)
+    register()
+    configs = {id(m.config): m.config for m in bare.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
+    state = _Prepared(
+        attentions=[(config, config._attn_implementation) for config in configs.values()],
+        own_methods={name: bare.__dict__[name] for name in ("forward", "generate") if name in bare.__dict__},
+    )
+    setattr(bare, _STATE, state)
+    bare.forward = functools.partial(_forward, bare, bare.forward)
+    if hasattr(bare, "generate"):
+        bare.generate = functools.partial(_generate, bare, bare.generate)
+    return model
+
+
+def unprepare_model(model: nn.Module) -> nn.Module:
+    """Takes the packed branch out again: forward, generate and attention are the model's own."""
+    bare = bare_model(model)
+    if is_prepared(bare):
+        state = getattr(bare, _STATE)
+        _set_attention(state, packed=False)
+        for name in ("forward", "generate", _STATE):
+            bare.__dict__.pop(name, None)
+        bare.__dict__.update(state.own_methods)
+    return model
+
+
+def packed_logps(
+    model: nn.Module, batch: PackedBatch, *, impl: str = "auto", outputs: Sequence[str] = ()
+) -> PairLogps:
+    """Summed log-probs of every pair of the batch, from one forward of the model.
+
+    Args:
+        model: a causal LM, bare or wrapped (PEFT, DDP, FSDP, torch.compile); a bare one is prepared on first use.
+        batch: from `pack_pairs` or `pad_pairs`, on the model's device.
+        impl: implementation of the head op, see `linear_logps`.
+        outputs: per-token statistics to return in `.sequences.tokens`, see `linear_logps`.
+    Returns:
+        PairLogps, differentiable in the model's parameters.
+    """
+    prepare_model(model)
+    result = model(input_ids=batch.input_ids, packed_batch=batch, impl=impl, outputs=tuple(outputs))
+    tokens = TokenLogps(result["logps"], **{name: result[name] for name in outputs})
+    sequences = SequenceLogps(result["sums"], result["lengths"], tokens)
+    chosen, rejected = batch.pairs.unbind(1)
+    return PairLogps(
+        chosen=sequences.sums[chosen],
+        rejected=sequences.sums[rejected],
+        chosen_lengths=sequences.lengths[chosen],
+        rejected_lengths=sequences.lengths[rejected],
+        sequences=sequences,
+    )
+
+
+def _forward(
+    model: nn.Module,
+    original_forward: Callable[..., Any],
+    *args: Any,
+    packed_batch: PackedBatch | None = None,
+    impl: str = "auto",
+    outputs: tuple[str, ...] = (),
+    **kwargs: Any,
+) -> Any:
+    """What `model.forward` is once prepared: the model's own forward unless a packed batch is given."""
+    if packed_batch is None:
+        with _original_attention(model):
+            return original_forward(*args, **kwargs)
+    batch = packed_batch
+    _set_attention(getattr(model, _STATE), packed=batch.is_packed)
+    if batch.is_packed:
+        layout = {"position_ids": batch.position_ids, "packed_layout": PackedLayout(batch.segments)}
+    else:
+        layout = {"attention_mask": batch.attention_mask}
+    hidden_states = model.base_model(input_ids=batch.input_ids, use_cache=False, **layout).last_hidden_state
+    head = lm_head(model)
+    result = sequence_logps(
+        hidden_states.flatten(0, 1).index_select(0, batch.logit_rows),
+        head.weight,
+        batch.labels,
+        batch.cu_seqlens,
+        rows=batch.token_rows,
+        bias=head.bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        impl=impl,
+        outputs=outputs,
+    )
+    # a dict of tensors, because wrappers look for tensors to hook in mappings and not in dataclasses
+    return {
+        "sums": result.sums,
+        "lengths": result.lengths,
+        "logps": result.tokens.logps,
+        **{name: getattr(result.tokens, name) for name in outputs},
+    }
+
+
+def _generate(model: nn.Module, original_generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _original_attention(model):
+        return original_generate(*args, **kwargs)
+
+
+def _set_attention(state: _Prepared, *, packed: bool) -> None:
+    for config, original in state.attentions:
+        config._attn_implementation_internal = PACKED_ATTENTION if packed else original
+
+
+@contextmanager
+def _original_attention(model: nn.Module) -> Iterator[None]:
+    """The attention that the model came with, for the length of one call."""
+    state: _Prepared = getattr(model, _STATE)
+    before = [config._attn_implementation for config, _ in state.attentions]
+    _set_attention(state, packed=False)
+    try:
+        yield
+    finally:
+        for (config, _), name in zip(state.attentions, before, strict=True):
+            config._attn_implementation_internal = name
