@@ -1,0 +1,69 @@
+"""The autograd node of the fast implementations. It keeps the (T,) `lse`, never logits; backward recomputes tiles.
+
+In: validated tensors and the name of an engine. Out: per-row tensors, of which only `logps` is differentiable. Backward
+computes the gradients that `ctx.needs_input_grad` asks for and no others: a frozen head costs no dW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastdpo.ops.gradients import LogitGrads, head_gradients
+from fastdpo.ops.head import Head
+from fastdpo.types import IGNORE_INDEX, TokenLogps
+
+
+class Engine(NamedTuple):
+    """What an implementation brings: the forward pass, and a maker of tiles of the logits' gradient."""
+
+    forward: Callable[..., dict[str, Tensor]]  # (hidden_states, lm_head_weight, bias, labels, head)
+    logit_grads: Callable[..., LogitGrads]  # (hidden_states, lm_head_weight, bias, labels, lse, head)
+
+
+def differentiable_logps(
+    hidden_states: Tensor,  # (T, H)
+    lm_head_weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (T,) int64
+    head: Head,
+    engine: Engine,
+    dtype: torch.dtype,  # of the matmuls' operands: the inputs' own, or autocast's
+) -> TokenLogps:
+    logps, *statistics = _LinearLogps.apply(hidden_states, lm_head_weight, bias, labels, head, engine, dtype)
+    return TokenLogps(logps, **dict(zip(head.outputs, statistics, strict=True)))
+
+
+class _LinearLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states, lm_head_weight, bias, labels, head, engine, dtype):  # type: ignore[override]
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            cast = _cast(dtype, hidden_states, lm_head_weight, bias)
+            values = engine.forward(*cast, labels, head)
+        # Saves the originals, not the casts: under autocast a second copy of the head would live until backward.
+        ctx.save_for_backward(hidden_states, lm_head_weight, bias, labels, values["lse"])
+        ctx.head, ctx.engine, ctx.dtype = head, engine, dtype
+        statistics = tuple(values[name].clone() if name == "lse" else values[name] for name in head.outputs)
+        ctx.mark_non_differentiable(*statistics)
+        return (values["logps"], *statistics)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps, *_):  # type: ignore[override]
+        hidden_states, lm_head_weight, bias, labels, lse = ctx.saved_tensors
+        wanted = zip((hidden_states, lm_head_weight, bias), ctx.needs_input_grad[:3], strict=True)
+        grad_dtypes = tuple(x.dtype if needed else None for x, needed in wanted)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            cast = _cast(ctx.dtype, hidden_states, lm_head_weight, bias)
+            row_scale = (grad_logps * -ctx.head.logit_scale).masked_fill_(labels == IGNORE_INDEX, 0.0)
+            logit_grads = ctx.engine.logit_grads(*cast, labels, lse, ctx.head)
+            grads = head_gradients(logit_grads, cast[0], cast[1], row_scale, grad_dtypes)
+        return (*grads, None, None, None, None)
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.to(dtype) for x in tensors]

@@ -1,0 +1,51 @@
+"""The settings of one head, and the tiles that cover its (T, V) logits.
+
+`Head` says how a row of hidden states becomes logits beyond the matmul; `Tiling` walks row blocks and vocabulary blocks
+so that what is alive at once stays under a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Head:
+    """`z = softcap * tanh(logit_scale * a / softcap)` for `a = h @ W.T + b`; without softcap `z = logit_scale * a`."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    outputs: tuple[str, ...] = ()  # statistics asked for, out of TOKEN_OUTPUTS
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Blocks of `block_rows` x `block_vocab` over (num_rows, num_vocab); the last ones are ragged."""
+
+    num_rows: int
+    num_vocab: int
+    block_rows: int
+    block_vocab: int
+
+    @classmethod
+    def within(cls, num_rows: int, num_vocab: int, block_rows: int, max_elements: int) -> Tiling:
+        """Blocks of at most `max_elements` logits, `block_rows` high, as wide as that leaves room for.
+
+        Examples:
+            `Tiling.within(1000, 32000, 256, 2**20)` has blocks of 256 x 4000: eight alike beat seven of 4096 and a rest.
+        """
+        block_rows = max(1, min(num_rows, block_rows))
+        num_blocks = -(-num_vocab * block_rows // max_elements)
+        return cls(num_rows, num_vocab, block_rows, -(-num_vocab // num_blocks))
+
+    def rows(self) -> Iterator[slice]:
+        return _blocks(self.num_rows, self.block_rows)
+
+    def vocab(self) -> Iterator[slice]:
+        return _blocks(self.num_vocab, self.block_vocab)
+
+
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))

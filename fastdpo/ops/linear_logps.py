@@ -1,0 +1,120 @@
+"""`linear_logps`: the contract of the head op per row, and the choice of who computes it.
+
+In: hidden states, the LM head, labels. Out: TokenLogps. Refuses what `fastdpo.ops.validation` lists.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdpo.ops.autograd import Engine, differentiable_logps
+from fastdpo.ops.head import Head
+from fastdpo.ops.reference import reference_linear_logps
+from fastdpo.ops.tiled import TiledLogitGrads, tiled_forward
+from fastdpo.ops.validation import check_head, check_settings, operand_dtype
+from fastdpo.types import IGNORE_INDEX, TokenLogps
+
+TILED = Engine(tiled_forward, TiledLogitGrads)
+
+
+def linear_logps(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    outputs: Sequence[str] = (),
+    skip_tolerance: float = 0.0,
+    impl: str = "auto",
+) -> TokenLogps:
+    """Log-probability of each label under the softmax of the head's logits, in nats, without materializing the logits.
+
+    `z = softcap * tanh(logit_scale * (h @ W.T + b) / softcap)`, or without softcap `z = logit_scale * (h @ W.T + b)`.
+
+    Args:
+        hidden_states: (T, H) fp16, bf16, fp32 or fp64, any strides; already shifted, row t predicts labels[t].
+        lm_head_weight: (V, H), same dtype and device. Dtypes may differ only under autocast, which casts all of them.
+        labels: (T,) integers; IGNORE_INDEX rows give 0.0 and no gradient.
+        bias: (V,), the head's bias.
+        logit_scale: what the logits are multiplied by; not zero.
+        softcap: bound of the logits, > 0 (Gemma 2's final_logit_softcapping).
+        outputs: which optional fields to fill, out of "lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs".
+            They carry no gradient, and are 0 (False) in ignored rows.
+        skip_tolerance: probability mass per row that backward may drop. Only 0.0, the exact gradient, is available yet.
+        impl: "triton", "tiled" (pure PyTorch, any device), "reference" (plain PyTorch, builds the logits), or "auto":
+            triton on CUDA where it is installed and takes the dtype, else tiled. A named impl never falls back.
+    Returns:
+        TokenLogps with logps (T,) fp32 (fp64 for fp64 inputs), differentiable in hidden_states, lm_head_weight and
+        bias; each gradient in its input's dtype, summed in fp32 and cast once. One derivative only.
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, a setting is out of its range, a named impl cannot run here, or
+            (on the CPU) a label lies outside [0, V). On a GPU such a label is never read out of bounds and costs no
+            synchronization: its log-prob and the gradients that it reaches become nan.
+    """
+    outputs = tuple(dict.fromkeys(outputs))
+    check_settings(logit_scale, softcap, outputs, skip_tolerance, impl)
+    check_head(hidden_states, lm_head_weight, labels, bias)
+    dtype = operand_dtype(hidden_states, lm_head_weight, bias)
+    head = Head(float(logit_scale), None if softcap is None else float(softcap), outputs)
+    labels = labels.to(torch.int64)
+    impl = resolve_impl(impl, hidden_states.device, dtype)
+
+    if impl == "reference":
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            tensors = [None if x is None else x.to(dtype) for x in (hidden_states, lm_head_weight, bias)]
+            return reference_linear_logps(*tensors, labels, head.logit_scale, head.softcap, outputs)  # type: ignore[arg-type]
+    engine = TILED if impl == "tiled" else _triton_engine()
+    if impl == "tiled" and labels.device.type == "cpu":
+        kept = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        if kept.shape[0] < labels.shape[0]:  # ignored rows cost nothing where counting them does not stop a device
+            tokens = differentiable_logps(hidden_states[kept], lm_head_weight, bias, labels[kept], head, engine, dtype)
+            return _spread(tokens, kept, labels.shape[0])
+    return differentiable_logps(hidden_states, lm_head_weight, bias, labels, head, engine, dtype)
+
+
+def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that `impl` stands for here; a name that cannot run on this device and dtype is an error."""
+    if impl not in ("auto", "triton"):
+        return impl
+    refusal = _triton_refusal(device, dtype)
+    if impl == "auto":
+        return "triton" if refusal is None and device.type == "cuda" else "tiled"
+    if refusal is not None:
+        raise ValueError(f'impl="triton" {refusal}; use "tiled" or "auto"')
+    return impl
+
+
+def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run, as the end of a sentence; None if they can."""
+    if dtype == torch.float64:
+        return "takes fp16, bf16 and fp32, got torch.float64"
+    if device.type not in ("cuda", "cpu"):
+        return f"needs a CUDA device, got {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "needs the triton package, which is not installed"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is not None or capability < (8, 0):
+            return f"needs an NVIDIA GPU of compute capability 8.0 or more, got {torch.cuda.get_device_name(device)}"
+        return None
+    from fastdpo.kernels.launch import is_interpreted
+
+    return None if is_interpreted() else "needs a CUDA device (or TRITON_INTERPRET=1 set before the first use), got cpu"
+
+
+def _triton_engine() -> Engine:
+    from fastdpo.ops.fused import FusedLogitGrads, fused_forward
+
+    return Engine(fused_forward, FusedLogitGrads)
+
+
+def _spread(tokens: TokenLogps, kept: Tensor, num_rows: int) -> TokenLogps:
+    """Values of the kept rows at their places among `num_rows`, zeros elsewhere."""
+    fields = {name: value for name, value in vars(tokens).items() if value is not None}
+    return TokenLogps(**{name: value.new_zeros(num_rows).index_put((kept,), value) for name, value in fields.items()})

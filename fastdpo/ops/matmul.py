@@ -1,0 +1,37 @@
+"""Matmuls that take low-precision operands and accumulate in fp32, the one place that knows how each device does it.
+
+CUDA multiplies bf16 and fp16 on the matrix units into an fp32 result (`out_dtype`). Other devices cannot, so there the
+operands are upcast first; the sums are the same, and so is the code that calls this.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for everything up to fp32, fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def operand(x: Tensor) -> Tensor:
+    """`x` in the dtype in which this device's matmul takes it; keep the result while it is used more than once."""
+    return x if x.is_cuda else x.to(accumulator_dtype(x.dtype))
+
+
+def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> None:
+    """`out = beta * out + alpha * a @ b` in place, summed in out's dtype; with beta 0 the old contents may be anything.
+
+    Args:
+        out: (M, N) fp32 or fp64.
+        a: (M, K), b: (K, N), both made by `operand`.
+    """
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, alpha=alpha, beta=beta, out=out)
+    elif beta == 0:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        if alpha != 1:
+            out.mul_(alpha)
+    else:  # addmm with an fp32 input beside bf16 operands is refused by some torch versions
+        out.mul_(beta).add_(torch.mm(a, b, out_dtype=out.dtype), alpha=alpha)

@@ -1,0 +1,71 @@
+"""`sequence_logps`: log-probs of whole responses, the masked and weighted sum of `linear_logps` over each sequence.
+
+In: what `linear_logps` takes, and which tokens make up each sequence. Out: SequenceLogps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastdpo.ops.linear_logps import linear_logps
+from fastdpo.ops.validation import check_head, check_sequences
+from fastdpo.types import IGNORE_INDEX, SequenceLogps
+
+
+def sequence_logps(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    rows: Tensor | None = None,
+    weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    **same: Any,
+) -> SequenceLogps:
+    """Summed log-prob of each sequence, in nats. A token that two sequences share is computed once and counted in both.
+
+    Two responses "x a b" and "x c" to one prompt, whose first token x is the same, need four rows of the head:
+
+        labels     = [x, a, b, c]
+        rows       = [0, 1, 2,  0, 3]     # the tokens of both sequences, each by the row that predicts it
+        cu_seqlens = [0, 3, 5]            # sequence 0 is tokens 0..2, sequence 1 is tokens 3..4
+
+    Args:
+        hidden_states, lm_head_weight, labels, bias, **same: as in `linear_logps`, over the T rows that reach the head.
+        cu_seqlens: (S + 1,) integers rising from 0 to N; tokens cu_seqlens[s] to cu_seqlens[s + 1] are sequence s.
+        rows: (N,) integers in [0, T), the row of each token; by default token n is row n.
+        weights: (N,) what each token's log-prob is multiplied by (loss masks, ld_alpha); by default 1.
+    Returns:
+        SequenceLogps: sums (S,) fp32 (fp64 for fp64 inputs), 0.0 for a sequence without tokens; lengths (S,) int64,
+        tokens whose label is not IGNORE_INDEX, whatever their weight; tokens, the TokenLogps over the T rows. Both sums
+        and tokens.logps are differentiable.
+    Raises:
+        ValueError: as `linear_logps`, and where cu_seqlens, rows or weights do not fit (values are read on the CPU only).
+    """
+    check_head(hidden_states, lm_head_weight, labels, bias)
+    check_sequences(cu_seqlens, rows, weights, labels)
+    tokens = linear_logps(hidden_states, lm_head_weight, labels, bias=bias, **same)
+
+    cu_seqlens = cu_seqlens.to(torch.int64)
+    logps, keep = tokens.logps, labels != IGNORE_INDEX
+    if rows is not None:
+        rows = rows.to(torch.int64)
+        logps, keep = logps[rows], keep[rows]
+    if weights is not None:
+        logps = logps * weights
+    num_kept = pad(keep.cumsum(0), (1, 0))
+    return SequenceLogps(
+        sums=_segment_sums(logps, cu_seqlens).to(tokens.logps.dtype),
+        lengths=num_kept[cu_seqlens[1:]] - num_kept[cu_seqlens[:-1]],
+        tokens=tokens,
+    )
+
+
+def _segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(S,) fp64. Summed one after the other in fp64: the same bits every time, and exact to fp32."""
+    return torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, initial=0.0, unsafe=True)

@@ -1,0 +1,178 @@
+"""The head op in pure PyTorch, one token x vocabulary tile at a time: any device, any dtype, memory bounded by a tile.
+
+In: validated tensors of one dtype. Out: per-row numbers from `tiled_forward`; from `TiledLogitGrads` the tiles that
+`fastdpo.ops.gradients` multiplies into dH, dW and db. Nothing of size (T, V) exists, nothing is read back.
+Equation numbers are those of kernels/README.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdpo.ops.head import Head, Tiling
+from fastdpo.ops.matmul import accumulator_dtype, matmul_into, operand
+from fastdpo.types import IGNORE_INDEX
+
+BLOCK_ROWS = 256
+MAX_TILE_ELEMENTS = 2**20  # 4 MiB of fp32 logits: the passes over a tile find it in the cache
+MAX_WEIGHT_ELEMENTS = 2**22  # rows of the weight that are upcast at once, where they have to be
+EXP_FLOOR = -1000.0  # exp of it is 0 in fp32 and fp64, while 0 * EXP_FLOOR stays 0 (0 * -inf would be nan)
+
+
+def choose_tiling(hidden_states: Tensor, lm_head_weight: Tensor) -> Tiling:
+    """The tiles of both passes."""
+    num_vocab, hidden_size = lm_head_weight.shape
+    block_rows = max(1, min(BLOCK_ROWS, hidden_states.shape[0]))
+    max_elements = min(MAX_TILE_ELEMENTS, max(1, MAX_WEIGHT_ELEMENTS // hidden_size) * block_rows)
+    return Tiling.within(hidden_states.shape[0], num_vocab, block_rows, max_elements)
+
+
+def tiled_forward(
+    hidden_states: Tensor,  # (T, H)
+    lm_head_weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (T,) int64
+    head: Head,
+) -> dict[str, Tensor]:
+    """`logps`, `lse` and the statistics in `head.outputs`, each (T,). A label outside [0, V) gives nan."""
+    tiling = choose_tiling(hidden_states, lm_head_weight)
+    state = _RowState(hidden_states, lm_head_weight, labels, head)
+    scratch = _scratch(tiling, state.max)
+    second = _scratch(tiling, state.max) if "entropy" in head.outputs else None
+    for vocab in tiling.vocab():
+        weight = operand(lm_head_weight[vocab]).T  # (H, block_vocab)
+        for rows in tiling.rows():
+            logits = _tile(scratch, rows, vocab)
+            _fill_logits(logits, operand(hidden_states[rows]), weight, None if bias is None else bias[vocab], head)
+            state.absorb(rows, vocab, logits, None if second is None else _tile(second, rows, vocab))
+    return state.finish()
+
+
+class _RowState:
+    """What the vocabulary seen so far amounts to, per row: eq. (4) to (7), merged tile by tile."""
+
+    def __init__(self, hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, head: Head):
+        self.labels, self.head, self.num_vocab = labels, head, lm_head_weight.shape[0]
+        T, dtype = hidden_states.shape[0], accumulator_dtype(hidden_states.dtype)
+
+        def new(value: float) -> Tensor:
+            return torch.full((T,), value, dtype=dtype, device=hidden_states.device)
+
+        self.max = new(-torch.inf)
+        self.sumexp = new(0.0)  # sum of exp(z - max)
+        self.label_logit = new(torch.nan)  # stays nan for a label outside the vocabulary
+        self.sum_z_exp = new(0.0)  # sum of (z - max) exp(z - max), for entropy
+        self.sum_sq_exp = new(0.0)  # sum of exp(z - max)**2, for log_sum_sq_probs
+        self.sum_z = new(0.0)  # for mean_logits
+
+    def absorb(self, rows: slice, vocab: slice, logits: Tensor, second: Tensor | None) -> None:
+        """Take in one tile of logits; overwrites it."""
+        column, inside = _label_columns(self.labels[rows], vocab)
+        picked = logits.gather(1, column)[:, 0]
+        self.label_logit[rows] = torch.where(inside, picked, self.label_logit[rows])
+        if "mean_logits" in self.head.outputs:
+            self.sum_z[rows] += logits.sum(1)
+
+        old_max = self.max[rows]
+        new_max = torch.maximum(old_max, logits.amax(1))
+        shift = new_max.masked_fill(new_max == -torch.inf, 0.0)
+        moved = (old_max - shift).clamp_(min=EXP_FLOOR)
+        decay = moved.exp()
+        logits.sub_(shift[:, None])
+        if second is not None:
+            exps = torch.exp(logits, out=second)
+            tile_sum = logits.clamp_(min=EXP_FLOOR).mul_(exps).sum(1)
+            self.sum_z_exp[rows] = decay * (self.sum_z_exp[rows] + moved * self.sumexp[rows]) + tile_sum
+        else:
+            exps = logits.exp_()
+        self.sumexp[rows] = decay * self.sumexp[rows] + exps.sum(1)
+        if "log_sum_sq_probs" in self.head.outputs:
+            self.sum_sq_exp[rows] = decay.square() * self.sum_sq_exp[rows] + exps.square_().sum(1)
+        self.max[rows] = new_max
+
+    def finish(self) -> dict[str, Tensor]:
+        log_sum = self.sumexp.log()
+        keep = self.labels != IGNORE_INDEX
+        values = {
+            "logps": (self.label_logit - self.max) - log_sum,  # in this order: a peaked row keeps its small numbers
+            "lse": self.max + log_sum,
+            "entropy": log_sum - self.sum_z_exp / self.sumexp,
+            "mean_logits": self.sum_z / self.num_vocab,
+            "is_top1": self.label_logit >= self.max,
+            "log_sum_sq_probs": self.sum_sq_exp.log() - 2 * log_sum,
+        }
+        return {name: values[name].where(keep, 0) for name in ("logps", "lse", *self.head.outputs)}
+
+
+class TiledLogitGrads:
+    """Fills tiles of `(softmax(z) - onehot) * dz/dy`, eq. (9), by computing the logits once more."""
+
+    def __init__(
+        self,
+        hidden_states: Tensor,
+        lm_head_weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        lse: Tensor,
+        head: Head,
+    ):
+        self.tiling = choose_tiling(hidden_states, lm_head_weight)
+        self.hidden_states, self.bias, self.labels, self.head = hidden_states, bias, labels, head
+        # exp(z - inf) = 0: an ignored row has no probabilities. A label outside the vocabulary makes its row nan.
+        in_vocab = (labels >= 0) & (labels < lm_head_weight.shape[0])
+        self.lse = lse.where(in_vocab, torch.nan).masked_fill(labels == IGNORE_INDEX, torch.inf)
+        self.scratch = _scratch(self.tiling, lse)
+        self.second = _scratch(self.tiling, lse) if head.softcap is not None else None
+
+    def tile(self, rows: slice, vocab: slice, weight: Tensor) -> Tensor:
+        """(block_rows, block_vocab), valid until the next call, in the dtype of `weight`, which is operand(W[vocab])."""
+        probs = _tile(self.scratch, rows, vocab)
+        lse = self.lse[rows, None]
+        bias = None if self.bias is None else self.bias[vocab]
+        hidden_states = operand(self.hidden_states[rows])
+        softcap = self.head.softcap
+        column, inside = _label_columns(self.labels[rows], vocab)
+        if self.second is None or softcap is None:
+            if bias is None:
+                probs.copy_(-lse)
+            else:
+                torch.sub(bias.to(probs.dtype) * self.head.logit_scale, lse, out=probs)
+            matmul_into(probs, hidden_states, weight.T, alpha=self.head.logit_scale, beta=1.0)
+            probs.exp_()
+            probs.scatter_add_(1, column, -inside.to(probs.dtype)[:, None])
+        else:
+            logits = _tile(self.second, rows, vocab)
+            _fill_logits(logits, hidden_states, weight.T, bias, self.head)
+            torch.sub(logits, lse, out=probs).exp_()
+            probs.scatter_add_(1, column, -inside.to(probs.dtype)[:, None])
+            probs.mul_(logits.div_(softcap).square_().neg_().add_(1.0))
+        return probs.to(weight.dtype)
+
+
+def _fill_logits(out: Tensor, hidden_states: Tensor, weight_t: Tensor, bias: Tensor | None, head: Head) -> None:
+    """eq. (1) and (2) for one tile."""
+    if bias is None:
+        matmul_into(out, hidden_states, weight_t, alpha=head.logit_scale)
+    else:
+        out.copy_(bias)
+        matmul_into(out, hidden_states, weight_t, alpha=head.logit_scale, beta=head.logit_scale)
+    if head.softcap is not None:
+        out.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
+def _label_columns(labels: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
+    """Where in this vocabulary block each row's label is, (rows, 1), clamped, and whether it is there at all, (rows,)."""
+    column = labels - vocab.start
+    width = vocab.stop - vocab.start
+    return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
+
+
+def _scratch(tiling: Tiling, like: Tensor) -> Tensor:
+    return like.new_empty(tiling.block_rows * tiling.block_vocab)
+
+
+def _tile(scratch: Tensor, rows: slice, vocab: slice) -> Tensor:
+    """A contiguous tile at the start of the scratch, whatever its shape: ragged tiles reuse the same memory."""
+    shape = (rows.stop - rows.start, vocab.stop - vocab.start)
+    return scratch[: shape[0] * shape[1]].view(shape)

@@ -1,0 +1,123 @@
+"""What the head op accepts. Every refusal is a ValueError that names the argument, the rule and the value.
+
+Values inside tensors are checked on the CPU only: on a GPU that would stop the host until the device has caught up.
+There a label outside the vocabulary makes its row nan instead, in forward and backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdpo.types import IGNORE_INDEX, TOKEN_OUTPUTS
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+IMPLS = ("auto", "triton", "tiled", "reference")
+
+
+def check_head(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    """Shapes, devices, dtypes, and on the CPU the labels themselves."""
+    check_shape("hidden_states", hidden_states, "(T, H)", 2)
+    check_shape("lm_head_weight", lm_head_weight, "(V, H)", 2)
+    (T, H), V = hidden_states.shape, lm_head_weight.shape[0]
+    if lm_head_weight.shape[1] != H:
+        raise ValueError(
+            f"lm_head_weight must have shape (V, {H}) to match hidden_states, got {tuple(lm_head_weight.shape)}"
+        )
+    if H == 0 or V == 0:
+        raise ValueError(f"lm_head_weight must have at least one row and one column, got {(V, H)}")
+    if tuple(labels.shape) != (T,):
+        raise ValueError(f"labels must have shape ({T},) to match hidden_states, got {tuple(labels.shape)}")
+    if bias is not None and tuple(bias.shape) != (V,):
+        raise ValueError(f"bias must have shape ({V},) to match lm_head_weight, got {tuple(bias.shape)}")
+    check_integers("labels", labels)
+    floats = {"hidden_states": hidden_states, "lm_head_weight": lm_head_weight}
+    floats |= {} if bias is None else {"bias": bias}
+    for name, x in floats.items():
+        if x.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {x.dtype}")
+    for name, x in {**floats, "labels": labels}.items():
+        check_device(name, x, hidden_states)
+    if labels.device.type == "cpu" and T > 0:
+        out_of_range = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= V))
+        if bool(out_of_range.any()):
+            row = int(out_of_range.nonzero()[0, 0])
+            raise ValueError(
+                f"labels must lie in [0, {V}) or be IGNORE_INDEX ({IGNORE_INDEX}), got {int(labels[row])} in row {row}"
+            )
+
+
+def check_settings(
+    logit_scale: float, softcap: float | None, outputs: tuple[str, ...], skip_tolerance: float, impl: str
+) -> None:
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
+    unknown = [name for name in outputs if name not in TOKEN_OUTPUTS]
+    if unknown:
+        raise ValueError(f"outputs must be names out of {TOKEN_OUTPUTS}, got {unknown[0]!r}")
+    if not 0 < abs(logit_scale) < float("inf"):
+        raise ValueError(f"logit_scale must be finite and not zero, got {logit_scale}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be a positive finite number or None, got {softcap}")
+    if skip_tolerance != 0.0:
+        raise ValueError(f"skip_tolerance must be 0.0: no impl of this version skips tiles yet, got {skip_tolerance}")
+
+
+def operand_dtype(hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The dtype that the matmuls take: autocast's where it is on (it leaves fp64 alone), else the inputs' own."""
+    dtypes = {x.dtype for x in (hidden_states, lm_head_weight, bias) if x is not None}
+    device_type = hidden_states.device.type
+    if torch.is_autocast_enabled(device_type) and torch.float64 not in dtypes:
+        return torch.get_autocast_dtype(device_type)
+    if len(dtypes) > 1:
+        bias_dtype = "none" if bias is None else bias.dtype
+        raise ValueError(
+            "hidden_states, lm_head_weight and bias must share one dtype outside autocast (fp64 never mixes), "
+            f"got {hidden_states.dtype}, {lm_head_weight.dtype} and {bias_dtype}"
+        )
+    return hidden_states.dtype
+
+
+def check_sequences(cu_seqlens: Tensor, rows: Tensor | None, weights: Tensor | None, labels: Tensor) -> None:
+    """The arguments that `sequence_logps` adds."""
+    num_rows = labels.shape[0]
+    check_shape("cu_seqlens", cu_seqlens, "(S + 1,)", 1)
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens must have shape (S + 1,), so at least one entry, got none")
+    check_integers("cu_seqlens", cu_seqlens)
+    check_device("cu_seqlens", cu_seqlens, labels)
+    if rows is not None:
+        check_shape("rows", rows, "(N,)", 1)
+        check_integers("rows", rows)
+        check_device("rows", rows, labels)
+    num_tokens = num_rows if rows is None else rows.shape[0]
+    if weights is not None:
+        if tuple(weights.shape) != (num_tokens,):
+            raise ValueError(
+                f"weights must have one entry per token, shape ({num_tokens},), got {tuple(weights.shape)}"
+            )
+        check_device("weights", weights, labels)
+    if labels.device.type != "cpu":
+        return
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != num_tokens or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the number of tokens ({num_tokens}), got {cu_seqlens.tolist()}"
+        )
+    if rows is not None and num_tokens > 0 and not (int(rows.min()) >= 0 and int(rows.max()) < num_rows):
+        raise ValueError(f"rows must lie in [0, {num_rows}), got {int(rows.min())} to {int(rows.max())}")
+
+
+def check_shape(name: str, x: Tensor, shape: str, num_dims: int) -> None:
+    if x.dim() != num_dims:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def check_integers(name: str, x: Tensor) -> None:
+    if x.dtype not in INT_DTYPES:
+        raise ValueError(f"{name} must hold integers, got {x.dtype}")
+
+
+def check_device(name: str, x: Tensor, hidden_states: Tensor) -> None:
+    if x.device != hidden_states.device:
+        raise ValueError(f"{name} must be on {hidden_states.device} like hidden_states, got {x.device}")
