@@ -1,0 +1,185 @@
+"""From a path or the name of a dataset to a `datasets.Dataset` of raw examples.
+
+In: JSON (an array, or one object per line), JSON Lines, either also gzipped, Parquet; a directory of such files or one
+saved by `Dataset.save_to_disk`; else a name for `datasets.load_dataset`. Out: one row per example, untouched.
+JSON is parsed here, so that a fault is reported with its line and rows of different shape can stand in one file.
+Refused with ValueError: what is missing, malformed or empty.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")
+SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+OTHER_SPLITS = ("test", "valid", "eval", "dev")
+ROW_JSON = "row_json"  # the only column of a dataset whose rows do not fit into common columns: each row as JSON text
+
+
+def load_preference_dataset(path_or_name: str | Path, split: str = "train") -> Dataset:
+    """The raw examples of a file, a directory or a published dataset; the file forms are in the module's docstring.
+
+    Args:
+        path_or_name: a local path, or a name that `datasets.load_dataset` knows.
+        split: which split of a directory or a published dataset; a single file is one split, whatever it is called.
+    Raises:
+        ValueError: nothing is there, a line is malformed, the file is empty or holds something else than objects.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.is_dir():
+        return _load_directory(path, split)
+    if path.exists():
+        return _load_files([path])
+    if path.name.lower().endswith(SUFFIXES) or str(path_or_name).startswith((".", "/", "~")):
+        raise ValueError(f"dataset file does not exist: {path_or_name}")
+    return _load_published(str(path_or_name), split)
+
+
+def dataset_from_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """A Dataset of `rows`. Where common columns cannot hold them (other keys, other types), one column of JSON does."""
+    from datasets import Dataset
+
+    names = list(rows[0])
+    if all(row.keys() == rows[0].keys() for row in rows):
+        try:
+            return Dataset.from_dict({name: [row[name] for row in rows] for name in names})
+        except (ValueError, TypeError, OverflowError):  # Arrow's own are subclasses
+            pass
+    return Dataset.from_dict({ROW_JSON: [json.dumps(row, ensure_ascii=False) for row in rows]})
+
+
+def raw_example(example: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The example as it stood in the file, also where `dataset_from_rows` had to keep it as JSON."""
+    return json.loads(example[ROW_JSON]) if list(example) == [ROW_JSON] else example
+
+
+def read_json_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of one JSON or JSON Lines file, gzipped if its name ends in .gz.
+
+    Raises:
+        ValueError: malformed JSON (with the line, counted from 1), no object at all, something that is not an object.
+    """
+    text = _read_text(Path(path))
+    if not text.strip():
+        raise ValueError(f"dataset file must not be empty: {path}")
+    rows = _read_array(text, path) if text.lstrip().startswith("[") else _read_lines(text, path)
+    if not rows:
+        raise ValueError(f"dataset file must hold at least one row: {path}")
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.name.lower().endswith(".gz") else path.read_bytes()
+        return data.decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"dataset file is not a whole gzip file: {path} ({error})") from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"dataset file must be UTF-8: {path}, line {line} ({error.reason})") from None
+    except OSError as error:
+        raise ValueError(f"dataset file cannot be read: {path} ({error.strerror})") from None
+
+
+def _read_array(text: str, path: str | Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"malformed JSON in {path}, line {error.lineno}, column {error.colno}: {error.msg}") from None
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} must hold a list of objects, got {_shown(row)} as element {number}")
+    return rows
+
+
+def _read_lines(text: str, path: str | Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a string
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if _is_json(text):
+                raise ValueError(
+                    f"{path} must hold a list of objects or one object per line, got {_shown(text)}"
+                ) from None
+            raise ValueError(f"malformed JSON in {path}, line {number}, column {error.colno}: {error.msg}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} must hold one object per line, got {_shown(line)} in line {number}")
+        rows.append(row)
+    return rows
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def _load_files(paths: Sequence[Path]) -> Dataset:
+    from datasets import Dataset
+
+    names = [path.name.lower() for path in paths]
+    if all(name.endswith(".parquet") for name in names):
+        try:
+            dataset = Dataset.from_parquet([str(path) for path in paths])
+        except Exception as error:  # pyarrow's and datasets' own, wrapped in one another
+            raise ValueError(
+                f"dataset file is not readable as Parquet: {paths[0]} ({error.__cause__ or error})"
+            ) from None
+        if len(dataset) == 0:
+            raise ValueError(f"dataset file must hold at least one row: {paths[0]}")
+        return dataset
+    for path, name in zip(paths, names, strict=True):
+        if not name.endswith(JSON_SUFFIXES):
+            raise ValueError(f"dataset file must end in one of {', '.join(SUFFIXES)}, all files alike, got {path}")
+    return dataset_from_rows([row for path in paths for row in read_json_rows(path)])
+
+
+def _load_directory(path: Path, split: str) -> Dataset:
+    from datasets import DatasetDict, load_from_disk
+
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        dataset = load_from_disk(str(path))
+        if not isinstance(dataset, DatasetDict):
+            return dataset
+        if split not in dataset:
+            raise ValueError(f"split must be one of {sorted(dataset)} in {path}, got {split!r}")
+        return dataset[split]
+    files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SUFFIXES))
+    of_split = [file for file in files if split in file.relative_to(path).as_posix()]
+    if not of_split and split == "train":
+        of_split = [file for file in files if not any(other in file.name.lower() for other in OTHER_SPLITS)]
+    if not of_split:
+        found = ", ".join(file.name for file in files) or "none"
+        raise ValueError(
+            f"{path} must hold files of the split {split!r} ending in {', '.join(SUFFIXES)}, found: {found}"
+        )
+    return _load_files(of_split)
+
+
+def _load_published(name: str, split: str) -> Dataset:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"dataset must be a local path or a dataset that can be loaded by name, got {name!r}: {error}"
+        ) from error

@@ -1,0 +1,209 @@
+"""From a dataset of examples to a dataset of token columns, and the report of what happened on the way.
+
+In: a `datasets.Dataset`, or a list of dicts, of any format in `formats`, or already tokenized (`prompt_ids`,
+`chosen_ids`, `rejected_ids`, optionally `ref_chosen_logps` and `ref_rejected_logps`, or the columns made here).
+Out: for the rows that can be used, the columns of a `TokenizedGroup`, which `group_from_columns` turns back into one.
+Refused with ValueError: what `formats` refuses, a tokenizer that is none, a dataset of which nothing is left.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastdpo.data.formats import BadRow, preference_row, sft_row, template_kwargs
+from fastdpo.data.loading import dataset_from_rows, raw_example
+from fastdpo.data.report import DataReport, TokenStats
+from fastdpo.data.tokenization import TokenizationSettings, encode_row, truncate
+from fastdpo.types import TokenizedGroup
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+GROUP_COLUMNS = ("prompt_ids", "responses", "loss_masks", "ref_logps", "preferences")
+STATE_COLUMNS = ("bad_row", "is_truncated", "is_merged", "num_prompt_tokens", "num_response_tokens")
+
+
+def prepare_preference_dataset(
+    dataset: Dataset | Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    settings: TokenizationSettings,
+    *,
+    num_proc: int | None = None,
+    desc: str | None = None,
+) -> tuple[Dataset, DataReport]:
+    """Tokenize preference pairs.
+
+    Args:
+        dataset: raw or tokenized examples.
+        tokenizer: a transformers tokenizer, with a chat template if rows are conversational.
+        num_proc: processes for `Dataset.map`; None stays in this one.
+        desc: label of the progress bar.
+    Returns:
+        The dataset with GROUP_COLUMNS (None where a row has no loss_masks or ref_logps), one row per usable example in
+        the given order, and the report.
+    Raises:
+        ValueError: no row is usable, a bad row where `settings.on_bad_row` is "raise", or what `formats` refuses.
+    """
+    return _prepare(dataset, tokenizer, settings, is_sft=False, num_proc=num_proc, desc=desc)
+
+
+def prepare_sft_dataset(
+    dataset: Dataset | Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    settings: TokenizationSettings,
+    *,
+    num_proc: int | None = None,
+    desc: str | None = None,
+) -> tuple[Dataset, DataReport]:
+    """As `prepare_preference_dataset` for supervised fine-tuning: one response per row, no preference."""
+    return _prepare(dataset, tokenizer, settings, is_sft=True, num_proc=num_proc, desc=desc)
+
+
+def group_from_columns(example: Mapping[str, Any]) -> TokenizedGroup:
+    """The group in one row of a prepared dataset, or of one with the columns prompt_ids, chosen_ids, rejected_ids."""
+    if "responses" in example:
+        preferences = example.get("preferences")
+        return TokenizedGroup(
+            example["prompt_ids"],
+            example["responses"],
+            example.get("loss_masks"),
+            example.get("ref_logps"),
+            ((0, 1),) if preferences is None else tuple((chosen, rejected) for chosen, rejected in preferences),
+        )
+    ref_chosen_logps, ref_rejected_logps = example.get("ref_chosen_logps"), example.get("ref_rejected_logps")
+    has_ref = ref_chosen_logps is not None and ref_rejected_logps is not None
+    return TokenizedGroup(
+        example["prompt_ids"],
+        (example["chosen_ids"], example["rejected_ids"]),
+        ref_logps=(ref_chosen_logps, ref_rejected_logps) if has_ref else None,  # type: ignore[arg-type]
+    )
+
+
+def _prepare(
+    dataset: Any, tokenizer: Any, settings: TokenizationSettings, *, is_sft: bool, num_proc: Any, desc: Any
+) -> Any:
+    from datasets import Dataset
+
+    if hasattr(tokenizer, "image_processor") or not callable(tokenizer):
+        raise ValueError(f"tokenizer must be a text tokenizer, got {type(tokenizer).__name__}")
+    if isinstance(dataset, Sequence) and not isinstance(dataset, str):
+        dataset = dataset_from_rows(dataset) if len(dataset) > 0 else Dataset.from_dict({})
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            "dataset must be a datasets.Dataset (one split, not streamed) or a list of dicts, "
+            f"got {type(dataset).__name__}"
+        )
+    if len(dataset) == 0:
+        raise ValueError("dataset must hold at least one row, got none")
+    prepared = dataset.map(
+        _prepare_example,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, "settings": settings, "is_sft": is_sft},
+        remove_columns=dataset.column_names,
+        features=_features(),
+        num_proc=num_proc,
+        desc=desc or "Tokenizing",
+    )
+    report = _report(prepared.select_columns(list(STATE_COLUMNS)), "examples" if is_sft else "pairs")
+    if report.num_kept == 0:
+        raise ValueError("dataset must hold at least one usable row: " + " ".join(report.lines()))
+    if report.num_kept < report.num_rows:
+        dropped = {row for rows in report.dropped.values() for row in rows}
+        prepared = prepared.select([row for row in range(len(prepared)) if row not in dropped])
+    return prepared.select_columns(list(GROUP_COLUMNS)), report
+
+
+def _features() -> Any:
+    """Spelled out, because a column that is None in the first thousand rows would be typed as null."""
+    from datasets import Features, List, Value
+
+    ids, count = List(Value("int32")), Value("int32")
+    return Features(
+        prompt_ids=ids,
+        responses=List(ids),
+        loss_masks=List(List(Value("bool"))),
+        ref_logps=List(Value("float64")),
+        preferences=List(ids),
+        bad_row=Value("string"),
+        is_truncated=Value("bool"),
+        is_merged=Value("bool"),
+        num_prompt_tokens=count,
+        num_response_tokens=List(count),
+    )
+
+
+def _prepare_example(
+    example: Mapping[str, Any], row: int, tokenizer: Any, settings: TokenizationSettings, is_sft: bool
+) -> dict[str, Any]:
+    """The columns of one example; a row that cannot be used has only its reason."""
+    try:
+        whole, is_merged = _encode(raw_example(example), tokenizer, is_sft)
+        group = truncate(whole, settings)
+    except BadRow as error:
+        if settings.on_bad_row == "raise":
+            raise ValueError(f"dataset row {row} (counted from 0) cannot be used: {error.reason}") from None
+        return dict.fromkeys((*GROUP_COLUMNS, *STATE_COLUMNS)) | {"bad_row": error.reason}
+    except ValueError as error:
+        raise ValueError(f"{error} (dataset row {row}, counted from 0)") from None
+    num_context = [_num_context_tokens(group, index) for index in range(len(group.responses))]
+    return {
+        "prompt_ids": group.prompt_ids,
+        "responses": group.responses,
+        "loss_masks": group.loss_masks,
+        "ref_logps": group.ref_logps,
+        "preferences": group.preferences,
+        "bad_row": None,
+        "is_truncated": _num_tokens(group) < _num_tokens(whole),
+        "is_merged": is_merged,
+        "num_prompt_tokens": len(group.prompt_ids) + num_context[0],
+        "num_response_tokens": [len(r) - n for r, n in zip(group.responses, num_context, strict=True)],
+    }
+
+
+def _encode(example: Mapping[str, Any], tokenizer: Any, is_sft: bool) -> tuple[TokenizedGroup, bool]:
+    if "prompt_ids" in example and ("responses" in example or {"chosen_ids", "rejected_ids"} <= example.keys()):
+        try:
+            group = group_from_columns(example)
+        except (TypeError, ValueError):
+            raise BadRow("empty response") from None
+        if is_sft:
+            group = TokenizedGroup(group.prompt_ids, group.responses[:1], preferences=())
+        return group, False
+    row = sft_row(example) if is_sft else preference_row(example)
+    return encode_row(row, tokenizer, template_kwargs(example))
+
+
+def _num_context_tokens(group: TokenizedGroup, index: int) -> int:
+    """Leading tokens of a response that are its own prompt (see TokenizedGroup)."""
+    if group.loss_masks is None or len(group.prompt_ids) > 0:
+        return 0
+    return list(group.loss_masks[index]).index(True)
+
+
+def _num_tokens(group: TokenizedGroup) -> int:
+    return sum(len(group.prompt_ids) + len(response) for response in group.responses)
+
+
+def _report(states: Dataset, kind: str) -> DataReport:
+    columns = {name: list(states[name]) for name in STATE_COLUMNS}
+    dropped: dict[str, list[int]] = defaultdict(list)
+    for row, reason in enumerate(columns["bad_row"]):
+        if reason is not None:
+            dropped[reason].append(row)
+    prompts = [n for n in columns["num_prompt_tokens"] if n is not None]
+    responses = [counts for counts in columns["num_response_tokens"] if counts is not None]
+    names = ("chosen", "rejected") if kind == "pairs" else ("response",)
+    tokens = {"prompt": TokenStats.of(prompts)} if prompts else {}
+    for index, name in enumerate(names if prompts else ()):
+        tokens[name] = TokenStats.of([counts[index] for counts in responses])
+    return DataReport(
+        kind=kind,
+        num_rows=len(states),
+        num_kept=len(prompts),
+        dropped={reason: tuple(rows) for reason, rows in dropped.items()},
+        num_truncated=sum(map(bool, columns["is_truncated"])),
+        num_merged_boundary=sum(map(bool, columns["is_merged"])),
+        tokens=tokens,
+    )

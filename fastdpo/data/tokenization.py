@@ -1,0 +1,267 @@
+"""From a `PreferenceRow` to a `TokenizedGroup`.
+
+Two steps, both pure: `encode_row` (chat template, one BOS, one EOS, prompt tokens that are a prefix of every sequence)
+and `truncate` (`max_prompt_length`, then `max_length`); `tokenize_row` is the two together. A row that cannot be used
+raises BadRow; messages for a tokenizer without a chat template are a ValueError.
+
+The same tokens as TRL 1.16's DPOTrainer, and three things it does not do: a BOS or EOS is never doubled, an EOS is
+added to a conversation whose template leaves the turn open, and rows without a usable difference are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastdpo.data.formats import BadRow, common_prefix_length
+from fastdpo.types import Message, PreferenceRow, TokenizedGroup
+
+TRUNCATION_MODES = ("keep_start", "keep_end")
+BAD_ROW_POLICIES = ("drop", "raise")
+
+
+@dataclass(frozen=True)
+class TokenizationSettings:
+    """How rows become tokens, and what happens to rows that cannot."""
+
+    max_length: int | None = 1024  # tokens of prompt and one response; None leaves them whole
+    max_prompt_length: int | None = None  # tokens of the prompt, cut before max_length is looked at
+    truncation_mode: str = "keep_start"  # which end survives: "keep_start" or "keep_end"
+    on_bad_row: str = "drop"  # "drop" counts and reports it, "raise" stops at the first
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 2:  # one token alone has nothing that predicts it
+            raise ValueError(f"max_length must be None or at least 2, got {self.max_length}")
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length must be None or at least 1, got {self.max_prompt_length}")
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise ValueError(f"truncation_mode must be one of {TRUNCATION_MODES}, got {self.truncation_mode!r}")
+        if self.on_bad_row not in BAD_ROW_POLICIES:
+            raise ValueError(f"on_bad_row must be one of {BAD_ROW_POLICIES}, got {self.on_bad_row!r}")
+
+
+def tokenize_row(
+    row: PreferenceRow,
+    tokenizer: Any,
+    settings: TokenizationSettings,
+    template_kwargs: dict[str, Any] | None = None,
+) -> TokenizedGroup:
+    """The row as tokens, cut to length.
+
+    Args:
+        tokenizer: a transformers tokenizer; with a chat template if the row is conversational.
+        template_kwargs: further arguments for the chat template, such as `tools`.
+    Raises:
+        BadRow: the row cannot be used; `.reason` says why.
+        ValueError: the row is conversational and the tokenizer has no chat template.
+    """
+    return truncate(encode_row(row, tokenizer, template_kwargs)[0], settings)
+
+
+def encode_row(
+    row: PreferenceRow, tokenizer: Any, template_kwargs: dict[str, Any] | None = None
+) -> tuple[TokenizedGroup, bool]:
+    """The whole row as tokens, and whether the end of the prompt alone is tokenized differently than with a response.
+
+    Where it is, the differing tokens belong to the response: with "ab" one token, prompt "a" and response "b" give an
+    empty prompt and the response ("ab",). The same holds for templates that render the prompt alone in another way.
+    """
+    for response in row.responses:
+        if _is_empty(response):
+            raise BadRow("empty response")
+    if any(row.responses[chosen] == row.responses[rejected] for chosen, rejected in row.preferences):
+        raise BadRow("chosen equals rejected")
+    if row.is_conversational:
+        prompt_ids, sequences = _encode_messages(row, tokenizer, template_kwargs or {})
+    else:
+        prompt_ids, sequences = _encode_text(row, tokenizer)
+    num_prompt = min(common_prefix_length(prompt_ids, sequence) for sequence in sequences)
+    responses = [sequence[num_prompt:] for sequence in sequences]
+    if any(len(response) == 0 for response in responses):  # a template that leaves the response out
+        raise BadRow("empty response")
+    group = _checked(prompt_ids[:num_prompt], responses, None, row.preferences, "chosen equals rejected")
+    return group, num_prompt < len(prompt_ids)
+
+
+def truncate(group: TokenizedGroup, settings: TokenizationSettings) -> TokenizedGroup:
+    """The group cut to `max_prompt_length`, then to `max_length` tokens per sequence.
+
+    keep_start cuts sequences at their end; a prompt that leaves no room for a response makes the row bad. keep_end
+    keeps the last `max_length` tokens of each sequence by itself, which may leave prompts that differ. Example,
+    max_length 4: prompt 1 2 3, chosen 4, rejected 5 6 gives 1 2 3 4 and 2 3 5 6, stored without a prompt, masks F F F T
+    and F F T T.
+    """
+    prompt = list(group.prompt_ids)
+    limit, keep_end = settings.max_prompt_length, settings.truncation_mode == "keep_end"
+    if limit is not None and len(prompt) > limit:
+        prompt = prompt[-limit:] if keep_end else prompt[:limit]
+    masks = group.loss_masks
+    responses = [list(response) for response in group.responses]
+    length = settings.max_length
+    if length is None or len(prompt) + max(map(len, responses)) <= length:
+        if len(prompt) == len(group.prompt_ids):
+            return group
+        return _checked(prompt, responses, masks, group.preferences, "chosen equals rejected", group.ref_logps)
+    if not keep_end:
+        if len(prompt) >= length:
+            raise BadRow("prompt fills max_length")
+        room = length - len(prompt)
+        responses = [response[:room] for response in responses]
+        masks = [list(mask)[:room] for mask in masks] if masks is not None else None
+    else:
+        prompt, responses, masks = _keep_ends(prompt, responses, masks, length)
+    return _checked(
+        prompt, responses, masks, group.preferences, "chosen equals rejected after truncation", group.ref_logps
+    )
+
+
+def _keep_ends(
+    prompt: list[int], responses: list[list[int]], masks: Sequence[Sequence[bool]] | None, length: int
+) -> tuple[list[int], list[list[int]], Sequence[Sequence[bool]] | None]:
+    """The last `length` tokens of every sequence; the prompt stays apart only if all keep the same part of it."""
+    full_masks = masks if masks is not None else [[True] * len(response) for response in responses]
+    cuts = [max(0, len(prompt) + len(response) - length) for response in responses]
+    kept_prompts = [prompt[cut:] for cut in cuts]
+    kept = [response[max(0, cut - len(prompt)) :] for cut, response in zip(cuts, responses, strict=True)]
+    kept_masks = [list(mask)[-len(response) :] for mask, response in zip(full_masks, kept, strict=True)]
+    if all(len(kept_prompt) == len(kept_prompts[0]) for kept_prompt in kept_prompts):
+        return kept_prompts[0], kept, None if masks is None else kept_masks
+    sequences = [start + response for start, response in zip(kept_prompts, kept, strict=True)]
+    return [], sequences, [[False] * len(start) + mask for start, mask in zip(kept_prompts, kept_masks, strict=True)]
+
+
+def _checked(
+    prompt: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[bool]] | None,
+    preferences: Sequence[tuple[int, int]],
+    equal_reason: str,
+    ref_logps: Sequence[float] | None = None,
+) -> TokenizedGroup:
+    """The group, after the checks that hold before and after truncation.
+
+    Without a prompt token (and without a BOS) nothing predicts a response's first token: it is kept and not scored.
+    """
+    if any(list(responses[chosen]) == list(responses[rejected]) for chosen, rejected in preferences):
+        raise BadRow(equal_reason)
+    if not prompt:
+        masks = masks if masks is not None else [[True] * len(response) for response in responses]
+        masks = [[False, *list(mask)[1:]] for mask in masks]
+        if not all(any(mask) for mask in masks):
+            raise BadRow("empty prompt")
+    elif masks is not None and not all(any(mask) for mask in masks):
+        raise BadRow("no token of a response is scored")
+    return TokenizedGroup(prompt, responses, masks, ref_logps, preferences)
+
+
+def _is_empty(response: str | list[Message]) -> bool:
+    if isinstance(response, str):
+        return not response.strip()
+    return not any(message["content"].strip() or message.get("tool_calls") for message in response)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _encode_text(row: PreferenceRow, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+    """Prompt and whole sequences, each with the tokens that the tokenizer puts first; sequences end in one EOS."""
+    first = _leading_special_ids(tokenizer)
+    prompt = _begin_once(first, _ids(tokenizer, str(row.prompt)), tokenizer)
+    sequences = [_begin_once(first, _ids(tokenizer, f"{row.prompt}{r}"), tokenizer) for r in row.responses]
+    return prompt, [_end_once(sequence, tokenizer) for sequence in sequences]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _leading_special_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text, such as [BOS]. Seen on an example: classes and files disagree on flags."""
+    bare = _ids(tokenizer, "a")
+    full = list(tokenizer("a", verbose=False)["input_ids"])
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start]
+    return []
+
+
+def _begin_once(first: list[int], ids: list[int], tokenizer: Any) -> list[int]:
+    """`first + ids`, without the BOS that the text itself may already start with."""
+    bos = tokenizer.bos_token_id
+    while first and first[-1] == bos and ids and ids[0] == bos:
+        ids = ids[1:]
+    return first + ids
+
+
+def _end_once(ids: list[int], tokenizer: Any) -> list[int]:
+    """`ids` with exactly one EOS at the end, if the tokenizer knows one."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        return ids
+    end = len(ids)
+    while end > 0 and ids[end - 1] == eos:
+        end -= 1
+    return [*ids[:end], eos]
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def _encode_messages(
+    row: PreferenceRow, tokenizer: Any, template_kwargs: dict[str, Any]
+) -> tuple[list[int], list[list[int]]]:
+    """Prompt with the generation prompt, and whole conversations. The template says what BOS there is."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "tokenizer must have a chat template for rows of messages, got none: set tokenizer.chat_template, "
+            "or give the rows as text (prompt, chosen, rejected)"
+        )
+    if not row.prompt:
+        raise BadRow("empty prompt")
+    prompt = _templated(row.prompt, tokenizer, add_generation_prompt=True, **template_kwargs)
+    sequences = []
+    for response in row.responses:
+        messages = [*row.prompt, *_without_final_eos(response, tokenizer)]
+        sequences.append(_close_turn(_templated(messages, tokenizer, **template_kwargs), tokenizer))
+    return prompt, sequences
+
+
+def _templated(messages: Any, tokenizer: Any, **kwargs: Any) -> list[int]:
+    from jinja2 import TemplateError
+
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, tokenizer_kwargs={"verbose": False}, **kwargs
+        )
+    except TemplateError as error:
+        raise BadRow(f"the chat template refuses the messages ({error})") from None
+    ids = list(encoded["input_ids"])
+    bos = tokenizer.bos_token_id
+    while bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    return ids
+
+
+def _without_final_eos(messages: Any, tokenizer: Any) -> list[Message]:
+    """The messages, without an EOS that the last one spells out: the template, or `_close_turn`, adds it."""
+    eos, last = tokenizer.eos_token, messages[-1]
+    if not eos or not last["content"].endswith(eos):
+        return list(messages)
+    return [*messages[:-1], {**last, "content": last["content"].removesuffix(eos)}]
+
+
+def _close_turn(ids: list[int], tokenizer: Any) -> list[int]:
+    """`ids`, with an EOS unless the template has ended the turn by a special token (EOS, <|im_end|>, ...) of its own.
+
+    White space may follow that token: many templates end in EOS and a newline, which stays, as in TRL.
+    """
+    eos = tokenizer.eos_token_id
+    special = set(tokenizer.all_special_ids)
+    special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    for last in reversed(ids):
+        if last in special:
+            return ids
+        if tokenizer.decode([last]).strip():
+            break
+    return ids if eos is None else [*ids, eos]
