@@ -42,8 +42,8 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states, lm_head_weight, bias, labels, head, engine, dtype):  # type: ignore[override]
         with torch.autocast(hidden_states.device.type, enabled=False):
-            cast = _cast(dtype, hidden_states, lm_head_weight, bias)
-            values = engine.forward(*cast, labels, head)
+            bias_cast = None if bias is None else bias.to(dtype)
+            values = engine.forward(hidden_states.to(dtype), lm_head_weight.to(dtype), bias_cast, labels, head)
         # Saves the originals, not the casts: under autocast a second copy of the head would live until backward.
         ctx.save_for_backward(hidden_states, lm_head_weight, bias, labels, values["lse"])
         ctx.head, ctx.engine, ctx.dtype = head, engine, dtype
@@ -55,15 +55,12 @@ class _LinearLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logps, *_):  # type: ignore[override]
         hidden_states, lm_head_weight, bias, labels, lse = ctx.saved_tensors
-        wanted = zip((hidden_states, lm_head_weight, bias), ctx.needs_input_grad[:3], strict=True)
-        grad_dtypes = tuple(x.dtype if needed else None for x, needed in wanted)
+        inputs = (hidden_states, lm_head_weight, bias)
+        grad_dtypes = [x.dtype if needed else None for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)]
         with torch.autocast(hidden_states.device.type, enabled=False):
-            cast = _cast(ctx.dtype, hidden_states, lm_head_weight, bias)
+            hidden_cast, weight_cast = hidden_states.to(ctx.dtype), lm_head_weight.to(ctx.dtype)
+            bias_cast = None if bias is None else bias.to(ctx.dtype)
             row_scale = (grad_logps * -ctx.head.logit_scale).masked_fill_(labels == IGNORE_INDEX, 0.0)
-            logit_grads = ctx.engine.logit_grads(*cast, labels, lse, ctx.head)
-            grads = head_gradients(logit_grads, cast[0], cast[1], row_scale, grad_dtypes)
+            logit_grads = ctx.engine.logit_grads(hidden_cast, weight_cast, bias_cast, labels, lse, ctx.head)
+            grads = head_gradients(logit_grads, hidden_cast, weight_cast, row_scale, *grad_dtypes)
         return (*grads, None, None, None, None)
-
-
-def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.to(dtype) for x in tensors]

@@ -33,9 +33,10 @@ def head_gradients(
     hidden_states: Tensor,  # (T, H)
     lm_head_weight: Tensor,  # (V, H)
     row_scale: Tensor,  # (T,) c in eq. (10), fp32 or fp64; 0 in ignored rows
-    grad_dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],  # of dH, dW, db; None: not wanted
+    hidden_dtype: torch.dtype | None,  # of dH; None: not wanted
+    weight_dtype: torch.dtype | None,  # of dW
+    bias_dtype: torch.dtype | None,  # of db
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    hidden_dtype, weight_dtype, bias_dtype = grad_dtypes
     tiling = logit_grads.tiling
     acc_dtype = accumulator_dtype(hidden_states.dtype)
     device = hidden_states.device

@@ -33,7 +33,7 @@ class Tiling:
         """Blocks of at most `max_elements` logits, `block_rows` high, as wide as that leaves room for.
 
         Examples:
-            `Tiling.within(1000, 32000, 256, 2**20)` has blocks of 256 x 4000: eight alike beat seven of 4096 and a rest.
+            `within(1000, 32000, 256, 2**20)` has blocks of 256 x 4000: eight alike, not seven of 4096 and a rest.
         """
         block_rows = max(1, min(num_rows, block_rows))
         num_blocks = -(-num_vocab * block_rows // max_elements)

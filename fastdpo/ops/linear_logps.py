@@ -67,8 +67,8 @@ def linear_logps(
 
     if impl == "reference":
         with torch.autocast(hidden_states.device.type, enabled=False):
-            tensors = [None if x is None else x.to(dtype) for x in (hidden_states, lm_head_weight, bias)]
-            return reference_linear_logps(*tensors, labels, head.logit_scale, head.softcap, outputs)  # type: ignore[arg-type]
+            bias_cast = None if bias is None else bias.to(dtype)
+            return reference_linear_logps(hidden_states.to(dtype), lm_head_weight.to(dtype), bias_cast, labels, head)
     engine = TILED if impl == "tiled" else _triton_engine()
     if impl == "tiled" and labels.device.type == "cpu":
         kept = (labels != IGNORE_INDEX).nonzero()[:, 0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdpo.ops.head import Head
 from fastdpo.types import IGNORE_INDEX, TokenLogps
 
 
@@ -16,32 +17,31 @@ def reference_linear_logps(
     lm_head_weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (T,) int64
-    logit_scale: float,
-    softcap: float | None,
-    outputs: tuple[str, ...],
+    head: Head,
 ) -> TokenLogps:
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     logits = hidden_states.to(dtype) @ lm_head_weight.to(dtype).T  # (T, V): the tensor the fast paths never build
     if bias is not None:
         logits = logits + bias.to(dtype)
-    logits = logits * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits * head.logit_scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
 
     num_vocab = logits.shape[-1]
     keep = labels != IGNORE_INDEX
     in_vocab = (labels >= 0) & (labels < num_vocab)
-    picked = logits.gather(-1, labels.clamp(0, num_vocab - 1)[:, None])[:, 0].where(in_vocab, torch.nan)
+    column = labels.clamp(0, num_vocab - 1)[:, None]
+    label_logits = logits.gather(-1, column)[:, 0].where(in_vocab, torch.nan)
     all_logps = logits.log_softmax(-1)
-    logps = all_logps.gather(-1, labels.clamp(0, num_vocab - 1)[:, None])[:, 0].where(in_vocab, torch.nan)
+    logps = all_logps.gather(-1, column)[:, 0].where(in_vocab, torch.nan)
 
     probs = all_logps.detach().exp()
     statistics = {
         "lse": lambda: logits.logsumexp(-1),
         "entropy": lambda: -torch.where(probs > 0, probs * all_logps, 0.0).sum(-1),
         "mean_logits": lambda: logits.mean(-1),
-        "is_top1": lambda: picked >= logits.amax(-1),
+        "is_top1": lambda: label_logits >= logits.amax(-1),
         "log_sum_sq_probs": lambda: (2 * all_logps).logsumexp(-1),
     }
-    values = {name: statistics[name]().detach() for name in outputs}
+    values = {name: statistics[name]().detach() for name in head.outputs}
     return TokenLogps(logps.where(keep, 0.0), **{name: value * keep for name, value in values.items()})

@@ -45,7 +45,7 @@ def sequence_logps(
         tokens whose label is not IGNORE_INDEX, whatever their weight; tokens, the TokenLogps over the T rows. Both sums
         and tokens.logps are differentiable.
     Raises:
-        ValueError: as `linear_logps`, and where cu_seqlens, rows or weights do not fit (values are read on the CPU only).
+        ValueError: as `linear_logps`, and where cu_seqlens, rows or weights do not fit (values: CPU only).
     """
     check_head(hidden_states, lm_head_weight, labels, bias)
     check_sequences(cu_seqlens, rows, weights, labels)

@@ -126,7 +126,7 @@ class TiledLogitGrads:
         self.second = _scratch(self.tiling, lse) if head.softcap is not None else None
 
     def tile(self, rows: slice, vocab: slice, weight: Tensor) -> Tensor:
-        """(block_rows, block_vocab), valid until the next call, in the dtype of `weight`, which is operand(W[vocab])."""
+        """(block_rows, block_vocab), valid until the next call, in the dtype of `weight`, the operand of W[vocab]."""
         probs = _tile(self.scratch, rows, vocab)
         lse = self.lse[rows, None]
         bias = None if self.bias is None else self.bias[vocab]
@@ -162,7 +162,7 @@ def _fill_logits(out: Tensor, hidden_states: Tensor, weight_t: Tensor, bias: Ten
 
 
 def _label_columns(labels: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
-    """Where in this vocabulary block each row's label is, (rows, 1), clamped, and whether it is there at all, (rows,)."""
+    """Each row's label as a column of this vocabulary block, (rows, 1), clamped; and whether it is in it, (rows,)."""
     column = labels - vocab.start
     width = vocab.stop - vocab.start
     return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
