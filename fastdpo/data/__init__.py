@@ -1,1 +1,1 @@
-"""From files to packed batches: loading -> formats -> tokenization -> prepare (with its report) -> packing; synthetic data."""
+"""From files to packed batches: loading, then formats, tokenization and prepare (with its report), then packing."""

@@ -11,25 +11,24 @@ Messages keep their further keys (name, tool_calls, ...); `template_kwargs` read
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastdpo.data.values import (
+    BadRow,
+    as_messages,
+    as_text,
+    common_prefix_length,
+    holds_messages,
+    without_nones,
+)
 from fastdpo.types import Message, PreferenceRow
 
 Example = Mapping[str, Any]
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}  # ShareGPT's names
 HUMAN_TURN, ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"
-
-
-class BadRow(ValueError):
-    """One row that cannot be used. `reason` is the same for all rows with that fault, so that it can be counted."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,9 @@ def sft_row(example: Example) -> PreferenceRow:
 
 def template_kwargs(example: Example) -> dict[str, Any]:
     """What a row gives to the chat template: `tools` (a list, or JSON text of one) and `chat_template_kwargs`."""
-    kwargs = dict(_without_nones(example.get("chat_template_kwargs") or {}))
+    kwargs = without_nones(example.get("chat_template_kwargs") or {})
+    if not isinstance(kwargs, dict):
+        raise BadRow("chat_template_kwargs is not an object")
     tools = example.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
@@ -71,16 +72,8 @@ def template_kwargs(example: Example) -> dict[str, Any]:
         except json.JSONDecodeError:
             raise BadRow("tools is not JSON") from None
     if tools:
-        kwargs["tools"] = _without_nones(tools)
+        kwargs["tools"] = without_nones(tools)
     return kwargs
-
-
-def common_prefix_length(items: Sequence[Any], other: Sequence[Any]) -> int:
-    """Number of leading characters, messages or tokens that both share."""
-    for position, (a, b) in enumerate(zip(items, other, strict=False)):
-        if a != b:
-            return position
-    return min(len(items), len(other))
 
 
 def _read(example: Example, formats: tuple[RowFormat, ...]) -> PreferenceRow:
@@ -110,10 +103,10 @@ def explicit_prompt(example: Example) -> PreferenceRow:
     UltraFeedback's releases) only repeats the question and is not used.
     """
     prompt, responses = example["prompt"], (example["chosen"], example["rejected"])
-    if not any(_holds_messages(value) for value in (prompt, *responses)):
-        return PreferenceRow(_text(prompt, "prompt"), tuple(_text(r, "response") for r in responses))
-    question = _messages(prompt, "user", "prompt")
-    answers = [_messages(response, "assistant", "response") for response in responses]
+    if not any(holds_messages(value) for value in (prompt, *responses)):
+        return PreferenceRow(as_text(prompt, "prompt"), tuple(as_text(r, "response") for r in responses))
+    question = as_messages(prompt, "user", "prompt")
+    answers = [as_messages(response, "assistant", "response") for response in responses]
     if all(answer[: len(question)] == question for answer in answers):
         return PreferenceRow(question, tuple(answer[len(question) :] for answer in answers))
     if isinstance(prompt, str) and all(answer and answer[0]["role"] in ("system", "user") for answer in answers):
@@ -124,10 +117,10 @@ def explicit_prompt(example: Example) -> PreferenceRow:
 def implicit_prompt(example: Example) -> PreferenceRow:
     """Both sides whole: HH transcripts, messages, or text. The prompt is their common start."""
     chosen, rejected = example["chosen"], example["rejected"]
-    if _holds_messages(chosen) or _holds_messages(rejected):
-        sides = [_messages(side, "assistant", "response") for side in (chosen, rejected)]
+    if holds_messages(chosen) or holds_messages(rejected):
+        sides = [as_messages(side, "assistant", "response") for side in (chosen, rejected)]
         return _split_conversations(*sides)
-    chosen, rejected = _text(chosen, "response"), _text(rejected, "response")
+    chosen, rejected = as_text(chosen, "response"), as_text(rejected, "response")
     start = _common_transcript(chosen, rejected) or _common_text(chosen, rejected)
     return PreferenceRow(start, (chosen[len(start) :], rejected[len(start) :]))
 
@@ -135,7 +128,7 @@ def implicit_prompt(example: Example) -> PreferenceRow:
 def llms_from_scratch(example: Example) -> PreferenceRow:
     """Raschka's "LLMs from scratch", and Alpaca-like pairs: a task, optionally its input. `output` is ignored."""
     return PreferenceRow(
-        _task_prompt(example), tuple(_text(example[side], "response") for side in ("chosen", "rejected"))
+        _task_prompt(example), tuple(as_text(example[side], "response") for side in ("chosen", "rejected"))
     )
 
 
@@ -143,30 +136,30 @@ def llama_factory(example: Example) -> PreferenceRow:
     """LLaMA-Factory's ShareGPT-like pairs: messages of `from` and `value`, one answer per side."""
     prompt = _conversation(example)
     return PreferenceRow(
-        prompt, tuple(_messages(example[side], "assistant", "response") for side in ("chosen", "rejected"))
+        prompt, tuple(as_messages(example[side], "assistant", "response") for side in ("chosen", "rejected"))
     )
 
 
 def llama_factory_v1(example: Example) -> PreferenceRow:
     """LLaMA-Factory's v1: two whole conversations, content in parts. The common start counts, not `loss_weight`."""
     return _split_conversations(
-        *(_messages(example[side], "assistant", "response") for side in ("chosen_messages", "rejected_messages"))
+        *(as_messages(example[side], "assistant", "response") for side in ("chosen_messages", "rejected_messages"))
     )
 
 
 def prompt_completion(example: Example) -> PreferenceRow:
     """Text or messages, mixed as in `explicit_prompt`."""
     prompt, completion = example["prompt"], example["completion"]
-    if not (_holds_messages(prompt) or _holds_messages(completion)):
-        return PreferenceRow(_text(prompt, "prompt"), (_text(completion, "response"),), preferences=())
+    if not (holds_messages(prompt) or holds_messages(completion)):
+        return PreferenceRow(as_text(prompt, "prompt"), (as_text(completion, "response"),), preferences=())
     return PreferenceRow(
-        _messages(prompt, "user", "prompt"), (_messages(completion, "assistant", "response"),), preferences=()
+        as_messages(prompt, "user", "prompt"), (as_messages(completion, "assistant", "response"),), preferences=()
     )
 
 
 def messages_sft(example: Example) -> PreferenceRow:
     """One conversation; its last assistant message is the response, all before it the prompt."""
-    return _last_answer(_messages(example["messages"], "user", "response"))
+    return _last_answer(as_messages(example["messages"], "user", "response"))
 
 
 def conversations_sft(example: Example) -> PreferenceRow:
@@ -176,12 +169,12 @@ def conversations_sft(example: Example) -> PreferenceRow:
 
 def alpaca_sft(example: Example) -> PreferenceRow:
     """A task, optionally its input, and its output."""
-    return PreferenceRow(_task_prompt(example), (_text(example["output"], "response"),), preferences=())
+    return PreferenceRow(_task_prompt(example), (as_text(example["output"], "response"),), preferences=())
 
 
 def text_sft(example: Example) -> PreferenceRow:
     """Plain text: no prompt, every token is learnt."""
-    return PreferenceRow("", (_text(example["text"], "response"),), preferences=())
+    return PreferenceRow("", (as_text(example["text"], "response"),), preferences=())
 
 
 FORMATS = (  # the first whose columns are all there wins
@@ -203,15 +196,9 @@ SFT_FORMATS = (
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def _text(value: Any, field: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"{field} is not text")
-    return value
-
-
 def _task_prompt(example: Example) -> str:
     """Alpaca's headings, without its preamble: the same words before every task would only cost tokens."""
-    task, task_input = _text(example["instruction"], "prompt"), _text(example.get("input") or "", "prompt")
+    task, task_input = as_text(example["instruction"], "prompt"), as_text(example.get("input") or "", "prompt")
     middle = f"### Input:\n{task_input}\n\n" if task_input else ""
     return f"### Instruction:\n{task}\n\n{middle}### Response:\n"
 
@@ -240,58 +227,10 @@ def _common_transcript(chosen: str, rejected: str) -> str:
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 
-def _holds_messages(value: Any) -> bool:
-    return isinstance(value, (list, Mapping))
-
-
-def _messages(value: Any, role: str, field: str) -> list[Message]:
-    """Messages from a list of them, from one message, or from text, which `role` then says."""
-    values = value if isinstance(value, list) else [value]
-    return [_message(item, role, field) for item in values]
-
-
-def _message(value: Any, role: str, field: str) -> Message:
-    """{"role", "content" as text, and further keys that are not None}, from role/content or ShareGPT's from/value."""
-    if not isinstance(value, Mapping):
-        return {"role": role, "content": _text(value, field)}
-    speaker = value.get("role") or value.get("from")
-    if not isinstance(speaker, str):
-        raise BadRow("message without role")
-    rest = {k: v for k, v in value.items() if k not in ("role", "content", "from", "value", "loss_weight")}
-    content = value.get("value") if value.get("content") is None else value["content"]
-    if content is None and rest.get("tool_calls"):
-        content = ""
-    return {"role": ROLES.get(speaker, speaker), "content": _content(content, field), **_without_nones(rest)}
-
-
-def _content(value: Any, field: str) -> str:
-    """Text, or the joined text of parts {"type": "text", "text" or "value": "..."}."""
-    if not isinstance(value, list):
-        return _text(value, field)
-    kinds = {part.get("type") if isinstance(part, Mapping) else None for part in value}
-    if any(isinstance(kind, str) and kind.startswith(("image", "video", "audio", "input_audio")) for kind in kinds):
-        raise ValueError(
-            f"message content must be text, got parts of type {sorted(map(str, kinds))}; "
-            "vision and audio models are not supported"
-        )
-    if kinds - {"text"}:
-        raise BadRow(f"{field} is not text")
-    return "".join(
-        _text(part.get("text") if part.get("text") is not None else part.get("value"), field) for part in value
-    )
-
-
-def _without_nones(value: Any) -> Any:
-    """Arrow fills the keys that a row lacks with None; templates would take them as given."""
-    if isinstance(value, Mapping):
-        return {k: _without_nones(v) for k, v in value.items() if v is not None}
-    return [_without_nones(item) for item in value] if isinstance(value, list) else value
-
-
 def _conversation(example: Example) -> list[Message]:
     system = example.get("system")
-    start = [{"role": "system", "content": _text(system, "prompt")}] if system else []
-    return start + _messages(example["conversations"], "user", "prompt")
+    start = [{"role": "system", "content": as_text(system, "prompt")}] if system else []
+    return start + as_messages(example["conversations"], "user", "prompt")
 
 
 def _split_conversations(chosen: list[Message], rejected: list[Message]) -> PreferenceRow:

@@ -47,13 +47,18 @@ def dataset_from_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     """A Dataset of `rows`. Where common columns cannot hold them (other keys, other types), one column of JSON does."""
     from datasets import Dataset
 
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"dataset rows must be dicts, got {_shown(row)} as row {number}")
+    if not rows:
+        return Dataset.from_dict({})
     names = list(rows[0])
     if all(row.keys() == rows[0].keys() for row in rows):
         try:
             return Dataset.from_dict({name: [row[name] for row in rows] for name in names})
         except (ValueError, TypeError, OverflowError):  # Arrow's own are subclasses
             pass
-    return Dataset.from_dict({ROW_JSON: [json.dumps(row, ensure_ascii=False) for row in rows]})
+    return Dataset.from_dict({ROW_JSON: [json.dumps(row) for row in rows]})
 
 
 def raw_example(example: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,16 +12,18 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastdpo.data.formats import BadRow, preference_row, sft_row, template_kwargs
+from fastdpo.data.formats import preference_row, sft_row, template_kwargs
 from fastdpo.data.loading import dataset_from_rows, raw_example
 from fastdpo.data.report import DataReport, TokenStats
 from fastdpo.data.tokenization import TokenizationSettings, encode_row, truncate
+from fastdpo.data.values import BadRow
 from fastdpo.types import TokenizedGroup
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 GROUP_COLUMNS = ("prompt_ids", "responses", "loss_masks", "ref_logps", "preferences")
+MEDIA_FEATURES = ("Image(", "Video(", "Audio(")  # refused before a row is read, which would decode them
 STATE_COLUMNS = ("bad_row", "is_truncated", "is_merged", "num_prompt_tokens", "num_response_tokens")
 
 
@@ -82,21 +84,17 @@ def group_from_columns(example: Mapping[str, Any]) -> TokenizedGroup:
 
 
 def _prepare(
-    dataset: Any, tokenizer: Any, settings: TokenizationSettings, *, is_sft: bool, num_proc: Any, desc: Any
-) -> Any:
-    from datasets import Dataset
-
+    dataset: Any,
+    tokenizer: Any,
+    settings: TokenizationSettings,
+    *,
+    is_sft: bool,
+    num_proc: int | None,
+    desc: str | None,
+) -> tuple[Dataset, DataReport]:
     if hasattr(tokenizer, "image_processor") or not callable(tokenizer):
         raise ValueError(f"tokenizer must be a text tokenizer, got {type(tokenizer).__name__}")
-    if isinstance(dataset, Sequence) and not isinstance(dataset, str):
-        dataset = dataset_from_rows(dataset) if len(dataset) > 0 else Dataset.from_dict({})
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            "dataset must be a datasets.Dataset (one split, not streamed) or a list of dicts, "
-            f"got {type(dataset).__name__}"
-        )
-    if len(dataset) == 0:
-        raise ValueError("dataset must hold at least one row, got none")
+    dataset = _checked_dataset(dataset)
     prepared = dataset.map(
         _prepare_example,
         with_indices=True,
@@ -113,6 +111,23 @@ def _prepare(
         dropped = {row for rows in report.dropped.values() for row in rows}
         prepared = prepared.select([row for row in range(len(prepared)) if row not in dropped])
     return prepared.select_columns(list(GROUP_COLUMNS)), report
+
+
+def _checked_dataset(dataset: Any) -> Dataset:
+    """The dataset as a Dataset that has rows and no column of images, video or audio."""
+    from datasets import Dataset
+
+    if isinstance(dataset, (list, tuple)):
+        dataset = dataset_from_rows(dataset)
+    if not isinstance(dataset, Dataset):
+        kind = type(dataset).__name__
+        raise ValueError(f"dataset must be a datasets.Dataset (one split, not streamed) or a list of dicts, got {kind}")
+    media = [name for name, kind in dataset.features.items() if any(word in repr(kind) for word in MEDIA_FEATURES)]
+    if media:
+        raise ValueError(f"dataset must hold text only, got the columns {media}; vision and audio are not supported")
+    if len(dataset) == 0:
+        raise ValueError("dataset must hold at least one row, got none")
+    return dataset
 
 
 def _features() -> Any:
@@ -164,15 +179,23 @@ def _prepare_example(
 
 def _encode(example: Mapping[str, Any], tokenizer: Any, is_sft: bool) -> tuple[TokenizedGroup, bool]:
     if "prompt_ids" in example and ("responses" in example or {"chosen_ids", "rejected_ids"} <= example.keys()):
-        try:
-            group = group_from_columns(example)
-        except (TypeError, ValueError):
-            raise BadRow("empty response") from None
-        if is_sft:
-            group = TokenizedGroup(group.prompt_ids, group.responses[:1], preferences=())
-        return group, False
+        return _tokenized_group(example, is_sft), False
     row = sft_row(example) if is_sft else preference_row(example)
     return encode_row(row, tokenizer, template_kwargs(example))
+
+
+def _tokenized_group(example: Mapping[str, Any], is_sft: bool) -> TokenizedGroup:
+    responses = example["responses"] if "responses" in example else [example["chosen_ids"], example["rejected_ids"]]
+    if example["prompt_ids"] is None or responses is None or any(response is None for response in responses):
+        raise BadRow("response is not a list of token ids")
+    if any(len(response) == 0 for response in responses):
+        raise BadRow("empty response")
+    group = group_from_columns(example)
+    if not is_sft:
+        return group
+    chosen = group.preferences[0][0] if group.preferences else 0
+    masks = None if group.loss_masks is None else [group.loss_masks[chosen]]
+    return TokenizedGroup(group.prompt_ids, [group.responses[chosen]], masks, preferences=())
 
 
 def _num_context_tokens(group: TokenizedGroup, index: int) -> int:

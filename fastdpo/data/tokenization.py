@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdpo.data.formats import BadRow, common_prefix_length
+from fastdpo.data.values import BadRow, common_prefix_length
 from fastdpo.types import Message, PreferenceRow, TokenizedGroup
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -92,38 +92,32 @@ def truncate(group: TokenizedGroup, settings: TokenizationSettings) -> Tokenized
     max_length 4: prompt 1 2 3, chosen 4, rejected 5 6 gives 1 2 3 4 and 2 3 5 6, stored without a prompt, masks F F F T
     and F F T T.
     """
-    prompt = list(group.prompt_ids)
-    limit, keep_end = settings.max_prompt_length, settings.truncation_mode == "keep_end"
+    keep_end = settings.truncation_mode == "keep_end"
+    limit, length = settings.max_prompt_length, settings.max_length
+    prompt, responses, masks = list(group.prompt_ids), group.responses, group.loss_masks
+    equal_reason = "chosen equals rejected"
     if limit is not None and len(prompt) > limit:
         prompt = prompt[-limit:] if keep_end else prompt[:limit]
-    masks = group.loss_masks
-    responses = [list(response) for response in group.responses]
-    length = settings.max_length
-    if length is None or len(prompt) + max(map(len, responses)) <= length:
-        if len(prompt) == len(group.prompt_ids):
-            return group
-        return _checked(prompt, responses, masks, group.preferences, "chosen equals rejected", group.ref_logps)
-    if not keep_end:
-        if len(prompt) >= length:
+    if length is not None and len(prompt) + max(map(len, responses)) > length:
+        equal_reason = "chosen equals rejected after truncation"
+        if keep_end:
+            prompt, responses, masks = _keep_ends(prompt, responses, masks, length)
+        elif len(prompt) >= length:
             raise BadRow("prompt fills max_length")
-        room = length - len(prompt)
-        responses = [response[:room] for response in responses]
-        masks = [list(mask)[:room] for mask in masks] if masks is not None else None
-    else:
-        prompt, responses, masks = _keep_ends(prompt, responses, masks, length)
-    return _checked(
-        prompt, responses, masks, group.preferences, "chosen equals rejected after truncation", group.ref_logps
-    )
+        else:
+            responses = [list(response)[: length - len(prompt)] for response in responses]
+            masks = [list(mask)[: length - len(prompt)] for mask in masks] if masks is not None else None
+    return _checked(prompt, responses, masks, group.preferences, equal_reason, group.ref_logps)
 
 
 def _keep_ends(
-    prompt: list[int], responses: list[list[int]], masks: Sequence[Sequence[bool]] | None, length: int
-) -> tuple[list[int], list[list[int]], Sequence[Sequence[bool]] | None]:
+    prompt: list[int], responses: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]] | None, length: int
+) -> tuple[list[int], Sequence[Sequence[int]], Sequence[Sequence[bool]] | None]:
     """The last `length` tokens of every sequence; the prompt stays apart only if all keep the same part of it."""
     full_masks = masks if masks is not None else [[True] * len(response) for response in responses]
     cuts = [max(0, len(prompt) + len(response) - length) for response in responses]
     kept_prompts = [prompt[cut:] for cut in cuts]
-    kept = [response[max(0, cut - len(prompt)) :] for cut, response in zip(cuts, responses, strict=True)]
+    kept = [list(response)[max(0, cut - len(prompt)) :] for cut, response in zip(cuts, responses, strict=True)]
     kept_masks = [list(mask)[-len(response) :] for mask, response in zip(full_masks, kept, strict=True)]
     if all(len(kept_prompt) == len(kept_prompts[0]) for kept_prompt in kept_prompts):
         return kept_prompts[0], kept, None if masks is None else kept_masks
@@ -257,11 +251,9 @@ def _close_turn(ids: list[int], tokenizer: Any) -> list[int]:
     White space may follow that token: many templates end in EOS and a newline, which stays, as in TRL.
     """
     eos = tokenizer.eos_token_id
-    special = set(tokenizer.all_special_ids)
-    special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
     for last in reversed(ids):
-        if last in special:
-            return ids
         if tokenizer.decode([last]).strip():
+            if not tokenizer.decode([last], skip_special_tokens=True).strip():
+                return ids
             break
     return ids if eos is None else [*ids, eos]
