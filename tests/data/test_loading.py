@@ -1,0 +1,113 @@
+import gzip
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from fastdpo.data.formats import preference_row
+from fastdpo.data.loading import load_preference_dataset, raw_example
+
+ROWS = [{"prompt": f"Q{i}?", "chosen": f" é{i}", "rejected": " 否"} for i in range(3)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("array.json", json.dumps(ROWS, indent=1)),
+        ("lines.json", LINES),
+        ("lines.jsonl", LINES.replace("\n", "\r\n\r\n")),  # blank lines and Windows line ends are no rows
+        ("bom.jsonl", "\ufeff" + LINES),
+    ],
+)
+def test_json_files_load_as_arrays_and_as_lines_gzipped_or_not(tmp_path, name, text, compressed):
+    path = tmp_path / (name + ".gz" * compressed)
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if compressed else data)
+    assert list(load_preference_dataset(path)) == ROWS
+
+
+def test_parquet_and_saved_datasets_load(tmp_path):
+    dataset = Dataset.from_list(ROWS)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    dataset.save_to_disk(str(tmp_path / "one"))
+    DatasetDict({"train": dataset, "test": dataset.select([2])}).save_to_disk(str(tmp_path / "two"))
+    assert list(load_preference_dataset(str(tmp_path / "rows.parquet"))) == ROWS
+    assert list(load_preference_dataset(tmp_path / "one")) == ROWS
+    assert list(load_preference_dataset(tmp_path / "two", split="test")) == ROWS[2:]
+    with pytest.raises(ValueError, match=r"split must be one of \['test', 'train'\].*'eval'"):
+        load_preference_dataset(tmp_path / "two", split="eval")
+
+
+def test_a_directory_gives_the_files_of_the_split(tmp_path):
+    (tmp_path / "a.jsonl").write_text(LINES)
+    (tmp_path / "test.jsonl").write_text(json.dumps(ROWS[0]))
+    assert list(load_preference_dataset(tmp_path)) == ROWS
+    assert list(load_preference_dataset(tmp_path, split="test")) == ROWS[:1]
+    with pytest.raises(ValueError, match=r"files of the split 'eval'.*found: a.jsonl, test.jsonl"):
+        load_preference_dataset(tmp_path, split="eval")
+
+
+def test_rows_that_no_common_columns_hold_come_back_as_they_were(tmp_path):
+    rows = [
+        {"prompt": "Q", "chosen": "a", "rejected": "b"},
+        {"prompt": [{"role": "user", "content": "Q"}], "chosen": {"role": "assistant", "content": "a"}, "rejected": 5},
+        {"chosen": "xa", "rejected": "xb \ud83d"},
+    ]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    dataset = load_preference_dataset(path)
+    assert [raw_example(example) for example in dataset] == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"a": 1}\n\n{"a": 2,}\n', "malformed JSON in .*a.jsonl, line 3, column"),
+        ("a.json", '[{"a": 1},\n {"a": }]', "malformed JSON in .*a.json, line 2, column"),
+        ("a.json", '{\n "a": 1\n}', "must hold a list of objects or one object per line"),
+        ("a.json", "[1, 2]", "must hold a list of objects, got 1 as element 0"),
+        ("a.jsonl", '{"a": 1}\n"text"\n', 'must hold one object per line, got "text" in line 2'),
+        ("a.jsonl", "\n \n", "must not be empty"),
+        ("a.json", "[]", "at least one row"),
+        ("a.json", b'{"a": 1}\n{"a": "\xff"}', "must be UTF-8: .*, line 2"),
+        ("a.jsonl.gz", b"not gzip", "not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-12], "not a whole gzip file"),
+        ("a.parquet", b"not parquet", "not readable as Parquet"),
+        ("a.csv", "a,b", "must end in one of .json"),
+    ],
+)
+def test_faulty_files_are_refused_with_the_place_of_the_fault(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        load_preference_dataset(path)
+
+
+@pytest.mark.parametrize("path", ["no/such/file.jsonl", "./nothing", "/nowhere/at/all"])
+def test_a_missing_file_is_named(path):
+    with pytest.raises(ValueError, match=f"dataset file does not exist: {path}"):
+        load_preference_dataset(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_rows"),
+    [
+        ("llms-from-scratch-preference.json", 1100),
+        ("llama-factory-dpo-en-demo.json", 300),
+        ("llama-factory-dpo-zh-demo.json", 300),
+        ("llama-factory-v1-dpo-demo.jsonl", 10),
+        ("hh-rlhf-harmless-test-benign44.jsonl", 44),
+        ("torchtune-hh-rlhf-tiny.json", 1),
+    ],
+)
+def test_real_files_load_and_every_row_has_a_prompt_and_two_responses(shared_data, name, num_rows):
+    rows = [preference_row(raw_example(example)) for example in load_preference_dataset(shared_data / name)]
+    assert len(rows) == num_rows
+    for row in rows:
+        assert row.prompt
+        assert all(row.responses)
+        if row.is_conversational:
+            assert row.prompt[-1]["role"] in ("user", "tool")
+            assert [message["role"] for response in row.responses for message in response] == ["assistant"] * 2
