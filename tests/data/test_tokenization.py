@@ -1,7 +1,7 @@
 import copy
 
 import pytest
-from conftest import CHATML, byte_level_tokenizer
+from tiny_tokenizers import CHATML, byte_level_tokenizer
 
 from fastdpo.data.tokenization import TokenizationSettings, encode_row, tokenize_row, truncate
 from fastdpo.data.values import BadRow

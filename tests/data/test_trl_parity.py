@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-from conftest import CHATML, byte_level_tokenizer
 from datasets import Dataset
+from tiny_tokenizers import CHATML, byte_level_tokenizer
 
 from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset
 from fastdpo.data.tokenization import TokenizationSettings
