@@ -1,4 +1,4 @@
-"""The autograd node of the fast implementations. It keeps the (T,) `lse`, never logits; backward recomputes tiles.
+"""The autograd node of the fast implementations. It keeps (T,) numbers, never logits; backward recomputes tiles.
 
 In: validated tensors and the name of an engine. Out: per-row tensors, of which only `logps` is differentiable. Backward
 computes the gradients that `ctx.needs_input_grad` asks for and no others: a frozen head costs no dW.
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdpo.ops.gradients import LogitGrads, head_gradients
-from fastdpo.ops.head import Head
+from fastdpo.ops.head import Head, SplitLse
 from fastdpo.types import IGNORE_INDEX, TokenLogps
 
 
@@ -45,22 +45,24 @@ class _LinearLogps(torch.autograd.Function):
             bias_cast = None if bias is None else bias.to(dtype)
             values = engine.forward(hidden_states.to(dtype), lm_head_weight.to(dtype), bias_cast, labels, head)
         # Saves the originals, not the casts: under autocast a second copy of the head would live until backward.
-        ctx.save_for_backward(hidden_states, lm_head_weight, bias, labels, values["lse"])
+        ctx.save_for_backward(hidden_states, lm_head_weight, bias, labels, values["lse_whole"], values["lse_rest"])
         ctx.head, ctx.engine, ctx.dtype = head, engine, dtype
-        statistics = tuple(values[name].clone() if name == "lse" else values[name] for name in head.outputs)
+        statistics = tuple(values[name] for name in head.outputs)
         ctx.mark_non_differentiable(*statistics)
         return (values["logps"], *statistics)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps, *_):  # type: ignore[override]
-        hidden_states, lm_head_weight, bias, labels, lse = ctx.saved_tensors
+        hidden_states, lm_head_weight, bias, labels, *lse = ctx.saved_tensors
         inputs = (hidden_states, lm_head_weight, bias)
         grad_dtypes = [x.dtype if needed else None for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)]
         with torch.autocast(hidden_states.device.type, enabled=False):
             hidden_cast, weight_cast = hidden_states.to(ctx.dtype), lm_head_weight.to(ctx.dtype)
             bias_cast = None if bias is None else bias.to(ctx.dtype)
-            row_scale = (grad_logps * -ctx.head.logit_scale).masked_fill_(labels == IGNORE_INDEX, 0.0)
+            lse = SplitLse(*lse)
+            row_scale = grad_logps * -ctx.head.logit_scale * torch.exp(-lse.rest)
+            row_scale.masked_fill_(labels == IGNORE_INDEX, 0.0)
             logit_grads = ctx.engine.logit_grads(hidden_cast, weight_cast, bias_cast, labels, lse, ctx.head)
             grads = head_gradients(logit_grads, hidden_cast, weight_cast, row_scale, *grad_dtypes)
         return (*grads, None, None, None, None)

@@ -1,6 +1,7 @@
 """dH, dW and db from tiles of the logits' gradient, whoever fills the tiles.
 
-With `D = softmax(z) - onehot` times the derivative of the softcap, and `c_t = -g_t * logit_scale`, eq. (10) to (12):
+With `D = (softmax(z) - onehot) * exp(lse_rest)` times the derivative of the softcap, and
+`c_t = -g_t * logit_scale * exp(-lse_rest_t)`, eq. (9) to (12):
 
     dH = c * (D @ W)        dW = D.T @ (c * H)        db = D.T @ c
 

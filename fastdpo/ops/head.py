@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+ALWAYS = ("logps", "lse_whole", "lse_rest")  # what every forward pass returns, beside the statistics asked for
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,17 @@ class Head:
     logit_scale: float = 1.0
     softcap: float | None = None
     outputs: tuple[str, ...] = ()  # statistics asked for, out of TOKEN_OUTPUTS
+
+
+class SplitLse(NamedTuple):
+    """lse as an integer plus a rest, eq. (8): backward needs `z - lse` to more digits than one float of lse has.
+
+    In a row that gives one token nearly all its probability, lse = 80.3 is off by up to 4e-6, and so would be the
+    probability; z - 80 is exact, and the rest is a factor of the whole row.
+    """
+
+    whole: Tensor  # (T,) integers as floats
+    rest: Tensor  # (T,) in [-0.5, 0.5]
 
 
 @dataclass(frozen=True)

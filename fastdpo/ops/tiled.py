@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdpo.ops.head import Head, Tiling
+from fastdpo.ops.head import ALWAYS, Head, SplitLse, Tiling
 from fastdpo.ops.matmul import accumulator_dtype, matmul_into, operand
 from fastdpo.types import IGNORE_INDEX
 
@@ -35,7 +35,7 @@ def tiled_forward(
     labels: Tensor,  # (T,) int64
     head: Head,
 ) -> dict[str, Tensor]:
-    """`logps`, `lse` and the statistics in `head.outputs`, each (T,). A label outside [0, V) gives nan."""
+    """The values named in ALWAYS and in `head.outputs`, each (T,). A label outside [0, V) gives nan."""
     tiling = choose_tiling(hidden_states, lm_head_weight)
     state = _RowState(hidden_states, lm_head_weight, labels, head)
     scratch = _scratch(tiling, state.max)
@@ -94,19 +94,22 @@ class _RowState:
     def finish(self) -> dict[str, Tensor]:
         log_sum = self.sumexp.log()
         keep = self.labels != IGNORE_INDEX
+        lse_whole = (self.max + log_sum).round()
         values = {
             "logps": (self.label_logit - self.max) - log_sum,  # in this order: a peaked row keeps its small numbers
+            "lse_whole": lse_whole,
+            "lse_rest": (self.max - lse_whole) + log_sum,
             "lse": self.max + log_sum,
             "entropy": log_sum - self.sum_z_exp / self.sumexp,
             "mean_logits": self.sum_z / self.num_vocab,
             "is_top1": self.label_logit >= self.max,
             "log_sum_sq_probs": self.sum_sq_exp.log() - 2 * log_sum,
         }
-        return {name: values[name].where(keep, 0) for name in ("logps", "lse", *self.head.outputs)}
+        return {name: values[name].where(keep, 0) for name in (*ALWAYS, *self.head.outputs)}
 
 
 class TiledLogitGrads:
-    """Fills tiles of `(softmax(z) - onehot) * dz/dy`, eq. (9), by computing the logits once more."""
+    """Fills tiles of the logits' gradient, eq. (9), by computing the logits once more."""
 
     def __init__(
         self,
@@ -114,51 +117,46 @@ class TiledLogitGrads:
         lm_head_weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        lse: Tensor,
+        lse: SplitLse,
         head: Head,
     ):
         self.tiling = choose_tiling(hidden_states, lm_head_weight)
         self.hidden_states, self.bias, self.labels, self.head = hidden_states, bias, labels, head
         # exp(z - inf) = 0: an ignored row has no probabilities. A label outside the vocabulary makes its row nan.
         in_vocab = (labels >= 0) & (labels < lm_head_weight.shape[0])
-        self.lse = lse.where(in_vocab, torch.nan).masked_fill(labels == IGNORE_INDEX, torch.inf)
-        self.scratch = _scratch(self.tiling, lse)
-        self.second = _scratch(self.tiling, lse) if head.softcap is not None else None
+        self.lse_whole = lse.whole.where(in_vocab, torch.nan).masked_fill(labels == IGNORE_INDEX, torch.inf)
+        self.onehot = -lse.rest.exp()
+        self.scratch = _scratch(self.tiling, lse.whole)
+        self.second = _scratch(self.tiling, lse.whole) if head.softcap is not None else None
 
     def tile(self, rows: slice, vocab: slice, weight: Tensor) -> Tensor:
         """(block_rows, block_vocab), valid until the next call, in the dtype of `weight`, the operand of W[vocab]."""
-        probs = _tile(self.scratch, rows, vocab)
-        lse = self.lse[rows, None]
+        logits = _tile(self.scratch, rows, vocab)
         bias = None if self.bias is None else self.bias[vocab]
-        hidden_states = operand(self.hidden_states[rows])
-        softcap = self.head.softcap
+        slope = None if self.second is None else _tile(self.second, rows, vocab)
+        _fill_logits(logits, operand(self.hidden_states[rows]), weight.T, bias, self.head, slope)
+        probs = logits.sub_(self.lse_whole[rows, None]).exp_()
         column, inside = _label_columns(self.labels[rows], vocab)
-        if self.second is None or softcap is None:
-            if bias is None:
-                probs.copy_(-lse)
-            else:
-                torch.sub(bias.to(probs.dtype) * self.head.logit_scale, lse, out=probs)
-            matmul_into(probs, hidden_states, weight.T, alpha=self.head.logit_scale, beta=1.0)
-            probs.exp_()
-            probs.scatter_add_(1, column, -inside.to(probs.dtype)[:, None])
-        else:
-            logits = _tile(self.second, rows, vocab)
-            _fill_logits(logits, hidden_states, weight.T, bias, self.head)
-            torch.sub(logits, lse, out=probs).exp_()
-            probs.scatter_add_(1, column, -inside.to(probs.dtype)[:, None])
-            probs.mul_(logits.div_(softcap).square_().neg_().add_(1.0))
+        probs.scatter_add_(1, column, (self.onehot[rows] * inside)[:, None])
+        if slope is not None:
+            probs.mul_(slope)
         return probs.to(weight.dtype)
 
 
-def _fill_logits(out: Tensor, hidden_states: Tensor, weight_t: Tensor, bias: Tensor | None, head: Head) -> None:
-    """eq. (1) and (2) for one tile."""
+def _fill_logits(
+    out: Tensor, hidden_states: Tensor, weight_t: Tensor, bias: Tensor | None, head: Head, slope: Tensor | None = None
+) -> None:
+    """eq. (1) and (2) for one tile; into `slope`, where given, the derivative of the softcap."""
     if bias is None:
         matmul_into(out, hidden_states, weight_t, alpha=head.logit_scale)
     else:
         out.copy_(bias)
         matmul_into(out, hidden_states, weight_t, alpha=head.logit_scale, beta=head.logit_scale)
     if head.softcap is not None:
-        out.div_(head.softcap).tanh_().mul_(head.softcap)
+        out.div_(head.softcap).tanh_()
+        if slope is not None:
+            torch.mul(out, out, out=slope).neg_().add_(1.0)
+        out.mul_(head.softcap)
 
 
 def _label_columns(labels: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,80 @@
+"""The head op on the Triton kernels: forward in two launches, backward in vocabulary blocks of bounded size.
+
+In: validated tensors of one dtype. Out: as `fastdpo.ops.tiled`, whose twin this is. Backward is a hybrid: the kernel
+recomputes a block of the logits' gradient into a workspace, and the matmul library multiplies it with fp32 sums.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdpo.kernels import launch
+from fastdpo.kernels.backward import fill_logit_grads
+from fastdpo.kernels.forward import fused_forward as launch_forward
+from fastdpo.ops.head import Head, Tiling
+
+BLOCK_ROWS = 8192
+MAX_TILE_ELEMENTS = 2**25  # 64 MiB of bf16 gradients
+MAX_WEIGHT_ELEMENTS = 2**25  # 128 MiB for the fp32 sums of one block of dW
+
+
+def fused_forward(
+    hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | None, labels: Tensor, head: Head
+) -> dict[str, Tensor]:
+    """The values named in ALWAYS and in `head.outputs`, each (T,). A label outside [0, V) gives nan."""
+    with _device(hidden_states):
+        return launch_forward(hidden_states, lm_head_weight, bias, labels, head.logit_scale, head.softcap, head.outputs)
+
+
+class FusedLogitGrads:
+    """Fills tiles of the logits' gradient, eq. (9), by computing the logits once more."""
+
+    def __init__(
+        self,
+        hidden_states: Tensor,
+        lm_head_weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        lse: SplitLse,
+        head: Head,
+    ):
+        (num_rows, hidden_size), num_vocab = hidden_states.shape, lm_head_weight.shape[0]
+        block_rows = max(1, min(BLOCK_ROWS, num_rows))
+        max_elements = min(MAX_TILE_ELEMENTS, max(1, MAX_WEIGHT_ELEMENTS // hidden_size) * block_rows)
+        self.tiling = Tiling.within(num_rows, num_vocab, block_rows, max_elements)
+        self.hidden_states, self.lm_head_weight, self.labels, self.lse, self.head = (
+            hidden_states,
+            lm_head_weight,
+            labels.contiguous(),
+            lse,
+            head,
+        )
+        self.bias = None if bias is None else bias.contiguous()
+        workspace = (self.tiling.block_rows * self.tiling.block_vocab,)
+        self.workspace = launch.scratch(workspace, hidden_states, hidden_states.dtype)
+
+    def tile(self, rows: slice, vocab: slice, weight: Tensor) -> Tensor:
+        """(block_rows, block_vocab), valid until the next call, in the dtype of `weight`, the operand of W[vocab]."""
+        shape = (rows.stop - rows.start, vocab.stop - vocab.start)
+        tile = self.workspace[: shape[0] * shape[1]].view(shape)
+        with _device(tile):
+            fill_logit_grads(
+                tile,
+                self.hidden_states[rows],
+                self.lm_head_weight[vocab],
+                None if self.bias is None else self.bias[vocab],
+                self.labels[rows],
+                self.lse.whole[rows],
+                self.lse.rest[rows],
+                vocab.start,
+                self.lm_head_weight.shape[0],
+                self.head.logit_scale,
+                self.head.softcap,
+            )
+        return tile.to(weight.dtype)
+
+
+def _device(x: Tensor) -> torch.cuda.device:
+    """Triton launches on the current device: make it the one where `x` is. Does nothing for CPU tensors."""
+    return torch.cuda.device(x.device if x.is_cuda else -1)

@@ -1,0 +1,115 @@
+"""Backward of the head op: one tile of the logits' gradient, recomputed from hidden states, head weight and lse.
+
+In: what forward saw, and its lse. Out: `(softmax(z) - onehot) * exp(lse_rest) * dz/dy` over a row block times a
+vocabulary block, eq. (9), in a bounded workspace and the operands' dtype; `fastdpo.ops.gradients` multiplies it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from fastdpo.kernels.launch import Blocks, device_blocks
+from fastdpo.kernels.logits import scale_logits, tile_dot
+from torch import Tensor
+
+IGNORED = tl.constexpr(-100)  # IGNORE_INDEX
+
+
+@triton.jit
+def logit_grads_kernel(
+    out_ptr,  # (T, V), contiguous
+    hidden_ptr,  # (T, H)
+    weight_ptr,  # (V, H)
+    bias_ptr,  # (V,) or unused
+    labels_ptr,  # (T,) int64, ids of the whole vocabulary
+    lse_whole_ptr,  # (T,) fp32
+    lse_rest_ptr,  # (T,) fp32
+    T,  # rows of this block
+    V,  # vocabulary ids of this block
+    H,
+    first_vocab,  # id of column 0
+    num_vocab,  # of the whole vocabulary
+    stride_ht,
+    stride_hh,
+    stride_wv,
+    stride_wh,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP_T: tl.constexpr,
+):
+    program = tl.program_id(0)
+    num_row_blocks = tl.cdiv(T, BLOCK_T)
+    num_tiles = tl.cdiv(V, BLOCK_V)
+    group = program // (GROUP_T * num_tiles)
+    group_size = min(num_row_blocks - group * GROUP_T, GROUP_T)
+    within = program % (GROUP_T * num_tiles)
+    row_block = group * GROUP_T + within % group_size
+    tile = within // group_size
+
+    t = row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    v = tile.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    t_safe, v_safe = tl.minimum(t, T - 1), tl.minimum(v, V - 1)
+    acc = tile_dot(
+        hidden_ptr, weight_ptr, t_safe, v_safe, H, stride_ht, stride_hh, stride_wv, stride_wh, BLOCK_T, BLOCK_V, BLOCK_H
+    )
+    z, ratio = scale_logits(acc, bias_ptr, v_safe, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+
+    label = tl.load(labels_ptr + t_safe)  # (BLOCK_T,)
+    whole = tl.load(lse_whole_ptr + t_safe)
+    onehot = tl.exp(tl.load(lse_rest_ptr + t_safe))
+    keep = label != IGNORED
+    whole = tl.where((label >= 0) & (label < num_vocab), whole, float("nan"))  # a label outside the vocabulary
+    grad = tl.exp(z - whole[:, None])  # (BLOCK_T, BLOCK_V)
+    grad -= tl.where((first_vocab + v)[None, :] == label[:, None], onehot[:, None], 0.0)
+    if HAS_SOFTCAP:
+        grad *= 1.0 - ratio * ratio
+    grad = tl.where(keep[:, None], grad, 0.0)
+    mask = (t < T)[:, None] & (v < V)[None, :]
+    tl.store(out_ptr + t[:, None] * V + v[None, :], grad.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def fill_logit_grads(
+    out: Tensor,  # (block_rows, block_vocab), contiguous
+    hidden_states: Tensor,  # (block_rows, H)
+    weight: Tensor,  # (block_vocab, H)
+    bias: Tensor | None,  # (block_vocab,)
+    labels: Tensor,  # (block_rows,) int64
+    lse_whole: Tensor,  # (block_rows,) fp32
+    lse_rest: Tensor,  # (block_rows,) fp32
+    first_vocab: int,
+    num_vocab: int,
+    logit_scale: float,
+    softcap: float | None,
+    blocks: Blocks | None = None,
+) -> None:
+    block_t, block_v, block_h, num_warps, num_stages = blocks or device_blocks(hidden_states)
+    logit_grads_kernel[(triton.cdiv(out.shape[0], block_t) * triton.cdiv(out.shape[1], block_v),)](
+        out,
+        hidden_states,
+        weight,
+        labels if bias is None else bias,
+        labels,
+        lse_whole,
+        lse_rest,
+        *out.shape,
+        hidden_states.shape[1],
+        first_vocab,
+        num_vocab,
+        *hidden_states.stride(),
+        *weight.stride(),
+        logit_scale,
+        1.0 if softcap is None else softcap,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        BLOCK_T=block_t,
+        BLOCK_V=block_v,
+        BLOCK_H=block_h,
+        GROUP_T=8,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )

@@ -1,0 +1,67 @@
+"""The part that forward and backward share: one tile of logits, from hidden states and head weight to softcap.
+
+Equation numbers are those of kernels/README.md.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter stores bf16 as integers and tl.dot would multiply those, so there operands become fp32 first.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def tile_dot(
+    hidden_ptr,  # (T, H)
+    weight_ptr,  # (V, H)
+    t,  # (BLOCK_T,) int64 rows, clamped to T - 1
+    v,  # (BLOCK_V,) int64 vocabulary ids, clamped to V - 1
+    H,
+    stride_ht,
+    stride_hh,
+    stride_wv,
+    stride_wh,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """h @ W.T over the tile, (BLOCK_T, BLOCK_V) fp32."""
+    acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
+    h = tl.arange(0, BLOCK_H).to(tl.int64)
+    hidden_ptrs = hidden_ptr + t[:, None] * stride_ht + h[None, :] * stride_hh
+    weight_ptrs = weight_ptr + v[None, :] * stride_wv + h[:, None] * stride_wh
+    for start in range(0, H, BLOCK_H):
+        in_hidden = h < H - start
+        x = tl.load(hidden_ptrs, mask=in_hidden[None, :], other=0.0)  # (BLOCK_T, BLOCK_H)
+        w = tl.load(weight_ptrs, mask=in_hidden[:, None], other=0.0)  # (BLOCK_H, BLOCK_V)
+        if INTERPRETED:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        hidden_ptrs += BLOCK_H * stride_hh
+        weight_ptrs += BLOCK_H * stride_wh
+    return acc
+
+
+@triton.jit
+def tanh(x):
+    """tanh to a rounding error of fp32, from exp alone; near 0, where that cancels, Lambert's continued fraction."""
+    sq = x * x
+    near = x * (945.0 + sq * (105.0 + sq)) / (945.0 + sq * (420.0 + sq * 15.0))  # relative error < 1e-9 for |x| < 0.6
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(sq < 0.36, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def scale_logits(acc, bias_ptr, v, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """eq. (1) and (2): z from h @ W.T, and t = z / softcap (z itself without softcap), both (BLOCK_T, BLOCK_V) fp32."""
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + v).to(tl.float32)[None, :]
+    z = acc * logit_scale
+    ratio = z
+    if HAS_SOFTCAP:
+        ratio = tanh(z / softcap)
+        z = ratio * softcap
+    return z, ratio
