@@ -1,8 +1,8 @@
 """Preference losses: one pure function each, from PairScores to one loss per pair, all named in LOSSES.
 
-Every function takes `(scores, config)` and returns (B,) losses in nats-like units, differentiable in the policy's log-probs.
-`config` is anything with the fields that the loss reads (`beta`, `label_smoothing`), usually a DPOConfig. A reference-free
-run is one whose reference log-probs are zero; no loss needs to know.
+Every function takes `(scores, config)` and returns (B,) losses in nats-like units, differentiable in the policy's
+log-probs. `config` is anything with the fields that the loss reads (`beta`, `label_smoothing`), usually a DPOConfig. A
+reference-free run is one whose reference log-probs are zero; no loss needs to know.
 """
 
 from __future__ import annotations
@@ -34,18 +34,20 @@ def sigmoid(scores: PairScores, config: LossConfig) -> Tensor:
 
 
 def hinge(scores: PairScores, config: LossConfig) -> Tensor:
-    """Shortfall of the scaled margin below 1. SLiC-HF, arXiv 2305.10425; in this form RSO, arXiv 2309.06657, sec. 3.2."""
+    """Shortfall of the scaled margin below 1. SLiC-HF, arXiv 2305.10425; in this form RSO, arXiv 2309.06657."""
     return torch.relu(1 - config.beta * scores.margins)
 
 
 def ipo(scores: PairScores, config: LossConfig) -> Tensor:
     """Squared distance of the per-token margin from 1 / (2 beta). IPO, arXiv 2310.12036, eq. 17.
 
-    Log-ratios are averaged over tokens, as TRL does after asking the paper's authors; `preference_loss` keeps the sums of the
-    original DPO release.
+    Log-ratios are averaged over tokens, as TRL does after asking the paper's authors; `preference_loss` keeps the
+    sums of the original DPO release.
     """
     if scores.chosen_lengths is None or scores.rejected_lengths is None:
-        raise ValueError("loss_type 'ipo' averages per token: PairScores must carry chosen_lengths and rejected_lengths")
+        raise ValueError(
+            "loss_type 'ipo' averages per token: PairScores must carry chosen_lengths and rejected_lengths"
+        )
     chosen = scores.chosen_logratios / scores.chosen_lengths.clamp(min=1)
     rejected = scores.rejected_logratios / scores.rejected_lengths.clamp(min=1)
     return (chosen - rejected - 1 / (2 * config.beta)) ** 2
@@ -67,7 +69,8 @@ def preference_loss(
     """The loss of the original DPO release, with its signature and its results.
 
     Args:
-        policy_chosen_logps: (B,) summed log-probs of the chosen responses under the policy, nats; the other three alike.
+        policy_chosen_logps: (B,) summed log-probs of the chosen responses under the policy, nats; the other three
+            alike.
         beta: temperature of the implicit reward; the regularization tau where `ipo`.
         label_smoothing: probability that a label is flipped (conservative DPO); not used by ipo.
         ipo: squared loss on summed log-probs (arXiv 2310.12036, eq. 17 without the average over tokens).

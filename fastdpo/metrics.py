@@ -1,7 +1,7 @@
 """Metrics of a batch as (sum, weight) pairs, and their exact weighted means over any number of batches.
 
-Keys are TRL's, plus `rewards/weight`. A mean over pairs weighs every pair alike and a mean over tokens every token, however
-the batches were cut, because sums and weights are kept apart until `MetricMeans.pop`.
+Keys are TRL's, plus `rewards/weight`. A mean over pairs weighs every pair alike and a mean over tokens every token,
+however the batches were cut, because sums and weights are kept apart until `MetricMeans.pop`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ SumAndWeight = tuple[Tensor, Tensor | float]
 
 
 def pair_metrics(scores: PairScores, beta: float) -> dict[str, SumAndWeight]:
-    """Sums over the B pairs of what TRL logs, and of the paper's gradient weight `sigmoid(-beta * margin)` (arXiv 2305.18290, sec. 4)."""
+    """Sums over the B pairs of what TRL logs, and of the gradient weight `sigmoid(-beta * margin)`.
+
+    The weight is the factor of the DPO gradient that vanishes once a pair is learned: arXiv 2305.18290, sec. 4.
+    """
     chosen_rewards = beta * scores.chosen_logratios.detach()
     rejected_rewards = beta * scores.rejected_logratios.detach()
     values = {
@@ -77,7 +80,7 @@ class MetricMeans:
             self._sums[key] = self._sums[key] + pair if key in self._sums else pair
 
     def pop(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """The mean of each key since the last `pop`. `reduce` sums the (K, 2) table of sums and weights over processes."""
+        """The mean of each key since the last `pop`. `reduce` sums the (K, 2) table of sums, weights over processes."""
         if not self._sums:
             return {}
         table = torch.stack(list(self._sums.values()))

@@ -1,6 +1,7 @@
 """The value objects that travel along the flow, one per arrow, in the order in which a batch meets them.
 
-    dataset row -> PreferenceRow -> TokenizedGroup -> PackedBatch -> TokenLogps -> SequenceLogps -> PairLogps -> PairScores
+    dataset row -> PreferenceRow -> TokenizedGroup -> PackedBatch -> TokenLogps -> SequenceLogps -> PairLogps ->
+    PairScores
 
 Nothing here computes more than a property. Layouts are made in `fastdpo.data`, numbers in `fastdpo.ops`.
 """
@@ -8,7 +9,7 @@ Nothing here computes more than a property. Layouts are made in `fastdpo.data`, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ class PreferenceRow:
 class TokenizedGroup:
     """One prompt and K responses as token ids.
 
-    `loss_masks` keeps (True) the response tokens that count; None keeps all. Where truncation has left every response with a
-    prompt of its own, `prompt_ids` is empty and each response starts with its own prompt, masked out.
+    `loss_masks` keeps (True) the response tokens that count; None keeps all. Where truncation has left every response
+    with a prompt of its own, `prompt_ids` is empty and each response starts with its own prompt, masked out.
     """
 
     prompt_ids: Sequence[int]
@@ -52,7 +53,9 @@ class TokenizedGroup:
     def __post_init__(self) -> None:
         num_responses = len(self.responses)
         if num_responses == 0 or any(len(response) == 0 for response in self.responses):
-            raise ValueError(f"responses must hold at least one response of at least one token each, got {self.responses!r}")
+            raise ValueError(
+                f"responses must hold at least one response of at least one token each, got {self.responses!r}"
+            )
         for chosen, rejected in self.preferences:
             if not (0 <= chosen < num_responses and 0 <= rejected < num_responses) or chosen == rejected:
                 raise ValueError(
@@ -97,7 +100,9 @@ class PackedBatch:
     Hidden states are viewed as (input_ids.numel(), H) in both cases, and `logit_rows` points into that view.
     """
 
-    pairs: Tensor  # (B, 2) int64: sequence index of chosen, of rejected. First, so that Trainer reads B as the batch size
+    pairs: (
+        Tensor  # (B, 2) int64: sequence index of chosen, of rejected. First, so that Trainer reads B as the batch size
+    )
     input_ids: Tensor  # (1, T) int64 packed; (S, L) padded
     position_ids: Tensor  # like input_ids; restarts with each group, every branch goes on from its prefix's end
     logit_rows: Tensor  # (R,) int64, row of the hidden states that predicts labels[r]
@@ -122,17 +127,18 @@ class PackedBatch:
         return self.cu_seqlens.shape[0] - 1
 
     def asdict(self) -> dict[str, Any]:
-        """The fields as a dict, because Trainer moves only mappings to the device; `PackedBatch(**inputs)` goes back."""
+        """The fields as a dict: Trainer moves only mappings to the device; `PackedBatch(**inputs)` goes back."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""
-        return PackedBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.asdict().items()})
+        moved: dict[str, Any] = {key: value.to(device) for key, value in self.asdict().items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
 class TokenLogps:
-    """What the head op returns per row. `logps` is differentiable; the optional statistics are not and are None unless asked for."""
+    """What the head op returns per row. Only `logps` is differentiable; statistics are None unless asked for."""
 
     logps: Tensor  # (T,) fp32 (fp64 for fp64 inputs), nats; 0.0 in ignored rows
     lse: Tensor | None = None  # (T,) log of the softmax denominator, nats
@@ -167,7 +173,7 @@ class PairLogps:
 
 @dataclass(frozen=True)
 class PairScores:
-    """What a loss reads: policy and reference log-probs of both sides, and their lengths. Everything is (B,), in nats."""
+    """What a loss reads: policy and reference log-probs of both sides, and their lengths. All (B,), in nats."""
 
     policy_chosen_logps: Tensor
     policy_rejected_logps: Tensor

@@ -1,4 +1,5 @@
-"""Groups of token ids in, one PackedBatch out: packed without padding and with shared prefixes, or padded where a model needs it.
+"""Groups of token ids in, one PackedBatch out: packed without padding and with shared prefixes, or padded where a
+model needs it.
 
 Two pairs, prompts [1 2] and [6], responses [3 4] / [5] and [7] / [8 9]:
 
@@ -9,8 +10,8 @@ Two pairs, prompts [1 2] and [6], responses [3 4] / [5] and [7] / [8 9]:
     logit_rows    1 2 1 5 5 7                 row 1, the prompt's end, predicts both 3 and 5
     cu_seqlens    0 2 3 4 6                   token_rows is 0 1 2 3 4 5 here: no response token is shared
 
-The shared prefix is the longest common start of a group's sequences, so it also takes in response tokens that all branches
-begin with; every branch keeps at least one token of its own.
+The shared prefix is the longest common start of a group's sequences, so it also takes in response tokens that all
+branches begin with; every branch keeps at least one token of its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Attention over a packed row: every branch sees its prefix and itself, nothing else.
 
-Registered with transformers' AttentionInterface as `fastdpo_packed`. The queries of a segment are one contiguous slice of the row;
-its keys are the prefix's slice followed by its own, causal and aligned at the bottom right. No mask over the whole row exists.
-This file holds the backend that runs anywhere: one scaled_dot_product_attention call per segment.
+Registered with transformers' AttentionInterface as `fastdpo_packed`. The queries of a segment are one contiguous
+slice of the row; its keys are the prefix's slice followed by its own, causal and aligned at the bottom right. No mask
+over the whole row exists. This file holds the backend that runs anywhere: one scaled_dot_product_attention call per
+segment.
 """
 
 from __future__ import annotations
@@ -83,13 +84,15 @@ def packed_attention(
     """
     if packed_layout is None:
         raise ValueError(
-            f"{type(module).__name__} called packed attention without packed_layout: the model does not hand extra arguments"
-            " of its forward to its attention, or was called around its own forward"
+            f"{type(module).__name__} called packed attention without packed_layout: the model does not hand extra"
+            " arguments of its forward to its attention, or was called around its own forward"
         )
     unknown = [k for k, v in kwargs.items() if k not in _WITHOUT_EFFECT and v is not None and v is not False]
     if unknown or attention_mask is not None or kwargs.get("is_causal") is False:
         what = unknown or ["attention_mask" if attention_mask is not None else "is_causal=False"]
-        raise ValueError(f"packed attention does not implement {', '.join(what)}, which {type(module).__name__} asks for")
+        raise ValueError(
+            f"packed attention does not implement {', '.join(what)}, which {type(module).__name__} asks for"
+        )
 
     outputs = []
     for start, end, prefix_start, prefix_end in packed_layout.segments:
@@ -100,8 +103,8 @@ def packed_attention(
         num_queries, num_keys = q.shape[2], k.shape[2]
         window = sliding_window if sliding_window is not None and sliding_window < num_keys else None
         if softcap is not None or s_aux is not None:
-            mask = packed_layout.mask(num_queries, num_keys, window, q.device)
-            outputs.append(_explicit_attention(q, k, v, mask, dropout, scaling, softcap, s_aux))
+            visible = packed_layout.mask(num_queries, num_keys, window, q.device)
+            outputs.append(_explicit_attention(q, k, v, visible, dropout, scaling, softcap, s_aux))
             continue
         is_plain_causal = num_queries == num_keys and window is None
         needs_mask = not is_plain_causal and not (num_queries == 1 and window is None)

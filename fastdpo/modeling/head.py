@@ -5,13 +5,13 @@ Refuses heads that are not one plain linear layer, because their logits would be
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class LMHead(NamedTuple):
-    """`logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`, without the tanh where softcap is None."""
+    """`softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`, without the tanh where softcap is None."""
 
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
@@ -29,23 +29,25 @@ _LOGIT_SCALES = {
 _MULTIPLIES_LOGITS_SCALING = {"hyperclovax"}
 
 
-def lm_head(model: nn.Module) -> LMHead:
+def lm_head(model: Any) -> LMHead:
     """The head of a bare causal LM.
 
     Raises:
         ValueError: the output embedding is not a plain linear layer.
     """
-    layer = model.get_output_embeddings()  # type: ignore[operator]
+    layer = model.get_output_embeddings()
     if layer is None or getattr(layer, "weight", None) is None or layer.weight.dim() != 2:
         raise ValueError(f"model must have an LM head with a (V, H) weight, {type(model).__name__} has {layer!r}")
     if hasattr(layer, "lora_A") or hasattr(layer, "modules_to_save"):
         raise ValueError(
-            "peft_config must leave the LM head alone: remove 'lm_head' from target_modules and modules_to_save; an adapter on"
-            " the head is not part of the fused head op"
+            "peft_config must leave the LM head alone: remove 'lm_head' from target_modules and modules_to_save; an"
+            " adapter on the head is not part of the fused head op"
         )
     if layer.weight.dtype.itemsize < 2 or not layer.weight.dtype.is_floating_point:
-        raise ValueError(f"the LM head must hold fp32, fp16 or bf16 weights, {type(model).__name__} has {layer.weight.dtype}")
-    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+        raise ValueError(
+            f"the LM head must hold fp32, fp16 or bf16 weights, {type(model).__name__} has {layer.weight.dtype}"
+        )
+    config = model.config.get_text_config()
     scale = 1.0
     for field, factor in _LOGIT_SCALES.items():
         value = getattr(config, field, None)

@@ -1,8 +1,9 @@
 """The packed branch inside `model.forward`, and `packed_logps`, which calls it through whatever wraps the model.
 
-Backbone and head run inside the wrapped model's own forward, so that DDP, FSDP and autocast see an ordinary call. A batch sets the
-attention it needs and leaves it set, because gradient checkpointing runs the layers again in backward, outside any forward of the
-model. Every other call, generation included, runs with the attention that the model came with.
+Backbone and head run inside the wrapped model's own forward, so that DDP, FSDP and autocast see an ordinary call. A
+batch sets the attention it needs and leaves it set, because gradient checkpointing runs the layers again in backward,
+outside any forward of the model. Every other call, generation included, runs with the attention that the model came
+with.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class _Prepared:
     own_methods: dict[str, Any]  # forward and generate where the model had them as instance attributes
 
 
-def bare_model(model: nn.Module) -> nn.Module:
+def bare_model(model: Any) -> Any:
     """The Hugging Face model inside DDP, FSDP, torch.compile and PEFT wrappers."""
     while True:
         if hasattr(model, "get_base_model"):  # PEFT
@@ -58,10 +59,14 @@ def prepare_model(model: nn.Module) -> nn.Module:
     if is_prepared(bare):
         return model
     if not hasattr(bare, "get_output_embeddings") or getattr(bare, "base_model", bare) is bare:
-        raise ValueError(f"model must be a Hugging Face causal LM with a backbone and an LM head, got {type(bare).__name__}")
+        raise ValueError(
+            f"model must be a Hugging Face causal LM with a backbone and an LM head, got {type(bare).__name__}"
+        )
     lm_head(bare)
     register()
-    configs = {id(m.config): m.config for m in bare.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
+    configs = {
+        id(m.config): m.config for m in bare.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
+    }
     state = _Prepared(
         attentions=[(config, config._attn_implementation) for config in configs.values()],
         own_methods={name: bare.__dict__[name] for name in ("forward", "generate") if name in bare.__dict__},
@@ -85,9 +90,7 @@ def unprepare_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def packed_logps(
-    model: nn.Module, batch: PackedBatch, *, impl: str = "auto", outputs: Sequence[str] = ()
-) -> PairLogps:
+def packed_logps(model: nn.Module, batch: PackedBatch, *, impl: str = "auto", outputs: Sequence[str] = ()) -> PairLogps:
     """Summed log-probs of every pair of the batch, from one forward of the model.
 
     Args:
@@ -113,7 +116,7 @@ def packed_logps(
 
 
 def _forward(
-    model: nn.Module,
+    model: Any,
     original_forward: Callable[..., Any],
     *args: Any,
     packed_batch: PackedBatch | None = None,
@@ -154,7 +157,7 @@ def _forward(
     }
 
 
-def _generate(model: nn.Module, original_generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _generate(model: Any, original_generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with _original_attention(model):
         return original_generate(*args, **kwargs)
 

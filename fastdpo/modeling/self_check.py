@@ -1,7 +1,9 @@
-"""Does this model give the same log-probs packed as it does one sequence at a time? Asked of the user's model before training.
+"""Does this model give the same log-probs packed as it does one sequence at a time? Asked of the user's model before
+training.
 
-Some architectures drop the arguments that packing travels by, mix neighbouring tokens outside attention, or never call an
-attention function. For these a packed row would leak between sequences, so nothing is assumed from the model's name.
+Some architectures drop the arguments that packing travels by, mix neighbouring tokens outside attention, or never
+call an attention function. For these a packed row would leak between sequences, so nothing is assumed from the
+model's name.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from fastdpo.data.packing import pack_pairs
 from fastdpo.modeling.packed import bare_model, packed_logps
 from fastdpo.types import TokenizedPair
 
-# Largest difference of a summed log-prob, relative to 1 + its size, that rounding explains. Leaks are seen from 1e-2 upwards.
+# Largest difference of a summed log-prob, relative to 1 + its size, that rounding explains. Leaks are seen from 1e-2
+# upwards.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @dataclass(frozen=True)
 class PackingCheck:
-    """Whether packed rows are exact on a model, with the largest relative error seen or the reason why it could not run."""
+    """Whether packed rows are exact on a model, with the largest relative error seen or why it could not run."""
 
     ok: bool
     error: float  # of summed log-probs, relative to 1 + their size; inf where packing raised
@@ -51,8 +54,8 @@ def check_packing(model: nn.Module, *, impl: str = "auto") -> PackingCheck:
             # anything a model may raise on arguments it does not know means the same: it cannot be packed
             try:
                 packed = packed_logps(model, batch, impl=impl).sequences.sums.double()
-            except Exception as error:  # noqa: BLE001
-                return PackingCheck(False, float("inf"), f"{type(error).__name__}: {error}")
+            except Exception as refusal:
+                return PackingCheck(False, float("inf"), f"{type(refusal).__name__}: {refusal}")
     finally:
         model.train(was_training)
     error = ((packed - expected).abs() / (1 + expected.abs())).max().item()
@@ -60,8 +63,10 @@ def check_packing(model: nn.Module, *, impl: str = "auto") -> PackingCheck:
     if error <= tolerance:
         return PackingCheck(True, error, f"packed and separate log-probs agree to {error:.1e}")
     return PackingCheck(
-        False, error, f"packed log-probs differ from separate ones by {error:.1e} (rounding explains {tolerance:.0e}):"
-        " tokens of one sequence reach another"
+        False,
+        error,
+        f"packed log-probs differ from separate ones by {error:.1e} (rounding explains {tolerance:.0e}):"
+        " tokens of one sequence reach another",
     )
 
 

@@ -1,0 +1,123 @@
+"""Sources of reference log-probs behind one call: a batch and the policy in, summed log-probs of both sides out.
+
+None of them ever builds a graph, and none runs dropout: the model that is asked is in eval mode for the length of the
+call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.modeling import packed_logps
+from fastdpo.types import PackedBatch
+
+REFERENCE_MODES = ("auto", "frozen", "adapter", "cached", "none")
+
+
+class Reference(Protocol):
+    """A source of reference log-probs."""
+
+    mode: str
+
+    def logps(self, policy: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """(B,) chosen and (B,) rejected summed log-probs, nats, fp32, without gradient."""
+        ...
+
+
+@dataclass
+class FrozenReference:
+    """A model of its own: a copy of the policy's start, or the one that the user gave."""
+
+    model: nn.Module
+    impl: str = "auto"
+    mode: str = "frozen"
+
+    def logps(self, policy: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        return _logps(self.model, batch, self.impl)
+
+
+@dataclass
+class AdapterReference:
+    """The policy without its adapter (PEFT), or with the frozen adapter `ref` where training started from one."""
+
+    peft_model: nn.Module
+    impl: str = "auto"
+    mode: str = "adapter"
+
+    def logps(self, policy: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        with self._as_reference():
+            return _logps(policy, batch, self.impl)
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        model = self.peft_model
+        if "ref" not in model.peft_config:  # type: ignore[operator]
+            with model.disable_adapter():  # type: ignore[operator]
+                yield
+            return
+        active = model.active_adapter
+        model.base_model.set_adapter("ref")  # type: ignore[operator,union-attr]
+        try:
+            yield
+        finally:
+            model.base_model.set_adapter(active)  # type: ignore[operator,union-attr]
+            for name, parameter in model.named_parameters():
+                if ".ref." in name:
+                    parameter.requires_grad_(False)
+
+
+@dataclass
+class DatasetReference:
+    """Log-probs that the dataset brings as columns `ref_chosen_logps` and `ref_rejected_logps`."""
+
+    mode: str = "cached"
+
+    def logps(self, policy: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        if batch.ref_logps is None:
+            raise ValueError(
+                "reference 'cached' needs ref_chosen_logps and ref_rejected_logps in every row of the dataset"
+            )
+        chosen, rejected = batch.pairs.unbind(1)
+        return batch.ref_logps[chosen], batch.ref_logps[rejected]
+
+
+@dataclass
+class NoReference:
+    """Zero log-probs: what reference-free losses compare with."""
+
+    mode: str = "none"
+
+    def logps(self, policy: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        zeros = torch.zeros(batch.num_pairs, dtype=torch.float32, device=batch.pairs.device)
+        return zeros, zeros
+
+
+def copy_adapter_as_reference(peft_model: nn.Module) -> None:
+    """Adds a frozen adapter `ref` that is a copy of the active one, for training that starts from an adapter."""
+    active = peft_model.active_adapter
+    peft_model.add_adapter("ref", peft_model.peft_config[active])  # type: ignore[operator,index]
+    weights = dict(peft_model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in weights.items():
+            if f".{active}." in name:
+                weights[name.replace(f".{active}.", ".ref.")].copy_(parameter)
+    for name, parameter in weights.items():
+        if ".ref." in name:
+            parameter.requires_grad_(False)
+
+
+def _logps(model: nn.Module, batch: PackedBatch, impl: str) -> tuple[Tensor, Tensor]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logps = packed_logps(model, batch, impl=impl)
+    finally:
+        model.train(was_training)
+    return logps.chosen, logps.rejected

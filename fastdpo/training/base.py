@@ -1,0 +1,215 @@
+"""PackedTrainer: what preference training and supervised fine-tuning share on top of transformers.Trainer.
+
+Trainer keeps the loop, checkpoints, distribution and logging. This class gives it packed batches, a loss that is the
+exact mean over the items (pairs or tokens) of the whole optimizer step, however it is cut, metrics with exact
+weights, and a stop at the first loss that is not finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+
+from fastdpo.data.prepare import DataReport
+from fastdpo.metrics import MetricMeans, SumAndWeight
+from fastdpo.modeling import PackingCheck, check_packing, prepare_model
+from fastdpo.training.collator import PackingCollator
+from fastdpo.training.config import EngineConfig
+from fastdpo.training.models import disable_dropout
+from fastdpo.types import PackedBatch
+
+logger = logging.get_logger(__name__)
+
+
+class PackedTrainer(Trainer):
+    """Base of DPOTrainer and SFTTrainer; see there."""
+
+    args: EngineConfig
+    # every subclass's loss is already a mean over the step's items, so Trainer must not divide it again
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: EngineConfig,
+        data_collator: Callable[..., dict[str, Any]] | None,
+        train_dataset: Any,
+        eval_dataset: Any,
+        processing_class: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback] | None,
+        **trainer_arguments: Any,
+    ) -> None:
+        self.data_reports: dict[str, DataReport] = {}  # by "train", "eval" or "eval_<name>"
+        self.packing_check: PackingCheck | None = None
+        self._metrics = {"train": MetricMeans(), "eval": MetricMeans()}
+        self._num_train_tokens = 0
+        tokenizer = self.processing_class = processing_class
+        self.args = args
+        prepare_model(model)
+
+        train_dataset = self._prepared(train_dataset, "train")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._prepared(part, f"eval_{name}") for name, part in eval_dataset.items()}
+        else:
+            eval_dataset = self._prepared(eval_dataset, "eval")
+
+        if args.disable_dropout:
+            disable_dropout(model)
+        if args.n_gpu > 1:
+            logger.warning(
+                "Using one GPU: a packed row cannot be scattered. Start with `accelerate launch` to use all."
+            )
+            args._n_gpu = 1
+        collator = PackingCollator(
+            prefix_sharing=args.prefix_sharing,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            **trainer_arguments,
+        )
+        self.model_accepts_loss_kwargs = True  # Trainer then counts items through _get_num_items_in_batch
+        self.is_packed = collator.is_packed = self._decide_packing()
+
+    # What a subclass says
+
+    def _prepare_dataset(self, dataset: Any) -> tuple[Dataset, DataReport]:
+        """The dataset as token columns, and what became of its rows."""
+        raise TypeError(f"{type(self).__name__} must say how its dataset is tokenized")
+
+    def _num_items(self, inputs: dict[str, Any]) -> int:
+        """How many items (pairs or tokens) of a collated batch the loss is a mean over."""
+        raise TypeError(f"{type(self).__name__} must say what its loss is a mean over")
+
+    def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, SumAndWeight]]:
+        """The loss summed over the batch's items, with a graph, and the batch's metrics."""
+        raise TypeError(f"{type(self).__name__} must say what its loss is")
+
+    # Before training
+
+    def _prepared(self, dataset: Any, name: str) -> Dataset | None:
+        """Tokenized and reported, or None where there is none; a dataset that already is comes back as it is."""
+        if dataset is None:
+            return None
+        with self.args.main_process_first(desc=f"tokenizing the {name} dataset"):
+            prepared, self.data_reports[name] = self._prepare_dataset(dataset)
+        report = self.data_reports[name]
+        if report.num_kept < report.num_rows:
+            logger.warning(f"{name} dataset: {report.lines()[0]}")
+        return prepared
+
+    def _decide_packing(self) -> bool:
+        if self.args.packing == "padded":
+            return False
+        self.packing_check = check_packing(self.model)
+        if self.packing_check.ok:
+            return True
+        if self.args.packing == "packed":
+            raise ValueError(
+                f"packing must be 'auto' or 'padded' for this model, got 'packed': {self.packing_check.reason}"
+            )
+        logger.warning(f"Falling back to padded batches, which are slower: {self.packing_check.reason}")
+        return False
+
+    # The loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+        """Items of all micro-batches of one optimizer step, on all processes."""
+        count = torch.tensor(sum(self._num_items(inputs) for inputs in batch_samples), device=device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Sum over the batch's items, divided by the items of the whole optimizer step (of the batch in evaluation)."""
+        batch = PackedBatch(**inputs)
+        is_training = model.training
+        loss_sum, metrics = self._loss_sum(model, batch)
+        num_items = self._num_items(inputs)
+        means = self._metrics["train" if is_training else "eval"]
+        means.add(metrics)
+        if is_training:
+            self._num_train_tokens += batch.num_tokens
+            self._stop_if_not_finite(loss_sum, inputs)
+        else:
+            means.add({"loss": (loss_sum.detach(), num_items)})
+        if num_items_in_batch is None or not is_training:
+            loss = loss_sum / max(num_items, 1)
+        else:  # gradients are averaged over processes, the divisor already counts the items of all of them
+            loss = loss_sum * self.accelerator.num_processes / num_items_in_batch
+        return (loss, {}) if return_outputs else loss
+
+    def _stop_if_not_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
+        if torch.isfinite(loss):
+            return
+        path = Path(self.args.output_dir) / f"nonfinite_batch_rank{self.args.process_index}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"inputs": inputs, "step": self.state.global_step}, path)
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at step {self.state.global_step}; no weight was changed by this batch,"
+            f" which is saved in {path}"
+        )
+
+    # Logging and evaluation
+
+    def _reduce(self, table: Tensor) -> Tensor:
+        return self.accelerator.reduce(table, "sum") if self.args.world_size > 1 else table
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._metrics["train"].pop(self._reduce))
+            num_tokens = torch.tensor(self._num_train_tokens, device=self.args.device)
+            logs["num_tokens"] = int(self._reduce(num_tokens))
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss alone: no logits exist that could be returned."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's loop, with means over items in place of its means over batches."""
+        self._metrics["eval"].pop()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._metrics["eval"].pop(self._reduce)
+        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in means.items()})
+        return output
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Metrics on the given or the trainer's own eval dataset; raw rows are tokenized first."""
+        if isinstance(eval_dataset, Dataset | list) and not self._is_prepared(eval_dataset):
+            eval_dataset = self._prepared(eval_dataset, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    @staticmethod
+    def _is_prepared(dataset: Iterable[Any]) -> bool:
+        return isinstance(dataset, Dataset) and {"prompt_ids", "responses"} <= set(dataset.column_names)

@@ -1,0 +1,164 @@
+"""The settings of a run: TrainingArguments plus what the engine, the data and the losses need.
+
+Names are TRL's wherever TRL has the setting. What a type cannot check, `__post_init__` does, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from transformers import TrainingArguments
+
+from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.losses import LOSSES
+from fastdpo.references import REFERENCE_MODES
+
+PACKING_MODES = ("auto", "packed", "padded")
+IMPLS = ("auto", "triton", "tiled", "reference")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
+    """Raises ValueError with the nearest valid name."""
+    if value not in choices:
+        nearest = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}{hint}")
+
+
+@dataclass
+class EngineConfig(TrainingArguments):
+    """What DPOConfig and SFTConfig have in common."""
+
+    # Defaults that differ from TrainingArguments, the first two because TRL's do
+    logging_steps: float = field(default=10, metadata=_help("Log every so many optimizer steps."))
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata=_help("Recompute activations in backward. Default: on where there is a GPU, else off.")
+    )
+    bf16: bool | None = field(
+        default=None, metadata=_help("bf16 autocast. Default: on where a GPU supports it and fp16 is off, else off.")
+    )
+    report_to: str | list[str] | None = field(
+        default="none", metadata=_help("Where to log: tensorboard, wandb, ..., several separated by spaces, or none.")
+    )
+    remove_unused_columns: bool = field(default=False, metadata=_help("The collator reads its columns by name."))
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata=_help("Must stay off: a loss that is not finite stops the run and saves its batch.")
+    )
+
+    # Model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata=_help("Keyword arguments of from_pretrained, where the model is given by name (JSON).")
+    )
+    disable_dropout: bool = field(default=True, metadata=_help("Set every dropout of policy and reference to 0."))
+
+    # Data
+    max_length: int | None = field(default=1024, metadata=_help("Tokens kept of prompt + response. None keeps all."))
+    max_prompt_length: int | None = field(default=None, metadata=_help("Tokens kept of the prompt. None keeps all."))
+    truncation_mode: str = field(
+        default="keep_start", metadata=_help("keep_start or keep_end: which end of a long sequence or prompt stays.")
+    )
+    on_bad_row: str = field(
+        default="drop", metadata=_help("drop: leave out rows that cannot be used, count and list them. raise: stop.")
+    )
+    dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that tokenize."))
+
+    # Engine
+    packing: str = field(
+        default="auto",
+        metadata=_help(
+            "packed: one row without padding. padded: one row per sequence. auto: packed where a check on this model"
+            " shows that it is exact, else padded with a warning."
+        ),
+    )
+    prefix_sharing: bool = field(
+        default=True, metadata=_help("Compute what the responses to a prompt have in common once.")
+    )
+    impl: str = field(default="auto", metadata=_help("Head op: triton, tiled, reference, or auto (triton on CUDA)."))
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        check_choice("packing", self.packing, PACKING_MODES)
+        check_choice("impl", self.impl, IMPLS)
+        self.tokenization_settings()
+        if self.logging_nan_inf_filter:
+            raise ValueError("logging_nan_inf_filter must be False: it would hide a loss that is not finite, got True")
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
+        # transformers 5.23 renamed the setting; both names are taken, and set so that neither warns
+        asked = [getattr(self, name, None) for name in ("activation_checkpointing", "gradient_checkpointing")]
+        self.gradient_checkpointing = next((value for value in asked if value is not None), on_gpu)
+        if hasattr(self, "activation_checkpointing"):
+            self.activation_checkpointing = self.gradient_checkpointing
+        super().__post_init__()
+
+    def tokenization_settings(self) -> TokenizationSettings:
+        return TokenizationSettings(
+            max_length=self.max_length,
+            max_prompt_length=self.max_prompt_length,
+            truncation_mode=self.truncation_mode,
+            on_bad_row=self.on_bad_row,
+        )
+
+
+@dataclass
+class DPOConfig(EngineConfig):
+    """Settings of DPOTrainer. Everything else is transformers.TrainingArguments.
+
+    Raises:
+        ValueError: a value that cannot work, with the argument, the rule and the value.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata=_help("Peak learning rate."))
+    beta: float = field(
+        default=0.1, metadata=_help("Temperature of the implicit reward, > 0: larger stays closer to the reference.")
+    )
+    loss_type: str = field(default="sigmoid", metadata=_help(f"One of {', '.join(LOSSES)}."))
+    label_smoothing: float = field(
+        default=0.0, metadata=_help("Probability that a preference label is flipped, in [0, 0.5): conservative DPO.")
+    )
+    reference_free: bool = field(
+        default=False, metadata=_help("Compare with a uniform reference; the same as reference=none.")
+    )
+    reference: str = field(
+        default="auto",
+        metadata=_help(
+            "Where reference log-probs come from. frozen: a copy of the start or ref_model. adapter: the policy with"
+            " its adapter off. cached: columns of the dataset. none: no reference. auto: the cheapest that is exact."
+        ),
+    )
+    token_metrics: bool = field(
+        default=True,
+        metadata=_help("Log entropy, mean_token_accuracy and mean logits, at a small cost in the head op."),
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("loss_type", self.loss_type, list(LOSSES))
+        check_choice("reference", self.reference, REFERENCE_MODES)
+        if not self.beta > 0:
+            raise ValueError(f"beta must be > 0, got {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.label_smoothing > 0 and self.loss_type != "sigmoid":
+            raise ValueError(
+                f"label_smoothing must be 0 for loss_type {self.loss_type!r}, which has no flipped labels,"
+                f" got {self.label_smoothing}"
+            )
+        if self.reference_free and self.reference not in ("auto", "none"):
+            raise ValueError(f"reference must be 'none' or 'auto' where reference_free is set, got {self.reference!r}")
+        super().__post_init__()
+
+
+@dataclass
+class SFTConfig(EngineConfig):
+    """Settings of SFTTrainer. Everything else is transformers.TrainingArguments."""
+
+    learning_rate: float = field(default=2e-5, metadata=_help("Peak learning rate."))

@@ -1,0 +1,97 @@
+"""What has to be true of model and tokenizer before anything is trained, and how a model given by name is loaded."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from fastdpo.modeling.packed import bare_model
+
+
+def resolve_model(
+    model: str | nn.Module, tokenizer: PreTrainedTokenizerBase | None, model_init_kwargs: dict[str, Any] | str | None
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Model and tokenizer as objects, loaded where they are given by name, and checked against each other.
+
+    Raises:
+        ValueError: one of them cannot be found, or they cannot be trained together.
+    """
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    if tokenizer is None:
+        tokenizer = _load_tokenizer(name)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"processing_class must be a text tokenizer, got {type(tokenizer).__name__}")
+    if isinstance(model, str):
+        model = load_model(model, model_init_kwargs)
+    elif model_init_kwargs is not None:
+        raise ValueError("model_init_kwargs must be None where model is a model and not a name")
+    check_model_and_tokenizer(model, tokenizer)
+    return model, tokenizer
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    if not name:
+        raise ValueError("processing_class must be given: the model does not say where its tokenizer is")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"processing_class must be given: there is no tokenizer in {name!r}: {error}") from error
+
+
+def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | str | None = None, **kwargs: Any) -> nn.Module:
+    """A causal LM by name or path, in fp32 unless `model_init_kwargs` names a dtype.
+
+    Raises:
+        ValueError: there is no such model, or it is not a text-only causal LM.
+    """
+    given = json.loads(model_init_kwargs) if isinstance(model_init_kwargs, str) else model_init_kwargs or {}
+    options: dict[str, Any] = {"dtype": torch.float32, **given, **kwargs}
+    loading = {key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options}
+    try:
+        refuse_vision(AutoConfig.from_pretrained(name_or_path, **loading), str(name_or_path))
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+    except OSError as error:
+        raise ValueError(
+            f"model must be a local directory or a model name on the Hub, got {name_or_path!r}: {error}"
+        ) from error
+
+
+def refuse_vision(config: Any, name: str) -> None:
+    if any(getattr(config, field, None) is not None for field in ("vision_config", "audio_config")):
+        raise ValueError(
+            f"model must be a text-only causal LM, {name} ({config.model_type}) also takes images or audio, which"
+            " fastdpo does not train on"
+        )
+
+
+def check_model_and_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses what would fail late or train nonsense.
+
+    Raises:
+        ValueError: the model also takes images, its embedding is smaller than the tokenizer, or the tokenizer has no
+        EOS.
+    """
+    bare = bare_model(model)
+    refuse_vision(bare.config, type(bare).__name__)
+    num_embeddings = bare.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > num_embeddings:
+        raise ValueError(
+            f"processing_class must not have more tokens than the model has embeddings ({num_embeddings}), got"
+            f" {len(tokenizer)}; call model.resize_token_embeddings(len(tokenizer)) first"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError("processing_class must have an EOS token: without one no response would learn to end")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability to 0: modules, and the plain attributes that attention layers read."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "attn_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,372 @@
+"""DPOTrainer against a plain PyTorch loop written here, and what it promises at step 0."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_llama, make_rows, make_tokenizer
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset
+from fastdpo.data.tokenization import TokenizationSettings
+
+
+def config(tmp_path, **settings):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "beta": 0.5,
+    }
+    return DPOConfig(str(tmp_path), **{**defaults, **settings})
+
+
+def trainer(tmp_path, num_rows=16, model=None, **settings):
+    keywords = {k: settings.pop(k) for k in ("ref_model", "peft_config", "eval_dataset") if k in settings}
+    return DPOTrainer(
+        make_llama() if model is None else model,
+        args=config(tmp_path, **settings),
+        train_dataset=Dataset.from_list(make_rows(num_rows)),
+        processing_class=make_tokenizer(),
+        **keywords,
+    )
+
+
+def logged(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+# A plain loop: padded, full logits, no packing, written without fastdpo's engine
+
+
+def plain_batch(groups):
+    """(2B, L) right-padded ids, chosen first, and a mask of the response tokens."""
+    sequences = [(list(g.prompt_ids), list(g.responses[side])) for side in (0, 1) for g in groups]
+    width = max(len(p) + len(r) for p, r in sequences)
+    ids = torch.zeros(len(sequences), width, dtype=torch.int64)
+    attention_mask, is_response = torch.zeros_like(ids), torch.zeros_like(ids)
+    for i, (prompt, response) in enumerate(sequences):
+        end = len(prompt) + len(response)
+        ids[i, :end] = torch.tensor(prompt + response)
+        attention_mask[i, :end] = 1
+        is_response[i, len(prompt) : end] = 1
+    return ids, attention_mask, is_response
+
+
+def plain_logps(model, ids, attention_mask, is_response):
+    logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+    per_token = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return (per_token * is_response[:, 1:]).sum(-1).chunk(2)
+
+
+def plain_dpo(model, steps_of_groups, learning_rate, beta, max_grad_norm=1.0):
+    """Losses of AdamW with a linear schedule, one optimizer step for each list of groups."""
+    reference = copy.deepcopy(model).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    losses = []
+    for step, groups in enumerate(steps_of_groups):
+        batch = plain_batch(groups)
+        chosen, rejected = plain_logps(model, *batch)
+        with torch.no_grad():
+            ref_chosen, ref_rejected = plain_logps(reference, *batch)
+        loss = -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / len(steps_of_groups))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def stock_trainer_order(tmp_path, num_rows, num_epochs):
+    """The order in which transformers.Trainer itself visits the rows of a dataset of this size."""
+    visited = []
+
+    def collate(examples):
+        visited.extend(e["i"] for e in examples)
+        ids = torch.ones(len(examples), 3, dtype=torch.int64)
+        return {"input_ids": ids, "labels": ids}
+
+    arguments = TrainingArguments(
+        str(tmp_path / "stock"),
+        per_device_train_batch_size=4,
+        num_train_epochs=num_epochs,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    dataset = Dataset.from_list([{"i": i} for i in range(num_rows)])
+    Trainer(make_llama(), arguments, data_collator=collate, train_dataset=dataset).train()
+    return visited
+
+
+def visited_rows(trainer):
+    """Records which rows each collated batch holds, by wrapping the collator."""
+    visited = []
+    collate, rows = trainer.data_collator, [tuple(map(tuple, r)) for r in trainer.train_dataset["responses"]]
+
+    def recording(examples):
+        visited.append([rows.index(tuple(map(tuple, e["responses"]))) for e in examples])
+        return collate(examples)
+
+    trainer.data_collator = recording
+    return visited
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "num_rows"), [(8, 1, 48), (1, 8, 48), (2, 3, 5)], ids=["8x1", "1x8", "5 as 2+2+1"]
+)
+def test_thirty_steps_give_the_losses_of_a_plain_loop(tmp_path, batch_size, accumulation, num_rows):
+    """5 pairs as 2 + 2 + 1 are one optimizer step: the loss is the mean over the five, not the mean of three means."""
+    fast = trainer(
+        tmp_path,
+        num_rows,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=30,
+        max_grad_norm=1.0,
+    )
+    visited = visited_rows(fast)
+    fast.train()
+    groups = [group_from_columns(row) for row in fast.train_dataset]
+    per_step = min(batch_size * accumulation, num_rows)
+    flat = [groups[i] for batch in visited for i in batch][: 30 * per_step]
+    steps = [flat[i : i + per_step] for i in range(0, len(flat), per_step)]
+    assert len(steps) == 30
+    expected = plain_dpo(make_llama(), steps, learning_rate=1e-3, beta=0.5)
+    actual = logged(fast)
+    assert len(actual) == 30
+    assert max(expected) - min(expected) > 0.1  # training moved
+    assert actual == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_rows_come_in_plain_trainers_order(tmp_path):
+    fast = trainer(tmp_path, 16, num_train_epochs=2, max_steps=-1)
+    visited = visited_rows(fast)
+    fast.train()
+    assert [i for batch in visited for i in batch] == stock_trainer_order(tmp_path, 16, 2)
+
+
+def step0_tolerance(log, beta):
+    return 1e-6 + 1e-7 * beta * (abs(log["logps/chosen"]) + abs(log["logps/rejected"]))
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+@pytest.mark.parametrize("reference", ["frozen", "given", "adapter", "cached"])
+def test_the_loss_at_step_0_is_ln_2(tmp_path, reference, packing):
+    keywords = {"max_steps": 1, "packing": packing}
+    model = make_llama()
+    if reference == "given":
+        keywords["ref_model"] = copy.deepcopy(model)
+    if reference == "adapter":
+        from peft import LoraConfig
+
+        keywords["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    if reference == "cached":
+        fast = cached_trainer(tmp_path, model, **keywords)
+    else:
+        fast = trainer(tmp_path, 8, model, **keywords)
+    fast.train()
+    log = fast.state.log_history[0]
+    assert log["loss"] == pytest.approx(math.log(2), abs=step0_tolerance(log, 0.5))
+    assert log["logps/chosen"] < -5
+    assert log["rewards/weight"] == pytest.approx(0.5, abs=1e-5)
+
+
+def cached_trainer(tmp_path, model, **settings):
+    """A trainer on a dataset that brings the log-probs of its own start, computed by the plain loop's formula."""
+    dataset, _ = prepare_preference_dataset(make_rows(8), make_tokenizer(), TokenizationSettings())
+    groups = [group_from_columns(row) for row in dataset]
+    with torch.no_grad():
+        chosen, rejected = plain_logps(model, *plain_batch(groups))
+    rows = [
+        {
+            "prompt_ids": g.prompt_ids,
+            "chosen_ids": g.responses[0],
+            "rejected_ids": g.responses[1],
+            "ref_chosen_logps": c.item(),
+            "ref_rejected_logps": r.item(),
+        }
+        for g, c, r in zip(groups, chosen, rejected, strict=True)
+    ]
+    fast = DPOTrainer(
+        model,
+        args=config(tmp_path, **settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=make_tokenizer(),
+    )
+    assert fast.reference.mode == "cached"
+    return fast
+
+
+def test_reference_free_training_compares_with_nothing(tmp_path):
+    fast = trainer(tmp_path, 8, reference_free=True, max_steps=1, beta=0.1, per_device_train_batch_size=8)
+    assert fast.reference.mode == "none"
+    groups = [group_from_columns(row) for row in fast.train_dataset]
+    with torch.no_grad():
+        chosen, rejected = plain_logps(make_llama(), *plain_batch(groups))
+    fast.train()
+    assert logged(fast)[0] == pytest.approx(-F.logsigmoid(0.1 * (chosen - rejected)).mean().item(), abs=1e-6)
+
+
+def test_training_with_an_adapter_changes_the_adapter_only(tmp_path):
+    from peft import LoraConfig
+
+    start = make_llama()
+    fast = trainer(
+        tmp_path, 8, copy.deepcopy(start), peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    assert fast.reference.mode == "adapter"
+    fast.train()
+    weights = fast.model.get_base_model().state_dict()
+    for name, weight in start.state_dict().items():
+        assert torch.equal(weights[name.replace("q_proj.", "q_proj.base_layer.")], weight), name
+    assert any(p.abs().max() > 0 for n, p in fast.model.named_parameters() if "lora_B" in n)
+    assert logged(fast)[-1] < logged(fast)[0]
+
+
+def test_a_model_that_comes_with_an_adapter_is_compared_with_its_start(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    fast = trainer(tmp_path, 8, model, learning_rate=1e-2)
+    fast.train()
+    assert logged(fast)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert logged(fast)[-1] < math.log(2) - 1e-3
+    trainable = [n for n, p in fast.model.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all(".default." in name for name in trainable)
+
+
+def test_dropout_in_the_config_does_not_reach_the_loss(tmp_path):
+    fast = trainer(tmp_path, 8, make_llama(attention_dropout=0.5), max_steps=1)
+    fast.train()
+    assert logged(fast)[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+def test_every_loss_trains(tmp_path, loss_type):
+    fast = trainer(tmp_path, 8, loss_type=loss_type, max_steps=10, per_device_train_batch_size=8)
+    fast.train()
+    assert logged(fast)[-1] < logged(fast)[0]
+    assert logged(fast, "rewards/accuracies")[-1] > logged(fast, "rewards/accuracies")[0]
+
+
+TRL_KEYS = {
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "logits/chosen",
+    "logits/rejected",
+    "entropy",
+    "mean_token_accuracy",
+}
+
+
+def test_metrics_have_trls_keys_in_train_and_eval(tmp_path):
+    rows = Dataset.from_list(make_rows(5, seed=1))
+    fast = trainer(tmp_path, 8, eval_dataset=rows, eval_strategy="steps", eval_steps=3)
+    fast.train()
+    assert {*TRL_KEYS, "num_tokens", "rewards/weight", "loss"} <= fast.state.log_history[0].keys()
+    evaluated = next(entry for entry in fast.state.log_history if "eval_loss" in entry)
+    assert {f"eval_{key}" for key in {*TRL_KEYS, "rewards/weight", "loss"}} <= evaluated.keys()
+
+
+def test_eval_metrics_are_means_over_pairs_whatever_the_batch_size(tmp_path):
+    """5 pairs as 2 + 2 + 1: every pair weighs the same."""
+    rows = Dataset.from_list(make_rows(5, seed=1))
+    reference = make_llama(seed=7)
+    results = []
+    for batch_size in (2, 5):
+        fast = trainer(
+            tmp_path, 8, ref_model=copy.deepcopy(reference), eval_dataset=rows, per_device_eval_batch_size=batch_size
+        )
+        results.append(fast.evaluate())
+    for key in ["eval_loss", *(f"eval_{key}" for key in TRL_KEYS)]:
+        assert results[0][key] == pytest.approx(results[1][key], rel=1e-5), key
+    assert results[0]["eval_loss"] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_num_tokens_counts_the_prompt_once_for_each_response(tmp_path):
+    fast = trainer(tmp_path, 4, max_steps=1, per_device_train_batch_size=4)
+    fast.train()
+    expected = sum(2 * len(r["prompt_ids"]) + sum(map(len, r["responses"])) for r in fast.train_dataset)
+    assert logged(fast, "num_tokens") == [expected]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"gradient_checkpointing": True}, {"prefix_sharing": False}, {"packing": "padded"}], ids=str
+)
+def test_how_it_is_computed_does_not_change_the_losses(tmp_path, setting):
+    plain, changed = trainer(tmp_path, max_steps=5), trainer(tmp_path, max_steps=5, **setting)
+    plain.train()
+    changed.train()
+    assert logged(changed) == pytest.approx(logged(plain), abs=1e-5)
+
+
+def test_bf16_autocast_stays_close_to_fp32(tmp_path):
+    exact, rounded = trainer(tmp_path), trainer(tmp_path, bf16=True)
+    exact.train()
+    rounded.train()
+    assert logged(rounded)[0] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference round alike
+    assert logged(rounded) == pytest.approx(logged(exact), abs=2e-2)
+    assert logged(rounded) != logged(exact)
+
+
+def test_a_run_resumes_where_its_checkpoint_was(tmp_path):
+    whole = trainer(tmp_path / "whole", max_steps=6)
+    whole.train()
+    first = trainer(tmp_path / "cut", max_steps=6, save_strategy="steps", save_steps=3)
+    first.train()
+    again = trainer(tmp_path / "cut", max_steps=6)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    assert logged(again)[-3:] == pytest.approx(logged(whole)[-3:], abs=1e-6)
+
+
+def test_a_saved_model_loads_in_transformers_and_gives_the_same_logits(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    fast = trainer(tmp_path, 8)
+    fast.train()
+    fast.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    ids = torch.tensor([[1, 5, 6, 7]])
+    torch.testing.assert_close(loaded(ids).logits, fast.model.eval()(ids).logits)
+
+
+def test_training_writes_tensorboard_events(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    trainer(tmp_path, 8, report_to="tensorboard").train()
+    assert list((tmp_path / "tb").rglob("events.out.tfevents.*"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_its_batch(tmp_path):
+    model = make_llama()
+    fast = trainer(tmp_path, 8, model)
+    with torch.no_grad():
+        model.lm_head.weight[5, 0] = float("nan")
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    with pytest.raises(FloatingPointError, match="nonfinite_batch"):
+        fast.train()
+    saved = torch.load(tmp_path / "nonfinite_batch_rank0.pt", weights_only=False)
+    assert saved["inputs"]["input_ids"].shape[0] == 1
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
