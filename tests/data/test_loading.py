@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict
 from fastdpo.data.formats import preference_row
 from fastdpo.data.loading import load_preference_dataset, raw_example
 
-ROWS = [{"prompt": f"Q{i}?", "chosen": f" é{i}", "rejected": " 否"} for i in range(3)]
+ROWS = [{"prompt": f"Q{i}?", "chosen": f" é{i}", "rejected": "\u2028否"} for i in range(3)]  # U+2028 ends no line
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 
