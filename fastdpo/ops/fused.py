@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdpo.kernels import launch
 from fastdpo.kernels.backward import fill_logit_grads
 from fastdpo.kernels.forward import fused_forward as launch_forward
-from fastdpo.ops.head import Head, Tiling
+from fastdpo.ops.head import Head, SplitLse, Tiling
 
 BLOCK_ROWS = 8192
 MAX_TILE_ELEMENTS = 2**25  # 64 MiB of bf16 gradients
@@ -43,13 +43,8 @@ class FusedLogitGrads:
         block_rows = max(1, min(BLOCK_ROWS, num_rows))
         max_elements = min(MAX_TILE_ELEMENTS, max(1, MAX_WEIGHT_ELEMENTS // hidden_size) * block_rows)
         self.tiling = Tiling.within(num_rows, num_vocab, block_rows, max_elements)
-        self.hidden_states, self.lm_head_weight, self.labels, self.lse, self.head = (
-            hidden_states,
-            lm_head_weight,
-            labels.contiguous(),
-            lse,
-            head,
-        )
+        self.hidden_states, self.lm_head_weight, self.lse, self.head = hidden_states, lm_head_weight, lse, head
+        self.labels = labels.contiguous()
         self.bias = None if bias is None else bias.contiguous()
         workspace = (self.tiling.block_rows * self.tiling.block_vocab,)
         self.workspace = launch.scratch(workspace, hidden_states, hidden_states.dtype)

@@ -61,16 +61,19 @@ def logit_grads_kernel(
 
     label = tl.load(labels_ptr + t_safe)  # (BLOCK_T,)
     whole = tl.load(lse_whole_ptr + t_safe)
+    whole = tl.where((label >= 0) & (label < num_vocab), whole, float("nan"))  # an error, which must not pass unseen
+    whole = tl.where(label == IGNORED, float("inf"), whole)  # exp(z - inf) = 0
     onehot = tl.exp(tl.load(lse_rest_ptr + t_safe))
-    keep = label != IGNORED
-    whole = tl.where((label >= 0) & (label < num_vocab), whole, float("nan"))  # a label outside the vocabulary
     grad = tl.exp(z - whole[:, None])  # (BLOCK_T, BLOCK_V)
     grad -= tl.where((first_vocab + v)[None, :] == label[:, None], onehot[:, None], 0.0)
     if HAS_SOFTCAP:
         grad *= 1.0 - ratio * ratio
-    grad = tl.where(keep[:, None], grad, 0.0)
     mask = (t < T)[:, None] & (v < V)[None, :]
-    tl.store(out_ptr + t[:, None] * V + v[None, :], grad.to(out_ptr.dtype.element_ty), mask=mask)
+    out_ptr += (
+        row_block.to(tl.int64) * BLOCK_T * V + tile * BLOCK_V
+    )  # then 32-bit offsets: 64-bit ones fill the registers
+    offsets = tl.arange(0, BLOCK_T)[:, None] * V + tl.arange(0, BLOCK_V)[None, :]
+    tl.store(out_ptr + offsets, grad.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def fill_logit_grads(
