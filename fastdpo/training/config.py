@@ -44,9 +44,6 @@ class EngineConfig(TrainingArguments):
     bf16: bool | None = field(
         default=None, metadata=_help("bf16 autocast. Default: on where a GPU supports it and fp16 is off, else off.")
     )
-    report_to: str | list[str] | None = field(
-        default="none", metadata=_help("Where to log: tensorboard, wandb, ..., several separated by spaces, or none.")
-    )
     remove_unused_columns: bool = field(default=False, metadata=_help("The collator reads its columns by name."))
     logging_nan_inf_filter: bool = field(
         default=False, metadata=_help("Must stay off: a loss that is not finite stops the run and saves its batch.")
@@ -98,6 +95,8 @@ class EngineConfig(TrainingArguments):
         self.gradient_checkpointing = next((value for value in asked if value is not None), on_gpu)
         if hasattr(self, "activation_checkpointing"):
             self.activation_checkpointing = self.gradient_checkpointing
+        if not on_gpu:
+            self.dataloader_pin_memory = False
         super().__post_init__()
 
     def tokenization_settings(self) -> TokenizationSettings:

@@ -65,14 +65,14 @@ class DPOTrainer(PackedTrainer):
             raise ValueError(
                 "ref_model must not be the model that is trained; leave it out to compare with a copy of its start"
             )
-        model, tokenizer = resolve_model(model, processing_class, args.model_init_kwargs)
+        policy, tokenizer = resolve_model(model, processing_class, args.model_init_kwargs)
         if peft_config is not None:
-            model = _with_adapter(model, peft_config, args)
+            policy = _with_adapter(policy, peft_config, args)
         mode, self.reference_reason = choose_reference(
-            args, model, ref_model, train_dataset, is_new_adapter=peft_config is not None
+            args, policy, ref_model, train_dataset, is_new_adapter=peft_config is not None
         )
         super().__init__(
-            model,
+            policy,
             args,
             data_collator,
             train_dataset,

@@ -42,9 +42,9 @@ class SFTTrainer(PackedTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = args if args is not None else SFTConfig("sft_output")
-        model, tokenizer = resolve_model(model, processing_class, args.model_init_kwargs)
+        policy, tokenizer = resolve_model(model, processing_class, args.model_init_kwargs)
         super().__init__(
-            model,
+            policy,
             args,
             data_collator,
             train_dataset,

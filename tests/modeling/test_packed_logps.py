@@ -100,7 +100,7 @@ def assert_same(model, batch):
     assert actual_grads.keys() == expected_grads.keys()
     # a gradient that is zero in exact arithmetic (a key bias without rotary positions) is compared with the others'
     # size
-    floor = 1e-3 * torch.stack([grad.norm() for grad in expected_grads.values()]).median()
+    floor = 0.05 * torch.stack([grad.norm() for grad in expected_grads.values()]).median()
     for name, expected_grad in expected_grads.items():
         error = (actual_grads[name] - expected_grad).norm() / expected_grad.norm().clamp(min=floor)
         assert error < 1e-5, f"{name}: {error:.1e}"

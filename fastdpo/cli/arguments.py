@@ -1,0 +1,195 @@
+"""Command lines and YAML files to dataclasses: generated from the fields, grouped for reading, nearest name on a typo.
+
+transformers.HfArgumentParser makes the options. A YAML file gives defaults and flags override it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class RunArguments:
+    """Which model on which data: what a config of the trainer does not say."""
+
+    model: str = field(metadata=_help("Model to train: a local directory or a name on the Hub. Required."))
+    dataset: str = field(
+        metadata=_help("Training data: a .json, .jsonl (also .gz) or .parquet file, a directory, or a name. Required.")
+    )
+    dataset_split: str = field(default="train", metadata=_help("Split of a named dataset."))
+    eval_dataset: str | None = field(default=None, metadata=_help("Evaluation data, in the same forms."))
+    eval_split: str = field(default="test", metadata=_help("Split of a named evaluation dataset."))
+    eval_fraction: float = field(
+        default=0.05,
+        metadata=_help(
+            "Share of the training data held out for evaluation where no eval_dataset is given; 0 for none."
+        ),
+    )
+    overwrite_output_dir: bool = field(default=False, metadata=_help("Let output_dir hold another run already."))
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
+
+
+@dataclass
+class AdapterArguments:
+    """LoRA and quantization of the base model."""
+
+    ref_model: str | None = field(
+        default=None, metadata=_help("Reference model; default: the start of the trained one.")
+    )
+    use_peft: bool = field(default=False, metadata=_help("Train a LoRA adapter in place of the model's weights."))
+    lora_r: int = field(default=16, metadata=_help("Rank of the adapter."))
+    lora_alpha: int = field(default=32, metadata=_help("Scale of the adapter: its product is multiplied by alpha / r."))
+    lora_dropout: float = field(default=0.0, metadata=_help("Dropout on the adapter's input."))
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata=_help("Layers that get an adapter. Default: every linear layer but the head.")
+    )
+    load_in_4bit: bool = field(default=False, metadata=_help("QLoRA: base weights in 4 bits (bitsandbytes, GPU)."))
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit and not self.use_peft:
+            raise ValueError("load_in_4bit must go with use_peft: 4-bit weights cannot be trained themselves")
+
+
+# Options in the order in which people look for them; what no group names is shown under "everything else".
+GROUPS = {
+    "model and data": "model dataset output_dir config dataset_split eval_dataset eval_split eval_fraction max_length"
+    " max_prompt_length truncation_mode on_bad_row dataset_num_proc model_init_kwargs disable_dropout",
+    "preference optimization": "beta loss_type label_smoothing reference ref_model reference_free",
+    "steps": "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps"
+    " lr_scheduler_type warmup_steps weight_decay max_grad_norm optim seed",
+    "engine and memory": "packing prefix_sharing impl token_metrics bf16 fp16 gradient_checkpointing use_peft lora_r"
+    " lora_alpha lora_dropout lora_target_modules load_in_4bit use_cpu",
+    "evaluation and logging": "eval_strategy eval_steps per_device_eval_batch_size report_to run_name logging_steps"
+    " disable_tqdm",
+    "saving": "save_strategy save_steps save_total_limit resume_from_checkpoint overwrite_output_dir",
+}
+
+
+def parse(command: str, dataclass_types: Sequence[type], argv: Sequence[str]) -> list[Any]:
+    """One object for each dataclass, from `--config FILE.yaml` (or .json) and flags, which override it.
+
+    Raises:
+        ValueError: an unknown option or key (with the nearest valid name), a missing one, or an unreadable file.
+    """
+    usage = f"fastdpo {command} --model MODEL --dataset DATASET --output_dir DIR [--config FILE] [options]"
+    parser = _Parser(dataclass_types, prog=f"fastdpo {command}", usage=usage, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it.")
+    actions = [action for action in parser._actions if action.dest != "help"]
+    _improve(actions)
+    _group(parser, actions)
+    names = sorted({action.dest for action in actions})
+    for argument in argv:
+        option = argument.split("=", 1)[0]
+        if option.startswith("--") and option not in parser._option_string_actions:
+            raise ValueError(_unknown(option, names, "option"))
+    config_path = _option(argv, "--config")
+    if config_path is not None:
+        values = _read_config(config_path, actions)
+        parser.set_defaults(**values)
+        for action in actions:
+            action.required = action.required and action.dest not in values
+    *parsed, rest = parser.parse_args_into_dataclasses(
+        list(argv), return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        raise ValueError(f"every value must follow an option, got {rest[0]!r}")
+    return [value for value in parsed if not isinstance(value, argparse.Namespace)]
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser that raises in place of exiting, so that every mistake is reported in one way."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ValueError(f"{message} (all options: {self.prog} --help)")
+
+
+def _improve(actions: Sequence[argparse.Action]) -> None:
+    """What HfArgumentParser leaves open: a required output_dir, `none` as a number, the meaning of --no_... options."""
+    for action in actions:
+        if action.dest == "output_dir":
+            action.required = True
+            action.help = "Where checkpoints and the trained model are saved. Required."
+        if (action.type in (int, float) and action.default is None) or action.dest == "max_length":
+            action.type = _number_or_none(action.type)
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"Turns --{action.dest} off, which is on by default."
+            action.default = argparse.SUPPRESS
+
+
+def _number_or_none(number: Any) -> Any:
+    def convert(text: str) -> Any:
+        return None if text.lower() in ("none", "null") else number(text)
+
+    convert.__name__ = getattr(number, "__name__", "number")
+    return convert
+
+
+def _group(parser: argparse.ArgumentParser, actions: Sequence[argparse.Action]) -> None:
+    """Moves the options into GROUPS, which argparse only does for options that are added in groups."""
+    of_transformers = {f.name for f in fields(TrainingArguments)}
+    named = {name: title for title, names in GROUPS.items() for name in names.split()}
+    members: dict[str, list[argparse.Action]] = {title: [] for title in GROUPS}
+    for action in actions:
+        rest = "transformers.TrainingArguments" if action.dest in of_transformers else "fastdpo"
+        members.setdefault(named.get(action.dest, f"everything else of {rest}"), []).append(action)
+    order = {name: position for position, name in enumerate(named)}
+    parser._action_groups.clear()
+    for title, group in members.items():
+        if group:
+            group.sort(key=lambda action: order.get(action.dest, 0))
+            parser.add_argument_group(title)._group_actions.extend(group)
+
+
+def _option(argv: Sequence[str], name: str) -> str | None:
+    for position, argument in enumerate(argv):
+        if argument == name:
+            if position + 1 == len(argv):
+                raise ValueError(f"{name} must be followed by a file")
+            return argv[position + 1]
+        if argument.startswith(f"{name}="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def _read_config(path: str, actions: Sequence[argparse.Action]) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise ValueError(f"config must be an existing file, got {path!r}")
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config {path} must hold one option per line as `name: value`, got {type(values).__name__}")
+    known = {action.dest: action for action in actions}
+    result = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ValueError(f"config {path}: " + _unknown(str(key), list(known), "key"))
+        choices = known[name].choices
+        if choices is not None and value not in choices:
+            raise ValueError(f"config {path}: {name} must be one of {sorted(choices)}, got {value!r}")
+        result[name] = value
+    return result
+
+
+def _unknown(name: str, valid: Sequence[str], kind: str) -> str:
+    plain = name.split("=")[0].lstrip("-").replace("-", "_")
+    nearest = difflib.get_close_matches(plain, valid, n=1)
+    prefix = "--" if kind == "option" else ""
+    return f"unknown {kind} {name!r}" + (f"; did you mean '{prefix}{nearest[0]}'?" if nearest else "")

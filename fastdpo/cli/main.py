@@ -1,0 +1,67 @@
+"""The `fastdpo` command: finds the subcommand, and reports a user's mistake in one line with exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+import fastdpo
+
+# name -> (module with main(argv), what it is for)
+COMMANDS = {
+    "train": ("fastdpo.cli.train", "train a model on preference pairs (DPO and its relatives)"),
+    "sft": ("fastdpo.cli.sft", "supervised fine-tuning, the stage before: on completions or on the chosen responses"),
+    "demo": ("fastdpo.cli.demo", "the paper's controlled-sentiment experiment in small, with an HTML report"),
+}
+
+HELP = """usage: fastdpo <command> [options]
+
+commands:
+{commands}
+
+the options of `fastdpo train` that people look for first (all of them: fastdpo train --help):
+  what      --model PATH_OR_NAME  --dataset FILE_OR_NAME  --output_dir DIR  --config run.yaml
+  data      --eval_dataset  --eval_fraction  --max_length  --max_prompt_length  --truncation_mode  --on_bad_row
+  DPO       --beta  --loss_type  --label_smoothing  --reference  --ref_model
+  steps     --learning_rate  --num_train_epochs  --max_steps  --per_device_train_batch_size
+            --gradient_accumulation_steps  --warmup_steps  --lr_scheduler_type
+  memory    --use_peft  --lora_r  --load_in_4bit  --gradient_checkpointing  --bf16  --packing  --optim
+  logging   --report_to  --logging_steps  --eval_strategy  --eval_steps  --run_name
+  saving    --save_strategy  --save_steps  --resume_from_checkpoint  --overwrite_output_dir
+
+fastdpo --version prints the version. Options may be written with hyphens or underscores.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a subcommand and returns the exit code: 0, or 2 where the user can mend the cause."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        print(HELP.format(commands="\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items())))
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"fastdpo {fastdpo.__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        import difflib
+
+        nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        print(f"error: command must be one of {', '.join(COMMANDS)}, got {argv[0]!r}{hint}", file=sys.stderr)
+        return 2
+    command: Callable[[list[str]], None] = import_module(COMMANDS[argv[0]][0]).main
+    try:
+        command(argv[1:])
+    except (ValueError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

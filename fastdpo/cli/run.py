@@ -1,0 +1,127 @@
+"""What `fastdpo train` and `fastdpo sft` have in common: the output directory, the data, the start, the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers.trainer_utils import get_last_checkpoint
+
+from fastdpo.cli.arguments import RunArguments
+from fastdpo.data.loading import load_preference_dataset
+from fastdpo.training.base import PackedTrainer
+from fastdpo.training.config import EngineConfig
+from fastdpo.training.summary import MIB, peak_memory, summary_lines
+
+RUN_FILE = "fastdpo_run.json"  # marks a directory as the output of a run, with the options it had
+_SIGNS_OF_A_RUN = (RUN_FILE, "trainer_state.json", "config.json", "adapter_config.json", "checkpoint-*")
+
+
+def make_console() -> Console:
+    """As wide as the terminal; in a file or a pipe, wide enough that no fact is broken over lines too often."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def check_output_dir(args: EngineConfig, *, overwrite: bool) -> str | None:
+    """The checkpoint to resume from, if any.
+
+    Raises:
+        ValueError: the directory holds another run, or the checkpoint to resume from does not exist.
+    """
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir must be a directory, got the file {output_dir}")
+    resume = args.resume_from_checkpoint
+    if resume not in (None, False, "false", "False"):
+        checkpoint = resume
+        if resume in (True, "true", "True", "last"):
+            checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+        if checkpoint is None or not Path(checkpoint).is_dir():
+            raise ValueError(f"resume_from_checkpoint must name a checkpoint directory, found none for {resume!r}")
+        return str(checkpoint)
+    if not overwrite and any(next(output_dir.glob(sign), None) for sign in _SIGNS_OF_A_RUN):
+        raise ValueError(
+            f"output_dir must not hold another run, got {output_dir}; choose a new one, go on with it by"
+            " --resume_from_checkpoint true, or replace it by --overwrite_output_dir"
+        )
+    return None
+
+
+def load_datasets(run: RunArguments, seed: int) -> tuple[Any, Any]:
+    """Training and evaluation rows; the latter held out of the former where no file is given."""
+    train = load_preference_dataset(run.dataset, run.dataset_split)
+    if run.eval_dataset is not None:
+        return train, load_preference_dataset(run.eval_dataset, run.eval_split)
+    num_eval = min(round(len(train) * run.eval_fraction), len(train) - 1)
+    if num_eval < 1:
+        return train, None
+    parts = train.train_test_split(test_size=num_eval, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def print_summary(console: Console, trainer: PackedTrainer, run: RunArguments) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for what, fact in summary_lines(trainer):
+        table.add_row(what, fact)
+    held_out = run.eval_dataset is None and trainer.eval_dataset is not None
+    if held_out:
+        table.add_row("evaluation", f"on {run.eval_fraction:.0%} of the training data, held out (--eval_fraction)")
+    table.add_row("output", str(trainer.args.output_dir))
+    console.print(table)
+
+
+def train_and_compare(
+    console: Console,
+    trainer: PackedTrainer,
+    resume_from: str | None,
+    options: Mapping[str, Any],
+    columns: list[tuple[str, str]],
+) -> None:
+    """Evaluates, trains, evaluates again, saves everything, and prints what changed and where it is.
+
+    Args:
+        options: what the run was started with; written to RUN_FILE.
+        columns: (metric, label) pairs of the table, metrics without prefix.
+    """
+    output_dir = Path(trainer.args.output_dir)
+    before = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / RUN_FILE).write_text(json.dumps(options, indent=2, default=str) + "\n")
+    result = trainer.train(resume_from_checkpoint=resume_from)
+    after = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", result.metrics)
+    if after:
+        trainer.save_metrics("eval", after)
+    if not trainer.is_world_process_zero():
+        return
+    if before:
+        rows = [(label, before.get(f"eval_{key}"), after.get(f"eval_{key}")) for key, label in columns]
+        where = f"{len(trainer.eval_dataset):,} held-out rows"
+    else:
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        rows = [(label, logs[0].get(key), logs[-1].get(key)) for key, label in columns] if logs else []
+        where = "the first and the last logged training steps"
+    table = Table(title=f"before and after, on {where}")
+    for heading, justify in (("", "left"), ("before", "right"), ("after", "right")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for label, first, last in rows:
+        if first is not None and last is not None:
+            table.add_row(label, f"{first:.4f}", f"{last:.4f}")
+    console.print(table)
+    metrics = result.metrics
+    console.print(
+        f"{metrics['train_runtime']:.1f} s, {metrics['train_samples_per_second']:.2f} rows/s,"
+        f" peak memory {peak_memory(trainer.args.device) / MIB:,.0f} MiB"
+    )
+    console.print(
+        f"saved in {output_dir}: the model and its tokenizer, trainer_state.json (all logs), {RUN_FILE} (options)"
+    )

@@ -1,0 +1,30 @@
+"""`fastdpo sft`: supervised fine-tuning from the command line, the stage before preference training."""
+
+from __future__ import annotations
+
+from fastdpo.cli.arguments import RunArguments, parse
+from fastdpo.cli.run import check_output_dir, load_datasets, make_console, print_summary, train_and_compare
+from fastdpo.training import SFTConfig, SFTTrainer
+
+COLUMNS = [
+    ("loss", "loss (nats per token)"),
+    ("mean_token_accuracy", "token accuracy"),
+    ("entropy", "entropy (nats)"),
+]
+
+
+def main(argv: list[str]) -> None:
+    """Parses, refuses what cannot work, trains, reports.
+
+    Raises:
+        ValueError: anything that the user can mend, before a weight is changed.
+    """
+    run, args = parse("sft", [RunArguments, SFTConfig], argv)
+    console = make_console()
+    resume_from = check_output_dir(args, overwrite=run.overwrite_output_dir)
+    train_dataset, eval_dataset = load_datasets(run, args.seed)
+    trainer = SFTTrainer(run.model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
+    if trainer.is_world_process_zero():
+        print_summary(console, trainer, run)
+    options = {"command": ["fastdpo", "sft", *argv], **vars(run), **args.to_dict()}
+    train_and_compare(console, trainer, resume_from, options, COLUMNS)

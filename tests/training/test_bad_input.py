@@ -1,0 +1,221 @@
+"""What a user can get wrong is refused before a weight is changed, by name, rule and value."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_llama, make_rows, make_tokenizer
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, StableLmConfig
+
+from fastdpo import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+
+def config(tmp_path, **settings):
+    return DPOConfig(str(tmp_path), use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=1, **settings)
+
+
+def build(tmp_path, model=None, rows=None, tokenizer=None, **settings):
+    keywords = {k: settings.pop(k) for k in ("ref_model", "peft_config") if k in settings}
+    return DPOTrainer(
+        make_llama() if model is None else model,
+        args=config(tmp_path, **settings),
+        train_dataset=Dataset.from_list(make_rows(6) if rows is None else rows),
+        processing_class=make_tokenizer() if tokenizer is None else tokenizer,
+        **keywords,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": 0.0}, "beta must be > 0, got 0.0"),
+        ({"beta": float("nan")}, "beta must be > 0, got nan"),
+        ({"loss_type": "sigmoyd"}, "did you mean 'sigmoid'"),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing must be 0 for loss_type 'hinge'"),
+        ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+        ({"reference": "frozn"}, "did you mean 'frozen'"),
+        ({"reference": "frozen", "reference_free": True}, "reference must be 'none' or 'auto'"),
+        ({"packing": "yes"}, "packing must be one of"),
+        ({"impl": "cuda"}, "impl must be one of"),
+        ({"truncation_mode": "middle"}, "truncation_mode must be one of"),
+        ({"max_length": 1}, "max_length must be None or at least 2, got 1"),
+        ({"on_bad_row": "ignore"}, "on_bad_row must be one of"),
+        ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **settings)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"more tokens than the model has embeddings \(20\), got 27"):
+        build(tmp_path, make_llama(vocab_size=20))
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="EOS"):
+        build(tmp_path, tokenizer=tokenizer)
+
+
+def test_a_model_that_is_not_there_is_refused_by_its_name(tmp_path):
+    with pytest.raises(ValueError, match=r"no_such_model"):
+        build(tmp_path, str(tmp_path / "no_such_model"))
+    with pytest.raises(ValueError, match=r"no_such_model"):
+        build(tmp_path, ref_model=str(tmp_path / "no_such_model"))
+
+
+def test_a_vision_model_is_refused(tmp_path):
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
+    with pytest.raises(ValueError, match="text-only"):
+        build(tmp_path, model)
+
+
+def test_image_columns_are_refused(tmp_path):
+    rows = [{**row, "images": ["a.png"]} for row in make_rows(3)]
+    with pytest.raises(ValueError, match="image"):
+        build(tmp_path, rows=rows)
+
+
+def test_the_policy_itself_is_no_reference(tmp_path):
+    model = make_llama()
+    with pytest.raises(ValueError, match="ref_model must not be the model that is trained"):
+        build(tmp_path, model, ref_model=model)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"), [("adapter", "the model has no adapter"), ("cached", "ref_chosen_logps")]
+)
+def test_a_reference_that_cannot_be_had_is_refused(tmp_path, reference, message):
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, reference=reference)
+
+
+def test_an_adapter_on_the_head_is_refused(tmp_path):
+    from peft import LoraConfig
+
+    with pytest.raises(ValueError, match="lm_head"):
+        build(tmp_path, peft_config=LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
+
+
+def test_virtual_prompt_tokens_are_refused(tmp_path):
+    from peft import PromptTuningConfig
+
+    with pytest.raises(ValueError, match="PROMPT_TUNING"):
+        build(tmp_path, peft_config=PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+
+
+def test_rows_that_cannot_be_used_are_counted_and_the_rest_is_trained(tmp_path, caplog):
+    rows = make_rows(6)
+    rows[1]["chosen"] = ""
+    rows[2]["rejected"] = rows[2]["chosen"]
+    rows[4]["chosen"] = None
+    fast = build(tmp_path, rows=rows)
+    report = fast.data_reports["train"]
+    assert (report.num_kept, report.num_rows) == (3, 6)
+    assert report.dropped == {"empty response": (1,), "chosen equals rejected": (2,), "response is not text": (4,)}
+    assert "kept 3 of 6 pairs" in caplog.text
+    fast.train()
+
+
+def test_a_bad_row_stops_the_run_where_that_was_asked_for(tmp_path):
+    rows = make_rows(6)
+    rows[3]["chosen"] = ""
+    with pytest.raises(ValueError, match="row 3"):
+        build(tmp_path, rows=rows, on_bad_row="raise")
+
+
+def stablelm():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        StableLmConfig(
+            vocab_size=32,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+        )
+    )
+
+
+def test_a_model_that_cannot_be_packed_falls_back_with_a_warning_and_trains_right(tmp_path, caplog):
+    fast = build(tmp_path, stablelm(), logging_steps=1)
+    assert not fast.is_packed
+    assert "Falling back to padded batches" in caplog.text
+    fast.train()
+    assert fast.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_a_model_that_cannot_be_packed_is_refused_where_packing_was_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="got 'packed'"):
+        build(tmp_path, stablelm(), packing="packed")
+
+
+def test_nothing_is_changed_or_written_by_a_refused_run(tmp_path):
+    model = make_llama()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="usable row"):
+        build(tmp_path / "out", model, rows=[{"prompt": "a", "chosen": "", "rejected": "b"}])
+    assert not (tmp_path / "out").exists()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])
+
+
+def test_sft_trains_on_completions_and_on_chosen_responses(tmp_path):
+    rows = make_rows(8)
+    forms = {
+        "completions": [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows],
+        "preferences": rows,
+    }
+    losses = {}
+    for name, dataset in forms.items():
+        args = SFTConfig(
+            str(tmp_path / name),
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            max_steps=5,
+            logging_steps=1,
+            learning_rate=1e-2,
+            per_device_train_batch_size=4,
+        )
+        trainer = SFTTrainer(
+            make_llama(), args, train_dataset=Dataset.from_list(dataset), processing_class=make_tokenizer()
+        )
+        trainer.train()
+        losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses["completions"] == losses["preferences"]
+    assert losses["completions"][-1] < losses["completions"][0] - 0.1
+
+
+def test_the_sft_loss_is_the_mean_over_the_response_tokens_of_the_step(tmp_path):
+    rows = make_rows(5)
+    args = SFTConfig(
+        str(tmp_path),
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        max_steps=1,
+        logging_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+    )
+    trainer = SFTTrainer(make_llama(), args, train_dataset=rows, processing_class=make_tokenizer())
+    trainer.train()
+    model, total, count = make_llama().eval(), 0.0, 0
+    for row in trainer.train_dataset:
+        ids = torch.tensor([[*row["prompt_ids"], *row["responses"][0]]])
+        logps = model(ids).logits[0].log_softmax(-1)
+        for position in range(len(row["prompt_ids"]), ids.shape[1]):
+            total -= logps[position - 1, ids[0, position]].item()
+            count += 1
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, abs=1e-5)
