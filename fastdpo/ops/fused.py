@@ -19,6 +19,12 @@ MAX_TILE_ELEMENTS = 2**25  # 64 MiB of bf16 gradients
 MAX_WEIGHT_ELEMENTS = 2**25  # 128 MiB for the fp32 sums of one block of dW
 
 
+def choose_tiling(hidden_states: Tensor, lm_head_weight: Tensor) -> Tiling:
+    """The blocks of the backward pass."""
+    (T, H), V = hidden_states.shape, lm_head_weight.shape[0]
+    return Tiling.within(T, H, V, BLOCK_ROWS, MAX_TILE_ELEMENTS, MAX_WEIGHT_ELEMENTS)
+
+
 def fused_forward(
     hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | None, labels: Tensor, head: Head
 ) -> dict[str, Tensor]:
@@ -39,10 +45,7 @@ class FusedLogitGrads:
         lse: SplitLse,
         head: Head,
     ):
-        (num_rows, hidden_size), num_vocab = hidden_states.shape, lm_head_weight.shape[0]
-        block_rows = max(1, min(BLOCK_ROWS, num_rows))
-        max_elements = min(MAX_TILE_ELEMENTS, max(1, MAX_WEIGHT_ELEMENTS // hidden_size) * block_rows)
-        self.tiling = Tiling.within(num_rows, num_vocab, block_rows, max_elements)
+        self.tiling = choose_tiling(hidden_states, lm_head_weight)
         self.hidden_states, self.lm_head_weight, self.lse, self.head = hidden_states, lm_head_weight, lse, head
         self.labels = labels.contiguous()
         self.bias = None if bias is None else bias.contiguous()

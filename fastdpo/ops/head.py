@@ -45,14 +45,17 @@ class Tiling:
     block_vocab: int
 
     @classmethod
-    def within(cls, num_rows: int, num_vocab: int, block_rows: int, max_elements: int) -> Tiling:
-        """Blocks of at most `max_elements` logits, `block_rows` high, as wide as that leaves room for.
+    def within(
+        cls, num_rows: int, hidden_size: int, num_vocab: int, block_rows: int, max_elements: int, max_weights: int
+    ) -> Tiling:
+        """At most `block_rows` rows and `max_elements` logits per block, and `max_weights` elements of the weight.
 
         Examples:
-            `within(1000, 32000, 256, 2**20)` has blocks of 256 x 4000: eight alike, not seven of 4096 and a rest.
+            1000 rows, V = 32000, 256 rows and 2**20 logits: blocks of 256 x 4000, not seven of 4096 and a rest.
         """
         block_rows = max(1, min(num_rows, block_rows))
-        num_blocks = -(-num_vocab * block_rows // max_elements)
+        most = max(1, min(max_elements // block_rows, max_weights // hidden_size))
+        num_blocks = -(-num_vocab // most)
         return cls(num_rows, num_vocab, block_rows, -(-num_vocab // num_blocks))
 
     def rows(self) -> Iterator[slice]:

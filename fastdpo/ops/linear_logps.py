@@ -18,8 +18,6 @@ from fastdpo.ops.tiled import TiledLogitGrads, tiled_forward
 from fastdpo.ops.validation import check_head, check_settings, operand_dtype
 from fastdpo.types import IGNORE_INDEX, TokenLogps
 
-TILED = Engine(tiled_forward, TiledLogitGrads)
-
 
 def linear_logps(
     hidden_states: Tensor,
@@ -69,7 +67,7 @@ def linear_logps(
         with torch.autocast(hidden_states.device.type, enabled=False):
             bias_cast = None if bias is None else bias.to(dtype)
             return reference_linear_logps(hidden_states.to(dtype), lm_head_weight.to(dtype), bias_cast, labels, head)
-    engine = TILED if impl == "tiled" else _triton_engine()
+    engine = engine_of(impl)
     if impl == "tiled" and labels.device.type == "cpu":
         kept = (labels != IGNORE_INDEX).nonzero()[:, 0]
         if kept.shape[0] < labels.shape[0]:  # ignored rows cost nothing where counting them does not stop a device
@@ -108,7 +106,10 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if is_interpreted() else "needs a CUDA device (or TRITON_INTERPRET=1 set before the first use), got cpu"
 
 
-def _triton_engine() -> Engine:
+def engine_of(impl: str) -> Engine:
+    """The two halves of "tiled" or "triton"; the latter brings in triton."""
+    if impl == "tiled":
+        return Engine(tiled_forward, TiledLogitGrads)
     from fastdpo.ops.fused import FusedLogitGrads, fused_forward
 
     return Engine(fused_forward, FusedLogitGrads)

@@ -22,10 +22,8 @@ EXP_FLOOR = -1000.0  # exp of it is 0 in fp32 and fp64, while 0 * EXP_FLOOR stay
 
 def choose_tiling(hidden_states: Tensor, lm_head_weight: Tensor) -> Tiling:
     """The tiles of both passes."""
-    num_vocab, hidden_size = lm_head_weight.shape
-    block_rows = max(1, min(BLOCK_ROWS, hidden_states.shape[0]))
-    max_elements = min(MAX_TILE_ELEMENTS, max(1, MAX_WEIGHT_ELEMENTS // hidden_size) * block_rows)
-    return Tiling.within(hidden_states.shape[0], num_vocab, block_rows, max_elements)
+    (T, H), V = hidden_states.shape, lm_head_weight.shape[0]
+    return Tiling.within(T, H, V, BLOCK_ROWS, MAX_TILE_ELEMENTS, MAX_WEIGHT_ELEMENTS)
 
 
 def tiled_forward(
@@ -105,7 +103,7 @@ class _RowState:
             "is_top1": self.label_logit >= self.max,
             "log_sum_sq_probs": self.sum_sq_exp.log() - 2 * log_sum,
         }
-        return {name: values[name].where(keep, 0) for name in (*ALWAYS, *self.head.outputs)}
+        return {name: values[name].masked_fill(~keep, 0) for name in (*ALWAYS, *self.head.outputs)}
 
 
 class TiledLogitGrads:
