@@ -40,6 +40,20 @@ def make_tokenizer(chat_template=CHAT_TEMPLATE):
     )
 
 
+def make_byte_tokenizer(chat_template=CHAT_TEMPLATE):
+    """One token per byte: takes any text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=chat_template
+    )
+
+
 def make_llama(vocab_size=32, seed=0, **overrides):
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,0 +1,231 @@
+"""`fastdpo train` as a user meets it: what it prints, what it leaves, what it refuses."""
+
+import gzip
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from conftest import make_byte_tokenizer, make_llama, make_rows, make_tokenizer
+
+from fastdpo import DPOConfig
+from fastdpo.cli.main import main
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    make_llama(vocab_size=64).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = make_rows(20)
+    rows[3]["chosen"] = ""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(capsys, *arguments):
+    """Exit code, and everything printed, on one line each."""
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def quick(model_dir, data, output_dir, *more):
+    return (
+        *("train", "--model", model_dir, "--dataset", data, "--output_dir", output_dir, "--use_cpu", "true"),
+        *("--max-steps", 4, "--per-device-train-batch-size", 4, "--logging_steps", 1, "--disable_tqdm", "true"),
+        *("--learning_rate", "1e-2", "--save_strategy", "no", "--eval_fraction", 0.2, *more),
+    )
+
+
+def test_a_run_says_what_it_will_do_and_what_it_did(capsys, model_dir, data, tmp_path):
+    code, out, _ = run(capsys, *quick(model_dir, data, tmp_path / "out"))
+    assert code == 0
+    for fact in (
+        "LlamaForCausalLM",
+        "parameters",
+        "of 16 pairs",
+        "empty response",
+        "tokens",
+        "reference",
+        "frozen",
+        "tiled (chosen for cpu)",
+        "fastdpo_packed",
+        "MiB (an estimate)",
+        "4 optimizer steps of 4 rows",
+        "before and after",
+        "accuracy",
+        f"saved in {tmp_path / 'out'}",
+    ):
+        assert fact in out.replace("\n", " "), fact
+    loss = re.search(r"loss\s+│\s+([\d.]+) │\s+([\d.]+)", out)
+    assert float(loss[1]) == pytest.approx(0.6931, abs=1e-4)
+    assert float(loss[2]) != float(loss[1])
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "trainer_state.json", "fastdpo_run.json"} <= left
+    assert json.loads((tmp_path / "out" / "fastdpo_run.json").read_text())["beta"] == 0.1
+
+
+def test_flags_override_a_yaml_config(capsys, model_dir, data, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {model_dir}\ndataset: {data}\noutput_dir: {tmp_path / 'out'}\nuse_cpu: true\nmax_steps: 4\n"
+        "beta: 0.3\nlearning-rate: 1e-2\nsave_strategy: 'no'\nmax_length: null\n"
+    )
+    code, _, err = run(capsys, "train", "--config", config, "--beta", "0.7", "--max_steps", "1")
+    assert code == 0, err
+    options = json.loads((tmp_path / "out" / "fastdpo_run.json").read_text())
+    assert (options["beta"], options["max_steps"], options["learning_rate"]) == (0.7, 1, 0.01)
+    assert options["max_length"] is None
+
+
+def test_a_finished_run_is_not_overwritten_unasked(capsys, model_dir, data, tmp_path):
+    assert run(capsys, *quick(model_dir, data, tmp_path / "out", "--max_steps", 1))[0] == 0
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    code, _, err = run(capsys, *quick(model_dir, data, tmp_path / "out", "--max_steps", 2))
+    assert code == 2
+    assert "output_dir must not hold another run" in err
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    code, *_ = run(capsys, *quick(model_dir, data, tmp_path / "out", "--overwrite_output_dir"))
+    assert code == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != weights
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(capsys, model_dir, data, tmp_path):
+    options = ("--save_strategy", "steps", "--save_steps", 2)
+    assert run(capsys, *quick(model_dir, data, tmp_path / "out", *options, "--max_steps", 2))[0] == 0
+    code, _, err = run(capsys, *quick(model_dir, data, tmp_path / "out", *options, "--resume_from_checkpoint", "true"))
+    assert code == 0, err
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    code, _, err = run(capsys, *quick(model_dir, data, tmp_path / "new", "--resume_from_checkpoint", "true"))
+    assert code == 2
+    assert "found none" in err
+
+
+def test_a_lora_run_saves_its_adapter(capsys, model_dir, data, tmp_path):
+    code, out, err = run(capsys, *quick(model_dir, data, tmp_path / "out", "--use_peft", "--lora_r", 4))
+    assert code == 0, err
+    assert "adapter: the model without its adapter" in out
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def broken(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("broken.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": oops}\n', "line 2"),
+        ("columns.jsonl", '{"question": "a", "answer": "b"}\n', "question"),
+        ("empty.jsonl", "", "empty"),
+        ("scalars.json", "[1, 2]", "objects"),
+        ("allbad.jsonl", '{"prompt": "a", "chosen": "", "rejected": "c"}\n', "usable"),
+    ],
+)
+def test_bad_data_is_refused_and_nothing_is_written(capsys, model_dir, tmp_path, name, text, message):
+    code, _, err = run(capsys, *quick(model_dir, broken(tmp_path, name, text), tmp_path / "out"))
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: ")
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--betta", "0.1"), "did you mean '--beta'"),
+        (("--loss_type", "sigmod"), "did you mean 'sigmoid'"),
+        (("--beta", "0"), "beta must be > 0, got 0.0"),
+        (("--beta", "much"), "invalid float value"),
+        (("--dataset", "missing.json"), "does not exist: missing.json"),
+        (("--model", "/no/such/model"), "/no/such/model"),
+        (("--config", "missing.yaml"), "config must be an existing file"),
+        (("--load_in_4bit",), "load_in_4bit must go with use_peft"),
+        (("--eval_fraction", "1.5"), "eval_fraction must be in [0, 1), got 1.5"),
+        (("stray",), "every value must follow an option"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(capsys, model_dir, data, tmp_path, arguments, message):
+    code, _, err = run(capsys, *quick(model_dir, data, tmp_path / "out", *arguments))
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_config_key_names_the_nearest_valid_one(capsys, tmp_path):
+    config = broken(tmp_path, "run.yaml", "model: x\ndataset: y\noutput_dir: z\nlearning_rat: 1.0\n")
+    code, _, err = run(capsys, "train", "--config", config)
+    assert code == 2
+    assert "unknown key 'learning_rat'; did you mean 'learning_rate'?" in err
+
+
+def test_help_groups_the_options_and_reaches_every_field(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for word in ("train", "sft", "demo", "--beta", "--use_peft", "--report_to", "--resume_from_checkpoint"):
+        assert word in out
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    for f in fields(DPOConfig):
+        assert f"--{f.name}" in out, f.name
+    assert out.index("model and data:") < out.index("preference optimization:") < out.index("everything else")
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    code, _, err = run(capsys, "trian")
+    assert code == 2
+    assert "did you mean 'train'" in err
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the preference files beside the checkout")
+@pytest.mark.parametrize(
+    ("name", "kept", "rows"),
+    [
+        ("llms-from-scratch-preference.json", 1094, 1100),
+        ("llama-factory-dpo-en-demo.json", 300, 300),
+        ("llama-factory-v1-dpo-demo.jsonl", 10, 10),
+        ("hh-rlhf-harmless-test-benign44.jsonl", 44, 44),
+    ],
+)
+def test_real_files_train_as_they_are(capsys, tmp_path, name, kept, rows):
+    model_dir = tmp_path / "model"
+    make_llama(vocab_size=260).save_pretrained(model_dir)
+    make_byte_tokenizer().save_pretrained(model_dir)
+    code, out, err = run(
+        capsys,
+        *("train", "--model", model_dir, "--dataset", SHARED / name, "--output_dir", tmp_path / "out"),
+        *("--use_cpu", "true", "--max_steps", 1, "--per_device_train_batch_size", 2, "--max_length", "none"),
+        *("--save_strategy", "no", "--eval_fraction", 0, "--disable_tqdm", "true", "--logging_steps", 1),
+    )
+    assert code == 0, err
+    counts = re.search(r"kept ([\d]+) of ([\d]+) pairs", out)
+    assert int(counts[2]) == rows
+    assert int(counts[1]) == kept
+
+
+def test_gzipped_lines_train_too(capsys, model_dir, tmp_path):
+    path = tmp_path / "pairs.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in make_rows(8))
+    code, _, err = run(capsys, *quick(model_dir, path, tmp_path / "out", "--max_steps", 1))
+    assert code == 0, err
+
+
+def test_sft_takes_the_same_files(capsys, model_dir, data, tmp_path):
+    code, out, err = run(capsys, "sft", *quick(model_dir, data, tmp_path / "out")[1:])
+    assert code == 0, err
+    assert "loss (nats per token)" in out
