@@ -24,7 +24,11 @@ def config(beta=2.0, label_smoothing=0.0):
     ("name", "settings", "by_hand"),
     [
         ("sigmoid", config(), math.log(1 + math.exp(-1.4))),
-        ("sigmoid", config(label_smoothing=0.1), 0.9 * math.log(1 + math.exp(-1.4)) + 0.1 * math.log(1 + math.exp(1.4))),
+        (
+            "sigmoid",
+            config(label_smoothing=0.1),
+            0.9 * math.log(1 + math.exp(-1.4)) + 0.1 * math.log(1 + math.exp(1.4)),
+        ),
         ("hinge", config(beta=0.5), 1 - 0.35),
         ("hinge", config(beta=2.0), 0.0),
         ("ipo", config(beta=0.25), (0.5 / 2 - (-0.2) / 4 - 2.0) ** 2),
@@ -74,11 +78,13 @@ def test_preference_loss_gives_the_results_of_the_original_release(options):
 
 
 def test_a_tabular_policy_converges_to_the_closed_form():
-    """DPO, eq. 4: the optimum is pi* = pi_ref exp(r / beta) / Z, and beta * logratio recovers reward differences (eq. 5).
+    """DPO, eq. 4: the optimum is pi* = pi_ref exp(r / beta) / Z, and beta * logratio recovers reward differences (eq.
+    5).
 
-    3 prompts, 5 responses each, rewards in [-1, 1], 200,000 comparisons drawn by Bradley-Terry. A comparison's outcome has
-    variance p(1 - p) >= 0.1 here, and each of the 10 pairs of a prompt is compared 200,000 / 30 times, so a reward difference is
-    known to about 1 / sqrt(6,667 * 0.2) = 0.027 from one pair alone and better from all; 0.08 is three times that.
+    3 prompts, 5 responses each, rewards in [-1, 1], 200,000 comparisons drawn by Bradley-Terry. A comparison's
+    outcome has variance p(1 - p) >= 0.1 here, and each of the 10 pairs of a prompt is compared 200,000 / 30 times, so
+    a reward difference is known to about 1 / sqrt(6,667 * 0.2) = 0.027 from one pair alone and better from all; 0.08
+    is three times that.
     """
     torch.manual_seed(0)
     beta, num_comparisons = 0.5, 200_000

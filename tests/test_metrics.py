@@ -39,9 +39,7 @@ def test_token_metrics_count_a_shared_token_once_for_each_response():
     logps = PairLogps(sums[:1], sums[1:], None, None, SequenceLogps(sums, torch.tensor([3, 4]), tokens))
     means = MetricMeans()
     means.add(
-        token_metrics(
-            logps, torch.tensor([0, 1, 2, 0, 1, 3, 4]), torch.tensor([0, 3, 7]), pairs=torch.tensor([[0, 1]])
-        )
+        token_metrics(logps, torch.tensor([0, 1, 2, 0, 1, 3, 4]), torch.tensor([0, 3, 7]), pairs=torch.tensor([[0, 1]]))
     )
     values = means.pop()
     assert values["entropy"] == pytest.approx((1 + 2 + 3 + 1 + 2 + 4 + 5) / 7)
