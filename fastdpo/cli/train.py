@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from fastdpo.cli.arguments import AdapterArguments, RunArguments, parse
 from fastdpo.cli.run import check_output_dir, load_datasets, make_console, print_summary, train_and_compare
 from fastdpo.training import DPOConfig, DPOTrainer
-from fastdpo.training.models import load_model, resolve_model
 
 COLUMNS = [
     ("loss", "loss"),
@@ -32,15 +30,13 @@ def main(argv: list[str]) -> None:
     console = make_console()
     resume_from = check_output_dir(args, overwrite=run.overwrite_output_dir)
     train_dataset, eval_dataset = load_datasets(run, args.seed)
-    model, tokenizer = resolve_model(run.model, None, _model_init_kwargs(args, adapter))
-    args.model_init_kwargs = None  # used up: the trainer gets a model
     trainer = DPOTrainer(
-        model,
-        ref_model=load_model(adapter.ref_model) if adapter.ref_model is not None else None,
-        args=args,
+        run.model,
+        adapter.ref_model,
+        args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=tokenizer,
+        quantization_config=_quantization_config() if adapter.load_in_4bit else None,
         peft_config=_peft_config(adapter) if adapter.use_peft else None,
     )
     if trainer.is_world_process_zero():
@@ -49,23 +45,15 @@ def main(argv: list[str]) -> None:
     train_and_compare(console, trainer, resume_from, options, COLUMNS)
 
 
-def _model_init_kwargs(args: DPOConfig, adapter: AdapterArguments) -> dict[str, Any] | None:
-    import json
+def _quantization_config() -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError('load_in_4bit needs bitsandbytes: pip install "fastdpo[quant]"') from error
+    import torch
+    from transformers import BitsAndBytesConfig
 
-    given = args.model_init_kwargs
-    kwargs: dict[str, Any] = dict(json.loads(given) if isinstance(given, str) else given or {})
-    if adapter.load_in_4bit:
-        try:
-            import bitsandbytes  # noqa: F401
-        except ImportError as error:
-            raise ValueError('load_in_4bit needs bitsandbytes: pip install "fastdpo[quant]"') from error
-        import torch
-        from transformers import BitsAndBytesConfig
-
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    return kwargs or None
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def _peft_config(adapter: AdapterArguments) -> Any:
@@ -80,7 +68,3 @@ def _peft_config(adapter: AdapterArguments) -> Any:
         target_modules=adapter.lora_target_modules or "all-linear",
         task_type="CAUSAL_LM",
     )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -21,9 +21,10 @@ from transformers.utils import logging
 from fastdpo.data.prepare import DataReport
 from fastdpo.metrics import MetricMeans, SumAndWeight
 from fastdpo.modeling import PackingCheck, check_packing, prepare_model
+from fastdpo.modeling.packed import bare_model
 from fastdpo.training.collator import PackingCollator
 from fastdpo.training.config import EngineConfig
-from fastdpo.training.models import disable_dropout
+from fastdpo.training.models import check_token_ids, disable_dropout
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -55,11 +56,11 @@ class PackedTrainer(Trainer):
         self.args = args
         prepare_model(model)
 
-        train_dataset = self._prepared(train_dataset, "train")
+        train_dataset = self._prepared(train_dataset, "train", model)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._prepared(part, f"eval_{name}") for name, part in eval_dataset.items()}
+            eval_dataset = {name: self._prepared(part, f"eval_{name}", model) for name, part in eval_dataset.items()}
         else:
-            eval_dataset = self._prepared(eval_dataset, "eval")
+            eval_dataset = self._prepared(eval_dataset, "eval", model)
 
         if args.disable_dropout:
             disable_dropout(model)
@@ -101,12 +102,13 @@ class PackedTrainer(Trainer):
 
     # Before training
 
-    def _prepared(self, dataset: Any, name: str) -> Dataset | None:
+    def _prepared(self, dataset: Any, name: str, model: nn.Module) -> Dataset | None:
         """Tokenized and reported, or None where there is none; a dataset that already is comes back as it is."""
         if dataset is None:
             return None
         with self.args.main_process_first(desc=f"tokenizing the {name} dataset"):
             prepared, self.data_reports[name] = self._prepare_dataset(dataset)
+        check_token_ids(prepared, bare_model(model).get_input_embeddings().weight.shape[0], name)
         report = self.data_reports[name]
         if report.num_kept < report.num_rows:
             logger.warning(f"{name} dataset: {report.lines()[0]}")
@@ -207,7 +209,7 @@ class PackedTrainer(Trainer):
     ) -> dict[str, float]:
         """Metrics on the given or the trainer's own eval dataset; raw rows are tokenized first."""
         if isinstance(eval_dataset, Dataset | list) and not self._is_prepared(eval_dataset):
-            eval_dataset = self._prepared(eval_dataset, metric_key_prefix)
+            eval_dataset = self._prepared(eval_dataset, metric_key_prefix, self.model)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     @staticmethod

@@ -40,6 +40,7 @@ class DPOTrainer(PackedTrainer):
             tokenized; eval_dataset may be a dict of them.
         processing_class: the tokenizer; by default the one saved with the model.
         callbacks, optimizers: as in transformers.Trainer.
+        quantization_config: how a model given by name is quantized (BitsAndBytesConfig); needs peft_config.
         peft_config: puts a new adapter on the model; the model without it is the reference.
     Raises:
         ValueError: arguments that cannot work together, before any weight is changed.
@@ -56,8 +57,10 @@ class DPOTrainer(PackedTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        *,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
     ) -> None:
         args = args if args is not None else DPOConfig("dpo_output")
@@ -65,7 +68,7 @@ class DPOTrainer(PackedTrainer):
             raise ValueError(
                 "ref_model must not be the model that is trained; leave it out to compare with a copy of its start"
             )
-        policy, tokenizer = resolve_model(model, processing_class, args.model_init_kwargs)
+        policy, tokenizer = resolve_model(model, processing_class, args.model_init_kwargs, quantization_config)
         if peft_config is not None:
             policy = _with_adapter(policy, peft_config, args)
         mode, self.reference_reason = choose_reference(

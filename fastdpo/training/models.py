@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pyarrow.compute
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -13,7 +15,10 @@ from fastdpo.modeling.packed import bare_model
 
 
 def resolve_model(
-    model: str | nn.Module, tokenizer: PreTrainedTokenizerBase | None, model_init_kwargs: dict[str, Any] | str | None
+    model: str | nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model_init_kwargs: dict[str, Any] | str | None = None,
+    quantization_config: Any = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model and tokenizer as objects, loaded where they are given by name, and checked against each other.
 
@@ -26,9 +31,10 @@ def resolve_model(
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"processing_class must be a text tokenizer, got {type(tokenizer).__name__}")
     if isinstance(model, str):
-        model = load_model(model, model_init_kwargs)
-    elif model_init_kwargs is not None:
-        raise ValueError("model_init_kwargs must be None where model is a model and not a name")
+        options = {} if quantization_config is None else {"quantization_config": quantization_config}
+        model = load_model(model, model_init_kwargs, **options)
+    elif model_init_kwargs is not None or quantization_config is not None:
+        raise ValueError("model_init_kwargs and quantization_config must be None where model is a model and not a name")
     check_model_and_tokenizer(model, tokenizer)
     return model, tokenizer
 
@@ -85,6 +91,24 @@ def check_model_and_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBa
         )
     if tokenizer.eos_token_id is None:
         raise ValueError("processing_class must have an EOS token: without one no response would learn to end")
+
+
+def check_token_ids(dataset: Dataset, num_embeddings: int, name: str) -> None:
+    """Refuses token columns that point outside the embedding, as datasets that come tokenized may.
+
+    Raises:
+        ValueError: an id is not in [0, num_embeddings).
+    """
+    for column, depth in (("prompt_ids", 1), ("responses", 2)):
+        ids = dataset.data[column]
+        for _ in range(depth):
+            ids = pyarrow.compute.list_flatten(ids)
+        bounds = pyarrow.compute.min_max(ids).as_py()
+        for bound in (bounds["min"], bounds["max"]):
+            if bound is not None and not 0 <= bound < num_embeddings:
+                raise ValueError(
+                    f"token ids must be in [0, {num_embeddings}), the {name} dataset has {bound} in {column}"
+                )
 
 
 def disable_dropout(model: nn.Module) -> None:

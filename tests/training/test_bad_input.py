@@ -84,6 +84,14 @@ def test_image_columns_are_refused(tmp_path):
         build(tmp_path, rows=rows)
 
 
+def test_token_ids_outside_the_embedding_are_refused(tmp_path):
+    rows = [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}] * 3
+    with pytest.raises(ValueError, match=r"token ids must be in \[0, 32\), the train dataset has 32 in responses"):
+        build(tmp_path, rows=[*rows, {"prompt_ids": [1], "chosen_ids": [32], "rejected_ids": [4]}])
+    with pytest.raises(ValueError, match=r"has -1 in prompt_ids"):
+        build(tmp_path, rows=[*rows, {"prompt_ids": [-1], "chosen_ids": [3], "rejected_ids": [4]}])
+
+
 def test_the_policy_itself_is_no_reference(tmp_path):
     model = make_llama()
     with pytest.raises(ValueError, match="ref_model must not be the model that is trained"):
