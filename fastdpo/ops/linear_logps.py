@@ -55,7 +55,7 @@ def linear_logps(
             (on the CPU) a label lies outside [0, V). On a GPU such a label is never read out of bounds and costs no
             synchronization: its log-prob and the gradients that it reaches become nan.
     """
-    outputs = tuple(dict.fromkeys(outputs))
+    outputs = (outputs,) if isinstance(outputs, str) else tuple(dict.fromkeys(outputs))
     check_settings(logit_scale, softcap, outputs, skip_tolerance, impl)
     check_head(hidden_states, lm_head_weight, labels, bias)
     dtype = operand_dtype(hidden_states, lm_head_weight, bias)

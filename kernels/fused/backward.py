@@ -12,7 +12,9 @@ from fastdpo.kernels.launch import Blocks, device_blocks
 from fastdpo.kernels.logits import scale_logits, tile_dot
 from torch import Tensor
 
-IGNORED = tl.constexpr(-100)  # IGNORE_INDEX
+from fastdpo.types import IGNORE_INDEX
+
+IGNORED = tl.constexpr(IGNORE_INDEX)
 
 
 @triton.jit

@@ -13,8 +13,10 @@ from fastdpo.kernels.launch import MERGE_ROWS, MERGE_TILES, Blocks, device_block
 from fastdpo.kernels.logits import scale_logits, tile_dot
 from torch import Tensor
 
+from fastdpo.types import IGNORE_INDEX
+
 EXP_FLOOR = tl.constexpr(-1000.0)  # exp of it is 0, and 0 * EXP_FLOOR is 0 where 0 * -inf would be nan
-IGNORED = tl.constexpr(-100)  # IGNORE_INDEX
+IGNORED = tl.constexpr(IGNORE_INDEX)
 
 
 @triton.jit

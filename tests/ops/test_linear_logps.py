@@ -1,6 +1,9 @@
 """The contract of linear_logps, for every implementation."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -283,6 +286,21 @@ def test_auto_takes_tiled_on_the_cpu_and_for_fp64():
 
     assert resolve_impl("auto", torch.device("cpu"), FP32) == "tiled"
     assert resolve_impl("auto", torch.device("cuda"), torch.float64) == "tiled"
+
+
+@pytest.mark.skipif(CUDA, reason="needs a machine without a GPU")
+def test_triton_named_on_a_cpu_without_the_interpreter_is_refused_with_the_reason():
+    program = """
+import torch
+from fastdpo import linear_logps
+try:
+    linear_logps(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.long), impl="triton")
+except ValueError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith('impl="triton" needs a CUDA device')
 
 
 def test_fp64_inputs_stay_fp64():
