@@ -1,0 +1,19 @@
+"""HTML reports of runs: sections of text, tables, figures and samples in one self-contained file."""
+
+from fastdpo.report.html import write_report
+from fastdpo.report.plots import Point, frontier, require_matplotlib, training_curves
+from fastdpo.report.sections import Figure, Response, Sample, SampleList, Table, Text
+
+__all__ = [
+    "Figure",
+    "Point",
+    "Response",
+    "Sample",
+    "SampleList",
+    "Table",
+    "Text",
+    "frontier",
+    "require_matplotlib",
+    "training_curves",
+    "write_report",
+]

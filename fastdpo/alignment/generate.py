@@ -1,0 +1,156 @@
+"""Samples from a model, and how far their distribution is from a reference's.
+
+In: a causal LM, its tokenizer, prompts as text. Out: Samples (text and token ids), and per sample the KL divergence to
+a reference in nats. Prompts are padded on the left for generation; sampling is plain ancestral sampling (no top-k, no
+top-p), so that the samples follow the model's own distribution, as KL estimates need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """N responses in the order of their prompts; a prompt's samples are neighbours."""
+
+    prompts: tuple[str, ...]  # N
+    responses: tuple[str, ...]  # N, decoded without special tokens
+    prompt_ids: tuple[list[int], ...]  # N, with the tokenizer's BOS where it has one
+    response_ids: tuple[list[int], ...]  # N, with the EOS where the model wrote one before max_new_tokens
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+
+@torch.no_grad()
+def sample_responses(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    num_samples: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Samples:
+    """Draws `num_samples` responses to each prompt from `model`. The global random state is left as it was.
+
+    Args:
+        model: a causal LM with `generate`.
+        tokenizer: its tokenizer, with an EOS token; padding uses the EOS where there is no pad token.
+        prompts: plain text; the special tokens that the tokenizer adds are kept.
+        num_samples: responses per prompt.
+        max_new_tokens: a response is cut there.
+        temperature: > 0; 1.0 samples the model's own distribution.
+        batch_size: sequences generated at a time.
+        seed: equal seeds give equal samples on equal machines.
+    Raises:
+        ValueError: an argument out of range, no prompts, or a tokenizer without EOS.
+    """
+    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    if len(prompts) == 0:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer must have an eos_token, got None")
+
+    from transformers import GenerationConfig
+
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    eos_ids = _eos_ids(model, tokenizer)
+    generation_config = GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id, eos_token_id=eos_ids,
+    )  # fmt: skip
+    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+    prompt_ids = tokenizer(repeated)["input_ids"]
+    response_ids: list[list[int]] = []
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, len(repeated), batch_size):
+            chunk = prompt_ids[start : start + batch_size]
+            input_ids, attention_mask = _pad(chunk, pad_id, model.device, left=True)  # (B, P)
+            output = model.generate(
+                input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config
+            )
+            response_ids += [_until_eos(row, eos_ids) for row in output[:, input_ids.shape[1] :].tolist()]
+    model.train(was_training)
+    responses = tokenizer.batch_decode(response_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Samples(tuple(repeated), tuple(responses), tuple(prompt_ids), tuple(response_ids))
+
+
+@torch.no_grad()
+def kl_to_reference(model: Any, ref_model: Any, samples: Samples, *, batch_size: int = 64) -> Tensor:
+    """KL(policy || reference) of whole responses, one estimate per sample: (N,) fp64 on the CPU, nats.
+
+    Each estimate is the sum over the response's tokens of the exact KL between the two next-token distributions. Its
+    mean over samples that `model` drew at temperature 1 has the same expectation as the mean of
+    `logp_policy - logp_ref` (the chain rule of KL), with less variance, and no estimate is negative. Builds
+    (batch_size, length, V) log-probs of both models.
+    """
+    estimates = []
+    pairs = zip(
+        _response_logps(model, samples, batch_size), _response_logps(ref_model, samples, batch_size), strict=True
+    )
+    for (policy, mask), (reference, _) in pairs:
+        per_token = (policy.exp() * (policy - reference)).sum(-1)  # (B, L)
+        estimates.append((per_token * mask).sum(-1).double().cpu())
+    return torch.cat(estimates)
+
+
+def _response_logps(model: Any, samples: Samples, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Next-token log-probs (B, L, V) fp32 over the response tokens, and the mask (B, L) that keeps real ones."""
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(samples), batch_size):
+        prompt_ids = samples.prompt_ids[start : start + batch_size]
+        response_ids = samples.response_ids[start : start + batch_size]
+        rows = [[*p, *r] for p, r in zip(prompt_ids, response_ids, strict=True)]
+        input_ids, attention_mask = _pad(rows, 0, model.device, left=False)  # (B, P + L)
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (B, P + L, V)
+        # Response token j of a row with P prompt tokens is predicted at position P - 1 + j.
+        lengths = torch.tensor([len(r) for r in response_ids], device=model.device)
+        steps = torch.arange(int(lengths.max()), device=model.device)
+        first = torch.tensor([len(p) - 1 for p in prompt_ids], device=model.device)
+        positions = (first[:, None] + steps).clamp(max=logits.shape[1] - 1)  # (B, L)
+        picked = logits.gather(1, positions[:, :, None].expand(-1, -1, logits.shape[-1]))
+        yield picked.float().log_softmax(-1), steps < lengths[:, None]
+    model.train(was_training)
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end a response: the model's own (chat models have several), else the tokenizer's."""
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    return list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
+
+
+def _until_eos(ids: list[int], eos_ids: list[int]) -> list[int]:
+    """[7, 9, eos, pad, pad] -> [7, 9, eos]: pad may equal eos, so only the first one counts."""
+    end = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids) - 1)
+    return ids[: end + 1]
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_id: int, device: Any, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of ids as (B, longest) int64 with their attention mask."""
+    width = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), width), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if left else slice(0, len(row))
+        input_ids[i, columns] = torch.tensor(row)
+        attention_mask[i, columns] = 1
+    return input_ids.to(device), attention_mask.to(device)

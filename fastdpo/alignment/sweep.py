@@ -1,0 +1,171 @@
+"""DPO at several betas from one start, measured on prompts that no training has seen: the reward-KL frontier.
+
+In: a start model (the reference), preference rows to train on, held-out rows and prompts, and a reward of a response.
+Out: a SweepResult, every figure with its standard error. Refuses betas that are not positive or repeat. Reference
+log-probs are computed once and serve all betas. After the DPO paper's frontier (arXiv 2305.18290, section 6.1).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback
+
+from fastdpo.alignment.generate import kl_to_reference, sample_responses
+from fastdpo.alignment.results import Estimate, PolicyResult, SweepResult
+from fastdpo.data.packing import pack_pairs, pad_pairs
+from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset
+from fastdpo.modeling import check_packing, packed_logps
+from fastdpo.training import DPOConfig, DPOTrainer
+
+RewardFn = Callable[[str, str], float]  # prompt, response -> reward
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How models are measured."""
+
+    prompts: Sequence[str]  # one sample each; never trained on
+    reward_fn: RewardFn
+    max_new_tokens: int = 256
+    batch_size: int = 64  # sequences or pairs at a time
+    seed: int = 0  # of sampling; each model draws from a seed of its own, so that samples are independent
+
+
+def sweep_beta(
+    model: Any,
+    tokenizer: Any,
+    betas: Sequence[float],
+    *,
+    args: DPOConfig,
+    train_rows: Any,
+    heldout_rows: Any,
+    measurement: Measurement,
+    make_callbacks: Callable[[float], list[Any]] | None = None,
+    on_policy: Callable[[Any, PolicyResult], None] | None = None,
+) -> SweepResult:
+    """Trains one policy per beta from a copy of `model`, and measures each and `model` itself.
+
+    Args:
+        model: the start of every policy and the reference of all; its weights stay as they are.
+        betas: > 0, all different; trained in rising order.
+        args: everything else about training; its beta is replaced.
+        train_rows, heldout_rows: preference rows in any form that DPOTrainer takes. The held-out ones are the trainers'
+            eval_dataset and what accuracy and margin are measured on.
+        measurement: how samples are drawn and judged.
+        make_callbacks: for a beta, the callbacks of its trainer.
+        on_policy: called with every trained model and its result.
+    Raises:
+        ValueError: betas that are missing, not positive or repeat, and what data preparation refuses.
+    """
+    betas = sorted(betas)
+    if not betas or not betas[0] > 0 or len(set(betas)) < len(betas):
+        raise ValueError(f"betas must be positive and all different, at least one, got {betas}")
+    settings = args.tokenization_settings()
+    batch_size = measurement.batch_size
+    train, heldout = (prepare_preference_dataset(rows, tokenizer, settings)[0] for rows in (train_rows, heldout_rows))
+    train = _with_reference(train, pair_logps(model, train, batch_size=batch_size))
+    ref_heldout = pair_logps(model, heldout, batch_size=batch_size)
+    heldout = _with_reference(heldout, ref_heldout)
+
+    def result(index: int, policy: Any, beta: float | None, log_history: Sequence[Any] = ()) -> PolicyResult:
+        chosen, rejected = ref_heldout if beta is None else pair_logps(policy, heldout, batch_size=batch_size)
+        if beta is None:  # its implicit reward is 0 everywhere and ranks nothing, so its log-probs do
+            ranked, margins = chosen - rejected, torch.zeros_like(chosen)
+        else:
+            ranked = margins = beta * ((chosen - ref_heldout[0]) - (rejected - ref_heldout[1]))
+        own = replace(measurement, seed=measurement.seed + index)
+        return _measured(policy, model, tokenizer, own, beta, ranked > 0, margins, tuple(log_history))
+
+    reference = result(0, model, None)
+    policies: list[PolicyResult] = []
+    for index, beta in enumerate(betas, start=1):
+        beta_args = copy.copy(args)
+        beta_args.beta = beta
+        trainer = DPOTrainer(
+            copy.deepcopy(model),
+            args=beta_args,
+            train_dataset=train,
+            eval_dataset=heldout,
+            processing_class=tokenizer,
+            callbacks=make_callbacks(beta) if make_callbacks is not None else None,
+        )
+        trainer.remove_callback(PrinterCallback)  # what it prints is in log_history
+        trainer.train()
+        policies.append(result(index, trainer.model, beta, trainer.state.log_history))
+        if on_policy is not None:
+            on_policy(trainer.model, policies[-1])
+    return SweepResult(reference, tuple(policies), len(train), len(heldout))
+
+
+def _measured(
+    policy: Any,
+    reference: Any,
+    tokenizer: Any,
+    measurement: Measurement,
+    beta: float | None,
+    is_ranked_as_labelled: Tensor,  # (N,) bool
+    margins: Tensor,  # (N,)
+    log_history: tuple[dict[str, Any], ...],
+) -> PolicyResult:
+    samples = sample_responses(
+        policy,
+        tokenizer,
+        measurement.prompts,
+        max_new_tokens=measurement.max_new_tokens,
+        batch_size=measurement.batch_size,
+        seed=measurement.seed,
+    )
+    rewards = [measurement.reward_fn(p, r) for p, r in zip(samples.prompts, samples.responses, strict=True)]
+    kl = torch.zeros(len(samples))
+    if beta is not None:
+        kl = kl_to_reference(policy, reference, samples, batch_size=measurement.batch_size)
+    return PolicyResult(
+        beta=beta,
+        accuracy=Estimate.of(is_ranked_as_labelled),
+        margin=Estimate.of(margins),
+        reward=Estimate.of(rewards),
+        kl=Estimate.of(kl),
+        num_tokens=Estimate.of([len(ids) for ids in samples.response_ids]),
+        samples=samples,
+        rewards=tuple(rewards),
+        log_history=log_history,
+    )
+
+
+@torch.no_grad()
+def pair_logps(model: Any, dataset: Any, *, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Summed log-probs of chosen and rejected over a dataset of token columns: (N,), (N,) fp64 on the CPU, nats."""
+    lay_out = pack_pairs if check_packing(model).ok else pad_pairs
+    was_training = model.training
+    model.eval()
+    chosen, rejected = [], []
+    for start in range(0, len(dataset), batch_size):
+        rows = range(start, min(start + batch_size, len(dataset)))
+        batch = lay_out([group_from_columns(dataset[row]) for row in rows])
+        logps = packed_logps(model, batch.to(model.device))
+        chosen.append(logps.chosen.double().cpu())
+        rejected.append(logps.rejected.double().cpu())
+    model.train(was_training)
+    return torch.cat(chosen), torch.cat(rejected)
+
+
+def _with_reference(dataset: Any, ref_logps: tuple[Tensor, Tensor]) -> Any:
+    """The dataset as token columns with the reference's log-probs, which DPOTrainer uses in place of a second model."""
+    from datasets import Dataset
+
+    rows = list(dataset)
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [row["prompt_ids"] for row in rows],
+            "chosen_ids": [row["responses"][0] for row in rows],
+            "rejected_ids": [row["responses"][1] for row in rows],
+            "ref_chosen_logps": ref_logps[0].tolist(),
+            "ref_rejected_logps": ref_logps[1].tolist(),
+        }
+    )

@@ -1,0 +1,250 @@
+"""`fastdpo demo`: the DPO paper's controlled-sentiment experiment in small, on texts whose true reward is known.
+
+Prints the stages, the table and whether the orderings that theory predicts hold; writes to output_dir the HTML report,
+the figures as JSON, the models and the preference pairs. Nothing is written before everything is measured. Refuses an
+output_dir that holds anything but an earlier demo, which it replaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastdpo.report import require_matplotlib, write_report
+
+if TYPE_CHECKING:
+    from fastdpo.alignment.experiment import Experiment
+    from fastdpo.alignment.results import SweepResult
+
+DEMO_FILE = "fastdpo_demo.json"  # marks a directory as the output of a demo; holds its options and figures
+REPORT_FILE = "report.html"
+SIZE_NAMES = ("full", "small")
+MAX_THREADS = 2  # more do not help a model this small, and a fixed number gives the same figures on any machine
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What a person can choose."""
+
+    output_dir: str = field(default="demo_run", metadata={"help": "Where report, models and pairs are written."})
+    size: str = field(default="full", metadata={"help": "full: one to two minutes on 2 cores. small: a quarter of it."})
+    seed: int = field(default=0, metadata={"help": "Of texts, weights, labels and samples."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Write into output_dir even if it holds something else than an earlier demo."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.size not in SIZE_NAMES:
+            raise ValueError(f"size must be one of {SIZE_NAMES}, got {self.size!r}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+
+
+def main(argv: list[str]) -> None:
+    """Parses and runs.
+
+    Raises:
+        ValueError: an unknown option or a value that cannot work.
+    """
+    run_demo(_parse(argv))
+
+
+def run_demo(options: DemoOptions, console: Console | None = None) -> SweepResult:
+    """Runs the experiment, prints its table and writes its files.
+
+    Raises:
+        ValueError: matplotlib is missing, or output_dir holds something else; before anything is trained.
+    """
+    console = console if console is not None else Console()
+    require_matplotlib()
+    output_dir = _checked_output_dir(options)
+    started = time.perf_counter()
+    with _Stages(console) as stages, _quiet_libraries():
+        from fastdpo.alignment.experiment import SIZES, run_experiment
+        from fastdpo.cli.demo_report import demo_sections
+
+        experiment = run_experiment(
+            SIZES[options.size],
+            seed=options.seed,
+            on_stage=stages.start,
+            make_callbacks=lambda: [_step_callback(stages)],
+        )
+        stages.start("Writing the report")
+        _write_data(output_dir, options, experiment)
+        seconds = time.perf_counter() - started
+        report = write_report(
+            output_dir / REPORT_FILE,
+            "DPO in a world with a known reward",
+            demo_sections(experiment, seed=options.seed, seconds=seconds),
+            subtitle="The controlled-sentiment experiment of the DPO paper in small: generated reviews, one reference"
+            f" model, {len(experiment.policies)} values of beta.",
+        )
+    _print_results(console, experiment)
+    console.print(f"Report: [bold]{report}[/bold]  ({time.perf_counter() - started:.0f} s)", soft_wrap=True)
+    console.print(
+        f"Train on the same pairs yourself: fastdpo train --model {output_dir / 'reference'} --dataset"
+        f" {output_dir / 'pairs.jsonl'} --output_dir my_run --learning_rate 3e-4",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return experiment.sweep
+
+
+def _parse(argv: list[str]) -> DemoOptions:
+    parser = argparse.ArgumentParser(
+        prog="fastdpo demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, exit_on_error=False,
+    )  # fmt: skip
+    help_of = {name: f.metadata["help"] for name, f in DemoOptions.__dataclass_fields__.items()}
+    default = DemoOptions()
+    parser.add_argument(
+        "--output_dir",
+        "--output-dir",
+        default=default.output_dir,
+        help=f"{help_of['output_dir']} Default: %(default)s.",
+    )
+    parser.add_argument("--size", choices=SIZE_NAMES, default=default.size, help=help_of["size"])
+    parser.add_argument("--seed", type=int, default=default.seed, help=f"{help_of['seed']} Default: %(default)s.")
+    parser.add_argument("--overwrite", action="store_true", help=help_of["overwrite"])
+    try:
+        known, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error} (all options: fastdpo demo --help)") from None
+    if rest:
+        raise ValueError(f"unknown option {rest[0]!r} (all options: fastdpo demo --help)")
+    return DemoOptions(**vars(known))
+
+
+def _checked_output_dir(options: DemoOptions) -> Path:
+    output_dir = Path(options.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir must be a directory, got the file {output_dir}")
+    holds_demo = (output_dir / DEMO_FILE).is_file()
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not holds_demo and not options.overwrite:
+        raise ValueError(
+            f"output_dir must be new, empty or an earlier demo's, got {output_dir}, which holds other files;"
+            " choose another, or write into it by --overwrite"
+        )
+    return output_dir
+
+
+def _write_data(output_dir: Path, options: DemoOptions, experiment: Experiment) -> None:
+    """Everything but the report. Of an earlier demo, what this one does not replace is removed; other files stay."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    sweep = experiment.sweep
+    figures = [
+        {
+            "model": model.name,
+            "beta": model.beta,
+            **{name: asdict(getattr(model, name)) for name in ("accuracy", "margin", "reward", "kl", "num_tokens")},
+            "log_history": model.log_history,
+        }
+        for model in sweep.models
+    ]
+    record = {"options": asdict(options), "models": figures}
+    (output_dir / DEMO_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for stale in output_dir.glob("policy-beta-*"):
+        shutil.rmtree(stale)
+    for name, rows in (("pairs.jsonl", experiment.train_rows), ("heldout_pairs.jsonl", experiment.heldout_rows)):
+        (output_dir / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    models = {"reference": experiment.reference}
+    models.update({f"policy-beta-{beta:g}": policy for beta, policy in experiment.policies.items()})
+    for name, model in models.items():
+        model.save_pretrained(output_dir / name)
+        experiment.tokenizer.save_pretrained(output_dir / name)
+
+
+def _print_results(console: Console, experiment: Experiment) -> None:
+    sweep = experiment.sweep
+    num_samples = len(sweep.reference.samples)
+    table = Table(
+        title=f"{num_samples:,} held-out prompts, {sweep.num_heldout_pairs:,} held-out pairs, ± one standard error"
+    )
+    for heading in ("model", "accuracy", "margin", "true reward", "KL to ref."):
+        table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    for model in sweep.models:
+        margin, kl = ("0", "0") if model.beta is None else (model.margin.text(), model.kl.text())
+        table.add_row(model.name, model.accuracy.text(3), margin, model.reward.text(), kl)
+    console.print(table)
+    console.print(
+        f"Accuracy is of the implicit reward, of the reference's log-probs in its row, and would be"
+        f" {experiment.label_ceiling:.3f} for the true reward itself; everything else is in nats."
+    )
+    console.print("Orderings, and by how many standard errors they hold:")
+    for ordering in sweep.orderings():
+        mark = "[green]holds[/green]" if ordering.holds else "[red]FAILS[/red]"
+        console.print(f"  {mark}  {ordering.num_stderrs:5.1f}  {ordering.claim}", highlight=False)
+
+
+class _Stages:
+    """One line per stage with its time; while a stage runs, and only on a terminal, a spinner with the step."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._status = console.status("")
+        self._name = ""
+        self._started = 0.0
+
+    def __enter__(self) -> _Stages:
+        self._status.start()
+        self.start("Loading PyTorch and transformers")
+        return self
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        self._finish(done=kind is None)
+        self._status.stop()
+
+    def start(self, name: str) -> None:
+        self._finish(done=True)
+        self._name, self._started = name, time.perf_counter()
+        self._status.update(f"{name} ...")
+
+    def show_step(self, step: int, num_steps: int) -> None:
+        self._status.update(f"{self._name} ... step {step} of {num_steps}")
+
+    def _finish(self, *, done: bool) -> None:
+        if self._name and done:
+            self.console.print(f"{time.perf_counter() - self._started:6.1f} s  {self._name}", highlight=False)
+        self._name = ""
+
+
+def _step_callback(stages: _Stages) -> Any:
+    from transformers import TrainerCallback
+
+    class ShowStep(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            stages.show_step(state.global_step, state.max_steps)
+
+    return ShowStep()
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """No progress bars of datasets and transformers between our lines, and at most MAX_THREADS threads."""
+    import datasets
+    import torch
+    from transformers.utils import logging
+
+    had_bars, had_hf_bars = not datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    num_threads = torch.get_num_threads()
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    torch.set_num_threads(min(MAX_THREADS, num_threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+        if had_bars:
+            datasets.enable_progress_bars()
+        if had_hf_bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,128 @@
+"""What a report is made of: small value objects that know their own HTML.
+
+All text is escaped here; nothing that a user or a model wrote reaches the page as markup. A figure becomes an SVG
+inside the page, in an `img` so that ids of several figures cannot meet.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any, Protocol
+
+
+class Section(Protocol):
+    """A part of a report under a heading of its own."""
+
+    @property
+    def title(self) -> str: ...
+
+    def body(self) -> str:
+        """The HTML below the heading."""
+        ...
+
+
+@dataclass(frozen=True)
+class Text:
+    """Paragraphs."""
+
+    title: str
+    paragraphs: Sequence[str]
+
+    def body(self) -> str:
+        return "\n".join(f"<p>{escape(paragraph)}</p>" for paragraph in self.paragraphs)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells. The first column names the row, the others are figures unless `is_prose`."""
+
+    title: str
+    columns: Sequence[str]  # empty: no heading row
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    is_prose: bool = False  # cells are words: aligned to the left, and they may wrap
+
+    def __post_init__(self) -> None:
+        num_columns = len(self.columns) or (len(self.rows[0]) if self.rows else 0)
+        for row in self.rows:
+            if len(row) != num_columns:
+                raise ValueError(f"rows must have {num_columns} cells each, got {list(row)!r}")
+
+    def body(self) -> str:
+        head = "".join(f'<th scope="col">{escape(column)}</th>' for column in self.columns)
+        lines = [f'<div class="scroll"><table class="{"prose" if self.is_prose else "figures"}">']
+        if head:
+            lines.append(f"<thead><tr>{head}</tr></thead>")
+        lines.append("<tbody>")
+        for name, *cells in self.rows:
+            figures = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+            lines.append(f'<tr><th scope="row">{escape(name)}</th>{figures}</tr>')
+        return "\n".join([*lines, "</tbody></table></div>", _note(self.note)])
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A matplotlib figure."""
+
+    title: str
+    figure: Any  # matplotlib.figure.Figure
+    alt: str  # what it shows, for those who cannot see it
+    note: str = ""
+
+    def body(self) -> str:
+        buffer = io.BytesIO()
+        # without a date, and with ids from a fixed salt, equal figures give equal files
+        import matplotlib
+
+        with matplotlib.rc_context({"svg.hashsalt": "fastdpo"}):
+            self.figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+        data = base64.b64encode(buffer.getvalue()).decode()
+        image = f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(self.alt)}">'
+        return f"<figure>{image}</figure>\n{_note(self.note)}"
+
+
+@dataclass(frozen=True)
+class Response:
+    """What one model answered."""
+
+    name: str
+    text: str
+    score: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and the responses to it."""
+
+    prompt: str
+    responses: Sequence[Response]
+
+
+@dataclass(frozen=True)
+class SampleList:
+    """Prompts, each with what several models answered."""
+
+    title: str
+    samples: Sequence[Sample]
+    score_name: str
+    note: str = ""
+
+    def body(self) -> str:
+        columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("Model", "Response", self.score_name))
+        parts = [_note(self.note)]
+        for sample in self.samples:
+            parts.append(f'<article><p class="prompt">{escape(sample.prompt)}</p>')
+            parts.append(f'<div class="scroll"><table class="samples"><thead><tr>{columns}</tr></thead><tbody>')
+            for response in sample.responses:
+                cells = f"<td>{escape(response.text)}</td><td>{escape(response.score)}</td>"
+                parts.append(f'<tr><th scope="row">{escape(response.name)}</th>{cells}</tr>')
+            parts.append("</tbody></table></div></article>")
+        return "\n".join(parts)
+
+
+def _note(note: str) -> str:
+    return f'<p class="note">{escape(note)}</p>' if note else ""
