@@ -3,7 +3,7 @@
     python benchmarks/bench_linear_logps.py [--runs N] [--out FILE.jsonl]
     pytest benchmarks/bench_linear_logps.py
 
-Baselines: full logits on every row of the sequences, and full logits on the response rows alone. Rates are matmul FLOPs,
+Baselines: full logits on every row, and full logits on the response rows alone. Rates are matmul FLOPs,
 2 * rows * H * V for each of the products that the method must do (plain: 3, recompute: 4), over the time.
 """
 

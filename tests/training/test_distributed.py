@@ -1,0 +1,71 @@
+"""Two processes give the losses and the weights of one: gradients are reduced, the mean is over the pairs of both."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import json, sys
+import torch
+sys.path.insert(0, {tests!r})
+from conftest import make_llama, make_rows, make_tokenizer
+from datasets import Dataset
+from fastdpo import DPOConfig, DPOTrainer
+
+torch.set_num_threads(1)
+out, batch_size, accumulation, adapter = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "lora"
+peft_config = None
+if adapter:
+    from peft import LoraConfig
+    peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+args = DPOConfig(
+    out, use_cpu=True, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, max_steps=4,
+    logging_steps=1, learning_rate=1e-2 if adapter else 1e-3, save_strategy="no", disable_tqdm=True, report_to="none",
+    beta=0.5, per_device_eval_batch_size=batch_size,
+)
+trainer = DPOTrainer(
+    make_llama(), args=args, train_dataset=Dataset.from_list(make_rows(16)), processing_class=make_tokenizer(),
+    eval_dataset=Dataset.from_list(make_rows(8, seed=1)), peft_config=peft_config,
+)
+trainer.train()
+evaluated = trainer.evaluate()
+if trainer.is_world_process_zero():
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    weights = {{name: p.double().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}}
+    json.dump({{"logs": logs, "weights": weights, "eval": evaluated}}, open(out + ".json", "w"))
+"""
+
+
+def run(tmp_path, name, num_processes, batch_size, accumulation, mode):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    command = [*(launch if num_processes > 1 else [sys.executable]), str(script), str(tmp_path / name)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [*command, str(batch_size), str(accumulation), mode],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((tmp_path / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_two_processes_train_like_one(tmp_path, mode):
+    one = run(tmp_path, "one", 1, 4, 1, mode)
+    two = run(tmp_path, "two", 2, 2, 1, mode)
+    assert len(one["logs"]) == 4
+    for single, double in zip(one["logs"], two["logs"], strict=True):
+        for key in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "entropy", "num_tokens"):
+            assert double[key] == pytest.approx(single[key], rel=1e-4, abs=1e-5), key
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-4, abs=1e-4)
+    for key in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
+        assert two["eval"][key] == pytest.approx(one["eval"][key], abs=1e-5), key
+    assert one["logs"][0]["loss"] != one["logs"][-1]["loss"]
