@@ -132,7 +132,9 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""
-        moved: dict[str, Any] = {key: value.to(device) for key, value in self.asdict().items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            key: value.to(device) for key, value in self.asdict().items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
 

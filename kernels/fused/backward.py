@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastdpo.kernels.launch import Blocks, device_blocks
-from fastdpo.kernels.logits import scale_logits, tile_dot
 from torch import Tensor
 
+from fastdpo.kernels.launch import Blocks, device_blocks
+from fastdpo.kernels.logits import scale_logits, tile_dot
 from fastdpo.types import IGNORE_INDEX
 
 IGNORED = tl.constexpr(IGNORE_INDEX)

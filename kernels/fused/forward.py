@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastdpo.kernels.launch import MERGE_ROWS, MERGE_TILES, Blocks, device_blocks, scratch
-from fastdpo.kernels.logits import scale_logits, tile_dot
 from torch import Tensor
 
+from fastdpo.kernels.launch import MERGE_ROWS, MERGE_TILES, Blocks, device_blocks, scratch
+from fastdpo.kernels.logits import scale_logits, tile_dot
 from fastdpo.types import IGNORE_INDEX
 
 EXP_FLOOR = tl.constexpr(-1000.0)  # exp of it is 0, and 0 * EXP_FLOOR is 0 where 0 * -inf would be nan

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from fastdpo.kernels.backward import logit_grads_kernel
 from fastdpo.kernels.forward import merge_kernel, partials_kernel
 from fastdpo.kernels.launch import MERGE_ROWS, MERGE_TILES, blocks_for
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTER_TYPES = {"labels": "*i64", "is_top1": "*i8"}  # all else is an operand or fp32

@@ -1,6 +1,7 @@
 """The table of block shapes."""
 
 import pytest
+
 from fastdpo.kernels.launch import BLOCKS, blocks_for
 
 

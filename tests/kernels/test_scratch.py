@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from fastdpo.kernels import launch
 from head_cases import BF16, FP32, Case, make_inputs
 
 from fastdpo import linear_logps
+from fastdpo.kernels import launch
 from fastdpo.types import TOKEN_OUTPUTS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,7 +33,6 @@ def everything(case):
 )
 def test_workspace_full_of_nan_changes_no_bit(case, monkeypatch):
     from fastdpo.kernels import forward
-
     from fastdpo.ops import fused
 
     monkeypatch.setattr(fused, "MAX_TILE_ELEMENTS", 5000)
