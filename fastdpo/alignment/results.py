@@ -5,6 +5,7 @@ Pure numbers: nothing here touches a model.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ class SweepResult:
                 Ordering(f"{policy.name}: accuracy above the reference", policy.accuracy - self.reference.accuracy)
             )
             claims.append(Ordering(f"{policy.name}: reward above the reference", policy.reward - self.reference.reward))
-        for smaller, larger in zip(self.policies, self.policies[1:], strict=False):
+        for smaller, larger in itertools.pairwise(self.policies):
             claims.append(
                 Ordering(f"KL at beta = {smaller.beta:g} above beta = {larger.beta:g}", smaller.kl - larger.kl)
             )

@@ -76,12 +76,12 @@ def _results(experiment: Experiment) -> Table:
         ["Model", "Held-out accuracy", "Margin", "True reward", "KL to reference", "Tokens per sample"],
         rows,
         note=f"Mean ± one standard error, in nats, over {sweep.num_heldout_pairs:,} held-out pairs (accuracy, margin)"
-        f" and {len(sweep.reference.samples):,} samples, one per held-out prompt (true reward, KL, tokens). Accuracy is the"
-        " share of pairs that the implicit reward, beta * (log pi - log pi_ref), ranks as they are labelled. The"
+        f" and {len(sweep.reference.samples):,} samples, one per held-out prompt (true reward, KL, tokens). Accuracy is"
+        " the share of pairs that the implicit reward, beta * (log pi - log pi_ref), ranks as they are labelled. The"
         " reference's implicit reward is zero for every text and ranks nothing, so its row shows the accuracy of"
         " ranking by its own log-probability. Labels are drawn at random with the Bradley-Terry probabilities: the"
-        f" true reward itself ranks {100 * experiment.label_ceiling:.1f} % of these pairs as labelled, and no model can be expected"
-        " to do better.",
+        f" true reward itself ranks {100 * experiment.label_ceiling:.1f} % of these pairs as labelled, and no model can"
+        " be expected to do better.",
     )
 
 
@@ -108,7 +108,8 @@ def _curves(experiment: Experiment) -> Figure:
         training_curves(histories),
         alt="Loss, reward margin and accuracy of pairs by optimizer step for every beta, in training and held out",
         note="Solid: training pairs. Dashed with markers: held-out pairs, on prompts that no training saw. The loss"
-        " starts at ln 2 = 0.693, where policy and reference are the same.",
+        " starts at ln 2 = 0.693, where policy and reference are the same; equal rewards"
+        " count as ranked wrongly, so accuracy starts at 0.",
     )
 
 

@@ -161,7 +161,7 @@ def bradley_terry_rows(
     for prompt, a, b in zip(prompts, first, second, strict=True):
         if a == b:
             continue
-        a_wins = rng.random() < 1 / (1 + math.exp(reward_fn(b) - reward_fn(a)))
+        a_wins = rng.random() < 0.5 + 0.5 * math.tanh((reward_fn(a) - reward_fn(b)) / 2)  # sigmoid without overflow
         rows.append({"prompt": prompt, "chosen": a if a_wins else b, "rejected": b if a_wins else a})
     return rows
 

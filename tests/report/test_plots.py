@@ -1,0 +1,42 @@
+"""Figures draw the numbers that they are given."""
+
+import importlib.util
+
+import pytest
+
+from fastdpo.report import Point, frontier, require_matplotlib, training_curves
+
+HISTORY = [
+    {"step": 1, "loss": 0.69, "rewards/margins": 0.0},
+    {"step": 2, "loss": 0.5, "rewards/margins": 0.4},
+    {"step": 2, "eval_loss": 0.55, "eval_rewards/margins": 0.3},
+    {"step": 2, "train_loss": 0.6},
+]
+
+
+def test_training_curves_draw_a_line_per_run_and_a_dashed_one_for_evaluation():
+    figure = training_curves({"a": HISTORY, "b": HISTORY[:2]}, keys=("loss", "rewards/margins"))
+    loss, margins = figure.axes
+    assert [line.get_ydata().tolist() for line in loss.lines] == [[0.69, 0.5], [0.55], [0.69, 0.5]]
+    assert [line.get_linestyle() for line in margins.lines] == ["-", "--", "-"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "held-out"]
+
+
+def test_a_metric_that_was_not_logged_leaves_its_panel_empty():
+    figure = training_curves({"a": HISTORY}, keys=("loss", "entropy"))
+    assert len(figure.axes[1].lines) == 0
+
+
+def test_the_frontier_joins_its_points_by_rising_kl():
+    points = [Point("Reference", 0.0, 1.0), Point("far", 2.0, 3.0, 0.1, 0.1), Point("near", 0.5, 2.0)]
+    panel = frontier(points, best=[(0.0, 1.0), (2.0, 4.0)]).axes[0]
+    paths = [line.get_xdata().tolist() for line in panel.lines if len(line.get_xdata()) == 3]
+    assert paths == [[0.0, 0.5, 2.0]]
+    names = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert names == ["best possible", "Reference", "far", "near"]
+
+
+def test_a_missing_matplotlib_is_named_with_the_way_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'pip install "fastdpo\[plots\]"'):
+        require_matplotlib()
