@@ -1,7 +1,7 @@
 """Package layout. Metadata lives in pyproject.toml.
 
-The Triton sources live in `kernels/fused` and are installed as `fastdpo.kernels`. `kernels/` itself must not be importable: a
-top-level package of that name would shadow Hugging Face's `kernels`, which transformers imports.
+The Triton sources live in `kernels/fused` and are installed as `fastdpo.kernels`. `kernels/` itself must not be
+importable: a top-level package of that name would shadow Hugging Face's `kernels`, which transformers imports.
 """
 
 from setuptools import find_packages, setup

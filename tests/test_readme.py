@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import make_byte_tokenizer, make_llama, make_rows
+from tiny import make_byte_tokenizer, make_llama, make_rows
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import make_byte_tokenizer, make_llama, make_rows, make_tokenizer
+from tiny import make_byte_tokenizer, make_llama, make_rows, make_tokenizer
 
 from fastdpo import DPOConfig
 from fastdpo.cli.main import main

@@ -1,12 +1,6 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before they are imported."""
-
-import os
+"""Fixtures of the head op's tests."""
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
+from tiny import make_llama, make_rows, make_tokenizer
 from transformers import AutoModelForCausalLM, StableLmConfig
 
 from fastdpo import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer

@@ -12,7 +12,7 @@ SCRIPT = """
 import json, sys
 import torch
 sys.path.insert(0, {tests!r})
-from conftest import make_llama, make_rows, make_tokenizer
+from tiny import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
 from fastdpo import DPOConfig, DPOTrainer
 

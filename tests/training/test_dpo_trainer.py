@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
+from tiny import make_llama, make_rows, make_tokenizer
 from transformers import Trainer, TrainingArguments
 
 from fastdpo import DPOConfig, DPOTrainer
