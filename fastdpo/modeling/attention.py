@@ -94,12 +94,17 @@ def packed_attention(
             f"packed attention does not implement {', '.join(what)}, which {type(module).__name__} asks for"
         )
 
+    # split, not slices: the backward of a slice fills a tensor of the whole row with zeros, once per segment
+    lengths = [end - start for start, end, _, _ in packed_layout.segments]
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    first_at = {start: index for index, (start, _, _, _) in enumerate(packed_layout.segments)}
     outputs = []
-    for start, end, prefix_start, prefix_end in packed_layout.segments:
-        q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
-        if prefix_end > prefix_start:
-            k = torch.cat([key[:, :, prefix_start:prefix_end], k], dim=2)
-            v = torch.cat([value[:, :, prefix_start:prefix_end], v], dim=2)
+    for index, (_, _, prefix_start, prefix_end) in enumerate(packed_layout.segments):
+        q, k, v = queries[index], keys[index], values[index]
+        if prefix_end > prefix_start:  # the prefix is the start of the segment that begins where it does
+            first, num_shared = first_at[prefix_start], prefix_end - prefix_start
+            k = torch.cat([keys[first][:, :, :num_shared], k], dim=2)
+            v = torch.cat([values[first][:, :, :num_shared], v], dim=2)
         num_queries, num_keys = q.shape[2], k.shape[2]
         window = sliding_window if sliding_window is not None and sliding_window < num_keys else None
         if softcap is not None or s_aux is not None:
