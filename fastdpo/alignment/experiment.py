@@ -42,8 +42,32 @@ class Size:
 
 
 SIZES = {
-    "full": Size(2048, 1024, 4096, 128, 2, 3, 16, 4e-3, 1, 32, 3e-4),
-    "small": Size(768, 512, 1024, 64, 2, 4, 16, 6e-3, 1, 16, 8e-4),
+    "full": Size(
+        num_train_prompts=2048,
+        num_heldout_prompts=1024,
+        num_pairs=4096,
+        hidden_size=128,
+        num_layers=2,
+        sft_epochs=3,
+        sft_batch_size=16,
+        sft_learning_rate=4e-3,
+        dpo_epochs=1,
+        dpo_batch_size=32,
+        dpo_learning_rate=2.5e-4,
+    ),
+    "small": Size(
+        num_train_prompts=1024,
+        num_heldout_prompts=1024,
+        num_pairs=2048,
+        hidden_size=64,
+        num_layers=2,
+        sft_epochs=4,
+        sft_batch_size=16,
+        sft_learning_rate=6e-3,
+        dpo_epochs=1,
+        dpo_batch_size=32,
+        dpo_learning_rate=6e-4,
+    ),
 }
 
 
@@ -162,25 +186,25 @@ def run_experiment(
 
 
 def train_tokenizer(texts: Sequence[str]) -> Any:
-    """Byte-level BPE with a BOS that it adds, EOS and pad; at most 1024 tokens, which makes most words one token."""
+    """One token per word or mark of the texts, with its leading space; a BOS that it adds, EOS, pad and unknown."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    trainer = trainers.WordLevelTrainer(special_tokens=["<pad>", "<s>", "</s>", "<unk>"], show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=128,
     )
 
 

@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 DEMO_FILE = "fastdpo_demo.json"  # marks a directory as the output of a demo; holds its options and figures
 REPORT_FILE = "report.html"
 SIZE_NAMES = ("full", "small")
-MAX_THREADS = 2  # more do not help a model this small, and a fixed number gives the same figures on any machine
+MAX_THREADS = 2  # more do not help a model this small, and the number of threads decides how sums are rounded
 
 
 @dataclass(frozen=True)
 class DemoOptions:
     """What a person can choose."""
 
-    output_dir: str = field(default="demo_run", metadata={"help": "Where report, models and pairs are written."})
-    size: str = field(default="full", metadata={"help": "full: one to two minutes on 2 cores. small: a quarter of it."})
+    output_dir: str = field(default="demo_run", metadata={"help": "Where report, models and pairs are saved."})
+    size: str = field(default="full", metadata={"help": "full: one to two minutes on 2 cores. small: a third of it."})
     seed: int = field(default=0, metadata={"help": "Of texts, weights, labels and samples."})
     overwrite: bool = field(
         default=False, metadata={"help": "Write into output_dir even if it holds something else than an earlier demo."}
