@@ -97,7 +97,8 @@ def _frontier(experiment: Experiment) -> Figure:
         + "; ".join(f"{p.name}: KL {p.kl:.2f}, reward {p.reward:.2f}" for p in points),
         note="Bars are one standard error. The dashed line bounds what any policy can reach at a given KL: the"
         f" reference tilted by exp(reward / beta), estimated from {len(experiment.reference_rewards):,} samples of the"
-        " reference. It ends where too few samples carry the estimate.",
+        " reference. It ends where too few samples carry the estimate. DPO stays below it, because it learns from a"
+        " limited number of noisy labels and not from the reward.",
     )
 
 
