@@ -8,6 +8,7 @@ segment.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ _WITHOUT_EFFECT = {
     "token_type_ids",
     "use_cache",
 }
+
+
+# set by the self-check: the sliding windows that a model hands to its attention, None for layers without
+observed_windows: ContextVar[set[int | None] | None] = ContextVar("observed_windows", default=None)
 
 
 class PackedLayout:
@@ -94,6 +99,9 @@ def packed_attention(
             f"packed attention does not implement {', '.join(what)}, which {type(module).__name__} asks for"
         )
 
+    observed = observed_windows.get()
+    if observed is not None:
+        observed.add(sliding_window)
     # split, not slices: the backward of a slice fills a tensor of the whole row with zeros, once per segment
     lengths = [end - start for start, end, _, _ in packed_layout.segments]
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))

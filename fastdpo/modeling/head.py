@@ -26,6 +26,7 @@ _LOGIT_SCALES = {
     "lm_head_multiplier": lambda value: value,  # Falcon-H1
     "output_multiplier": lambda value: value,
 }
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
 _MULTIPLIES_LOGITS_SCALING = {"hyperclovax"}
 
 
@@ -38,7 +39,7 @@ def lm_head(model: Any) -> LMHead:
     layer = model.get_output_embeddings()
     if layer is None or getattr(layer, "weight", None) is None or layer.weight.dim() != 2:
         raise ValueError(f"model must have an LM head with a (V, H) weight, {type(model).__name__} has {layer!r}")
-    if hasattr(layer, "lora_A") or hasattr(layer, "modules_to_save"):
+    if any(hasattr(layer, name) for name in ("base_layer", "modules_to_save", "original_module")):  # PEFT's wrappers
         raise ValueError(
             "peft_config must leave the LM head alone: remove 'lm_head' from target_modules and modules_to_save; an"
             " adapter on the head is not part of the fused head op"
@@ -58,5 +59,5 @@ def lm_head(model: Any) -> LMHead:
         weight=layer.weight,
         bias=getattr(layer, "bias", None),
         logit_scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
+        softcap=next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None),
     )

@@ -8,10 +8,10 @@ with.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -28,8 +28,18 @@ _STATE = "_fastdpo_state"  # attribute of a prepared model
 class _Prepared:
     """What `prepare_model` changes, and how to take it back."""
 
-    attentions: list[tuple[Any, str]]  # configs that the model's layers read, each with the attention it came with
-    own_methods: dict[str, Any]  # forward and generate where the model had them as instance attributes
+    attentions: list[_Attention]
+    forward: Callable[..., Any]  # as the model had it
+    generate: Callable[..., Any] | None
+    own_methods: dict[str, Any]  # those of the two that were instance attributes
+
+
+@dataclass
+class _Attention:
+    """One config that the model's layers read, with the attention it is to have outside packed batches."""
+
+    config: Any
+    original: str
 
 
 def bare_model(model: Any) -> Any:
@@ -68,13 +78,16 @@ def prepare_model(model: nn.Module) -> nn.Module:
         id(m.config): m.config for m in bare.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
     }
     state = _Prepared(
-        attentions=[(config, config._attn_implementation) for config in configs.values()],
+        attentions=[_Attention(config, config._attn_implementation) for config in configs.values()],
+        forward=bare.forward,
+        generate=getattr(bare, "generate", None),
         own_methods={name: bare.__dict__[name] for name in ("forward", "generate") if name in bare.__dict__},
     )
     setattr(bare, _STATE, state)
-    bare.forward = functools.partial(_forward, bare, bare.forward)
-    if hasattr(bare, "generate"):
-        bare.generate = functools.partial(_generate, bare, bare.generate)
+    # bound methods, because a copy of the model then gets methods of its own, also inside what accelerate wraps them in
+    bare.forward = MethodType(_forward, bare)
+    if state.generate is not None:
+        bare.generate = MethodType(_generate, bare)
     return model
 
 
@@ -117,7 +130,6 @@ def packed_logps(model: nn.Module, batch: PackedBatch, *, impl: str = "auto", ou
 
 def _forward(
     model: Any,
-    original_forward: Callable[..., Any],
     *args: Any,
     packed_batch: PackedBatch | None = None,
     impl: str = "auto",
@@ -125,11 +137,12 @@ def _forward(
     **kwargs: Any,
 ) -> Any:
     """What `model.forward` is once prepared: the model's own forward unless a packed batch is given."""
+    state: _Prepared = getattr(model, _STATE)
     if packed_batch is None:
-        with _original_attention(model):
-            return original_forward(*args, **kwargs)
+        with _original_attention(state):
+            return state.forward(*args, **kwargs)
     batch = packed_batch
-    _set_attention(getattr(model, _STATE), packed=batch.is_packed)
+    _set_attention(state, packed=batch.is_packed)
     if batch.is_packed:
         layout = {"position_ids": batch.position_ids, "packed_layout": PackedLayout(batch.segments)}
     else:
@@ -157,24 +170,26 @@ def _forward(
     }
 
 
-def _generate(model: Any, original_generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with _original_attention(model):
-        return original_generate(*args, **kwargs)
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    state: _Prepared = getattr(model, _STATE)
+    assert state.generate is not None
+    with _original_attention(state):
+        return state.generate(*args, **kwargs)
 
 
 def _set_attention(state: _Prepared, *, packed: bool) -> None:
-    for config, original in state.attentions:
-        config._attn_implementation_internal = PACKED_ATTENTION if packed else original
+    for attention in state.attentions:
+        if attention.config._attn_implementation != PACKED_ATTENTION:  # the model's own, perhaps changed since
+            attention.original = attention.config._attn_implementation
+        attention.config._attn_implementation_internal = PACKED_ATTENTION if packed else attention.original
 
 
 @contextmanager
-def _original_attention(model: nn.Module) -> Iterator[None]:
+def _original_attention(state: _Prepared) -> Iterator[None]:
     """The attention that the model came with, for the length of one call."""
-    state: _Prepared = getattr(model, _STATE)
-    before = [config._attn_implementation for config, _ in state.attentions]
+    was_packed = [attention.config._attn_implementation == PACKED_ATTENTION for attention in state.attentions]
     _set_attention(state, packed=False)
     try:
         yield
     finally:
-        for (config, _), name in zip(state.attentions, before, strict=True):
-            config._attn_implementation_internal = name
+        _set_attention(state, packed=any(was_packed))

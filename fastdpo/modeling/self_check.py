@@ -1,25 +1,31 @@
-"""Does this model give the same log-probs packed as it does one sequence at a time? Asked of the user's model before
-training.
+"""Does this model give the log-probs that it gives by itself? Asked of the user's model before training, in two
+questions.
 
-Some architectures drop the arguments that packing travels by, mix neighbouring tokens outside attention, or never
-call an attention function. For these a packed row would leak between sequences, so nothing is assumed from the
+Is the LM head what the head op takes it for (padded rows against the model's own logits)? If not, nothing here can
+train it. Is a packed row the same as one sequence at a time? Some architectures drop the arguments that packing
+travels by, mix neighbouring tokens outside attention, or never call an attention function. Nothing is assumed from a
 model's name.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdpo.data.packing import pack_pairs
+from fastdpo.data.packing import pack_pairs, pad_pairs
+from fastdpo.modeling.attention import observed_windows
 from fastdpo.modeling.packed import bare_model, packed_logps
 from fastdpo.types import TokenizedPair
 
-# Largest difference of a summed log-prob, relative to 1 + its size, that rounding explains. Leaks are seen from 1e-2
-# upwards.
+# Largest difference of a summed log-prob, relative to 1 + its size, that rounding explains
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+_MAX_PARAMETERS_COPIED = (
+    10**9
+)  # up to here a 16-bit model is checked as a fp32 copy, where leaks cannot hide in rounding
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,33 @@ def check_packing(model: nn.Module, *, impl: str = "auto") -> PackingCheck:
     """Compares `packed_logps` with separate unpadded forwards of the stock model on a few short pairs of random tokens.
 
     Leaves the random state, the mode and the gradients of the model as they were.
+
+    Raises:
+        ValueError: even padded rows do not give the model's own log-probs, so its head is not the one that the op
+        computes.
     """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return _check(_in_fp32_where_it_fits(model), impl)
+    finally:
+        model.train(was_training)
+
+
+def _in_fp32_where_it_fits(model: nn.Module) -> nn.Module:
+    dtypes = {p.dtype for p in model.parameters()}
+    is_16_bit = dtypes & {torch.float16, torch.bfloat16} and all(d.is_floating_point for d in dtypes)
+    if is_16_bit and sum(p.numel() for p in model.parameters()) <= _MAX_PARAMETERS_COPIED:
+        return copy.deepcopy(model).float()
+    return model
+
+
+def _check(model: nn.Module, impl: str) -> PackingCheck:
     bare = bare_model(model)
     device = next(bare.parameters()).device
+    tolerance = _TOLERANCE[next(bare.parameters()).dtype]
     vocab_size = bare.get_output_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
 
@@ -45,29 +75,47 @@ def check_packing(model: nn.Module, *, impl: str = "auto") -> PackingCheck:
         return torch.randint(vocab_size, (length,), generator=generator).tolist()
 
     pairs = [TokenizedPair(draw(p), draw(c), draw(r)) for p, c, r in ((3, 4, 2), (5, 1, 3), (1, 3, 5))]
-    batch = pack_pairs(pairs).to(device)
-    was_training = model.training
-    model.eval()
+    expected = _stock_sums(model, pairs, device)
+
+    def error_of(sums: Tensor) -> float:
+        return ((sums.double() - expected).abs() / (1 + expected.abs())).max().item()
+
+    padded_error = error_of(packed_logps(model, pad_pairs(pairs).to(device), impl=impl).sequences.sums)
+    if not padded_error <= tolerance:
+        raise ValueError(
+            f"model must compute its logits as its LM head times its last hidden state; {type(bare).__name__} does"
+            f" something else: log-probs differ by {padded_error:.1e} (rounding explains {tolerance:.0e})"
+        )
+    windows: set[int | None] = set()
+    token = observed_windows.set(windows)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            expected = _stock_sums(model, pairs, device)
-            # anything a model may raise on arguments it does not know means the same: it cannot be packed
-            try:
-                packed = packed_logps(model, batch, impl=impl).sequences.sums.double()
-            except Exception as refusal:
-                return PackingCheck(False, float("inf"), f"{type(refusal).__name__}: {refusal}")
+        sums = packed_logps(model, pack_pairs(pairs).to(device), impl=impl).sequences.sums
+    except Exception as refusal:  # whatever a model raises on arguments it does not know: it cannot be packed
+        return PackingCheck(False, float("inf"), f"{type(refusal).__name__}: {refusal}")
     finally:
-        model.train(was_training)
-    error = ((packed - expected).abs() / (1 + expected.abs())).max().item()
-    tolerance = _TOLERANCE[next(bare.parameters()).dtype]
-    if error <= tolerance:
-        return PackingCheck(True, error, f"packed and separate log-probs agree to {error:.1e}")
-    return PackingCheck(
-        False,
-        error,
-        f"packed log-probs differ from separate ones by {error:.1e} (rounding explains {tolerance:.0e}):"
-        " tokens of one sequence reach another",
-    )
+        observed_windows.reset(token)
+    error = error_of(sums)
+    if not error <= tolerance:
+        difference = f"packed log-probs differ from separate ones by {error:.1e} (rounding explains {tolerance:.0e})"
+        return PackingCheck(False, error, f"{difference}: tokens of one sequence reach another")
+    missing = _local_attention(bare.config.get_text_config()) - windows
+    if missing:
+        reason = f"the model limits attention to {missing} in its mask alone, and a packed row has no mask"
+        return PackingCheck(False, error, reason)
+    return PackingCheck(True, error, f"packed and separate log-probs agree to {error:.1e}")
+
+
+def _local_attention(config: Any) -> set[Any]:
+    """The windows and chunks that layers are limited to. Longer than the probe, they do not show in its numbers."""
+    layer_types = getattr(config, "layer_types", None)
+    limits: set[Any] = set()
+    window = getattr(config, "sliding_window", None)
+    is_used = layer_types is None or "sliding_attention" in layer_types
+    if window is not None and is_used and getattr(config, "use_sliding_window", True):
+        limits.add(window)
+    if getattr(config, "attention_chunk_size", None) is not None and "chunked_attention" in (layer_types or ()):
+        limits.add(f"chunks of {config.attention_chunk_size}")
+    return limits
 
 
 def _stock_sums(model: nn.Module, pairs: list[TokenizedPair], device: torch.device) -> Tensor:

@@ -203,7 +203,7 @@ def test_packed_logps_runs_under_autocast():
     assert 0 < (rounded - exact).abs().max() < 0.02 * exact.abs().max()
 
 
-@pytest.mark.parametrize("model_type", [*REQUIRED, "gpt_oss"])
+@pytest.mark.parametrize("model_type", MODELS)
 def test_the_self_check_passes_where_packing_is_exact(model_type):
     model = build(model_type).train()
     state = torch.random.get_rng_state()
@@ -211,6 +211,69 @@ def test_the_self_check_passes_where_packing_is_exact(model_type):
     assert check.ok, check.reason
     assert model.training
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_window_that_lives_in_the_mask_alone_is_noticed_though_the_probe_is_shorter(monkeypatch):
+    from fastdpo.modeling import attention
+
+    model = build("mistral", sliding_window=64)
+    assert check_packing(model).ok
+    packed_attention = attention.packed_attention
+    without_window = lambda *a, sliding_window=None, **k: packed_attention(*a, **k)  # noqa: E731
+    monkeypatch.setattr(attention, "packed_attention", without_window)
+    attention.register()
+    check = check_packing(model)
+    monkeypatch.undo()
+    attention.register()
+    assert not check.ok
+    assert "64" in check.reason
+    assert check_packing(model).ok
+
+
+def test_a_head_that_is_more_than_a_linear_layer_is_refused():
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["roberta"](
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        is_decoder=True,
+    )
+    with pytest.raises(ValueError, match="logits as its LM head times its last hidden state"):
+        check_packing(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("adapter", ["LoraConfig", "LoHaConfig", "IA3Config", "VeraConfig"])
+def test_an_adapter_on_the_head_is_refused(adapter):
+    import peft
+
+    arguments = {"feedforward_modules": []} if adapter == "IA3Config" else {}
+    config = getattr(peft, adapter)(target_modules=["lm_head"], task_type="CAUSAL_LM", **arguments)
+    with pytest.raises(ValueError, match="lm_head"):
+        prepare_model(peft.get_peft_model(build("llama"), config))
+
+
+def test_a_copy_is_a_model_of_its_own_also_inside_accelerates_wrappers():
+    from accelerate import Accelerator
+
+    model = prepare_model(build("llama"))
+    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    twin = copy.deepcopy(model)
+    before = packed_logps(twin, pack_pairs(GROUPS)).chosen.detach()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(packed_logps(twin, pack_pairs(GROUPS)).chosen, before)
+
+
+def test_attention_that_is_changed_after_preparing_stays_changed():
+    model = prepare_model(build("llama"))
+    packed_logps(model, pack_pairs(GROUPS))
+    model.set_attn_implementation("sdpa")
+    packed_logps(model, pack_pairs(GROUPS))
+    unprepare_model(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
 BLOOM = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}
