@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -182,10 +183,25 @@ def _read_config(path: str, actions: Sequence[argparse.Action]) -> dict[str, Any
         if name not in known:
             raise ValueError(f"config {path}: " + _unknown(str(key), list(known), "key"))
         choices = known[name].choices
+        if choices is not None and value is False and "no" in choices:  # YAML reads a bare `no` as false
+            value = "no"
         if choices is not None and value not in choices:
             raise ValueError(f"config {path}: {name} must be one of {sorted(choices)}, got {value!r}")
-        result[name] = value
+        result[name] = _as_if_typed(name, value, known[name])
     return result
+
+
+def _as_if_typed(name: str, value: Any, action: argparse.Action) -> Any:
+    """A YAML value as the text that a command line would hold, so that one set of types and checks serves both."""
+    if value is None:
+        return None
+    if action.nargs in ("+", "*"):
+        return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    if isinstance(value, dict):
+        return json.dumps(value)
+    if isinstance(value, list):
+        raise ValueError(f"config: {name} must be one value, got {value!r}")
+    return str(value)
 
 
 def _unknown(name: str, valid: Sequence[str], kind: str) -> str:

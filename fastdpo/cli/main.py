@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     command: Callable[[list[str]], None] = import_module(COMMANDS[argv[0]][0]).main
     try:
         command(argv[1:])
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -92,13 +92,13 @@ def train_and_compare(
     """
     output_dir = Path(trainer.args.output_dir)
     before = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / RUN_FILE).write_text(json.dumps(options, indent=2, default=str) + "\n")
     result = trainer.train(resume_from_checkpoint=resume_from)
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
+    if trainer.is_world_process_zero():
+        (output_dir / RUN_FILE).write_text(json.dumps(options, indent=2, default=str) + "\n")
     if after:
         trainer.save_metrics("eval", after)
     if not trainer.is_world_process_zero():

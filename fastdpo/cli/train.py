@@ -27,6 +27,8 @@ def main(argv: list[str]) -> None:
         ValueError: anything that the user can mend, before a weight is changed.
     """
     run, adapter, args = parse("train", [RunArguments, AdapterArguments, DPOConfig], argv)
+    if adapter.lora_dropout > 0 and args.disable_dropout:
+        raise ValueError("lora_dropout needs --no_disable_dropout: otherwise every dropout is set to 0")
     console = make_console()
     resume_from = check_output_dir(args, overwrite=run.overwrite_output_dir)
     train_dataset, eval_dataset = load_datasets(run, args.seed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.formats import preference_row, sft_row, template_kwargs
@@ -74,12 +75,8 @@ def group_from_columns(example: Mapping[str, Any]) -> TokenizedGroup:
             example.get("ref_logps"),
             ((0, 1),) if preferences is None else tuple((chosen, rejected) for chosen, rejected in preferences),
         )
-    ref_chosen_logps, ref_rejected_logps = example.get("ref_chosen_logps"), example.get("ref_rejected_logps")
-    has_ref = ref_chosen_logps is not None and ref_rejected_logps is not None
     return TokenizedGroup(
-        example["prompt_ids"],
-        (example["chosen_ids"], example["rejected_ids"]),
-        ref_logps=(ref_chosen_logps, ref_rejected_logps) if has_ref else None,  # type: ignore[arg-type]
+        example["prompt_ids"], (example["chosen_ids"], example["rejected_ids"]), ref_logps=_ref_logps(example)
     )
 
 
@@ -181,7 +178,16 @@ def _encode(example: Mapping[str, Any], tokenizer: Any, is_sft: bool) -> tuple[T
     if "prompt_ids" in example and ("responses" in example or {"chosen_ids", "rejected_ids"} <= example.keys()):
         return _tokenized_group(example, is_sft), False
     row = sft_row(example) if is_sft else preference_row(example)
-    return encode_row(row, tokenizer, template_kwargs(example))
+    group, is_merged = encode_row(row, tokenizer, template_kwargs(example))
+    if not is_sft:
+        group = replace(group, ref_logps=_ref_logps(example))
+    return group, is_merged
+
+
+def _ref_logps(example: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Reference log-probs that a row brings for its chosen and rejected response."""
+    chosen, rejected = example.get("ref_chosen_logps"), example.get("ref_rejected_logps")
+    return None if chosen is None or rejected is None else (chosen, rejected)
 
 
 def _tokenized_group(example: Mapping[str, Any], is_sft: bool) -> TokenizedGroup:

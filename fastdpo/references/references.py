@@ -67,9 +67,7 @@ class AdapterReference:
             yield
         finally:
             model.base_model.set_adapter(active)  # type: ignore[operator,union-attr]
-            for name, parameter in model.named_parameters():
-                if ".ref." in name:
-                    parameter.requires_grad_(False)
+            _freeze_reference_adapter(model)
 
 
 @dataclass
@@ -107,7 +105,11 @@ def copy_adapter_as_reference(peft_model: nn.Module) -> None:
         for name, parameter in weights.items():
             if f".{active}." in name:
                 weights[name.replace(f".{active}.", ".ref.")].copy_(parameter)
-    for name, parameter in weights.items():
+    _freeze_reference_adapter(peft_model)
+
+
+def _freeze_reference_adapter(peft_model: nn.Module) -> None:
+    for name, parameter in peft_model.named_parameters():
         if ".ref." in name:
             parameter.requires_grad_(False)
 

@@ -22,9 +22,10 @@ from fastdpo.data.prepare import DataReport
 from fastdpo.metrics import MetricMeans, SumAndWeight
 from fastdpo.modeling import PackingCheck, check_packing, prepare_model
 from fastdpo.modeling.packed import bare_model
+from fastdpo.ops.linear_logps import resolve_impl
 from fastdpo.training.collator import PackingCollator
 from fastdpo.training.config import EngineConfig
-from fastdpo.training.models import check_token_ids, disable_dropout
+from fastdpo.training.models import check_lengths, check_token_ids, disable_dropout, forget_accelerate, head_dtype
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -49,11 +50,11 @@ class PackedTrainer(Trainer):
         **trainer_arguments: Any,
     ) -> None:
         self.data_reports: dict[str, DataReport] = {}  # by "train", "eval" or "eval_<name>"
-        self.packing_check: PackingCheck | None = None
         self._metrics = {"train": MetricMeans(), "eval": MetricMeans()}
-        self._num_train_tokens = 0
+        self._num_train_tokens = 0  # since the last log
         tokenizer = self.processing_class = processing_class
         self.args = args
+        forget_accelerate(model)
         prepare_model(model)
 
         train_dataset = self._prepared(train_dataset, "train", model)
@@ -84,7 +85,9 @@ class PackedTrainer(Trainer):
             **trainer_arguments,
         )
         self.model_accepts_loss_kwargs = True  # Trainer then counts items through _get_num_items_in_batch
-        self.is_packed = collator.is_packed = self._decide_packing()
+        resolve_impl(args.impl, args.device, head_dtype(self.model, args))  # a named impl that cannot run raises here
+        self.is_packed = args.packing != "padded"
+        self.packing_check = self._check_packing(self.model)
 
     # What a subclass says
 
@@ -100,6 +103,10 @@ class PackedTrainer(Trainer):
         """The loss summed over the batch's items, with a graph, and the batch's metrics."""
         raise TypeError(f"{type(self).__name__} must say what its loss is")
 
+    def _first_rows(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
+        """The batch with the items of its first rows; what was computed for the others is not counted."""
+        raise TypeError(f"{type(self).__name__} must say what the items of a row are")
+
     # Before training
 
     def _prepared(self, dataset: Any, name: str, model: nn.Module) -> Dataset | None:
@@ -108,24 +115,35 @@ class PackedTrainer(Trainer):
             return None
         with self.args.main_process_first(desc=f"tokenizing the {name} dataset"):
             prepared, self.data_reports[name] = self._prepare_dataset(dataset)
+        check_lengths(model, prepared, name)
         check_token_ids(prepared, bare_model(model).get_input_embeddings().weight.shape[0], name)
         report = self.data_reports[name]
         if report.num_kept < report.num_rows:
             logger.warning(f"{name} dataset: {report.lines()[0]}")
         return prepared
 
-    def _decide_packing(self) -> bool:
-        if self.args.packing == "padded":
-            return False
-        self.packing_check = check_packing(self.model)
-        if self.packing_check.ok:
-            return True
-        if self.args.packing == "packed":
-            raise ValueError(
-                f"packing must be 'auto' or 'padded' for this model, got 'packed': {self.packing_check.reason}"
-            )
-        logger.warning(f"Falling back to padded batches, which are slower: {self.packing_check.reason}")
-        return False
+    def _check_packing(self, model: nn.Module) -> PackingCheck:
+        """Checks a model on this device, and falls back to padded batches where packed ones would be wrong.
+
+        Raises:
+            ValueError: packing was asked for and cannot be had, or the model's head is none that can be trained here.
+        """
+        check = check_packing(model)
+        if self.is_packed and not check.ok:
+            if self.args.packing == "packed":
+                raise ValueError(f"packing must be 'auto' or 'padded' for this model, got 'packed': {check.reason}")
+            logger.warning(f"Falling back to padded batches, which are slower: {check.reason}")
+            self.is_packed = False
+        if isinstance(self.data_collator, PackingCollator):
+            self.data_collator.is_packed = self.is_packed
+        return check
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, also after an evaluation: see `forget_accelerate`."""
+        if self.model_wrapped is self.model:
+            self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
+            forget_accelerate(self.model)
+        return super().train(*args, **kwargs)
 
     # The loss
 
@@ -144,9 +162,12 @@ class PackedTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Sum over the batch's items, divided by the items of the whole optimizer step (of the batch in evaluation)."""
-        batch = PackedBatch(**inputs)
         is_training = model.training
-        loss_sum, metrics = self._loss_sum(model, batch)
+        if not is_training:
+            inputs = self._without_repeated_rows(inputs)
+        batch = PackedBatch(**inputs)
+        with self.accelerator.autocast():  # policy and reference alike, wrapped by accelerate or not
+            loss_sum, metrics = self._loss_sum(model, batch)
         num_items = self._num_items(inputs)
         means = self._metrics["train" if is_training else "eval"]
         means.add(metrics)
@@ -160,6 +181,14 @@ class PackedTrainer(Trainer):
         else:  # gradients are averaged over processes, the divisor already counts the items of all of them
             loss = loss_sum * self.accelerator.num_processes / num_items_in_batch
         return (loss, {}) if return_outputs else loss
+
+    def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch without the rows that accelerate repeats to give every process as many in the last step."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        num_rows = self.args.eval_batch_size
+        return self._first_rows(inputs, min(max(state.remainder - self.args.process_index * num_rows, 0), num_rows))
 
     def _stop_if_not_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
         if torch.isfinite(loss):
@@ -180,8 +209,10 @@ class PackedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._metrics["train"].pop(self._reduce))
-            num_tokens = torch.tensor(self._num_train_tokens, device=self.args.device)
-            logs["num_tokens"] = int(self._reduce(num_tokens))
+            num_new_tokens = torch.tensor(self._num_train_tokens, device=self.args.device)
+            before = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
+            logs["num_tokens"] = next(before, 0) + int(self._reduce(num_new_tokens))
+            self._num_train_tokens = 0
         super().log(logs, start_time)
 
     def prediction_step(
@@ -211,6 +242,12 @@ class PackedTrainer(Trainer):
         if isinstance(eval_dataset, Dataset | list) and not self._is_prepared(eval_dataset):
             eval_dataset = self._prepared(eval_dataset, metric_key_prefix, self.model)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """Trainer's; raw rows are tokenized first. Metrics as in `evaluate`; there are no predictions."""
+        if not self._is_prepared(test_dataset):
+            test_dataset = self._prepared(test_dataset, metric_key_prefix, self.model)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     @staticmethod
     def _is_prepared(dataset: Iterable[Any]) -> bool:

@@ -6,18 +6,20 @@ Names are TRL's wherever TRL has the setting. What a type cannot check, `__post_
 from __future__ import annotations
 
 import difflib
+import json
+import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from fastdpo.data.tokenization import TokenizationSettings
 from fastdpo.losses import LOSSES
+from fastdpo.ops.validation import IMPLS
 from fastdpo.references import REFERENCE_MODES
 
 PACKING_MODES = ("auto", "packed", "padded")
-IMPLS = ("auto", "triton", "tiled", "reference")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -30,6 +32,23 @@ def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) ->
         nearest = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}{hint}")
+
+
+def _as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """A dict, or JSON of one from a command line."""
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} must be JSON, got {value!r}: {error}") from error
+    if parsed is not None and not isinstance(parsed, dict):
+        raise ValueError(f"{name} must be a JSON object, got {value!r}")
+    return parsed
+
+
+def check_number(name: str, value: Any, *, least: float) -> None:
+    """Raises ValueError where `value` is not a finite number >= `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+        raise ValueError(f"{name} must be a finite number >= {least}, got {value!r}")
 
 
 @dataclass
@@ -79,14 +98,23 @@ class EngineConfig(TrainingArguments):
     )
     impl: str = field(default="auto", metadata=_help("Head op: triton, tiled, reference, or auto (triton on CUDA)."))
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
-
     def __post_init__(self) -> None:
         check_choice("packing", self.packing, PACKING_MODES)
         check_choice("impl", self.impl, IMPLS)
         self.tokenization_settings()
+        self.model_init_kwargs = _as_dict("model_init_kwargs", self.model_init_kwargs)
         if self.logging_nan_inf_filter:
             raise ValueError("logging_nan_inf_filter must be False: it would hide a loss that is not finite, got True")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        check_number("learning_rate", self.learning_rate, least=0.0)
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                "label_smoothing_factor must be 0: it is Trainer's smoothing of tokens, which the head op does not do;"
+                f" for flipped preference labels use label_smoothing, got {self.label_smoothing_factor}"
+            )
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
@@ -142,9 +170,10 @@ class DPOConfig(EngineConfig):
     def __post_init__(self) -> None:
         check_choice("loss_type", self.loss_type, list(LOSSES))
         check_choice("reference", self.reference, REFERENCE_MODES)
-        if not self.beta > 0:
-            raise ValueError(f"beta must be > 0, got {self.beta}")
-        if not 0 <= self.label_smoothing < 0.5:
+        if isinstance(self.beta, str | list) or self.beta is None or not 0 < self.beta < math.inf:
+            raise ValueError(f"beta must be > 0 and finite, got {self.beta!r}")
+        check_number("label_smoothing", self.label_smoothing, least=0.0)
+        if self.label_smoothing >= 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         if self.label_smoothing > 0 and self.loss_type != "sigmoid":
             raise ValueError(

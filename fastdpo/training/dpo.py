@@ -18,6 +18,7 @@ from fastdpo.data.prepare import DataReport, prepare_preference_dataset
 from fastdpo.losses import LOSSES
 from fastdpo.metrics import SumAndWeight, pair_metrics, token_metrics
 from fastdpo.modeling import packed_logps, prepare_model
+from fastdpo.modeling.packed import bare_model
 from fastdpo.references import AdapterReference, DatasetReference, FrozenReference, NoReference, Reference
 from fastdpo.references.references import copy_adapter_as_reference
 from fastdpo.training.base import PackedTrainer
@@ -64,6 +65,8 @@ class DPOTrainer(PackedTrainer):
         peft_config: Any = None,
     ) -> None:
         args = args if args is not None else DPOConfig("dpo_output")
+        if not isinstance(args, DPOConfig):
+            raise ValueError(f"args must be a DPOConfig, got {type(args).__name__}")
         if ref_model is model and ref_model is not None and not isinstance(model, str):
             raise ValueError(
                 "ref_model must not be the model that is trained; leave it out to compare with a copy of its start"
@@ -71,9 +74,6 @@ class DPOTrainer(PackedTrainer):
         policy, tokenizer = resolve_model(model, processing_class, args.model_init_kwargs, quantization_config)
         if peft_config is not None:
             policy = _with_adapter(policy, peft_config, args)
-        mode, self.reference_reason = choose_reference(
-            args, policy, ref_model, train_dataset, is_new_adapter=peft_config is not None
-        )
         super().__init__(
             policy,
             args,
@@ -84,7 +84,16 @@ class DPOTrainer(PackedTrainer):
             callbacks,
             optimizers=optimizers,
         )
+        mode, self.reference_reason = choose_reference(
+            args, policy, ref_model, self._has_ref_logps(), is_new_adapter=peft_config is not None
+        )
         self.reference = self._make_reference(mode, ref_model)
+
+    def _has_ref_logps(self) -> bool:
+        """Whether every row that the run will see brings reference log-probs."""
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        datasets = [dataset for dataset in (self.train_dataset, *evaluated) if dataset is not None]
+        return bool(datasets) and all(None not in dataset["ref_logps"] for dataset in datasets)
 
     def _make_reference(self, mode: str, ref_model: str | nn.Module | None) -> Reference:
         if mode == "none":
@@ -92,17 +101,21 @@ class DPOTrainer(PackedTrainer):
         if mode == "cached":
             return DatasetReference()
         if mode == "adapter":
-            peft_model = self.accelerator.unwrap_model(self.model)
-            if self._starts_from_adapter(peft_model):
-                copy_adapter_as_reference(peft_model)
-            return AdapterReference(peft_model, impl=self.args.impl)
+            if self._starts_from_adapter(self.model):
+                copy_adapter_as_reference(self.model)
+            return AdapterReference(self.model, impl=self.args.impl)
         if ref_model is None:
             frozen = copy.deepcopy(self.model)
         else:
             frozen = load_model(ref_model) if isinstance(ref_model, str) else ref_model
             check_model_and_tokenizer(frozen, self.processing_class)
+            _check_beside_policy(frozen, self.model)
         prepare_model(frozen).requires_grad_(False)
-        return FrozenReference(self.accelerator.prepare_model(frozen, evaluation_mode=True), impl=self.args.impl)
+        if getattr(frozen, "hf_device_map", None) is None and not getattr(frozen, "is_quantized", False):
+            frozen.to(self.args.device)
+        if ref_model is not None:
+            self._check_packing(frozen)
+        return FrozenReference(frozen.eval(), impl=self.args.impl)
 
     @staticmethod
     def _starts_from_adapter(peft_model: nn.Module) -> bool:
@@ -121,6 +134,9 @@ class DPOTrainer(PackedTrainer):
 
     def _num_items(self, inputs: dict[str, Any]) -> int:
         return inputs["pairs"].shape[0]
+
+    def _first_rows(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
+        return {**inputs, "pairs": inputs["pairs"][:num_rows]}  # one pair a row
 
     def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, SumAndWeight]]:
         outputs = TOKEN_METRICS if self.args.token_metrics else ()
@@ -141,37 +157,63 @@ class DPOTrainer(PackedTrainer):
 
 
 def choose_reference(
-    args: DPOConfig, model: nn.Module, ref_model: Any, train_dataset: Any, *, is_new_adapter: bool
+    args: DPOConfig, model: nn.Module, ref_model: Any, has_ref_logps: bool, *, is_new_adapter: bool
 ) -> tuple[str, str]:
     """The reference mode and the reason for it.
 
+    Args:
+        has_ref_logps: every row of the training and evaluation data brings reference log-probs.
+        is_new_adapter: the adapter was put on by this run.
     Raises:
         ValueError: the mode that was asked for cannot work with the model or the dataset.
     """
     has_adapter = hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
-    columns = set(getattr(train_dataset, "column_names", None) or [])
-    has_columns = {"ref_chosen_logps", "ref_rejected_logps"} <= columns
+    outside = _trained_outside_adapter(model) if has_adapter else None
     mode = "none" if args.reference_free else args.reference
     if mode == "none" and ref_model is not None:
         raise ValueError("ref_model must be None where there is no reference (reference='none' or reference_free)")
-    if mode == "adapter" and (not has_adapter or ref_model is not None):
-        why = "ref_model is given" if has_adapter else "the model has no adapter"
+    if mode == "adapter" and (not has_adapter or ref_model is not None or outside):
+        why = f"{outside} is trained too" if outside else "ref_model is given" if has_adapter else "there is no adapter"
         raise ValueError(f"reference must not be 'adapter' here: {why}")
-    if mode == "cached" and not has_columns:
+    if mode == "cached" and not has_ref_logps:
         raise ValueError(
-            "reference 'cached' needs the columns ref_chosen_logps and ref_rejected_logps in train_dataset, found"
-            f" {sorted(columns)}"
+            "reference 'cached' needs ref_chosen_logps and ref_rejected_logps in every row, also of eval_dataset"
         )
     if mode != "auto":
         return mode, "asked for"
     if ref_model is not None:
         return "frozen", "ref_model was given"
-    if has_columns:
+    if has_ref_logps:
         return "cached", "the dataset brings ref_chosen_logps and ref_rejected_logps"
+    if outside:
+        return "frozen", f"{outside} is trained beside the adapter, so the reference is a copy of the start"
     if has_adapter:
         start = "the model without its adapter" if is_new_adapter else "the model as its adapter starts"
         return "adapter", f"{start} is the reference, which needs no second model"
     return "frozen", "all weights are trained, so the reference is a copy of the start"
+
+
+def _trained_outside_adapter(model: Any) -> str | None:
+    """A trained weight that stays when the adapter is off, such as a bias under LoRA's bias='all'."""
+    adapters = {f".{name}" for name in model.peft_config}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not any(f"{adapter}." in f"{name}." for adapter in adapters):
+            return name
+    return None
+
+
+def _check_beside_policy(reference: nn.Module, policy: nn.Module) -> None:
+    """A given reference must be another model over the same vocabulary.
+
+    Raises:
+        ValueError: it shares weights with the policy, or has another vocabulary.
+    """
+    trained = {p.data_ptr() for p in policy.parameters()}
+    if any(p.data_ptr() in trained for p in reference.parameters()):
+        raise ValueError("ref_model must not share weights with the model that is trained; give it a copy")
+    num_tokens = [bare_model(m).get_output_embeddings().weight.shape[0] for m in (policy, reference)]
+    if num_tokens[0] != num_tokens[1]:
+        raise ValueError(f"ref_model must have the policy's vocabulary of {num_tokens[0]} logits, got {num_tokens[1]}")
 
 
 def _with_adapter(model: Any, peft_config: Any, args: DPOConfig) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pyarrow.compute
@@ -17,7 +16,7 @@ from fastdpo.modeling.packed import bare_model
 def resolve_model(
     model: str | nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
-    model_init_kwargs: dict[str, Any] | str | None = None,
+    model_init_kwargs: dict[str, Any] | None = None,
     quantization_config: Any = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model and tokenizer as objects, loaded where they are given by name, and checked against each other.
@@ -25,6 +24,8 @@ def resolve_model(
     Raises:
         ValueError: one of them cannot be found, or they cannot be trained together.
     """
+    if not isinstance(model, str | nn.Module):
+        raise ValueError(f"model must be a model or the name of one, got {model!r}")
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if tokenizer is None:
         tokenizer = _load_tokenizer(name)
@@ -48,18 +49,21 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"processing_class must be given: there is no tokenizer in {name!r}: {error}") from error
 
 
-def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | str | None = None, **kwargs: Any) -> nn.Module:
+def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
     """A causal LM by name or path, in fp32 unless `model_init_kwargs` names a dtype.
 
     Raises:
         ValueError: there is no such model, or it is not a text-only causal LM.
     """
-    given = json.loads(model_init_kwargs) if isinstance(model_init_kwargs, str) else model_init_kwargs or {}
-    options: dict[str, Any] = {"dtype": torch.float32, **given, **kwargs}
+    options: dict[str, Any] = {"dtype": torch.float32, **(model_init_kwargs or {}), **kwargs}
     loading = {key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options}
     try:
         refuse_vision(AutoConfig.from_pretrained(name_or_path, **loading), str(name_or_path))
         return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+    except TypeError as error:
+        raise ValueError(
+            f"model_init_kwargs must be arguments of from_pretrained, got {model_init_kwargs}: {error}"
+        ) from error
     except OSError as error:
         raise ValueError(
             f"model must be a local directory or a model name on the Hub, got {name_or_path!r}: {error}"
@@ -109,6 +113,49 @@ def check_token_ids(dataset: Dataset, num_embeddings: int, name: str) -> None:
                 raise ValueError(
                     f"token ids must be in [0, {num_embeddings}), the {name} dataset has {bound} in {column}"
                 )
+
+
+def check_lengths(model: nn.Module, dataset: Dataset, name: str) -> None:
+    """Refuses sequences longer than the table of learned positions; rotary positions have no such end.
+
+    Raises:
+        ValueError: a sequence is longer than the model has positions.
+    """
+    tables = [
+        module.num_embeddings - getattr(module, "offset", 0)
+        for path, module in bare_model(model).named_modules()
+        if isinstance(module, nn.Embedding) and any(part in path for part in ("wpe", "position"))
+    ]
+    if not tables:
+        return
+    longest = max(
+        len(prompt) + max(map(len, responses))
+        for prompt, responses in zip(dataset["prompt_ids"], dataset["responses"], strict=True)
+    )
+    if longest > min(tables):
+        raise ValueError(
+            f"max_length must be at most {min(tables)}, the positions that {type(bare_model(model)).__name__} has"
+            f" learned; the {name} dataset has a sequence of {longest} tokens"
+        )
+
+
+def head_dtype(model: nn.Module, args: Any) -> torch.dtype:
+    """The dtype in which the LM head is multiplied: autocast's where it is on, else the weight's."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return bare_model(model).get_output_embeddings().weight.dtype
+
+
+def forget_accelerate(model: nn.Module) -> None:
+    """Undoes what an earlier `Accelerator.prepare` left on a model: its marks and its autocast around forward.
+
+    A model that is marked as prepared, as an evaluation before training leaves it, would not be wrapped in DDP again:
+    its processes would train apart.
+    """
+    for module in model.modules():
+        module.__dict__.pop("_is_accelerate_prepared", None)
+        if "_original_forward" in module.__dict__:
+            module.forward = module.__dict__.pop("_original_forward")
 
 
 def disable_dropout(model: nn.Module) -> None:

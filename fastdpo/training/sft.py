@@ -43,6 +43,8 @@ class SFTTrainer(PackedTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = args if args is not None else SFTConfig("sft_output")
+        if not isinstance(args, SFTConfig):
+            raise ValueError(f"args must be an SFTConfig, got {type(args).__name__}")
         policy, tokenizer = resolve_model(model, processing_class, args.model_init_kwargs)
         super().__init__(
             policy,
@@ -63,13 +65,18 @@ class SFTTrainer(PackedTrainer):
     def _num_items(self, inputs: dict[str, Any]) -> int:
         return inputs["token_rows"].shape[0]
 
+    def _first_rows(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
+        cu_seqlens = inputs["cu_seqlens"][: num_rows + 1]
+        return {**inputs, "cu_seqlens": cu_seqlens, "token_rows": inputs["token_rows"][: int(cu_seqlens[-1])]}
+
     def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, SumAndWeight]]:
-        tokens = packed_logps(model, batch, impl=self.args.impl, outputs=("entropy", "is_top1")).sequences.tokens
-        assert tokens.entropy is not None
-        assert tokens.is_top1 is not None
-        num_tokens = float(batch.labels.numel())
+        sequences = packed_logps(model, batch, impl=self.args.impl, outputs=("entropy", "is_top1")).sequences
+        entropy, is_top1 = sequences.tokens.entropy, sequences.tokens.is_top1
+        assert entropy is not None
+        assert is_top1 is not None
+        rows = batch.token_rows
         metrics: dict[str, SumAndWeight] = {
-            "entropy": (tokens.entropy.sum(), num_tokens),
-            "mean_token_accuracy": (tokens.is_top1.float().sum(), num_tokens),
+            "entropy": (entropy[rows].sum(), float(rows.numel())),
+            "mean_token_accuracy": (is_top1[rows].float().sum(), float(rows.numel())),
         }
-        return -tokens.logps.sum(), metrics
+        return -sequences.sums.sum(), metrics

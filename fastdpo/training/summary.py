@@ -18,6 +18,7 @@ from fastdpo.modeling.attention import PACKED_ATTENTION
 from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.linear_logps import resolve_impl
 from fastdpo.training.base import PackedTrainer
+from fastdpo.training.models import head_dtype
 
 MIB = 2**20
 _WORKSPACE_BYTES = 64 * MIB  # a head op's tile and its fp32 accumulators, small beside the rest
@@ -61,16 +62,14 @@ def _batches(trainer: PackedTrainer) -> str:
 def _attention(trainer: PackedTrainer) -> str:
     check = trainer.packing_check
     if trainer.is_packed:
-        reason = f" ({check.reason})" if check is not None else ""
-        return f"{PACKED_ATTENTION}: one SDPA call per branch{reason}"
-    reason = check.reason if check is not None else "packing='padded' was asked for"
+        return f"{PACKED_ATTENTION}: one SDPA call per branch ({check.reason})"
+    reason = "packing='padded' was asked for" if trainer.args.packing == "padded" else check.reason
     return f"{bare_model(trainer.model).config._attn_implementation}, the model's own: {reason}"
 
 
 def _head_op(trainer: PackedTrainer) -> str:
     weight = bare_model(trainer.model).get_output_embeddings().weight
-    autocast = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else weight.dtype
-    impl = resolve_impl(trainer.args.impl, trainer.args.device, autocast)
+    impl = resolve_impl(trainer.args.impl, trainer.args.device, head_dtype(trainer.model, trainer.args))
     why = "asked for" if trainer.args.impl != "auto" else f"chosen for {trainer.args.device.type}"
     return f"{impl} ({why}); vocabulary {weight.shape[0]:,}, hidden size {weight.shape[1]:,}"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny import make_byte_tokenizer, make_llama, make_rows, make_tokenizer
+from transformers import TrainingArguments
 
 from fastdpo import DPOConfig
 from fastdpo.cli.main import main
@@ -148,13 +149,18 @@ def test_bad_data_is_refused_and_nothing_is_written(capsys, model_dir, tmp_path,
     [
         (("--betta", "0.1"), "did you mean '--beta'"),
         (("--loss_type", "sigmod"), "did you mean 'sigmoid'"),
-        (("--beta", "0"), "beta must be > 0, got 0.0"),
+        (("--beta", "0"), "beta must be > 0 and finite, got 0.0"),
         (("--beta", "much"), "invalid float value"),
         (("--dataset", "missing.json"), "does not exist: missing.json"),
         (("--model", "/no/such/model"), "/no/such/model"),
         (("--config", "missing.yaml"), "config must be an existing file"),
         (("--load_in_4bit",), "load_in_4bit must go with use_peft"),
         (("--eval_fraction", "1.5"), "eval_fraction must be in [0, 1), got 1.5"),
+        (("--per_device_train_batch_size", "0"), "per_device_train_batch_size must be an integer >= 1, got 0"),
+        (("--learning_rate", "-1"), "learning_rate must be a finite number >= 0.0, got -1.0"),
+        (("--model_init_kwargs", "{bad"), "model_init_kwargs must be"),
+        (("--model_init_kwargs", '{"no_such_argument": 1}'), "model_init_kwargs must be"),
+        (("--use_peft", "--lora_dropout", "0.1"), "lora_dropout needs --no_disable_dropout"),
         (("stray",), "every value must follow an option"),
     ],
 )
@@ -172,6 +178,71 @@ def test_an_unknown_config_key_names_the_nearest_valid_one(capsys, tmp_path):
     assert "unknown key 'learning_rat'; did you mean 'learning_rate'?" in err
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("beta: [1]", "beta must be one value"),
+        ("gradient_accumulation_steps: 1.5", "invalid int value"),
+        ("loss_type: sigmod", "did you mean 'sigmoid'"),
+        ("eval_strategy: sometimes", "eval_strategy must be one of"),
+    ],
+)
+def test_a_config_value_of_the_wrong_kind_is_refused(capsys, tmp_path, line, message):
+    config = broken(tmp_path, "run.yaml", f"model: x\ndataset: y\noutput_dir: {tmp_path / 'out'}\n{line}\n")
+    code, _, err = run(capsys, "train", "--config", config)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_says_no_and_false_as_people_write_them(tmp_path):
+    from fastdpo.cli.arguments import AdapterArguments, RunArguments, parse
+
+    config = broken(
+        tmp_path,
+        "run.yaml",
+        "model: x\ndataset: y\noutput_dir: z\nsave_strategy: no\noverwrite_output_dir: 'false'\n"
+        "lora_target_modules: q_proj\nmax_length: null\nuse_cpu: true\nlearning_rate: 1e-3\n",
+    )
+    run_arguments, adapter, args = parse(
+        "train", [RunArguments, AdapterArguments, DPOConfig], ["--config", str(config)]
+    )
+    assert args.save_strategy == "no"
+    assert run_arguments.overwrite_output_dir is False
+    assert adapter.lora_target_modules == ["q_proj"]
+    assert args.max_length is None
+    assert args.learning_rate == 1e-3
+
+
+def test_every_field_can_be_set_from_the_command_line():
+    from fastdpo.cli.arguments import AdapterArguments, RunArguments, parse
+
+    needed = ["--model", "m", "--dataset", "d", "--output_dir", "o", "--use_cpu", "true"]
+    ours = {f.name for f in fields(DPOConfig)} - {f.name for f in fields(TrainingArguments)}
+    given = {
+        "beta": ("0.7", 0.7),
+        "loss_type": ("ipo", "ipo"),
+        "label_smoothing": ("0.25", 0.25),
+        "reference": ("frozen", "frozen"),
+        "reference_free": ("true", True),
+        "token_metrics": ("false", False),
+        "max_length": ("77", 77),
+        "max_prompt_length": ("33", 33),
+        "truncation_mode": ("keep_end", "keep_end"),
+        "on_bad_row": ("raise", "raise"),
+        "dataset_num_proc": ("2", 2),
+        "packing": ("padded", "padded"),
+        "prefix_sharing": ("false", False),
+        "impl": ("tiled", "tiled"),
+        "disable_dropout": ("false", False),
+        "model_init_kwargs": ('{"a": 1}', {"a": 1}),
+    }
+    assert given.keys() == ours
+    for name, (text, value) in given.items():
+        *_, args = parse("train", [RunArguments, AdapterArguments, DPOConfig], [*needed, f"--{name}", text])
+        assert getattr(args, name) == value, name
+
+
 def test_help_groups_the_options_and_reaches_every_field(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
@@ -181,7 +252,7 @@ def test_help_groups_the_options_and_reaches_every_field(capsys):
         main(["train", "--help"])
     out = capsys.readouterr().out
     for f in fields(DPOConfig):
-        assert f"--{f.name}" in out, f.name
+        assert re.search(rf"--{f.name}[ ,\n]", out), f.name
     assert out.index("model and data:") < out.index("preference optimization:") < out.index("everything else")
 
 

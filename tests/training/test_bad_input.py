@@ -29,8 +29,14 @@ def build(tmp_path, model=None, rows=None, tokenizer=None, **settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"beta": 0.0}, "beta must be > 0, got 0.0"),
-        ({"beta": float("nan")}, "beta must be > 0, got nan"),
+        ({"beta": 0.0}, "beta must be > 0 and finite, got 0.0"),
+        ({"beta": float("nan")}, "beta must be > 0 and finite, got nan"),
+        ({"beta": float("inf")}, "beta must be > 0 and finite, got inf"),
+        ({"beta": "0.1"}, "beta must be > 0 and finite, got '0.1'"),
+        ({"learning_rate": -1.0}, "learning_rate must be a finite number >= 0.0, got -1.0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be an integer >= 1, got 0"),
+        ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps must be an integer >= 1, got 1.5"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
         ({"loss_type": "sigmoyd"}, "did you mean 'sigmoid'"),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing must be 0 for loss_type 'hinge'"),
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
@@ -98,12 +104,48 @@ def test_the_policy_itself_is_no_reference(tmp_path):
         build(tmp_path, model, ref_model=model)
 
 
-@pytest.mark.parametrize(
-    ("reference", "message"), [("adapter", "the model has no adapter"), ("cached", "ref_chosen_logps")]
-)
+@pytest.mark.parametrize(("reference", "message"), [("adapter", "there is no adapter"), ("cached", "ref_chosen_logps")])
 def test_a_reference_that_cannot_be_had_is_refused(tmp_path, reference, message):
     with pytest.raises(ValueError, match=message):
         build(tmp_path, reference=reference)
+
+
+def test_an_implementation_that_cannot_run_here_is_refused(tmp_path, monkeypatch):
+    from fastdpo.kernels import launch
+
+    monkeypatch.setattr(launch, "is_interpreted", lambda: False)
+    with pytest.raises(ValueError, match='impl="triton"'):
+        build(tmp_path, impl="triton")
+
+
+def test_something_that_is_no_model_or_config_is_refused(tmp_path):
+    from transformers import TrainingArguments
+
+    with pytest.raises(ValueError, match="model must be a model or the name of one, got None"):
+        DPOTrainer(None, args=config(tmp_path), train_dataset=make_rows(2), processing_class=make_tokenizer())
+    with pytest.raises(ValueError, match="args must be a DPOConfig, got TrainingArguments"):
+        DPOTrainer(make_llama(), args=TrainingArguments(str(tmp_path)), train_dataset=make_rows(2))
+
+
+def test_a_reference_over_another_vocabulary_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="vocabulary of 32 logits, got 40"):
+        build(tmp_path, ref_model=make_llama(vocab_size=40))
+
+
+def test_a_reference_that_shares_the_policys_weights_is_refused(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make_llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="share weights"):
+        build(tmp_path, model, ref_model=model.get_base_model())
+
+
+def test_sequences_longer_than_the_learned_positions_are_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=8))
+    with pytest.raises(ValueError, match="max_length must be at most 8"):
+        build(tmp_path, model)
 
 
 def test_an_adapter_on_the_head_is_refused(tmp_path):
@@ -161,6 +203,15 @@ def test_a_model_that_cannot_be_packed_falls_back_with_a_warning_and_trains_righ
     assert "Falling back to padded batches" in caplog.text
     fast.train()
     assert fast.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_a_reference_that_cannot_be_packed_makes_all_batches_padded(tmp_path, caplog):
+    fast = build(tmp_path, ref_model=stablelm(), logging_steps=1)
+    assert not fast.is_packed
+    assert not fast.data_collator.is_packed
+    assert "Falling back to padded batches" in caplog.text
+    with pytest.raises(ValueError, match="got 'packed'"):
+        build(tmp_path, ref_model=stablelm(), packing="packed")
 
 
 def test_a_model_that_cannot_be_packed_is_refused_where_packing_was_asked_for(tmp_path):

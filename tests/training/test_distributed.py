@@ -25,12 +25,13 @@ if adapter:
 args = DPOConfig(
     out, use_cpu=True, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, max_steps=4,
     logging_steps=1, learning_rate=1e-2 if adapter else 1e-3, save_strategy="no", disable_tqdm=True, report_to="none",
-    beta=0.5, per_device_eval_batch_size=batch_size,
+    beta=0.5, reference_free=sys.argv[4] == "none", per_device_eval_batch_size=batch_size,
 )
 trainer = DPOTrainer(
     make_llama(), args=args, train_dataset=Dataset.from_list(make_rows(16)), processing_class=make_tokenizer(),
-    eval_dataset=Dataset.from_list(make_rows(8, seed=1)), peft_config=peft_config,
+    eval_dataset=Dataset.from_list(make_rows(5, seed=1)), peft_config=peft_config,
 )
+before = trainer.evaluate()  # must not leave the model unwrapped
 trainer.train()
 evaluated = trainer.evaluate()
 if trainer.is_world_process_zero():
@@ -57,7 +58,7 @@ def run(tmp_path, name, num_processes, batch_size, accumulation, mode):
     return json.loads((tmp_path / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("mode", ["full", "lora", "none"])
 def test_two_processes_train_like_one(tmp_path, mode):
     one = run(tmp_path, "one", 1, 4, 1, mode)
     two = run(tmp_path, "two", 2, 2, 1, mode)
@@ -66,6 +67,7 @@ def test_two_processes_train_like_one(tmp_path, mode):
         for key in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "entropy", "num_tokens"):
             assert double[key] == pytest.approx(single[key], rel=1e-4, abs=1e-5), key
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-4, abs=1e-4)
+    # 5 rows on 2 x 2: the last step repeats rows, which must not count twice
     for key in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
         assert two["eval"][key] == pytest.approx(one["eval"][key], abs=1e-5), key
     assert one["logs"][0]["loss"] != one["logs"][-1]["loss"]

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset
 from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.modeling.packed import unprepare_model
 
 
 def config(tmp_path, **settings):
@@ -370,3 +371,69 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_its_batch(tmp_path):
     saved = torch.load(tmp_path / "nonfinite_batch_rank0.pt", weights_only=False)
     assert saved["inputs"]["input_ids"].shape[0] == 1
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+
+
+def test_two_bf16_stages_on_one_model_train_both(tmp_path):
+    """The reference of the second stage is a copy of its start, not the policy itself in accelerate's wrapper."""
+    model = make_llama()
+    for stage in ("first", "second"):
+        fast = trainer(tmp_path / stage, 8, model, bf16=True, max_steps=4)
+        fast.train()
+        assert logged(fast)[0] == pytest.approx(math.log(2), abs=1e-6)
+        assert logged(fast)[-1] < math.log(2) - 0.02
+
+
+def test_a_bf16_stage_leaves_no_autocast_behind(tmp_path):
+    model = make_llama()
+    trainer(tmp_path / "first", 8, model, bf16=True, max_steps=1).train()
+    start = copy.deepcopy(model)
+    fast = trainer(tmp_path / "second", 8, model, max_steps=3, per_device_train_batch_size=8)
+    fast.train()
+    groups = [group_from_columns(row) for row in fast.train_dataset]
+    assert logged(fast) == pytest.approx(plain_dpo(unprepare_model(start), [groups] * 3, 1e-3, 0.5), abs=1e-5)
+
+
+def test_weights_trained_beside_the_adapter_are_not_part_of_the_reference(tmp_path):
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=4, target_modules=["q_proj"], bias="all", task_type="CAUSAL_LM")
+    fast = trainer(tmp_path, 8, make_llama(attention_bias=True), peft_config=lora)
+    assert fast.reference.mode == "frozen"
+    assert "bias" in fast.reference_reason
+    with pytest.raises(ValueError, match="is trained too"):
+        trainer(tmp_path, 8, make_llama(attention_bias=True), peft_config=lora, reference="adapter")
+
+
+def test_reference_logps_of_text_rows_and_lists_are_used(tmp_path):
+    rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in make_rows(4)]
+    for dataset in (rows, Dataset.from_list(rows)):
+        fast = DPOTrainer(
+            make_llama(), args=config(tmp_path, max_steps=1), train_dataset=dataset, processing_class=make_tokenizer()
+        )
+        assert fast.reference.mode == "cached"
+        fast.train()
+        log = fast.state.log_history[0]
+        assert log["rewards/chosen"] == pytest.approx(0.5 * (log["logps/chosen"] + 1.0), abs=1e-4)
+
+
+def test_reference_logps_that_the_eval_data_lacks_are_not_relied_on(tmp_path):
+    rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in make_rows(4)]
+    arguments = {"train_dataset": rows, "eval_dataset": make_rows(2, seed=1), "processing_class": make_tokenizer()}
+    assert DPOTrainer(make_llama(), args=config(tmp_path), **arguments).reference.mode == "frozen"
+    with pytest.raises(ValueError, match="also of eval_dataset"):
+        DPOTrainer(make_llama(), args=config(tmp_path, reference="cached"), **arguments)
+
+
+def test_num_tokens_goes_on_after_a_resume(tmp_path):
+    whole = trainer(tmp_path / "whole", max_steps=4)
+    whole.train()
+    trainer(tmp_path / "cut", max_steps=4, save_strategy="steps", save_steps=2).train()
+    again = trainer(tmp_path / "cut", max_steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+    assert logged(again, "num_tokens") == logged(whole, "num_tokens")
+
+
+def test_predict_takes_raw_rows_too(tmp_path):
+    fast = trainer(tmp_path, 8)
+    output = fast.predict(Dataset.from_list(make_rows(3, seed=1)))
+    assert output.metrics["test_loss"] == pytest.approx(math.log(2), abs=1e-5)
