@@ -16,7 +16,7 @@ from fastdpo.modeling.packed import bare_model
 def resolve_model(
     model: str | nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
-    model_init_kwargs: dict[str, Any] | None = None,
+    model_init_kwargs: Any = None,  # a dict; as text only until the config has parsed it
     quantization_config: Any = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model and tokenizer as objects, loaded where they are given by name, and checked against each other.
