@@ -101,6 +101,7 @@ def train_and_compare(
         (output_dir / RUN_FILE).write_text(json.dumps(options, indent=2, default=str) + "\n")
     if after:
         trainer.save_metrics("eval", after)
+    trainer.accelerator.end_training()
     if not trainer.is_world_process_zero():
         return
     if before:

@@ -256,9 +256,12 @@ def test_an_adapter_on_the_head_is_refused(adapter):
 
 def test_a_copy_is_a_model_of_its_own_also_inside_accelerates_wrappers():
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     model = prepare_model(build("llama"))
+    AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process, says accelerate
     Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    AcceleratorState._reset_state(reset_partial_state=True)
     twin = copy.deepcopy(model)
     before = packed_logps(twin, pack_pairs(GROUPS)).chosen.detach()
     with torch.no_grad():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 import torch
 sys.path.insert(0, {tests!r})
 from tiny import make_llama, make_rows, make_tokenizer
@@ -37,7 +37,10 @@ evaluated = trainer.evaluate()
 if trainer.is_world_process_zero():
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     weights = {{name: p.double().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}}
-    json.dump({{"logs": logs, "weights": weights, "eval": evaluated}}, open(out + ".json", "w"))
+    with open(out + ".json", "w") as file:
+        json.dump({{"logs": logs, "weights": weights, "eval": evaluated}}, file)
+trainer.accelerator.end_training()
+os._exit(0)  # threads of the process group may still be ending, and would abort an ordinary exit
 """
 
 
