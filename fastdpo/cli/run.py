@@ -90,39 +90,52 @@ def train_and_compare(
         options: what the run was started with; written to RUN_FILE.
         columns: (metric, label) pairs of the table, metrics without prefix.
     """
-    output_dir = Path(trainer.args.output_dir)
     before = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    result = trainer.train(resume_from_checkpoint=resume_from)
+    metrics = trainer.train(resume_from_checkpoint=resume_from).metrics
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    _save(trainer, metrics, after, options)
+    trainer.accelerator.end_training()
+    if trainer.is_world_process_zero():
+        console.print(_comparison(trainer, before, after, columns))
+        console.print(
+            f"{metrics['train_runtime']:.1f} s, {metrics['train_samples_per_second']:.2f} rows/s,"
+            f" peak memory {peak_memory(trainer.args.device) / MIB:,.0f} MiB"
+        )
+        console.print(
+            f"saved in {trainer.args.output_dir}: the model and its tokenizer, trainer_state.json (all logs),"
+            f" {RUN_FILE} (options)"
+        )
+
+
+def _save(
+    trainer: PackedTrainer, metrics: dict[str, float], after: dict[str, float], options: Mapping[str, Any]
+) -> None:
     trainer.save_model()
     trainer.save_state()
-    trainer.save_metrics("train", result.metrics)
-    if trainer.is_world_process_zero():
-        (output_dir / RUN_FILE).write_text(json.dumps(options, indent=2, default=str) + "\n")
+    trainer.save_metrics("train", metrics)
     if after:
         trainer.save_metrics("eval", after)
-    trainer.accelerator.end_training()
-    if not trainer.is_world_process_zero():
-        return
+    if trainer.is_world_process_zero():
+        path = Path(trainer.args.output_dir) / RUN_FILE
+        path.write_text(json.dumps(options, indent=2, default=str) + "\n")
+
+
+def _comparison(
+    trainer: PackedTrainer, before: dict[str, float], after: dict[str, float], columns: list[tuple[str, str]]
+) -> Table:
+    """On the evaluation data, or where there is none on the first and the last logged training steps."""
     if before:
         rows = [(label, before.get(f"eval_{key}"), after.get(f"eval_{key}")) for key, label in columns]
-        where = f"{len(trainer.eval_dataset):,} held-out rows"
+        where = f"{len(trainer.eval_dataset):,} evaluation rows"
     else:
-        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        rows = [(label, logs[0].get(key), logs[-1].get(key)) for key, label in columns] if logs else []
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry] or [{}]
+        rows = [(label, logs[0].get(key), logs[-1].get(key)) for key, label in columns]
         where = "the first and the last logged training steps"
     table = Table(title=f"before and after, on {where}")
-    for heading, justify in (("", "left"), ("before", "right"), ("after", "right")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
     for label, first, last in rows:
         if first is not None and last is not None:
             table.add_row(label, f"{first:.4f}", f"{last:.4f}")
-    console.print(table)
-    metrics = result.metrics
-    console.print(
-        f"{metrics['train_runtime']:.1f} s, {metrics['train_samples_per_second']:.2f} rows/s,"
-        f" peak memory {peak_memory(trainer.args.device) / MIB:,.0f} MiB"
-    )
-    console.print(
-        f"saved in {output_dir}: the model and its tokenizer, trainer_state.json (all logs), {RUN_FILE} (options)"
-    )
+    return table
