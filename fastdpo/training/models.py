@@ -82,8 +82,8 @@ def check_model_and_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBa
     """Refuses what would fail late or train nonsense.
 
     Raises:
-        ValueError: the model also takes images, its embedding is smaller than the tokenizer, or the tokenizer has no
-        EOS.
+        ValueError: the model also takes images, wants an auxiliary loss, its embedding is smaller than the tokenizer,
+        or the tokenizer has no EOS.
     """
     bare = bare_model(model)
     refuse_vision(bare.config, type(bare).__name__)
@@ -92,6 +92,11 @@ def check_model_and_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBa
         raise ValueError(
             f"processing_class must not have more tokens than the model has embeddings ({num_embeddings}), got"
             f" {len(tokenizer)}; call model.resize_token_embeddings(len(tokenizer)) first"
+        )
+    if getattr(bare.config.get_text_config(), "output_router_logits", False):
+        raise ValueError(
+            "model.config.output_router_logits must be False: the auxiliary loss of mixture-of-experts models is not"
+            " part of the loss yet, got True"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError("processing_class must have an EOS token: without one no response would learn to end")
