@@ -437,3 +437,18 @@ def test_predict_takes_raw_rows_too(tmp_path):
     fast = trainer(tmp_path, 8)
     output = fast.predict(Dataset.from_list(make_rows(3, seed=1)))
     assert output.metrics["test_loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "settings", [{"bf16": False}, {"bf16": True}, {"bf16": False, "gradient_checkpointing": True}], ids=str
+)
+def test_training_on_a_gpu_follows_the_cpu(tmp_path, settings):
+    on_gpu = trainer(tmp_path / "gpu", max_steps=8, use_cpu=False, **settings)
+    on_cpu = trainer(tmp_path / "cpu", max_steps=8)
+    on_gpu.train()
+    on_cpu.train()
+    assert on_gpu.model.device.type == "cuda"
+    assert logged(on_gpu)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert logged(on_gpu) == pytest.approx(logged(on_cpu), abs=3e-2 if settings["bf16"] else 1e-4)
