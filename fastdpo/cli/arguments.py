@@ -64,6 +64,9 @@ class AdapterArguments:
     def __post_init__(self) -> None:
         if self.load_in_4bit and not self.use_peft:
             raise ValueError("load_in_4bit must go with use_peft: 4-bit weights cannot be trained themselves")
+        changed = [f.name for f in fields(self) if f.name.startswith("lora_") and getattr(self, f.name) != f.default]
+        if changed and not self.use_peft:
+            raise ValueError(f"{changed[0]} must go with use_peft: without it all weights are trained")
 
 
 # Options in the order in which people look for them; what no group names is shown under "everything else".

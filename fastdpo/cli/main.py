@@ -57,6 +57,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if "requires" not in str(error) or "to be installed" not in str(error):  # a logger that is not there
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,9 @@ def check_output_dir(args: EngineConfig, *, overwrite: bool) -> str | None:
         if resume in (True, "true", "True", "last"):
             checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
         if checkpoint is None or not Path(checkpoint).is_dir():
-            raise ValueError(f"resume_from_checkpoint must name a checkpoint directory, found none for {resume!r}")
+            raise ValueError(
+                f"resume_from_checkpoint must name a checkpoint directory, found none for {resume!r} in {output_dir}"
+            )
         return str(checkpoint)
     if not overwrite and any(next(output_dir.glob(sign), None) for sign in _SIGNS_OF_A_RUN):
         raise ValueError(
@@ -90,13 +93,24 @@ def train_and_compare(
         options: what the run was started with; written to RUN_FILE.
         columns: (metric, label) pairs of the table, metrics without prefix.
     """
+    if resume_from is None and trainer.is_world_process_zero():  # what --overwrite_output_dir replaces
+        for checkpoint in Path(trainer.args.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
     before = trainer.evaluate() if trainer.eval_dataset is not None else {}
     metrics = trainer.train(resume_from_checkpoint=resume_from).metrics
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     _save(trainer, metrics, after, options)
     trainer.accelerator.end_training()
     if trainer.is_world_process_zero():
-        console.print(_comparison(trainer, before, after, columns))
+        if resume_from is not None:
+            console.print(f"resumed from {resume_from}")
+        comparison = _comparison(trainer, before, after, columns)
+        if comparison.row_count > 0:
+            console.print(comparison)
+        else:
+            console.print(
+                "no before/after table: no evaluation rows (--eval_dataset, --eval_fraction) and no logged steps"
+            )
         console.print(
             f"{metrics['train_runtime']:.1f} s, {metrics['train_samples_per_second']:.2f} rows/s,"
             f" peak memory {peak_memory(trainer.args.device) / MIB:,.0f} MiB"

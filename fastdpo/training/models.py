@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute
@@ -26,6 +27,8 @@ def resolve_model(
     """
     if not isinstance(model, str | nn.Module):
         raise ValueError(f"model must be a model or the name of one, got {model!r}")
+    if isinstance(model, str):
+        _check_model_folder(model)
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if tokenizer is None:
         tokenizer = _load_tokenizer(name)
@@ -40,13 +43,24 @@ def resolve_model(
     return model, tokenizer
 
 
+def _check_model_folder(name: str) -> None:
+    """What a local path must be, said before libraries take it for a name on the Hub."""
+    path = Path(name).expanduser()
+    if name.startswith((".", "/", "~")) and not path.is_dir():
+        raise ValueError(f"model must be a local directory or a model name on the Hub, there is no directory {name}")
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise ValueError(f"model must be a whole model, {name} holds an adapter; merge it into its base model first")
+
+
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if not name:
         raise ValueError("processing_class must be given: the model does not say where its tokenizer is")
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"processing_class must be given: there is no tokenizer in {name!r}: {error}") from error
+        raise ValueError(
+            f"the model must come with a tokenizer, or processing_class be given: there is none in {name!r}: {error}"
+        ) from error
 
 
 def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:

@@ -113,6 +113,14 @@ def test_a_run_goes_on_from_its_last_checkpoint(capsys, model_dir, data, tmp_pat
     assert "found none" in err
 
 
+def test_overwriting_a_run_leaves_none_of_its_checkpoints(capsys, model_dir, data, tmp_path):
+    saving = ("--save_strategy", "steps", "--save_steps", 2)
+    assert run(capsys, *quick(model_dir, data, tmp_path / "out", *saving))[0] == 0
+    again = ("--overwrite_output_dir", "--max_steps", 2)
+    assert run(capsys, *quick(model_dir, data, tmp_path / "out", *saving, *again))[0] == 0
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 def test_a_lora_run_saves_its_adapter(capsys, model_dir, data, tmp_path):
     code, out, err = run(capsys, *quick(model_dir, data, tmp_path / "out", "--use_peft", "--lora_r", 4))
     assert code == 0, err
@@ -152,7 +160,9 @@ def test_bad_data_is_refused_and_nothing_is_written(capsys, model_dir, tmp_path,
         (("--beta", "0"), "beta must be > 0 and finite, got 0.0"),
         (("--beta", "much"), "invalid float value"),
         (("--dataset", "missing.json"), "does not exist: missing.json"),
-        (("--model", "/no/such/model"), "/no/such/model"),
+        (("--model", "/no/such/model"), "there is no directory /no/such/model"),
+        (("--lora_r", "8"), "lora_r must go with use_peft"),
+        (("--report_to", "no_such_logger"), "no_such_logger"),
         (("--config", "missing.yaml"), "config must be an existing file"),
         (("--load_in_4bit",), "load_in_4bit must go with use_peft"),
         (("--eval_fraction", "1.5"), "eval_fraction must be in [0, 1), got 1.5"),
@@ -202,7 +212,7 @@ def test_a_config_says_no_and_false_as_people_write_them(tmp_path):
         tmp_path,
         "run.yaml",
         "model: x\ndataset: y\noutput_dir: z\nsave_strategy: no\noverwrite_output_dir: 'false'\n"
-        "lora_target_modules: q_proj\nmax_length: null\nuse_cpu: true\nlearning_rate: 1e-3\n",
+        "use_peft: true\nlora_target_modules: q_proj\nmax_length: null\nuse_cpu: true\nlearning_rate: 1e-3\n",
     )
     run_arguments, adapter, args = parse(
         "train", [RunArguments, AdapterArguments, DPOConfig], ["--config", str(config)]

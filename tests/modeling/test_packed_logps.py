@@ -51,6 +51,15 @@ MODELS = {
     "granite": {**SMALL, "logits_scaling": 4.0},
     "smollm3": SMALL,
     "gpt_oss": {**SMALL, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+    "qwen3_moe": {**SMALL, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "mixtral": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma": {**SMALL, "head_dim": 8},
+    "gemma4_text": {**GEMMA, "global_head_dim": 8, "hidden_size_per_layer_input": 0},
+    "olmo3": {**SMALL, "sliding_window": 4},
+    "cohere2": {**SMALL, "sliding_window": 4, "logit_scale": 0.25, "head_dim": 8},
+    "glm4": {**SMALL, "head_dim": 8},
+    "ernie4_5": {**SMALL, "head_dim": 8},
+    "internlm3": SMALL,
     "starcoder2": {**SMALL, "residual_dropout": 0.0, "embedding_dropout": 0.0},
 }
 REQUIRED = ["llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "phi"]
@@ -281,7 +290,8 @@ def test_attention_that_is_changed_after_preparing_stays_changed():
 
 BLOOM = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 MAMBA = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "conv_kernel": 4}
-UNPACKABLE = {"stablelm": SMALL, "bloom": BLOOM, "mamba": MAMBA}
+LFM2 = {**SMALL, "layer_types": ["conv", "full_attention", "conv"]}
+UNPACKABLE = {"stablelm": SMALL, "bloom": BLOOM, "mamba": MAMBA, "lfm2": LFM2}
 
 
 @pytest.mark.parametrize("model_type", UNPACKABLE)
