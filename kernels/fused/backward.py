@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpo.kernels.launch import Blocks, device_blocks
-from fastdpo.kernels.logits import scale_logits, tile_dot
+from fastdpo.kernels.logits import program_tile, scale_logits, tile_dot
 from fastdpo.types import IGNORE_INDEX
 
 IGNORED = tl.constexpr(IGNORE_INDEX)
@@ -44,14 +44,7 @@ def logit_grads_kernel(
     BLOCK_H: tl.constexpr,
     GROUP_T: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    num_row_blocks = tl.cdiv(T, BLOCK_T)
-    num_tiles = tl.cdiv(V, BLOCK_V)
-    group = program // (GROUP_T * num_tiles)
-    group_size = min(num_row_blocks - group * GROUP_T, GROUP_T)
-    within = program % (GROUP_T * num_tiles)
-    row_block = group * GROUP_T + within % group_size
-    tile = within // group_size
+    row_block, tile = program_tile(T, V, BLOCK_T, BLOCK_V, GROUP_T)
 
     t = row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     v = tile.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)

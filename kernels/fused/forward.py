@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpo.kernels.launch import MERGE_ROWS, MERGE_TILES, Blocks, device_blocks, scratch
-from fastdpo.kernels.logits import scale_logits, tile_dot
+from fastdpo.kernels.logits import program_tile, scale_logits, tile_dot
 from fastdpo.types import IGNORE_INDEX
 
 EXP_FLOOR = tl.constexpr(-1000.0)  # exp of it is 0, and 0 * EXP_FLOOR is 0 where 0 * -inf would be nan
@@ -50,15 +50,8 @@ def partials_kernel(
     BLOCK_H: tl.constexpr,
     GROUP_T: tl.constexpr,
 ):
-    """eq. (3) for one tile. GROUP_T row blocks come before the next vocabulary tile, so that weights stay in L2."""
-    program = tl.program_id(0)
-    num_row_blocks = tl.cdiv(T, BLOCK_T)
-    num_tiles = tl.cdiv(V, BLOCK_V)
-    group = program // (GROUP_T * num_tiles)
-    group_size = min(num_row_blocks - group * GROUP_T, GROUP_T)
-    within = program % (GROUP_T * num_tiles)
-    row_block = group * GROUP_T + within % group_size
-    tile = within // group_size
+    """eq. (3) for one tile."""
+    row_block, tile = program_tile(T, V, BLOCK_T, BLOCK_V, GROUP_T)
 
     t = row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     v = tile.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)

@@ -13,6 +13,18 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
+def program_tile(T, V, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_T: tl.constexpr):
+    """This program's row block and vocabulary tile; GROUP_T row blocks precede the next tile: weights stay in L2."""
+    program = tl.program_id(0)
+    num_row_blocks = tl.cdiv(T, BLOCK_T)
+    num_tiles = tl.cdiv(V, BLOCK_V)
+    group = program // (GROUP_T * num_tiles)
+    group_size = min(num_row_blocks - group * GROUP_T, GROUP_T)
+    within = program % (GROUP_T * num_tiles)
+    return group * GROUP_T + within % group_size, within // group_size
+
+
+@triton.jit
 def tile_dot(
     hidden_ptr,  # (T, H)
     weight_ptr,  # (V, H)
