@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastdpo import LOSSES, PairScores, preference_loss
+from fastdpo.losses import check_loss_settings
 
 # policy: chosen -1, rejected -2; reference: chosen -1.5, rejected -1.8; margin = 0.5 - (-0.2) = 0.7
 SCORES = PairScores(
@@ -16,8 +17,16 @@ SCORES = PairScores(
 )
 
 
-def config(beta=2.0, label_smoothing=0.0):
-    return SimpleNamespace(beta=beta, label_smoothing=label_smoothing)
+def config(beta=2.0, label_smoothing=0.0, discopop_tau=0.05):
+    return SimpleNamespace(beta=beta, label_smoothing=label_smoothing, discopop_tau=discopop_tau)
+
+
+def sig(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def softplus(x):  # -log sigmoid(-x)
+    return math.log(1 + math.exp(x))
 
 
 @pytest.mark.parametrize(
@@ -32,10 +41,68 @@ def config(beta=2.0, label_smoothing=0.0):
         ("hinge", config(beta=0.5), 1 - 0.35),
         ("hinge", config(beta=2.0), 0.0),
         ("ipo", config(beta=0.25), (0.5 / 2 - (-0.2) / 4 - 2.0) ** 2),
+        # beta = 2: rewards 1.0 and -0.4, their difference 1.4
+        (
+            "exo_pair",
+            config(label_smoothing=0.1),
+            sig(1.4) * math.log(sig(1.4) / 0.9) + sig(-1.4) * math.log(sig(-1.4) / 0.1),
+        ),
+        ("nca_pair", config(), softplus(-1.0) + 0.5 * softplus(1.0) + 0.5 * softplus(-0.4)),
+        ("robust", config(), softplus(-1.4)),
+        ("robust", config(label_smoothing=0.1), (0.9 * softplus(-1.4) - 0.1 * softplus(1.4)) / 0.8),
+        ("bco_pair", config(), softplus(-1.0) + softplus(-0.4)),
+        ("sppo_hard", config(), 0.25**2 + 0.05**2),
+        ("apo_zero", config(), 1 - sig(1.0) + sig(-0.4)),
+        ("apo_down", config(), sig(1.0) + 1 - sig(1.4)),
+        ("discopop", config(discopop_tau=0.5), softplus(-1.4) * (1 - sig(2.8)) + math.exp(-1.4) * sig(2.8)),
     ],
 )
 def test_each_loss_has_the_value_worked_out_by_hand(name, settings, by_hand):
     assert LOSSES[name](SCORES, settings).item() == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_the_robust_loss_undoes_flipped_labels_on_average():
+    """Flip the labels of a pair with probability 0.1: the mean of the loss is the sigmoid loss of the true labels."""
+    flipped = PairScores(
+        SCORES.policy_rejected_logps, SCORES.policy_chosen_logps, SCORES.ref_rejected_logps, SCORES.ref_chosen_logps
+    )
+    robust = [LOSSES["robust"](scores, config(label_smoothing=0.1)).item() for scores in (SCORES, flipped)]
+    assert 0.9 * robust[0] + 0.1 * robust[1] == pytest.approx(LOSSES["sigmoid"](SCORES, config()).item(), rel=1e-12)
+
+
+def test_exo_is_zero_where_the_policy_prefers_as_the_labels_do():
+    margin = math.log(0.9 / 0.1)
+    scores = PairScores(*(torch.tensor([x], dtype=torch.float64) for x in (margin, 0.0, 0.0, 0.0)))
+    assert LOSSES["exo_pair"](scores, config(beta=1.0, label_smoothing=0.1)).item() == pytest.approx(0, abs=1e-15)
+
+
+# discopop's exponential part has no bound for pairs this bad: arXiv 2406.08414, eq. 5
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "discopop"])
+@pytest.mark.parametrize("logp", [-3e3, 3e3])
+def test_a_hopeless_or_perfect_pair_gives_a_finite_loss_and_gradient(name, logp):
+    logps = torch.tensor([logp, 0.0, 0.0, 0.0], requires_grad=True)
+    scores = PairScores(*logps[:, None], chosen_lengths=torch.tensor([3]), rejected_lengths=torch.tensor([3]))
+    loss = LOSSES[name](scores, config(beta=0.1, label_smoothing=0.1))
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert logps.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "settings", "message"),
+    [
+        ("sigmoyd", {}, r"loss_type must be one of \['apo_down', .*\], got 'sigmoyd'"),
+        ("sigmoid", {"beta": 0.0}, "beta must be > 0 and finite, got 0.0"),
+        ("sigmoid", {"beta": math.nan}, "beta must be > 0 and finite, got nan"),
+        ("sigmoid", {"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+        ("hinge", {"label_smoothing": 0.1}, "label_smoothing must be 0 for loss_type 'hinge'.*got 0.1"),
+        ("exo_pair", {}, "label_smoothing must be > 0 for loss_type 'exo_pair'"),
+        ("discopop", {"discopop_tau": 0.0}, "discopop_tau must be > 0 and finite, got 0.0"),
+    ],
+)
+def test_settings_that_a_loss_cannot_use_are_refused(loss_type, settings, message):
+    with pytest.raises(ValueError, match=message):
+        check_loss_settings(loss_type, config(**settings))
 
 
 def test_ipo_without_lengths_is_refused():

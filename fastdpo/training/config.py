@@ -15,7 +15,7 @@ import torch
 from transformers import TrainingArguments
 
 from fastdpo.data.tokenization import TokenizationSettings
-from fastdpo.losses import LOSSES
+from fastdpo.losses import LOSSES, check_loss_settings
 from fastdpo.ops.validation import IMPLS
 from fastdpo.references import REFERENCE_MODES
 
@@ -152,6 +152,9 @@ class DPOConfig(EngineConfig):
     label_smoothing: float = field(
         default=0.0, metadata=_help("Probability that a preference label is flipped, in [0, 0.5): conservative DPO.")
     )
+    discopop_tau: float = field(
+        default=0.05, metadata=_help("Width of discopop's step from one loss to the other, in units of beta * margin.")
+    )
     reference_free: bool = field(
         default=False, metadata=_help("Compare with a uniform reference; the same as reference=none.")
     )
@@ -173,13 +176,8 @@ class DPOConfig(EngineConfig):
         if isinstance(self.beta, str | list) or self.beta is None or not 0 < self.beta < math.inf:
             raise ValueError(f"beta must be > 0 and finite, got {self.beta!r}")
         check_number("label_smoothing", self.label_smoothing, least=0.0)
-        if self.label_smoothing >= 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        if self.label_smoothing > 0 and self.loss_type != "sigmoid":
-            raise ValueError(
-                f"label_smoothing must be 0 for loss_type {self.loss_type!r}, which has no flipped labels,"
-                f" got {self.label_smoothing}"
-            )
+        check_number("discopop_tau", self.discopop_tau, least=0.0)
+        check_loss_settings(self.loss_type, self)
         if self.reference_free and self.reference not in ("auto", "none"):
             raise ValueError(f"reference must be 'none' or 'auto' where reference_free is set, got {self.reference!r}")
         super().__post_init__()

@@ -233,6 +233,7 @@ def test_every_field_can_be_set_from_the_command_line():
         "beta": ("0.7", 0.7),
         "loss_type": ("ipo", "ipo"),
         "label_smoothing": ("0.25", 0.25),
+        "discopop_tau": ("0.5", 0.5),
         "reference": ("frozen", "frozen"),
         "reference_free": ("true", True),
         "token_metrics": ("false", False),
