@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpo.kernels.launch import Blocks, device_blocks
-from fastdpo.kernels.logits import program_tile, scale_logits, tile_dot
+from fastdpo.kernels.logits import program_tile, scale_logits, store_tile, tile_dot
 from fastdpo.types import IGNORE_INDEX
 
 IGNORED = tl.constexpr(IGNORE_INDEX)
@@ -63,12 +63,7 @@ def logit_grads_kernel(
     grad -= tl.where((first_vocab + v)[None, :] == label[:, None], onehot[:, None], 0.0)
     if HAS_SOFTCAP:
         grad *= 1.0 - ratio * ratio
-    mask = (t < T)[:, None] & (v < V)[None, :]
-    out_ptr += (
-        row_block.to(tl.int64) * BLOCK_T * V + tile * BLOCK_V
-    )  # then 32-bit offsets: 64-bit ones fill the registers
-    offsets = tl.arange(0, BLOCK_T)[:, None] * V + tl.arange(0, BLOCK_V)[None, :]
-    tl.store(out_ptr + offsets, grad.to(out_ptr.dtype.element_ty), mask=mask)
+    store_tile(out_ptr, grad, (t < T)[:, None] & (v < V)[None, :], row_block, tile, V, BLOCK_T, BLOCK_V)
 
 
 def fill_logit_grads(

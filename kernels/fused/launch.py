@@ -31,7 +31,6 @@ BLOCKS: dict[tuple[int, int], dict[int, Blocks]] = {
     (12, 0): {2: Blocks(128, 128, 32, 8, 3), 4: Blocks(64, 64, 16, 8, 2)},
 }
 INTERPRETED = Blocks(32, 64, 64, 1, 1)  # small, so that tests of ordinary size have ragged tiles in every direction
-MERGE_ROWS, MERGE_TILES = 32, 32  # rows and vocabulary tiles that one step of the merge reads
 
 
 def blocks_for(capability: tuple[int, int], itemsize: int) -> Blocks:

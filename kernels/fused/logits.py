@@ -57,6 +57,15 @@ def tile_dot(
 
 
 @triton.jit
+def store_tile(out_ptr, x, mask, row_block, tile, V, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Writes x, (BLOCK_T, BLOCK_V), where `mask` is True, to its place in the contiguous (T, V) out."""
+    # 32-bit offsets inside the tile: 64-bit ones fill the registers
+    first = out_ptr + row_block.to(tl.int64) * BLOCK_T * V + tile * BLOCK_V
+    offsets = tl.arange(0, BLOCK_T)[:, None] * V + tl.arange(0, BLOCK_V)[None, :]
+    tl.store(first + offsets, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def tanh(x):
     """tanh to a rounding error of fp32, from exp alone; near 0, where that cancels, Lambert's continued fraction."""
     sq = x * x

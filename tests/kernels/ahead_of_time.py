@@ -20,8 +20,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastdpo.kernels.backward import logit_grads_kernel
-from fastdpo.kernels.forward import merge_kernel, partials_kernel
-from fastdpo.kernels.launch import MERGE_ROWS, MERGE_TILES, blocks_for
+from fastdpo.kernels.finish import FINISH_ROWS, finish_grads_kernel
+from fastdpo.kernels.forward import partials_kernel
+from fastdpo.kernels.launch import blocks_for
+from fastdpo.kernels.merge import MERGE_ROWS, MERGE_TILES, merge_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTER_TYPES = {"labels": "*i64", "is_top1": "*i8"}  # all else is an operand or fp32
@@ -46,8 +48,14 @@ def variants(capability: tuple[int, int], operand: str) -> list[Variant]:
         head = {"HAS_BIAS": on, "HAS_SOFTCAP": on}
         statistics = {"WITH_ENTROPY": on, "WITH_SQUARES": on, "WITH_MEAN": on}
         merge = {"WITH_TOP1": on, "WITH_LSE": on, "ROWS": MERGE_ROWS, "TILES": MERGE_TILES}
+        sums = head | statistics | blocks
+        finish = {"HAS_SOFTCAP": on, "ROWS": FINISH_ROWS, "BLOCK_V": block_v}
         found += [
-            Variant(f"partials, {option}", partials_kernel, head | statistics | blocks, num_warps, num_stages),
+            Variant(f"partials, {option}", partials_kernel, sums | {"WITH_GRADS": False}, num_warps, num_stages),
+            Variant(
+                f"partials with grads, {option}", partials_kernel, sums | {"WITH_GRADS": True}, num_warps, num_stages
+            ),
+            Variant(f"finish_grads, {option}", finish_grads_kernel, finish, 4, 3),
             Variant(f"logit_grads, {option}", logit_grads_kernel, head | blocks, num_warps, num_stages),
             Variant(f"merge, {option}", merge_kernel, statistics | merge, 4, 3),
         ]
