@@ -1,139 +1,166 @@
-"""The head op against plain PyTorch: forward and backward of summed log-probs, on the shapes of one preference step.
+"""The head op against its peers: time, peak memory, and share of the machine's matmul rate, on preference batches.
 
-    python benchmarks/bench_linear_logps.py [--runs N] [--out FILE.jsonl]
+    python benchmarks/bench_linear_logps.py [--quick] [--runs N] [--out FILE.jsonl] [--shapes ...] [--methods ...] [--passes ...]
     pytest benchmarks/bench_linear_logps.py
 
-Baselines: full logits on every row, and full logits on the response rows alone. Rates are matmul FLOPs,
-2 * rows * H * V for each of the products that the method must do (plain: 3, recompute: 4), over the time.
+Passes: "forward" is log-probs without a gradient; "forward+backward" the gradients of hidden states and head for a given
+upstream gradient per token; "frozen head" that of the hidden states alone; "dpo loss" a DPO loss whose reference
+log-probs are known, with both gradients. All but "plain, all rows" are given the response rows alone, which is more than
+some of them do for themselves. Each method is checked against fp64 on 128 rows: a wrong one gets no number but its error.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import gc
+import time
+from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
-from measure import interleaved_ms, machine_facts
-from torch import Tensor
+from measure import append_lines, free_bytes, interleaved_ms, machine_facts, matmul_job, matmul_shape, peak_mib
+from methods import MAKERS, PASSES, Method, available, facts_of, job, needed_bytes
+from problem import CPU_SHAPES, GPU_SHAPES, Problem, Shape, check_problem, errors, make_problem, with_reference
 
-from fastdpo import linear_logps
-
-
-@dataclass(frozen=True)
-class Shape:
-    """`num_rows` response rows out of `num_tokens`, hidden size, vocabulary."""
-
-    num_tokens: int
-    num_rows: int
-    hidden_size: int
-    vocab_size: int
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"T{self.num_tokens}-R{self.num_rows}-H{self.hidden_size}-V{self.vocab_size}-{self.dtype}"
-
-
-CPU_SHAPES = [Shape(2048, 1024, 512, 32000, "float32")]
-GPU_SHAPES = [Shape(32768, 16384, 4096, 128256, "bfloat16"), Shape(16384, 8192, 4096, 151936, "bfloat16")]
-
-
-def plain(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor) -> Tensor:
-    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    logits = (hidden_states @ lm_head_weight.T).to(dtype)  # (T, V)
-    return logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-
-
-def step(logps: Callable[..., Tensor], hidden_states: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of the weighted sum of log-probs; the weights are what a preference loss hands back."""
-    values = logps(hidden_states, weight, labels)
-    weights = torch.linspace(-1, 1, values.shape[0], device=values.device)
-    return torch.autograd.grad((values * weights).sum(), [hidden_states, weight])
-
-
-def ours(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor) -> Tensor:
-    return linear_logps(hidden_states, lm_head_weight, labels).logps
-
-
-def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Random hidden states (num_tokens, H) and head (V, H) that want gradients, and labels."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, shape.dtype)
-    torch.manual_seed(0)
-    hidden_states = torch.randn(shape.num_tokens, shape.hidden_size, device=device, dtype=dtype)
-    weight = torch.randn(shape.vocab_size, shape.hidden_size, device=device, dtype=dtype) * 0.02
-    labels = torch.randint(shape.vocab_size, (shape.num_tokens,), device=device)
-    return hidden_states.requires_grad_(), weight.requires_grad_(), labels
-
-
-def methods(shape: Shape) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """One training step of the head by each method, on the same random inputs."""
-    hidden_states, weight, labels = inputs(shape)
-    rows = hidden_states.detach()[-shape.num_rows :].requires_grad_()
-    row_labels = labels[-shape.num_rows :]
-    return {
-        "plain, all rows": lambda: step(plain, hidden_states, weight, labels),
-        "plain, response rows": lambda: step(plain, rows, weight, row_labels),
-        "fastdpo": lambda: step(ours, rows, weight, row_labels),
-    }
-
-
-def check(shape: Shape) -> None:
-    """A wrong result gives no number: both gradients against fp64, on 128 rows, beside plain PyTorch's own error."""
-    hidden_states, weight, labels = inputs(Shape(128, 128, shape.hidden_size, shape.vocab_size, shape.dtype))
-    exact = step(
-        plain, hidden_states.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), labels
-    )
-
-    def errors(method: Callable[..., Tensor]) -> list[float]:
-        gradients = step(method, hidden_states, weight, labels)
-        return [((g - e).norm() / e.norm()).item() for g, e in zip(gradients, exact, strict=True)]
-
-    for error, plain_error in zip(errors(ours), errors(plain), strict=True):
-        if error > 2 * plain_error + 1e-7:
-            raise AssertionError(f"{shape}: a gradient is off by {error:.1e}, plain PyTorch by {plain_error:.1e}")
+REFERENCE = "plain, response rows"  # whose own error against fp64 says what is wrong
+OWN_LIMIT, PEER_LIMIT = 2, 10  # times that error; a peer's choice of precision stands in the table, beside its time
+MATMUL = "bare matmul"
 
 
 def shapes() -> list[Shape]:
     return GPU_SHAPES if torch.cuda.is_available() else CPU_SHAPES
 
 
-@pytest.mark.parametrize("method", ["plain, all rows", "plain, response rows", "fastdpo"])
+def check(method: Method, pass_name: str, problem: Problem, plain_errors: dict[str, float]) -> dict[str, float]:
+    """Errors of one pass against fp64. Raises AssertionError, with the numbers, for a wrong one."""
+    found = errors(problem, pass_name, job(method, pass_name, problem)(), method.takes_reference)
+    limit = OWN_LIMIT if method.name == "fastdpo" else PEER_LIMIT
+    allowed = dict(plain_errors)
+    if pass_name == "dpo loss":  # one number may be exact by luck
+        allowed["values"] = max(plain_errors.values())
+    for name, error in found.items():
+        if not error <= limit * allowed[name] + 1e-7:
+            raise AssertionError(f"{name} is off by {error:.1e}, plain PyTorch by {allowed[name]:.1e}")
+    return found
+
+
+def run_pass(
+    shape: Shape, problem: Problem, methods: list[Method], pass_name: str, num_runs: int
+) -> list[dict[str, Any]]:
+    """Records of every method, in the methods' order: times, or the reason why there are none."""
+    torch.compiler.reset()  # past eight recompilations of a function it would quietly run uncompiled
+    small = check_problem(shape, problem)
+    reference = Method(REFERENCE, {}, MAKERS[REFERENCE]().logps)
+    plain_errors = errors(small, pass_name, job(reference, pass_name, small)())
+    records = {m.name: {"method": m.name, "pass": pass_name, **facts_of(m, pass_name, shape)} for m in methods}
+    jobs = {}
+    for method in methods:
+        record = records[method.name]
+        try:
+            if needed_bytes(method, shape) > free_bytes():
+                raise MemoryError(f"needs about {needed_bytes(method, shape) / 2**30:.0f} GiB")
+            record["errors"] = check(method, pass_name, small, plain_errors)
+            function = job(method, pass_name, problem)
+            function()  # compiles, so that the next line does not count the compiler's memory
+            record["peak_mib"] = peak_mib(function)
+            jobs[method.name] = function
+        except Exception as error:  # one method's failure is a line in the table, not the end of the run
+            record["error"] = f"{type(error).__name__}: {error}".split("\n")[0]
+        _release()
+    if not jobs:
+        return list(records.values())
+    bare, bare_flops = matmul_job(matmul_shape(shape.num_rows, shape.hidden_size, shape.vocab_size), shape.torch_dtype)
+    times = interleaved_ms({**jobs, MATMUL: bare}, num_runs)
+    matmul_tflops = bare_flops / times.pop(MATMUL)["ms"] / 1e9
+    for name, figures in times.items():
+        records[name] |= {**figures, "runs": num_runs, "matmul_tflops": matmul_tflops}
+    return list(records.values())
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def print_records(records: list[dict[str, Any]]) -> None:
+    print(f"{'method':<24}{'ms':>9}{'min':>9}{'max':>9}{'peak MiB':>10}{'TFLOP/s':>9}{'of matmul':>11}{'error':>9}")
+    for record in records:
+        if "error" in record:
+            print(f"{record['method']:<24}no number: {record['error']}")
+            continue
+        rate = record["flops"] / record["ms"] / 1e9
+        times = "".join(f"{record[key]:>9.1f}" for key in ("ms", "ms_min", "ms_max"))
+        share = f"{rate:>9.3f}{rate / record['matmul_tflops']:>11.0%}"
+        worst = max(record["errors"].values())
+        print(f"{record['method']:<24}{times}{record['peak_mib']:>10.1f}{share}{worst:>9.0e}  {record.get('note', '')}")
+
+
+@pytest.mark.parametrize("method_name", list(MAKERS))
+@pytest.mark.parametrize("pass_name", PASSES)
 @pytest.mark.parametrize("shape", shapes(), ids=str)
-def test_head_op(benchmark, shape: Shape, method: str) -> None:
-    check(shape)
-    benchmark.pedantic(methods(shape)[method], rounds=3, warmup_rounds=1)
+def test_head_op(benchmark, shape: Shape, pass_name: str, method_name: str) -> None:
+    methods, missing = available([method_name])
+    if missing or pass_name not in methods[0].products:
+        pytest.skip(missing.get(method_name, f"{method_name} has no {pass_name}"))
+    if needed_bytes(methods[0], shape) > free_bytes():
+        pytest.skip(f"needs about {needed_bytes(methods[0], shape) / 2**30:.0f} GiB")
+    problem = with_reference(make_problem(shape))
+    small = check_problem(shape, problem)
+    reference = Method(REFERENCE, {}, MAKERS[REFERENCE]().logps)
+    check(methods[0], pass_name, small, errors(small, pass_name, job(reference, pass_name, small)()))
+    function = job(methods[0], pass_name, problem)
+
+    def run() -> None:
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(run, rounds=3, warmup_rounds=1)
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5, help="timed runs of each method")
+    parser.add_argument("--runs", type=int, help="timed runs of each method (default: 7, quick: 3)")
     parser.add_argument("--out", help="append one JSON line per measurement to this file")
-    options = parser.parse_args()
+    parser.add_argument("--shapes", type=Shape.parse, nargs="+", help="like T2048-R1024-H512-V32000-float32")
+    parser.add_argument("--methods", nargs="+", choices=list(MAKERS), default=list(MAKERS), metavar="NAME")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), metavar="NAME")
+    parser.add_argument("--max-seconds", type=float, default=float("inf"), help="start no pass later than this")
+    parser.add_argument("--quick", action="store_true", help="first shape only, 3 runs")
+    options = parser.parse_args(argv)
+    options.runs = options.runs or (3 if options.quick else 7)
+    options.shapes = options.shapes or (shapes()[:1] if options.quick else shapes())
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse_args(argv)
+    start = time.monotonic()
     facts = machine_facts()
     print(" ".join(f"{key}={value}" for key, value in facts.items()))
-    for shape in shapes():
-        check(shape)
-        print(f"\n{shape}\n{'method':<24}{'ms':>10}{'min':>10}{'max':>10}{'TFLOP/s':>10}")
-        for method, times in interleaved_ms(methods(shape), options.runs).items():
-            num_rows = shape.num_tokens if method == "plain, all rows" else shape.num_rows
-            num_products = 4 if method == "fastdpo" else 3
-            flops = 2 * num_products * num_rows * shape.hidden_size * shape.vocab_size
-            rate = flops / times["ms"] / 1e9
-            print(f"{method:<24}{times['ms']:>10.1f}{times['ms_min']:>10.1f}{times['ms_max']:>10.1f}{rate:>10.3f}")
-            if options.out:
-                record = {
-                    **facts,
-                    **asdict(shape),
-                    "method": method,
-                    "pass": "forward+backward",
-                    "flops": flops,
-                    **times,
-                }
-                with open(options.out, "a") as file:
-                    file.write(json.dumps(record) + "\n")
+    methods, missing = available(options.methods)
+    for name, reason in missing.items():
+        print(f"left out: {name} ({reason})")
+    for shape in options.shapes:
+        try:
+            problem = with_reference(make_problem(shape))
+        except torch.OutOfMemoryError:
+            print(f"\nleft out: {shape} (its inputs do not fit)")
+            continue
+        for pass_name in options.passes:
+            if time.monotonic() - start > options.max_seconds:
+                print(f"left out: {shape}, {pass_name} (out of time)")
+                continue
+            able = [method for method in methods if pass_name in method.products]
+            records = run_pass(shape, problem, able, pass_name, options.runs)
+            rate = next((r["matmul_tflops"] for r in records if "matmul_tflops" in r), 0.0)
+            print(f"\n{shape}, {pass_name}; {MATMUL}: {rate:.3f} TFLOP/s")
+            print_records(records)
+            append_lines(options.out, [{**facts, **asdict(shape), **record} for record in records])
+        del problem
+        _release()
 
 
 if __name__ == "__main__":
