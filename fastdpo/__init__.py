@@ -20,6 +20,7 @@ _HOME = {
     "PairScores": "types",
     "linear_logps": "ops",
     "sequence_logps": "ops",
+    "linear_cross_entropy": "ops",
     "LOSSES": "losses",
     "preference_loss": "losses",
     "pack_pairs": "data.packing",

@@ -1,0 +1,167 @@
+"""linear_cross_entropy against torch's cross entropy of the logits, and torch's own function where it exists."""
+
+import inspect
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastdpo import linear_cross_entropy
+
+N, H, V = 67, 40, 257
+IMPLS = ["tiled", "reference"]
+
+
+def make(shape=(N,), dtype=torch.float64, ignore_index=-100, has_bias=True):
+    """Leaves (input, linear_weight, linear_bias), target with a third of its rows ignored, class weights."""
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(*shape, H, generator=g), torch.randn(V, H, generator=g) / 3, torch.randn(V, generator=g)]
+    target = torch.randint(V, shape, generator=g)
+    target[torch.rand(shape, generator=g) < 0.3] = ignore_index
+    leaves = [x.to(dtype).requires_grad_() for x in leaves[: 3 if has_bias else 2]]
+    return leaves, target, torch.rand(V, generator=g, dtype=torch.float64).to(dtype)
+
+
+def plain(input, linear_weight, target, *, linear_bias=None, **kwargs):
+    logits = F.linear(input, linear_weight, linear_bias)
+    return F.cross_entropy(logits.reshape(-1, V), target.reshape(-1), **kwargs)
+
+
+def run(function, leaves, target, **kwargs):
+    """The loss and the gradient of every leaf under a fixed upstream gradient."""
+    bias = {"linear_bias": leaves[2]} if len(leaves) == 3 else {}
+    loss = function(leaves[0], leaves[1], target, **bias, **kwargs)
+    upstream = torch.linspace(-1, 2, loss.numel()).view(loss.shape).to(loss)
+    return [loss, *torch.autograd.grad(loss, leaves, upstream)]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 5, V + 3])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("has_weight", [False, True], ids=["", "weight"])
+def test_loss_and_gradients_are_those_of_the_full_logits(
+    impl, reduction, ignore_index, has_bias, has_weight, small_tiles
+):
+    leaves, target, weight = make(ignore_index=ignore_index, has_bias=has_bias)
+    settings = {"reduction": reduction, "ignore_index": ignore_index, "weight": weight if has_weight else None}
+    expected = run(plain, leaves, target, **settings)
+    ours = run(linear_cross_entropy, leaves, target, **settings, impl=impl)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy")
+@pytest.mark.parametrize("shape", [(N,), (), (0,)], ids=["N", "one row", "empty"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_torchs_function_can_be_replaced(shape, reduction):
+    leaves, target, weight = make(shape)
+    expected = run(F.linear_cross_entropy, leaves, target, reduction=reduction, weight=weight)
+    ours = run(linear_cross_entropy, leaves, target, reduction=reduction, weight=weight)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11, equal_nan=True)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy")
+def test_torchs_arguments_come_first_under_the_same_names_and_defaults():
+    theirs, ours = (inspect.signature(f).parameters for f in (F.linear_cross_entropy, linear_cross_entropy))
+    for name, parameter in theirs.items():
+        assert (ours[name].default, ours[name].kind) == (parameter.default, parameter.kind), name
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_leading_dimensions_are_kept(reduction):
+    leaves, target, _ = make((3, 2, 7))
+    ours = run(linear_cross_entropy, leaves, target, reduction=reduction)
+    assert ours[0].shape == (target.shape if reduction == "none" else ())
+    expected = plain(leaves[0], leaves[1], target, linear_bias=leaves[2], reduction=reduction).view(ours[0].shape)
+    torch.testing.assert_close(ours[0], expected)
+    assert [grad.shape for grad in ours[1:]] == [leaf.shape for leaf in leaves]
+
+
+def test_a_view_with_strides_and_small_integers_give_the_same_loss():
+    leaves, target, _ = make((6, 5))
+    expected = linear_cross_entropy(*leaves[:2], target)
+    assert torch.equal(linear_cross_entropy(leaves[0].mT.contiguous().mT, leaves[1], target.int()), expected)
+    assert torch.equal(linear_cross_entropy(leaves[0].mT.contiguous().mT, leaves[1], target.to(torch.int16)), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_where_every_row_is_ignored_the_values_are_torchs_and_the_gradients_zero(reduction):
+    leaves, target, _ = make()
+    target[:] = -100
+    ours = run(linear_cross_entropy, leaves, target, reduction=reduction)
+    torch.testing.assert_close(ours[0], run(plain, leaves, target, reduction=reduction)[0], equal_nan=True)
+    if reduction != "mean":
+        assert all(not grad.any() for grad in ours[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_at_most_twice_that_of_plain_pytorch(dtype):
+    """Plain: logits in the inputs' dtype, softmax and loss in fp32, what a careful training script does."""
+
+    def careful(input, linear_weight, target, *, linear_bias, **kwargs):
+        return F.cross_entropy(F.linear(input, linear_weight, linear_bias).float(), target, **kwargs)
+
+    leaves, target, _ = make(dtype=dtype)
+    exact = run(plain, [x.detach().double().requires_grad_() for x in leaves], target)
+    ours, theirs = run(linear_cross_entropy, leaves, target), run(careful, leaves, target)
+    assert ours[0].dtype == torch.float32
+    for i, (a, b, e) in enumerate(zip(ours, theirs, exact, strict=True)):
+        error, error_of_plain = ((x.double() - e).norm() / e.norm() for x in (a, b))
+        assert error <= 2 * error_of_plain + 1e-7, (i, error, error_of_plain)
+
+
+def test_only_the_gradients_that_are_needed_are_computed():
+    leaves, target, _ = make()
+    leaves[1].requires_grad_(False)
+    linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2]).backward()
+    assert leaves[1].grad is None
+    assert leaves[0].grad.any()
+    assert leaves[2].grad.any()
+
+
+def test_softcap_and_scale_reach_the_op():
+    leaves, target, _ = make(has_bias=False)
+    logits = 3.0 * torch.tanh(F.linear(*leaves) * 0.5 / 3.0)
+    ours = linear_cross_entropy(*leaves, target, logit_scale=0.5, softcap=3.0)
+    torch.testing.assert_close(ours, F.cross_entropy(logits, target))
+
+
+X, W, Y = torch.zeros(4, 3), torch.zeros(7, 3), torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        ((X, W, Y), {"reduction": "avg"}, r"reduction must be one of \('mean', 'sum', 'none'\), got 'avg'"),
+        ((X, W, Y), {"label_smoothing": 0.1}, "label_smoothing must be 0.0: .*cross_entropy.* got 0.1"),
+        ((X, W, Y), {"options": object()}, "options must be None"),
+        ((X, W, torch.zeros(4, 7)), {}, "target must hold class indices as integers.*float32"),
+        ((X, W, Y[:3]), {}, r"target must have shape \(4,\) to match input, got \(3,\)"),
+        ((X, torch.zeros(7, 2, 3), Y), {}, r"linear_weight must have shape \(V, H\), .* got \(7, 2, 3\)"),
+        ((X[:, :2], W, Y), {}, r"input must have shape \(\.\.\., 3\) to match linear_weight, got \(4, 2\)"),
+        ((X, W, Y), {"linear_bias": torch.zeros(6)}, r"linear_bias must have shape \(7,\) .* got \(6,\)"),
+        ((X, W, Y), {"weight": torch.ones(4)}, r"weight must have shape \(7,\) to match linear_weight, got \(4,\)"),
+        ((X, W, Y + 7), {}, r"must lie in \[0, 7\).*got 7"),
+        ((X, W, Y - 100), {"ignore_index": 0}, r"must lie in \[0, 7\)"),
+        ((X, W, Y), {"impl": "fast"}, "impl must be one of"),
+    ],
+)
+def test_a_mistake_is_named(arguments, settings, message):
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(*arguments, **settings)
+
+
+def test_a_target_out_of_range_never_reads_beyond_the_class_weights(monkeypatch):
+    """What a GPU does, where no value is checked: the row is nan."""
+    module = sys.modules["fastdpo.ops.linear_cross_entropy"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "linear_logps", nan_out_of_range)
+    losses = linear_cross_entropy(X, W, torch.tensor([0, 7, -5, -100]), weight=torch.ones(7), reduction="none")
+    assert losses.isnan().tolist() == [False, True, True, False]
+
+
+def nan_out_of_range(hidden_states, lm_head_weight, labels, *, bias):
+    from fastdpo import TokenLogps
+
+    outside = (labels != -100) & ((labels < 0) | (labels >= lm_head_weight.shape[0]))
+    return TokenLogps(torch.zeros(labels.shape).masked_fill(outside, torch.nan))
