@@ -1,28 +1,29 @@
-"""The autograd node of the fast implementations. It keeps (T,) numbers, never logits; backward recomputes tiles.
+"""The head op as two torch operators: torch.compile, FakeTensor, checkpointing and autograd take it as one node.
 
-In: validated tensors and the name of an engine. Out: per-row tensors, of which only `logps` is differentiable. Backward
-computes the gradients that `ctx.needs_input_grad` asks for and no others: a frozen head costs no dW.
+`fastdpo::linear_logps` keeps (T,) numbers for backward, never logits; `fastdpo::linear_logps_backward` recomputes tiles
+and computes the gradients that are needed and no others. Where the hidden states alone want a gradient (a frozen head),
+forward makes that gradient up to its factor per row, and backward multiplies. In: what `linear_logps` has validated,
+except for what only the values can tell: labels outside the vocabulary are refused here, on the CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastdpo.ops.gradients import LogitGrads, head_gradients
-from fastdpo.ops.head import Head, SplitLse
+from fastdpo.ops.eager import hidden_grad_in_forward
+from fastdpo.ops.engine import Engine, engine_of, resolve_impl
+from fastdpo.ops.gradients import head_gradients
+from fastdpo.ops.head import ALWAYS, Head, SplitLse, row_scale
+from fastdpo.ops.matmul import accumulator_dtype
+from fastdpo.ops.skipping import kept_tiles
+from fastdpo.ops.validation import check_labels
 from fastdpo.types import IGNORE_INDEX, TokenLogps
 
-
-class Engine(NamedTuple):
-    """What an implementation brings: the forward pass, and a maker of tiles of the logits' gradient."""
-
-    forward: Callable[..., dict[str, Tensor]]  # (hidden_states, lm_head_weight, bias, labels, head)
-    logit_grads: Callable[..., LogitGrads]  # (hidden_states, lm_head_weight, bias, labels, lse, head)
+_HEAD = "float logit_scale, float? softcap, str outputs, float skip_tolerance"
+_INPUTS = "Tensor hidden_states, Tensor lm_head_weight, Tensor? bias, Tensor labels"
 
 
 def differentiable_logps(
@@ -31,38 +32,208 @@ def differentiable_logps(
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (T,) int64
     head: Head,
-    engine: Engine,
+    impl: str,  # "auto", "triton" or "tiled"
     dtype: torch.dtype,  # of the matmuls' operands: the inputs' own, or autocast's
 ) -> TokenLogps:
-    logps, *statistics = _LinearLogps.apply(hidden_states, lm_head_weight, bias, labels, head, engine, dtype)
-    return TokenLogps(logps, **dict(zip(head.outputs, statistics, strict=True)))
+    frozen_head = not (lm_head_weight.requires_grad or (bias is not None and bias.requires_grad))
+    grad_in_forward = torch.is_grad_enabled() and hidden_states.requires_grad and frozen_head
+    values = torch.ops.fastdpo.linear_logps(
+        hidden_states,
+        lm_head_weight,
+        bias,
+        labels,
+        head.logit_scale,
+        head.softcap,
+        ",".join(head.outputs),
+        head.skip_tolerance,
+        impl,
+        dtype,
+        grad_in_forward,
+    )
+    statistics = values[len(ALWAYS) : len(ALWAYS) + len(head.outputs)]
+    return TokenLogps(values[0], **{name: x.detach() for name, x in zip(head.outputs, statistics, strict=True)})
 
 
-class _LinearLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden_states, lm_head_weight, bias, labels, head, engine, dtype):  # type: ignore[override]
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            bias_cast = None if bias is None else bias.to(dtype)
-            values = engine.forward(hidden_states.to(dtype), lm_head_weight.to(dtype), bias_cast, labels, head)
+def _head(logit_scale: float, softcap: float | None, outputs: str, skip_tolerance: float) -> Head:
+    return Head(logit_scale, softcap, tuple(filter(None, outputs.split(","))), skip_tolerance)
+
+
+def _kept_shape(hidden_states: Tensor, lm_head_weight: Tensor, engine: Engine) -> tuple[int, int]:
+    block_rows, block_vocab = engine.skip_blocks(hidden_states)
+    return -(-hidden_states.shape[0] // block_rows), -(-lm_head_weight.shape[0] // block_vocab)
+
+
+def forward(
+    hidden_states,
+    lm_head_weight,
+    bias,
+    labels,
+    logit_scale,
+    softcap,
+    outputs,
+    skip_tolerance,
+    impl,
+    dtype,
+    grad_in_forward,
+):
+    """[logps, lse_whole, lse_rest, *outputs], each (T,); then `kept` where tiles may be skipped; then dH per unit of
+    upstream gradient, (T, H) in the sums' dtype, where it is made in forward."""
+    head = _head(logit_scale, softcap, outputs, skip_tolerance)
+    impl = resolve_impl(impl, hidden_states.device, dtype)
+    engine, T = engine_of(impl), labels.shape[0]
+    rows = None
+    if labels.device.type == "cpu":
+        check_labels(labels, lm_head_weight.shape[0])
+        if impl == "tiled":  # ignored rows cost nothing where counting them does not stop a device
+            rows = _rows_where(labels != IGNORE_INDEX)
+    hidden_states, labels = _take(rows, hidden_states, labels)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        args = (hidden_states.to(dtype), lm_head_weight.to(dtype), None if bias is None else bias.to(dtype), labels)
+        extra: list[Tensor] = []
+        if grad_in_forward and skip_tolerance == 0:
+            values, unit_grad = hidden_grad_in_forward(*args, head, engine)
+            extra = [_spread(rows, unit_grad, T)]
+        else:
+            values = engine.forward(*args, head)
+            if skip_tolerance > 0:
+                block_rows, block_vocab = engine.skip_blocks(hidden_states)
+                found = kept_tiles(values, labels, skip_tolerance, block_rows, block_vocab)
+                kept = found.new_zeros(-(-T // block_rows), found.shape[1])
+                kept[: found.shape[0]] = found
+                extra = [kept]
+    return [*(_spread(rows, values[name], T) for name in (*ALWAYS, *head.outputs)), *extra]
+
+
+def backward(
+    grad_logps, hidden_states, lm_head_weight, bias, labels, lse_whole, lse_rest, kept,
+    logit_scale, softcap, outputs, skip_tolerance, impl, dtype, needed,
+):  # fmt: skip
+    """The needed ones of dH (T, H), dW (V, H) and db (V,), each in its input's dtype."""
+    head = _head(logit_scale, softcap, outputs, skip_tolerance)
+    impl = resolve_impl(impl, hidden_states.device, dtype)
+    engine, T = engine_of(impl), labels.shape[0]
+    inputs = (hidden_states, lm_head_weight, bias)
+    grad_dtypes = [x.dtype if wanted else None for x, wanted in zip(inputs, needed, strict=True)]
+    scale = row_scale(grad_logps, lse_rest, labels, head)
+    rows = None
+    if impl == "tiled" and labels.device.type == "cpu":
+        # Rows whose upstream gradient is exactly zero cost nothing: ignored ones, and pairs that the loss has settled.
+        # Skipped tiles belong to blocks of the rows that forward kept, so there only those are left out.
+        rows = _rows_where(scale != 0 if kept is None else labels != IGNORE_INDEX)
+    hidden_states, labels, lse_whole, lse_rest, scale = _take(rows, hidden_states, labels, lse_whole, lse_rest, scale)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        args = (hidden_states.to(dtype), lm_head_weight.to(dtype), None if bias is None else bias.to(dtype), labels)
+        lse = SplitLse(lse_whole, lse_rest)
+        if kept is None:
+            logit_grads = engine.logit_grads(*args, lse, head)
+            grads = head_gradients(logit_grads, args[0], args[1], scale, *grad_dtypes)
+        else:
+            grads = engine.skipping_gradients(*args, lse, head, scale, kept, *grad_dtypes)
+    grad_hidden, *others = grads
+    if grad_hidden is not None:
+        grad_hidden = _spread(rows, grad_hidden, T)
+    return [grad for grad in (grad_hidden, *others) if grad is not None]
+
+
+_forward_op = torch.library.custom_op(
+    "fastdpo::linear_logps",
+    forward,
+    mutates_args=(),
+    schema=f"({_INPUTS}, {_HEAD}, str impl, ScalarType dtype, bool grad_in_forward) -> Tensor[]",
+)
+_backward_op = torch.library.custom_op(
+    "fastdpo::linear_logps_backward",
+    backward,
+    mutates_args=(),
+    schema=f"(Tensor grad_logps, {_INPUTS}, Tensor lse_whole, Tensor lse_rest, Tensor? kept, {_HEAD}, str impl, "
+    "ScalarType dtype, bool[] needed) -> Tensor[]",
+)
+
+
+@_forward_op.register_fake
+def _(
+    hidden_states,
+    lm_head_weight,
+    bias,
+    labels,
+    logit_scale,
+    softcap,
+    outputs,
+    skip_tolerance,
+    impl,
+    dtype,
+    grad_in_forward,
+):
+    head = _head(logit_scale, softcap, outputs, skip_tolerance)
+    acc_dtype = accumulator_dtype(dtype)
+    values = [
+        labels.new_empty(labels.shape, dtype=torch.bool if name == "is_top1" else acc_dtype)
+        for name in (*ALWAYS, *head.outputs)
+    ]
+    if grad_in_forward and skip_tolerance == 0:
+        values.append(hidden_states.new_empty(hidden_states.shape, dtype=acc_dtype))
+    elif skip_tolerance > 0:
+        engine = engine_of(resolve_impl(impl, hidden_states.device, dtype))
+        values.append(labels.new_empty(_kept_shape(hidden_states, lm_head_weight, engine), dtype=torch.bool))
+    return values
+
+
+@_backward_op.register_fake
+def _(
+    grad_logps, hidden_states, lm_head_weight, bias, labels, lse_whole, lse_rest, kept,
+    logit_scale, softcap, outputs, skip_tolerance, impl, dtype, needed,
+):  # fmt: skip
+    inputs = (hidden_states, lm_head_weight, bias)
+    return [x.new_empty(x.shape) for x, wanted in zip(inputs, needed, strict=True) if wanted]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    hidden_states, lm_head_weight, bias, labels, *head, impl, dtype, grad_in_forward = inputs
+    ctx.set_materialize_grads(False)
+    _, lse_whole, lse_rest, *rest = output
+    num_outputs = len(_head(*head).outputs)
+    extra = rest[num_outputs] if len(rest) > num_outputs else None
+    ctx.head, ctx.impl, ctx.dtype = head, impl, dtype
+    ctx.unit_grad = grad_in_forward and head[-1] == 0
+    if ctx.unit_grad:
+        ctx.hidden_dtype = hidden_states.dtype
+        ctx.save_for_backward(extra)
+    else:
         # Saves the originals, not the casts: under autocast a second copy of the head would live until backward.
-        ctx.save_for_backward(hidden_states, lm_head_weight, bias, labels, values["lse_whole"], values["lse_rest"])
-        ctx.head, ctx.engine, ctx.dtype = head, engine, dtype
-        statistics = tuple(values[name] for name in head.outputs)
-        ctx.mark_non_differentiable(*statistics)
-        return (values["logps"], *statistics)
+        ctx.save_for_backward(hidden_states, lm_head_weight, bias, labels, lse_whole, lse_rest, extra)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logps, *_):  # type: ignore[override]
-        hidden_states, lm_head_weight, bias, labels, *lse = ctx.saved_tensors
-        inputs = (hidden_states, lm_head_weight, bias)
-        grad_dtypes = [x.dtype if needed else None for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)]
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            hidden_cast, weight_cast = hidden_states.to(ctx.dtype), lm_head_weight.to(ctx.dtype)
-            bias_cast = None if bias is None else bias.to(ctx.dtype)
-            lse = SplitLse(*lse)
-            row_scale = grad_logps * -ctx.head.logit_scale * torch.exp(-lse.rest)
-            row_scale.masked_fill_(labels == IGNORE_INDEX, 0.0)
-            logit_grads = ctx.engine.logit_grads(hidden_cast, weight_cast, bias_cast, labels, lse, ctx.head)
-            grads = head_gradients(logit_grads, hidden_cast, weight_cast, row_scale, *grad_dtypes)
-        return (*grads, None, None, None, None)
+
+def _grads(ctx: Any, grad_outputs: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    grad_logps = grad_outputs[0]
+    grads: list[Tensor | None] = [None, None, None]
+    if grad_logps is not None and ctx.unit_grad:
+        grads[0] = (ctx.saved_tensors[0] * grad_logps[:, None]).to(ctx.hidden_dtype)
+    elif grad_logps is not None:
+        hidden_states, lm_head_weight, bias, labels, lse_whole, lse_rest, kept = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad[:3])
+        found = iter(
+            torch.ops.fastdpo.linear_logps_backward(
+                grad_logps, hidden_states, lm_head_weight, bias, labels, lse_whole, lse_rest, kept,
+                *ctx.head, ctx.impl, ctx.dtype, needed,
+            )
+        )  # fmt: skip
+        grads = [next(found) if wanted else None for wanted in needed]
+    return (*grads, *[None] * (len(ctx.needs_input_grad) - 3))
+
+
+_forward_op.register_autograd(_grads, setup_context=_save)
+
+
+def _rows_where(keep: Tensor) -> Tensor | None:
+    """Indices of the kept rows; None if that is all of them."""
+    rows = keep.nonzero()[:, 0]
+    return None if rows.shape[0] == keep.shape[0] else rows
+
+
+def _take(rows: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors if rows is None else tuple(x[rows] for x in tensors)
+
+
+def _spread(rows: Tensor | None, x: Tensor, num_rows: int) -> Tensor:
+    """`x` at its places among `num_rows` rows, zeros elsewhere."""
+    return x if rows is None else x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdpo.kernels import forward as forward_kernels
 from fastdpo.kernels import launch
 from fastdpo.kernels.backward import fill_logit_grads
-from fastdpo.kernels.forward import fused_forward as launch_forward
 from fastdpo.ops.head import Head, SplitLse, Tiling
 
 BLOCK_ROWS = 8192
 MAX_TILE_ELEMENTS = 2**25  # 64 MiB of bf16 gradients
 MAX_WEIGHT_ELEMENTS = 2**25  # 128 MiB for the fp32 sums of one block of dW
+WORKSPACE_BYTES = 2**28  # for D of the rows whose gradients are made in forward
 
 
 def choose_tiling(hidden_states: Tensor, lm_head_weight: Tensor) -> Tiling:
@@ -25,12 +26,78 @@ def choose_tiling(hidden_states: Tensor, lm_head_weight: Tensor) -> Tiling:
     return Tiling.within(T, H, V, BLOCK_ROWS, MAX_TILE_ELEMENTS, MAX_WEIGHT_ELEMENTS)
 
 
+def skip_blocks(hidden_states: Tensor) -> tuple[int, int]:
+    """Rows and vocabulary ids that skipping keeps or drops at once: a tile of the forward kernel."""
+    blocks = launch.device_blocks(hidden_states)
+    return blocks.block_t, blocks.block_v
+
+
 def fused_forward(
     hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | None, labels: Tensor, head: Head
 ) -> dict[str, Tensor]:
-    """The values named in ALWAYS and in `head.outputs`, each (T,). A label outside [0, V) gives nan."""
+    """The values named in ALWAYS and in `head.outputs`, each (T,). A label outside [0, V) gives nan.
+
+    Where tiles may be skipped also TILE_SUMS, of the kernel's tiles.
+    """
     with _device(hidden_states):
-        return launch_forward(hidden_states, lm_head_weight, bias, labels, head.logit_scale, head.softcap, head.outputs)
+        return forward_kernels.fused_forward(
+            hidden_states,
+            lm_head_weight,
+            bias,
+            labels,
+            head.logit_scale,
+            head.softcap,
+            head.outputs,
+            keep_partials=head.skip_tolerance > 0,
+        )
+
+
+def fused_forward_with_grads(
+    out: Tensor, hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | None, labels: Tensor, head: Head
+) -> dict[str, Tensor]:
+    """What `fused_forward` returns, and D, eq. (9), of every row into `out` (T, V)."""
+    with _device(hidden_states):
+        return forward_kernels.fused_forward_with_grads(
+            out, hidden_states, lm_head_weight, bias, labels, head.logit_scale, head.softcap, head.outputs
+        )
+
+
+def fused_skipping_gradients(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    lse: SplitLse,
+    head: Head,
+    row_scale: Tensor,  # (T,) c in eq. (10)
+    kept: Tensor,  # (num_row_blocks, num_tiles) bool, blocks as in `skip_blocks`
+    hidden_dtype: torch.dtype | None,  # of dH; None: not wanted
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dH, dW and db over the kept tiles."""
+    from fastdpo.kernels.sparse import sparse_head_gradients
+
+    block_rows, block_vocab = skip_blocks(hidden_states)
+    with _device(hidden_states):
+        return sparse_head_gradients(
+            hidden_states,
+            lm_head_weight,
+            bias,
+            labels,
+            lse.whole,
+            lse.rest,
+            row_scale,
+            kept,
+            block_t=block_rows,
+            block_v=block_vocab,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            hidden_dtype=hidden_dtype,
+            weight_dtype=weight_dtype,
+            bias_dtype=bias_dtype,
+            max_tile_elements=MAX_TILE_ELEMENTS,
+        )
 
 
 class FusedLogitGrads:

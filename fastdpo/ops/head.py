@@ -10,9 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from fastdpo.types import IGNORE_INDEX
+
 ALWAYS = ("logps", "lse_whole", "lse_rest")  # what every forward pass returns, beside the statistics asked for
+TILE_SUMS = ("tile_max", "tile_sumexp")  # and where tiles may be skipped: eq. (3), each (num_tiles, T)
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Head:
     logit_scale: float = 1.0
     softcap: float | None = None
     outputs: tuple[str, ...] = ()  # statistics asked for, out of TOKEN_OUTPUTS
+    skip_tolerance: float = 0.0  # probability mass that backward may drop per row
 
 
 class SplitLse(NamedTuple):
@@ -33,6 +38,12 @@ class SplitLse(NamedTuple):
 
     whole: Tensor  # (T,) integers as floats
     rest: Tensor  # (T,) in [-0.5, 0.5]
+
+
+def row_scale(grad_logps: Tensor, lse_rest: Tensor, labels: Tensor, head: Head) -> Tensor:
+    """(T,) c of eq. (10): the factor between D, eq. (9), and the logits' gradient; 0 in ignored rows."""
+    scale = grad_logps * -head.logit_scale * torch.exp(-lse_rest)
+    return scale.masked_fill_(labels == IGNORE_INDEX, 0.0)
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,16 @@ In: hidden states, the LM head, labels. Out: TokenLogps. Refuses what `fastdpo.o
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastdpo.ops.autograd import Engine, differentiable_logps
+from fastdpo.ops.autograd import differentiable_logps
 from fastdpo.ops.head import Head
 from fastdpo.ops.reference import reference_linear_logps
-from fastdpo.ops.tiled import TiledLogitGrads, tiled_forward
-from fastdpo.ops.validation import check_head, check_settings, operand_dtype
-from fastdpo.types import IGNORE_INDEX, TokenLogps
+from fastdpo.ops.validation import check_head, check_labels, check_settings, operand_dtype
+from fastdpo.types import TokenLogps
 
 
 def linear_logps(
@@ -59,63 +57,13 @@ def linear_logps(
     check_settings(logit_scale, softcap, outputs, skip_tolerance, impl)
     check_head(hidden_states, lm_head_weight, labels, bias)
     dtype = operand_dtype(hidden_states, lm_head_weight, bias)
-    head = Head(float(logit_scale), None if softcap is None else float(softcap), outputs)
+    head = Head(float(logit_scale), None if softcap is None else float(softcap), outputs, float(skip_tolerance))
     labels = labels.to(torch.int64)
-    impl = resolve_impl(impl, hidden_states.device, dtype)
 
     if impl == "reference":
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_labels(labels, lm_head_weight.shape[0])
         with torch.autocast(hidden_states.device.type, enabled=False):
             bias_cast = None if bias is None else bias.to(dtype)
             return reference_linear_logps(hidden_states.to(dtype), lm_head_weight.to(dtype), bias_cast, labels, head)
-    engine = engine_of(impl)
-    if impl == "tiled" and labels.device.type == "cpu":
-        kept = (labels != IGNORE_INDEX).nonzero()[:, 0]
-        if kept.shape[0] < labels.shape[0]:  # ignored rows cost nothing where counting them does not stop a device
-            tokens = differentiable_logps(hidden_states[kept], lm_head_weight, bias, labels[kept], head, engine, dtype)
-            return _spread(tokens, kept, labels.shape[0])
-    return differentiable_logps(hidden_states, lm_head_weight, bias, labels, head, engine, dtype)
-
-
-def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that `impl` stands for here; a name that cannot run on this device and dtype is an error."""
-    if impl not in ("auto", "triton"):
-        return impl
-    refusal = _triton_refusal(device, dtype)
-    if impl == "auto":
-        return "triton" if refusal is None and device.type == "cuda" else "tiled"
-    if refusal is not None:
-        raise ValueError(f'impl="triton" {refusal}; use "tiled" or "auto"')
-    return impl
-
-
-def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run, as the end of a sentence; None if they can."""
-    if dtype == torch.float64:
-        return "takes fp16, bf16 and fp32, got torch.float64"
-    if device.type not in ("cuda", "cpu"):
-        return f"needs a CUDA device, got {device}"
-    if importlib.util.find_spec("triton") is None:
-        return "needs the triton package, which is not installed"
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if torch.version.hip is not None or capability < (8, 0):
-            return f"needs an NVIDIA GPU of compute capability 8.0 or more, got {torch.cuda.get_device_name(device)}"
-        return None
-    from fastdpo.kernels.launch import is_interpreted
-
-    return None if is_interpreted() else "needs a CUDA device (or TRITON_INTERPRET=1 set before the first use), got cpu"
-
-
-def engine_of(impl: str) -> Engine:
-    """The two halves of "tiled" or "triton"; the latter brings in triton."""
-    if impl == "tiled":
-        return Engine(tiled_forward, TiledLogitGrads)
-    from fastdpo.ops.fused import FusedLogitGrads, fused_forward
-
-    return Engine(fused_forward, FusedLogitGrads)
-
-
-def _spread(tokens: TokenLogps, kept: Tensor, num_rows: int) -> TokenLogps:
-    """Values of the kept rows at their places among `num_rows`, zeros elsewhere."""
-    fields = {name: value for name, value in vars(tokens).items() if value is not None}
-    return TokenLogps(**{name: value.new_zeros(num_rows).index_put((kept,), value) for name, value in fields.items()})
+    return differentiable_logps(hidden_states, lm_head_weight, bias, labels, head, impl, dtype)

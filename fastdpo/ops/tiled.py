@@ -1,22 +1,26 @@
 """The head op in pure PyTorch, one token x vocabulary tile at a time: any device, any dtype, memory bounded by a tile.
 
 In: validated tensors of one dtype. Out: per-row numbers from `tiled_forward`; from `TiledLogitGrads` the tiles that
-`fastdpo.ops.gradients` multiplies into dH, dW and db. Nothing of size (T, V) exists, nothing is read back.
+`fastdpo.ops.gradients` multiplies into dH, dW and db; both at once, for a chunk of rows, in
+`tiled_eager.py`. Nothing of size (T, V) exists, nothing is read back.
 Equation numbers are those of kernels/README.md.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from fastdpo.ops.head import ALWAYS, Head, SplitLse, Tiling
+from fastdpo.ops.head import ALWAYS, TILE_SUMS, Head, SplitLse, Tiling
 from fastdpo.ops.matmul import accumulator_dtype, matmul_into, operand
 from fastdpo.types import IGNORE_INDEX
 
 BLOCK_ROWS = 512
 MAX_TILE_ELEMENTS = 2**21  # 8 MiB of fp32 logits; smaller tiles cost more in starting threads than they save in cache
 MAX_WEIGHT_ELEMENTS = 2**22  # rows of the weight that are upcast at once, where they have to be
+SKIP_ROWS, SKIP_VOCAB = 128, 128  # what skipping keeps or drops at once
 EXP_FLOOR = -1000.0  # exp of it is 0 in fp32 and fp64, while 0 * EXP_FLOOR stays 0 (0 * -inf would be nan)
 
 
@@ -26,6 +30,10 @@ def choose_tiling(hidden_states: Tensor, lm_head_weight: Tensor) -> Tiling:
     return Tiling.within(T, H, V, BLOCK_ROWS, MAX_TILE_ELEMENTS, MAX_WEIGHT_ELEMENTS)
 
 
+def skip_blocks(hidden_states: Tensor) -> tuple[int, int]:
+    return SKIP_ROWS, SKIP_VOCAB
+
+
 def tiled_forward(
     hidden_states: Tensor,  # (T, H)
     lm_head_weight: Tensor,  # (V, H)
@@ -33,8 +41,13 @@ def tiled_forward(
     labels: Tensor,  # (T,) int64
     head: Head,
 ) -> dict[str, Tensor]:
-    """The values named in ALWAYS and in `head.outputs`, each (T,). A label outside [0, V) gives nan."""
+    """The values named in ALWAYS and in `head.outputs`, each (T,). A label outside [0, V) gives nan.
+
+    Where tiles may be skipped also TILE_SUMS, of tiles of SKIP_VOCAB.
+    """
     tiling = choose_tiling(hidden_states, lm_head_weight)
+    if head.skip_tolerance > 0:
+        tiling = replace(tiling, block_vocab=-(-tiling.block_vocab // SKIP_VOCAB) * SKIP_VOCAB)
     state = _RowState(hidden_states, lm_head_weight, labels, head)
     scratch = _scratch(tiling, state.max)
     second = _scratch(tiling, state.max) if "entropy" in head.outputs else None
@@ -42,7 +55,7 @@ def tiled_forward(
         weight = operand(lm_head_weight[vocab]).T  # (H, block_vocab)
         for rows in tiling.rows():
             logits = _tile(scratch, rows, vocab)
-            _fill_logits(logits, operand(hidden_states[rows]), weight, None if bias is None else bias[vocab], head)
+            fill_logits(logits, operand(hidden_states[rows]), weight, None if bias is None else bias[vocab], head)
             state.absorb(rows, vocab, logits, None if second is None else _tile(second, rows, vocab))
     return state.finish()
 
@@ -63,6 +76,9 @@ class _RowState:
         self.sum_z_exp = new(0.0)  # sum of (z - max) exp(z - max), for entropy
         self.sum_sq_exp = new(0.0)  # sum of exp(z - max)**2, for log_sum_sq_probs
         self.sum_z = new(0.0)  # for mean_logits
+        # per row and tile of SKIP_VOCAB, where tiles may be skipped
+        shape = (-(-self.num_vocab // SKIP_VOCAB), T) if head.skip_tolerance > 0 else (0, T)
+        self.tile_max, self.tile_sumexp = self.max.new_empty(shape), self.max.new_empty(shape)
 
     def absorb(self, rows: slice, vocab: slice, logits: Tensor, second: Tensor | None) -> None:
         """Take in one tile of logits; overwrites it."""
@@ -85,6 +101,12 @@ class _RowState:
         else:
             exps = logits.exp_()
         self.sumexp[rows] = decay * self.sumexp[rows] + exps.sum(1)
+        if self.head.skip_tolerance > 0:
+            whole, rest = exps.split([exps.shape[1] // SKIP_VOCAB * SKIP_VOCAB, exps.shape[1] % SKIP_VOCAB], 1)
+            sums = torch.cat([whole.unflatten(1, (-1, SKIP_VOCAB)).sum(2), rest.sum(1, keepdim=True)], 1)
+            first, last = vocab.start // SKIP_VOCAB, -(-vocab.stop // SKIP_VOCAB)
+            self.tile_sumexp[first:last, rows] = sums.T[: last - first]
+            self.tile_max[first:last, rows] = shift
         if "log_sum_sq_probs" in self.head.outputs:
             self.sum_sq_exp[rows] = decay.square() * self.sum_sq_exp[rows] + exps.square_().sum(1)
         self.max[rows] = new_max
@@ -103,7 +125,8 @@ class _RowState:
             "is_top1": self.label_logit >= self.max,
             "log_sum_sq_probs": self.sum_sq_exp.log() - 2 * log_sum,
         }
-        return {name: values[name].masked_fill(~keep, 0) for name in (*ALWAYS, *self.head.outputs)}
+        found = {name: values[name].masked_fill(~keep, 0) for name in (*ALWAYS, *self.head.outputs)}
+        return found | dict(zip(TILE_SUMS, (self.tile_max, self.tile_sumexp), strict=True))
 
 
 class TiledLogitGrads:
@@ -119,37 +142,62 @@ class TiledLogitGrads:
         head: Head,
     ):
         self.tiling = choose_tiling(hidden_states, lm_head_weight)
-        self.hidden_states, self.bias, self.labels, self.head = hidden_states, bias, labels, head
-        # exp(z - inf) = 0: an ignored row has no probabilities. A label outside the vocabulary makes its row nan.
-        in_vocab = (labels >= 0) & (labels < lm_head_weight.shape[0])
-        self.lse_whole = lse.whole.where(in_vocab, torch.nan).masked_fill(labels == IGNORE_INDEX, torch.inf)
-        self.onehot = -lse.rest.exp()
+        self.bias = bias
+        self.rows = GradRows(hidden_states, labels, lse, head, lm_head_weight.shape[0])
         self.scratch = _scratch(self.tiling, lse.whole)
         self.second = _scratch(self.tiling, lse.whole) if head.softcap is not None else None
 
     def tile(self, rows: slice, vocab: slice, weight: Tensor) -> Tensor:
         """(block_rows, block_vocab), valid until the next call, in the dtype of `weight`, the operand of W[vocab]."""
-        logits = _tile(self.scratch, rows, vocab)
-        bias = None if self.bias is None else self.bias[vocab]
+        out = _tile(self.scratch, rows, vocab)
         slope = None if self.second is None else _tile(self.second, rows, vocab)
-        _fill_logits(logits, operand(self.hidden_states[rows]), weight.T, bias, self.head, slope)
-        probs = logits.sub_(self.lse_whole[rows, None]).exp_()
-        column, inside = _label_columns(self.labels[rows], vocab)
-        probs.scatter_add_(1, column, (self.onehot[rows] * inside)[:, None])
+        column, inside = _label_columns(self.rows.labels[rows], vocab)
+        self.rows.fill(out, rows, weight, None if self.bias is None else self.bias[vocab], column, inside, slope)
+        return out.to(weight.dtype)
+
+
+class GradRows:
+    """What eq. (9) takes from the rows, for any choice of rows of the weight."""
+
+    def __init__(self, hidden_states: Tensor, labels: Tensor, lse: SplitLse, head: Head, num_vocab: int):
+        self.hidden_states, self.labels, self.head = hidden_states, labels, head
+        # exp(z - inf) = 0: an ignored row has no probabilities. A label outside the vocabulary makes its row nan.
+        in_vocab = (labels >= 0) & (labels < num_vocab)
+        self.lse_whole = lse.whole.where(in_vocab, torch.nan).masked_fill(labels == IGNORE_INDEX, torch.inf)
+        self.onehot = -lse.rest.exp()
+
+    def fill(
+        self,
+        out: Tensor,  # (rows, columns)
+        rows: slice,
+        weight: Tensor,  # (columns, H) operand
+        bias: Tensor | None,  # (columns,)
+        label_column: Tensor,  # (rows, 1), clamped
+        has_label: Tensor,  # (rows,) bool
+        slope: Tensor | None,  # (rows, columns) scratch where there is a softcap
+    ) -> None:
+        """D of these rows and columns."""
+        fill_logits(out, operand(self.hidden_states[rows]), weight.T, bias, self.head, slope)
+        probs = out.sub_(self.lse_whole[rows, None]).exp_()
+        probs.scatter_add_(1, label_column, (self.onehot[rows] * has_label)[:, None])
         if slope is not None:
             probs.mul_(slope)
-        return probs.to(weight.dtype)
 
 
-def _fill_logits(
-    out: Tensor, hidden_states: Tensor, weight_t: Tensor, bias: Tensor | None, head: Head, slope: Tensor | None = None
-) -> None:
-    """eq. (1) and (2) for one tile; into `slope`, where given, the derivative of the softcap."""
+def fill_uncapped(out: Tensor, hidden_states: Tensor, weight_t: Tensor, bias: Tensor | None, head: Head) -> None:
+    """eq. (1) and the scale of eq. (2) for one tile."""
     if bias is None:
         matmul_into(out, hidden_states, weight_t, alpha=head.logit_scale)
     else:
         out.copy_(bias)
         matmul_into(out, hidden_states, weight_t, alpha=head.logit_scale, beta=head.logit_scale)
+
+
+def fill_logits(
+    out: Tensor, hidden_states: Tensor, weight_t: Tensor, bias: Tensor | None, head: Head, slope: Tensor | None = None
+) -> None:
+    """eq. (1) and (2) for one tile; into `slope`, where given, the derivative of the softcap."""
+    fill_uncapped(out, hidden_states, weight_t, bias, head)
     if head.softcap is not None:
         out.div_(head.softcap).tanh_()
         if slope is not None:

@@ -22,7 +22,7 @@ from fastdpo.data.prepare import DataReport
 from fastdpo.metrics import MetricMeans, SumAndWeight
 from fastdpo.modeling import PackingCheck, check_packing, prepare_model
 from fastdpo.modeling.packed import bare_model
-from fastdpo.ops.linear_logps import resolve_impl
+from fastdpo.ops.engine import resolve_impl
 from fastdpo.training.collator import PackingCollator
 from fastdpo.training.config import EngineConfig
 from fastdpo.training.models import check_lengths, check_token_ids, disable_dropout, forget_accelerate, head_dtype

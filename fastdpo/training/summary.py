@@ -16,7 +16,7 @@ import torch
 
 from fastdpo.modeling.attention import PACKED_ATTENTION
 from fastdpo.modeling.packed import bare_model
-from fastdpo.ops.linear_logps import resolve_impl
+from fastdpo.ops.engine import resolve_impl
 from fastdpo.training.base import PackedTrainer
 from fastdpo.training.models import head_dtype
 

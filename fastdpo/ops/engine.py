@@ -1,0 +1,94 @@
+"""The implementations by name, and which of them can run where.
+
+An engine is what an implementation brings: plain functions on validated tensors of one dtype. What is done with them
+(autograd, chunks, sums) is the same for all engines and lies in `autograd.py`, `gradients.py` and `eager.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdpo.ops.gradients import LogitGrads
+from fastdpo.ops.matmul import accumulator_dtype
+from fastdpo.ops.tiled import TiledLogitGrads, skip_blocks, tiled_forward
+from fastdpo.ops.tiled_eager import WORKSPACE_BYTES, tiled_forward_with_grads
+from fastdpo.ops.tiled_skipping import tiled_skipping_gradients
+
+
+class Engine(NamedTuple):
+    """T rows, V vocabulary; `head` is a Head, `bias` may be None."""
+
+    forward: Callable[
+        ..., dict[str, Tensor]
+    ]  # (hidden_states, lm_head_weight, bias, labels, head) -> values, each (T,)
+    # (out, hidden_states, lm_head_weight, bias, labels, head): the same, and D, eq. (9), of all rows into out (T, V)
+    forward_with_grads: Callable[..., dict[str, Tensor]]
+    logit_grads: Callable[..., LogitGrads]  # (hidden_states, lm_head_weight, bias, labels, lse, head)
+    # (hidden_states, lm_head_weight, bias, labels, lse, head, row_scale, kept, *dtypes) -> dH, dW, db without what is
+    # not kept
+    skipping_gradients: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
+    skip_blocks: Callable[
+        [Tensor], tuple[int, int]
+    ]  # (hidden_states) -> rows and vocabulary ids of what is skipped at once
+    grads_dtype: Callable[[torch.dtype], torch.dtype]  # of D in `out`, from the operands' dtype
+    workspace_bytes: int  # default size of `out`
+
+
+def engine_of(impl: str) -> Engine:
+    """The engine behind "tiled" or "triton"; the latter brings in triton."""
+    if impl == "tiled":
+        return Engine(
+            tiled_forward,
+            tiled_forward_with_grads,
+            TiledLogitGrads,
+            tiled_skipping_gradients,
+            skip_blocks,
+            accumulator_dtype,
+            WORKSPACE_BYTES,
+        )
+    from fastdpo.ops import fused
+
+    return Engine(
+        fused.fused_forward,
+        fused.fused_forward_with_grads,
+        fused.FusedLogitGrads,
+        fused.fused_skipping_gradients,
+        fused.skip_blocks,
+        lambda dtype: dtype,
+        fused.WORKSPACE_BYTES,
+    )
+
+
+def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that `impl` stands for here; a name that cannot run on this device and dtype is an error."""
+    if impl not in ("auto", "triton"):
+        return impl
+    refusal = _triton_refusal(device, dtype)
+    if impl == "auto":
+        return "triton" if refusal is None and device.type == "cuda" else "tiled"
+    if refusal is not None:
+        raise ValueError(f'impl="triton" {refusal}; use "tiled" or "auto"')
+    return impl
+
+
+def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run, as the end of a sentence; None if they can."""
+    if dtype == torch.float64:
+        return "takes fp16, bf16 and fp32, got torch.float64"
+    if device.type not in ("cuda", "cpu"):
+        return f"needs a CUDA device, got {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "needs the triton package, which is not installed"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is not None or capability < (8, 0):
+            return f"needs an NVIDIA GPU of compute capability 8.0 or more, got {torch.cuda.get_device_name(device)}"
+        return None
+    from fastdpo.kernels.launch import is_interpreted
+
+    return None if is_interpreted() else "needs a CUDA device (or TRITON_INTERPRET=1 set before the first use), got cpu"

@@ -1,0 +1,69 @@
+"""Which vocabulary tiles backward may do without: the mass of every tile is known after forward, before any recompute.
+
+In: the (max, sumexp) partials of every row and tile, and a tolerance. Out: a bit per row block and tile. Tiles are
+dropped in order of mass, the smallest first, while no row of the block has lost more than the tolerance in all; a tile
+that holds a label of the block is never dropped. Nothing is read back to the host.
+
+With `q_t` the dropped mass of row t, at most the tolerance, and g the gradient of the log-probs:
+
+    |error of dH_t| <= |g_t| |logit_scale| q_t max_v |W_v|
+    |error of dW|   <= sum_t |g_t| |logit_scale| q_t |h_t|
+
+in the Euclidean norm of a row of dH and the Frobenius norm of dW (softcap's slope is at most 1, and what a row drops,
+a vector of probabilities, is no longer than their sum). Apple's Cut Cross-Entropy (arXiv 2411.09009, section 4.3) also
+skips, by the largest entry of a tile after recomputing its logits; here the total is bounded and the recompute saved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastdpo.types import IGNORE_INDEX
+
+MAX_ELEMENTS = 2**22  # masses that are sorted at once
+
+
+def kept_tiles(
+    values: dict[str, Tensor],  # "tile_max" and "tile_sumexp", (num_tiles, T); "logps" and the two of lse, (T,)
+    labels: Tensor,  # (T,) int64
+    tolerance: float,
+    block_rows: int,
+    block_vocab: int,
+) -> Tensor:
+    """(num_row_blocks, num_tiles) bool: True where backward must compute the tile."""
+    num_tiles, T = values["tile_max"].shape
+    num_blocks = -(-T // block_rows)
+    kept = torch.empty(num_blocks, num_tiles, dtype=torch.bool, device=labels.device)
+    step = max(1, MAX_ELEMENTS // (block_rows * num_tiles))
+    for start in range(0, num_blocks, step):
+        stop = min(start + step, num_blocks)
+        rows = slice(start * block_rows, min(stop * block_rows, T))
+        mass = _masses({name: x[..., rows] for name, x in values.items()}, labels[rows])
+        missing = (stop - start) * block_rows - mass.shape[0]
+        mass = pad(mass, (0, 0, 0, missing)).view(stop - start, block_rows, num_tiles)
+        tile = pad(labels[rows], (0, missing), value=IGNORE_INDEX).view(stop - start, block_rows) // block_vocab
+        kept[start:stop] = _kept(mass, tile, tolerance)
+    return kept
+
+
+def _masses(values: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """(rows, num_tiles): the probability of each tile; 0 in ignored rows, inf where there is no number."""
+    shifted = (values["tile_max"] - values["lse_whole"]) - values["lse_rest"]
+    mass = (shifted.exp_() * values["tile_sumexp"]).masked_fill_(values["logps"].isnan(), torch.inf)
+    return mass.nan_to_num_(nan=torch.inf, posinf=torch.inf).masked_fill_(labels == IGNORE_INDEX, 0.0).T
+
+
+def _kept(mass: Tensor, label_tile: Tensor, tolerance: float) -> Tensor:
+    """(blocks, num_tiles) from mass (blocks, rows, num_tiles) and label_tile (blocks, rows), -1 or so for no label."""
+    num_tiles = mass.shape[2]
+    largest = mass.amax(1)  # (blocks, num_tiles)
+    in_range = (label_tile >= 0) & (label_tile < num_tiles)
+    has_label = torch.zeros(largest.shape, dtype=torch.int32, device=mass.device)
+    has_label.scatter_add_(1, label_tile.clamp(0, num_tiles - 1), in_range.to(torch.int32))
+    largest = largest.masked_fill(has_label > 0, torch.inf)
+    ordered, order = largest.sort(dim=1, stable=True)
+    dropped = mass.gather(2, order[:, None, :].expand_as(mass)).cumsum(2).amax(1)  # (blocks, num_tiles)
+    kept = torch.empty_like(has_label, dtype=torch.bool)
+    return kept.scatter_(1, order, (dropped > tolerance) | (ordered == torch.inf))

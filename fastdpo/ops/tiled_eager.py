@@ -1,0 +1,76 @@
+"""Forward values and gradients of the logits at once, in pure PyTorch, for as many rows as the caller has room for.
+
+In: validated tensors of one dtype and a buffer (T, V). Out: what `tiled_forward` returns; D, eq. (9), in the buffer.
+The logits of all rows are one matmul; then a few rows at a time pass through the softmax while they are in the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdpo.ops.head import ALWAYS, Head
+from fastdpo.ops.matmul import operand
+from fastdpo.ops.tiled import MAX_WEIGHT_ELEMENTS, fill_uncapped
+from fastdpo.types import IGNORE_INDEX
+
+WORKSPACE_BYTES = 2**25  # for D of the rows whose gradients are made in forward
+SLICE_ELEMENTS = 2**19  # logits that pass through the softmax at once: 2 MiB of fp32 stay in a core's cache
+
+
+def tiled_forward_with_grads(
+    out: Tensor,  # (T, V) fp32 or fp64, any contents
+    hidden_states: Tensor,  # (T, H)
+    lm_head_weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (T,) int64
+    head: Head,
+) -> dict[str, Tensor]:
+    """The values named in ALWAYS and in `head.outputs`, each (T,); fills `out` with D.
+
+    Any k_t near lse_t serves in (9) and (10). Here it is lse_t itself, because D is what a softmax leaves behind:
+    "lse_whole" is then lse and "lse_rest" zero. A label outside [0, V) gives nan in both.
+    """
+    T, V = out.shape
+    rows_operand = operand(hidden_states)
+    casts = operand(lm_head_weight[:1]).dtype != lm_head_weight.dtype
+    block = max(1, MAX_WEIGHT_ELEMENTS // lm_head_weight.shape[1]) if casts else V
+    for start in range(0, V, block):
+        weight = operand(lm_head_weight[start : start + block])
+        tile_bias = None if bias is None else bias[start : start + block]
+        fill_uncapped(out[:, start : start + block], rows_operand, weight.T, tile_bias, head)
+
+    step = max(1, SLICE_ELEMENTS // V)
+    found = [_softmax(out[row : row + step], labels[row : row + step], head) for row in range(0, T, step)]
+    keep = labels != IGNORE_INDEX
+    return {
+        name: torch.cat([values[name] for values in found]).masked_fill_(~keep, 0) for name in (*ALWAYS, *head.outputs)
+    }
+
+
+def _softmax(z: Tensor, labels: Tensor, head: Head) -> dict[str, Tensor]:
+    """Turns logits before the softcap into D in place, and returns the rows' values, eq. (4) to (7)."""
+    slope = None
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_()
+        slope = 1 - z.square()
+        z.mul_(head.softcap)
+    column = labels.clamp(0, z.shape[1] - 1)[:, None]
+    label_logit = z.gather(1, column)[:, 0].where((labels >= 0) & (labels < z.shape[1]), torch.nan)
+    row_max = z.amax(1)
+    mean_logits = z.mean(1) if "mean_logits" in head.outputs else None
+    probs = torch.softmax(z, 1, out=z)
+    log_sum = -probs.amax(1).log()  # the largest probability is 1 / sum exp(z - max)
+    logps = (label_logit - row_max) - log_sum
+    values = {"logps": logps, "lse_whole": row_max + log_sum, "lse_rest": torch.zeros_like(logps)}
+    values |= {"lse": values["lse_whole"].clone(), "is_top1": label_logit >= row_max}
+    if mean_logits is not None:
+        values["mean_logits"] = mean_logits
+    if "entropy" in head.outputs:
+        values["entropy"] = torch.special.entr(probs).sum(1)
+    if "log_sum_sq_probs" in head.outputs:
+        values["log_sum_sq_probs"] = probs.square().sum(1).log()
+    probs.scatter_(1, column, torch.expm1(logps)[:, None])  # p - 1, without cancelling where p is nearly 1
+    if slope is not None:
+        probs.mul_(slope)
+    return values

@@ -1,0 +1,78 @@
+"""The gradients without the tiles that may be skipped, in pure PyTorch.
+
+In: what backward has, and a bit per block of SKIP_ROWS rows and tile of SKIP_VOCAB ids. Out: dH, dW, db. The rows of
+the weight that a row block keeps are gathered, and from there on it is a smaller vocabulary. How many they are is read
+back to the host, which costs nothing on a CPU; the Triton twin is `fastdpo.kernels.sparse`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdpo.ops.head import Head, SplitLse
+from fastdpo.ops.matmul import accumulator_dtype, matmul_into, operand
+from fastdpo.ops.tiled import MAX_TILE_ELEMENTS, SKIP_ROWS, SKIP_VOCAB, GradRows
+
+
+def tiled_skipping_gradients(
+    hidden_states: Tensor,  # (T, H)
+    lm_head_weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (T,) int64
+    lse: SplitLse,
+    head: Head,
+    row_scale: Tensor,  # (T,) c in eq. (10)
+    kept: Tensor,  # (at least num_row_blocks, num_tiles) bool
+    hidden_dtype: torch.dtype | None,  # of dH; None: not wanted
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dH (T, H), dW (V, H), db (V,), (11) and (12) over the kept tiles; rows of dW that no block keeps are 0."""
+    T, V = hidden_states.shape[0], lm_head_weight.shape[0]
+    acc_dtype, device = accumulator_dtype(hidden_states.dtype), hidden_states.device
+    grads = [
+        None if dtype is None else torch.zeros(shape, dtype=acc_dtype, device=device)
+        for dtype, shape in (
+            (hidden_dtype, hidden_states.shape),
+            (weight_dtype, lm_head_weight.shape),
+            (bias_dtype, (V,)),
+        )
+    ]
+    grad_hidden, grad_weight, grad_bias = grads
+    grad_rows = GradRows(hidden_states, labels, lse, head, V)
+    ids = torch.arange(kept.shape[1] * SKIP_VOCAB, device=device).view(-1, SKIP_VOCAB)
+    scratch = torch.empty(MAX_TILE_ELEMENTS, dtype=acc_dtype, device=device)
+    second = torch.empty_like(scratch) if head.softcap is not None else None
+    for number, start in enumerate(range(0, T, SKIP_ROWS)):
+        rows = slice(start, min(start + SKIP_ROWS, T))
+        scale = row_scale[rows]
+        if not bool((scale != 0).any()):  # nan counts as not zero
+            continue
+        num_rows = rows.stop - rows.start
+        columns = ids[kept[number]].flatten()
+        for some in columns[columns < V].split(MAX_TILE_ELEMENTS // num_rows):
+            weight = operand(lm_head_weight[some])
+            column = torch.searchsorted(some, labels[rows]).clamp_(max=len(some) - 1)
+            d, slope = (
+                None if x is None else x[: num_rows * len(some)].view(num_rows, len(some)) for x in (scratch, second)
+            )
+            assert d is not None
+            tile_bias = None if bias is None else bias[some]
+            grad_rows.fill(d, rows, weight, tile_bias, column[:, None], some[column] == labels[rows], slope)
+            d = d.to(weight.dtype)
+            if grad_hidden is not None:
+                matmul_into(grad_hidden[rows], d, weight, beta=1.0)
+            if grad_weight is not None:
+                scaled = (hidden_states[rows] * scale[:, None]).to(weight.dtype)
+                product = torch.empty(len(some), weight.shape[1], dtype=acc_dtype, device=device)
+                matmul_into(product, d.T, scaled)
+                grad_weight.index_add_(0, some, product)
+            if grad_bias is not None:
+                grad_bias.index_add_(0, some, scale @ d.to(scale.dtype))
+    if grad_hidden is not None:
+        grad_hidden.mul_(row_scale[:, None])
+    return tuple(
+        None if x is None or dtype is None else x.to(dtype)
+        for x, dtype in zip(grads, (hidden_dtype, weight_dtype, bias_dtype), strict=True)
+    )  # type: ignore[return-value]
