@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("fastdpo.cli.train", "train a model on preference pairs (DPO and its relatives)"),
     "sft": ("fastdpo.cli.sft", "supervised fine-tuning, the stage before: on completions or on the chosen responses"),
     "demo": ("fastdpo.cli.demo", "the paper's controlled-sentiment experiment in small, with an HTML report"),
+    "verify": ("fastdpo.cli.verify", "check the head op's kernels on this machine: numbers, determinism, memory"),
 }
 
 HELP = """usage: fastdpo <command> [options]
@@ -35,7 +36,7 @@ fastdpo --version prints the version. Options may be written with hyphens or und
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a subcommand and returns the exit code: 0, or 2 where the user can mend the cause."""
+    """Runs a subcommand; the exit code is its own (0, or 1 of `verify`), or 2 where the user can mend the cause."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
@@ -51,9 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         print(f"error: command must be one of {', '.join(COMMANDS)}, got {argv[0]!r}{hint}", file=sys.stderr)
         return 2
-    command: Callable[[list[str]], None] = import_module(COMMANDS[argv[0]][0]).main
+    command: Callable[[list[str]], int | None] = import_module(COMMANDS[argv[0]][0]).main
     try:
-        command(argv[1:])
+        return command(argv[1:]) or 0
     except (ValueError, FloatingPointError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -65,7 +66,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,6 @@ from fastdpo.training.summary import MIB, peak_memory, summary_lines
 
 RUN_FILE = "fastdpo_run.json"  # marks a directory as the output of a run, with the options it had
 _SIGNS_OF_A_RUN = (RUN_FILE, "trainer_state.json", "config.json", "adapter_config.json", "checkpoint-*")
-
-
-def make_console() -> Console:
-    """As wide as the terminal; in a file or a pipe, wide enough that no fact is broken over lines too often."""
-    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def check_output_dir(args: EngineConfig, *, overwrite: bool) -> str | None:

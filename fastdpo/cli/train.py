@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastdpo.cli.arguments import AdapterArguments, RunArguments, parse
-from fastdpo.cli.run import check_output_dir, load_datasets, make_console, print_summary, train_and_compare
+from fastdpo.cli.console import make_console
+from fastdpo.cli.run import check_output_dir, load_datasets, print_summary, train_and_compare
 from fastdpo.training import DPOConfig, DPOTrainer
 
 COLUMNS = [

@@ -1,0 +1,98 @@
+"""`fastdpo verify`: are the kernels right on this machine? A table of checks, exit code 1 if one fails.
+
+In: a device, dtypes, a shape. Out: the table, or with --json one JSON object on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from typing import Any, NoReturn
+
+from fastdpo.evidence.checks import MIB, Line
+from fastdpo.evidence.problems import Shape
+from fastdpo.evidence.verify import ALL_DTYPES, default_shape, machine, verify
+
+STYLES = {"ok": "green", "FAILED": "bold red", "skipped": "dim"}
+
+
+def main(argv: list[str]) -> int:
+    """Checks and reports; 1 if anything is wrong.
+
+    Raises:
+        ValueError: an option that cannot be used.
+    """
+    options = _parser().parse_args(argv)
+    import torch
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    lines = verify(device, options.dtype, _shape(options, device))
+    failed = [line for line in lines if line.verdict == "FAILED"]
+    if options.json:
+        report = {"passed": not failed, "machine": machine(device), "lines": [asdict(line) for line in lines]}
+        print(json.dumps(report, indent=2))
+    else:
+        _print(lines, failed, machine(device))
+    return 1 if failed else 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises in place of exiting, so that `fastdpo` reports every mistake in one way."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (all options: {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fastdpo verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is a GPU")
+    parser.add_argument(
+        "--dtype", action="append", choices=ALL_DTYPES, help="may be repeated; default: those the device is used with"
+    )
+    for name, what in (("rows", "tokens"), ("hidden", "hidden size"), ("vocab", "vocabulary size")):
+        parser.add_argument(f"--{name}", type=int, help=f"{what} of the comparisons with fp64")
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    return parser
+
+
+def _shape(options: argparse.Namespace, device: str) -> Shape | None:
+    """None leaves the choice to verify; what is given replaces part of the choice for this device."""
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("rows", "hidden", "vocab")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(default_shape("tiled", device), **given) if given else None
+
+
+def _print(lines: list[Line], failed: list[Line], facts: dict[str, str | None]) -> None:
+    from rich.table import Table
+
+    from fastdpo.cli.console import make_console
+
+    table = Table(title=", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
+    for header in ("impl", "dtype", "check"):
+        table.add_column(header, no_wrap=True)
+    for header in ("error", "bound"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for header in ("verdict", "note"):
+        table.add_column(header)
+    for line in lines:
+        error, bound = _number(line.error, line.unit), _number(line.bound, line.unit)
+        table.add_row(
+            line.impl, line.dtype, line.check, error, bound, line.verdict, line.note, style=STYLES[line.verdict]
+        )
+    console = make_console()
+    console.print(table)
+    for line in failed:
+        console.print(
+            f"FAILED: {line.impl}, {line.dtype}: {line.check} {line.note}", style=STYLES["FAILED"], markup=False
+        )
+    num_ok = sum(line.verdict == "ok" for line in lines)
+    console.print(f"{num_ok} checks passed, {len(failed)} failed, {len(lines) - num_ok - len(failed)} skipped")
+
+
+def _number(value: float | None, unit: str) -> str:
+    if value is None:
+        return ""
+    if unit == "bytes":
+        return f"{value / MIB:.1f} MiB"
+    return f"{value:.0f}" if unit == "elements" else f"{value:.1e}" if unit == "relative" else f"{value:.3f}"

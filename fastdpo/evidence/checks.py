@@ -1,0 +1,203 @@
+"""The checks that `verify` makes of one implementation in one dtype. Each is a generator of `Line`s.
+
+In: a `Subject`. Out: lines with error, bound and verdict. The bound of an error is twice that of plain PyTorch in the
+same dtype, plus 1e-7; of what is promised to the bit, 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.evidence.memory import peak_live_bytes
+from fastdpo.evidence.problems import HIDDEN, WEIGHT, Problem, Shape, make_problem, plain, relative_error, solve
+from fastdpo.ops import linear_logps
+from fastdpo.types import IGNORE_INDEX, TOKEN_OUTPUTS, TokenLogps
+
+MIB = 2**20
+TOLERANCE = 2.0**-9  # of the checks of skip_tolerance
+# What an op may hold beyond the gradients that it returns and their fp32 sums, and shapes whose logits are larger
+WORKSPACE_BYTES = {"cpu": 64 * MIB, "cuda": 256 * MIB}
+MEMORY_SHAPES = {"cpu": Shape(2048, 16, 32768), "cuda": Shape(16384, 64, 65536)}
+HEADS: dict[str, dict[str, Any]] = {
+    "": {},
+    " (bias, scale, softcap)": {"has_bias": True, "logit_scale": 1.5, "softcap": 4.0},
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """The result of one check. `error` and `bound` are in `unit`; both None where the answer is only yes or no."""
+
+    impl: str
+    dtype: str
+    check: str
+    verdict: str  # "ok", "FAILED", or "skipped" where it cannot be made here
+    error: float | None = None
+    bound: float | None = None
+    unit: str = "relative"  # or "elements" (how many are wrong), "bytes", "of bound"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is being checked, and on what."""
+
+    impl: str
+    dtype: str  # name in torch
+    device: torch.device
+    shape: Shape
+
+    def op(self, *args: Any, **kwargs: Any) -> TokenLogps:
+        return linear_logps(*args, impl=self.impl, **kwargs)
+
+    def problem(self, shape: Shape | None = None, **settings: Any) -> Problem:
+        return make_problem(shape or self.shape, getattr(torch, self.dtype), self.device, **settings)
+
+    def line(self, check: str, error: float, bound: float, unit: str = "relative", note: str = "") -> Line:
+        verdict = "ok" if error <= bound else "FAILED"  # so that nan fails
+        return Line(self.impl, self.dtype, check, verdict, float(error), float(bound), unit, note)
+
+    def skipped(self, check: str, note: str) -> Line:
+        return Line(self.impl, self.dtype, check, "skipped", note=note)
+
+
+def against_fp64(subject: Subject) -> Iterator[Line]:
+    """log-probs and gradients against fp64"""
+    for head, settings in HEADS.items():
+        problem = subject.problem(**settings)
+        exact, usual, ours = solve(plain, problem.double()), solve(plain, problem), solve(subject.op, problem)
+        for name, value in ours.items():
+            bound = 2 * relative_error(usual[name], exact[name]) + 1e-7
+            yield subject.line(name + head, relative_error(value, exact[name]), bound)
+        if not head:
+            for what, wanted in (("head frozen", HIDDEN), ("hidden states frozen", WEIGHT)):  # paths of their own
+                name = f"grad {wanted}"
+                error = relative_error(solve(subject.op, problem, [wanted])[name], exact[name])
+                yield subject.line(f"{name} ({what})", error, 2 * relative_error(usual[name], exact[name]) + 1e-7)
+
+
+def statistics(subject: Subject) -> Iterator[Line]:
+    """statistics against fp64"""
+    problem = subject.problem(**HEADS[" (bias, scale, softcap)"])
+    exact = problem.double().call(plain, outputs=TOKEN_OUTPUTS)
+    usual, ours = problem.call(plain, outputs=TOKEN_OUTPUTS), problem.call(subject.op, outputs=TOKEN_OUTPUTS)
+    for name in TOKEN_OUTPUTS:
+        value, plain_value, exact_value = (getattr(tokens, name) for tokens in (ours, usual, exact))
+        if name == "is_top1":
+            error, bound = ((v != exact_value).sum().item() for v in (value, plain_value))
+            yield subject.line(name, error, 2 * bound, "elements")
+        else:
+            bound = 2 * relative_error(plain_value, exact_value) + 1e-7
+            yield subject.line(name, relative_error(value, exact_value), bound)
+
+
+def ignored_rows(subject: Subject) -> Iterator[Line]:
+    """ignored rows"""
+    problem = subject.problem()
+    ignored = problem.labels == IGNORE_INDEX
+    answer = solve(subject.op, problem)
+    in_rows = [answer["log-probs"][ignored], answer[f"grad {HIDDEN}"][ignored]]
+    problem.labels.fill_(IGNORE_INDEX)
+    wrong = sum(_num_nonzero(x) for x in [*in_rows, *solve(subject.op, problem).values()])
+    yield subject.line("ignored rows: values that are not 0", wrong, 0, "elements")
+
+
+def invalid_labels(subject: Subject) -> Iterator[Line]:
+    """labels outside [0, V)"""
+    problem = subject.problem()
+    problem.labels[0] = subject.shape.vocab
+    check = "label outside [0, V): rows that pass unseen"
+    try:
+        logps = problem.call(subject.op).logps
+    except ValueError:
+        yield subject.line(check, 0, 0, "elements", "refused")
+        return
+    yield subject.line(check, float(not logps[0].isnan()), 0, "elements", "its log-prob becomes nan")
+
+
+def determinism(subject: Subject) -> Iterator[Line]:
+    """determinism"""
+    problem = subject.problem(**HEADS[" (bias, scale, softcap)"])
+    first, second = solve(subject.op, problem), solve(subject.op, problem)
+    yield subject.line("same call again: bits that differ", _num_different(first, second), 0, "elements")
+
+
+def skipping(subject: Subject) -> Iterator[Line]:
+    """skip_tolerance
+
+    Half of the vocabulary is made improbable, so that its tiles may be dropped. With tolerance eps, row t of dH may be
+    off by |g_t| eps max ||W_v||, and dW by sum_t |g_t| eps ||h_t|| (both in the Euclidean norm); the allowance
+    for rounding is one unit in the last place of the dtype.
+    """
+    problem = subject.problem()
+    half = subject.shape.vocab // 2
+    hidden, weight = problem.floats[HIDDEN], problem.floats[WEIGHT]
+    hidden[:, 0], weight[half:, 0] = 8.0, -8.0  # logits of about -64 there
+    problem.labels[problem.labels >= half] -= half
+    exact = solve(subject.op, problem)
+    check = "skip_tolerance 0: bits that differ"
+    yield subject.line(check, _num_different(exact, solve(subject.op, problem, skip_tolerance=0.0)), 0, "elements")
+    if subject.impl == "reference":
+        yield subject.skipped("skip_tolerance 2**-9", "always exact")
+        return
+    skipped = solve(subject.op, problem, skip_tolerance=TOLERANCE)
+    unit = torch.finfo(getattr(torch, subject.dtype)).eps
+    kept = problem.labels != IGNORE_INDEX
+    weights = problem.upstream.double().abs() * kept * TOLERANCE  # (T,)
+    name_h, name_w = f"grad {HIDDEN}", f"grad {WEIGHT}"
+
+    bound = weights * weight.double().norm(dim=1).max() + unit * exact[name_h].norm(dim=1)
+    error = (skipped[name_h] - exact[name_h]).norm(dim=1)
+    share = torch.where(error == 0, 0.0, error / bound).max().item()
+    num_dropped = int(((skipped[name_w] == 0).all(1) & (exact[name_w] != 0).any(1)).sum())
+    note = f"{num_dropped / subject.shape.vocab:.0%} of the ids dropped"
+    yield subject.line(f"skip_tolerance 2**-9: {name_h}, worst row", share, 1, "of bound", note)
+
+    bound_w = (weights * hidden.double().norm(dim=1)).sum() + unit * exact[name_w].norm()
+    error_w = (skipped[name_w] - exact[name_w]).norm()
+    yield subject.line(f"skip_tolerance 2**-9: {name_w}", (error_w / bound_w).item(), 1, "of bound")
+
+
+def memory(subject: Subject) -> Iterator[Line]:
+    """memory
+
+    Peak bytes of forward and backward, on a shape whose (T, V) logits alone would break the bound.
+    """
+    if subject.impl == "reference":
+        yield subject.skipped("memory", "builds the logits")
+        return
+    if subject.impl == "triton" and subject.device.type == "cpu":
+        yield subject.skipped("memory", "the interpreter copies its arguments")
+        return
+    shape = MEMORY_SHAPES[subject.device.type]
+    problem = subject.problem(shape)
+    T, H, V = shape.rows, shape.hidden, shape.vocab
+    itemsize = problem.floats[HIDDEN].element_size()
+    note = f"{T} x {V} logits alone: {T * V * itemsize / MIB:.0f} MiB"
+    for head, wanted, num_grads in (("", (HIDDEN, WEIGHT), T * H + V * H), (" (head frozen)", (HIDDEN,), T * H)):
+        floats = {name: x.detach().requires_grad_(name in wanted) for name, x in problem.floats.items()}
+
+        def step(floats: dict[str, Tensor] = floats, wanted: tuple[str, ...] = wanted) -> tuple[Tensor, ...]:
+            logps = problem.call(subject.op, floats).logps
+            return torch.autograd.grad(logps, [floats[name] for name in wanted], problem.upstream)
+
+        partials = 8 * T * -(-V // 64)  # forward's two numbers per row and tile, of the smallest tiles there are
+        bound = num_grads * (itemsize + 4) + WORKSPACE_BYTES[subject.device.type] + partials
+        yield subject.line(f"peak memory{head}", peak_live_bytes(step, subject.device), bound, "bytes", note)
+
+
+CHECKS = (against_fp64, statistics, ignored_rows, invalid_labels, determinism, skipping, memory)
+
+
+def _num_nonzero(x: Tensor) -> int:
+    return int((x != 0).sum())
+
+
+def _num_different(first: dict[str, Tensor], second: dict[str, Tensor]) -> int:
+    """Elements without the same bits; values are in fp64, which keeps every bit of the smaller types."""
+    return sum(int((first[name].view(torch.int64) != second[name].view(torch.int64)).sum()) for name in first)

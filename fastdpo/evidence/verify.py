@@ -1,0 +1,90 @@
+"""`verify`: every implementation of the head op that runs here, held to fp64 and to its promises.
+
+In: a device, dtypes, a shape. Out: a `Line` per check. What cannot be checked here is a line too, with the reason.
+Refuses devices other than the CPU and CUDA, and dtypes that the op makes no promise for.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+
+import torch
+
+import fastdpo
+from fastdpo.evidence.checks import CHECKS, Line, Subject
+from fastdpo.evidence.problems import Shape
+
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32", "float16")}  # by default, per device
+ALL_DTYPES = DTYPES["cuda"]
+IMPLS = ("triton", "tiled", "reference")
+
+
+def verify(device: str = "cpu", dtypes: Sequence[str] | None = None, shape: Shape | None = None) -> list[Line]:
+    """All checks, for every implementation and dtype.
+
+    Args:
+        device: cpu or cuda, with an index if wanted.
+        dtypes: names in torch, out of ALL_DTYPES; by default DTYPES of the device.
+        shape: of the comparisons; by default ragged and of a size that takes seconds. Memory has shapes of its own.
+    Raises:
+        ValueError: the device cannot be used, or a dtype is not one of ALL_DTYPES.
+    """
+    place = torch.device(device)
+    if place.type not in DTYPES:
+        raise ValueError(f"device must be cpu or cuda, got {device!r}")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that PyTorch can use, got {device!r} and found no GPU")
+    dtypes = DTYPES[place.type] if dtypes is None else dtypes
+    for name in dtypes:
+        if name not in ALL_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(ALL_DTYPES)}, got {name!r}")
+    lines = []
+    for impl in IMPLS:
+        for dtype in dtypes:
+            lines += verify_one(Subject(impl, dtype, place, shape or default_shape(impl, place)))
+    return lines
+
+
+def verify_one(subject: Subject) -> list[Line]:
+    """The lines of one implementation in one dtype. A check that raises is a failed line; the others still run."""
+    if subject.impl == "triton":  # the others run everywhere
+        try:
+            subject.problem(Shape(2, 16, 16)).call(subject.op)
+        except ValueError as refusal:
+            return [subject.skipped("all", str(refusal))]
+    lines: list[Line] = []
+    for check in CHECKS:
+        try:
+            lines += check(subject)
+        except Exception as error:  # whatever an op raises is a finding
+            what = (check.__doc__ or "").splitlines()[0]
+            note = f"{type(error).__name__}: {error}"
+            lines.append(Line(subject.impl, subject.dtype, what, "FAILED", note=note))
+    return lines
+
+
+def default_shape(impl: str, device: torch.device | str) -> Shape:
+    """Ragged in every direction. In Triton's interpreter one tile takes milliseconds, so there it is small."""
+    if torch.device(device).type == "cuda":
+        return Shape(1021, 1000, 32003)
+    return Shape(67, 40, 521) if impl == "triton" else Shape(389, 200, 4099)
+
+
+def machine(device: str) -> dict[str, str | None]:
+    """The facts without which a table of errors says little."""
+    on_gpu = torch.device(device).type == "cuda"
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu ({platform.machine()})",
+        "cuda": torch.version.cuda if on_gpu else None,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "python": platform.python_version(),
+        "fastdpo": fastdpo.__version__,
+    }
