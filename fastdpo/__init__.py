@@ -23,6 +23,7 @@ _HOME = {
     "linear_cross_entropy": "ops",
     "LOSSES": "losses",
     "preference_loss": "losses",
+    "LinearDPOLoss": "integrations",
     "pack_pairs": "data.packing",
     "pad_pairs": "data.packing",
     "prepare_model": "modeling",

@@ -31,10 +31,10 @@ def linear_cross_entropy(
     options: None = None,
     **same: Any,
 ) -> Tensor:
-    """`F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)` in nats, one tile of logits at a time.
+    """`F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)` in nats, tile after tile of logits.
 
     Args:
-        input: (..., H) fp16, bf16, fp32 or fp64. torch's takes (H,) and (N, H), here any leading dimensions will do.
+        input: (..., H) fp16, bf16, fp32 or fp64. torch's takes (H,) and (N, H), here all leading dimensions.
         linear_weight: (V, H), same dtype and device (autocast as in `linear_logps`).
         target: (...), integers in [0, V) or ignore_index: one for each row of `input`, no shift in between.
         linear_bias: (V,).

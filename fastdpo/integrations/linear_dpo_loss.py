@@ -1,0 +1,249 @@
+"""`LinearDPOLoss`: a preference loss straight from hidden states, with the call signature of Liger's fused DPO loss.
+
+In: the LM head, hidden states and targets of B chosen sequences followed by their B rejected ones, and a reference as
+hidden states or as log-probs. Out: the loss and what is logged about it. Refuses batches that are no pairs, and a
+reference that is missing, half given, given twice or not to be used.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdpo.losses import LOSSES, check_loss_settings
+from fastdpo.ops import sequence_logps
+from fastdpo.ops.targets import labels_of
+from fastdpo.types import IGNORE_INDEX, PairScores
+
+
+class LinearDPOLoss(nn.Module):
+    """Mean preference loss of B pairs, from the hidden states before the LM head. The logits are never materialized.
+
+    Takes the place of `liger_kernel.chunked_loss.LigerFusedLinearDPOLoss` (0.8.5) in a script that imports it. What
+    differs: "ipo" works (log-ratios averaged per token, as TRL's), label_smoothing applies to "sigmoid" (conservative
+    DPO) and is refused where it would do nothing, and a sequence without targets counts 0 where Liger gives nan.
+
+    Args:
+        ignore_index: target of the positions that count for nothing; they never reach the head.
+        beta: temperature of the implicit reward, > 0.
+        alpha: weight of the NLL of the chosen responses, where compute_nll_loss is set.
+        compute_nll_loss: add alpha times the mean NLL per chosen token to the loss, in nats.
+        compiled, chunk_size: accepted and not used; there is nothing to compile, and the op chooses its tiles.
+        use_ref_model: compare with a reference; False takes its log-probs as 0.
+        average_log_prob: mean instead of sum over the tokens of a response, in the loss and in what is returned.
+        loss_type: a name in `fastdpo.LOSSES`.
+        label_smoothing: probability of a flipped label, for "sigmoid", "robust" and "exo_pair".
+        discopop_tau: temperature of "discopop".
+        skip_tolerance, impl: as in `linear_logps`.
+    Raises:
+        ValueError: a setting that the loss cannot use.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        compute_nll_loss: bool = False,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        average_log_prob: bool = False,
+        chunk_size: int = 1,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        discopop_tau: float = 0.05,
+        *,
+        skip_tolerance: float = 0.0,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.ignore_index, self.use_ref_model, self.average_log_prob = ignore_index, use_ref_model, average_log_prob
+        self.compute_nll_loss, self.alpha = compute_nll_loss, alpha
+        self.compiled, self.chunk_size = compiled, chunk_size
+        self.loss_type, self.beta = loss_type, beta
+        self.label_smoothing, self.discopop_tau = label_smoothing, discopop_tau
+        self.skip_tolerance, self.impl = skip_tolerance, impl
+        check_loss_settings(loss_type, self)
+        if loss_type == "ipo" and average_log_prob:
+            raise ValueError("average_log_prob must be False for loss_type 'ipo', which averages per token by itself")
+
+    def forward(
+        self,
+        lm_head_weight: Tensor,
+        hidden: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        *,
+        ref_chosen_logps: Tensor | None = None,
+        ref_rejected_logps: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss of a batch of pairs.
+
+        Args:
+            lm_head_weight: (V, H).
+            hidden: (2B, L, H), the chosen sequences first; already shifted, position l predicts target[:, l].
+            target: (2B, L) integers in [0, V) or ignore_index.
+            bias: (V,), the head's bias.
+            ref_input, ref_weight, ref_bias: the reference's (2B, L, H'), (V, H') and (V,); they get no gradient.
+            ref_chosen_logps, ref_rejected_logps: (B,) in place of the three, nats: log-probs that are known already,
+                summed over the response, or averaged where average_log_prob is set.
+        Returns:
+            loss, a scalar, differentiable once in lm_head_weight, hidden and bias; and a tuple without gradients:
+            chosen_logps (B,), rejected_logps (B,), chosen_logits_mean, rejected_logits_mean (scalars, over every
+            position, ignored ones too, and the vocabulary), nll_loss (scalar, 0 unless compute_nll_loss),
+            chosen_rewards (B,), rejected_rewards (B,). All fp32 (fp64 for fp64 inputs).
+        Raises:
+            ValueError: shapes that do not fit, a reference that is missing, incomplete or superfluous, and as
+                `sequence_logps`.
+        """
+        _check_pairs(lm_head_weight, hidden, target)
+        ref_logps = self._given_reference(target, ref_input, ref_weight, ref_bias, ref_chosen_logps, ref_rejected_logps)
+        rows = _Rows.of(labels_of(target, self.ignore_index))
+
+        if ref_input is not None and ref_weight is not None:
+            with torch.no_grad():
+                sums, lengths = self._sums(rows, ref_weight, ref_input, ref_bias)
+            ref_logps = self._logps(sums, lengths)
+        sums, lengths = self._sums(rows, lm_head_weight, hidden, bias, skip_tolerance=self.skip_tolerance)
+        if ref_logps is None:
+            ref_logps = torch.zeros_like(sums)
+        loss, scores, nll_loss = self._loss_of_sums(sums, lengths, ref_logps.to(sums.dtype))
+
+        with torch.no_grad():
+            logged = (
+                scores.policy_chosen_logps.detach(),
+                scores.policy_rejected_logps.detach(),
+                *_mean_logits(lm_head_weight, hidden, bias, sums.dtype),
+                nll_loss.detach(),
+                self.beta * scores.chosen_logratios,
+                self.beta * scores.rejected_logratios,
+            )
+        return loss, logged
+
+    def _sums(
+        self, rows: _Rows, weight: Tensor, hidden: Tensor, bias: Tensor | None, skip_tolerance: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Summed log-probs and counted tokens of the sequences, both (2B,)."""
+        logps = sequence_logps(
+            rows.take(hidden),
+            weight,
+            rows.labels,
+            rows.cu_seqlens,
+            bias=bias,
+            skip_tolerance=skip_tolerance,
+            impl=self.impl,
+        )
+        return logps.sums, logps.lengths
+
+    def _logps(self, sums: Tensor, lengths: Tensor) -> Tensor:
+        return sums / lengths.clamp(min=1) if self.average_log_prob else sums
+
+    def _loss_of_sums(self, sums: Tensor, lengths: Tensor, ref_logps: Tensor) -> tuple[Tensor, PairScores, Tensor]:
+        """Loss, scores and NLL as a function of (2B,) sums alone: the only way by which the loss sees the model."""
+        num_pairs = sums.shape[0] // 2
+        scores = PairScores(*self._logps(sums, lengths).chunk(2), *ref_logps.chunk(2), *lengths.chunk(2))
+        loss, nll_loss = LOSSES[self.loss_type](scores, self).mean(), sums.new_zeros(())
+        if self.compute_nll_loss:
+            nll_loss = -sums[:num_pairs].sum() / lengths[:num_pairs].sum().clamp(min=1)
+            loss = loss + self.alpha * nll_loss
+        return loss, scores, nll_loss
+
+    def _given_reference(
+        self,
+        target: Tensor,
+        ref_input: Tensor | None,
+        ref_weight: Tensor | None,
+        ref_bias: Tensor | None,
+        ref_chosen_logps: Tensor | None,
+        ref_rejected_logps: Tensor | None,
+    ) -> Tensor | None:
+        """(2B,) reference log-probs if they are known already; refuses all but one complete reference, or none."""
+        states = {"ref_input": ref_input, "ref_weight": ref_weight, "ref_bias": ref_bias}
+        logps = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
+        given = [name for name, x in {**states, **logps}.items() if x is not None]
+        if not self.use_ref_model:
+            if given:
+                raise ValueError(f"{given[0]} must be None where use_ref_model is False")
+            return None
+        from_states, from_logps = [[name for name in given if name in group] for group in (states, logps)]
+        if from_states and from_logps:
+            raise ValueError(f"{from_logps[0]} must be None where {from_states[0]} is given: one reference, got two")
+        if not given:
+            raise ValueError(
+                "ref_input and ref_weight, or ref_chosen_logps and ref_rejected_logps, must be given where"
+                " use_ref_model is True, got neither"
+            )
+        if from_states:
+            missing = [name for name in ("ref_input", "ref_weight") if states[name] is None]
+            if missing:
+                raise ValueError(f"{missing[0]} must be given with {from_states[0]}, got None")
+            if ref_input is not None and (ref_input.dim() != 3 or ref_input.shape[:2] != target.shape):
+                expected = f"({target.shape[0]}, {target.shape[1]}, H)"
+                raise ValueError(f"ref_input must have shape {expected} to match target, got {tuple(ref_input.shape)}")
+            return None
+        if ref_chosen_logps is None or ref_rejected_logps is None:
+            raise ValueError("ref_chosen_logps and ref_rejected_logps must be given together, got one of them")
+        num_pairs = target.shape[0] // 2
+        for name, x in (("ref_chosen_logps", ref_chosen_logps), ("ref_rejected_logps", ref_rejected_logps)):
+            if tuple(x.shape) != (num_pairs,) or x.device != target.device:
+                raise ValueError(
+                    f"{name} must have one value per pair, shape ({num_pairs},) on {target.device},"
+                    f" got {tuple(x.shape)} on {x.device}"
+                )
+        return torch.cat([ref_chosen_logps, ref_rejected_logps]).detach()
+
+
+class _Rows(NamedTuple):
+    """The positions of a (2B, L) batch that reach the head, one sequence after the other."""
+
+    labels: Tensor  # (T,)
+    cu_seqlens: Tensor  # (2B + 1,)
+    positions: tuple[Tensor, ...] | None  # (T,) sequences and (T,) offsets of the rows; None takes every position
+
+    @classmethod
+    def of(cls, labels: Tensor) -> _Rows:
+        """The positions whose label is not IGNORE_INDEX. Counting them makes the host wait for a GPU, once a call.
+
+        Under torch.compile every position is a row instead, so that shapes do not depend on values.
+        """
+        num_sequences, length = labels.shape
+        if not torch.compiler.is_compiling():
+            keep = labels != IGNORE_INDEX
+            positions = keep.nonzero(as_tuple=True)
+            if positions[0].shape[0] < labels.numel():
+                return cls(labels[positions], F.pad(keep.sum(1).cumsum(0), (1, 0)), positions)
+        return cls(labels.flatten(), torch.arange(num_sequences + 1, device=labels.device) * length, None)
+
+    def take(self, hidden: Tensor) -> Tensor:
+        """(T, H) rows of (2B, L, H) hidden states."""
+        return hidden.flatten(0, 1) if self.positions is None else hidden[self.positions]
+
+
+def _mean_logits(weight: Tensor, hidden: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean logit of the chosen and the rejected half: the head is linear, so these are the logits of the mean row."""
+    with torch.autocast(weight.device.type, enabled=False):
+        means = torch.stack([half.mean((0, 1), dtype=dtype) for half in hidden.chunk(2)])  # (2, H)
+        logits = F.linear(means.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))  # (2, V)
+        chosen, rejected = logits.mean(-1, dtype=dtype)
+    return chosen, rejected
+
+
+def _check_pairs(lm_head_weight: Tensor, hidden: Tensor, target: Tensor) -> None:
+    if target.dim() != 2 or target.shape[0] == 0 or target.shape[0] % 2:
+        raise ValueError(
+            "target must have shape (2B, L), the B >= 1 chosen sequences first and then the rejected ones,"
+            f" got {tuple(target.shape)}"
+        )
+    if hidden.dim() != 3 or hidden.shape[:2] != target.shape:
+        expected = f"({target.shape[0]}, {target.shape[1]}, H)"
+        raise ValueError(f"hidden must have shape {expected} to match target, got {tuple(hidden.shape)}")
+    if lm_head_weight.dim() != 2 or lm_head_weight.shape[1] != hidden.shape[2]:
+        raise ValueError(
+            f"lm_head_weight must have shape (V, {hidden.shape[2]}) to match hidden, got {tuple(lm_head_weight.shape)}"
+        )
