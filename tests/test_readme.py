@@ -23,7 +23,7 @@ def model_dir(tmp_path):
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0][:40])
 def test_python_blocks_run(block, model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 5
     exec(block.replace("Qwen/Qwen2.5-0.5B-Instruct", str(model_dir)), {})
 
 
@@ -47,5 +47,8 @@ def test_every_path_and_option_that_the_readme_names_exists():
     known = {f.name for cls in (DPOConfig, AdapterArguments, RunArguments) for f in fields(cls)} | {"config", "help"}
     for option in re.findall(r"--([a-z_0-9]+)", README):
         assert option in known, option
-    for path in re.findall(r"\]\(([^)]+)\)", README):
+    headings = {title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", README, flags=re.MULTILINE)}
+    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
+        assert anchor in headings, anchor
+    for path in re.findall(r"\]\(([^)#]+)\)", README):
         assert path.startswith("https://") or (Path(__file__).parents[1] / path).exists(), path
