@@ -177,11 +177,24 @@ def test_ignored_positions_never_reach_the_head(monkeypatch):
     assert not ours[9][ignored].any()
 
 
-def test_compiled_code_takes_every_row_and_gives_the_same(monkeypatch):
+def test_torch_compile_takes_it_as_one_graph():
+    """There every position is a row of the head, so that no shape depends on the targets."""
     batch = make()
-    expected = run(LinearDPOLoss(), batch, *batch.policy(), **batch.reference())
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    torch.testing.assert_close(run(LinearDPOLoss(), batch, *batch.policy(), **batch.reference()), expected)
+    loss = LinearDPOLoss(compute_nll_loss=True)
+    expected = run(loss, batch, *batch.policy(), **batch.reference())
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled, batch, *batch.policy(), **batch.reference()), expected)
+
+
+def test_the_kernels_give_what_tiled_gives():
+    batch = make(dtype=torch.float32, has_bias=True)
+    if torch.cuda.is_available():
+        moved = {name: x if x is None else x.detach().cuda() for name, x in vars(batch).items()}
+        batch = Batch(**moved).to(torch.float32)
+    tiled, triton = (
+        run(LinearDPOLoss(impl=impl), batch, *batch.policy(), **batch.reference()) for impl in ("tiled", "triton")
+    )
+    torch.testing.assert_close(triton, tiled, rtol=1e-4, atol=1e-5)
 
 
 def test_hidden_states_may_be_a_shifted_view():

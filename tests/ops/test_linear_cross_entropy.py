@@ -95,20 +95,35 @@ def test_where_every_row_is_ignored_the_values_are_torchs_and_the_gradients_zero
         assert all(not grad.any() for grad in ours[1:])
 
 
+@pytest.mark.parametrize("impl", ["tiled", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_is_at_most_twice_that_of_plain_pytorch(dtype):
+def test_error_is_at_most_twice_that_of_plain_pytorch(impl, dtype):
     """Plain: logits in the inputs' dtype, softmax and loss in fp32, what a careful training script does."""
 
     def careful(input, linear_weight, target, *, linear_bias, **kwargs):
         return F.cross_entropy(F.linear(input, linear_weight, linear_bias).float(), target, **kwargs)
 
-    leaves, target, _ = make(dtype=dtype)
-    exact = run(plain, [x.detach().double().requires_grad_() for x in leaves], target)
-    ours, theirs = run(linear_cross_entropy, leaves, target), run(careful, leaves, target)
+    device = "cuda" if torch.cuda.is_available() and impl == "triton" else "cpu"
+    leaves, target, weight = make(dtype=dtype)
+    leaves, target, weight = (
+        [x.detach().to(device).requires_grad_() for x in leaves],
+        target.to(device),
+        weight.to(device),
+    )
+    exact = run(plain, [x.detach().double().requires_grad_() for x in leaves], target, weight=weight.double())
+    ours = run(linear_cross_entropy, leaves, target, weight=weight, impl=impl)
+    theirs = run(careful, leaves, target, weight=weight.float())
     assert ours[0].dtype == torch.float32
     for i, (a, b, e) in enumerate(zip(ours, theirs, exact, strict=True)):
         error, error_of_plain = ((x.double() - e).norm() / e.norm() for x in (a, b))
         assert error <= 2 * error_of_plain + 1e-7, (i, error, error_of_plain)
+
+
+def test_torch_compile_takes_it_as_one_graph():
+    leaves, target, _ = make(has_bias=False)
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    ours, expected = run(compiled, leaves, target), run(linear_cross_entropy, leaves, target)
+    torch.testing.assert_close(ours, expected)
 
 
 def test_only_the_gradients_that_are_needed_are_computed():
