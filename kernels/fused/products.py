@@ -1,0 +1,233 @@
+"""Products of the sparse backward: sums over the kept tiles that a workspace holds, times W or the hidden states.
+
+In: the workspace of one round, lists of terms from `fastdpo.kernels.rounds`. Out: rows of dH, dW or db. A block of the
+result belongs to one program, which sums its terms in fp32 in ascending order: no atomics, the same bits every time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdpo.kernels.logits import INTERPRETED
+from fastdpo.kernels.rounds import Terms
+
+
+class ProductBlocks(NamedTuple):
+    """One launch configuration of the products: columns of the result, and how much of a tile one step takes."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# As BLOCKS in launch.py: capability from which a row holds, then bytes of an operand.
+PRODUCT_BLOCKS: dict[tuple[int, int], dict[int, ProductBlocks]] = {
+    (8, 0): {2: ProductBlocks(128, 32, 8, 3), 4: ProductBlocks(64, 16, 8, 2)},
+    (9, 0): {2: ProductBlocks(128, 64, 8, 3), 4: ProductBlocks(64, 16, 8, 2)},
+    (10, 0): {2: ProductBlocks(128, 64, 8, 3), 4: ProductBlocks(64, 16, 8, 2)},
+    (12, 0): {2: ProductBlocks(128, 32, 8, 3), 4: ProductBlocks(64, 16, 8, 2)},
+}
+PRODUCT_INTERPRETED = ProductBlocks(64, 16, 1, 1)
+GROUP = 8  # blocks of the result between which a block of the second operand is shared through L2
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x, fp32, rounded to dtype. GPUs do that by themselves; Triton's interpreter cuts digits off for bf16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit(do_not_specialize=["round_index", "round_stride", "end_stride", "num_out", "num_other"])
+def products_kernel(
+    out_ptr,  # (num_out, H), contiguous
+    tiles_ptr,  # (num_slots, BLOCK_T, BLOCK_V)
+    other_ptr,  # (num_other, H)
+    slots_ptr,  # this and the next three: as in Terms
+    blocks_ptr,
+    bounds_ptr,
+    spans_ptr,
+    unit_ptr,  # (1,) fp32, factor of a finished sum
+    round_index,
+    round_stride,
+    end_stride,
+    num_out,
+    num_other,
+    H,
+    stride_ob,
+    stride_oh,
+    TRANSPOSED: tl.constexpr,  # D.T @ other, else D @ other
+    FINISH: tl.constexpr,  # writes the sum, else adds to what is there
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """out[block] (+)= sum over the block's terms of their tile times a block of `other`."""
+    BLOCK_M: tl.constexpr = BLOCK_V if TRANSPOSED else BLOCK_T
+    DEPTH: tl.constexpr = BLOCK_T if TRANSPOSED else BLOCK_V
+    STEPS: tl.constexpr = DEPTH // BLOCK_K
+    first_block = tl.load(spans_ptr + 2 * round_index)
+    num_blocks = tl.load(spans_ptr + 2 * round_index + 1) - first_block
+    num_columns = tl.cdiv(H, BLOCK_N)
+    for work in range(tl.program_id(0), num_blocks * num_columns, tl.num_programs(0)):
+        group = work // (GROUP * num_columns)
+        group_size = min(num_blocks - group * GROUP, GROUP)
+        within = work % (GROUP * num_columns)
+        block = first_block + group * GROUP + within % group_size
+        n = (within // group_size) * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_columns = n < H
+
+        bounds = bounds_ptr + round_index * round_stride + block
+        first_term, last_term = tl.load(bounds), tl.load(bounds + end_stride)
+        if FINISH or last_term > first_term:
+            m = tl.arange(0, BLOCK_M)
+            rows = block.to(tl.int64) * BLOCK_M + m
+            mask = (rows < num_out)[:, None] & in_columns[None, :]
+            out_ptrs = out_ptr + rows[:, None] * H + n[None, :]
+            if FINISH:
+                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            else:
+                acc = tl.load(out_ptrs, mask=mask, other=0.0)
+            slot = tl.load(slots_ptr + first_term)
+            other_block = tl.load(blocks_ptr + first_term)
+            for step in range(first_term * STEPS, last_term * STEPS):
+                k = (step % STEPS) * BLOCK_K + tl.arange(0, BLOCK_K)
+                tile_ptr = tiles_ptr + slot.to(tl.int64) * BLOCK_T * BLOCK_V
+                other_row = other_block.to(tl.int64) * DEPTH + k
+                # The next step's place is read one step ahead: the tile's loads would wait for it.
+                slot = tl.load(slots_ptr + (step + 1) // STEPS)
+                other_block = tl.load(blocks_ptr + (step + 1) // STEPS)
+                if TRANSPOSED:
+                    d = tl.load(tile_ptr + k[:, None] * BLOCK_V + m[None, :]).trans()  # (BLOCK_M, BLOCK_K)
+                else:
+                    d = tl.load(tile_ptr + m[:, None] * BLOCK_V + k[None, :])
+                x = tl.load(  # (BLOCK_K, BLOCK_N)
+                    other_ptr + other_row[:, None] * stride_ob + n[None, :].to(tl.int64) * stride_oh,
+                    mask=(other_row < num_other)[:, None] & in_columns[None, :],
+                    other=0.0,
+                )
+                if INTERPRETED:
+                    d, x = d.to(tl.float32), x.to(tl.float32)
+                acc = tl.dot(d, x, acc, input_precision="ieee")
+            if FINISH:
+                acc *= tl.load(unit_ptr)
+            tl.store(out_ptrs, cast(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["round_index", "round_stride", "end_stride", "num_out"])
+def column_sums_kernel(
+    out_ptr,  # (num_out,)
+    tiles_ptr,  # (num_slots, BLOCK_T, BLOCK_V)
+    slots_ptr,  # this and the next two: as in Terms
+    bounds_ptr,
+    spans_ptr,
+    unit_ptr,  # (1,) fp32, factor of the sum
+    round_index,
+    round_stride,
+    end_stride,
+    num_out,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """out[block] = sum over the block's terms and over the rows of their tile."""
+    first_block, end_block = tl.load(spans_ptr + 2 * round_index), tl.load(spans_ptr + 2 * round_index + 1)
+    for block in range(first_block + tl.program_id(0), end_block, tl.num_programs(0)):
+        bounds = bounds_ptr + round_index * round_stride + block
+        acc = tl.zeros((BLOCK_V,), dtype=tl.float32)
+        for term in range(tl.load(bounds), tl.load(bounds + end_stride)):
+            tile_ptr = tiles_ptr + tl.load(slots_ptr + term).to(tl.int64) * BLOCK_T * BLOCK_V
+            d = tl.load(tile_ptr + tl.arange(0, BLOCK_T)[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :])
+            acc += tl.sum(d.to(tl.float32), axis=0)
+        v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+        tl.store(out_ptr + v, cast(acc * tl.load(unit_ptr), out_ptr.dtype.element_ty), mask=v < num_out)
+
+
+def add_products(
+    out: Tensor,  # (num_out, H), contiguous; fp32 unless `finish`
+    tiles: Tensor,  # (num_slots, block_t, block_v)
+    other: Tensor,  # (num_other, H), the tiles' dtype
+    terms: Terms,
+    round_index: int,
+    unit: Tensor,  # (1,) fp32
+    *,
+    transposed: bool,
+    finish: bool,
+    blocks: ProductBlocks | None = None,
+) -> None:
+    """The round's products: with `finish` written times unit (blocks without terms: zeros), else added to `out`."""
+    block_t, block_v = tiles.shape[1:]
+    block_n, block_k, num_warps, num_stages = blocks or product_blocks(tiles)
+    products_kernel[(_num_programs(tiles),)](
+        out,
+        tiles,
+        other,
+        terms.slots,
+        terms.blocks,
+        terms.bounds,
+        terms.spans,
+        unit,
+        round_index,
+        terms.round_stride,
+        terms.end_stride,
+        out.shape[0],
+        *other.shape,
+        *other.stride(),
+        TRANSPOSED=transposed,
+        FINISH=finish,
+        BLOCK_T=block_t,
+        BLOCK_V=block_v,
+        BLOCK_N=block_n,
+        BLOCK_K=min(block_k, block_t if transposed else block_v),
+        GROUP=GROUP,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+
+
+def add_column_sums(
+    out: Tensor,  # (V,)
+    tiles: Tensor,  # (num_slots, block_t, block_v)
+    terms: Terms,  # of the vocabulary tiles, as the outer side
+    round_index: int,
+    unit: Tensor,  # (1,) fp32
+) -> None:
+    """The column sums of the round's vocabulary tiles, times unit; zeros where a tile has no terms."""
+    column_sums_kernel[(_num_programs(tiles),)](
+        out,
+        tiles,
+        terms.slots,
+        terms.bounds,
+        terms.spans,
+        unit,
+        round_index,
+        terms.round_stride,
+        terms.end_stride,
+        out.shape[0],
+        BLOCK_T=tiles.shape[1],
+        BLOCK_V=tiles.shape[2],
+        num_warps=8,
+    )
+
+
+def product_blocks(tiles: Tensor) -> ProductBlocks:
+    """Blocks for a workspace like `tiles` on the device where it is."""
+    if not tiles.is_cuda:
+        return PRODUCT_INTERPRETED
+    capability = torch.cuda.get_device_capability(tiles.device)
+    return PRODUCT_BLOCKS[max(c for c in PRODUCT_BLOCKS if c <= capability)][tiles.element_size()]
+
+
+def _num_programs(x: Tensor) -> int:
+    """Programs of a kernel that strides over its work: what the device can hold at once, so that none comes late."""
+    return 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3

@@ -1,0 +1,203 @@
+"""Backward of the head op over the tiles that matter: those not kept are neither recomputed nor multiplied.
+
+In: what forward saw, its lse, the row factors c of eq. (10), and which (row block, vocabulary tile) to keep. Out: dH,
+dW and db, those asked for. No atomics, nothing read back to the host. `fastdpo.kernels.rounds` says which tile is when
+and where in the workspace. Each round, three kernels:
+
+    D[slot]  = (softmax(z) - onehot) exp(lse_rest) dz/dy c     one program per kept tile
+    dW[tile] = sum over the tile's row blocks  D[slot].T @ H   the two products, by one kernel
+    dH[rows] += sum over the rows' tiles       D[slot] @ W
+
+c is a factor of D here, because a copy of the hidden states scaled by it, as eq. (12) asks for, would be as large as
+they are. It is divided by the power of two below the largest c first, so that fp16 keeps its range.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdpo.kernels.launch import device_blocks, scratch
+from fastdpo.kernels.logits import scale_logits, tile_dot
+from fastdpo.kernels.products import add_column_sums, add_products, cast
+from fastdpo.kernels.rounds import Rounds, plan_rounds
+from fastdpo.types import IGNORE_INDEX
+
+IGNORED = tl.constexpr(IGNORE_INDEX)
+
+
+@triton.jit(do_not_specialize=["round_index", "T", "V", "num_tiles"])
+def kept_logit_grads_kernel(
+    out_ptr,  # (num_slots, BLOCK_T, BLOCK_V)
+    hidden_ptr,  # (T, H)
+    weight_ptr,  # (V, H)
+    bias_ptr,  # (V,) or unused
+    labels_ptr,  # (T,) int64
+    lse_whole_ptr,  # (T,) fp32
+    lse_rest_ptr,  # (T,) fp32
+    row_scale_ptr,  # (T,) fp32, c over its largest
+    starts_ptr,  # and the next two: as in Rounds
+    visits_ptr,
+    slots_ptr,
+    round_index,
+    T,
+    V,
+    H,
+    num_tiles,
+    stride_ht,
+    stride_hh,
+    stride_wv,
+    stride_wh,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """eq. (9) times c for one kept tile, zeros beyond the last row and the last vocabulary id."""
+    visit = tl.load(starts_ptr + round_index) + tl.program_id(0)
+    if visit >= tl.load(starts_ptr + round_index + 1):
+        return
+    place = tl.load(visits_ptr + visit)
+    slot = tl.load(slots_ptr + place)
+    row_block, tile = place // num_tiles, place % num_tiles
+
+    t = row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    v = tile.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    t_safe, v_safe = tl.minimum(t, T - 1), tl.minimum(v, V - 1)
+    acc = tile_dot(
+        hidden_ptr, weight_ptr, t_safe, v_safe, H, stride_ht, stride_hh, stride_wv, stride_wh, BLOCK_T, BLOCK_V, BLOCK_H
+    )
+    z, ratio = scale_logits(acc, bias_ptr, v_safe, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+
+    label = tl.load(labels_ptr + t_safe)  # (BLOCK_T,)
+    whole = tl.load(lse_whole_ptr + t_safe)
+    whole = tl.where((label >= 0) & (label < V), whole, float("nan"))  # an error, which must not pass unseen
+    whole = tl.where(label == IGNORED, float("inf"), whole)  # exp(z - inf) = 0
+    onehot = tl.exp(tl.load(lse_rest_ptr + t_safe))
+    grad = tl.exp(z - whole[:, None])  # (BLOCK_T, BLOCK_V)
+    grad -= tl.where(v[None, :] == label[:, None], onehot[:, None], 0.0)
+    if HAS_SOFTCAP:
+        grad *= 1.0 - ratio * ratio
+    grad *= tl.load(row_scale_ptr + t_safe)[:, None]
+    grad = tl.where((t < T)[:, None] & (v < V)[None, :], grad, 0.0)
+    out_ptr += slot.to(tl.int64) * BLOCK_T * BLOCK_V
+    offsets = tl.arange(0, BLOCK_T)[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    tl.store(out_ptr + offsets, cast(grad, out_ptr.dtype.element_ty))
+
+
+def sparse_head_gradients(
+    hidden_states: Tensor,  # (T, H) fp16, bf16 or fp32
+    weight: Tensor,  # (V, H), same dtype
+    bias: Tensor | None,  # (V,), same dtype
+    labels: Tensor,  # (T,) int64
+    lse_whole: Tensor,  # (T,) fp32
+    lse_rest: Tensor,  # (T,) fp32
+    row_scale: Tensor,  # (T,) c in eq. (10), fp32; 0 in ignored rows
+    kept: Tensor,  # (cdiv(T, block_t), cdiv(V, block_v)) bool
+    *,
+    block_t: int,
+    block_v: int,
+    logit_scale: float,
+    softcap: float | None,
+    hidden_dtype: torch.dtype | None,  # of dH; None: not wanted
+    weight_dtype: torch.dtype | None,  # of dW
+    bias_dtype: torch.dtype | None,  # of db
+    max_tile_elements: int = 2**25,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """eq. (11) and (12) over the kept tiles. Row blocks whose row_scale is all zero count as not kept.
+
+    Rows of dW and db whose tile no row block keeps are exactly zero. Beyond the results it allocates the workspace, of
+    at most max_tile_elements in the operands' dtype or two vocabulary tiles of every row where that is more (for dH
+    alone: two row blocks of the whole vocabulary); with dW or db fp32 sums of dH; and index lists.
+    """
+    (T, H), V = hidden_states.shape, weight.shape[0]
+    tiles_outside = weight_dtype is not None or bias_dtype is not None
+    grad_hidden = grad_weight = grad_bias = None
+    if hidden_dtype is not None:
+        sums_dtype = torch.float32 if tiles_outside else hidden_dtype
+        grad_hidden = torch.zeros((T, H), dtype=sums_dtype, device=weight.device)
+    if weight_dtype is not None:
+        grad_weight = torch.zeros((V, H), dtype=weight_dtype, device=weight.device)
+    if bias_dtype is not None:
+        grad_bias = torch.zeros(V, dtype=bias_dtype, device=weight.device)
+    if T == 0 or hidden_dtype is weight_dtype is bias_dtype is None:
+        return None if grad_hidden is None else grad_hidden.to(hidden_dtype), grad_weight, grad_bias
+
+    rounds = plan_rounds(kept & _active(row_scale, block_t), max_tile_elements // (block_t * block_v), tiles_outside)
+    unit = _power_of_two(row_scale)
+    tiles = scratch((rounds.num_slots, block_t, block_v), hidden_states, hidden_states.dtype)
+    inputs = (hidden_states, weight, bias, labels.contiguous(), lse_whole, lse_rest, row_scale / unit)
+    for q in range(rounds.num_rounds):
+        _fill_tiles(tiles, *inputs, rounds, q, logit_scale, softcap)
+        if grad_weight is not None:
+            add_products(grad_weight, tiles, hidden_states, rounds.tiles, q, unit, transposed=True, finish=True)
+        if grad_bias is not None:
+            add_column_sums(grad_bias, tiles, rounds.tiles, q, unit)
+        if grad_hidden is not None:
+            add_products(grad_hidden, tiles, weight, rounds.rows, q, unit, transposed=False, finish=not tiles_outside)
+    if grad_hidden is not None and tiles_outside:
+        grad_hidden = grad_hidden.mul_(unit).to(hidden_dtype)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _fill_tiles(
+    tiles: Tensor,  # (num_slots, block_t, block_v)
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    lse_whole: Tensor,
+    lse_rest: Tensor,
+    row_scale: Tensor,
+    rounds: Rounds,
+    round_index: int,
+    logit_scale: float,
+    softcap: float | None,
+) -> None:
+    _, _, block_h, num_warps, num_stages = device_blocks(hidden_states)
+    kept_logit_grads_kernel[(rounds.num_slots,)](
+        tiles,
+        hidden_states,
+        weight,
+        labels if bias is None else bias.contiguous(),
+        labels,
+        lse_whole,
+        lse_rest,
+        row_scale,
+        rounds.starts,
+        rounds.visits,
+        rounds.slots,
+        round_index,
+        hidden_states.shape[0],
+        weight.shape[0],
+        hidden_states.shape[1],
+        rounds.slots.shape[1],
+        *hidden_states.stride(),
+        *weight.stride(),
+        logit_scale,
+        1.0 if softcap is None else softcap,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        BLOCK_T=tiles.shape[1],
+        BLOCK_V=tiles.shape[2],
+        BLOCK_H=block_h,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+
+
+def _active(row_scale: Tensor, block_t: int) -> Tensor:
+    """(num_row_blocks, 1): whether any row of the block has a factor that is not zero."""
+    padding = -row_scale.shape[0] % block_t
+    return (torch.nn.functional.pad(row_scale, (0, padding)) != 0).view(-1, block_t).any(1, keepdim=True)
+
+
+def _power_of_two(row_scale: Tensor) -> Tensor:
+    """(1,): the power of two just below the largest finite factor, 1 if all are zero."""
+    largest = row_scale.abs().nan_to_num(0.0, 0.0, 0.0).amax(0, keepdim=True)
+    return torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)
