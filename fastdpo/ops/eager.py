@@ -31,11 +31,12 @@ def max_chunk_rows(lm_head_weight: Tensor, engine: Engine, workspace_bytes: int 
     return max(1, budget // (itemsize * lm_head_weight.shape[0]))
 
 
-def even_chunks(num_rows: int, most: int) -> Iterator[slice]:
+def even_chunks(rows: slice, most: int) -> Iterator[slice]:
     """As few chunks of at most `most` rows as there can be, of nearly equal size."""
+    num_rows = rows.stop - rows.start
     size = -(-num_rows // max(1, -(-num_rows // most)))
-    for start in range(0, num_rows, max(1, size)):
-        yield slice(start, min(start + size, num_rows))
+    for start in range(rows.start, rows.stop, max(1, size)):
+        yield slice(start, min(start + size, rows.stop))
 
 
 def workspace(num_rows: int, lm_head_weight: Tensor, engine: Engine) -> Tensor:
@@ -57,7 +58,7 @@ def hidden_grad_in_forward(
     if T == 0:
         return engine.forward(hidden_states, lm_head_weight, bias, labels, head), _sums_like(hidden_states)
     grads = RowGradients(hidden_states, lm_head_weight, bias, (True, False, False))
-    chunks = list(even_chunks(T, max_chunk_rows(lm_head_weight, engine)))
+    chunks = list(even_chunks(slice(0, T), max_chunk_rows(lm_head_weight, engine)))
     space = workspace(chunks[0].stop, lm_head_weight, engine)
     found = []
     for rows in chunks:
@@ -83,30 +84,50 @@ class RowGradients:
         self.is_first = True
 
     def add(self, rows: slice, d: Tensor, scale: Tensor) -> None:
-        """Takes in D (rows, V) and c (rows,) of these rows; every row of dH comes once."""
-        block = len(self.lm_head_weight)
-        if operand(self.lm_head_weight[:1]).dtype != self.lm_head_weight.dtype:
-            block = max(1, MAX_WEIGHT_ELEMENTS // self.lm_head_weight.shape[1])
-        scaled = self.hidden_states[rows] * scale[:, None]
-        for start in range(0, len(self.lm_head_weight), block):
-            vocab = slice(start, min(start + block, len(self.lm_head_weight)))
+        """Takes in D (rows, V), which it may overwrite, and c (rows,); every row of dH comes once."""
+        hidden_states = self.hidden_states[rows]
+        hidden = None if self.hidden is None else self.hidden[rows]
+        if not scale.is_cuda:  # rows without weight cost nothing where counting them does not stop a device
+            kept = scale.nonzero()[:, 0]
+            if len(kept) < len(scale):
+                for new, old in enumerate(kept.tolist()):
+                    d[new].copy_(d[old])
+                if hidden is not None:
+                    some = torch.empty(len(kept), hidden.shape[1], dtype=hidden.dtype)
+                    self._add(hidden_states[kept], d[: len(kept)], scale[kept], some)
+                    hidden.zero_().index_copy_(0, kept, some)
+                else:
+                    self._add(hidden_states[kept], d[: len(kept)], scale[kept], None)
+                return
+        self._add(hidden_states, d, scale, hidden)
+
+    def _add(self, hidden_states: Tensor, d: Tensor, scale: Tensor, hidden: Tensor | None) -> None:
+        """The products of these rows; their dH into `hidden`."""
+        if len(scale) == 0:
+            return
+        V, H = self.lm_head_weight.shape
+        casts = operand(self.lm_head_weight[:1]).dtype != self.lm_head_weight.dtype
+        block = max(1, MAX_WEIGHT_ELEMENTS // H) if casts else V
+        scaled = hidden_states * scale[:, None]
+        for start in range(0, V, block):
+            vocab = slice(start, min(start + block, V))
             weight = operand(self.lm_head_weight[vocab])
             d_block = d[:, vocab].to(weight.dtype)
-            if self.hidden is not None:
-                matmul_into(self.hidden[rows], d_block, weight, beta=0.0 if start == 0 else 1.0)
+            if hidden is not None:
+                matmul_into(hidden, d_block, weight, beta=0.0 if start == 0 else 1.0)
             if self.weight is not None:
                 matmul_into(self.weight[vocab], d_block.T, scaled.to(weight.dtype), beta=0.0 if self.is_first else 1.0)
             if self.bias is not None:
                 added = scale @ d_block.to(scale.dtype)
                 self.bias[vocab] = added if self.is_first else self.bias[vocab] + added
-        if self.hidden is not None:
-            self.hidden[rows] *= scale[:, None]
+        if hidden is not None:
+            hidden *= scale[:, None]
         self.is_first = False
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The sums as they are, zeros where no row has come."""
         if self.is_first:
-            for grad in (self.hidden, self.weight, self.bias):
+            for grad in (self.weight, self.bias):
                 if grad is not None:
                     grad.zero_()
         return self.hidden, self.weight, self.bias

@@ -60,12 +60,12 @@ def sequence_logps(
         logps = logps * weights
     num_kept = pad(keep.cumsum(0), (1, 0))
     return SequenceLogps(
-        sums=_segment_sums(logps, cu_seqlens).to(tokens.logps.dtype),
+        sums=segment_sums(logps, cu_seqlens).to(tokens.logps.dtype),
         lengths=num_kept[cu_seqlens[1:]] - num_kept[cu_seqlens[:-1]],
         tokens=tokens,
     )
 
 
-def _segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(S,) fp64. Summed one after the other in fp64: the same bits every time, and exact to fp32."""
     return torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, initial=0.0, unsafe=True)

@@ -1,0 +1,230 @@
+"""A loss over groups of sequences whose gradient is made in forward equals the loss of plain log-probs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from head_cases import BF16, FP32, Case, exact_logps, make_inputs, plain_logps
+
+from fastdpo.ops import sequence_loss as module
+from fastdpo.ops.sequence_loss import GroupEnd, sequence_loss
+from fastdpo.types import IGNORE_INDEX
+
+CUDA = torch.cuda.is_available()
+FAST = ("tiled", "triton")
+LENGTHS = [5, 9, 3, 20, 7, 1, 40, 41]  # four pairs, the last of 81 rows
+REF = torch.tensor([3.0, -2.0, 0.5, 8.0, -6.0, 1.0, 0.0, 2.0])
+NUM_ROWS = sum(LENGTHS)
+
+
+def device_of(impl):
+    return "cuda" if CUDA and impl == "triton" else "cpu"
+
+
+def dpo(sums, sequences):
+    """Four pairs at beta = 0.1, their reference sums shifted so that no weight is near 0 or 1."""
+    rewards = 0.1 * (sums - REF.to(sums)[sequences]).view(-1, 2)
+    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]).sum()
+
+
+def ends_of(lengths, per_group=2):
+    ends = [sum(lengths[:stop]) for stop in range(per_group, len(lengths) + 1, per_group)]
+    return [GroupEnd(end, end, per_group * (i + 1)) for i, end in enumerate(ends)]
+
+
+def cu_seqlens_of(lengths, device):
+    return torch.tensor([0, *lengths], device=device).cumsum(0)
+
+
+def grads_by(logps_fn, case, dtype=None):
+    """Loss, log-probs and gradients by plain autograd through `logps_fn`, in `dtype`."""
+    leaves, labels, _ = make_inputs(case, 0)
+    leaves = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in leaves.items()}
+    args = dict(leaves)
+    logps = logps_fn(args.pop("hidden_states"), args.pop("lm_head_weight"), labels, **args, **case.settings)
+    sums = torch.stack([part.sum() for part in logps.split(LENGTHS)])
+    loss = dpo(sums, slice(0, 8)) / 4
+    return [loss, logps, *torch.autograd.grad(loss, list(leaves.values()))]
+
+
+def ours(case, impl, **settings):
+    leaves, labels, _ = make_inputs(case, 0, device_of(impl))
+    args = dict(leaves)
+    loss, found = sequence_loss(
+        args.pop("hidden_states"),
+        args.pop("lm_head_weight"),
+        labels,
+        cu_seqlens_of(LENGTHS, device_of(impl)),
+        ends_of(LENGTHS),
+        lambda sums, lengths, sequences, groups: dpo(sums, sequences),
+        impl=impl,
+        **args,
+        **case.settings,
+        **settings,
+    )
+    loss = loss / 4
+    return [loss, found.tokens.logps, *torch.autograd.grad(loss, list(leaves.values()))]
+
+
+def distance(a, b):
+    return float((a.detach().double().cpu() - b.detach().double().cpu()).norm())
+
+
+@pytest.mark.parametrize(
+    "rows_in_workspace", [200, 90, 40, 10]
+)  # all pairs at once; one or two; the last not; only one
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(NUM_ROWS, 40, 257, FP32),
+        Case(NUM_ROWS, 40, 257, FP32, has_bias=True, logit_scale=0.5, softcap=4.0),
+        Case(NUM_ROWS, 150, 131, BF16, has_bias=True),
+        Case(NUM_ROWS, 40, 257, FP32, ignored="all"),
+    ],
+    ids=lambda case: case.id,
+)
+@pytest.mark.parametrize("impl", FAST)
+def test_loss_and_gradients_are_off_by_at_most_twice_what_plain_pytorch_is(impl, case, rows_in_workspace):
+    itemsize = 2 if impl == "triton" and case.dtype == BF16 else 4
+    found = ours(case, impl, workspace_bytes=rows_in_workspace * case.V * itemsize)
+    exact, plain = grads_by(exact_logps, case, torch.float64), grads_by(plain_logps, case)
+    for x, p, e in zip(found, plain, exact, strict=True):
+        assert distance(x, e) <= 2 * distance(p, e) + 1e-6 * max(1.0, float(e.detach().norm()))
+
+
+def test_it_is_made_in_forward_unless_a_group_outgrows_the_workspace(monkeypatch):
+    calls = []
+    engine = module.engine_of("tiled")
+
+    def spying(impl):
+        def forward(*args):
+            calls.append("forward")
+            return engine.forward(*args)
+
+        def forward_with_grads(out, *args):
+            calls.append(len(out))
+            return engine.forward_with_grads(out, *args)
+
+        return engine._replace(forward=forward, forward_with_grads=forward_with_grads)
+
+    monkeypatch.setattr(module, "engine_of", spying)
+    ours(Case(NUM_ROWS, 40, 257, FP32), "tiled", workspace_bytes=40 * 257 * 4)
+    assert calls == [37, 8, "forward", 27, 27, 27]  # 14 + 23 rows, 8 rows, then 81 that do not fit
+
+
+def test_shared_rows_and_token_weights_count_as_in_sequence_logps():
+    from fastdpo import sequence_logps
+
+    leaves, labels, _ = make_inputs(Case(8, 16, 50, FP32, ignored="none"), 0)
+    # two groups of two sequences; each pair shares its first row
+    rows, cu = torch.tensor([0, 1, 2, 0, 3, 4, 5, 6, 4, 7]), torch.tensor([0, 3, 5, 8, 10])
+    weights = torch.linspace(0.5, 1.5, 10)
+    ends = [GroupEnd(4, 5, 2), GroupEnd(8, 10, 4)]
+    coefficients = torch.tensor([0.3, -0.4, 0.2, -0.7])
+
+    def loss_of(sums, lengths, sequences, groups):
+        assert lengths.tolist() == [3, 2] * (groups.stop - groups.start)
+        return (sums.square() * coefficients[sequences]).sum()
+
+    args = (*leaves.values(), labels, cu)
+    for rows_in_workspace in (8, 4, 2):
+        loss, found = sequence_loss(
+            *args, ends, loss_of, rows=rows, weights=weights, workspace_bytes=rows_in_workspace * 50 * 4
+        )
+        plain = sequence_logps(*args, rows=rows, weights=weights, impl="reference")
+        expected = (plain.sums.square() * coefficients).sum()
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.sums, plain.sums, rtol=1e-5, atol=1e-5)
+        assert found.lengths.tolist() == plain.lengths.tolist()
+        grads, expected_grads = (torch.autograd.grad(x, list(leaves.values())) for x in (loss, expected))
+        for a, b in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_pairs_without_weight_cost_no_product(monkeypatch):
+    """Hinge: a pair beyond the margin has weight 0; its rows reach no matmul of backward."""
+    from fastdpo.ops.eager import RowGradients
+
+    rows_multiplied = []
+    add = RowGradients._add
+
+    def spy(self, hidden_states, d, scale, hidden):
+        rows_multiplied.append(len(scale))
+        add(self, hidden_states, d, scale, hidden)
+
+    monkeypatch.setattr(RowGradients, "_add", spy)
+    leaves, labels, _ = make_inputs(Case(NUM_ROWS, 16, 50, FP32, ignored="none"), 0)
+    weight_of_pair = torch.tensor([1.0, 0.0, 1e-30, 2.0])
+
+    def loss_of(sums, lengths, sequences, groups):
+        return (weight_of_pair[groups] * sums.view(-1, 2).diff(dim=1)[:, 0]).sum()
+
+    loss, _ = sequence_loss(*leaves.values(), labels, cu_seqlens_of(LENGTHS, "cpu"), ends_of(LENGTHS), loss_of)
+    assert rows_multiplied == [14 + 81]
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    logps = exact_logps(*leaves.values(), labels)
+    sums = torch.stack([part.sum() for part in logps.split(LENGTHS)]).view(-1, 2)
+    expected = torch.autograd.grad((weight_of_pair * sums.diff(dim=1)[:, 0]).sum(), list(leaves.values()))
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_no_weight_at_all_gives_zero_gradients():
+    leaves, labels, _ = make_inputs(Case(NUM_ROWS, 16, 50, FP32, ignored="none"), 0)
+    loss, _ = sequence_loss(
+        *leaves.values(), labels, cu_seqlens_of(LENGTHS, "cpu"), ends_of(LENGTHS), lambda sums, *_: 0.0 * sums.sum()
+    )
+    assert all((grad == 0).all() for grad in torch.autograd.grad(loss, list(leaves.values())))
+
+
+def test_without_gradients_it_computes_none_and_a_second_backward_is_refused(monkeypatch):
+    case = Case(NUM_ROWS, 16, 50, FP32)
+    leaves, labels, _ = make_inputs(case, 0)
+    args = (labels, cu_seqlens_of(LENGTHS, "cpu"), ends_of(LENGTHS), lambda s, l, sequences, g: dpo(s, sequences))
+    loss, _ = sequence_loss(*leaves.values(), *args)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    monkeypatch.setattr(module, "engine_of", None)
+    with torch.no_grad():
+        without, found = sequence_loss(*leaves.values(), *args)
+    assert not without.requires_grad
+    assert not found.sums.requires_grad
+    torch.testing.assert_close(without, loss.detach())
+
+
+def test_under_autocast_gradients_have_their_inputs_dtypes():
+    case = Case(NUM_ROWS, 16, 50, FP32)
+    leaves, labels, _ = make_inputs(case, 0)
+    args = (labels, cu_seqlens_of(LENGTHS, "cpu"), ends_of(LENGTHS), lambda s, l, sequences, g: dpo(s, sequences))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, found = sequence_loss(leaves["hidden_states"].bfloat16(), leaves["lm_head_weight"], *args)
+    loss.backward()
+    assert found.sums.dtype == loss.dtype == torch.float32
+    exact = grads_by(exact_logps, case, torch.float64)
+    assert leaves["lm_head_weight"].grad.dtype == torch.float32
+    for leaf, grad in zip(leaves.values(), exact[2:], strict=True):
+        assert distance(leaf.grad / 4, grad) <= 0.03 * float(grad.norm())
+
+
+H, W, L, CU = torch.zeros(4, 3), torch.zeros(7, 3), torch.zeros(4, dtype=torch.int64), torch.tensor([0, 2, 4])
+
+
+@pytest.mark.parametrize(
+    ("ends", "settings", "message"),
+    [
+        ([], {}, "group_ends must rise to GroupEnd"),
+        ([(4, 4, 1)], {}, r"group_ends must rise to GroupEnd\(row=4, token=4, sequence=2\)"),
+        ([(3, 3, 1), (2, 4, 1), (4, 4, 2)], {}, "group_ends must rise"),
+        ([(4, 4, 2)], {"impl": "reference"}, "makes no gradient in forward"),
+        ([(4, 4, 2)], {"softcap": -1.0}, "softcap must be"),
+    ],
+)
+def test_a_mistake_is_named(ends, settings, message):
+    with pytest.raises(ValueError, match=message):
+        sequence_loss(H, W, L, CU, ends, lambda sums, *_: sums.sum(), **settings)
+
+
+def test_labels_outside_the_vocabulary_are_refused_on_the_cpu():
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 7\)"):
+        sequence_loss(H.requires_grad_(), W, L + 7, CU, [(4, 4, 2)], lambda sums, *_: sums.sum())
+    assert IGNORE_INDEX == -100
