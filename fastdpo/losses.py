@@ -108,7 +108,8 @@ def apo_down(scores: PairScores, config: LossConfig) -> Tensor:
 def discopop(scores: PairScores, config: LossConfig) -> Tensor:
     """Logistic for negative margins, exponential for positive ones. DiscoPOP, arXiv 2406.08414, eq. 5.
 
-    `discopop_tau` is the width of the step from one to the other, in units of beta * margin.
+    `discopop_tau` is the width of the step from one to the other, in units of beta * margin. The exponential is
+    larger at 0, so a narrow step is a rise: below 0.1, as at TRL's default of 0.05, the loss grows with margins near 0.
     """
     logits = config.beta * scores.margins
     exponential = torch.sigmoid(logits / config.discopop_tau)
