@@ -1,12 +1,13 @@
 """The head op against its peers: time, peak memory, and share of the machine's matmul rate, on preference batches.
 
-    python benchmarks/bench_linear_logps.py [--quick] [--runs N] [--out FILE.jsonl] [--shapes ...] [--methods ...] [--passes ...]
+    python benchmarks/bench_linear_logps.py [--quick] [--runs N] [--out FILE.jsonl] [--methods ...] [--passes ...]
     pytest benchmarks/bench_linear_logps.py
 
-Passes: "forward" is log-probs without a gradient; "forward+backward" the gradients of hidden states and head for a given
-upstream gradient per token; "frozen head" that of the hidden states alone; "dpo loss" a DPO loss whose reference
-log-probs are known, with both gradients. All but "plain, all rows" are given the response rows alone, which is more than
-some of them do for themselves. Each method is checked against fp64 on 128 rows: a wrong one gets no number but its error.
+Passes: "forward" is log-probs without a gradient; "forward+backward" the gradients of hidden states and head for a
+given upstream gradient per token; "frozen head" that of the hidden states alone; "dpo loss" a DPO loss whose reference
+log-probs are known, with both gradients. All but "plain, all rows" are given the response rows alone, which is more
+than some of them do for themselves. Each method is checked against fp64 on 128 rows: a wrong one gets no number but its
+error.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from measure import append_lines, free_bytes, interleaved_ms, machine_facts, matmul_job, matmul_shape, peak_mib
+from measure import MIB, append_lines, free_bytes, interleaved_ms, machine_facts, matmul_job, matmul_shape, peak_mib
 from methods import MAKERS, PASSES, Method, available, facts_of, job, needed_bytes
 from problem import CPU_SHAPES, GPU_SHAPES, Problem, Shape, check_problem, errors, make_problem, with_reference
 
@@ -62,7 +63,9 @@ def run_pass(
                 raise MemoryError(f"needs about {needed_bytes(method, shape) / 2**30:.0f} GiB")
             record["errors"] = check(method, pass_name, small, plain_errors)
             function = job(method, pass_name, problem)
-            function()  # compiles, so that the next line does not count the compiler's memory
+            results = function()  # compiles, so that the peak below is not the compiler's
+            record["results_mib"] = sum(x.numel() * x.element_size() for x in results) / MIB
+            del results
             record["peak_mib"] = peak_mib(function)
             jobs[method.name] = function
         except Exception as error:  # one method's failure is a line in the table, not the end of the run
@@ -72,9 +75,11 @@ def run_pass(
         return list(records.values())
     bare, bare_flops = matmul_job(matmul_shape(shape.num_rows, shape.hidden_size, shape.vocab_size), shape.torch_dtype)
     times = interleaved_ms({**jobs, MATMUL: bare}, num_runs)
-    matmul_tflops = bare_flops / times.pop(MATMUL)["ms"] / 1e9
+    same_run: dict[str, Any] = {"runs": num_runs, "matmul_tflops": bare_flops / times.pop(MATMUL)["ms"] / 1e9}
+    if REFERENCE in times:
+        same_run["plain_ms"] = times[REFERENCE]["ms"]
     for name, figures in times.items():
-        records[name] |= {**figures, "runs": num_runs, "matmul_tflops": matmul_tflops}
+        records[name] |= {**figures, **same_run}
     return list(records.values())
 
 

@@ -1,7 +1,7 @@
 """Measuring: interleaved times, peak memory, the matmul rate, and the facts of the machine.
 
-In: functions without arguments. Out: plain numbers for one JSON line. Times are wall-clock on the CPU and CUDA events on
-a GPU; memory is taken in a run of its own, because counting allocations slows a run down.
+In: functions without arguments. Out: plain numbers for one JSON line. Times are wall-clock on the CPU and CUDA events
+on a GPU; memory is taken in a run of its own, because counting allocations slows a run down.
 """
 
 from __future__ import annotations

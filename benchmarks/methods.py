@@ -6,10 +6,9 @@ is not installed, or that needs a device this machine lacks, is named with its r
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ class Method:
     all_rows: bool = False  # computes prompt rows too
     takes_reference: bool = True  # False: its DPO loss is the one without a reference
     bytes_per_logit: float = 0.0  # what it holds per (row, vocabulary id), for leaving out what does not fit
-    note: str = ""
+    notes: dict[str, str] = field(default_factory=dict)  # pass -> what a reader of its number should know
 
 
 def plain(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -79,9 +78,9 @@ def _liger() -> Method:
     def dpo(hidden_states: Tensor, weight: Tensor, labels: Tensor, *_refs: Tensor) -> Tensor:
         return loss_function(weight, hidden_states, labels)[0]
 
-    note = "DPO without a reference: it takes a reference's hidden states, not log-probs"
+    notes = {"dpo loss": "loss without a reference, because it takes a reference's hidden states and not log-probs"}
     if not torch.cuda.is_available():
-        return Method("Liger", {"dpo loss": 3}, dpo=dpo, takes_reference=False, note=note)
+        return Method("Liger", {"dpo loss": 3}, dpo=dpo, takes_reference=False, notes=notes)
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     cross_entropy = LigerFusedLinearCrossEntropyLoss(reduction="none")
@@ -89,7 +88,7 @@ def _liger() -> Method:
     def logps(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return -cross_entropy(weight, hidden_states, labels)
 
-    return Method("Liger", {**RECOMPUTES, "dpo loss": 3}, logps, dpo, takes_reference=False, note=note)
+    return Method("Liger", {**RECOMPUTES, "dpo loss": 3}, logps, dpo, takes_reference=False, notes=notes)
 
 
 def _cce() -> Method:
@@ -100,7 +99,8 @@ def _cce() -> Method:
     def logps(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return -linear_cross_entropy(hidden_states, weight, labels, reduction="none", filter_eps=None)
 
-    return Method("CCE", RECOMPUTES, logps, note="filter_eps=None, the exact gradient")
+    notes = dict.fromkeys(("forward+backward", "frozen head", "dpo loss"), "filter_eps=None, the exact gradient")
+    return Method("CCE", RECOMPUTES, logps, notes=notes)
 
 
 def _trl() -> Method:
@@ -125,14 +125,14 @@ def _fastdpo() -> Method:
 
     products = {"forward": 1, "forward+backward": 4, "frozen head": 2}
     if not hasattr(fastdpo, "LinearDPOLoss"):
-        return Method("fastdpo", products, logps, note="no LinearDPOLoss in this version")
+        return Method("fastdpo", products, logps)
     loss_function = fastdpo.LinearDPOLoss(beta=BETA)
 
     def dpo(hidden_states: Tensor, weight: Tensor, labels: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
         refs = {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         return loss_function(weight, hidden_states, labels, **refs)[0]
 
-    return Method("fastdpo", {**products, "dpo loss": 3}, logps, dpo)
+    return Method("fastdpo", {**products, "dpo loss": 4}, logps, dpo)
 
 
 MAKERS: dict[str, Callable[[], Method]] = {
@@ -205,5 +205,5 @@ def facts_of(method: Method, pass_name: str, shape: Shape) -> dict[str, Any]:
     return {
         "flops": method.products[pass_name] * product * num_rows,
         "flops_needed": NEEDED_PRODUCTS[pass_name] * product * shape.num_rows,
-        **({"note": method.note} if method.note else {}),
+        **({"note": method.notes[pass_name]} if pass_name in method.notes else {}),
     }

@@ -1,0 +1,164 @@
+"""Tables and plots of the benchmarks' JSON lines: nothing in them is typed by hand.
+
+    python benchmarks/table.py FILE.jsonl              # prints the tables
+    python benchmarks/table.py FILE.jsonl --plots DIR  # and writes DIR/*.png
+    python benchmarks/table.py --write [--plots DIR]   # fills the tables of benchmarks/README.md
+    python benchmarks/table.py --check                 # exit code 1 where README.md and the JSON lines disagree
+
+A table in README.md stands between `<!-- table: FILE.jsonl -->`, with FILE in benchmarks/results, and `<!-- end -->`.
+Of several records of one measurement the last one counts. What failed has its line, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README, RESULTS = HERE / "README.md", HERE / "results"
+MARKED = re.compile(r"(<!-- table: (\S+\.jsonl) -->\n).*?(<!-- end -->)", re.DOTALL)
+NOTHING = "No measurement has been kept yet.\n"
+SHAPE = ("num_tokens", "num_rows", "hidden_size", "vocab_size", "dtype")
+MACHINE = ("device", "num_threads")
+
+Record = dict[str, Any]
+
+
+def read(path: Path) -> list[Record]:
+    """The last record of each measurement, in the order of their first ones. A file that is missing is empty."""
+    if not path.exists():
+        return []
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    keys = (*MACHINE, *SHAPE, "pass", "method", "order", "tolerance")
+    return list({tuple(record.get(key) for key in keys): record for record in records}.values())
+
+
+def groups(records: Iterable[Record], keys: tuple[str, ...]) -> dict[tuple[Any, ...], list[Record]]:
+    found: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        found.setdefault(tuple(record.get(key) for key in keys), []).append(record)
+    return found
+
+
+def tables(records: list[Record]) -> str:
+    """Markdown of all records: a heading per machine and shape, then a table per pass or order of ids."""
+    if not records:
+        return NOTHING
+    parts = []
+    for same in groups(records, (*MACHINE, *SHAPE)).values():
+        parts.append(f"**{shape_of(same[0])}** on {machine_of(same[-1])}\n")
+        if "tolerance" in same[0]:
+            parts.append(distribution_of(same[-1]))
+            parts += [skipping_table(order, rows) for (order,), rows in groups(same, ("order",)).items()]
+        else:
+            parts += [head_op_table(name, rows) for (name,), rows in groups(same, ("pass",)).items()]
+    return "\n".join(parts)
+
+
+def shape_of(record: Record) -> str:
+    return "T{num_tokens}-R{num_rows}-H{hidden_size}-V{vocab_size}-{dtype}".format(**record)
+
+
+def machine_of(record: Record) -> str:
+    where = f"{record['device']}" if record.get("cuda") else f"{record['device']}, {record['num_threads']} threads"
+    versions = {"driver": "driver", "cuda": "CUDA", "torch": "torch", "triton": "Triton", "commit": "commit"}
+    return ", ".join([where, *(f"{label} {record[key]}" for key, label in versions.items() if record.get(key))])
+
+
+def head_op_table(pass_name: str, records: list[Record]) -> str:
+    rate = next((r["matmul_tflops"] for r in records if "matmul_tflops" in r), None)
+    runs = next((r["runs"] for r in records if "runs" in r), 0)
+    measured = f"{runs} runs; bare matmul {rate:.3g} TFLOP/s" if rate else "nothing measured"
+    notes: list[str] = []
+    lines = [
+        f"{pass_name} ({measured})\n",
+        "| method | ms | min to max | x plain | peak MiB | beyond results | own FLOPs | needed FLOPs | error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        name = r["method"]
+        if r.get("note"):
+            notes.append(f"{name}: {r['note']}.")
+        if "ms" not in r:
+            lines.append(f"| {name} | {r.get('error', 'not measured')} | | | | | | | |")
+            continue
+        own, needed = (r[key] / r["ms"] / 1e9 / r["matmul_tflops"] for key in ("flops", "flops_needed"))
+        ratio = f"{r['ms'] / r['plain_ms']:.2f}" if "plain_ms" in r else ""
+        error = max(r["errors"].values())
+        lines.append(
+            f"| {name} | {r['ms']:.1f} | {r['ms_min']:.1f} to {r['ms_max']:.1f} | {ratio} | {r['peak_mib']:.1f} "
+            f"| {r['peak_mib'] - r['results_mib']:.1f} | {own:.0%} | {needed:.0%} | {error:.0e} |"
+        )
+    return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
+
+
+def distribution_of(record: Record) -> str:
+    return (
+        f"Distribution, measured: Zipf exponent {record['zipf_exponent']:.2f}, mean entropy "
+        f"{record['mean_entropy']:.2f} nats, {record['labels_outside_top']:.1%} of labels outside the 1,000 most "
+        f"frequent ids, largest probability {record['mean_largest']:.2f} on average, "
+        f"{record['mass_outside_own_top']:.1%} of a row's mass outside its own 1,000 likeliest ids.\n"
+    )
+
+
+def skipping_table(order: str, records: list[Record]) -> str:
+    lines = [
+        f"ids {order} ({records[0]['runs']} runs)\n",
+        "| tolerance | ms | min to max | of exact | promised | kept tiles | dH error | dW error | of bound |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(records, key=lambda r: r["tolerance"]):
+        bound = max(r["dH_of_bound"], r["dW_of_bound"])
+        lines.append(
+            f"| {tolerance_of(r)} | {r['ms']:.1f} | {r['ms_min']:.1f} to {r['ms_max']:.1f} "
+            f"| {r['ms'] / r['exact_ms']:.2f} | {r['promised_ms'] / r['exact_ms']:.2f} | {r['kept_share']:.1%} "
+            f"| {r['dH_error']:.0e} | {r['dW_error']:.0e} | {bound:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def tolerance_of(record: Record) -> str:
+    tolerance = record["tolerance"]
+    exponent = next((k for k in range(1, 64) if tolerance == 2.0**-k), None)
+    return "0, exact" if tolerance == 0 else f"2^-{exponent}" if exponent else f"{tolerance:.1e}"
+
+
+def filled(readme: str) -> str:
+    """README's text with every marked table made anew."""
+    return MARKED.sub(lambda match: match[1] + tables(read(RESULTS / match[2])) + match[3], readme)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="JSON lines; with --write and --check those that README names"
+    )
+    parser.add_argument("--plots", type=Path, help="folder for a plot of each machine and shape")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(argv)
+    readme = README.read_text()
+    if options.write:
+        README.write_text(filled(readme))
+    elif options.check and filled(readme) != readme:
+        print(f"{README} is not what the JSON lines say: run python benchmarks/table.py --write", file=sys.stderr)
+        return 1
+    files = options.files or [RESULTS / match[2] for match in MARKED.finditer(readme)]
+    records = [read(path) for path in files]
+    if options.files:
+        print("\n".join(map(tables, records)))
+    if options.plots:
+        from plots import write_plots
+
+        for path in write_plots([record for found in records for record in found], options.plots):
+            print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
