@@ -45,7 +45,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fastdpo verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="fastdpo verify", description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is a GPU")
     parser.add_argument(
         "--dtype", action="append", choices=ALL_DTYPES, help="may be repeated; default: those the device is used with"

@@ -17,6 +17,7 @@ from fastdpo.evidence.problems import Shape
 
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32", "float16")}  # by default, per device
 ALL_DTYPES = DTYPES["cuda"]
+MIN_ROWS = 32  # with fewer, one lucky rounding of plain PyTorch's decides
 IMPLS = ("triton", "tiled", "reference")
 
 
@@ -28,7 +29,7 @@ def verify(device: str = "cpu", dtypes: Sequence[str] | None = None, shape: Shap
         dtypes: names in torch, out of ALL_DTYPES; by default DTYPES of the device.
         shape: of the comparisons; by default ragged and of a size that takes seconds. Memory has shapes of its own.
     Raises:
-        ValueError: the device cannot be used, or a dtype is not one of ALL_DTYPES.
+        ValueError: the device cannot be used, a dtype is not one of ALL_DTYPES, or there are too few rows.
     """
     place = torch.device(device)
     if place.type not in DTYPES:
@@ -39,6 +40,8 @@ def verify(device: str = "cpu", dtypes: Sequence[str] | None = None, shape: Shap
     for name in dtypes:
         if name not in ALL_DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(ALL_DTYPES)}, got {name!r}")
+    if shape is not None and shape.rows < MIN_ROWS:
+        raise ValueError(f"rows must be at least {MIN_ROWS} (of fewer, single roundings decide), got {shape.rows}")
     lines = []
     for impl in IMPLS:
         for dtype in dtypes:
