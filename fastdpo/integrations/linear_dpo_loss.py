@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdpo.losses import LOSSES, check_loss_settings
 from fastdpo.ops import sequence_logps
+from fastdpo.ops.sequence_loss import GroupEnd, sequence_loss
 from fastdpo.ops.targets import labels_of
 from fastdpo.types import IGNORE_INDEX, PairScores
 
@@ -24,7 +25,9 @@ class LinearDPOLoss(nn.Module):
 
     Takes the place of `liger_kernel.chunked_loss.LigerFusedLinearDPOLoss` (0.8.5) in a script that imports it. What
     differs: "ipo" works (log-ratios averaged per token, as TRL's), label_smoothing applies to "sigmoid" (conservative
-    DPO) and is refused where it would do nothing, and a sequence without targets counts 0 where Liger gives nan.
+    DPO) and is refused where it would do nothing, a sequence without targets counts 0 where Liger gives nan, and a
+    frozen head costs no dW. The gradient is made in forward from the same logits (`fastdpo.ops.sequence_loss`), unless
+    tiles may be skipped.
 
     Args:
         ignore_index: target of the positions that count for nothing; they never reach the head.
@@ -105,54 +108,52 @@ class LinearDPOLoss(nn.Module):
         _check_pairs(lm_head_weight, hidden, target)
         ref_logps = self._given_reference(target, ref_input, ref_weight, ref_bias, ref_chosen_logps, ref_rejected_logps)
         rows = _Rows.of(labels_of(target, self.ignore_index))
-
         if ref_input is not None and ref_weight is not None:
             with torch.no_grad():
-                sums, lengths = self._sums(rows, ref_weight, ref_input, ref_bias)
-            ref_logps = self._logps(sums, lengths)
-        sums, lengths = self._sums(rows, lm_head_weight, hidden, bias, skip_tolerance=self.skip_tolerance)
+                reference = sequence_logps(
+                    rows.take(ref_input), ref_weight, rows.labels, rows.cu_seqlens, bias=ref_bias, impl=self.impl
+                )
+            ref_logps = self._logps(reference.sums, reference.lengths)
         if ref_logps is None:
-            ref_logps = torch.zeros_like(sums)
-        loss, scores, nll_loss = self._loss_of_sums(sums, lengths, ref_logps.to(sums.dtype))
+            ref_logps = hidden.new_zeros(len(target), dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+        num_pairs, num_chosen_tokens = len(target) // 2, rows.num_chosen_tokens.clamp(min=1)
+
+        def share_of_loss(sums: Tensor, lengths: Tensor, sequences: slice, groups: slice | None = None) -> Tensor:
+            scores = self._scores(sums, lengths, ref_logps[sequences])
+            share = LOSSES[self.loss_type](scores, self).sum() / num_pairs
+            if self.compute_nll_loss:
+                share = share - self.alpha * sums[0::2].sum() / num_chosen_tokens
+            return share
+
+        args = (rows.take(hidden), lm_head_weight, rows.labels, rows.cu_seqlens)
+        if self.skip_tolerance == 0 and self.impl != "reference":
+            loss, found = sequence_loss(*args, rows.pair_ends, share_of_loss, bias=bias, impl=self.impl)
+        else:
+            found = sequence_logps(*args, bias=bias, skip_tolerance=self.skip_tolerance, impl=self.impl)
+            loss = share_of_loss(found.sums, found.lengths, slice(None))
 
         with torch.no_grad():
+            scores = self._scores(found.sums.detach(), found.lengths, ref_logps)
+            nll_loss = -found.sums[0::2].sum() / num_chosen_tokens if self.compute_nll_loss else loss.new_zeros(())
             logged = (
-                scores.policy_chosen_logps.detach(),
-                scores.policy_rejected_logps.detach(),
-                *_mean_logits(lm_head_weight, hidden, bias, sums.dtype),
+                scores.policy_chosen_logps,
+                scores.policy_rejected_logps,
+                *_mean_logits(lm_head_weight, hidden, bias, found.sums.dtype),
                 nll_loss.detach(),
                 self.beta * scores.chosen_logratios,
                 self.beta * scores.rejected_logratios,
             )
         return loss, logged
 
-    def _sums(
-        self, rows: _Rows, weight: Tensor, hidden: Tensor, bias: Tensor | None, skip_tolerance: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """Summed log-probs and counted tokens of the sequences, both (2B,)."""
-        logps = sequence_logps(
-            rows.take(hidden),
-            weight,
-            rows.labels,
-            rows.cu_seqlens,
-            bias=bias,
-            skip_tolerance=skip_tolerance,
-            impl=self.impl,
-        )
-        return logps.sums, logps.lengths
-
     def _logps(self, sums: Tensor, lengths: Tensor) -> Tensor:
         return sums / lengths.clamp(min=1) if self.average_log_prob else sums
 
-    def _loss_of_sums(self, sums: Tensor, lengths: Tensor, ref_logps: Tensor) -> tuple[Tensor, PairScores, Tensor]:
-        """Loss, scores and NLL as a function of (2B,) sums alone: the only way by which the loss sees the model."""
-        num_pairs = sums.shape[0] // 2
-        scores = PairScores(*self._logps(sums, lengths).chunk(2), *ref_logps.chunk(2), *lengths.chunk(2))
-        loss, nll_loss = LOSSES[self.loss_type](scores, self).mean(), sums.new_zeros(())
-        if self.compute_nll_loss:
-            nll_loss = -sums[:num_pairs].sum() / lengths[:num_pairs].sum().clamp(min=1)
-            loss = loss + self.alpha * nll_loss
-        return loss, scores, nll_loss
+    def _scores(self, sums: Tensor, lengths: Tensor, ref_logps: Tensor) -> PairScores:
+        """From (2b,) numbers of the sequences of b pairs, each chosen one followed by its rejected one."""
+        ref_logps = ref_logps.to(sums.dtype)
+        both = (self._logps(sums, lengths), ref_logps, lengths)
+        return PairScores(*(x[half::2] for x in both for half in (0, 1)))
 
     def _given_reference(
         self,
@@ -163,7 +164,10 @@ class LinearDPOLoss(nn.Module):
         ref_chosen_logps: Tensor | None,
         ref_rejected_logps: Tensor | None,
     ) -> Tensor | None:
-        """(2B,) reference log-probs if they are known already; refuses all but one complete reference, or none."""
+        """(2B,) reference log-probs, pair by pair, if they are known already.
+
+        Refuses all but one complete reference, or none.
+        """
         states = {"ref_input": ref_input, "ref_weight": ref_weight, "ref_bias": ref_bias}
         logps = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
         given = [name for name, x in {**states, **logps}.items() if x is not None]
@@ -196,15 +200,17 @@ class LinearDPOLoss(nn.Module):
                     f"{name} must have one value per pair, shape ({num_pairs},) on {target.device},"
                     f" got {tuple(x.shape)} on {x.device}"
                 )
-        return torch.cat([ref_chosen_logps, ref_rejected_logps]).detach()
+        return torch.stack([ref_chosen_logps, ref_rejected_logps], 1).flatten().detach()
 
 
 class _Rows(NamedTuple):
-    """The positions of a (2B, L) batch that reach the head, one sequence after the other."""
+    """The positions of a (2B, L) batch that reach the head, each chosen sequence followed by its rejected one."""
 
     labels: Tensor  # (T,)
     cu_seqlens: Tensor  # (2B + 1,)
-    positions: tuple[Tensor, ...] | None  # (T,) sequences and (T,) offsets of the rows; None takes every position
+    pair_ends: list[GroupEnd]
+    num_chosen_tokens: Tensor  # ()
+    positions: tuple[Tensor, ...] | None  # (T,) pairs, halves and offsets of the rows; None takes every position
 
     @classmethod
     def of(cls, labels: Tensor) -> _Rows:
@@ -212,17 +218,24 @@ class _Rows(NamedTuple):
 
         Under torch.compile every position is a row instead, so that shapes do not depend on values.
         """
-        num_sequences, length = labels.shape
+        num_pairs, length = len(labels) // 2, labels.shape[1]
+        labels = labels.unflatten(0, (2, num_pairs)).transpose(0, 1)  # (B, 2, L)
+        keep = labels != IGNORE_INDEX
+        num_chosen_tokens = keep[:, 0].sum()
         if not torch.compiler.is_compiling():
-            keep = labels != IGNORE_INDEX
             positions = keep.nonzero(as_tuple=True)
             if positions[0].shape[0] < labels.numel():
-                return cls(labels[positions], F.pad(keep.sum(1).cumsum(0), (1, 0)), positions)
-        return cls(labels.flatten(), torch.arange(num_sequences + 1, device=labels.device) * length, None)
+                cu_seqlens = F.pad(keep.sum(2).flatten().cumsum(0), (1, 0))
+                ends = [GroupEnd(end, end, 2 * (i + 1)) for i, end in enumerate(cu_seqlens[2::2].tolist())]
+                return cls(labels[positions], cu_seqlens, ends, num_chosen_tokens, positions)
+        cu_seqlens = torch.arange(2 * num_pairs + 1, device=labels.device) * length
+        ends = [GroupEnd(2 * i * length, 2 * i * length, 2 * i) for i in range(1, num_pairs + 1)]
+        return cls(labels.flatten(), cu_seqlens, ends, num_chosen_tokens, None)
 
     def take(self, hidden: Tensor) -> Tensor:
         """(T, H) rows of (2B, L, H) hidden states."""
-        return hidden.flatten(0, 1) if self.positions is None else hidden[self.positions]
+        hidden = hidden.unflatten(0, (2, len(hidden) // 2)).transpose(0, 1)  # (B, 2, L, H)
+        return hidden.flatten(0, 2) if self.positions is None else hidden[self.positions]
 
 
 def _mean_logits(weight: Tensor, hidden: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -150,20 +150,21 @@ def test_at_step_0_the_loss_is_ln_2():
     same = {"ref_input": batch.hidden, "ref_weight": batch.weight}
     value, logged = LinearDPOLoss()(*batch.policy(), **same)
     assert value.item() == pytest.approx(math.log(2), abs=1e-6)
-    assert not logged[-1].any()
-    assert not logged[-2].any()
+    for rewards in logged[-2:]:
+        assert rewards.tolist() == pytest.approx([0.0] * len(rewards), abs=1e-6)
 
 
 def test_ignored_positions_never_reach_the_head(monkeypatch):
     """Not even as nan: loss and gradients are as before; only the mean logits, which are over all positions, change."""
     num_rows = []
+    for name in ("sequence_logps", "sequence_loss"):
+        original = getattr(linear_dpo_loss, name)
 
-    def counting(hidden_states, *args, **kwargs):
-        num_rows.append(hidden_states.shape[0])
-        return sequence_logps(hidden_states, *args, **kwargs)
+        def counting(hidden_states, *args, original=original, **kwargs):
+            num_rows.append(hidden_states.shape[0])
+            return original(hidden_states, *args, **kwargs)
 
-    sequence_logps = linear_dpo_loss.sequence_logps
-    monkeypatch.setattr(linear_dpo_loss, "sequence_logps", counting)
+        monkeypatch.setattr(linear_dpo_loss, name, counting)
     batch = make()
     expected = run(LinearDPOLoss(), batch, *batch.policy(), **batch.reference())
     ignored = batch.target == -100
