@@ -14,6 +14,7 @@ import argparse
 import gc
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,14 +91,14 @@ def gradient_errors(head: TrainedHead, tolerance: float, exact: tuple[Tensor, Te
 def run_order(head: TrainedHead, order: str, tolerances: list[float], num_runs: int) -> list[dict[str, Any]]:
     """One record per tolerance; the exact step and the forward alone are timed in the same rounds."""
     exact = step(head, 0.0)
-    records = [
+    records: list[dict[str, Any]] = [
         {"order": order, "tolerance": q, "kept_share": kept_share(head, q), **gradient_errors(head, q, exact)}
         for q in tolerances
     ]
     del exact
     gc.collect()
-    jobs: dict[Any, Callable[[], Any]] = {q: lambda q=q: step(head, q) for q in {0.0, *tolerances}}
-    times = interleaved_ms({**jobs, FORWARD: lambda: forward(head)}, num_runs)
+    jobs: dict[Any, Callable[[], Any]] = {q: partial(step, head, q) for q in {0.0, *tolerances}}
+    times = interleaved_ms({**jobs, FORWARD: partial(forward, head)}, num_runs)
     forward_ms, exact_ms = times[FORWARD]["ms"], times[0.0]["ms"]
     for record in records:
         promised = forward_ms + record["kept_share"] * (exact_ms - forward_ms)

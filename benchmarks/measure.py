@@ -48,9 +48,9 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def interleaved_ms(functions: dict[str, Callable[[], Any]], num_runs: int) -> dict[str, dict[str, float]]:
+def interleaved_ms(functions: dict[Any, Callable[[], Any]], num_runs: int) -> dict[Any, dict[str, float]]:
     """Median, minimum and maximum milliseconds of each function: warm-ups, then A B C A B C ..."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[Any, list[float]] = {name: [] for name in functions}
     for run in range(-NUM_WARMUPS, num_runs):
         for name, function in functions.items():
             elapsed = elapsed_ms(function)

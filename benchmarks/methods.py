@@ -132,7 +132,7 @@ def _fastdpo() -> Method:
         refs = {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         return loss_function(weight, hidden_states, labels, **refs)[0]
 
-    return Method("fastdpo", {**products, "dpo loss": 4}, logps, dpo)
+    return Method("fastdpo", {**products, "dpo loss": 3}, logps, dpo)
 
 
 MAKERS: dict[str, Callable[[], Method]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,7 @@ def make_problem(shape: Shape, weight: Tensor | None = None) -> Problem:
     generator = torch.Generator(device).manual_seed(0)
     num_sequences = 2 * shape.num_pairs
     size = (num_sequences, shape.num_tokens // num_sequences, shape.hidden_size)
-    options = {"generator": generator, "device": device}
+    options: dict[str, Any] = {"generator": generator, "device": device}
     if weight is None:
         weight = torch.randn(shape.vocab_size, shape.hidden_size, dtype=shape.torch_dtype, **options).mul_(0.02)
     hidden_states = torch.randn(size, dtype=shape.torch_dtype, **options)

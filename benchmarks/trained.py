@@ -107,8 +107,8 @@ def statistics(head: TrainedHead) -> Statistics:
         largest += probs.amax(-1).sum().item()
         own_tail += (1 - probs.topk(TOP).values.sum(-1)).sum().item()
     T = len(head.labels)
-    mean = (total / T).sort(descending=True).values[9 : V // 10]
-    log_rank = torch.arange(10, 10 + len(mean), dtype=torch.float64, device=mean.device).log()
+    mean = (total / T).sort(descending=True).values[9 : V // 10].cpu()
+    log_rank = torch.arange(10, 10 + len(mean), dtype=torch.float64).log()
     slope = torch.linalg.lstsq(torch.stack([log_rank, torch.ones_like(log_rank)], 1), mean.log()[:, None]).solution[0]
     outside = (head.rank[head.labels] >= TOP).double().mean().item()
     return Statistics(-slope.item(), entropy / T, outside, largest / T, own_tail / T)
