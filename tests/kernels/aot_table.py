@@ -2,9 +2,10 @@
 
     python tests/kernels/aot_table.py [--versions 3.6.0 3.7.1 newest] [--architectures 90 100] [--operands bf16]
 
-In: releases of Triton; those that this environment lacks are installed with pip into folders `.venv-triton-<version>`
-of their own, beside this environment's torch. Out: a table per release on stdout, and JSON lines with `--out`. A release that cannot be installed
-is named and skipped. Exit code 1 if a kernel did not compile. Hundreds of kernels: minutes per release on two cores.
+In: releases of Triton. Those that this environment lacks are installed with pip into folders `.venv-triton-<version>`,
+which come before this environment's triton. Out: a table per release on stdout, and JSON lines with `--out`. A release
+that cannot be installed is named and left out. Exit code 1 if a kernel did not compile. Hundreds of kernels: minutes
+per release on two cores.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def last_line(text: str) -> str:
 
 
 def compile_all(folder: Path | None, architecture: int, operand: str) -> tuple[list[dict], str | None]:
-    """The facts that ahead_of_time.py prints with the triton in `folder` (None: with this environment's), and why it stopped early, if it did."""
+    """What ahead_of_time.py prints with the triton in `folder`, or this environment's, and why it stopped if it did."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if folder is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), environment.get("PYTHONPATH")]))
