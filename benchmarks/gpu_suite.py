@@ -2,10 +2,10 @@
 
     bash benchmarks/gpu_suite.sh OUT [--seconds N]
 
-In: a source tree and a Python with torch; nothing has to be installed, no network is used. Out: in OUT the JSON lines, the
-tuned blocks, log.txt and SUMMARY.md. SUMMARY.md is written anew around every part, so that it tells of a run that was
-stopped early too. Exit code 1 if a part failed. Without a GPU it says so and runs the parts that need none. Only the
-standard library is used here: a broken torch is a finding, not a crash.
+In: a source tree and a Python with torch; nothing has to be installed, no network is used. Out: in OUT the JSON lines,
+the tuned blocks, log.txt and SUMMARY.md. SUMMARY.md is written anew around every part, so that it tells of a run that
+was stopped early too. Exit code 1 if a part failed. Without a GPU it says so and runs the parts that need none. Only
+the standard library is used here: a broken torch is a finding, not a crash.
 """
 
 from __future__ import annotations
@@ -191,7 +191,8 @@ class Suite:
         """Run outside the checkout: there `python -m` would find fastdpo without its kernels."""
         path = os.pathsep.join(filter(None, [str(self.tree), os.environ.get("PYTHONPATH")]))
         offline = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        return {"env": {**os.environ, **offline, "PYTHONPATH": path}, "cwd": self.tree}
+        inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        return {"env": {**inherited, **offline, "PYTHONPATH": path}, "cwd": self.tree}
 
     def write_summary(self, note: str = "") -> None:
         """SUMMARY.md, whole, from what is known by now."""

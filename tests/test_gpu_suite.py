@@ -1,0 +1,183 @@
+"""benchmarks/gpu_suite.sh on a machine that has torch, Triton and transformers, and neither a GPU nor fastdpo."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "gpu_suite.sh"
+NOT_THERE = (
+    "fastdpo",
+    "__editable__",
+    "datasets",
+    "trl",
+    "peft",
+    "liger_kernel",
+    "cut_cross_entropy",
+    "rich",
+    "kernels",
+)
+
+
+def load(name):
+    path = ROOT / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu_suite = load("gpu_suite")
+
+
+@pytest.fixture(scope="module")
+def other_python(tmp_path_factory):
+    """An environment with all installed packages but NOT_THERE, through links."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not entry.name.lower().startswith(NOT_THERE) and not entry.name.endswith(".pth"):
+            (site / entry.name).symlink_to(entry)
+    return folder / "bin" / "python"
+
+
+def start(python, *arguments):
+    environment = {**os.environ, "PYTHON": str(python), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = ["bash", str(SCRIPT), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_without_a_gpu_it_says_so_and_runs_what_needs_none(other_python, tmp_path):
+    alone = subprocess.run([other_python, "-c", "import fastdpo"], cwd=tmp_path, capture_output=True, check=False)
+    assert alone.returncode != 0  # nothing but the source tree has it
+    suite = start(other_python, tmp_path / "out")
+    printed, _ = suite.communicate(timeout=300)
+    summary = (tmp_path / "out" / "SUMMARY.md").read_text()
+    assert suite.returncode == 0, printed + summary
+    assert "No GPU" in printed
+    assert "No GPU" in summary
+    assert "Not installed: datasets" in summary
+    assert "| fastdpo verify | ok |" in summary
+    assert "| ahead of time, sm_90 | ok |" in summary
+    report = json.loads((tmp_path / "out" / "verify.json").read_text())
+    assert report["passed"]
+    assert {line["impl"] for line in report["lines"] if line["verdict"] == "ok"} == {"tiled", "reference"}
+    kernels = [json.loads(line) for line in (tmp_path / "out" / "ahead_of_time.jsonl").read_text().splitlines()]
+    assert any("partials" in kernel["kernel"] for kernel in kernels)
+
+
+def test_stopped_early_it_leaves_a_summary(other_python, tmp_path):
+    suite = start(other_python, tmp_path)
+    for line in suite.stdout:
+        if line.startswith("fastdpo verify ..."):
+            break
+    suite.send_signal(signal.SIGTERM)
+    suite.communicate(timeout=60)
+    assert suite.returncode == 130
+    summary = (tmp_path / "SUMMARY.md").read_text()
+    assert "| fastdpo verify | stopped with the suite |" in summary
+    assert "The suite was stopped before its end." in summary
+
+
+def test_tests_for_a_gpu_are_found_without_datasets(other_python, tmp_path):
+    with gpu_suite.importable_tree() as tree:
+        parts = gpu_suite.gpu_parts(tmp_path, {"missing": ["datasets"]})
+        command = [other_python, *next(part for part in parts if part.name == "GPU tests").command, "--collect-only"]
+        environment = {**os.environ, "PYTHONPATH": str(tree)}
+        found = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+    assert "test_error_on_a_gpu_is_at_most_twice_that_of_plain_pytorch" in found.stdout
+    assert "test_everything_passes_on_a_gpu" in found.stdout
+
+
+def test_the_benchmarks_know_the_options_that_they_are_given(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    seen = []
+    for part in gpu_suite.gpu_parts(tmp_path, {"missing": []}):
+        if part.script is not None and part.script.name in ("bench_linear_logps.py", "bench_skipping.py"):
+            options = importlib.import_module(part.script.stem).parse_args(part.command[1:])
+            seen.append(Path(options.out).name)
+    assert seen == ["linear_logps.jsonl", "skipping.jsonl"]
+
+
+@pytest.fixture
+def suite(tmp_path):
+    made = gpu_suite.Suite(tmp_path, 60.0, tmp_path)
+    made.facts = {"missing": ["datasets"], "gpu": None}
+    return made
+
+
+def part(code, seconds=30, **more):
+    return gpu_suite.Part("a part", ["-c", code], seconds, **more)
+
+
+def test_a_part_that_fails_is_in_the_summary_with_the_end_of_its_log(suite):
+    assert suite.run(part("print('fine')")).verdict == "ok"
+    assert suite.run(part("print('before'); raise SystemExit('the reason')")).verdict == "FAILED"
+    summary = (suite.out / "SUMMARY.md").read_text()
+    assert "before\nthe reason" in summary
+    assert "fine" not in summary
+    assert "fine" in suite.log.read_text()
+
+
+def test_a_part_past_its_limit_is_ended_with_its_children(suite):
+    child = "import time; print(1, flush=True); time.sleep(99)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    begin = time.monotonic()
+    result = suite.run(part(code, seconds=2))
+    assert result.verdict == "stopped after 2 s"
+    assert time.monotonic() - begin < 20
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=False).stdout
+    assert child not in running
+
+
+@pytest.mark.parametrize(
+    ("more", "verdict"),
+    [
+        ({"needs": ("datasets",)}, "left out: datasets is not installed"),
+        ({"script": ROOT / "benchmarks" / "none.py"}, "left out: this checkout has no benchmarks/none.py"),
+    ],
+)
+def test_what_cannot_run_is_left_out_with_the_reason(suite, more, verdict):
+    assert suite.run(part("raise SystemExit(1)", **more)).verdict == verdict
+
+
+def test_no_part_starts_when_the_time_is_used_up(tmp_path):
+    suite = gpu_suite.Suite(tmp_path, 0.0, tmp_path)
+    suite.facts = {"missing": []}
+    assert suite.run(part("raise SystemExit(1)")).verdict == "left out: no time was left"
+
+
+def test_output_that_is_a_result_goes_to_its_own_file(suite):
+    suite.run(part("import sys; print('{}'); print('noise', file=sys.stderr)", stdout="result.json"))
+    assert (suite.out / "result.json").read_text() == "{}\n"
+    assert "noise" in suite.log.read_text()
+
+
+def test_parts_fit_into_nine_minutes():
+    assert gpu_suite.SECONDS <= 9 * 60 - 15
+
+
+def test_the_summary_names_what_verify_found_wrong(suite):
+    line = {
+        "impl": "triton",
+        "dtype": "bfloat16",
+        "check": "log-probs",
+        "verdict": "FAILED",
+        "error": 2.0,
+        "bound": 1.0,
+    }
+    (suite.out / "verify.json").write_text(json.dumps({"lines": [line]}))
+    suite.write_summary()
+    assert "- triton, bfloat16, log-probs: 2.00e+00, bound 1.00e+00" in (suite.out / "SUMMARY.md").read_text()
