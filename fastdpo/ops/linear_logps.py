@@ -42,7 +42,11 @@ def linear_logps(
         softcap: bound of the logits, > 0 (Gemma 2's final_logit_softcapping).
         outputs: which optional fields to fill, out of "lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs".
             They carry no gradient, and are 0 (False) in ignored rows.
-        skip_tolerance: probability mass per row that backward may drop. Only 0.0, the exact gradient, is available yet.
+        skip_tolerance: probability mass in [0, 1) that backward may drop from any row, q. Vocabulary tiles of little
+            mass are then neither recomputed nor multiplied; tiles with a label are always kept. With g the gradient of
+            the log-probs, row t of dH is off by at most `|g_t| |logit_scale| q max_v |W_v|`, and dW by at most
+            `sum_t |g_t| |logit_scale| q |h_t|` (Frobenius). Rows of dW that were skipped everywhere are exactly zero,
+            which Adam does not treat as small. 0.0 is exact. A model with random weights has nothing to skip.
         impl: "triton", "tiled" (pure PyTorch, any device), "reference" (plain PyTorch, builds the logits), or "auto":
             triton on CUDA where it is installed and takes the dtype, else tiled. A named impl never falls back.
     Returns:

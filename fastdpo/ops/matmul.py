@@ -6,8 +6,12 @@ operands are upcast first; the sums are the same, and so is the code that calls 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+
+MAX_PRODUCT_ELEMENTS = 2**25  # of a product that is added to sums in a step of its own
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,9 +33,27 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: 
     """
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, alpha=alpha, beta=beta, out=out)
-    elif beta == 0:
+    elif beta == 0 and alpha == 1:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
-        if alpha != 1:
-            out.mul_(alpha)
-    else:  # addmm with an fp32 input beside bf16 operands is refused by some torch versions
-        out.mul_(beta).add_(torch.mm(a, b, out_dtype=out.dtype), alpha=alpha)
+    elif _addmm_takes_wider_sums(out.device, a.dtype):
+        torch.addmm(out, a, b, out_dtype=out.dtype, alpha=alpha, beta=beta, out=out)
+    else:
+        block = max(1, MAX_PRODUCT_ELEMENTS // out.shape[1])
+        for start in range(0, len(out), block):
+            some = out[start : start + block]
+            product = torch.mm(a[start : start + block], b, out_dtype=out.dtype)
+            if beta == 0:
+                torch.mul(product, alpha, out=some)
+            else:
+                some.mul_(beta).add_(product, alpha=alpha)
+
+
+@functools.cache
+def _addmm_takes_wider_sums(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether addmm adds to fp32 sums beside `dtype` operands; some torch versions want the sums in `dtype`."""
+    x, sums = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(sums, x, x, out_dtype=torch.float32, out=sums)
+    except (RuntimeError, TypeError):
+        return False
+    return True
