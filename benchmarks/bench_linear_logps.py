@@ -25,7 +25,10 @@ from methods import MAKERS, PASSES, Method, available, facts_of, job, needed_byt
 from problem import CPU_SHAPES, GPU_SHAPES, Problem, Shape, check_problem, errors, make_problem, with_reference
 
 REFERENCE = "plain, response rows"  # whose own error against fp64 says what is wrong
-OWN_LIMIT, PEER_LIMIT = 2, 10  # times that error; a peer's choice of precision stands in the table, beside its time
+OWN_LIMIT, PEER_LIMIT = 2, 10  # times that error
+# A peer may be less precise than that without being wrong, say by returning log-probs in bf16: its error stands in the
+# table, beside its time. F.linear_cross_entropy was seen at 4.5e-6 in fp32 (dH) and 1.3e-2 in bf16 (DPO gradients).
+PEER_ALLOWANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 MATMUL = "bare matmul"
 
 
@@ -36,12 +39,14 @@ def shapes() -> list[Shape]:
 def check(method: Method, pass_name: str, problem: Problem, plain_errors: dict[str, float]) -> dict[str, float]:
     """Errors of one pass against fp64. Raises AssertionError, with the numbers, for a wrong one."""
     found = errors(problem, pass_name, job(method, pass_name, problem)(), method.takes_reference)
-    limit = OWN_LIMIT if method.name == "fastdpo" else PEER_LIMIT
+    is_own = method.name == "fastdpo"
+    dtype = str(problem.weight.dtype).removeprefix("torch.")
     allowed = dict(plain_errors)
     if pass_name == "dpo loss":  # one number may be exact by luck
         allowed["values"] = max(plain_errors.values())
     for name, error in found.items():
-        if not error <= limit * allowed[name] + 1e-7:
+        limit = OWN_LIMIT * allowed[name] + 1e-7 if is_own else max(PEER_LIMIT * allowed[name], PEER_ALLOWANCE[dtype])
+        if not error <= limit:
             raise AssertionError(f"{name} is off by {error:.1e}, plain PyTorch by {allowed[name]:.1e}")
     return found
 
