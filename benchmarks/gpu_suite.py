@@ -70,12 +70,19 @@ class Result:
 def gpu_parts(out: Path, facts: dict[str, Any]) -> list[Part]:
     """The most valuable first."""
     folders = [TESTS] if "datasets" not in facts["missing"] else [TESTS / name for name in HEAD_TESTS]
-    tuned = ROOT / "kernels" / "fused" / "tune.py"
+    tuning = ROOT / "kernels" / "fused" / "tuning.py"
+    sizes = ["--hidden-size", "4096", "--vocab-size", "128256", "--dtype", "bfloat16", "--seconds", "70"]
     op, skipping, training = (BENCHMARKS / f"bench_{name}.py" for name in ("linear_logps", "skipping", "training_step"))
     return [
         Part("GPU tests", pytest_command(*folders, "-m", "gpu and not slow"), 120, needs=("pytest",)),
         verify_part(),
-        Part("tuning of the blocks", ["-m", "fastdpo.kernels.tune", "--out", f"{out}/blocks.json"], 90, script=tuned),
+        Part(
+            "tuning of the blocks",
+            ["-m", "fastdpo.kernels.tuning", *sizes, "--cache", f"{out}/blocks.json"],
+            90,
+            needs=("triton",),
+            script=tuning,
+        ),
         bench_part(op, out, 170, "--runs", "5", "--max-seconds", "120"),
         bench_part(skipping, out, 50, "--quick"),
         bench_part(training, out, 60),

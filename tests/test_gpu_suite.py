@@ -111,6 +111,17 @@ def test_the_benchmarks_know_the_options_that_they_are_given(tmp_path, monkeypat
     assert seen == ["linear_logps.jsonl", "skipping.jsonl"]
 
 
+def test_tuning_knows_the_options_that_it_is_given(tmp_path):
+    tuning = next(p for p in gpu_suite.gpu_parts(tmp_path, {"missing": []}) if p.name == "tuning of the blocks")
+    with gpu_suite.importable_tree() as tree:
+        environment = {**os.environ, "PYTHONPATH": str(tree)}
+        command = [sys.executable, *tuning.command[:2], "--help"]
+        said = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=True).stdout
+    options = [word for word in tuning.command[2:] if word.startswith("--")]
+    assert len(options) > 3
+    assert [option for option in options if option not in said] == []
+
+
 @pytest.fixture
 def suite(tmp_path):
     made = gpu_suite.Suite(tmp_path, 60.0, tmp_path)
