@@ -113,6 +113,7 @@ class PackedBatch:
     attention_mask: Tensor | None = None  # (S, L) int64, padded only
     segments: tuple[tuple[int, int, int, int], ...] = ()  # per branch: query start, query end, prefix start, prefix end
     ref_logps: Tensor | None = None  # (S,) fp32, where the dataset brings them
+    group_ends: tuple[tuple[int, int, int, int], ...] = ()  # per group: rows r, counted tokens, sequences, pairs so far
 
     @property
     def is_packed(self) -> bool:

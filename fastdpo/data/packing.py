@@ -9,6 +9,7 @@ Two pairs, prompts [1 2] and [6], responses [3 4] / [5] and [7] / [8 9]:
     labels        3 4 5 7 8 9
     logit_rows    1 2 1 5 5 7                 row 1, the prompt's end, predicts both 3 and 5
     cu_seqlens    0 2 3 4 6                   token_rows is 0 1 2 3 4 5 here: no response token is shared
+    group_ends    (3, 3, 2, 1) (6, 6, 4, 2)   rows, tokens, sequences and pairs up to the end of each group
 
 The shared prefix is the longest common start of a group's sequences, so it also takes in response tokens that all
 branches begin with; every branch keeps at least one token of its own.
@@ -67,6 +68,8 @@ class _BatchBuilder:
         self.token_rows: list[np.ndarray] = []
         self.num_rows = 0  # R so far
         self.num_tokens = 0
+        self.num_counted = 0  # N so far
+        self.group_ends: list[tuple[int, int, int, int]] = []
         self.ref_logps: list[float] | None = []
 
     def add_rows(self, logit_rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -78,6 +81,7 @@ class _BatchBuilder:
 
     def add_sequence(self, token_rows: np.ndarray, num_tokens: int) -> None:
         self.token_rows.append(token_rows)
+        self.num_counted += len(token_rows)
         self.num_tokens += num_tokens
 
     def add_group(self, group: TokenizedGroup) -> None:
@@ -87,6 +91,9 @@ class _BatchBuilder:
             self.ref_logps = None
         else:
             self.ref_logps.extend(group.ref_logps)
+
+    def end_group(self) -> None:
+        self.group_ends.append((self.num_rows, self.num_counted, len(self.token_rows), len(self.pairs)))
 
     def build(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **layout) -> PackedBatch:
         lengths = [0, *(len(rows) for rows in self.token_rows)]
@@ -99,6 +106,7 @@ class _BatchBuilder:
             token_rows=_concatenate(self.token_rows),
             cu_seqlens=torch.tensor(lengths, dtype=torch.int64).cumsum(0),
             num_tokens=self.num_tokens,
+            group_ends=tuple(self.group_ends),
             ref_logps=torch.tensor(self.ref_logps, dtype=torch.float32) if self.ref_logps else None,
             **layout,
         )
@@ -157,6 +165,7 @@ def pack_pairs(groups: Sequence[TokenizedGroup], *, prefix_sharing: bool = True)
             own_rows = batch.add_rows(predicted_from, sequence.tokens[own])
             shared_rows = row_of_shared[sequence.is_counted[:num_shared]]
             batch.add_sequence(np.concatenate([shared_rows, own_rows]), len(sequence.tokens))
+        batch.end_group()
 
     return batch.build(_concatenate(tokens)[None], _concatenate(positions)[None], segments=tuple(segments))
 
@@ -183,6 +192,7 @@ def pad_pairs(groups: Sequence[TokenizedGroup], *, pad_token_id: int = 0) -> Pac
             batch.add_sequence(batch.add_rows(predicted_from, sequence.tokens[counted]), len(sequence.tokens))
             rows.append(np.pad(sequence.tokens, (0, num_padding), constant_values=pad_token_id))
             masks.append(np.pad(np.ones_like(sequence.tokens), (0, num_padding)))
+        batch.end_group()
     return batch.build(
         torch.from_numpy(np.stack(rows)),
         torch.arange(width).expand(len(rows), width),

@@ -1,4 +1,4 @@
-"""The packed branch inside `model.forward`, and `packed_logps`, which calls it through whatever wraps the model.
+"""The packed branch inside `model.forward`, and `packed_logps` and `packed_loss`, which call it through any wrapper.
 
 Backbone and head run inside the wrapped model's own forward, so that DDP, FSDP and autocast see an ordinary call. A
 batch sets the attention it needs and leaves it set, because gradient checkpointing runs the layers again in backward,
@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastdpo.modeling.attention import PACKED_ATTENTION, PackedLayout, register
 from fastdpo.modeling.head import lm_head
 from fastdpo.ops import sequence_logps
+from fastdpo.ops.sequence_loss import GroupEnd, sequence_loss
 from fastdpo.types import PackedBatch, PairLogps, SequenceLogps, TokenLogps
+
+LossOfSums = Callable[[Tensor, Tensor, slice, slice], Tensor]
 
 _STATE = "_fastdpo_state"  # attribute of a prepared model
 
@@ -114,12 +118,48 @@ def packed_logps(model: nn.Module, batch: PackedBatch, *, impl: str = "auto", ou
     Returns:
         PairLogps, differentiable in the model's parameters.
     """
+    return _run(model, batch, impl, outputs)[1]
+
+
+def packed_loss(
+    model: nn.Module,
+    batch: PackedBatch,
+    loss_of: LossOfSums,
+    *,
+    impl: str = "auto",
+    outputs: Sequence[str] = (),
+    grad_in_forward: bool = True,
+) -> tuple[Tensor, PairLogps]:
+    """A loss that is a sum over the batch's groups, and the log-probs behind it.
+
+    Args:
+        model, batch, impl, outputs: as in `packed_logps`.
+        loss_of: `(sums, lengths, sequences, pairs)` -> scalar, the summed loss of consecutive groups from the log-probs
+            (s,) in nats and lengths (s,) of their sequences; the slices say which sequences and pairs of the batch.
+        grad_in_forward: make the gradient of the LM head in forward, see `fastdpo.ops.sequence_loss`; False computes
+            the logits again in backward.
+    Returns:
+        The loss, () and differentiable in the model's parameters; PairLogps, differentiable only where the gradient is
+        not made in forward.
+    """
+    if grad_in_forward and torch.is_grad_enabled() and impl != "reference":
+        loss, logps = _run(model, batch, impl, outputs, loss_of)
+        assert loss is not None
+        return loss, logps
+    logps = packed_logps(model, batch, impl=impl, outputs=outputs)
+    sums = logps.sequences.sums
+    return loss_of(sums, logps.sequences.lengths, slice(0, len(sums)), slice(0, batch.num_pairs)), logps
+
+
+def _run(
+    model: nn.Module, batch: PackedBatch, impl: str, outputs: Sequence[str], loss_of: LossOfSums | None = None
+) -> tuple[Tensor | None, PairLogps]:
     prepare_model(model)
-    result = model(input_ids=batch.input_ids, packed_batch=batch, impl=impl, outputs=tuple(outputs))
+    result = model(input_ids=batch.input_ids, packed_batch=batch, impl=impl, outputs=tuple(outputs), loss_of=loss_of)
     tokens = TokenLogps(result["logps"], **{name: result[name] for name in outputs})
     sequences = SequenceLogps(result["sums"], result["lengths"], tokens)
     chosen, rejected = batch.pairs.unbind(1)
-    return PairLogps(
+    return result.get("loss"), PairLogps(
         chosen=sequences.sums[chosen],
         rejected=sequences.sums[rejected],
         chosen_lengths=sequences.lengths[chosen],
@@ -134,6 +174,7 @@ def _forward(
     packed_batch: PackedBatch | None = None,
     impl: str = "auto",
     outputs: tuple[str, ...] = (),
+    loss_of: LossOfSums | None = None,
     **kwargs: Any,
 ) -> Any:
     """What `model.forward` is once prepared: the model's own forward unless a packed batch is given."""
@@ -149,20 +190,30 @@ def _forward(
         layout = {"attention_mask": batch.attention_mask}
     hidden_states = model.base_model(input_ids=batch.input_ids, use_cache=False, **layout).last_hidden_state
     head = lm_head(model)
-    result = sequence_logps(
-        hidden_states.flatten(0, 1).index_select(0, batch.logit_rows),
-        head.weight,
-        batch.labels,
-        batch.cu_seqlens,
-        rows=batch.token_rows,
-        bias=head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        impl=impl,
-        outputs=outputs,
-    )
+    rows = hidden_states.flatten(0, 1).index_select(0, batch.logit_rows)
+    args = (rows, head.weight, batch.labels, batch.cu_seqlens)
+    settings: dict[str, Any] = {
+        "rows": batch.token_rows,
+        "bias": head.bias,
+        "logit_scale": head.logit_scale,
+        "softcap": head.softcap,
+        "impl": impl,
+        "outputs": outputs,
+    }
+    loss = {}
+    if loss_of is None:
+        result = sequence_logps(*args, **settings)
+    else:
+        ends = [GroupEnd(*end[:3]) for end in batch.group_ends]
+        pair_ends = [0, *(end[3] for end in batch.group_ends)]
+
+        def loss_of_groups(sums: Tensor, lengths: Tensor, sequences: slice, groups: slice) -> Tensor:
+            return loss_of(sums, lengths, sequences, slice(pair_ends[groups.start], pair_ends[groups.stop]))
+
+        loss["loss"], result = sequence_loss(*args, ends, loss_of_groups, **settings)
     # a dict of tensors, because wrappers look for tensors to hook in mappings and not in dataclasses
     return {
+        **loss,
         "sums": result.sums,
         "lengths": result.lengths,
         "logps": result.tokens.logps,

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from fastdpo.data.prepare import DataReport, prepare_preference_dataset
 from fastdpo.losses import LOSSES
 from fastdpo.metrics import SumAndWeight, pair_metrics, token_metrics
-from fastdpo.modeling import packed_logps, prepare_model
+from fastdpo.modeling import packed_loss, prepare_model
 from fastdpo.modeling.packed import bare_model
 from fastdpo.references import AdapterReference, DatasetReference, FrozenReference, NoReference, Reference
 from fastdpo.references.references import copy_adapter_as_reference
@@ -139,21 +139,32 @@ class DPOTrainer(PackedTrainer):
         return {**inputs, "pairs": inputs["pairs"][:num_rows]}  # one pair a row
 
     def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, SumAndWeight]]:
+        reference = self.reference.logps(model, batch)  # first: then the policy's head knows the weight of each pair
+
+        def scores_of(sums: Tensor, lengths: Tensor, first: int, pairs: slice) -> PairScores:
+            """Scores of some pairs, from the sequences that start with number `first`."""
+            chosen, rejected = (batch.pairs[pairs] - first).unbind(1)
+            ref_chosen_logps, ref_rejected_logps = (logps[pairs] for logps in reference)
+            return PairScores(
+                policy_chosen_logps=sums[chosen],
+                policy_rejected_logps=sums[rejected],
+                ref_chosen_logps=ref_chosen_logps,
+                ref_rejected_logps=ref_rejected_logps,
+                chosen_lengths=lengths[chosen],
+                rejected_lengths=lengths[rejected],
+            )
+
+        def loss_of(sums: Tensor, lengths: Tensor, sequences: slice, pairs: slice) -> Tensor:
+            scores = scores_of(sums, lengths, sequences.start, pairs)
+            return LOSSES[self.args.loss_type](scores, self.args).sum()
+
         outputs = TOKEN_METRICS if self.args.token_metrics else ()
-        policy = packed_logps(model, batch, impl=self.args.impl, outputs=outputs)
-        ref_chosen_logps, ref_rejected_logps = self.reference.logps(model, batch)
-        scores = PairScores(
-            policy_chosen_logps=policy.chosen,
-            policy_rejected_logps=policy.rejected,
-            ref_chosen_logps=ref_chosen_logps,
-            ref_rejected_logps=ref_rejected_logps,
-            chosen_lengths=policy.chosen_lengths,
-            rejected_lengths=policy.rejected_lengths,
-        )
-        losses = LOSSES[self.args.loss_type](scores, self.args)  # (B,)
+        settings: dict[str, Any] = {"impl": self.args.impl, "outputs": outputs}
+        loss, policy = packed_loss(model, batch, loss_of, grad_in_forward=not self.args.torch_compile, **settings)
+        scores = scores_of(policy.sequences.sums.detach(), policy.sequences.lengths, 0, slice(None))
         metrics = pair_metrics(scores, self.args.beta)
         metrics.update(token_metrics(policy, batch.token_rows, batch.cu_seqlens, batch.pairs))
-        return losses.sum(), metrics
+        return loss, metrics
 
 
 def choose_reference(

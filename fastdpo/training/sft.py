@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from fastdpo.data.prepare import DataReport, prepare_sft_dataset
 from fastdpo.metrics import SumAndWeight
-from fastdpo.modeling import packed_logps
+from fastdpo.modeling import packed_loss
 from fastdpo.training.base import PackedTrainer
 from fastdpo.training.config import SFTConfig
 from fastdpo.training.models import resolve_model
@@ -70,7 +70,14 @@ class SFTTrainer(PackedTrainer):
         return {**inputs, "cu_seqlens": cu_seqlens, "token_rows": inputs["token_rows"][: int(cu_seqlens[-1])]}
 
     def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, SumAndWeight]]:
-        sequences = packed_logps(model, batch, impl=self.args.impl, outputs=("entropy", "is_top1")).sequences
+        def loss_of(sums: Tensor, lengths: Tensor, sequences: slice, pairs: slice) -> Tensor:
+            return -sums.sum()
+
+        outputs, grad_in_forward = ("entropy", "is_top1"), not self.args.torch_compile
+        loss, logps = packed_loss(
+            model, batch, loss_of, impl=self.args.impl, outputs=outputs, grad_in_forward=grad_in_forward
+        )
+        sequences = logps.sequences
         entropy, is_top1 = sequences.tokens.entropy, sequences.tokens.is_top1
         assert entropy is not None
         assert is_top1 is not None
@@ -79,4 +86,4 @@ class SFTTrainer(PackedTrainer):
             "entropy": (entropy[rows].sum(), float(rows.numel())),
             "mean_token_accuracy": (is_top1[rows].float().sum(), float(rows.numel())),
         }
-        return -sequences.sums.sum(), metrics
+        return loss, metrics

@@ -19,6 +19,8 @@ def test_two_pairs_are_laid_out_as_the_module_docstring_shows():
     assert batch.cu_seqlens.tolist() == [0, 2, 3, 4, 6]
     assert batch.pairs.tolist() == [[0, 1], [2, 3]]
     assert batch.num_tokens == (4 + 3) + (2 + 3)
+    assert batch.group_ends == ((3, 3, 2, 1), (6, 6, 4, 2))
+    assert pad_pairs(TWO_PAIRS).group_ends == batch.group_ends
 
 
 def test_without_prefix_sharing_every_sequence_has_its_own_prompt():
@@ -37,6 +39,7 @@ def test_response_tokens_that_both_sides_start_with_are_computed_once_and_counte
     assert batch.logit_rows.tolist() == [0, 1, 2, 2, 4]
     assert batch.token_rows.tolist() == [0, 1, 2, 0, 1, 3, 4]
     assert batch.cu_seqlens.tolist() == [0, 3, 7]
+    assert batch.group_ends == ((5, 7, 2, 1),)  # five rows, seven tokens
 
 
 def test_a_response_that_is_the_start_of_the_other_keeps_one_token_of_its_own():
