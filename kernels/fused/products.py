@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdpo.kernels.logits import INTERPRETED
 from fastdpo.kernels.rounds import Terms
+from fastdpo.kernels.tuned import tuned_fields
 
 
 class ProductBlocks(NamedTuple):
@@ -26,14 +27,19 @@ class ProductBlocks(NamedTuple):
     num_stages: int
 
 
-# As BLOCKS in launch.py: capability from which a row holds, then bytes of an operand.
-PRODUCT_BLOCKS: dict[tuple[int, int], dict[int, ProductBlocks]] = {
-    (8, 0): {2: ProductBlocks(128, 32, 8, 3), 4: ProductBlocks(64, 16, 8, 2)},
-    (9, 0): {2: ProductBlocks(128, 64, 8, 3), 4: ProductBlocks(64, 16, 8, 2)},
-    (10, 0): {2: ProductBlocks(128, 64, 8, 3), 4: ProductBlocks(64, 16, 8, 2)},
-    (12, 0): {2: ProductBlocks(128, 32, 8, 3), 4: ProductBlocks(64, 16, 8, 2)},
+# As BLOCKS in launch.py: capability from which a row holds, then bytes of an operand. The first is the default and
+# spills nothing; the others are what `fastdpo.kernels.tuning` tries beside it.
+_FP32 = ((64, 16, 8, 2), (64, 32, 8, 2), (64, 16, 4, 2), (32, 16, 4, 2))
+_MMA = ((128, 32, 8, 3), (128, 32, 8, 4), (128, 64, 8, 2), (64, 32, 4, 4))
+_WGMMA = ((256, 64, 8, 4), (256, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 3), (128, 64, 4, 4))
+_TCGEN05 = ((128, 64, 8, 4), (128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2))
+PRODUCT_BLOCKS: dict[tuple[int, int], dict[int, tuple[tuple[int, int, int, int], ...]]] = {
+    (8, 0): {2: _MMA, 4: _FP32},
+    (9, 0): {2: _WGMMA, 4: _FP32},
+    (10, 0): {2: _TCGEN05, 4: _FP32},
+    (12, 0): {2: _MMA, 4: _FP32},
 }
-PRODUCT_INTERPRETED = ProductBlocks(64, 16, 1, 1)
+_INTERPRETED = ((64, 16, 1, 1), (16, 32, 1, 1))
 GROUP = 8  # blocks of the result between which a block of the second operand is shared through L2
 
 
@@ -76,6 +82,8 @@ def products_kernel(
     """out[block] (+)= sum over the block's terms of their tile times a block of `other`."""
     BLOCK_M: tl.constexpr = BLOCK_V if TRANSPOSED else BLOCK_T
     DEPTH: tl.constexpr = BLOCK_T if TRANSPOSED else BLOCK_V
+    STRIDE_M: tl.constexpr = 1 if TRANSPOSED else BLOCK_V
+    STRIDE_K: tl.constexpr = BLOCK_V if TRANSPOSED else 1
     STEPS: tl.constexpr = DEPTH // BLOCK_K
     first_block = tl.load(spans_ptr + 2 * round_index)
     num_blocks = tl.load(spans_ptr + 2 * round_index + 1) - first_block
@@ -108,10 +116,7 @@ def products_kernel(
                 # The next step's place is read one step ahead: the tile's loads would wait for it.
                 slot = tl.load(slots_ptr + (step + 1) // STEPS)
                 other_block = tl.load(blocks_ptr + (step + 1) // STEPS)
-                if TRANSPOSED:
-                    d = tl.load(tile_ptr + k[:, None] * BLOCK_V + m[None, :]).trans()  # (BLOCK_M, BLOCK_K)
-                else:
-                    d = tl.load(tile_ptr + m[:, None] * BLOCK_V + k[None, :])
+                d = tl.load(tile_ptr + m[:, None] * STRIDE_M + k[None, :] * STRIDE_K)  # (BLOCK_M, BLOCK_K)
                 x = tl.load(  # (BLOCK_K, BLOCK_N)
                     other_ptr + other_row[:, None] * stride_ob + n[None, :].to(tl.int64) * stride_oh,
                     mask=(other_row < num_other)[:, None] & in_columns[None, :],
@@ -160,14 +165,13 @@ def add_products(
     terms: Terms,
     round_index: int,
     unit: Tensor,  # (1,) fp32
-    *,
     transposed: bool,
     finish: bool,
     blocks: ProductBlocks | None = None,
 ) -> None:
     """The round's products: with `finish` written times unit (blocks without terms: zeros), else added to `out`."""
     block_t, block_v = tiles.shape[1:]
-    block_n, block_k, num_warps, num_stages = blocks or product_blocks(tiles)
+    block_n, block_k, num_warps, num_stages = blocks or product_blocks(tiles, other)
     products_kernel[(_num_programs(tiles),)](
         out,
         tiles,
@@ -220,12 +224,23 @@ def add_column_sums(
     )
 
 
-def product_blocks(tiles: Tensor) -> ProductBlocks:
-    """Blocks for a workspace like `tiles` on the device where it is."""
+def product_blocks(tiles: Tensor, other: Tensor) -> ProductBlocks:
+    """Blocks for these operands on the device where they are: the tuned ones if any are in use, else the default."""
+    fields = tuned_fields("products", other)
+    return product_candidates(tiles)[0] if fields is None else ProductBlocks(**fields)
+
+
+def product_candidates(tiles: Tensor) -> list[ProductBlocks]:
+    """What may be tried for a workspace like `tiles`, the default first."""
     if not tiles.is_cuda:
-        return PRODUCT_INTERPRETED
+        return [ProductBlocks(*x) for x in _INTERPRETED]
     capability = torch.cuda.get_device_capability(tiles.device)
-    return PRODUCT_BLOCKS[max(c for c in PRODUCT_BLOCKS if c <= capability)][tiles.element_size()]
+    return [ProductBlocks(*x) for x in product_table(capability, tiles.element_size())]
+
+
+def product_table(capability: tuple[int, int], itemsize: int) -> tuple[tuple[int, int, int, int], ...]:
+    """The newest row of the table that this compute capability reaches."""
+    return PRODUCT_BLOCKS[max(c for c in PRODUCT_BLOCKS if c <= capability)][itemsize]
 
 
 def _num_programs(x: Tensor) -> int:

@@ -1,0 +1,123 @@
+"""Block shapes that were measured on a GPU, in a JSON file; nothing is read before `use_tuned_blocks` is called.
+
+In: what `fastdpo.kernels.tuning` found. Out: per GPU, Triton release, dtype and hidden size the fields of a kernel
+family's blocks. A file of anything else is a ValueError with its name; entries for other GPUs or releases stay unused.
+The vocabulary size is no part of the key: a tile's cost does not depend on it, and forward and backward must agree on
+their tiles where only one of them sees the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+FORMAT = 1
+_BLOCKS = frozenset(("block_t", "block_v", "block_h", "num_warps", "num_stages", "tma", "persistent"))
+FAMILIES = {  # and the fields of their blocks
+    "forward": _BLOCKS,
+    "eager": _BLOCKS,
+    "logit_grads": _BLOCKS,
+    "products": frozenset(("block_n", "block_k", "num_warps", "num_stages")),
+}
+
+
+class Key(NamedTuple):
+    """What measured blocks hold for."""
+
+    gpu: str
+    capability: str  # "9.0"
+    triton: str
+    dtype: str  # "bfloat16"
+    hidden_size: int
+
+
+_in_use: dict[Key, dict[str, dict[str, Any]]] = {}  # what use_tuned_blocks read: fields of each family's blocks
+
+
+def use_tuned_blocks(path: str | Path | None = None) -> int:
+    """Launches from now on take the block shapes that were tuned for their GPU, where the file has some.
+
+    Args:
+        path: written by `fastdpo.kernels.tuning.tune`; None: default_path().
+    Returns:
+        How many keys the file has, for whatever GPU.
+    Raises:
+        ValueError: it cannot be read, or is no file of tuned blocks.
+    """
+    entries = load(default_path() if path is None else Path(path))
+    _in_use.clear()
+    _in_use.update(entries)
+    return len(entries)
+
+
+def use_default_blocks() -> None:
+    """Launches from now on take the table's block shapes."""
+    _in_use.clear()
+
+
+def tuned_fields(family: str, x: Tensor) -> dict[str, Any] | None:
+    """The fields of this family's blocks for operands like `x`, (..., H); None where nothing was tuned or asked for."""
+    return _in_use.get(key_of(x), {}).get(family) if _in_use else None
+
+
+def key_of(x: Tensor) -> Key:
+    gpu, capability = _device_facts(x.device)
+    return Key(gpu, capability, triton.__version__, str(x.dtype).removeprefix("torch."), x.shape[-1])
+
+
+@lru_cache
+def _device_facts(device: torch.device) -> tuple[str, str]:
+    if device.type != "cuda":
+        return "Triton's interpreter", "0.0"
+    major, minor = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_name(device), f"{major}.{minor}"
+
+
+def default_path() -> Path:
+    """blocks.json in this user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdpo" / "blocks.json"
+
+
+def load(path: Path) -> dict[Key, dict[str, dict[str, Any]]]:
+    """The entries of a file, by key and family. ValueError, with the file's name, if it holds anything else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tuned blocks cannot be read from {path}: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("entries"), list):
+        raise ValueError(f"{path} must hold tuned blocks of format {FORMAT}; delete it and tune again")
+    entries = {}
+    for entry in content["entries"]:
+        try:
+            key, families = Key(**entry["key"]), entry["blocks"]
+            good = all(_is_blocks(family, fields) for family, fields in families.items())
+        except (TypeError, KeyError, AttributeError):
+            good = False
+        if not good:
+            raise ValueError(
+                f"{path} has an entry that is no tuned block shape, delete it and tune again: {str(entry)[:200]}"
+            )
+        entries[key] = families
+    return entries
+
+
+def _is_blocks(family: str, fields: dict[str, Any]) -> bool:
+    return fields.keys() == FAMILIES[family] and all(isinstance(x, int) and x >= 0 for x in fields.values())
+
+
+def save(path: Path, key: Key, families: dict[str, dict[str, Any]]) -> None:
+    """Adds the entry of one key to the file, made where it is missing; another entry of the same key is replaced."""
+    entries = load(path) if path.exists() else {}
+    entries[key] = families
+    listed = [{"key": key._asdict(), "blocks": blocks} for key, blocks in entries.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")  # a reader sees the old file or the new one
+    unfinished.write_text(json.dumps({"format": FORMAT, "entries": listed}, indent=1) + "\n")
+    unfinished.replace(path)
