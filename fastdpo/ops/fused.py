@@ -28,7 +28,7 @@ def choose_tiling(hidden_states: Tensor, lm_head_weight: Tensor) -> Tiling:
 
 def skip_blocks(hidden_states: Tensor) -> tuple[int, int]:
     """Rows and vocabulary ids that skipping keeps or drops at once: a tile of the forward kernel."""
-    blocks = launch.device_blocks(hidden_states)
+    blocks = launch.device_blocks(hidden_states, "skipping")
     return blocks.block_t, blocks.block_v
 
 

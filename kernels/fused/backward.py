@@ -11,17 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpo.kernels.launch import Blocks, device_blocks
-from fastdpo.kernels.logits import program_tile, scale_logits, store_tile, tile_dot
+from fastdpo.kernels.logits import program_tile, store_tile, tile_logits, tile_operands, tile_strides
 from fastdpo.types import IGNORE_INDEX
 
 IGNORED = tl.constexpr(IGNORE_INDEX)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["T", "first_vocab"],  # nor compiled anew for each of their values
+    do_not_specialize_on_alignment=["bias_ptr", "labels_ptr", "lse_whole_ptr", "lse_rest_ptr"],  # slices start anywhere
+)
 def logit_grads_kernel(
     out_ptr,  # (T, V), contiguous
-    hidden_ptr,  # (T, H)
-    weight_ptr,  # (V, H)
+    hidden_ptr,  # (T, H), or with TMA its descriptor
+    weight_ptr,  # (V, H), likewise
     bias_ptr,  # (V,) or unused
     labels_ptr,  # (T,) int64, ids of the whole vocabulary
     lse_whole_ptr,  # (T,) fp32
@@ -43,16 +46,35 @@ def logit_grads_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     GROUP_T: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    row_block, tile = program_tile(T, V, BLOCK_T, BLOCK_V, GROUP_T)
+    row_block, tile = program_tile(tl.program_id(0), T, V, BLOCK_T, BLOCK_V, GROUP_T)
 
     t = row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     v = tile.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    t_safe, v_safe = tl.minimum(t, T - 1), tl.minimum(v, V - 1)
-    acc = tile_dot(
-        hidden_ptr, weight_ptr, t_safe, v_safe, H, stride_ht, stride_hh, stride_wv, stride_wh, BLOCK_T, BLOCK_V, BLOCK_H
+    t_safe = tl.minimum(t, T - 1)
+    z, ratio = tile_logits(
+        hidden_ptr,
+        weight_ptr,
+        bias_ptr,
+        row_block,
+        tile,
+        T,
+        V,
+        H,
+        stride_ht,
+        stride_hh,
+        stride_wv,
+        stride_wh,
+        logit_scale,
+        softcap,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        BLOCK_T,
+        BLOCK_V,
+        BLOCK_H,
+        TMA,
     )
-    z, ratio = scale_logits(acc, bias_ptr, v_safe, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
 
     label = tl.load(labels_ptr + t_safe)  # (BLOCK_T,)
     whole = tl.load(lse_whole_ptr + t_safe)
@@ -80,11 +102,11 @@ def fill_logit_grads(
     softcap: float | None,
     blocks: Blocks | None = None,
 ) -> None:
-    block_t, block_v, block_h, num_warps, num_stages = blocks or device_blocks(hidden_states)
-    logit_grads_kernel[(triton.cdiv(out.shape[0], block_t) * triton.cdiv(out.shape[1], block_v),)](
+    blocks = blocks or device_blocks(hidden_states, "logit_grads")
+    operands, tma = tile_operands(hidden_states, weight, blocks)
+    logit_grads_kernel[(triton.cdiv(out.shape[0], blocks.block_t) * triton.cdiv(out.shape[1], blocks.block_v),)](
         out,
-        hidden_states,
-        weight,
+        *operands,
         labels if bias is None else bias,
         labels,
         lse_whole,
@@ -93,16 +115,12 @@ def fill_logit_grads(
         hidden_states.shape[1],
         first_vocab,
         num_vocab,
-        *hidden_states.stride(),
-        *weight.stride(),
-        logit_scale,
-        1.0 if softcap is None else softcap,
+        *tile_strides(hidden_states, weight),
+        float(logit_scale),
+        1.0 if softcap is None else float(softcap),
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap is not None,
-        BLOCK_T=block_t,
-        BLOCK_V=block_v,
-        BLOCK_H=block_h,
         GROUP_T=8,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        TMA=tma,
+        **blocks.options(),
     )

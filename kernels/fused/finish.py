@@ -18,7 +18,7 @@ IGNORED = tl.constexpr(IGNORE_INDEX)
 FINISH_ROWS = 16  # rows that one program rewrites, over the columns of one vocabulary tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["labels_ptr"])
 def finish_grads_kernel(
     out_ptr,  # (T, V), contiguous
     labels_ptr,  # (T,) int64

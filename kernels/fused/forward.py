@@ -13,15 +13,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpo.kernels.finish import finish_grads
-from fastdpo.kernels.launch import Blocks, device_blocks, scratch
-from fastdpo.kernels.logits import program_tile, scale_logits, store_tile, tile_dot
+from fastdpo.kernels.launch import Blocks, device_blocks, num_programs, scratch
+from fastdpo.kernels.logits import program_tile, store_tile, tile_logits, tile_operands, tile_strides
 from fastdpo.kernels.merge import EXP_FLOOR, Partials, merge, statistics
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["T"],  # nor compiled anew for each of its values
+    do_not_specialize_on_alignment=[  # slices, which start anywhere
+        *("labels_ptr", "bias_ptr", "sumexp_ptr", "sum_z_exp_ptr", "sum_sq_exp_ptr", "sum_z_ptr")
+    ],
+)
 def partials_kernel(
-    hidden_ptr,  # (T, H)
-    weight_ptr,  # (V, H)
+    hidden_ptr,  # (T, H), or with TMA its descriptor
+    weight_ptr,  # (V, H), likewise
     bias_ptr,  # (V,) or unused
     labels_ptr,  # (T,) int64
     label_logit_ptr,  # (T,) fp32; only rows whose label lies in the vocabulary are written
@@ -50,45 +55,69 @@ def partials_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     GROUP_T: tl.constexpr,
+    TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
     """eq. (3) for one tile; WITH_GRADS also its exponentials, eq. (13), from which `finish_grads_kernel` makes (9)."""
-    row_block, tile = program_tile(T, V, BLOCK_T, BLOCK_V, GROUP_T)
+    num_tiles = 1
+    if PERSISTENT:
+        num_tiles = tl.cdiv(tl.cdiv(T, BLOCK_T) * tl.cdiv(V, BLOCK_V) - tl.program_id(0), tl.num_programs(0))
+    for i in tl.range(0, num_tiles, flatten=PERSISTENT):  # flat: the next tile's loads start during this one's sums
+        program = tl.program_id(0) + i * tl.num_programs(0)
+        row_block, tile = program_tile(program, T, V, BLOCK_T, BLOCK_V, GROUP_T)
 
-    t = row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    v = tile.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    in_rows, in_vocab = t < T, v < V
-    t_safe, v_safe = tl.minimum(t, T - 1), tl.minimum(v, V - 1)
-    acc = tile_dot(
-        hidden_ptr, weight_ptr, t_safe, v_safe, H, stride_ht, stride_hh, stride_wv, stride_wh, BLOCK_T, BLOCK_V, BLOCK_H
-    )
-    z, ratio = scale_logits(acc, bias_ptr, v_safe, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        t = row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        v = tile.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+        in_rows, in_vocab = t < T, v < V
+        z, ratio = tile_logits(
+            hidden_ptr,
+            weight_ptr,
+            bias_ptr,
+            row_block,
+            tile,
+            T,
+            V,
+            H,
+            stride_ht,
+            stride_hh,
+            stride_wv,
+            stride_wh,
+            logit_scale,
+            softcap,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            BLOCK_T,
+            BLOCK_V,
+            BLOCK_H,
+            TMA,
+        )
 
-    label = tl.load(labels_ptr + t_safe)  # (BLOCK_T,)
-    label_column = label - tile.to(tl.int64) * BLOCK_V
-    here = (label_column >= 0) & (label_column < BLOCK_V) & (label < V)
-    is_label = tl.arange(0, BLOCK_V)[None, :] == label_column[:, None]
-    tl.store(label_logit_ptr + t, tl.sum(tl.where(is_label, z, 0.0), axis=1), mask=in_rows & here)
+        label = tl.load(labels_ptr + tl.minimum(t, T - 1))  # (BLOCK_T,)
+        label_column = label - tile.to(tl.int64) * BLOCK_V
+        here = (label_column >= 0) & (label_column < BLOCK_V) & (label < V)
+        is_label = tl.arange(0, BLOCK_V)[None, :] == label_column[:, None]
+        tl.store(label_logit_ptr + t, tl.sum(tl.where(is_label, z, 0.0), axis=1), mask=in_rows & here)
 
-    if WITH_MEAN:
-        sum_z = tl.sum(tl.where(in_vocab[None, :], z, 0.0), axis=1)
-    z = tl.where(in_vocab[None, :], z, -float("inf"))
-    z_max = tl.max(z, axis=1)
-    shifted = z - tl.where(z_max == -float("inf"), 0.0, z_max)[:, None]
-    e = tl.exp(shifted)  # (BLOCK_T, BLOCK_V), 0 beyond the vocabulary
-    if WITH_GRADS:
-        grad = e
-        if HAS_SOFTCAP:
-            grad *= 1.0 - ratio * ratio
-        store_tile(out_ptr, grad, in_rows[:, None] & in_vocab[None, :], row_block, tile, V, BLOCK_T, BLOCK_V)
-    partial = tile.to(tl.int64) * T + t
-    tl.store(max_ptr + partial, z_max, mask=in_rows)
-    tl.store(sumexp_ptr + partial, tl.sum(e, axis=1), mask=in_rows)
-    if WITH_ENTROPY:
-        tl.store(sum_z_exp_ptr + partial, tl.sum(tl.maximum(shifted, EXP_FLOOR) * e, axis=1), mask=in_rows)
-    if WITH_SQUARES:
-        tl.store(sum_sq_exp_ptr + partial, tl.sum(e * e, axis=1), mask=in_rows)
-    if WITH_MEAN:
-        tl.store(sum_z_ptr + partial, sum_z, mask=in_rows)
+        if WITH_MEAN:
+            sum_z = tl.sum(tl.where(in_vocab[None, :], z, 0.0), axis=1)
+        z = tl.where(in_vocab[None, :], z, -float("inf"))
+        z_max = tl.max(z, axis=1)
+        shifted = z - tl.where(z_max == -float("inf"), 0.0, z_max)[:, None]
+        e = tl.exp(shifted)  # (BLOCK_T, BLOCK_V), 0 beyond the vocabulary
+        if WITH_GRADS:
+            grad = e
+            if HAS_SOFTCAP:
+                grad *= 1.0 - ratio * ratio
+            store_tile(out_ptr, grad, in_rows[:, None] & in_vocab[None, :], row_block, tile, V, BLOCK_T, BLOCK_V)
+        partial = tile.to(tl.int64) * T + t
+        tl.store(max_ptr + partial, z_max, mask=in_rows)
+        tl.store(sumexp_ptr + partial, tl.sum(e, axis=1), mask=in_rows)
+        if WITH_ENTROPY:
+            tl.store(sum_z_exp_ptr + partial, tl.sum(tl.maximum(shifted, EXP_FLOOR) * e, axis=1), mask=in_rows)
+        if WITH_SQUARES:
+            tl.store(sum_sq_exp_ptr + partial, tl.sum(e * e, axis=1), mask=in_rows)
+        if WITH_MEAN:
+            tl.store(sum_z_ptr + partial, sum_z, mask=in_rows)
 
 
 def fused_forward(
@@ -108,7 +137,9 @@ def fused_forward(
     eq. (3), for tiles of `blocks.block_v`.
     """
     labels = labels.contiguous()
-    blocks = blocks or device_blocks(hidden_states)
+    options = bias is not None or softcap is not None or any(statistics(outputs).values())
+    kernel = "skipping" if keep_partials else "forward_options" if options else "forward"
+    blocks = blocks or device_blocks(hidden_states, kernel)
     head = (lm_head_weight, bias, labels, logit_scale, softcap)
     values, partials = _forward(None, hidden_states, *head, outputs, blocks)
     if keep_partials:
@@ -129,7 +160,8 @@ def fused_forward_with_grads(
 ) -> dict[str, Tensor]:
     """What `fused_forward` returns, and the logits' gradient in `out` at no second matmul. Ignored rows of it are 0."""
     labels = labels.contiguous()
-    blocks = blocks or device_blocks(hidden_states)
+    options = bias is not None or softcap is not None or any(statistics(outputs).values())
+    blocks = blocks or device_blocks(hidden_states, "eager_options" if options else "eager")
     head = (lm_head_weight, bias, labels, logit_scale, softcap)
     values, partials = _forward(out, hidden_states, *head, outputs, blocks)
     if out.numel() > 0:
@@ -185,29 +217,26 @@ def _launch_partials(
     blocks: Blocks,
 ) -> None:
     (T, H), V = hidden_states.shape, lm_head_weight.shape[0]
-    block_t, block_v, block_h, num_warps, num_stages = blocks
-    partials_kernel[(triton.cdiv(T, block_t) * triton.cdiv(V, block_v),)](
-        hidden_states,
-        lm_head_weight,
+    operands, tma = tile_operands(hidden_states, lm_head_weight, blocks)
+    num_tiles = triton.cdiv(T, blocks.block_t) * triton.cdiv(V, blocks.block_v)
+    partials_kernel[(num_programs(blocks, num_tiles, hidden_states),)](
+        *operands,
         labels if bias is None else bias.contiguous(),
         labels,
         *partials,
-        hidden_states if out is None else out,
+        partials.label_logit if out is None else out,
         T,
         V,
         H,
-        *hidden_states.stride(),
-        *lm_head_weight.stride(),
+        *tile_strides(hidden_states, lm_head_weight),
         float(logit_scale),
         1.0 if softcap is None else float(softcap),
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap is not None,
         **wants,
         WITH_GRADS=out is not None,
-        BLOCK_T=block_t,
-        BLOCK_V=block_v,
-        BLOCK_H=block_h,
         GROUP_T=8,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        TMA=tma,
+        PERSISTENT=blocks.persistent > 0,
+        **blocks.options(),
     )

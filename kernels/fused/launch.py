@@ -1,6 +1,7 @@
 """Block shapes of the kernels per architecture, in one table, and the few facts about the device that pick a row of it.
 
-Each shape is (BLOCK_T rows, BLOCK_V vocabulary, BLOCK_H hidden, num_warps, num_stages).
+Every entry is held by tests/kernels to compile, to fit shared memory and not to spill, on every architecture, with
+Triton 3.7.1; kernels/README.md has the figures. Which of the shapes that do is the fastest was not measured.
 """
 
 from __future__ import annotations
@@ -10,39 +11,150 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdpo.kernels.tuned import tuned_fields
+
 
 class Blocks(NamedTuple):
     """One launch configuration of a kernel that multiplies (BLOCK_T, BLOCK_H) by (BLOCK_H, BLOCK_V)."""
 
-    block_t: int
-    block_v: int
-    block_h: int
+    block_t: int  # rows
+    block_v: int  # vocabulary ids
+    block_h: int  # hidden units
     num_warps: int
     num_stages: int
+    tma: bool = False  # tiles come through tensor descriptors, where the operands' addresses and strides allow it
+    persistent: int = 0  # programs per multiprocessor, which walk the tiles; 0: one program per tile. Sums alone
+
+    def options(self) -> dict[str, int]:
+        """As a launch takes them, but for `tma` and `persistent`."""
+        blocks = {"BLOCK_T": self.block_t, "BLOCK_V": self.block_v, "BLOCK_H": self.block_h}
+        return {**blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# Compute capability from which a row holds, and its blocks for 2-byte and 4-byte operands. fp32 is multiplied exactly,
-# without the matrix units, so its blocks are small. tests/kernels holds every entry to fitting without spilling.
-BLOCKS: dict[tuple[int, int], dict[int, Blocks]] = {
-    (8, 0): {2: Blocks(128, 128, 32, 8, 3), 4: Blocks(64, 64, 16, 8, 2)},
-    (8, 6): {2: Blocks(128, 128, 32, 8, 3), 4: Blocks(64, 64, 16, 8, 2)},
-    (9, 0): {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(64, 64, 16, 8, 2)},
-    (10, 0): {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(64, 64, 16, 8, 2)},
-    (12, 0): {2: Blocks(128, 128, 32, 8, 3), 4: Blocks(64, 64, 16, 8, 2)},
+class Row(NamedTuple):
+    """The blocks of one architecture and operand size, by what fills a program's registers beside the matmul."""
+
+    forward: Blocks  # sums
+    forward_options: Blocks  # sums, with a bias, a softcap or statistics
+    eager: Blocks  # sums, and the exponentials for the gradient
+    eager_options: Blocks
+    logit_grads: Blocks  # the gradient, from logits computed once more
+    skipping: Blocks  # sums whose tiles backward keeps or drops: small tiles are dropped more often
+
+
+def _row(blocks: Blocks, **others: Blocks) -> Row:
+    """`blocks` for every kernel that is not named."""
+    return Row(*(others.get(name, blocks) for name in Row._fields))
+
+
+_SMALL = _row(Blocks(64, 64, 16, 8, 2))  # fp32 is multiplied exactly, without the matrix units
+_AMPERE = _row(Blocks(128, 128, 64, 8, 3))
+_HOPPER = _row(
+    Blocks(128, 128, 64, 8, 4, tma=True),
+    forward=Blocks(128, 256, 64, 8, 4, tma=True),
+    eager=Blocks(128, 256, 64, 8, 4, tma=True),
+    eager_options=Blocks(64, 256, 64, 8, 4, tma=True),
+)
+_BLACKWELL = _HOPPER._replace(eager=Blocks(128, 128, 64, 8, 4, tma=True))
+_WORKSTATION = _row(Blocks(128, 128, 64, 8, 3, tma=True), eager_options=Blocks(64, 128, 64, 8, 3, tma=True))
+
+# Compute capability from which a row holds, then bytes of an operand.
+BLOCKS: dict[tuple[int, int], dict[int, Row]] = {
+    (8, 0): {2: _AMPERE, 4: _SMALL},
+    (8, 6): {2: _AMPERE, 4: _SMALL},
+    (8, 9): {2: _AMPERE, 4: _SMALL},
+    (9, 0): {2: _HOPPER, 4: _SMALL},
+    (10, 0): {2: _BLACKWELL, 4: _SMALL},
+    (12, 0): {2: _WORKSTATION, 4: _SMALL},
+}
+# What a tuner should try beside the table: all of it compiles and fits shared memory, some of it spills.
+CANDIDATES: dict[tuple[int, int], dict[int, tuple[Blocks, ...]]] = {
+    (8, 0): {
+        2: (
+            Blocks(128, 128, 64, 8, 4),
+            Blocks(128, 128, 32, 8, 4),
+            Blocks(128, 256, 64, 8, 3),
+            Blocks(64, 256, 64, 8, 3),
+            Blocks(128, 128, 32, 4, 4),
+        ),
+        4: (Blocks(64, 64, 32, 8, 2), Blocks(128, 64, 16, 8, 2)),
+    },
+    (8, 6): {
+        2: (
+            Blocks(128, 128, 32, 8, 3),
+            Blocks(128, 128, 32, 4, 4),
+            Blocks(128, 256, 32, 8, 3),
+            Blocks(64, 256, 32, 8, 4),
+        ),
+        4: (Blocks(64, 64, 32, 8, 2), Blocks(128, 64, 16, 8, 2)),
+    },
+    (9, 0): {
+        2: (
+            Blocks(128, 256, 64, 8, 4, tma=True),
+            Blocks(128, 256, 64, 8, 3, tma=True),
+            Blocks(128, 256, 64, 8, 3, tma=True, persistent=1),
+            Blocks(128, 256, 64, 8, 4, tma=True, persistent=1),
+            Blocks(256, 128, 64, 8, 3, tma=True),
+            Blocks(256, 128, 64, 8, 3, tma=True, persistent=1),
+            Blocks(128, 128, 64, 4, 3, tma=True),
+            Blocks(128, 128, 64, 4, 3, tma=True, persistent=2),
+            Blocks(128, 128, 64, 8, 3, tma=True),
+            Blocks(128, 128, 64, 8, 4, tma=True),
+            Blocks(64, 256, 64, 8, 4, tma=True),
+            Blocks(128, 256, 64, 8, 3),
+            Blocks(128, 128, 64, 8, 3),
+        ),
+        4: (Blocks(64, 64, 32, 8, 2), Blocks(128, 64, 16, 8, 2)),
+    },
+    (12, 0): {
+        2: (
+            Blocks(128, 128, 64, 8, 2, tma=True),
+            Blocks(128, 128, 32, 8, 4, tma=True),
+            Blocks(128, 128, 64, 8, 3),
+            Blocks(128, 256, 32, 8, 3, tma=True),
+            Blocks(64, 256, 32, 8, 3, tma=True),
+            Blocks(128, 128, 64, 4, 3, tma=True),
+        ),
+        4: (Blocks(64, 64, 32, 8, 2), Blocks(128, 64, 16, 8, 2)),
+    },
 }
 INTERPRETED = Blocks(32, 64, 64, 1, 1)  # small, so that tests of ordinary size have ragged tiles in every direction
 
 
-def blocks_for(capability: tuple[int, int], itemsize: int) -> Blocks:
-    """The newest row of the table that this compute capability reaches."""
-    return BLOCKS[max(c for c in BLOCKS if c <= capability)][itemsize]
+def blocks_for(capability: tuple[int, int], itemsize: int, kernel: str = "forward") -> Blocks:
+    """Of the newest row of the table that this compute capability reaches. `kernel` is a field of `Row`."""
+    return getattr(BLOCKS[max(c for c in BLOCKS if c <= capability)][itemsize], kernel)
 
 
-def device_blocks(x: Tensor) -> Blocks:
-    """Blocks for operands like `x` on the device where it is."""
+def device_blocks(x: Tensor, kernel: str = "forward") -> Blocks:
+    """Blocks of a kernel, a field of `Row`, for operands like `x`, (T, H): the tuned ones if any are in use."""
+    fields = tuned_fields(kernel, x)
+    if fields is not None:
+        return Blocks(**fields)
     if not x.is_cuda:
         return INTERPRETED
-    return blocks_for(torch.cuda.get_device_capability(x.device), x.element_size())
+    return blocks_for(torch.cuda.get_device_capability(x.device), x.element_size(), kernel)
+
+
+def candidate_blocks(x: Tensor) -> list[Blocks]:
+    """What a tuner should try for operands like `x` on the device where it is, the table's shapes among them."""
+    if not x.is_cuda:
+        return [INTERPRETED, Blocks(16, 32, 32, 1, 1), Blocks(32, 64, 64, 1, 1, tma=True, persistent=2)]
+    capability = torch.cuda.get_device_capability(x.device)
+    table = BLOCKS[max(c for c in BLOCKS if c <= capability)][x.element_size()]
+    return list(dict.fromkeys((*table, *candidates_for(capability, x.element_size()))))
+
+
+def candidates_for(capability: tuple[int, int], itemsize: int) -> tuple[Blocks, ...]:
+    return CANDIDATES[max(c for c in CANDIDATES if c <= capability)][itemsize]
+
+
+def num_programs(blocks: Blocks, num_tiles: int, x: Tensor) -> int:
+    """How many programs share `num_tiles` tiles on the device where `x` is; in the interpreter two multiprocessors."""
+    if blocks.persistent == 0:
+        return num_tiles
+    cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    return min(num_tiles, cores * blocks.persistent)
 
 
 def is_interpreted() -> bool:

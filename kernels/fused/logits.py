@@ -1,21 +1,28 @@
 """The part that forward and backward share: one tile of logits, from hidden states and head weight to softcap.
 
-Equation numbers are those of kernels/README.md.
+Tiles come through pointers, of any stride, or through tensor descriptors, which the copy engine of sm_90 and newer GPUs
+reads in the background: `tile_operands` says which on the host, the constexpr TMA in the kernel. Equation numbers are
+those of kernels/README.md.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastdpo.kernels.launch import Blocks
 
 # Triton's interpreter stores bf16 as integers and tl.dot would multiply those, so there operands become fp32 first.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def program_tile(T, V, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_T: tl.constexpr):
-    """This program's row block and vocabulary tile; GROUP_T row blocks precede the next tile: weights stay in L2."""
-    program = tl.program_id(0)
+def program_tile(program, T, V, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_T: tl.constexpr):
+    """Row block and vocabulary tile number `program`; GROUP_T row blocks precede the next tile: weights stay in L2."""
     num_row_blocks = tl.cdiv(T, BLOCK_T)
     num_tiles = tl.cdiv(V, BLOCK_V)
     group = program // (GROUP_T * num_tiles)
@@ -54,6 +61,91 @@ def tile_dot(
         hidden_ptrs += BLOCK_H * stride_hh
         weight_ptrs += BLOCK_H * stride_wh
     return acc
+
+
+@triton.jit
+def described_dot(
+    hidden_desc,  # (T, H)
+    weight_desc,  # (V, H)
+    row_block,
+    tile,
+    H,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """`tile_dot` through tensor descriptors, which fill ragged edges with zeros."""
+    acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
+    for start in range(0, H, BLOCK_H):
+        x = hidden_desc.load([row_block * BLOCK_T, start])  # (BLOCK_T, BLOCK_H)
+        w = weight_desc.load([tile * BLOCK_V, start])  # (BLOCK_V, BLOCK_H)
+        if INTERPRETED:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def tile_logits(
+    hidden_ptr,  # (T, H), or with TMA its descriptor
+    weight_ptr,  # (V, H), likewise
+    bias_ptr,  # (V,) or unused
+    row_block,
+    tile,
+    T,
+    V,
+    H,
+    stride_ht,
+    stride_hh,
+    stride_wv,
+    stride_wh,
+    logit_scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """`scale_logits` of the tile: z and u, (BLOCK_T, BLOCK_V) fp32; beyond the edges whatever, but nothing is read."""
+    v = tl.minimum(tile.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V), V - 1)
+    if TMA:
+        acc = described_dot(hidden_ptr, weight_ptr, row_block, tile, H, BLOCK_T, BLOCK_V, BLOCK_H)
+    else:
+        t = tl.minimum(row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T), T - 1)
+        acc = tile_dot(
+            hidden_ptr, weight_ptr, t, v, H, stride_ht, stride_hh, stride_wv, stride_wh, BLOCK_T, BLOCK_V, BLOCK_H
+        )
+    return scale_logits(acc, bias_ptr, v, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+
+
+def tile_operands(hidden_states: Tensor, weight: Tensor, blocks: Blocks) -> tuple[tuple[Any, Any], bool]:
+    """What `tile_logits` takes as hidden_ptr and weight_ptr, and its TMA."""
+    if not (blocks.tma and can_be_described(hidden_states) and can_be_described(weight)):
+        return (hidden_states, weight), False
+    hidden_box, weight_box = (blocks.block_t, blocks.block_h), (blocks.block_v, blocks.block_h)
+    return (describe(hidden_states, hidden_box), describe(weight, weight_box)), True
+
+
+def describe(x: Tensor, box: tuple[int, int]) -> TensorDescriptor:
+    """The matrix x, of which one load takes `box` rows and columns."""
+    return TensorDescriptor(x, list(x.shape), [_row_stride(x), 1], list(box))
+
+
+def can_be_described(x: Tensor) -> bool:
+    """What the copy engine asks of a matrix."""
+    aligned = x.data_ptr() % 16 == 0 and _row_stride(x) * x.element_size() % 16 == 0
+    return aligned and x.stride(1) == 1 and x.shape[0] > 0
+
+
+def _row_stride(x: Tensor) -> int:
+    """One row may claim any stride: it is then as long as the row, so that a launch on it is not compiled anew."""
+    return x.stride(0) if x.shape[0] > 1 else x.shape[1]
+
+
+def tile_strides(hidden_states: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
+    return _row_stride(hidden_states), hidden_states.stride(1), _row_stride(weight), weight.stride(1)
 
 
 @triton.jit

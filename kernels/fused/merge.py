@@ -40,7 +40,10 @@ def statistics(outputs: tuple[str, ...]) -> dict[str, bool]:
     }
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["T", "num_tiles"],
+    do_not_specialize_on_alignment=["labels_ptr", "sumexp_ptr", "sum_z_exp_ptr", "sum_sq_exp_ptr", "sum_z_ptr"],
+)
 def merge_kernel(
     labels_ptr,  # (T,) int64
     label_logit_ptr,  # (T,) fp32

@@ -1,6 +1,7 @@
 """Compiles every kernel for one GPU architecture and operand type, on any machine; prints a JSON line for each.
 
     python tests/kernels/ahead_of_time.py 90 bf16
+    python tests/kernels/ahead_of_time.py 90 bf16 candidates    # not the table's shapes but those that a tuner tries
 
 Not a test module: it runs in a process of its own, because kernels defined under TRITON_INTERPRET=1 cannot be compiled.
 """
@@ -22,44 +23,74 @@ from triton.compiler import ASTSource
 from fastdpo.kernels.backward import logit_grads_kernel
 from fastdpo.kernels.finish import FINISH_ROWS, finish_grads_kernel
 from fastdpo.kernels.forward import partials_kernel
-from fastdpo.kernels.launch import blocks_for
+from fastdpo.kernels.launch import Blocks, blocks_for, candidates_for
 from fastdpo.kernels.merge import MERGE_ROWS, MERGE_TILES, merge_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTER_TYPES = {"labels": "*i64", "is_top1": "*i8"}  # all else is an operand or fp32
 OPERANDS = ("hidden", "weight", "bias", "out")
-MATRIX_INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA")
+INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG")  # the matrix units', and the copy engine's load
+NO_STATISTICS = {"WITH_ENTROPY": False, "WITH_SQUARES": False, "WITH_MEAN": False}
 
 
 class Variant(NamedTuple):
     name: str
     kernel: Any
     constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    blocks: Blocks | None  # of kernels that multiply
+
+    def launch_options(self) -> dict[str, int]:
+        if self.blocks is None:
+            return {"num_warps": 4}
+        return {"num_warps": self.blocks.num_warps, "num_stages": self.blocks.num_stages}
+
+
+def tile_variant(name: str, kernel: Any, blocks: Blocks, options: bool, **switches: bool) -> Variant:
+    """A kernel that makes tiles of logits, with these blocks."""
+    constexprs = {"HAS_BIAS": options, "HAS_SOFTCAP": options, "TMA": blocks.tma, "GROUP_T": 8, **switches}
+    if kernel is partials_kernel:
+        constexprs |= dict.fromkeys(NO_STATISTICS, options) | {"PERSISTENT": blocks.persistent > 0}
+    constexprs |= {name: value for name, value in blocks.options().items() if name.startswith("BLOCK_")}
+    return Variant(f"{name}, {'every option' if options else 'plain'}", kernel, constexprs, blocks)
 
 
 def variants(capability: tuple[int, int], operand: str) -> list[Variant]:
-    """Every kernel twice: plain, and with every option on."""
-    block_t, block_v, block_h, num_warps, num_stages = blocks_for(capability, 2 if operand == "bf16" else 4)
-    blocks = {"BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_H": block_h, "GROUP_T": 8}
+    """Every kernel twice with the table's blocks: plain, and with every option on."""
+
+    def blocks(kernel: str) -> Blocks:
+        return blocks_for(capability, itemsize(operand), kernel)
+
     found = []
-    for option, on in (("plain", False), ("every option", True)):
-        head = {"HAS_BIAS": on, "HAS_SOFTCAP": on}
-        statistics = {"WITH_ENTROPY": on, "WITH_SQUARES": on, "WITH_MEAN": on}
+    for on in (False, True):
+        option, kernel = ("every option", "_options") if on else ("plain", "")
+        statistics = dict.fromkeys(NO_STATISTICS, on)
         merge = {"WITH_TOP1": on, "WITH_LSE": on, "ROWS": MERGE_ROWS, "TILES": MERGE_TILES}
-        sums = head | statistics | blocks
-        finish = {"HAS_SOFTCAP": on, "ROWS": FINISH_ROWS, "BLOCK_V": block_v}
+        eager = blocks(f"eager{kernel}")
+        finish = {"HAS_SOFTCAP": on, "ROWS": FINISH_ROWS, "BLOCK_V": eager.block_v}
         found += [
-            Variant(f"partials, {option}", partials_kernel, sums | {"WITH_GRADS": False}, num_warps, num_stages),
-            Variant(
-                f"partials with grads, {option}", partials_kernel, sums | {"WITH_GRADS": True}, num_warps, num_stages
-            ),
-            Variant(f"finish_grads, {option}", finish_grads_kernel, finish, 4, 3),
-            Variant(f"logit_grads, {option}", logit_grads_kernel, head | blocks, num_warps, num_stages),
-            Variant(f"merge, {option}", merge_kernel, statistics | merge, 4, 3),
+            tile_variant("partials", partials_kernel, blocks(f"forward{kernel}"), on, WITH_GRADS=False),
+            tile_variant("partials with grads", partials_kernel, eager, on, WITH_GRADS=True),
+            tile_variant("partials to skip by", partials_kernel, blocks("skipping"), on, WITH_GRADS=False),
+            tile_variant("logit_grads", logit_grads_kernel, blocks("logit_grads"), on),
+            Variant(f"merge, {option}", merge_kernel, statistics | merge, None),
+            Variant(f"finish_grads, {option}", finish_grads_kernel, finish, None),
         ]
     return found
+
+
+def candidate_variants(capability: tuple[int, int], operand: str) -> list[Variant]:
+    """What a tuner may try: the kernels that make tiles, plain; persistent programs only make sums."""
+    found = []
+    for blocks in candidates_for(capability, itemsize(operand)):
+        found.append(tile_variant("partials", partials_kernel, blocks, False, WITH_GRADS=False))
+        if not blocks.persistent:
+            found.append(tile_variant("partials with grads", partials_kernel, blocks, False, WITH_GRADS=True))
+            found.append(tile_variant("logit_grads", logit_grads_kernel, blocks, False))
+    return found
+
+
+def itemsize(operand: str) -> int:
+    return 4 if operand == "fp32" else 2
 
 
 def argument_type(name: str, operand: str) -> str:
@@ -71,18 +102,22 @@ def argument_type(name: str, operand: str) -> str:
 
 def compile_variant(variant: Variant, operand: str, capability: int) -> Any:
     """Compiled as a launch on contiguous, aligned inputs would be: strides of 1 are constants, H divides by 16."""
-    names = variant.kernel.arg_names
+    kernel, names = variant.kernel, variant.kernel.arg_names
     constants = variant.constexprs | {name: 1 for name in ("stride_hh", "stride_wh") if name in names}
     signature = {name: "constexpr" if name in constants else argument_type(name, operand) for name in names}
-    aligned = [name for name in names if signature[name].startswith("*") or name in ("H", "stride_ht", "stride_wv")]
+    if variant.constexprs.get("TMA"):
+        for name, rows in (("hidden_ptr", "BLOCK_T"), ("weight_ptr", "BLOCK_V")):
+            signature[name] = f"tensordesc<{operand}[{constants[rows]}, {constants['BLOCK_H']}]>"
+    anywhere = {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment}
+    aligned = [name for name in names if signature[name].startswith("*") and name not in anywhere]
+    aligned += [name for name in ("H", "stride_ht", "stride_wv") if name in names]
     source = ASTSource(
-        variant.kernel,
+        kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.launch_options())
 
 
 def facts(compiled: Any) -> dict[str, Any]:
@@ -99,16 +134,17 @@ def facts(compiled: Any) -> dict[str, Any]:
         "stack": int(re.findall(r"STACK:(\d+)", usage)[-1]),
         "shared": compiled.metadata.shared,
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        "matrix": {name: len(re.findall(rf"\b{name}\b", sass)) for name in MATRIX_INSTRUCTIONS},
+        "matrix": {name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS},
     }
 
 
-def main(capability: int, operand: str) -> None:
-    for variant in variants((capability // 10, capability % 10), operand):
+def main(capability: int, operand: str, candidates: bool) -> None:
+    for variant in (candidate_variants if candidates else variants)((capability // 10, capability % 10), operand):
         compiled = compile_variant(variant, operand, capability)
         about = {"kernel": variant.name, "sm": capability, "operand": operand, "triton": triton.__version__}
+        about["blocks"] = [] if variant.blocks is None else [int(x) for x in variant.blocks]
         print(json.dumps(about | facts(compiled)), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], "candidates" in sys.argv[3:])
