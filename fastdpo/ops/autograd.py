@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastdpo.ops.eager import hidden_grad_in_forward
 from fastdpo.ops.engine import Engine, engine_of, resolve_impl
 from fastdpo.ops.gradients import head_gradients
 from fastdpo.ops.head import ALWAYS, Head, SplitLse, row_scale
 from fastdpo.ops.matmul import accumulator_dtype
-from fastdpo.ops.skipping import kept_tiles
+from fastdpo.ops.skipping import kept_tiles, row_order
 from fastdpo.ops.validation import check_labels
 from fastdpo.types import IGNORE_INDEX, TokenLogps
 
@@ -76,8 +77,8 @@ def forward(
     dtype,
     grad_in_forward,
 ):
-    """[logps, lse_whole, lse_rest, *outputs], each (T,); then `kept` where tiles may be skipped; then dH per unit of
-    upstream gradient, (T, H) in the sums' dtype, where it is made in forward."""
+    """[logps, lse_whole, lse_rest, *outputs], each (T,); where tiles may be skipped, `kept` and the order of rows that
+    its blocks take, (T,); where it is made in forward, dH per unit of upstream gradient, (T, H) in the sums' dtype."""
     head = _head(logit_scale, softcap, outputs, skip_tolerance)
     impl = resolve_impl(impl, hidden_states.device, dtype)
     engine, T = engine_of(impl), labels.shape[0]
@@ -97,15 +98,14 @@ def forward(
             values = engine.forward(*args, head)
             if skip_tolerance > 0:
                 block_rows, block_vocab = engine.skip_blocks(hidden_states)
-                found = kept_tiles(values, labels, skip_tolerance, block_rows, block_vocab)
-                kept = found.new_zeros(-(-T // block_rows), found.shape[1])
-                kept[: found.shape[0]] = found
-                extra = [kept]
+                order = row_order(values, labels)
+                kept = kept_tiles(values, labels, order, skip_tolerance, block_rows, block_vocab)
+                extra = [pad(kept, (0, 0, 0, -(-T // block_rows) - len(kept))), pad(order, (0, T - len(order)))]
     return [*(_spread(rows, values[name], T) for name in (*ALWAYS, *head.outputs)), *extra]
 
 
 def backward(
-    grad_logps, hidden_states, lm_head_weight, bias, labels, lse_whole, lse_rest, kept,
+    grad_logps, hidden_states, lm_head_weight, bias, labels, lse_whole, lse_rest, kept, order,
     logit_scale, softcap, outputs, skip_tolerance, impl, dtype, needed,
 ):  # fmt: skip
     """The needed ones of dH (T, H), dW (V, H) and db (V,), each in its input's dtype."""
@@ -120,6 +120,8 @@ def backward(
         # Rows whose upstream gradient is exactly zero cost nothing: ignored ones, and pairs that the loss has settled.
         # Skipped tiles belong to blocks of the rows that forward kept, so there only those are left out.
         rows = _rows_where(scale != 0 if kept is None else labels != IGNORE_INDEX)
+    if order is not None:
+        rows = order if rows is None else rows[order[: len(rows)]]
     hidden_states, labels, lse_whole, lse_rest, scale = _take(rows, hidden_states, labels, lse_whole, lse_rest, scale)
     with torch.autocast(hidden_states.device.type, enabled=False):
         args = (hidden_states.to(dtype), lm_head_weight.to(dtype), None if bias is None else bias.to(dtype), labels)
@@ -145,8 +147,8 @@ _backward_op = torch.library.custom_op(
     "fastdpo::linear_logps_backward",
     backward,
     mutates_args=(),
-    schema=f"(Tensor grad_logps, {_INPUTS}, Tensor lse_whole, Tensor lse_rest, Tensor? kept, {_HEAD}, str impl, "
-    "ScalarType dtype, bool[] needed) -> Tensor[]",
+    schema=f"(Tensor grad_logps, {_INPUTS}, Tensor lse_whole, Tensor lse_rest, Tensor? kept, Tensor? order, {_HEAD}, "
+    "str impl, ScalarType dtype, bool[] needed) -> Tensor[]",
 )
 
 
@@ -175,12 +177,13 @@ def _(
     elif skip_tolerance > 0:
         engine = engine_of(resolve_impl(impl, hidden_states.device, dtype))
         values.append(labels.new_empty(_kept_shape(hidden_states, lm_head_weight, engine), dtype=torch.bool))
+        values.append(labels.new_empty(labels.shape))
     return values
 
 
 @_backward_op.register_fake
 def _(
-    grad_logps, hidden_states, lm_head_weight, bias, labels, lse_whole, lse_rest, kept,
+    grad_logps, hidden_states, lm_head_weight, bias, labels, lse_whole, lse_rest, kept, order,
     logit_scale, softcap, outputs, skip_tolerance, impl, dtype, needed,
 ):  # fmt: skip
     inputs = (hidden_states, lm_head_weight, bias)
@@ -192,15 +195,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
     _, lse_whole, lse_rest, *rest = output
     num_outputs = len(_head(*head).outputs)
-    extra = rest[num_outputs] if len(rest) > num_outputs else None
+    extra = [*rest[num_outputs:], None, None][:2]
     ctx.head, ctx.impl, ctx.dtype = head, impl, dtype
     ctx.unit_grad = grad_in_forward and head[-1] == 0
     if ctx.unit_grad:
         ctx.hidden_dtype = hidden_states.dtype
-        ctx.save_for_backward(extra)
+        ctx.save_for_backward(extra[0])
     else:
         # Saves the originals, not the casts: under autocast a second copy of the head would live until backward.
-        ctx.save_for_backward(hidden_states, lm_head_weight, bias, labels, lse_whole, lse_rest, extra)
+        ctx.save_for_backward(hidden_states, lm_head_weight, bias, labels, lse_whole, lse_rest, *extra)
 
 
 def _grads(ctx: Any, grad_outputs: list[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -209,11 +212,11 @@ def _grads(ctx: Any, grad_outputs: list[Tensor | None]) -> tuple[Tensor | None, 
     if grad_logps is not None and ctx.unit_grad:
         grads[0] = (ctx.saved_tensors[0] * grad_logps[:, None]).to(ctx.hidden_dtype)
     elif grad_logps is not None:
-        hidden_states, lm_head_weight, bias, labels, lse_whole, lse_rest, kept = ctx.saved_tensors
+        *inputs, lse_whole, lse_rest, kept, order = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[:3])
         found = iter(
             torch.ops.fastdpo.linear_logps_backward(
-                grad_logps, hidden_states, lm_head_weight, bias, labels, lse_whole, lse_rest, kept,
+                grad_logps, *inputs, lse_whole, lse_rest, kept, order,
                 *ctx.head, ctx.impl, ctx.dtype, needed,
             )
         )  # fmt: skip

@@ -66,6 +66,7 @@ def head_gradients(
                 grad_bias[vocab] += row_scale[rows] @ d.to(acc_dtype)
         if grad_weight is not None and scratch is not None:
             grad_weight[vocab] = block
+        del weight  # where it is a cast, before the next one is made
     if grad_weight is not None and tiling.num_rows == 0:
         grad_weight.zero_()
     if grad_hidden is not None:

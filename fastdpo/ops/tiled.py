@@ -57,6 +57,7 @@ def tiled_forward(
             logits = _tile(scratch, rows, vocab)
             fill_logits(logits, operand(hidden_states[rows]), weight, None if bias is None else bias[vocab], head)
             state.absorb(rows, vocab, logits, None if second is None else _tile(second, rows, vocab))
+        del weight  # where it is a cast, before the next one is made
     return state.finish()
 
 
@@ -169,7 +170,7 @@ class GradRows:
     def fill(
         self,
         out: Tensor,  # (rows, columns)
-        rows: slice,
+        rows: slice | Tensor,
         weight: Tensor,  # (columns, H) operand
         bias: Tensor | None,  # (columns,)
         label_column: Tensor,  # (rows, 1), clamped

@@ -45,33 +45,32 @@ def tiled_skipping_gradients(
     scratch = torch.empty(MAX_TILE_ELEMENTS, dtype=acc_dtype, device=device)
     second = torch.empty_like(scratch) if head.softcap is not None else None
     for number, start in enumerate(range(0, T, SKIP_ROWS)):
-        rows = slice(start, min(start + SKIP_ROWS, T))
-        scale = row_scale[rows]
-        if not bool((scale != 0).any()):  # nan counts as not zero
+        rows = start + row_scale[start : start + SKIP_ROWS].nonzero()[:, 0]  # nan counts as not zero
+        if len(rows) == 0:
             continue
-        num_rows = rows.stop - rows.start
+        scaled = hidden_states[rows] * row_scale[rows, None]
+        row_grads = torch.zeros(len(rows), hidden_states.shape[1], dtype=acc_dtype, device=device)
         columns = ids[kept[number]].flatten()
-        for some in columns[columns < V].split(MAX_TILE_ELEMENTS // num_rows):
+        for some in columns[columns < V].split(MAX_TILE_ELEMENTS // len(rows)):
             weight = operand(lm_head_weight[some])
             column = torch.searchsorted(some, labels[rows]).clamp_(max=len(some) - 1)
             d, slope = (
-                None if x is None else x[: num_rows * len(some)].view(num_rows, len(some)) for x in (scratch, second)
+                None if x is None else x[: len(rows) * len(some)].view(len(rows), len(some)) for x in (scratch, second)
             )
             assert d is not None
             tile_bias = None if bias is None else bias[some]
             grad_rows.fill(d, rows, weight, tile_bias, column[:, None], some[column] == labels[rows], slope)
             d = d.to(weight.dtype)
             if grad_hidden is not None:
-                matmul_into(grad_hidden[rows], d, weight, beta=1.0)
+                matmul_into(row_grads, d, weight, beta=1.0)
             if grad_weight is not None:
-                scaled = (hidden_states[rows] * scale[:, None]).to(weight.dtype)
                 product = torch.empty(len(some), weight.shape[1], dtype=acc_dtype, device=device)
-                matmul_into(product, d.T, scaled)
+                matmul_into(product, d.T, scaled.to(weight.dtype))
                 grad_weight.index_add_(0, some, product)
             if grad_bias is not None:
-                grad_bias.index_add_(0, some, scale @ d.to(scale.dtype))
-    if grad_hidden is not None:
-        grad_hidden.mul_(row_scale[:, None])
+                grad_bias.index_add_(0, some, row_scale[rows] @ d.to(acc_dtype))
+        if grad_hidden is not None:
+            grad_hidden[rows] = row_grads * row_scale[rows, None]
     return tuple(
         None if x is None or dtype is None else x.to(dtype)
         for x, dtype in zip(grads, (hidden_dtype, weight_dtype, bias_dtype), strict=True)

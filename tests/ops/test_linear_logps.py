@@ -203,7 +203,7 @@ def test_nothing_as_large_as_the_logits_is_created(impl, frozen_head, outputs, s
     with Allocations() as seen:  # inside the operators, which are one operation each to those outside
         values = autograd.forward(*tensors, *settings, frozen_head)
         if not frozen_head:
-            autograd.backward(upstream, *tensors, *values[1:3], None, *settings, [True, True, True])
+            autograd.backward(upstream, *tensors, *values[1:3], None, None, *settings, [True, True, True])
     partials = 6 * -(-case.V // 64) * case.T  # the forward kernel's, at most six fp32 per row and tile
     assert 0 < seen.largest <= max(tile, case.V * case.H, partials if impl == "triton" else 0)
     assert seen.largest < case.T * case.V / 5

@@ -56,7 +56,7 @@ def bound(impl, T, V, dtype, *, frozen_head):
         tiling = tiled.choose_tiling(torch.empty(T, H, device="meta"), torch.empty(V, H, device="meta"))
         workspace, upcast = 4 * tiled.MAX_TILE_ELEMENTS, 4 * tiling.block_vocab * H
         accumulators = 4 * T * H + 4 * tiling.block_vocab * H
-    operands = 2 * upcast + 3 * 4 * tiled.BLOCK_ROWS * H  # W's block and the one before it, H's, and c * H
+    operands = upcast + 3 * 4 * tiled.BLOCK_ROWS * H  # W's block, H's, and c * H
     return workspace + accumulators + outputs + row_numbers + operands
 
 
