@@ -6,14 +6,15 @@ result belongs to one program, which sums its terms in fp32 in ascending order: 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdpo.kernels.logits import INTERPRETED
+from fastdpo.kernels.logits import INTERPRETED, can_be_described, describe
 from fastdpo.kernels.rounds import Terms
 from fastdpo.kernels.tuned import tuned_fields
 
@@ -25,21 +26,23 @@ class ProductBlocks(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    tma: bool = False  # operands come through tensor descriptors, where their addresses and strides allow it
 
 
 # As BLOCKS in launch.py: capability from which a row holds, then bytes of an operand. The first is the default and
-# spills nothing; the others are what `fastdpo.kernels.tuning` tries beside it.
+# spills nothing; the others are what `fastdpo.kernels.tuning` tries beside it. Which is the fastest was not measured.
 _FP32 = ((64, 16, 8, 2), (64, 32, 8, 2), (64, 16, 4, 2), (32, 16, 4, 2))
-_MMA = ((128, 32, 8, 3), (128, 32, 8, 4), (128, 64, 8, 2), (64, 32, 4, 4))
-_WGMMA = ((256, 64, 8, 4), (256, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 3), (128, 64, 4, 4))
-_TCGEN05 = ((128, 64, 8, 4), (128, 64, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2))
-PRODUCT_BLOCKS: dict[tuple[int, int], dict[int, tuple[tuple[int, int, int, int], ...]]] = {
-    (8, 0): {2: _MMA, 4: _FP32},
-    (9, 0): {2: _WGMMA, 4: _FP32},
-    (10, 0): {2: _TCGEN05, 4: _FP32},
-    (12, 0): {2: _MMA, 4: _FP32},
+_AMPERE = ((128, 32, 8, 3), (128, 32, 8, 4), (128, 64, 8, 2), (64, 32, 4, 4))
+_NARROW = ((128, 64, 8, 4, True), (128, 64, 8, 3, True), (128, 128, 8, 3, True), (128, 64, 8, 4))
+_WIDE = ((256, 64, 8, 4, True), (256, 64, 8, 3, True), (256, 64, 8, 4))
+_WORKSTATION = ((128, 64, 8, 3, True), (128, 64, 8, 2, True), (128, 32, 8, 4, True), (256, 32, 8, 3, True))
+PRODUCT_BLOCKS: dict[tuple[int, int], dict[int, tuple[tuple[Any, ...], ...]]] = {
+    (8, 0): {2: _AMPERE, 4: _FP32},
+    (9, 0): {2: _WIDE + _NARROW, 4: _FP32},
+    (10, 0): {2: _NARROW, 4: _FP32},
+    (12, 0): {2: _WORKSTATION, 4: _FP32},
 }
-_INTERPRETED = ((64, 16, 1, 1), (16, 32, 1, 1))
+_INTERPRETED = ((64, 16, 1, 1), (16, 32, 1, 1), (32, 16, 1, 1, True))
 GROUP = 8  # blocks of the result between which a block of the second operand is shared through L2
 
 
@@ -56,8 +59,8 @@ def cast(x, dtype: tl.constexpr):
 @triton.jit(do_not_specialize=["round_index", "round_stride", "end_stride", "num_out", "num_other"])
 def products_kernel(
     out_ptr,  # (num_out, H), contiguous
-    tiles_ptr,  # (num_slots, BLOCK_T, BLOCK_V)
-    other_ptr,  # (num_other, H)
+    tiles_ptr,  # (num_slots, BLOCK_T, BLOCK_V), or with TMA a descriptor of its (num_slots * BLOCK_T, BLOCK_V)
+    other_ptr,  # (num_other, H), or with TMA its descriptor
     slots_ptr,  # this and the next three: as in Terms
     blocks_ptr,
     bounds_ptr,
@@ -78,6 +81,7 @@ def products_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """out[block] (+)= sum over the block's terms of their tile times a block of `other`."""
     BLOCK_M: tl.constexpr = BLOCK_V if TRANSPOSED else BLOCK_T
@@ -93,7 +97,8 @@ def products_kernel(
         group_size = min(num_blocks - group * GROUP, GROUP)
         within = work % (GROUP * num_columns)
         block = first_block + group * GROUP + within % group_size
-        n = (within // group_size) * BLOCK_N + tl.arange(0, BLOCK_N)
+        first_n = (within // group_size) * BLOCK_N
+        n = first_n + tl.arange(0, BLOCK_N)
         in_columns = n < H
 
         bounds = bounds_ptr + round_index * round_stride + block
@@ -110,18 +115,27 @@ def products_kernel(
             slot = tl.load(slots_ptr + first_term)
             other_block = tl.load(blocks_ptr + first_term)
             for step in range(first_term * STEPS, last_term * STEPS):
-                k = (step % STEPS) * BLOCK_K + tl.arange(0, BLOCK_K)
-                tile_ptr = tiles_ptr + slot.to(tl.int64) * BLOCK_T * BLOCK_V
-                other_row = other_block.to(tl.int64) * DEPTH + k
+                first_k = (step % STEPS) * BLOCK_K
+                tile_slot, first_row = slot, other_block * DEPTH + first_k
                 # The next step's place is read one step ahead: the tile's loads would wait for it.
                 slot = tl.load(slots_ptr + (step + 1) // STEPS)
                 other_block = tl.load(blocks_ptr + (step + 1) // STEPS)
-                d = tl.load(tile_ptr + m[:, None] * STRIDE_M + k[None, :] * STRIDE_K)  # (BLOCK_M, BLOCK_K)
-                x = tl.load(  # (BLOCK_K, BLOCK_N)
-                    other_ptr + other_row[:, None] * stride_ob + n[None, :].to(tl.int64) * stride_oh,
-                    mask=(other_row < num_other)[:, None] & in_columns[None, :],
-                    other=0.0,
-                )
+                if TMA:
+                    if TRANSPOSED:
+                        d = tiles_ptr.load([tile_slot * BLOCK_T + first_k, 0]).T  # (BLOCK_M, BLOCK_K)
+                    else:
+                        d = tiles_ptr.load([tile_slot * BLOCK_T, first_k])
+                    x = other_ptr.load([first_row, first_n])  # (BLOCK_K, BLOCK_N)
+                else:
+                    k = first_k + tl.arange(0, BLOCK_K)
+                    tile_ptr = tiles_ptr + tile_slot.to(tl.int64) * BLOCK_T * BLOCK_V
+                    d = tl.load(tile_ptr + m[:, None] * STRIDE_M + k[None, :] * STRIDE_K)
+                    row = first_row.to(tl.int64) + tl.arange(0, BLOCK_K)
+                    x = tl.load(
+                        other_ptr + row[:, None] * stride_ob + n[None, :].to(tl.int64) * stride_oh,
+                        mask=(row < num_other)[:, None] & in_columns[None, :],
+                        other=0.0,
+                    )
                 if INTERPRETED:
                     d, x = d.to(tl.float32), x.to(tl.float32)
                 acc = tl.dot(d, x, acc, input_precision="ieee")
@@ -158,70 +172,86 @@ def column_sums_kernel(
         tl.store(out_ptr + v, cast(acc * tl.load(unit_ptr), out_ptr.dtype.element_ty), mask=v < num_out)
 
 
-def add_products(
+def products(
     out: Tensor,  # (num_out, H), contiguous; fp32 unless `finish`
-    tiles: Tensor,  # (num_slots, block_t, block_v)
+    tiles: Tensor,  # (num_slots, block_t, block_v), the workspace
     other: Tensor,  # (num_other, H), the tiles' dtype
     terms: Terms,
-    round_index: int,
     unit: Tensor,  # (1,) fp32
     transposed: bool,
     finish: bool,
     blocks: ProductBlocks | None = None,
-) -> None:
-    """The round's products: with `finish` written times unit (blocks without terms: zeros), else added to `out`."""
+) -> Callable[[int], None]:
+    """What multiplies the tiles of one round, given its number, while they are in the workspace.
+
+    With `finish` the sums are written times unit, zeros where a block has no terms; else they are added to `out`.
+    """
+    blocks = blocks or product_blocks(tiles, other)
     block_t, block_v = tiles.shape[1:]
-    block_n, block_k, num_warps, num_stages = blocks or product_blocks(tiles, other)
-    products_kernel[(_num_programs(tiles),)](
-        out,
-        tiles,
-        other,
-        terms.slots,
-        terms.blocks,
-        terms.bounds,
-        terms.spans,
-        unit,
-        round_index,
-        terms.round_stride,
-        terms.end_stride,
-        out.shape[0],
-        *other.shape,
-        *other.stride(),
-        TRANSPOSED=transposed,
-        FINISH=finish,
-        BLOCK_T=block_t,
-        BLOCK_V=block_v,
-        BLOCK_N=block_n,
-        BLOCK_K=min(block_k, block_t if transposed else block_v),
-        GROUP=GROUP,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+    block_k = min(blocks.block_k, block_t if transposed else block_v)
+    operands: tuple[Any, Any] = (tiles, other)
+    tma = blocks.tma and can_be_described(tiles[0]) and can_be_described(other)
+    if tma:
+        box = (block_k, block_v) if transposed else (block_t, block_k)
+        operands = (describe(tiles.view(-1, block_v), box), describe(other, (block_k, blocks.block_n)))
+    grid = (_num_programs(tiles),)
+
+    def multiply(round_index: int) -> None:
+        products_kernel[grid](
+            out,
+            *operands,
+            terms.slots,
+            terms.blocks,
+            terms.bounds,
+            terms.spans,
+            unit,
+            round_index,
+            terms.round_stride,
+            terms.end_stride,
+            out.shape[0],
+            *other.shape,
+            *other.stride(),
+            TRANSPOSED=transposed,
+            FINISH=finish,
+            BLOCK_T=block_t,
+            BLOCK_V=block_v,
+            BLOCK_N=blocks.block_n,
+            BLOCK_K=block_k,
+            GROUP=GROUP,
+            TMA=tma,
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+
+    return multiply
 
 
-def add_column_sums(
+def column_sums(
     out: Tensor,  # (V,)
     tiles: Tensor,  # (num_slots, block_t, block_v)
     terms: Terms,  # of the vocabulary tiles, as the outer side
-    round_index: int,
     unit: Tensor,  # (1,) fp32
-) -> None:
-    """The column sums of the round's vocabulary tiles, times unit; zeros where a tile has no terms."""
-    column_sums_kernel[(_num_programs(tiles),)](
-        out,
-        tiles,
-        terms.slots,
-        terms.bounds,
-        terms.spans,
-        unit,
-        round_index,
-        terms.round_stride,
-        terms.end_stride,
-        out.shape[0],
-        BLOCK_T=tiles.shape[1],
-        BLOCK_V=tiles.shape[2],
-        num_warps=8,
-    )
+) -> Callable[[int], None]:
+    """What writes the column sums of one round's vocabulary tiles, times unit; zeros where a tile has no terms."""
+
+    def add(round_index: int) -> None:
+        column_sums_kernel[(_num_programs(tiles),)](
+            out,
+            tiles,
+            terms.slots,
+            terms.bounds,
+            terms.spans,
+            unit,
+            round_index,
+            terms.round_stride,
+            terms.end_stride,
+            out.shape[0],
+            BLOCK_T=tiles.shape[1],
+            BLOCK_V=tiles.shape[2],
+            num_warps=8,
+        )
+
+    return add
 
 
 def product_blocks(tiles: Tensor, other: Tensor) -> ProductBlocks:
@@ -238,7 +268,7 @@ def product_candidates(tiles: Tensor) -> list[ProductBlocks]:
     return [ProductBlocks(*x) for x in product_table(capability, tiles.element_size())]
 
 
-def product_table(capability: tuple[int, int], itemsize: int) -> tuple[tuple[int, int, int, int], ...]:
+def product_table(capability: tuple[int, int], itemsize: int) -> tuple[tuple[Any, ...], ...]:
     """The newest row of the table that this compute capability reaches."""
     return PRODUCT_BLOCKS[max(c for c in PRODUCT_BLOCKS if c <= capability)][itemsize]
 

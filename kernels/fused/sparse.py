@@ -14,25 +14,27 @@ they are. It is divided by the power of two below the largest c first, so that f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastdpo.kernels.launch import device_blocks, scratch
-from fastdpo.kernels.logits import scale_logits, tile_dot
-from fastdpo.kernels.products import add_column_sums, add_products, cast
+from fastdpo.kernels.logits import tile_logits, tile_operands, tile_strides
+from fastdpo.kernels.products import cast, column_sums, products
 from fastdpo.kernels.rounds import Rounds, plan_rounds
 from fastdpo.types import IGNORE_INDEX
 
 IGNORED = tl.constexpr(IGNORE_INDEX)
 
 
-@triton.jit(do_not_specialize=["round_index", "T", "V", "num_tiles"])
+@triton.jit(do_not_specialize=["round_index", "T"], do_not_specialize_on_alignment=["labels_ptr"])
 def kept_logit_grads_kernel(
     out_ptr,  # (num_slots, BLOCK_T, BLOCK_V)
-    hidden_ptr,  # (T, H)
-    weight_ptr,  # (V, H)
+    hidden_ptr,  # (T, H), or with TMA its descriptor
+    weight_ptr,  # (V, H), likewise
     bias_ptr,  # (V,) or unused
     labels_ptr,  # (T,) int64
     lse_whole_ptr,  # (T,) fp32
@@ -57,6 +59,7 @@ def kept_logit_grads_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """eq. (9) times c for one kept tile, zeros beyond the last row and the last vocabulary id."""
     visit = tl.load(starts_ptr + round_index) + tl.program_id(0)
@@ -68,11 +71,29 @@ def kept_logit_grads_kernel(
 
     t = row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     v = tile.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    t_safe, v_safe = tl.minimum(t, T - 1), tl.minimum(v, V - 1)
-    acc = tile_dot(
-        hidden_ptr, weight_ptr, t_safe, v_safe, H, stride_ht, stride_hh, stride_wv, stride_wh, BLOCK_T, BLOCK_V, BLOCK_H
+    t_safe = tl.minimum(t, T - 1)
+    z, ratio = tile_logits(
+        hidden_ptr,
+        weight_ptr,
+        bias_ptr,
+        row_block,
+        tile,
+        T,
+        V,
+        H,
+        stride_ht,
+        stride_hh,
+        stride_wv,
+        stride_wh,
+        logit_scale,
+        softcap,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        BLOCK_T,
+        BLOCK_V,
+        BLOCK_H,
+        TMA,
     )
-    z, ratio = scale_logits(acc, bias_ptr, v_safe, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
 
     label = tl.load(labels_ptr + t_safe)  # (BLOCK_T,)
     whole = tl.load(lse_whole_ptr + t_safe)
@@ -132,20 +153,24 @@ def sparse_head_gradients(
     unit = _power_of_two(row_scale)
     tiles = scratch((rounds.num_slots, block_t, block_v), hidden_states, hidden_states.dtype)
     inputs = (hidden_states, weight, bias, labels.contiguous(), lse_whole, lse_rest, row_scale / unit)
+    steps = [_tiles_filler(tiles, *inputs, rounds, logit_scale, softcap)]  # of every round
+    if grad_weight is not None:
+        steps.append(products(grad_weight, tiles, hidden_states, rounds.tiles, unit, transposed=True, finish=True))
+    if grad_bias is not None:
+        steps.append(column_sums(grad_bias, tiles, rounds.tiles, unit))
+    if grad_hidden is not None:
+        steps.append(
+            products(grad_hidden, tiles, weight, rounds.rows, unit, transposed=False, finish=not tiles_outside)
+        )
     for q in range(rounds.num_rounds):
-        _fill_tiles(tiles, *inputs, rounds, q, logit_scale, softcap)
-        if grad_weight is not None:
-            add_products(grad_weight, tiles, hidden_states, rounds.tiles, q, unit, transposed=True, finish=True)
-        if grad_bias is not None:
-            add_column_sums(grad_bias, tiles, rounds.tiles, q, unit)
-        if grad_hidden is not None:
-            add_products(grad_hidden, tiles, weight, rounds.rows, q, unit, transposed=False, finish=not tiles_outside)
+        for step in steps:
+            step(q)
     if grad_hidden is not None and tiles_outside:
         grad_hidden = grad_hidden.mul_(unit).to(hidden_dtype)
     return grad_hidden, grad_weight, grad_bias
 
 
-def _fill_tiles(
+def _tiles_filler(
     tiles: Tensor,  # (num_slots, block_t, block_v)
     hidden_states: Tensor,
     weight: Tensor,
@@ -155,40 +180,40 @@ def _fill_tiles(
     lse_rest: Tensor,
     row_scale: Tensor,
     rounds: Rounds,
-    round_index: int,
     logit_scale: float,
     softcap: float | None,
-) -> None:
-    _, _, block_h, num_warps, num_stages = device_blocks(hidden_states)
-    kept_logit_grads_kernel[(rounds.num_slots,)](
-        tiles,
-        hidden_states,
-        weight,
-        labels if bias is None else bias.contiguous(),
-        labels,
-        lse_whole,
-        lse_rest,
-        row_scale,
-        rounds.starts,
-        rounds.visits,
-        rounds.slots,
-        round_index,
-        hidden_states.shape[0],
-        weight.shape[0],
-        hidden_states.shape[1],
-        rounds.slots.shape[1],
-        *hidden_states.stride(),
-        *weight.stride(),
-        logit_scale,
-        1.0 if softcap is None else softcap,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap is not None,
-        BLOCK_T=tiles.shape[1],
-        BLOCK_V=tiles.shape[2],
-        BLOCK_H=block_h,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+) -> Callable[[int], None]:
+    """What computes the tiles of one round, given its number."""
+    blocks = device_blocks(hidden_states, "skipping")._replace(block_t=tiles.shape[1], block_v=tiles.shape[2])
+    operands, tma = tile_operands(hidden_states, weight, blocks)
+
+    def fill(round_index: int) -> None:
+        kept_logit_grads_kernel[(rounds.num_slots,)](
+            tiles,
+            *operands,
+            labels if bias is None else bias.contiguous(),
+            labels,
+            lse_whole,
+            lse_rest,
+            row_scale,
+            rounds.starts,
+            rounds.visits,
+            rounds.slots,
+            round_index,
+            hidden_states.shape[0],
+            weight.shape[0],
+            hidden_states.shape[1],
+            rounds.slots.shape[1],
+            *tile_strides(hidden_states, weight),
+            float(logit_scale),
+            1.0 if softcap is None else float(softcap),
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None,
+            TMA=tma,
+            **blocks.options(),
+        )
+
+    return fill
 
 
 def _active(row_scale: Tensor, block_t: int) -> Tensor:

@@ -24,7 +24,7 @@ FAMILIES = {  # and the fields of their blocks
     "forward": _BLOCKS,
     "eager": _BLOCKS,
     "logit_grads": _BLOCKS,
-    "products": frozenset(("block_n", "block_k", "num_warps", "num_stages")),
+    "products": frozenset(("block_n", "block_k", "num_warps", "num_stages", "tma")),
 }
 
 

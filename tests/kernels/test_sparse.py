@@ -6,9 +6,11 @@ import pytest
 import torch
 from head_cases import BF16, FP16, FP32, Case, assert_at_most_twice_plain, exact_logps, make_inputs
 
-from fastdpo.kernels import sparse
+from fastdpo.kernels import products, sparse
 from fastdpo.kernels.forward import fused_forward
 from fastdpo.kernels.launch import device_blocks
+from fastdpo.kernels.logits import describe
+from fastdpo.kernels.products import product_blocks
 from fastdpo.types import IGNORE_INDEX
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,7 +19,7 @@ FEW_ELEMENTS = 1  # a workspace as small as it gets: two blocks of the outer sid
 
 
 def block_shape(hidden_states):
-    blocks = device_blocks(hidden_states)
+    blocks = device_blocks(hidden_states, "skipping")
     return blocks.block_t, blocks.block_v
 
 
@@ -213,6 +215,28 @@ def test_a_label_out_of_range_makes_its_row_nan_and_no_other():
     kept = kept_of(leaves["hidden_states"], leaves["lm_head_weight"], 1.1)
     grad_hidden, *_ = sparse_gradients(case, leaves, labels, upstream, kept, (1, 0, 0))
     assert grad_hidden.isnan().any(1).nonzero()[:, 0].tolist() == [40]
+
+
+@pytest.mark.parametrize("wanted", [(1, 1, 1), (1, 0, 0)], ids=["all", "dH"])
+@pytest.mark.parametrize("hidden_size", [40, 37], ids=["rows of whole 16 bytes", "rows that are not"])
+def test_tiles_that_come_through_descriptors_give_the_same_bits(hidden_size, wanted, monkeypatch):
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no copy engine")
+    case = Case(67, hidden_size, 257, BF16, has_bias=True)
+    leaves, labels, upstream = make_inputs(case, 0, DEVICE)
+    kept = kept_of(leaves["hidden_states"], leaves["lm_head_weight"], 0.6)
+    found = {}
+    for tma in (False, True):
+        described = []
+        monkeypatch.setattr(
+            sparse, "device_blocks", lambda x, kernel, tma=tma: device_blocks(x, kernel)._replace(tma=tma)
+        )
+        monkeypatch.setattr(products, "product_blocks", lambda *args, tma=tma: product_blocks(*args)._replace(tma=tma))
+        monkeypatch.setattr(products, "describe", lambda *args, seen=described: seen.append(args) or describe(*args))
+        found[tma] = sparse_gradients(case, leaves, labels, upstream, kept, wanted)
+        assert len(described) == (2 * (wanted[0] + wanted[1]) if tma and hidden_size == 40 else 0)
+    for pointers, descriptors in zip(found[False], found[True], strict=True):
+        assert pointers is descriptors is None or torch.equal(pointers, descriptors)
 
 
 def test_operands_may_be_views_with_any_strides():
