@@ -15,7 +15,7 @@ from fastdpo.kernels.backward import fill_logit_grads
 from fastdpo.ops.head import Head, SplitLse, Tiling
 
 BLOCK_ROWS = 8192
-MAX_TILE_ELEMENTS = 2**25  # 64 MiB of bf16 gradients
+MAX_TILE_ELEMENTS = 2**26  # 128 MiB of bf16 gradients: with wide blocks dH and dW are read and written less often
 MAX_WEIGHT_ELEMENTS = 2**25  # 128 MiB for the fp32 sums of one block of dW
 WORKSPACE_BYTES = 2**28  # for D of the rows whose gradients are made in forward
 

@@ -52,12 +52,16 @@ def test_error_on_a_gpu_is_at_most_twice_that_of_plain_pytorch(impl, case):
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_tiled_gradients_pass_gradcheck(softcap, has_bias, small_tiles, monkeypatch):
-    from fastdpo.ops import tiled
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_tiled_gradients_pass_gradcheck(softcap, has_bias, frozen_head, small_tiles, monkeypatch):
+    from fastdpo.ops import eager, tiled
 
     monkeypatch.setattr(tiled, "MAX_TILE_ELEMENTS", 20)
+    monkeypatch.setattr(eager, "max_chunk_rows", lambda *_: 4)
     leaves, labels, _ = make_inputs(Case(6, 5, 11, torch.float64, has_bias=has_bias), 0)
     names = list(leaves)
+    for name in names[1:]:
+        leaves[name].requires_grad_(not frozen_head)
 
     def logps(*tensors):
         args = dict(zip(names, tensors, strict=True))

@@ -228,3 +228,43 @@ def test_labels_outside_the_vocabulary_are_refused_on_the_cpu():
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 7\)"):
         sequence_loss(H.requires_grad_(), W, L + 7, CU, [(4, 4, 2)], lambda sums, *_: sums.sum())
     assert IGNORE_INDEX == -100
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_a_workspace_full_of_nan_changes_no_bit(impl, monkeypatch):
+    case = Case(NUM_ROWS, 40, 257, FP32, has_bias=True, softcap=4.0)
+    as_it_is = ours(case, impl, workspace_bytes=40 * 257 * 4)
+    workspace = module.workspace
+    monkeypatch.setattr(module, "workspace", lambda *args: workspace(*args).fill_(torch.nan))
+    for before, after in zip(as_it_is, ours(case, impl, workspace_bytes=40 * 257 * 4), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("num_pairs", "V"), [(16, 4000), (16, 8000), (32, 4000)])
+def test_peak_memory_is_workspace_sums_and_results(num_pairs, V):
+    from fastdpo.evidence.memory import peak_live_bytes
+
+    T, H, workspace_bytes = 64 * num_pairs, 64, 2**21
+    torch.manual_seed(0)
+    hidden_states, weight = torch.randn(T, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    labels, cu_seqlens = torch.randint(V, (T,)), torch.arange(0, T + 1, 32)
+    ends = [GroupEnd(64 * i, 64 * i, 2 * i) for i in range(1, num_pairs + 1)]
+
+    def step():
+        loss, _ = sequence_loss(
+            hidden_states,
+            weight,
+            labels,
+            cu_seqlens,
+            ends,
+            lambda sums, *_: -F.logsigmoid(sums.view(-1, 2).diff(dim=1)).sum(),
+            workspace_bytes=workspace_bytes,
+        )
+        return torch.autograd.grad(loss, [hidden_states, weight])
+
+    sums = 4 * (T + V) * H  # which are the results as well: fp32 gradients are scaled where they lie
+    softmax_slices = 3 * 4 * 2**19 // 4  # what a slice's statistics are made from
+    row_numbers = 30 * 4 * T
+    rows = workspace_bytes // (4 * V) * H * 4  # c * H of a chunk
+    assert peak_live_bytes(step) <= workspace_bytes + sums + rows + softmax_slices + row_numbers
+    assert workspace_bytes < 4 * T * V / 3
