@@ -92,6 +92,28 @@ class TokenizedPair(TokenizedGroup):
 
 
 @dataclass(frozen=True)
+class VarlenLayout:
+    """N branches of a packed row of T tokens as variable-length attention takes them; `fastdpo.data.varlen` shows one.
+
+    Queries are the rows in order; the keys of a branch are its prefix's rows and its own, one after the other.
+    """
+
+    key_rows: Tensor  # (K,) int64, the row that each key is
+    own_keys: Tensor  # (T,) int64, the key of each row in the branch that it belongs to
+    copied_keys: Tensor  # (K - T,) int64, all other keys, round by round; no row occurs twice in a round
+    cu_queries: Tensor  # (N + 1,) int32, delimits the branches in the rows
+    cu_keys: Tensor  # (N + 1,) int32, delimits the branches in key_rows
+    max_queries: int  # of a branch
+    max_keys: int
+    copy_ends: tuple[int, ...] = ()  # end of each round in copied_keys
+
+    def to(self, device: torch.device | str) -> VarlenLayout:
+        """The same layout with every tensor on `device`."""
+        moved: VarlenLayout = _moved(self, device)
+        return moved
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """B pairs over S sequences, laid out for one forward of the model. Made by `fastdpo.data.packing`.
 
@@ -114,6 +136,11 @@ class PackedBatch:
     segments: tuple[tuple[int, int, int, int], ...] = ()  # per branch: query start, query end, prefix start, prefix end
     ref_logps: Tensor | None = None  # (S,) fp32, where the dataset brings them
     group_ends: tuple[tuple[int, int, int, int], ...] = ()  # per group: rows r, counted tokens, sequences, pairs so far
+    varlen: VarlenLayout | None = None  # packed only
+
+    def __post_init__(self) -> None:
+        if isinstance(self.varlen, dict):  # as `asdict` has it
+            object.__setattr__(self, "varlen", VarlenLayout(**self.varlen))
 
     @property
     def is_packed(self) -> bool:
@@ -129,14 +156,23 @@ class PackedBatch:
 
     def asdict(self) -> dict[str, Any]:
         """The fields as a dict: Trainer moves only mappings to the device; `PackedBatch(**inputs)` goes back."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        varlen = None if self.varlen is None else _shallow_dict(self.varlen)
+        return {**_shallow_dict(self), "varlen": varlen}
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""
-        moved: dict[str, Any] = {
-            key: value.to(device) for key, value in self.asdict().items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
+        moved: PackedBatch = _moved(self, device)
+        return moved
+
+
+def _shallow_dict(value: Any) -> dict[str, Any]:
+    return {f.name: getattr(value, f.name) for f in fields(value)}
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """A copy of a dataclass with its tensors, and the dataclasses in it that can be moved, on `device`."""
+    moved = {k: v.to(device) for k, v in _shallow_dict(value).items() if isinstance(v, Tensor | VarlenLayout)}
+    return replace(value, **moved)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fastdpo.data.varlen import varlen_layout
 from fastdpo.types import PackedBatch, TokenizedGroup
 
 
@@ -167,7 +168,8 @@ def pack_pairs(groups: Sequence[TokenizedGroup], *, prefix_sharing: bool = True)
             batch.add_sequence(np.concatenate([shared_rows, own_rows]), len(sequence.tokens))
         batch.end_group()
 
-    return batch.build(_concatenate(tokens)[None], _concatenate(positions)[None], segments=tuple(segments))
+    layout = {"segments": tuple(segments), "varlen": varlen_layout(segments)}
+    return batch.build(_concatenate(tokens)[None], _concatenate(positions)[None], **layout)
 
 
 def pad_pairs(groups: Sequence[TokenizedGroup], *, pad_token_id: int = 0) -> PackedBatch:
