@@ -45,6 +45,29 @@ def _as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | 
     return parsed
 
 
+def parse_max_memory(value: dict[Any, Any] | str | None) -> dict[Any, Any] | None:
+    """Bytes by device: `cpu`, or the number of a GPU.
+
+    Raises:
+        ValueError: a device or an amount that is none.
+    """
+    from accelerate.utils import convert_file_size_to_int
+
+    limits = _as_dict("ref_max_memory", value)
+    if limits is None:
+        return None
+    parsed: dict[Any, int] = {}
+    for device, amount in limits.items():
+        name = int(device) if str(device).isdigit() else device
+        if not isinstance(name, int) and name not in ("cpu", "mps", "xpu"):
+            raise ValueError(f"ref_max_memory must name GPUs by number, or 'cpu', got {device!r}")
+        try:
+            parsed[name] = convert_file_size_to_int(amount)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"ref_max_memory must hold amounts like '20GiB', got {amount!r}") from error
+    return parsed
+
+
 def check_number(name: str, value: Any, *, least: float) -> None:
     """Raises ValueError where `value` is not a finite number >= `least`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
@@ -162,7 +185,29 @@ class DPOConfig(EngineConfig):
         default="auto",
         metadata=_help(
             "Where reference log-probs come from. frozen: a copy of the start or ref_model. adapter: the policy with"
-            " its adapter off. cached: columns of the dataset. none: no reference. auto: the cheapest that is exact."
+            " its adapter off. cached: computed once before training and kept on disk, or columns of the dataset."
+            " none: no reference. auto: the cheapest that is exact."
+        ),
+    )
+    precompute_ref_log_probs: bool = field(default=False, metadata=_help("TRL's name of reference=cached."))
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata=_help(
+            "Folder of cached reference log-probs. Default: fastdpo/ref_logps in ~/.cache (XDG_CACHE_HOME)."
+        ),
+    )
+    ref_max_memory: dict[str | int, Any] | str | None = field(
+        default=None,
+        metadata=_help(
+            'Most memory for the reference\'s weights, as transformers\' max_memory (JSON: {"0": "20GiB", "cpu":'
+            ' "60GiB"}). A larger reference is cached, its weights read from memory and disk layer by layer.'
+        ),
+    )
+    ref_tokens_per_batch: int | None = field(
+        default=None,
+        metadata=_help(
+            "Tokens of a packed batch while references are cached. Default: 16384 on a GPU, else 4096; 8 times that"
+            " where weights are offloaded."
         ),
     )
     token_metrics: bool = field(
@@ -178,6 +223,14 @@ class DPOConfig(EngineConfig):
         check_number("label_smoothing", self.label_smoothing, least=0.0)
         check_number("discopop_tau", self.discopop_tau, least=0.0)
         check_loss_settings(self.loss_type, self)
+        self.ref_max_memory = parse_max_memory(self.ref_max_memory)
+        if self.ref_tokens_per_batch is not None and self.ref_tokens_per_batch < 1:
+            raise ValueError(f"ref_tokens_per_batch must be at least 1, got {self.ref_tokens_per_batch}")
+        if self.precompute_ref_log_probs:
+            if self.reference not in ("auto", "cached") or self.reference_free:
+                asked = "reference_free" if self.reference_free else f"reference={self.reference!r}"
+                raise ValueError(f"precompute_ref_log_probs must be off with {asked}: it is reference='cached'")
+            self.reference = "cached"
         if self.reference_free and self.reference not in ("auto", "none"):
             raise ValueError(f"reference must be 'none' or 'auto' where reference_free is set, got {self.reference!r}")
         super().__post_init__()
