@@ -39,6 +39,7 @@ class Row(NamedTuple):
     eager: Blocks  # sums, and the exponentials for the gradient
     eager_options: Blocks
     logit_grads: Blocks  # the gradient, from logits computed once more
+    logit_grads_options: Blocks  # the gradient, with a bias or a softcap
     skipping: Blocks  # sums whose tiles backward keeps or drops: small tiles are dropped more often
 
 
@@ -47,12 +48,14 @@ def _row(blocks: Blocks, **others: Blocks) -> Row:
     return Row(*(others.get(name, blocks) for name in Row._fields))
 
 
-_SMALL = _row(Blocks(64, 64, 16, 8, 2))  # fp32 is multiplied exactly, without the matrix units
+# fp32 is multiplied exactly, without the matrix units
+_SMALL = _row(Blocks(64, 64, 16, 8, 2), skipping=Blocks(64, 64, 16, 4, 2))
 _AMPERE = _row(Blocks(128, 128, 64, 8, 3))
 _HOPPER = _row(
     Blocks(128, 128, 64, 8, 4, tma=True),
     forward=Blocks(128, 256, 64, 8, 4, tma=True),
     eager=Blocks(128, 256, 64, 8, 4, tma=True),
+    logit_grads=Blocks(128, 256, 64, 8, 4, tma=True),
     eager_options=Blocks(64, 256, 64, 8, 4, tma=True),
 )
 _BLACKWELL = _HOPPER._replace(eager=Blocks(128, 128, 64, 8, 4, tma=True))

@@ -25,10 +25,13 @@ from fastdpo.kernels.finish import FINISH_ROWS, finish_grads_kernel
 from fastdpo.kernels.forward import partials_kernel
 from fastdpo.kernels.launch import Blocks, blocks_for, candidates_for
 from fastdpo.kernels.merge import MERGE_ROWS, MERGE_TILES, merge_kernel
+from fastdpo.kernels.products import ProductBlocks, column_sums_kernel, product_table, products_kernel
+from fastdpo.kernels.sparse import kept_logit_grads_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-POINTER_TYPES = {"labels": "*i64", "is_top1": "*i8"}  # all else is an operand or fp32
-OPERANDS = ("hidden", "weight", "bias", "out")
+INDICES = ("starts", "visits", "slots", "blocks", "bounds", "spans")
+POINTER_TYPES = {"labels": "*i64", "is_top1": "*i8", **dict.fromkeys(INDICES, "*i32")}
+OPERANDS = ("hidden", "weight", "bias", "out", "tiles", "other")  # what is in neither is fp32
 INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG")  # the matrix units', and the copy engine's load
 NO_STATISTICS = {"WITH_ENTROPY": False, "WITH_SQUARES": False, "WITH_MEAN": False}
 
@@ -37,7 +40,10 @@ class Variant(NamedTuple):
     name: str
     kernel: Any
     constexprs: dict[str, Any]
-    blocks: Blocks | None  # of kernels that multiply
+    blocks: Blocks | ProductBlocks | None  # of kernels that multiply
+    boxes: dict[str, tuple[int, int]] = {}  # noqa: RUF012  # what one load takes of the arguments that are descriptors
+    fp32: tuple[str, ...] = ()  # arguments that point to fp32 whatever the operands are
+    even_vocab: bool = True  # V divides by 16, as most models' does: rows of a (T, V) tensor are stored in wide words
 
     def launch_options(self) -> dict[str, int]:
         if self.blocks is None:
@@ -51,11 +57,29 @@ def tile_variant(name: str, kernel: Any, blocks: Blocks, options: bool, **switch
     if kernel is partials_kernel:
         constexprs |= dict.fromkeys(NO_STATISTICS, options) | {"PERSISTENT": blocks.persistent > 0}
     constexprs |= {name: value for name, value in blocks.options().items() if name.startswith("BLOCK_")}
-    return Variant(f"{name}, {'every option' if options else 'plain'}", kernel, constexprs, blocks)
+    constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
+    boxes = {"hidden_ptr": (blocks.block_t, blocks.block_h), "weight_ptr": (blocks.block_v, blocks.block_h)}
+    name = f"{name}, {'every option' if options else 'plain'}"
+    return Variant(name, kernel, constexprs, blocks, boxes if blocks.tma else {})
+
+
+def product_variants(tile: Blocks, blocks: ProductBlocks) -> list[Variant]:
+    """The products of the sparse backward, over tiles of this size."""
+    found = []
+    sizes = {"BLOCK_T": tile.block_t, "BLOCK_V": tile.block_v, "BLOCK_N": blocks.block_n, "BLOCK_K": blocks.block_k}
+    for name, transposed, finish in (("dW", True, True), ("dH", False, True), ("dH of one round", False, False)):
+        switches = {"TRANSPOSED": transposed, "FINISH": finish, "TMA": blocks.tma, "GROUP": 8}
+        tile_box = (blocks.block_k, tile.block_v) if transposed else (tile.block_t, blocks.block_k)
+        boxes = {"tiles_ptr": tile_box, "other_ptr": (blocks.block_k, blocks.block_n)}
+        fp32 = () if finish else ("out_ptr",)
+        found.append(
+            Variant(f"products, {name}", products_kernel, sizes | switches, blocks, boxes if blocks.tma else {}, fp32)
+        )
+    return found
 
 
 def variants(capability: tuple[int, int], operand: str) -> list[Variant]:
-    """Every kernel twice with the table's blocks: plain, and with every option on."""
+    """Every kernel twice with the table's blocks: plain, and with every option on; stores also for a ragged V."""
 
     def blocks(kernel: str) -> Blocks:
         return blocks_for(capability, itemsize(operand), kernel)
@@ -71,11 +95,20 @@ def variants(capability: tuple[int, int], operand: str) -> list[Variant]:
             tile_variant("partials", partials_kernel, blocks(f"forward{kernel}"), on, WITH_GRADS=False),
             tile_variant("partials with grads", partials_kernel, eager, on, WITH_GRADS=True),
             tile_variant("partials to skip by", partials_kernel, blocks("skipping"), on, WITH_GRADS=False),
-            tile_variant("logit_grads", logit_grads_kernel, blocks("logit_grads"), on),
+            tile_variant("logit_grads", logit_grads_kernel, blocks(f"logit_grads{kernel}"), on),
+            tile_variant("kept logit_grads", kept_logit_grads_kernel, blocks("skipping"), on),
             Variant(f"merge, {option}", merge_kernel, statistics | merge, None),
             Variant(f"finish_grads, {option}", finish_grads_kernel, finish, None),
         ]
-    return found
+    found += [
+        variant._replace(name=f"{variant.name}, ragged V", even_vocab=False)
+        for variant in found
+        if variant.kernel in (logit_grads_kernel, finish_grads_kernel) or variant.constexprs.get("WITH_GRADS")
+    ]
+    tile = blocks("skipping")
+    found += product_variants(tile, ProductBlocks(*product_table(capability, itemsize(operand))[0]))
+    sums = {"BLOCK_T": tile.block_t, "BLOCK_V": tile.block_v}
+    return [*found, Variant("column_sums", column_sums_kernel, sums, None)]
 
 
 def candidate_variants(capability: tuple[int, int], operand: str) -> list[Variant]:
@@ -86,6 +119,9 @@ def candidate_variants(capability: tuple[int, int], operand: str) -> list[Varian
         if not blocks.persistent:
             found.append(tile_variant("partials with grads", partials_kernel, blocks, False, WITH_GRADS=True))
             found.append(tile_variant("logit_grads", logit_grads_kernel, blocks, False))
+    tile = blocks_for(capability, itemsize(operand), "skipping")
+    for blocks in product_table(capability, itemsize(operand))[1:]:
+        found += product_variants(tile, ProductBlocks(*blocks))
     return found
 
 
@@ -101,16 +137,16 @@ def argument_type(name: str, operand: str) -> str:
 
 
 def compile_variant(variant: Variant, operand: str, capability: int) -> Any:
-    """Compiled as a launch on contiguous, aligned inputs would be: strides of 1 are constants, H divides by 16."""
+    """Compiled as a launch on contiguous, aligned inputs would be: strides of 1 are constants, H and V divide by 16."""
     kernel, names = variant.kernel, variant.kernel.arg_names
-    constants = variant.constexprs | {name: 1 for name in ("stride_hh", "stride_wh") if name in names}
+    constants = variant.constexprs | {name: 1 for name in ("stride_hh", "stride_wh", "stride_oh") if name in names}
     signature = {name: "constexpr" if name in constants else argument_type(name, operand) for name in names}
-    if variant.constexprs.get("TMA"):
-        for name, rows in (("hidden_ptr", "BLOCK_T"), ("weight_ptr", "BLOCK_V")):
-            signature[name] = f"tensordesc<{operand}[{constants[rows]}, {constants['BLOCK_H']}]>"
+    signature |= {name: f"tensordesc<{operand}[{rows}, {columns}]>" for name, (rows, columns) in variant.boxes.items()}
+    signature |= dict.fromkeys(variant.fp32, "*fp32")
     anywhere = {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment}
     aligned = [name for name in names if signature[name].startswith("*") and name not in anywhere]
-    aligned += [name for name in ("H", "stride_ht", "stride_wv") if name in names]
+    aligned += [name for name in ("H", "stride_ht", "stride_wv", "stride_ob") if name in names]
+    aligned += ["V"] if variant.even_vocab and "V" in names else []
     source = ASTSource(
         kernel,
         signature,
@@ -143,6 +179,7 @@ def main(capability: int, operand: str, candidates: bool) -> None:
         compiled = compile_variant(variant, operand, capability)
         about = {"kernel": variant.name, "sm": capability, "operand": operand, "triton": triton.__version__}
         about["blocks"] = [] if variant.blocks is None else [int(x) for x in variant.blocks]
+        about["tma"] = bool(variant.boxes)
         print(json.dumps(about | facts(compiled)), flush=True)
 
 

@@ -11,7 +11,9 @@ import pytest
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 MATRIX_UNIT = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 SHARED_LIMIT_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-NO_MATMUL = ("merge", "finish")
+# on sm_100, after the loop; tiles of 64 rows spill nothing but leave half of its matrix unit idle
+SPILLING = ("logit_grads, every option",)
+NO_MATMUL = ("merge", "finish", "column_sums")
 
 
 def compiled_facts(capability, operand, *arguments):
@@ -27,17 +29,16 @@ def check_machine_code(fact):
     assert fact["shared"] <= SHARED_LIMIT_KIB[fact["sm"]] * 1024, fact
     if fact["operand"] == "bf16" and not fact["kernel"].startswith(NO_MATMUL):
         assert fact["matrix"][MATRIX_UNIT[fact["sm"]]] > 0, fact
-        *_, tma, _persistent = fact["blocks"]
-        assert (fact["matrix"]["UTMALDG"] > 0) == bool(tma), fact
+        assert (fact["matrix"]["UTMALDG"] > 0) == fact["tma"], fact
 
 
 def check(capability, operand):
     found = compiled_facts(capability, operand)
-    assert len(found) == 12
+    assert len(found) == 24
     for fact in found:
         check_machine_code(fact)
-        if capability == 100 and fact["kernel"] in ("partials, every option", "partials to skip by, every option"):
-            assert fact["spills"] <= 16, fact  # tiles of 64 rows spill nothing but leave half of its matrix unit idle
+        if capability == 100 and fact["kernel"] in SPILLING:
+            assert fact["spills"] <= 48, fact
         else:
             assert fact["stack"] == fact["spills"] == 0, fact
 
@@ -47,14 +48,10 @@ def test_bf16_kernels_use_the_matrix_units_and_spill_nothing(capability):
     check(capability, "bf16")
 
 
-def test_fp32_kernels_spill_nothing():
-    check(90, "fp32")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "operand"),
-    [(86, "bf16"), (89, "bf16"), (120, "bf16"), *((c, "fp32") for c in (80, 86, 89, 100, 120))],
+    [(86, "bf16"), (89, "bf16"), (120, "bf16"), *((c, "fp32") for c in (80, 86, 89, 90, 100, 120))],
 )
 def test_other_architectures_and_dtypes_spill_nothing_either(capability, operand):
     check(capability, operand)
