@@ -102,7 +102,8 @@ def fill_logit_grads(
     softcap: float | None,
     blocks: Blocks | None = None,
 ) -> None:
-    blocks = blocks or device_blocks(hidden_states, "logit_grads")
+    options = bias is not None or softcap is not None
+    blocks = blocks or device_blocks(hidden_states, "logit_grads_options" if options else "logit_grads")
     operands, tma = tile_operands(hidden_states, weight, blocks)
     logit_grads_kernel[(triton.cdiv(out.shape[0], blocks.block_t) * triton.cdiv(out.shape[1], blocks.block_v),)](
         out,

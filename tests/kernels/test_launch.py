@@ -34,7 +34,7 @@ def test_a_gpu_takes_the_newest_row_that_it_reaches(capability, row, kernel):
 
 
 def test_plain_bf16_tiles_of_sm_90_are_at_least_128_by_128_by_64():
-    for kernel in ("forward", "forward_options", "eager", "logit_grads", "skipping"):
+    for kernel in ("forward", "forward_options", "eager", "logit_grads", "logit_grads_options", "skipping"):
         blocks = blocks_for((9, 0), 2, kernel)
         assert min(blocks.block_t, blocks.block_v) >= 128
         assert blocks.block_h >= 64
