@@ -76,7 +76,7 @@ def tune(
         dtype: of hidden states and weight: fp16, bf16 or fp32.
         device: None: the current CUDA device.
         cache: the file; None: `tuned.default_path()`. Other entries in it stay.
-        seconds: after this time candidates are no longer tried; they are listed as left out.
+        seconds: for all candidates, an equal share for each family; what is not tried by then is listed as left out.
         measure: milliseconds of a call; None: the median on the device, with a cold L2 cache.
     Raises:
         ValueError: no CUDA device, another dtype, a size below 1, or a `cache` that holds something else.
@@ -90,7 +90,7 @@ def tune(
     if path.exists():
         tuned.load(path)  # refuses the file before minutes of measuring
     measure = measure or _median_ms
-    deadline = time.monotonic() + seconds
+    start = time.monotonic()
 
     g = torch.Generator(device).manual_seed(0)
     hidden_states = torch.randn(num_rows, hidden_size, generator=g, device=device).to(dtype)
@@ -100,15 +100,16 @@ def tune(
     trials: list[Trial] = []
     best: dict[str, Any] = {}
     with _default_blocks(), torch.cuda.device(device if device.type == "cuda" else -1):
-        for family, make_task in TASKS.items():
-            task = make_task(hidden_states, weight, labels, best)
+        for i, (family, make_task) in enumerate(TASKS.items()):
+            task = make_task(hidden_states, weight, labels)
+            deadline = start + seconds * (i + 1) / len(TASKS)  # what a family leaves over is the next one's
             best[family], tried = _fastest(family, task, measure, deadline)
             trials += tried
     tuned.save(path, key, {family: blocks._asdict() for family, blocks in best.items()})
     return Tuning(key, path, trials, best)
 
 
-def _forward_task(hidden_states: Tensor, weight: Tensor, labels: Tensor, best: dict[str, Any]) -> Task:
+def _forward_task(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Task:
     def run(blocks: Blocks) -> list[Tensor]:
         values = fused_forward(hidden_states, weight, None, labels, 1.0, None, ("lse",), blocks)
         return [values["logps"], values["lse"]]
@@ -116,7 +117,7 @@ def _forward_task(hidden_states: Tensor, weight: Tensor, labels: Tensor, best: d
     return Task(device_blocks(hidden_states), candidate_blocks(hidden_states), run)
 
 
-def _eager_task(hidden_states: Tensor, weight: Tensor, labels: Tensor, best: dict[str, Any]) -> Task:
+def _eager_task(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Task:
     num_rows = max(1, min(hidden_states.shape[0], EAGER_ELEMENTS // weight.shape[0]))
     hidden_states, labels = hidden_states[:num_rows], labels[:num_rows]
     out = torch.empty((num_rows, weight.shape[0]), dtype=weight.dtype, device=weight.device)
@@ -125,10 +126,10 @@ def _eager_task(hidden_states: Tensor, weight: Tensor, labels: Tensor, best: dic
         fused_forward_with_grads(out, hidden_states, weight, None, labels, 1.0, None, (), blocks)
         return [out]
 
-    return Task(device_blocks(hidden_states, "eager"), candidate_blocks(hidden_states), run)
+    return Task(device_blocks(hidden_states, "eager"), _one_tile_per_program(hidden_states), run)
 
 
-def _logit_grads_task(hidden_states: Tensor, weight: Tensor, labels: Tensor, best: dict[str, Any]) -> Task:
+def _logit_grads_task(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Task:
     values = fused_forward(hidden_states, weight, None, labels, 1.0, None, ())
     block, num_vocab = weight[:NUM_VOCAB], weight.shape[0]
     out = torch.empty((hidden_states.shape[0], block.shape[0]), dtype=weight.dtype, device=weight.device)
@@ -138,15 +139,20 @@ def _logit_grads_task(hidden_states: Tensor, weight: Tensor, labels: Tensor, bes
         fill_logit_grads(out, hidden_states, block, None, labels, *lse, 0, num_vocab, 1.0, None, blocks)
         return [out]
 
-    return Task(device_blocks(hidden_states, "logit_grads"), candidate_blocks(hidden_states), run)
+    return Task(device_blocks(hidden_states, "logit_grads"), _one_tile_per_program(hidden_states), run)
 
 
-def _products_task(hidden_states: Tensor, weight: Tensor, labels: Tensor, best: dict[str, Any]) -> Task:
-    forward: Blocks = best["forward"]  # whose tiles the sparse backward keeps or drops
+def _one_tile_per_program(x: Tensor) -> list[Blocks]:
+    """Candidates of kernels that know no other way; persistent programs make sums alone."""
+    return [blocks for blocks in candidate_blocks(x) if not blocks.persistent]
+
+
+def _products_task(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Task:
+    tile = device_blocks(hidden_states, "skipping")
     block = weight[:NUM_VOCAB]
-    shape = (triton.cdiv(hidden_states.shape[0], forward.block_t), triton.cdiv(block.shape[0], forward.block_v))
+    shape = (triton.cdiv(hidden_states.shape[0], tile.block_t), triton.cdiv(block.shape[0], tile.block_v))
     rounds = plan_rounds(torch.ones(shape, dtype=torch.bool, device=weight.device), shape[0] * shape[1], True)
-    tiles = torch.zeros((rounds.num_slots, forward.block_t, forward.block_v), dtype=weight.dtype, device=weight.device)
+    tiles = torch.zeros((rounds.num_slots, tile.block_t, tile.block_v), dtype=weight.dtype, device=weight.device)
     tiles[:, ::3, ::5] = 0.5
     unit = torch.ones(1, device=weight.device)
     grad_weight = torch.empty_like(block)
@@ -243,7 +249,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--num-rows", type=int, default=4096)
     parser.add_argument("--cache", type=Path, help=f"file to write, default {tuned.default_path()}")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no new candidate is tried after this time")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="no new candidate is tried after this time, shared by the kernels",
+    )
     options = parser.parse_args(arguments)
     sizes = options.hidden_size, options.vocab_size, getattr(torch, options.dtype)
     try:
