@@ -136,6 +136,7 @@ class PackedBatch:
     segments: tuple[tuple[int, int, int, int], ...] = ()  # per branch: query start, query end, prefix start, prefix end
     ref_logps: Tensor | None = None  # (S,) fp32, where the dataset brings them
     group_ends: tuple[tuple[int, int, int, int], ...] = ()  # per group: rows r, counted tokens, sequences, pairs so far
+    example_ids: Tensor | None = None  # (S,) int64, which of the collated examples brought the sequence
     varlen: VarlenLayout | None = None  # packed only
 
     def __post_init__(self) -> None:

@@ -10,53 +10,23 @@ Two pairs, prompts [1 2] and [6], responses [3 4] / [5] and [7] / [8 9]:
     logit_rows    1 2 1 5 5 7                 row 1, the prompt's end, predicts both 3 and 5
     cu_seqlens    0 2 3 4 6                   token_rows is 0 1 2 3 4 5 here: no response token is shared
     group_ends    (3, 3, 2, 1) (6, 6, 4, 2)   rows, tokens, sequences and pairs up to the end of each group
+    example_ids   0 0 1 1                     which row of the dataset, counted within the batch, brought each sequence
 
-The shared prefix is the longest common start of a group's sequences, so it also takes in response tokens that all
-branches begin with; every branch keeps at least one token of its own.
+The first sequence of a group is computed whole. Every other one that differs is a branch: it shares the longest common
+start with the first one, response tokens included, and keeps at least one token of its own. Sequences of equal tokens
+are one branch, but stay sequences of their own, so that each keeps its loss mask and its reference log-prob.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from fastdpo.data.layout import GroupLayout, counted_sequences, lay_out
 from fastdpo.data.varlen import varlen_layout
 from fastdpo.types import PackedBatch, TokenizedGroup
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    """One prompt with one response."""
-
-    tokens: np.ndarray  # (L,) int64
-    is_counted: np.ndarray  # (L,) bool: the token's log-prob belongs to the sum
-
-
-def _sequences(group: TokenizedGroup) -> list[_Sequence]:
-    prompt = np.asarray(group.prompt_ids, dtype=np.int64)
-    sequences = []
-    for index, response in enumerate(group.responses):
-        mask = np.ones(len(response), dtype=bool)
-        if group.loss_masks is not None:
-            mask = np.asarray(group.loss_masks[index], dtype=bool)
-        is_counted = np.concatenate([np.zeros(len(prompt), dtype=bool), mask])
-        is_counted[0] = False  # nothing stands before the first token to predict it from
-        sequences.append(_Sequence(np.concatenate([prompt, np.asarray(response, dtype=np.int64)]), is_counted))
-    return sequences
-
-
-def _common_prefix_length(sequences: list[_Sequence]) -> int:
-    """Tokens that all sequences start with, leaving every sequence at least one token of its own."""
-    length = min(len(s.tokens) for s in sequences) - 1
-    first = sequences[0].tokens[:length]
-    for sequence in sequences[1:]:
-        differs = np.flatnonzero(first != sequence.tokens[: len(first)])
-        if len(differs):
-            first = first[: differs[0]]
-    return len(first)
 
 
 class _BatchBuilder:
@@ -72,6 +42,7 @@ class _BatchBuilder:
         self.num_counted = 0  # N so far
         self.group_ends: list[tuple[int, int, int, int]] = []
         self.ref_logps: list[float] | None = []
+        self.example_ids: list[int] = []
 
     def add_rows(self, logit_rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Appends rows for the head and returns their indices r."""
@@ -85,7 +56,8 @@ class _BatchBuilder:
         self.num_counted += len(token_rows)
         self.num_tokens += num_tokens
 
-    def add_group(self, group: TokenizedGroup) -> None:
+    def add_group(self, group: TokenizedGroup, example_ids: Sequence[int]) -> None:
+        self.example_ids.extend(example_ids)
         first = len(self.token_rows)
         self.pairs.extend((first + chosen, first + rejected) for chosen, rejected in group.preferences)
         if group.ref_logps is None or self.ref_logps is None:
@@ -108,6 +80,7 @@ class _BatchBuilder:
             cu_seqlens=torch.tensor(lengths, dtype=torch.int64).cumsum(0),
             num_tokens=self.num_tokens,
             group_ends=tuple(self.group_ends),
+            example_ids=torch.tensor(self.example_ids, dtype=torch.int64),
             ref_logps=torch.tensor(self.ref_logps, dtype=torch.float32) if self.ref_logps else None,
             **layout,
         )
@@ -126,67 +99,70 @@ def pack_pairs(groups: Sequence[TokenizedGroup], *, prefix_sharing: bool = True)
     Raises:
         ValueError: there is no group.
     """
-    if not groups:
+    return pack_layouts(
+        [lay_out(g, (i,) * len(g.responses), prefix_sharing=prefix_sharing) for i, g in enumerate(groups)]
+    )
+
+
+def pack_layouts(layouts: Sequence[GroupLayout]) -> PackedBatch:
+    """The groups of `layouts` in one row.
+
+    Raises:
+        ValueError: there is no group.
+    """
+    if not layouts:
         raise ValueError("groups must hold at least one group, got none")
     batch = _BatchBuilder()
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     segments: list[tuple[int, int, int, int]] = []
     end = 0  # T so far
-
-    def append_branch(ids: np.ndarray, first_position: int, prefix: tuple[int, int]) -> int:
-        nonlocal end
-        start, end = end, end + len(ids)
-        tokens.append(ids)
-        positions.append(np.arange(first_position, first_position + len(ids)))
-        segments.append((start, end, *prefix))
-        return start
-
-    for group in groups:
-        batch.add_group(group)
-        sequences = _sequences(group)
-        num_shared = _common_prefix_length(sequences) if prefix_sharing and len(sequences) > 1 else 0
-        # rows of the tokens that sequences share; a token counts once here, however many sequences count it
-        counted_somewhere = np.any([s.is_counted[:num_shared] for s in sequences], axis=0)
-        shared = np.flatnonzero(counted_somewhere)
-        row_of_shared = np.full(num_shared, -1)
-        prefix_start = end
-        row_of_shared[shared] = batch.add_rows(prefix_start + shared - 1, sequences[0].tokens[shared])
-        for k, sequence in enumerate(sequences):
-            is_first = k == 0 or num_shared == 0
-            if is_first:
-                offset = append_branch(sequence.tokens, 0, (0, 0))
-            else:
-                prefix = (prefix_start, prefix_start + num_shared)
-                offset = append_branch(sequence.tokens[num_shared:], num_shared, prefix) - num_shared
-            own = num_shared + np.flatnonzero(sequence.is_counted[num_shared:])
-            predicted_from = offset + own - 1
-            if not is_first:  # a branch's first token is predicted from the prefix's last one
-                predicted_from[own == num_shared] = prefix_start + num_shared - 1
-            own_rows = batch.add_rows(predicted_from, sequence.tokens[own])
-            shared_rows = row_of_shared[sequence.is_counted[:num_shared]]
-            batch.add_sequence(np.concatenate([shared_rows, own_rows]), len(sequence.tokens))
+    for layout in layouts:
+        batch.add_group(layout.group, layout.example_ids)
+        first_start = end
+        rows_of: list[np.ndarray] = []  # per branch, the head row of each of its tokens; -1 where none is needed
+        for branch in layout.branches:
+            shared, length = branch.num_shared, len(branch.tokens)
+            start, end = end, end + length - shared
+            tokens.append(branch.tokens[shared:])
+            positions.append(np.arange(shared, length))
+            segments.append((start, end, first_start, first_start + shared) if shared else (start, end, 0, 0))
+            needed = shared + np.flatnonzero(branch.is_counted[shared:])
+            predicted_from = needed + (start - shared - 1)
+            if shared:  # the branch's first token is predicted from the prefix's last one
+                predicted_from[needed == shared] = first_start + shared - 1
+            rows = np.full(length, -1)
+            if shared:
+                rows[:shared] = rows_of[0][:shared]
+            rows[needed] = batch.add_rows(predicted_from, branch.tokens[needed])
+            rows_of.append(rows)
+        for sequence, index in zip(layout.sequences, layout.branch_of, strict=True):
+            batch.add_sequence(rows_of[index][sequence.is_counted], len(sequence.tokens))
         batch.end_group()
+    packed = {"segments": tuple(segments), "varlen": varlen_layout(segments)}
+    return batch.build(_concatenate(tokens)[None], _concatenate(positions)[None], **packed)
 
-    layout = {"segments": tuple(segments), "varlen": varlen_layout(segments)}
-    return batch.build(_concatenate(tokens)[None], _concatenate(positions)[None], **layout)
 
-
-def pad_pairs(groups: Sequence[TokenizedGroup], *, pad_token_id: int = 0) -> PackedBatch:
+def pad_pairs(
+    groups: Sequence[TokenizedGroup], *, pad_token_id: int = 0, example_ids: Sequence[int] | None = None
+) -> PackedBatch:
     """Lays every sequence out in a right-padded row of its own, for models whose attention cannot be packed.
 
+    Args:
+        example_ids: which example of the batch each group is; by default they are counted from 0.
     Raises:
         ValueError: there is no group.
     """
     if not groups:
         raise ValueError("groups must hold at least one group, got none")
-    sequences_of_groups = [_sequences(group) for group in groups]
+    sequences_of_groups = [counted_sequences(group) for group in groups]
     width = max(len(s.tokens) for sequences in sequences_of_groups for s in sequences)
     batch = _BatchBuilder()
     rows: list[np.ndarray] = []  # of input_ids
     masks: list[np.ndarray] = []
-    for group, sequences in zip(groups, sequences_of_groups, strict=True):
-        batch.add_group(group)
+    example_ids = range(len(groups)) if example_ids is None else example_ids
+    for example, group, sequences in zip(example_ids, groups, sequences_of_groups, strict=True):
+        batch.add_group(group, [example] * len(sequences))
         for sequence in sequences:
             num_padding = width - len(sequence.tokens)
             counted = np.flatnonzero(sequence.is_counted)

@@ -21,6 +21,7 @@ def test_two_pairs_are_laid_out_as_the_module_docstring_shows():
     assert batch.num_tokens == (4 + 3) + (2 + 3)
     assert batch.group_ends == ((3, 3, 2, 1), (6, 6, 4, 2))
     assert pad_pairs(TWO_PAIRS).group_ends == batch.group_ends
+    assert batch.example_ids.tolist() == pad_pairs(TWO_PAIRS).example_ids.tolist() == [0, 0, 1, 1]
 
 
 def test_without_prefix_sharing_every_sequence_has_its_own_prompt():
@@ -56,6 +57,38 @@ def test_four_responses_share_one_prompt():
     assert batch.segments[2:] == ((5, 8, 0, 0), (8, 9, 5, 7), (9, 11, 5, 7), (11, 12, 5, 7))
     assert batch.pairs.tolist() == [[0, 1], [2, 3], [2, 5], [4, 3]]
     assert batch.logit_rows.tolist()[3:] == [6, 6, 6, 9, 6]
+
+
+def test_every_branch_shares_as_much_as_it_can_with_the_first():
+    group = TokenizedGroup([1], [[2, 3, 4], [2, 3, 5], [6, 7], [2, 8]], preferences=[(0, 1), (0, 2), (0, 3)])
+    batch = pack_pairs([group])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 3, 1, 2, 2]]
+    assert batch.segments == ((0, 4, 0, 0), (4, 5, 0, 3), (5, 7, 0, 1), (7, 8, 0, 2))
+    assert batch.labels.tolist() == [2, 3, 4, 5, 6, 7, 8]
+    assert batch.logit_rows.tolist() == [0, 1, 2, 2, 0, 5, 1]
+    assert batch.token_rows.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 0, 6]
+
+
+def test_equal_responses_are_computed_once_and_stay_sequences_with_their_own_masks_and_reference():
+    masks = [[True, True], [True], [False, True]]
+    group = TokenizedGroup([1], [[2, 3], [4], [2, 3]], masks, [-1.0, -2.0, -3.0], preferences=[(0, 1), (2, 1)])
+    batch = pack_pairs([group])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4]]
+    assert batch.segments == ((0, 3, 0, 0), (3, 4, 0, 1))
+    assert batch.token_rows.tolist() == [0, 1, 2, 1]  # the third sequence counts only the second token of the first
+    assert batch.cu_seqlens.tolist() == [0, 2, 3, 4]
+    assert batch.pairs.tolist() == [[0, 1], [2, 1]]
+    assert batch.ref_logps.tolist() == [-1.0, -2.0, -3.0]
+    assert batch.num_tokens == 3 + 2 + 3  # as the three sequences have apart from each other
+
+
+def test_a_token_that_only_a_later_branch_counts_is_still_scored():
+    group = TokenizedGroup([1], [[2, 3, 4], [2, 3, 5]], [[False, False, True], [True, False, True]])
+    batch = pack_pairs([group])
+    assert batch.labels.tolist() == [2, 4, 5]
+    assert batch.token_rows.tolist() == [1, 0, 2]
+    assert batch.logit_rows.tolist() == [0, 2, 2]
 
 
 def test_masked_response_tokens_are_read_but_not_counted():

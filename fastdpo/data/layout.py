@@ -1,0 +1,89 @@
+"""What the responses to one prompt have in common: a TokenizedGroup in, a GroupLayout out, from which rows are packed.
+
+The first sequence (prompt and response) is computed whole. Every other one that differs is a branch, which shares its
+longest common start with the first. Equal sequences are one branch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastdpo.types import TokenizedGroup
+
+
+@dataclass(frozen=True)
+class CountedSequence:
+    """One prompt with one response."""
+
+    tokens: np.ndarray  # (L,) int64
+    is_counted: np.ndarray  # (L,) bool: the token's log-prob belongs to the sum
+
+
+def counted_sequences(group: TokenizedGroup) -> list[CountedSequence]:
+    prompt = np.asarray(group.prompt_ids, dtype=np.int64)
+    sequences = []
+    for index, response in enumerate(group.responses):
+        mask = np.ones(len(response), dtype=bool)
+        if group.loss_masks is not None:
+            mask = np.asarray(group.loss_masks[index], dtype=bool)
+        is_counted = np.concatenate([np.zeros(len(prompt), dtype=bool), mask])
+        is_counted[0] = False  # nothing stands before the first token to predict it from
+        sequences.append(CountedSequence(np.concatenate([prompt, np.asarray(response, dtype=np.int64)]), is_counted))
+    return sequences
+
+
+@dataclass
+class Branch:
+    """What is computed for one or more sequences of equal tokens."""
+
+    tokens: np.ndarray  # (L,) int64, from the group's first token on
+    is_counted: np.ndarray  # (L,) bool: some sequence counts the token, and this branch computes it
+    num_shared: int  # leading tokens that the group's first branch computes
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """What a group will be in a packed row: its sequences, and the branches that compute them."""
+
+    group: TokenizedGroup
+    example_ids: tuple[int, ...]  # (K,) which example of the batch brought each sequence
+    sequences: list[CountedSequence]
+    branches: list[Branch]
+    branch_of: list[int]  # (K,)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the packed row, shared ones once."""
+        return sum(len(branch.tokens) - branch.num_shared for branch in self.branches)
+
+
+def lay_out(group: TokenizedGroup, example_ids: tuple[int, ...], *, prefix_sharing: bool = True) -> GroupLayout:
+    """Finds what the sequences of a group have in common; `prefix_sharing=False` finds nothing."""
+    sequences = counted_sequences(group)
+    branches: list[Branch] = []
+    branch_of: list[int] = []
+    index_of: dict[bytes, int] = {}
+    for k, sequence in enumerate(sequences):
+        index = index_of.setdefault(sequence.tokens.tobytes(), len(branches)) if prefix_sharing else k
+        branch_of.append(index)
+        if index < len(branches):
+            branches[index].is_counted = branches[index].is_counted | sequence.is_counted
+            continue
+        num_shared = _common_prefix_length(sequences[0].tokens, sequence.tokens) if prefix_sharing and k else 0
+        branches.append(Branch(sequence.tokens, sequence.is_counted, num_shared))
+    first = branches[0]
+    for branch in branches[1:]:
+        n = branch.num_shared
+        if not np.array_equal(first.is_counted[:n], branch.is_counted[:n]):
+            counted = first.is_counted[:n] | branch.is_counted[:n]
+            first.is_counted = np.concatenate([counted, first.is_counted[n:]])
+    return GroupLayout(group, example_ids, sequences, branches, branch_of)
+
+
+def _common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
+    """Tokens that both start with, leaving each at least one token of its own."""
+    length = min(len(first), len(second)) - 1
+    differs = first[:length] != second[:length]
+    return int(differs.argmax()) if differs.any() else length
