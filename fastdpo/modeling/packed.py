@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.modeling.attention import PACKED_ATTENTION, PackedLayout, register
+from fastdpo.modeling.attention import ATTENTION_BACKENDS, PACKED_ATTENTION, PackedLayout, register
 from fastdpo.modeling.head import lm_head
 from fastdpo.ops import sequence_logps
 from fastdpo.ops.sequence_loss import GroupEnd, sequence_loss
@@ -36,6 +36,7 @@ class _Prepared:
     forward: Callable[..., Any]  # as the model had it
     generate: Callable[..., Any] | None
     own_methods: dict[str, Any]  # those of the two that were instance attributes
+    attention_backend: str = "auto"
 
 
 @dataclass
@@ -63,15 +64,26 @@ def is_prepared(model: nn.Module) -> bool:
     return hasattr(bare_model(model), _STATE)
 
 
-def prepare_model(model: nn.Module) -> nn.Module:
+def prepare_model(model: nn.Module, *, attention_backend: str | None = None) -> nn.Module:
     """Installs the packed branch inside `model.forward` and returns the same model. Idempotent.
 
+    Args:
+        attention_backend: one of ATTENTION_BACKENDS, see `fastdpo.modeling.attention.backends`; None leaves what was
+            set before, at first "auto".
     Raises:
-        ValueError: the model is not a causal LM with a plain linear LM head.
+        ValueError: the model is not a causal LM with a plain linear LM head, or there is no such backend.
     """
+    if attention_backend is not None and attention_backend not in ATTENTION_BACKENDS:
+        raise ValueError(f"attention_backend must be one of {sorted(ATTENTION_BACKENDS)}, got {attention_backend!r}")
     bare = bare_model(model)
-    if is_prepared(bare):
-        return model
+    if not is_prepared(bare):
+        _install(bare)
+    if attention_backend is not None:
+        getattr(bare, _STATE).attention_backend = attention_backend
+    return model
+
+
+def _install(bare: Any) -> None:
     if not hasattr(bare, "get_output_embeddings") or getattr(bare, "base_model", bare) is bare:
         raise ValueError(
             f"model must be a Hugging Face causal LM with a backbone and an LM head, got {type(bare).__name__}"
@@ -92,7 +104,6 @@ def prepare_model(model: nn.Module) -> nn.Module:
     bare.forward = MethodType(_forward, bare)
     if state.generate is not None:
         bare.generate = MethodType(_generate, bare)
-    return model
 
 
 def unprepare_model(model: nn.Module) -> nn.Module:
@@ -184,8 +195,13 @@ def _forward(
             return state.forward(*args, **kwargs)
     batch = packed_batch
     _set_attention(state, packed=batch.is_packed)
+    layout: dict[str, Any]
     if batch.is_packed:
-        layout = {"position_ids": batch.position_ids, "packed_layout": PackedLayout(batch.segments)}
+        assert batch.varlen is not None
+        packed_layout = PackedLayout(batch.segments, batch.varlen, state.attention_backend)
+        layout = {"position_ids": batch.position_ids, "packed_layout": packed_layout}
+        if state.attention_backend == "mask":  # for models that hand nothing else to their attention
+            layout["attention_mask"] = packed_layout.row_mask(None)[None, None]
     else:
         layout = {"attention_mask": batch.attention_mask}
     hidden_states = model.base_model(input_ids=batch.input_ids, use_cache=False, **layout).last_hidden_state

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.data.packing import pack_pairs, pad_pairs
-from fastdpo.modeling.attention import observed_windows
+from fastdpo.modeling.attention import Observed, observed
 from fastdpo.modeling.packed import bare_model, packed_logps
 from fastdpo.types import TokenizedPair
 
@@ -88,20 +88,20 @@ def _check(model: nn.Module, impl: str) -> PackingCheck:
             f"model must compute its logits as its LM head times its last hidden state; {type(bare).__name__} does"
             f" something else: log-probs differ by {padded_error:.1e} (rounding explains {tolerance:.0e})"
         )
-    windows: set[int | None] = set()
-    token = observed_windows.set(windows)
+    seen = Observed()
+    token = observed.set(seen)
     try:
         sums = packed_logps(model, pack_pairs(pairs).to(device), impl=impl).sequences.sums
     except Exception as refusal:  # whatever a model raises on arguments it does not know: it cannot be packed
         return PackingCheck(False, float("inf"), f"{type(refusal).__name__}: {refusal}")
     finally:
-        observed_windows.reset(token)
+        observed.reset(token)
     error = error_of(sums)
     tolerance = _PACKED_FLOOR[next(bare.parameters()).dtype] + 10 * padded_error
     if not error <= tolerance:
         difference = f"packed log-probs differ from separate ones by {error:.1e} (rounding explains {tolerance:.0e})"
         return PackingCheck(False, error, f"{difference}: tokens of one sequence reach another")
-    missing = _local_attention(bare.config.get_text_config()) - windows
+    missing = _local_attention(bare.config.get_text_config()) - seen.windows
     if missing:
         reason = f"the model limits attention to {missing} in its mask alone, and a packed row has no mask"
         return PackingCheck(False, error, reason)

@@ -1,0 +1,80 @@
+"""The attention backends by name, and which of them runs a call: the first that can, of those that the name allows.
+
+auto    the fastest that can: flash-attn, then torch's varlen_attn, then SDPA
+flash   flash-attn, any generation that is installed and can
+flash2, flash3, flash4, varlen, sdpa, mask    this one, or ValueError with what it lacks
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from fastdpo.modeling.attention.call import AttentionCall, UnsupportedAttention
+from fastdpo.modeling.attention.sdpa import BranchSdpa, RowMask
+from fastdpo.modeling.attention.varlen import FlashAttn, TorchVarlen
+
+
+class Backend(Protocol):
+    """One way to compute attention over a packed row."""
+
+    @property
+    def title(self) -> str: ...
+
+    def refusal(self, call: AttentionCall) -> str | None:
+        """Why this backend cannot run the call exactly, None where it can."""
+        ...
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """(1, T, num_heads, E), differentiable in query, key and value."""
+        ...
+
+
+BACKENDS: dict[str, Backend] = {
+    "flash3": FlashAttn(3, capabilities=(8, 9)),
+    "flash4": FlashAttn(4, capabilities=(9, 99), max_head_dim=128),
+    "flash2": FlashAttn(2, capabilities=(8, 99)),
+    "varlen": TorchVarlen(),
+    "sdpa": BranchSdpa(),
+    "mask": RowMask(),
+}
+_FLASH = ("flash3", "flash4", "flash2")  # 3 before 4: on Hopper, where both run, it is the faster one
+_CANDIDATES = {"auto": (*_FLASH, "varlen", "sdpa"), "flash": _FLASH, **{name: (name,) for name in BACKENDS}}
+ATTENTION_BACKENDS = tuple(_CANDIDATES)
+
+
+@dataclass
+class Observed:
+    """What the self-check sees of a model's calls."""
+
+    windows: set[int | None] = field(default_factory=set)  # as handed over, None for layers without
+    backends: dict[str, str] = field(default_factory=dict)  # name -> why it was chosen
+
+
+observed: ContextVar[Observed | None] = ContextVar("observed", default=None)
+
+
+def choose(call: AttentionCall) -> tuple[str, str]:
+    """Name of the backend that runs the call, and why.
+
+    Raises:
+        UnsupportedAttention: none that the layout's backend setting allows can.
+    """
+    asked = call.layout.backend
+    refusals: dict[str, list[str]] = {}  # reason -> backends
+    for name in _CANDIDATES[asked]:
+        refusal = BACKENDS[name].refusal(call)
+        if refusal is None:
+            return name, "asked for" if name == asked else _listed(refusals)
+        refusals.setdefault(refusal, []).append(name)
+    raise UnsupportedAttention(
+        f"attention_backend {asked!r} cannot run this model here: {_listed(refusals)}; 'auto' takes one that can"
+    )
+
+
+def _listed(refusals: dict[str, list[str]]) -> str:
+    """'flash2 is not installed; varlen runs on cuda only', backends with one reason together."""
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in refusals.items()) or "the first choice"

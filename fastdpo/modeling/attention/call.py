@@ -1,0 +1,93 @@
+"""One attention call of one layer over a packed row, as every backend takes it, and the layout that all layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdpo.types import VarlenLayout
+
+
+class UnsupportedAttention(ValueError):
+    """No backend that was allowed can run a call."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """T rows, D the head dim of queries and keys, E that of values. Backends return (1, T, num_heads, E)."""
+
+    query: Tensor  # (1, num_heads, T, D)
+    key: Tensor  # (1, num_kv_heads, T, D)
+    value: Tensor  # (1, num_kv_heads, T, E)
+    layout: PackedLayout
+    dropout: float  # probability that a weight is dropped
+    scale: float  # factor on the logits
+    window: int | None  # tokens a query sees, itself included; None where no branch is longer
+    softcap: float | None  # logits become `softcap * tanh(logits / softcap)`
+    sinks: Tensor | None  # (num_heads,) one more logit a row, which takes probability and gives no value
+
+    @property
+    def is_grouped(self) -> bool:
+        return self.query.shape[1] != self.key.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What scaled_dot_product_attention would compute in: autocast's dtype where it is on."""
+        device_type = self.query.device.type
+        if torch.is_autocast_enabled(device_type) and self.query.dtype != torch.float64:
+            return torch.get_autocast_dtype(device_type)
+        return self.query.dtype
+
+
+class PackedLayout:
+    """The branches of one packed row, with the masks that its layers share. Built once per forward.
+
+    Args:
+        segments: per branch query start, query end, prefix start, prefix end, on the host.
+        varlen: the same as index tensors on the row's device.
+        backend: name of an attention backend, or "auto"; see `backends.py`.
+    """
+
+    def __init__(
+        self, segments: Sequence[tuple[int, int, int, int]], varlen: VarlenLayout, backend: str = "auto"
+    ) -> None:
+        self.segments = segments
+        self.varlen = varlen
+        self.backend = backend
+        self._branch_masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
+        self._row_masks: dict[int | None, Tensor] = {}
+
+    def branch_mask(self, num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+        """(num_queries, num_keys) bool, True where query i may see key j: the last query sees the last key.
+
+        `window` counts the visible tokens including the query itself, as `sliding_window` does in model configs.
+        """
+        key = (num_queries, num_keys, window, device)
+        if key not in self._branch_masks:
+            query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+            distance = query - torch.arange(num_keys, device=device)[None, :]
+            visible = distance >= 0
+            self._branch_masks[key] = visible if window is None else visible & (distance < window)
+        return self._branch_masks[key]
+
+    def row_mask(self, window: int | None) -> Tensor:
+        """(T, T) bool on the row's device, True where row i may see row j. Made without asking the device anything."""
+        if window not in self._row_masks:
+            varlen = self.varlen
+            row = torch.arange(len(varlen.own_keys), device=varlen.own_keys.device)
+            branch = torch.bucketize(row, varlen.cu_queries[1:].long(), right=True)  # of each row
+            own_start = varlen.cu_queries[:-1].long()[branch]
+            prefix_lengths = varlen.cu_keys.diff().long() - varlen.cu_queries.diff().long()
+            prefix_start = varlen.key_rows[varlen.cu_keys[:-1].long()][branch]  # the branch's own where it has none
+            prefix_length = prefix_lengths[branch]
+            position = prefix_length + row - own_start  # within prefix and branch
+            in_own = (row >= own_start[:, None]) & (row <= row[:, None])
+            in_prefix = (row >= prefix_start[:, None]) & (row < (prefix_start + prefix_length)[:, None])
+            visible = in_own | in_prefix
+            if window is not None:  # a prefix is the start of its own branch, so that its positions are the query's
+                visible &= position[:, None] - position < window
+            self._row_masks[window] = visible
+        return self._row_masks[window]

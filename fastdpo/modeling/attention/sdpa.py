@@ -1,0 +1,96 @@
+"""The two backends that run anywhere, in any dtype, and honour everything: scaled_dot_product_attention branch by
+branch, and once over the whole row with a boolean (T, T) mask.
+
+Branch by branch, the queries are one contiguous slice of the row and the keys are the prefix's slice followed by the
+branch's own, causal and aligned at the bottom right. The mask over the whole row costs T x T bits and logits, wherever
+they are masked; it is there for layers to which nothing but a mask gets through, and to compare with.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdpo.modeling.attention.call import AttentionCall
+
+
+class BranchSdpa:
+    """One call per branch."""
+
+    title = "one SDPA call per branch"
+
+    def refusal(self, call: AttentionCall) -> str | None:
+        return None
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        layout = call.layout
+        # split, not slices: the backward of a slice fills a tensor of the whole row with zeros, once per segment
+        lengths = [end - start for start, end, _, _ in layout.segments]
+        queries, keys, values = (x.split(lengths, dim=2) for x in (call.query, call.key, call.value))
+        first_at = {start: index for index, (start, _, _, _) in enumerate(layout.segments)}
+        outputs = []
+        for index, (_, _, prefix_start, prefix_end) in enumerate(layout.segments):
+            q, k, v = queries[index], keys[index], values[index]
+            if prefix_end > prefix_start:  # the prefix is the start of the segment that begins where it does
+                first, num_shared = first_at[prefix_start], prefix_end - prefix_start
+                k = torch.cat([keys[first][:, :, :num_shared], k], dim=2)
+                v = torch.cat([values[first][:, :, :num_shared], v], dim=2)
+            num_queries, num_keys = q.shape[2], k.shape[2]
+            window = call.window if call.window is not None and call.window < num_keys else None
+            is_plain_causal = num_queries == num_keys and window is None
+            if call.softcap is not None or call.sinks is not None:
+                mask = layout.branch_mask(num_queries, num_keys, window, q.device)
+                outputs.append(explicit_attention(q, k, v, mask, call))
+            elif is_plain_causal or (num_queries == 1 and window is None):
+                outputs.append(_sdpa(q, k, v, None, call, is_causal=num_queries > 1))
+            else:
+                outputs.append(_sdpa(q, k, v, layout.branch_mask(num_queries, num_keys, window, q.device), call))
+        return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+class RowMask:
+    """One call with a mask over the whole row."""
+
+    title = "one SDPA call with a mask over the whole row"
+
+    def refusal(self, call: AttentionCall) -> str | None:
+        return None
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        return masked_attention(call, call.layout.row_mask(call.window))
+
+
+def masked_attention(call: AttentionCall, mask: Tensor) -> Tensor:
+    """`mask` is bool and broadcasts to (1, num_heads, T, T), True where a query may see a key."""
+    if call.softcap is not None or call.sinks is not None:
+        return explicit_attention(call.query, call.key, call.value, mask, call).transpose(1, 2)
+    return _sdpa(call.query, call.key, call.value, mask, call).transpose(1, 2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: AttentionCall, is_causal: bool = False) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=call.dropout,
+        is_causal=is_causal,
+        scale=call.scale,
+        enable_gqa=call.is_grouped,
+    )
+
+
+def explicit_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, call: AttentionCall) -> Tensor:
+    """Softmax attention with what scaled_dot_product_attention lacks: a cap on the logits, and sinks."""
+    num_groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(num_groups, dim=1) for x in (key, value))
+    logits = query @ key.transpose(2, 3) * call.scale  # (1, heads, Q, K)
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(~mask, float("-inf"))
+    if call.sinks is not None:
+        sinks = call.sinks.to(logits.dtype).reshape(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1)
+        logits = torch.cat([logits, sinks], dim=-1)
+    weights = logits.softmax(-1)[..., : key.shape[2]].to(value.dtype)
+    return F.dropout(weights, call.dropout) @ value

@@ -1,0 +1,189 @@
+"""Backends that hand a packed row to a variable-length kernel in one call: torch's own `varlen_attn`, and flash-attn
+2, 3 and 4 as transformers loads them.
+
+Queries are the row as it is; keys and values are gathered so that every branch follows its prefix; attention is causal
+and aligned at the bottom right. What a function can do is read off its signature, because releases differ: torch 2.10's
+varlen_attn had `is_causal` and no `scale`, 2.13's has `window_size`, `scale` and `enable_gqa`. A call that needs more
+than the function has is refused, never approximated.
+
+Not run on a GPU yet: the tests put an emulation in the kernels' place and hold the arguments to the signature of the
+installed torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdpo.modeling.attention.call import AttentionCall
+from fastdpo.modeling.attention.gather import gather_keys
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class VarlenBackend:
+    """What the kernels have in common: limits, the gathered layout, and head dims padded to a multiple of 8."""
+
+    name: str
+    title: str
+    max_head_dim = 256
+    device_types: tuple[str, ...] = ("cuda",)
+    dtypes: tuple[torch.dtype, ...] = _HALF
+    capabilities: tuple[int, int] = (8, 99)  # least and largest major compute capability
+
+    def load(self) -> Callable[..., Any] | None:
+        """The kernel's Python function, None where it is not installed."""
+        raise NotImplementedError
+
+    @cached_property
+    def function(self) -> Callable[..., Any] | None:
+        return self.load()
+
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.function).parameters) if self.function is not None else frozenset()
+
+    def refusal(self, call: AttentionCall) -> str | None:
+        device = call.query.device
+        if device.type not in self.device_types:
+            return f"runs on {' and '.join(self.device_types)} only"
+        if call.dtype not in self.dtypes:
+            takes = " and ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            return f"takes {takes}, not {str(call.dtype).removeprefix('torch.')}"
+        if device.type == "cuda":
+            major, least, largest = _major_capability(device), *self.capabilities
+            if not least <= major <= largest:
+                return f"needs a GPU of compute capability {least} to {largest}, not {major}"
+        if self.function is None:
+            return "is not installed"
+        if max(call.query.shape[-1], call.value.shape[-1]) > self.max_head_dim:
+            return f"takes head dims up to {self.max_head_dim}, not {call.query.shape[-1]}"
+        return self._missing(call)
+
+    def _missing(self, call: AttentionCall) -> str | None:
+        """What the call needs and the function lacks."""
+        if call.window is not None and "window_size" not in self.parameters:
+            return "has no sliding window"
+        if call.softcap is not None and "softcap" not in self.parameters:
+            return "has no softcap"
+        if call.dropout > 0 and "dropout_p" not in self.parameters:
+            return "has no dropout"
+        return "has no attention sinks" if call.sinks is not None else None
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        varlen = call.layout.varlen
+        # 8 entries are what the kernels load at once; a longer head dim of zeros changes no product
+        width = -(-max(call.query.shape[-1], call.value.shape[-1]) // 8) * 8
+        rows = [x[0].transpose(0, 1).to(call.dtype) for x in (call.query, call.key, call.value)]
+        query, key, value = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in rows)
+        key, value = gather_keys(key, varlen), gather_keys(value, varlen)
+        output = self._run(query, key, value, call)
+        return output[None, :, :, : call.value.shape[-1]]
+
+    def _run(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+        """query (T, num_heads, width); key and value (K, num_kv_heads, width) -> (T, num_heads, width)."""
+        raise NotImplementedError
+
+
+class TorchVarlen(VarlenBackend):
+    """`torch.nn.attention.varlen.varlen_attn`, torch >= 2.10."""
+
+    name = "varlen"
+    title = "torch's varlen_attn, one call per layer"
+
+    def load(self) -> Callable[..., Any] | None:
+        if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+            return None
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn
+
+    def _run(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+        assert self.function is not None
+        varlen = call.layout.varlen
+        options: dict[str, Any] = {}
+        if "window_size" in self.parameters:  # to the left and right of the query; (-1, 0) is causal
+            options["window_size"] = (-1 if call.window is None else call.window - 1, 0)
+        if "is_causal" in self.parameters:
+            options["is_causal"] = True
+        if "scale" in self.parameters:
+            options["scale"] = call.scale
+        else:
+            query = query * (call.scale * query.shape[-1] ** 0.5)  # it divides by the root of the (padded) head dim
+        if call.is_grouped and "enable_gqa" in self.parameters:
+            options["enable_gqa"] = True
+        elif call.is_grouped:
+            groups = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        lengths = (varlen.cu_queries, varlen.cu_keys, varlen.max_queries, varlen.max_keys)
+        output: Tensor = self.function(query, key, value, *lengths, **options)
+        return output
+
+
+class FlashAttn(VarlenBackend):
+    """`flash_attn_varlen_func` of one generation of flash-attn, if its package is installed."""
+
+    def __init__(self, generation: int, capabilities: tuple[int, int], max_head_dim: int = 256) -> None:
+        self.generation = generation
+        self.capabilities = capabilities
+        self.max_head_dim = max_head_dim
+        self.name = f"flash{generation}"
+        self.title = f"flash-attn {generation}, one call per layer"
+
+    def load(self) -> Callable[..., Any] | None:
+        from transformers import modeling_flash_attention_utils as loader
+        from transformers import utils
+
+        if not getattr(utils, f"is_flash_attn_{self.generation}_available")():
+            return None  # asked first: the loader would look for a kernel on the Hub
+        functions, _ = loader.lazy_import_flash_attention(f"flash_attention_{self.generation}")
+        varlen: Callable[..., Any] = functions[1]
+        return varlen
+
+    def _missing(self, call: AttentionCall) -> str | None:
+        if call.sinks is None:
+            return super()._missing(call)
+        if not self.parameters & {"s_aux", "learnable_sink"}:
+            return "has no attention sinks"
+        if call.sinks.requires_grad and torch.is_grad_enabled():
+            return "has no gradient of attention sinks"
+        return None
+
+    def _run(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+        assert self.function is not None
+        varlen = call.layout.varlen
+        options: dict[str, Any] = {"causal": True, "softmax_scale": call.scale}
+        if call.window is not None:
+            options["window_size"] = (call.window - 1, 0)
+        if call.softcap is not None:
+            options["softcap"] = call.softcap
+        if call.dropout > 0:
+            options["dropout_p"] = call.dropout
+        if call.sinks is not None:
+            options["s_aux" if "s_aux" in self.parameters else "learnable_sink"] = call.sinks.to(query.dtype)
+        if "deterministic" in self.parameters:
+            options["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        result = self.function(
+            query,
+            key,
+            value,
+            cu_seqlens_q=varlen.cu_queries,
+            cu_seqlens_k=varlen.cu_keys,
+            max_seqlen_q=varlen.max_queries,
+            max_seqlen_k=varlen.max_keys,
+            **options,
+        )
+        output: Tensor = result[0] if isinstance(result, tuple) else result
+        return output
+
+
+@lru_cache
+def _major_capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
