@@ -5,9 +5,10 @@ Refuses heads that are not one plain linear layer, because their logits would be
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LMHead(NamedTuple):
@@ -48,6 +49,8 @@ def lm_head(model: Any) -> LMHead:
         raise ValueError(
             f"the LM head must hold fp32, fp16 or bf16 weights, {type(model).__name__} has {layer.weight.dtype}"
         )
+    with resident(layer):  # what it holds there stays for as long as this call's caller needs it
+        weight, bias = layer.weight, getattr(layer, "bias", None)
     config = model.config.get_text_config()
     scale = 1.0
     for field, factor in _LOGIT_SCALES.items():
@@ -56,8 +59,17 @@ def lm_head(model: Any) -> LMHead:
             multiplies = field == "logits_scaling" and config.model_type in _MULTIPLIES_LOGITS_SCALING
             scale *= value if multiplies else factor(value)
     return LMHead(
-        weight=layer.weight,
-        bias=getattr(layer, "bias", None),
+        weight=weight,
+        bias=bias,
         logit_scale=scale,
         softcap=next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None),
     )
+
+
+def resident(module: nn.Module) -> Any:
+    """A context in which the module's own weights are on its device, also where accelerate keeps them elsewhere."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)

@@ -1,4 +1,4 @@
-"""One attention call of one layer over a packed row, as every backend takes it, and the layout that all layers share."""
+"""One attention call of one layer over a packed row, as backends take it, and the layout that all layers share."""
 
 from __future__ import annotations
 
