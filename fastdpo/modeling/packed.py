@@ -83,6 +83,12 @@ def prepare_model(model: nn.Module, *, attention_backend: str | None = None) -> 
     return model
 
 
+def attention_backend(model: nn.Module) -> str:
+    """The setting of a prepared model."""
+    state: _Prepared = getattr(bare_model(model), _STATE)
+    return state.attention_backend
+
+
 def _install(bare: Any) -> None:
     if not hasattr(bare, "get_output_embeddings") or getattr(bare, "base_model", bare) is bare:
         raise ValueError(

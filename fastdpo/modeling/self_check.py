@@ -1,24 +1,29 @@
-"""Does this model give the log-probs that it gives by itself? Asked of the user's model before training, in two
+"""Does this model give the log-probs that it gives by itself? Asked of the user's model before training, in three
 questions.
 
 Is the LM head what the head op takes it for (padded rows against the model's own logits)? If not, nothing here can
 train it. Is a packed row the same as one sequence at a time? Some architectures drop the arguments that packing
 travels by, mix neighbouring tokens outside attention, or never call an attention function. Nothing is assumed from a
-model's name.
+model's name. Both are asked in fp32 where it fits, of the attention that runs anywhere. Is the attention that the run
+will have, in the precision that it will have, the same up to rounding? A kernel that is wrong on this machine shows
+there.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdpo.data.packing import pack_pairs, pad_pairs
-from fastdpo.modeling.attention import Observed, observed
-from fastdpo.modeling.packed import bare_model, packed_logps
+from fastdpo.modeling.attention import BACKENDS, Observed, UnsupportedAttention, observed
+from fastdpo.modeling.packed import attention_backend, bare_model, packed_logps, prepare_model
 from fastdpo.types import TokenizedPair
 
 # Largest difference of a summed log-prob, relative to 1 + its size, that rounding explains
@@ -37,25 +42,85 @@ class PackingCheck:
     ok: bool
     error: float  # of summed log-probs, relative to 1 + their size; inf where packing raised
     reason: str
+    backends: dict[str, str] = field(default_factory=dict)  # attention backends of the run, and why each was taken
+    seconds: float = 0.0  # that the check took
+
+    def __str__(self) -> str:
+        taken = [f"{name}, {BACKENDS[name].title} ({why})" for name, why in self.backends.items()]
+        return "; ".join([*taken, f"{self.reason}, checked in {self.seconds:.2g} s"])
 
 
-def check_packing(model: nn.Module, *, impl: str = "auto") -> PackingCheck:
+@dataclass(frozen=True)
+class _Probe:
+    """A few short pairs of random tokens, and what the stock model makes of them, one sequence at a time."""
+
+    pairs: list[TokenizedPair]
+    expected: Tensor  # (S,) fp64, nats
+    impl: str
+
+    def error_of(self, sums: Tensor) -> float:
+        return ((sums.double() - self.expected).abs() / (1 + self.expected.abs())).max().item()
+
+    def padded_error(self, model: nn.Module) -> float:
+        batch = pad_pairs(self.pairs).to(self.expected.device)
+        return self.error_of(packed_logps(model, batch, impl=self.impl).sequences.sums)
+
+    def packed_error(self, model: nn.Module) -> tuple[float, Observed]:
+        """Also what the model's layers asked of their attention."""
+        batch, seen = pack_pairs(self.pairs).to(self.expected.device), Observed()
+        token = observed.set(seen)
+        try:
+            return self.error_of(packed_logps(model, batch, impl=self.impl).sequences.sums), seen
+        finally:
+            observed.reset(token)
+
+
+def check_packing(
+    model: nn.Module,
+    *,
+    impl: str = "auto",
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> PackingCheck:
     """Compares `packed_logps` with separate unpadded forwards of the stock model on a few short pairs of random tokens.
 
     Leaves the random state, the mode and the gradients of the model as they were.
 
+    Args:
+        model: prepared with the attention backend of the run.
+        impl: implementation of the head op, see `linear_logps`.
+        autocast: the precision of the run, as a context.
     Raises:
         ValueError: even padded rows do not give the model's own log-probs, so its head is not the one that the op
-        computes.
+            computes; or the attention backend was asked for by name and cannot run this model.
     """
+    started = time.perf_counter()
     was_training = model.training
     model.eval()
+    prepare_model(model)
     device = next(model.parameters()).device
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            return _check(_in_fp32_where_it_fits(model), impl)
+            checked = _in_fp32_where_it_fits(model)
+            probe = _probe(checked, impl, device)
+            anywhere = "mask" if attention_backend(model) == "mask" else "sdpa"
+            with _attention_backend(checked, anywhere):
+                check = _check_architecture(checked, probe)
+            if check.ok:
+                with autocast():
+                    check = _check_run(model, probe, check)
     finally:
         model.train(was_training)
+    return replace(check, seconds=time.perf_counter() - started)
+
+
+@contextmanager
+def _attention_backend(model: nn.Module, name: str) -> Iterator[None]:
+    before = attention_backend(model)
+    prepare_model(model, attention_backend=name)
+    try:
+        yield
+    finally:
+        prepare_model(model, attention_backend=before)
 
 
 def _in_fp32_where_it_fits(model: nn.Module) -> nn.Module:
@@ -66,38 +131,32 @@ def _in_fp32_where_it_fits(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check(model: nn.Module, impl: str) -> PackingCheck:
-    bare = bare_model(model)
-    device = next(bare.parameters()).device
-    tolerance = _TOLERANCE[next(bare.parameters()).dtype]
-    vocab_size = bare.get_output_embeddings().weight.shape[0]
+def _probe(model: nn.Module, impl: str, device: torch.device) -> _Probe:
+    vocab_size = bare_model(model).get_output_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> list[int]:
         return torch.randint(vocab_size, (length,), generator=generator).tolist()
 
     pairs = [TokenizedPair(draw(p), draw(c), draw(r)) for p, c, r in ((3, 4, 2), (5, 1, 3), (1, 3, 5))]
-    expected = _stock_sums(model, pairs, device)
+    return _Probe(pairs, _stock_sums(model, pairs, device), impl)
 
-    def error_of(sums: Tensor) -> float:
-        return ((sums.double() - expected).abs() / (1 + expected.abs())).max().item()
 
-    padded_error = error_of(packed_logps(model, pad_pairs(pairs).to(device), impl=impl).sequences.sums)
+def _check_architecture(model: nn.Module, probe: _Probe) -> PackingCheck:
+    """Head and packing, without a kernel in it that runs on some machines only."""
+    bare = bare_model(model)
+    dtype = next(bare.parameters()).dtype
+    padded_error, tolerance = probe.padded_error(model), _TOLERANCE[dtype]
     if not padded_error <= tolerance:
         raise ValueError(
             f"model must compute its logits as its LM head times its last hidden state; {type(bare).__name__} does"
             f" something else: log-probs differ by {padded_error:.1e} (rounding explains {tolerance:.0e})"
         )
-    seen = Observed()
-    token = observed.set(seen)
     try:
-        sums = packed_logps(model, pack_pairs(pairs).to(device), impl=impl).sequences.sums
+        error, seen = probe.packed_error(model)
     except Exception as refusal:  # whatever a model raises on arguments it does not know: it cannot be packed
         return PackingCheck(False, float("inf"), f"{type(refusal).__name__}: {refusal}")
-    finally:
-        observed.reset(token)
-    error = error_of(sums)
-    tolerance = _PACKED_FLOOR[next(bare.parameters()).dtype] + 10 * padded_error
+    tolerance = _PACKED_FLOOR[dtype] + 10 * padded_error
     if not error <= tolerance:
         difference = f"packed log-probs differ from separate ones by {error:.1e} (rounding explains {tolerance:.0e})"
         return PackingCheck(False, error, f"{difference}: tokens of one sequence reach another")
@@ -106,6 +165,32 @@ def _check(model: nn.Module, impl: str) -> PackingCheck:
         reason = f"the model limits attention to {missing} in its mask alone, and a packed row has no mask"
         return PackingCheck(False, error, reason)
     return PackingCheck(True, error, f"packed and separate log-probs agree to {error:.1e}")
+
+
+def _check_run(model: nn.Module, probe: _Probe, check: PackingCheck) -> PackingCheck:
+    """Attention and precision of the run; `check` is what was found without them."""
+    try:
+        error, seen = probe.packed_error(model)
+    except UnsupportedAttention:
+        raise
+    except Exception as failure:  # whatever a kernel raises on a machine that it does not fit
+        return PackingCheck(False, float("inf"), f"{type(failure).__name__}: {failure}")
+    check = replace(check, backends=seen.backends)
+    parameter = next(bare_model(model).parameters())
+    device_type, dtype = parameter.device.type, parameter.dtype
+    if torch.is_autocast_enabled(device_type) and dtype == torch.float32:
+        dtype = torch.get_autocast_dtype(device_type)
+    if error <= _PACKED_FLOOR[dtype]:
+        return check
+    tolerance = _PACKED_FLOOR[dtype] + 10 * probe.padded_error(model)
+    if error <= tolerance:
+        return check
+    names = " and ".join(seen.backends)
+    reason = (
+        f"with attention by {names} in {str(dtype).removeprefix('torch.')}, packed log-probs differ from separate ones"
+        f" by {error:.1e} (rounding explains {tolerance:.0e}); attention_backend='sdpa' may be exact here"
+    )
+    return replace(check, ok=False, error=error, reason=reason)
 
 
 def _local_attention(config: Any) -> set[Any]:
