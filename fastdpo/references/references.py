@@ -1,5 +1,7 @@
 """Sources of reference log-probs behind one call: a batch and the policy in, summed log-probs of both sides out.
 
+The two that ask a model also give the log-probs of every sequence, which is what is cached.
+
 None of them ever builds a graph, and none runs dropout: the model that is asked is in eval mode for the length of the
 call.
 """
@@ -38,8 +40,12 @@ class FrozenReference:
     impl: str = "auto"
     mode: str = "frozen"
 
+    def sums(self, policy: nn.Module, batch: PackedBatch) -> Tensor:
+        """(S,) summed log-probs of every sequence, nats, fp32, without gradient."""
+        return _sums(self.model, batch, self.impl)
+
     def logps(self, policy: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        return _logps(self.model, batch, self.impl)
+        return _of_pairs(self.sums(policy, batch), batch)
 
 
 @dataclass
@@ -50,9 +56,13 @@ class AdapterReference:
     impl: str = "auto"
     mode: str = "adapter"
 
-    def logps(self, policy: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def sums(self, policy: nn.Module, batch: PackedBatch) -> Tensor:
+        """(S,) summed log-probs of every sequence, nats, fp32, without gradient."""
         with self._as_reference():
-            return _logps(policy, batch, self.impl)
+            return _sums(policy, batch, self.impl)
+
+    def logps(self, policy: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        return _of_pairs(self.sums(policy, batch), batch)
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
@@ -72,7 +82,7 @@ class AdapterReference:
 
 @dataclass
 class DatasetReference:
-    """Log-probs that the dataset brings as columns `ref_chosen_logps` and `ref_rejected_logps`."""
+    """Log-probs that came with the rows: the dataset's own, or filled in from the cache before training."""
 
     mode: str = "cached"
 
@@ -81,8 +91,7 @@ class DatasetReference:
             raise ValueError(
                 "reference 'cached' needs ref_chosen_logps and ref_rejected_logps in every row of the dataset"
             )
-        chosen, rejected = batch.pairs.unbind(1)
-        return batch.ref_logps[chosen], batch.ref_logps[rejected]
+        return _of_pairs(batch.ref_logps, batch)
 
 
 @dataclass
@@ -114,12 +123,16 @@ def _freeze_reference_adapter(peft_model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def _logps(model: nn.Module, batch: PackedBatch, impl: str) -> tuple[Tensor, Tensor]:
+def _sums(model: nn.Module, batch: PackedBatch, impl: str) -> Tensor:
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            logps = packed_logps(model, batch, impl=impl)
+            return packed_logps(model, batch, impl=impl).sequences.sums
     finally:
         model.train(was_training)
-    return logps.chosen, logps.rejected
+
+
+def _of_pairs(sums: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    chosen, rejected = batch.pairs.unbind(1)
+    return sums[chosen], sums[rejected]

@@ -7,23 +7,32 @@ rows -> token columns (data) -> PackedBatch (collator) -> log-probs of policy (m
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
+from fastdpo.data.arrow import arrow_column
 from fastdpo.data.prepare import DataReport, prepare_preference_dataset
 from fastdpo.losses import LOSSES
 from fastdpo.metrics import SumAndWeight, pair_metrics, token_metrics
-from fastdpo.modeling import packed_loss, prepare_model
-from fastdpo.modeling.packed import bare_model
-from fastdpo.references import AdapterReference, DatasetReference, FrozenReference, NoReference, Reference
+from fastdpo.modeling import packed_loss
+from fastdpo.references import AdapterReference, DatasetReference, NoReference, Reference
+from fastdpo.references.cache import LogpsCache
+from fastdpo.references.precompute import Scorer, fill_ref_logps
 from fastdpo.references.references import copy_adapter_as_reference
 from fastdpo.training.base import PackedTrainer
 from fastdpo.training.config import DPOConfig
-from fastdpo.training.models import check_model_and_tokenizer, load_model, resolve_model
+from fastdpo.training.models import resolve_model
+from fastdpo.training.reference import (
+    asked_once,
+    choose_reference,
+    live_reference,
+    starts_from_adapter,
+    too_large_to_hold,
+)
 from fastdpo.types import PackedBatch, PairScores
 
 TOKEN_METRICS = ("entropy", "mean_logits", "is_top1")
@@ -48,6 +57,7 @@ class DPOTrainer(PackedTrainer):
     """
 
     args: DPOConfig
+    _late_rows: tuple[LogpsCache, Scorer | None] | None = None  # for datasets that come later, once it is cached
 
     def __init__(
         self,
@@ -85,47 +95,73 @@ class DPOTrainer(PackedTrainer):
             optimizers=optimizers,
         )
         mode, self.reference_reason = choose_reference(
-            args, policy, ref_model, self._has_ref_logps(), is_new_adapter=peft_config is not None
+            args,
+            policy,
+            ref_model,
+            self._has_ref_logps(),
+            is_new_adapter=peft_config is not None,
+            too_large=too_large_to_hold(args, policy, ref_model),
         )
         self.reference = self._make_reference(mode, ref_model)
 
+    def _datasets(self) -> dict[str, Dataset]:
+        """What the run will see, by "train", "eval" or "eval_<name>"."""
+        eval_dataset: Any = self.eval_dataset
+        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        named = {f"eval_{name}".removesuffix("_"): dataset for name, dataset in evaluated.items()}
+        return {n: dataset for n, dataset in {"train": self.train_dataset, **named}.items() if dataset is not None}
+
     def _has_ref_logps(self) -> bool:
         """Whether every row that the run will see brings reference log-probs."""
-        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        datasets = [dataset for dataset in (self.train_dataset, *evaluated) if dataset is not None]
-        return bool(datasets) and all(None not in dataset["ref_logps"] for dataset in datasets)
+        datasets = self._datasets().values()
+        return bool(datasets) and all(arrow_column(dataset, "ref_logps").null_count == 0 for dataset in datasets)
 
     def _make_reference(self, mode: str, ref_model: str | nn.Module | None) -> Reference:
         if mode == "none":
             return NoReference()
         if mode == "cached":
+            if not self._has_ref_logps():
+                self._cache_reference(ref_model)
             return DatasetReference()
         if mode == "adapter":
-            if self._starts_from_adapter(self.model):
+            if starts_from_adapter(self.model):
                 copy_adapter_as_reference(self.model)
             return AdapterReference(self.model, impl=self.args.impl)
-        if ref_model is None:
-            frozen = copy.deepcopy(self.model)
-        else:
-            frozen = load_model(ref_model) if isinstance(ref_model, str) else ref_model
-            check_model_and_tokenizer(frozen, self.processing_class)
-            _check_beside_policy(frozen, self.model)
-        prepare_model(frozen).requires_grad_(False)
-        if getattr(frozen, "hf_device_map", None) is None and not getattr(frozen, "is_quantized", False):
-            frozen.to(self.args.device)
+        reference = live_reference(self.args, self.model, ref_model, self.processing_class)
         if ref_model is not None:
-            self._check_packing(frozen)
-        return FrozenReference(frozen.eval(), impl=self.args.impl)
+            self._check_packing(reference.model)
+        return reference
 
-    @staticmethod
-    def _starts_from_adapter(peft_model: nn.Module) -> bool:
-        """Whether the active adapter does something: a new LoRA's B is zero, and the model without it is the start."""
-        active = [
-            p
-            for name, p in peft_model.named_parameters()
-            if f".{peft_model.active_adapter}." in name and "lora_B" in name
-        ]
-        return not active or any(bool(p.any()) for p in active)
+    def _cache_reference(self, ref_model: str | nn.Module | None) -> None:
+        """Fills the rows of all datasets, and frees the reference."""
+        with asked_once(self.args, self.model, ref_model, self.processing_class) as asked:
+            if ref_model is not None:
+                self._check_packing(asked.model)
+            cache = asked.cache(self.args)
+            tokenizer = self.processing_class
+            pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+            scorer = asked.scorer(self.args, is_packed=self.is_packed, pad_token_id=pad)
+            filled, counts = {}, []
+            for name, dataset in self._datasets().items():
+                filled[name], count = fill_ref_logps(dataset, cache, scorer, name=name)
+                counts.append(f"{name} {count}")
+        self.train_dataset: Any = filled.get("train")
+        eval_dataset: Any = self.eval_dataset
+        if isinstance(eval_dataset, dict):
+            self.eval_dataset: Any = {name: filled[f"eval_{name}"] for name in eval_dataset}
+        else:
+            self.eval_dataset = filled.get("eval")
+        self.reference_reason += f"; {'; '.join(counts)}; in {cache.folder}"
+        is_on_hand = isinstance(asked.reference, AdapterReference)  # training changes nothing about it
+        self._late_rows = (cache, scorer if is_on_hand else None)
+
+    def _prepared(self, dataset: Any, name: str, model: nn.Module) -> Any:
+        """As in PackedTrainer; a dataset that comes after the reference was cached gets its log-probs too."""
+        prepared = super()._prepared(dataset, name, model)
+        if prepared is None or self._late_rows is None:
+            return prepared
+        cache, scorer = self._late_rows
+        return fill_ref_logps(prepared, cache, scorer, name=name)[0]
 
     def _prepare_dataset(self, dataset: Any) -> tuple[Any, DataReport]:
         return prepare_preference_dataset(
@@ -136,7 +172,8 @@ class DPOTrainer(PackedTrainer):
         return inputs["pairs"].shape[0]
 
     def _first_rows(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
-        return {**inputs, "pairs": inputs["pairs"][:num_rows]}  # one pair a row
+        pairs = inputs["pairs"]
+        return {**inputs, "pairs": pairs[inputs["example_ids"][pairs[:, 0]] < num_rows]}
 
     def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, SumAndWeight]]:
         reference = self.reference.logps(model, batch)  # first: then the policy's head knows the weight of each pair
@@ -165,66 +202,6 @@ class DPOTrainer(PackedTrainer):
         metrics = pair_metrics(scores, self.args.beta)
         metrics.update(token_metrics(policy, batch.token_rows, batch.cu_seqlens, batch.pairs))
         return loss, metrics
-
-
-def choose_reference(
-    args: DPOConfig, model: nn.Module, ref_model: Any, has_ref_logps: bool, *, is_new_adapter: bool
-) -> tuple[str, str]:
-    """The reference mode and the reason for it.
-
-    Args:
-        has_ref_logps: every row of the training and evaluation data brings reference log-probs.
-        is_new_adapter: the adapter was put on by this run.
-    Raises:
-        ValueError: the mode that was asked for cannot work with the model or the dataset.
-    """
-    has_adapter = hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
-    outside = _trained_outside_adapter(model) if has_adapter else None
-    mode = "none" if args.reference_free else args.reference
-    if mode == "none" and ref_model is not None:
-        raise ValueError("ref_model must be None where there is no reference (reference='none' or reference_free)")
-    if mode == "adapter" and (not has_adapter or ref_model is not None or outside):
-        why = f"{outside} is trained too" if outside else "ref_model is given" if has_adapter else "there is no adapter"
-        raise ValueError(f"reference must not be 'adapter' here: {why}")
-    if mode == "cached" and not has_ref_logps:
-        raise ValueError(
-            "reference 'cached' needs ref_chosen_logps and ref_rejected_logps in every row, also of eval_dataset"
-        )
-    if mode != "auto":
-        return mode, "asked for"
-    if ref_model is not None:
-        return "frozen", "ref_model was given"
-    if has_ref_logps:
-        return "cached", "the dataset brings ref_chosen_logps and ref_rejected_logps"
-    if outside:
-        return "frozen", f"{outside} is trained beside the adapter, so the reference is a copy of the start"
-    if has_adapter:
-        start = "the model without its adapter" if is_new_adapter else "the model as its adapter starts"
-        return "adapter", f"{start} is the reference, which needs no second model"
-    return "frozen", "all weights are trained, so the reference is a copy of the start"
-
-
-def _trained_outside_adapter(model: Any) -> str | None:
-    """A trained weight that stays when the adapter is off, such as a bias under LoRA's bias='all'."""
-    adapters = {f".{name}" for name in model.peft_config}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not any(f"{adapter}." in f"{name}." for adapter in adapters):
-            return name
-    return None
-
-
-def _check_beside_policy(reference: nn.Module, policy: nn.Module) -> None:
-    """A given reference must be another model over the same vocabulary.
-
-    Raises:
-        ValueError: it shares weights with the policy, or has another vocabulary.
-    """
-    trained = {p.data_ptr() for p in policy.parameters()}
-    if any(p.data_ptr() in trained for p in reference.parameters()):
-        raise ValueError("ref_model must not share weights with the model that is trained; give it a copy")
-    num_tokens = [bare_model(m).get_output_embeddings().weight.shape[0] for m in (policy, reference)]
-    if num_tokens[0] != num_tokens[1]:
-        raise ValueError(f"ref_model must have the policy's vocabulary of {num_tokens[0]} logits, got {num_tokens[1]}")
 
 
 def _with_adapter(model: Any, peft_config: Any, args: DPOConfig) -> Any:

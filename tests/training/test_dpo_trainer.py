@@ -422,8 +422,11 @@ def test_reference_logps_that_the_eval_data_lacks_are_not_relied_on(tmp_path):
     rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in make_rows(4)]
     arguments = {"train_dataset": rows, "eval_dataset": make_rows(2, seed=1), "processing_class": make_tokenizer()}
     assert DPOTrainer(make_llama(), args=config(tmp_path), **arguments).reference.mode == "frozen"
-    with pytest.raises(ValueError, match="also of eval_dataset"):
-        DPOTrainer(make_llama(), args=config(tmp_path, reference="cached"), **arguments)
+    cached = DPOTrainer(
+        make_llama(), args=config(tmp_path, reference="cached", ref_cache_dir=str(tmp_path / "cache")), **arguments
+    )
+    assert cached.train_dataset["ref_logps"][0] == [-1.0, -2.0]
+    assert cached.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_num_tokens_goes_on_after_a_resume(tmp_path):

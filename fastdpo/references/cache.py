@@ -1,0 +1,125 @@
+"""Log-probs of sequences on disk: one folder per reference, in it shards that are written whole and never changed.
+
+    <root>/<key of the reference>/about.json                      the facts behind the key, for people
+                                  <digest of the file>.safetensors  keys (N, 16) uint8, logps (N,) float32 in nats
+
+A sequence is known by a digest of its tokens and of which of them count, so whatever dataset, order, split, tokenizer
+or truncation brings the same sequence finds its log-prob, and any other does not. A shard's name is the digest of its
+bytes: one that was truncated or edited does not fit its name, and counts for nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers.utils import logging
+
+from fastdpo.references.fingerprint import digest, reference_key
+
+logger = logging.get_logger(__name__)
+
+_KEY_BYTES = 16
+
+
+def default_cache_dir() -> Path:
+    """`fastdpo/ref_logps` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdpo" / "ref_logps"
+
+
+def sequence_key(tokens: NDArray[np.integer], is_counted: NDArray[np.bool_]) -> bytes:
+    """What a sequence is known by: its token ids (L,) and which of them belong to the sum (L,)."""
+    whole = hashlib.blake2b(len(tokens).to_bytes(8, "little"), digest_size=_KEY_BYTES)
+    whole.update(np.ascontiguousarray(tokens, dtype="<i4").data)
+    whole.update(np.ascontiguousarray(is_counted, dtype=np.uint8).data)
+    return whole.digest()
+
+
+class LogpsCache:
+    """The folder of one reference.
+
+    Args:
+        root: folder of all references.
+        facts: from `reference_facts`.
+    Raises:
+        ValueError: the folder cannot be made.
+    """
+
+    def __init__(self, root: Path | str | None, facts: Mapping[str, str]) -> None:
+        self.key = reference_key(facts)
+        self.folder = (default_cache_dir() if root is None else Path(root).expanduser()) / self.key
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / "about.json").exists():
+                _write_whole(self.folder / "about.json", (json.dumps(dict(facts), indent=2) + "\n").encode())
+        except OSError as error:
+            raise ValueError(f"ref_cache_dir must be a folder that can be written to, got {root}: {error}") from error
+
+    def read(self, *, mend: bool = True) -> dict[bytes, float]:
+        """Log-prob by sequence, of all shards that are what they were written as.
+
+        Args:
+            mend: warn once of those that are not, and remove them. One process of a run should.
+        """
+        found: dict[bytes, float] = {}
+        damaged: list[Path] = []
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                found.update(self._read_shard(path))
+            except FileNotFoundError:  # removed by the process that mends
+                continue
+            except Exception as error:  # whatever numpy, safetensors and the file system make of a damaged file
+                logger.debug(f"{path}: {error}")
+                damaged.append(path)
+        if damaged and mend:
+            logger.warning(
+                f"{len(damaged)} of the cached reference log-probs' files were truncated or edited, and what they held"
+                f" is computed again: {', '.join(map(str, damaged))}"
+            )
+            for path in damaged:
+                path.unlink(missing_ok=True)
+        return found
+
+    def _read_shard(self, path: Path) -> dict[bytes, float]:
+        from safetensors.numpy import load
+
+        content = path.read_bytes()
+        if digest(content, self.key.encode()) != path.stem:
+            raise ValueError("the file is not what it was written as, or was written for another reference")
+        tensors = load(content)
+        keys = np.ascontiguousarray(tensors["keys"]).tobytes()
+        starts = range(0, len(keys), _KEY_BYTES)
+        return {keys[i : i + _KEY_BYTES]: x for i, x in zip(starts, tensors["logps"].tolist(), strict=True)}
+
+    def write(self, keys: Sequence[bytes], logps: Sequence[float]) -> Path:
+        """A new shard. It is there whole or not at all, whenever the process is killed."""
+        from safetensors.numpy import save
+
+        content = save(
+            {
+                "keys": np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, _KEY_BYTES),
+                "logps": np.asarray(logps, dtype=np.float32),
+            }
+        )
+        path = self.folder / f"{digest(content, self.key.encode())}.safetensors"
+        _write_whole(path, content)
+        return path
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

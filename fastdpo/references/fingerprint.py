@@ -1,0 +1,126 @@
+"""What a model computes, as a short digest: two models share one only if they give the same log-probs.
+
+In: a causal LM, bare, with an adapter, or with weights that accelerate has moved to memory or disk. Out: facts in words
+(class, config, weights, adapter, dtype, versions) and the key made of them. Every byte of every weight counts, so a
+single training step gives another key. Names of wrappers do not count, so a model has the same key with and without a
+LoRA that is switched off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from fastdpo.modeling.head import resident
+from fastdpo.modeling.packed import bare_model
+
+CACHE_VERSION = 1  # of what a key stands for and of how log-probs are stored under it
+_PIECE_BYTES = 2**24  # of a weight, hashed by one thread
+_NUM_THREADS = 8
+# fields of a config that say where a model comes from or how it generates, and change no log-prob
+_WITHOUT_EFFECT = {
+    *("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "id2label", "label2id"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "return_dict", "output_hidden_states", "output_attentions"),
+    *("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),  # off: eval mode
+    *("base_model_name_or_path", "inference_mode", "lora_dropout"),  # of an adapter
+}
+
+
+def digest(*parts: bytes) -> str:
+    """32 hexadecimal digits over the parts, each with its length."""
+    whole = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "little"))
+        whole.update(part)
+    return whole.hexdigest()
+
+
+def reference_facts(model: Any, *, adapter: str | None, computed_in: str) -> dict[str, str]:
+    """Everything that the log-probs of a sequence depend on besides its tokens.
+
+    Args:
+        model: the reference, or a policy that has not been trained yet.
+        adapter: name of the PEFT adapter that is on, None where there is none or it is off.
+        computed_in: the dtype of autocast, or "no autocast".
+    """
+    bare = bare_model(model)
+    facts = {
+        "cache_version": str(CACHE_VERSION),
+        "transformers": transformers.__version__,
+        "model": type(bare).__name__,
+        "config": digest(_json(_with_effect(bare.config.to_dict()))),
+        "weights": _weights_digest(model, adapter),
+        "computed_in": computed_in,
+    }
+    if adapter is not None:
+        facts["adapter"] = digest(_json(_with_effect(model.peft_config[adapter].to_dict())))
+    return facts
+
+
+def reference_key(facts: Mapping[str, str]) -> str:
+    """The name under which log-probs with these facts are kept."""
+    return digest(_json(dict(facts)))
+
+
+def _json(value: Any) -> bytes:
+    def as_json(other: Any) -> Any:  # PEFT's configs hold sets, whose order differs from process to process
+        return sorted(map(str, other)) if isinstance(other, set | frozenset) else str(other)
+
+    return json.dumps(value, sort_keys=True, default=as_json).encode()
+
+
+def _with_effect(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {
+        str(name): _with_effect(value)
+        for name, value in config.items()
+        if name not in _WITHOUT_EFFECT and not str(name).startswith("_")
+    }
+
+
+def _weights_digest(model: nn.Module, adapter: str | None) -> str:
+    whole = hashlib.blake2b(digest_size=16)
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        for name, tensor in _weights(model, adapter):
+            about = f"{name} {tensor.dtype} {tuple(tensor.shape)} "
+            whole.update(about.encode() + _tensor_digest(tensor, threads))
+    return whole.hexdigest()
+
+
+def _weights(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
+    """Weights and saved buffers of the bare model, by the names that they have without PEFT, on a device while asked.
+
+    Adapters that are off are left out.
+    """
+    bare = bare_model(model)
+    adapters = {f".{name}." for name in getattr(model, "peft_config", {})}
+    for path, module in bare.named_modules():
+        with resident(module):
+            for name, tensor in _own_tensors(module):
+                full = f"{path}.{name}."
+                if not any(part in full and part != f".{adapter}." for part in adapters):
+                    yield full.replace(".base_layer.", ".").replace(".original_module.", "."), tensor
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+    return [(name, tensor) for name, tensor in {**module._parameters, **buffers}.items() if tensor is not None]
+
+
+def _tensor_digest(tensor: Tensor, threads: Executor) -> bytes:
+    flat = tensor.detach().as_subclass(Tensor).contiguous().flatten()
+    step = max(_PIECE_BYTES // max(flat.element_size(), 1), 1)
+    pieces = list(flat.split(step)) if flat.numel() else []
+    return b"".join(threads.map(_piece_digest, pieces))
+
+
+def _piece_digest(piece: Tensor) -> bytes:
+    return hashlib.blake2b(piece.cpu().view(torch.uint8).numpy().data, digest_size=16).digest()

@@ -1,0 +1,218 @@
+"""Fills a dataset's rows with reference log-probs: from the rows themselves, from the cache, and the rest by computing
+them packed, forward only, once.
+
+In: a prepared dataset, a LogpsCache, and how to score a batch. Out: the dataset with `ref_logps` in every row, and how
+many rows came from where. What has been computed is written every few seconds, so a killed run goes on where it was.
+With several processes each computes its share and reads the others' from the files. Refuses log-probs that are not
+finite.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from fastdpo.references.cache import LogpsCache
+from fastdpo.references.rows import RowInfo, read_groups, row_infos, with_ref_logps
+from fastdpo.types import PackedBatch, TokenizedGroup
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.get_logger(__name__)
+
+_SECONDS_PER_SHARD = 5.0
+_SHARE_PER_SHARD = 0.02  # of the time spent so far: what a kill may cost, and what keeps the shards few
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How log-probs are computed that nobody has yet."""
+
+    score: Callable[[PackedBatch], Tensor]  # -> (S,) summed log-probs, nats
+    collate: Callable[[Sequence[TokenizedGroup]], PackedBatch]
+    is_packed: bool  # what `collate` makes: one row for all, or one padded row for each sequence
+    tokens_per_batch: int
+    show_progress: bool = True
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Where the log-probs of a dataset's rows came from."""
+
+    num_rows: int
+    num_brought: int  # by the dataset itself
+    num_found: int  # in the cache
+    num_computed: int
+
+    def __str__(self) -> str:
+        parts = [
+            (self.num_brought, "brought by the dataset"),
+            (self.num_found, "found"),
+            (self.num_computed, "computed"),
+        ]
+        return f"{self.num_rows:,} rows: " + ", ".join(f"{count:,} {what}" for count, what in parts if count)
+
+
+def fill_ref_logps(
+    dataset: Dataset, cache: LogpsCache, scorer: Scorer | None, *, name: str = "train"
+) -> tuple[Dataset, Filled]:
+    """The dataset with reference log-probs in every row.
+
+    Args:
+        dataset: from `prepare_preference_dataset`.
+        scorer: None where the reference can no longer be asked.
+        name: of the dataset, for the progress bar and errors.
+    Raises:
+        ValueError: rows are missing and there is no scorer, the cache's folder is not shared by all processes, or a
+            log-prob is not finite.
+    """
+    infos = row_infos(dataset)
+    found = cache.read(mend=_process()[0] == 0)
+    wanted = [row for row, info in enumerate(infos) if info.ref_logps is None]
+    missing = [row for row in wanted if any(key not in found for key in infos[row].keys)]
+    if missing and scorer is None:
+        raise ValueError(
+            f"{len(missing)} rows of the {name} dataset have no reference log-probs, and the reference that could"
+            " compute them was freed before training; give the dataset to the trainer as eval_dataset, or use"
+            " reference='frozen'"
+        )
+    _wait_for_all()  # nobody writes before everybody has read
+    if scorer is not None:
+        index, num_processes = _process()
+        own = [row for row in missing if infos[row].keys[0][0] % num_processes == index]
+        found.update(_compute(dataset, infos, own, cache, scorer, name))
+        _wait_for_all()
+        if num_processes > 1:
+            found.update(cache.read(mend=False))
+    left = [row for row in wanted if any(key not in found for key in infos[row].keys)]
+    if left:
+        raise ValueError(
+            f"ref_cache_dir must be a folder that all processes share: {len(left)} rows that another process computed"
+            f" are not in {cache.folder}"
+        )
+    values = [list(i.ref_logps) if i.ref_logps is not None else [found[key] for key in i.keys] for i in infos]
+    counts = Filled(len(infos), len(infos) - len(wanted), len(wanted) - len(missing), len(missing))
+    return with_ref_logps(dataset, values), counts
+
+
+def _compute(
+    dataset: Dataset, infos: list[RowInfo], rows: list[int], cache: LogpsCache, scorer: Scorer, name: str
+) -> dict[bytes, float]:
+    """Scores the rows, the longest first, and writes what is new."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    if not rows:
+        return {}
+    rows = sorted(_first_of_equals(infos, rows), key=lambda row: (-infos[row].longest, row))
+    budget = scorer.tokens_per_batch
+    computed: dict[bytes, float] = {}
+    shard = _Shards(cache)
+    shown = scorer.show_progress and _process()[0] == 0
+    bar = tqdm(
+        total=sum(infos[row].num_packed for row in rows),
+        desc=f"Reference log-probs ({name})",
+        unit="tok",
+        unit_scale=True,
+        disable=not shown,
+    )
+    try:
+        with bar:
+            start = 0
+            while start < len(rows):
+                batch = _next_batch(infos, rows, start, budget, scorer.is_packed)
+                try:
+                    sums = scorer.score(scorer.collate(list(read_groups(dataset, batch)))).tolist()
+                except torch.OutOfMemoryError:
+                    if len(batch) == 1:
+                        raise
+                    budget = max(_num_tokens([infos[row] for row in batch], scorer.is_packed) // 2, 1)
+                    logger.warning(f"Out of memory; going on with {budget:,} tokens per batch (ref_tokens_per_batch)")
+                    continue
+                keys = [key for row in batch for key in infos[row].keys]
+                new = dict(zip(keys, sums, strict=True))
+                _check_finite(list(new.values()), name)
+                computed.update(new)
+                shard.add(new)
+                start += len(batch)
+                bar.update(sum(infos[row].num_packed for row in batch))
+    finally:
+        shard.flush()
+    return computed
+
+
+class _Shards:
+    """Collects what is computed and writes it whenever too much would be lost by a kill."""
+
+    def __init__(self, cache: LogpsCache) -> None:
+        self.cache = cache
+        self.start = self.written = time.monotonic()
+        self.waiting: dict[bytes, float] = {}
+
+    def add(self, logps: dict[bytes, float]) -> None:
+        self.waiting.update(logps)
+        now = time.monotonic()
+        if now - self.written >= max(_SECONDS_PER_SHARD, _SHARE_PER_SHARD * (now - self.start)):
+            self.flush()
+
+    def flush(self) -> None:
+        if self.waiting:
+            self.cache.write(list(self.waiting), list(self.waiting.values()))
+        self.waiting, self.written = {}, time.monotonic()
+
+
+def _first_of_equals(infos: list[RowInfo], rows: list[int]) -> Iterator[int]:
+    """Rows without those whose sequences have all been seen in one row before."""
+    seen: set[tuple[bytes, ...]] = set()
+    for row in rows:
+        if infos[row].keys not in seen:
+            seen.add(infos[row].keys)
+            yield row
+
+
+def _num_tokens(batch: Sequence[RowInfo], is_packed: bool) -> int:
+    """Tokens that run: of one packed row, or of padded rows as long as the longest."""
+    if is_packed:
+        return sum(info.num_packed for info in batch)
+    return max(info.longest for info in batch) * sum(info.num_sequences for info in batch)
+
+
+def _next_batch(infos: list[RowInfo], rows: list[int], start: int, budget: int, is_packed: bool) -> list[int]:
+    """The rows from `start` on that fit `budget` tokens, and at least one. Rows come longest first."""
+    width = infos[rows[start]].longest
+    batch, num_tokens = [rows[start]], _num_tokens([infos[rows[start]]], is_packed)
+    for position in range(start + 1, len(rows)):
+        row = rows[position]
+        num_tokens += infos[row].num_packed if is_packed else width * infos[row].num_sequences
+        if num_tokens > budget:
+            break
+        batch.append(row)
+    return batch
+
+
+def _check_finite(logps: list[float], name: str) -> None:
+    bad = [x for x in logps if not math.isfinite(x)]
+    if bad:
+        raise ValueError(
+            f"the reference must have finite log-probs, it gives {bad[0]} for {len(bad)} responses of a batch of the"
+            f" {name} dataset; it may overflow in this dtype"
+        )
+
+
+def _process() -> tuple[int, int]:
+    """Index of this process and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _wait_for_all() -> None:
+    if _process()[1] > 1:
+        torch.distributed.barrier()

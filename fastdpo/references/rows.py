@@ -1,0 +1,103 @@
+"""Rows of a prepared dataset as arrays, read from its Arrow columns: no token becomes a Python object.
+
+In: a dataset with the columns of `fastdpo.data.prepare`. Out: its groups, what each of their sequences is known by in
+the cache, how many tokens they take; and the dataset again with reference log-probs in its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastdpo.references.cache import sequence_key
+from fastdpo.types import TokenizedGroup
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_ROWS_AT_A_TIME = 1000
+
+
+@dataclass(frozen=True)
+class RowInfo:
+    """What scoring needs to know of a row before it is read again."""
+
+    keys: tuple[bytes, ...]  # of its K sequences
+    num_packed: int  # tokens with the prompt once
+    longest: int  # tokens of its longest sequence, prompt included
+    ref_logps: tuple[float, ...] | None  # (K,) that the dataset brings
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.keys)
+
+
+def row_infos(dataset: Dataset) -> list[RowInfo]:
+    """One for each row, in order."""
+    infos = []
+    for start in range(0, len(dataset), _ROWS_AT_A_TIME):
+        rows = range(start, min(start + _ROWS_AT_A_TIME, len(dataset)))
+        infos += [_row_info(group) for group in read_groups(dataset, rows)]
+    return infos
+
+
+def read_groups(dataset: Dataset, rows: Sequence[int]) -> Iterator[TokenizedGroup]:
+    """The groups of some rows, their tokens as int32 arrays and their masks as bool arrays."""
+    table = dataset.with_format("arrow")[list(rows)]
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    prompts = _lists(columns["prompt_ids"])
+    responses = _lists_of_lists(columns["responses"])
+    masks = _lists_of_lists(columns["loss_masks"])
+    ref_logps = columns["ref_logps"].to_pylist()
+    for row in zip(prompts, responses, masks, ref_logps, columns["preferences"].to_pylist(), strict=True):
+        prompt, branches, kept, logps, pairs = row
+        is_brought = logps is not None and None not in logps
+        preferences = [(chosen, rejected) for chosen, rejected in pairs or ()]
+        yield TokenizedGroup(prompt, branches, kept, logps if is_brought else None, preferences)
+
+
+def _lists(column: Any) -> list[Any]:
+    """The rows of an Arrow list array as views of one array; None where a row is null."""
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    return _split(column, values)
+
+
+def _lists_of_lists(column: Any) -> list[Any]:
+    return _split(column, _lists(column.flatten()))
+
+
+def _split(column: Any, values: Any) -> list[Any]:
+    lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    ends = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+    is_null = column.is_null().to_numpy(zero_copy_only=False).tolist()
+    return [None if null else values[ends[i] : ends[i + 1]] for i, null in enumerate(is_null)]
+
+
+def _row_info(group: TokenizedGroup) -> RowInfo:
+    prompt = np.asarray(group.prompt_ids)
+    masks = group.loss_masks if group.loss_masks is not None else [np.ones(len(r), bool) for r in group.responses]
+    unmasked = np.zeros(len(prompt), bool)
+    keys = []
+    for response, mask in zip(group.responses, masks, strict=True):
+        is_counted = np.concatenate([unmasked, mask])
+        is_counted[0] = False  # as in packing: nothing predicts the first token
+        keys.append(sequence_key(np.concatenate([prompt, response]), is_counted))
+    lengths = [len(response) for response in group.responses]
+    return RowInfo(
+        keys=tuple(keys),
+        num_packed=len(prompt) + sum(lengths),
+        longest=len(prompt) + max(lengths),
+        ref_logps=None if group.ref_logps is None else tuple(group.ref_logps),
+    )
+
+
+def with_ref_logps(dataset: Dataset, ref_logps: list[list[float]]) -> Dataset:
+    """The dataset with these (K,) log-probs in its rows, so that they follow them wherever they are shuffled to."""
+    from datasets import List, Value
+
+    columns = dataset.column_names
+    filled = dataset.remove_columns("ref_logps").add_column("ref_logps", ref_logps, feature=List(Value("float64")))
+    return filled.select_columns(columns)

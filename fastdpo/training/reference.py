@@ -1,0 +1,251 @@
+"""Which reference a run has, and the models behind it: chosen by name or as the cheapest that is exact, loaded, asked
+once for all rows where they are cached, and freed.
+
+In: the config, the policy before its first step, and the reference that the user gave, if any. Refuses what cannot be
+the reference of this policy.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.data.packing import pack_pairs, pad_pairs
+from fastdpo.modeling import prepare_model
+from fastdpo.modeling.packed import bare_model
+from fastdpo.references import AdapterReference, FrozenReference
+from fastdpo.references.cache import LogpsCache
+from fastdpo.references.fingerprint import reference_facts
+from fastdpo.references.precompute import Scorer
+from fastdpo.training.config import DPOConfig
+from fastdpo.training.models import check_model_and_tokenizer, load_model
+from fastdpo.types import PackedBatch, TokenizedGroup
+
+_TOKENS_PER_BATCH = {"cuda": 16384}  # forward only: a few times what a training step could hold
+_TOKENS_PER_BATCH_ELSEWHERE = 4096
+_FACTOR_OFFLOADED = 8  # every batch reads all weights again
+
+
+def choose_reference(
+    args: DPOConfig, model: nn.Module, ref_model: Any, has_ref_logps: bool, *, is_new_adapter: bool, too_large: str = ""
+) -> tuple[str, str]:
+    """The reference mode and the reason for it.
+
+    Args:
+        has_ref_logps: every row of the training and evaluation data brings reference log-probs.
+        is_new_adapter: the adapter was put on by this run.
+        too_large: why a second model cannot be held, from `too_large_to_hold`.
+    Raises:
+        ValueError: the mode that was asked for cannot work with the model or the dataset.
+    """
+    has_adapter = hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+    outside = _trained_outside_adapter(model) if has_adapter else None
+    mode = "none" if args.reference_free else args.reference
+    if mode == "none" and ref_model is not None:
+        raise ValueError("ref_model must be None where there is no reference (reference='none' or reference_free)")
+    if mode == "adapter" and (not has_adapter or ref_model is not None or outside):
+        why = f"{outside} is trained too" if outside else "ref_model is given" if has_adapter else "there is no adapter"
+        raise ValueError(f"reference must not be 'adapter' here: {why}")
+    if mode == "frozen" and too_large:
+        raise ValueError(f"reference must be 'cached' or 'auto' here, got 'frozen': {too_large}")
+    if mode != "auto":
+        return mode, "asked for"
+    if ref_model is not None:
+        return ("cached", too_large) if too_large else ("frozen", "ref_model was given")
+    if has_ref_logps:
+        return "cached", "the dataset brings ref_chosen_logps and ref_rejected_logps"
+    if too_large and (outside or not has_adapter):
+        return "cached", too_large
+    if outside:
+        return "frozen", f"{outside} is trained beside the adapter, so the reference is a copy of the start"
+    if has_adapter:
+        start = "the model without its adapter" if is_new_adapter else "the model as its adapter starts"
+        return "adapter", f"{start} is the reference, which needs no second model"
+    return "frozen", "all weights are trained, so the reference is a copy of the start"
+
+
+def _trained_outside_adapter(model: Any) -> str | None:
+    """A trained weight that stays when the adapter is off, such as a bias under LoRA's bias='all'."""
+    adapters = {f".{name}" for name in model.peft_config}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not any(f"{adapter}." in f"{name}." for adapter in adapters):
+            return name
+    return None
+
+
+def check_beside_policy(reference: nn.Module, policy: nn.Module) -> None:
+    """A given reference must be another model over the same vocabulary.
+
+    Raises:
+        ValueError: it shares weights with the policy, or has another vocabulary.
+    """
+    trained = {p.data_ptr() for p in policy.parameters()}
+    if any(p.data_ptr() in trained for p in reference.parameters()):
+        raise ValueError("ref_model must not share weights with the model that is trained; give it a copy")
+    num_tokens = [bare_model(m).get_output_embeddings().weight.shape[0] for m in (policy, reference)]
+    if num_tokens[0] != num_tokens[1]:
+        raise ValueError(f"ref_model must have the policy's vocabulary of {num_tokens[0]} logits, got {num_tokens[1]}")
+
+
+def starts_from_adapter(peft_model: Any) -> bool:
+    """Whether the active adapter does something: a new LoRA's B is zero, and the model without it is the start."""
+    active = [
+        p for name, p in peft_model.named_parameters() if f".{peft_model.active_adapter}." in name and "lora_B" in name
+    ]
+    return not active or any(bool(p.any()) for p in active)
+
+
+def too_large_to_hold(args: DPOConfig, policy: nn.Module, ref_model: str | nn.Module | None) -> str:
+    """Why the reference's weights do not fit `ref_max_memory` on the training device; empty where they do."""
+    device = args.device
+    limits: Any = args.ref_max_memory or {}
+    limit = limits.get((device.index or 0) if device.type == "cuda" else device.type)
+    if limit is None:
+        return ""
+    num_bytes = weight_bytes(policy if ref_model is None else ref_model, _init_kwargs(args))
+    if num_bytes <= limit:
+        return ""
+    return f"the reference's weights ({num_bytes:,} bytes) exceed ref_max_memory ({limit:,} bytes on {device})"
+
+
+def weight_bytes(model: str | nn.Module, model_init_kwargs: dict[str, Any] | None = None) -> int:
+    """Bytes of a model's weights; of one given by name without loading it."""
+    if isinstance(model, str):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        options = {"dtype": torch.float32, **(model_init_kwargs or {})}
+        loading = {
+            key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options
+        }
+        trust = {key: loading[key] for key in ("trust_remote_code",) if key in loading}
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(model, **loading)
+            dtype = config.dtype if options["dtype"] == "auto" else options["dtype"]
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
+    parameters: list[Tensor] = list(model.parameters())  # type: ignore[union-attr]
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _init_kwargs(args: DPOConfig) -> Any:
+    """A dict or None; the field is text only until the config has parsed it."""
+    return args.model_init_kwargs
+
+
+def live_reference(
+    args: DPOConfig, policy: nn.Module, ref_model: str | nn.Module | None, tokenizer: Any
+) -> FrozenReference:
+    """A model beside the policy, held for the whole run: a copy of its start, or the one that was given."""
+    if ref_model is None:
+        frozen = copy.deepcopy(policy)
+    else:
+        frozen = load_model(ref_model, _init_kwargs(args)) if isinstance(ref_model, str) else ref_model
+        check_model_and_tokenizer(frozen, tokenizer)
+        check_beside_policy(frozen, policy)
+    prepare_model(frozen).requires_grad_(False)
+    if getattr(frozen, "hf_device_map", None) is None and not getattr(frozen, "is_quantized", False):
+        frozen.to(args.device)
+    return FrozenReference(frozen.eval(), impl=args.impl)
+
+
+@dataclass(frozen=True)
+class AskedOnce:
+    """A reference before training, as long as it can be asked."""
+
+    reference: FrozenReference | AdapterReference
+    model: nn.Module  # what runs
+    adapter: str | None = None  # that is on
+    is_offloaded: bool = False  # its weights come from memory or disk for every batch
+
+    def cache(self, args: DPOConfig) -> LogpsCache:
+        """Where its log-probs are kept."""
+        return LogpsCache(
+            args.ref_cache_dir, reference_facts(self.model, adapter=self.adapter, computed_in=_computed_in(args))
+        )
+
+    def scorer(self, args: DPOConfig, *, is_packed: bool, pad_token_id: int) -> Scorer:
+        """How its log-probs are computed."""
+        device = args.device
+
+        def score(batch: PackedBatch) -> Tensor:
+            dtype = torch.float16 if args.fp16 else torch.bfloat16  # as accelerate sets it for a live reference
+            with torch.autocast(device.type, dtype=dtype, enabled=bool(args.fp16 or args.bf16)):
+                return self.reference.sums(self.model, batch.to(device))
+
+        def collate(groups: Sequence[TokenizedGroup]) -> PackedBatch:
+            if is_packed:
+                return pack_pairs(groups, prefix_sharing=args.prefix_sharing)
+            return pad_pairs(groups, pad_token_id=pad_token_id)
+
+        tokens = args.ref_tokens_per_batch
+        if tokens is None:
+            tokens = _TOKENS_PER_BATCH.get(device.type, _TOKENS_PER_BATCH_ELSEWHERE)
+            tokens *= _FACTOR_OFFLOADED if self.is_offloaded else 1
+        return Scorer(score, collate, is_packed, tokens, show_progress=not args.disable_tqdm)
+
+
+def _computed_in(args: DPOConfig) -> str:
+    return "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
+
+
+@contextmanager
+def asked_once(
+    args: DPOConfig, policy: nn.Module | None, ref_model: str | nn.Module | None, tokenizer: Any
+) -> Iterator[AskedOnce]:
+    """The reference, on the training device or offloaded to fit `ref_max_memory`, for the length of the context.
+
+    Args:
+        policy: the model that is trained, before it is; None where `ref_model` is asked and nothing is trained.
+        ref_model: by default the policy as it is now.
+    """
+    if ref_model is None:
+        assert policy is not None
+        yield _start_of(policy, args)
+        return
+    with tempfile.TemporaryDirectory(prefix="fastdpo_offload_", ignore_cleanup_errors=True) as folder:
+        model = _loaded(args, ref_model, folder)
+        check_model_and_tokenizer(model, tokenizer)
+        if policy is not None:
+            check_beside_policy(model, policy)
+        prepare_model(model)
+        is_offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+        came_on = next(model.parameters()).device
+        if not is_offloaded and not getattr(model, "is_quantized", False):
+            model.to(args.device)
+        try:
+            yield AskedOnce(FrozenReference(model, impl=args.impl), model, is_offloaded=is_offloaded)
+        finally:
+            if not isinstance(ref_model, str) and not is_offloaded and not getattr(model, "is_quantized", False):
+                model.to(came_on)
+            del model
+            gc.collect()
+            if args.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _start_of(policy: nn.Module, args: DPOConfig) -> AskedOnce:
+    if not hasattr(policy, "peft_config"):
+        return AskedOnce(FrozenReference(policy, impl=args.impl), policy)
+    if starts_from_adapter(policy):
+        active = policy.active_adapter
+        return AskedOnce(FrozenReference(policy, impl=args.impl), policy, adapter=str(active))
+    return AskedOnce(AdapterReference(policy, impl=args.impl), policy)
+
+
+def _loaded(args: DPOConfig, ref_model: str | nn.Module, folder: str) -> nn.Module:
+    if not isinstance(ref_model, str):
+        return ref_model
+    options: dict[str, Any] = {}
+    if args.ref_max_memory is not None:
+        own = args.device.index if args.device.type == "cuda" else None  # each process has a GPU of its own
+        given: Any = args.ref_max_memory
+        limits = {d: amount for d, amount in given.items() if not isinstance(d, int) or d == own}
+        options = {"device_map": "auto", "max_memory": limits, "offload_folder": folder}
+    return load_model(ref_model, _init_kwargs(args), **options)

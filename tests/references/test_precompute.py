@@ -1,0 +1,286 @@
+"""Log-probs are those of a live reference, follow their rows, and are computed once."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import make_llama, make_rows, make_tokenizer
+
+from fastdpo import pack_pairs, packed_logps
+from fastdpo.data.packing import pad_pairs
+from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset
+from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.references import precompute
+from fastdpo.references.cache import LogpsCache
+from fastdpo.references.fingerprint import reference_facts
+from fastdpo.references.precompute import Scorer, fill_ref_logps
+from fastdpo.references.rows import read_groups
+
+
+class Counting:
+    """A model to score with, that remembers what it was asked."""
+
+    def __init__(self, model=None, is_packed=True, tokens_per_batch=100, fail_above=None):
+        self.model = make_llama().eval() if model is None else model
+        self.batches = []  # tokens, sequences
+        self.fail_above = fail_above
+        collate = pack_pairs if is_packed else pad_pairs
+        self.scorer = Scorer(self.score, collate, is_packed, tokens_per_batch, show_progress=False)
+
+    def score(self, batch):
+        if self.fail_above is not None and batch.input_ids.numel() > self.fail_above:
+            raise torch.OutOfMemoryError("as if there were no more")
+        self.batches.append((batch.input_ids.numel(), batch.num_sequences))
+        with torch.no_grad():
+            return packed_logps(self.model, batch).sequences.sums
+
+    @property
+    def num_sequences(self):
+        return sum(sequences for _, sequences in self.batches)
+
+    def cache(self, tmp_path):
+        return LogpsCache(tmp_path / "cache", reference_facts(self.model, adapter=None, computed_in="no autocast"))
+
+
+def separately(model, row):
+    """Log-probs of the responses of one row, each by a forward of its own with full logits."""
+    group = group_from_columns(row)
+    sums = []
+    for index, response in enumerate(group.responses):
+        ids = torch.tensor([[*group.prompt_ids, *response]])
+        logps = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+        picked = logps.gather(-1, ids[0, 1:, None])[len(group.prompt_ids) - 1 :, 0]
+        if group.loss_masks is not None:
+            picked = picked[torch.tensor(group.loss_masks[index])]
+        sums.append(picked.sum().item())
+    return sums
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_filled_rows_hold_what_separate_forwards_give(dataset, tmp_path, is_packed):
+    asked = Counting(is_packed=is_packed)
+    filled, counts = fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+    assert filled.column_names == dataset.column_names
+    for before, after in zip(dataset, filled, strict=True):
+        assert {**before, "ref_logps": None} == {**after, "ref_logps": None}
+        assert after["ref_logps"] == pytest.approx(separately(asked.model, before), abs=1e-5)
+    assert (counts.num_rows, counts.num_brought, counts.num_found, counts.num_computed) == (40, 0, 0, 40)
+    assert len(asked.batches) > 3
+    assert max(tokens for tokens, _ in asked.batches) <= 100
+
+
+def test_three_responses_and_loss_masks(tmp_path):
+    rows = [
+        {
+            "prompt_ids": [1, 4 + i],
+            "responses": [[5, 6, 7], [5, 8], [9, i, 11, 2]],
+            "loss_masks": [[True, False, True], [False, True], [True, True, True, i % 2 == 0]],
+            "preferences": [[0, 1], [0, 2], [2, 1]],
+        }
+        for i in range(6)
+    ]
+    dataset, _ = prepare_preference_dataset(rows, make_tokenizer(), TokenizationSettings())
+    asked = Counting(tokens_per_batch=30)
+    filled, _ = fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+    for row in filled:
+        assert len(row["ref_logps"]) == 3
+        assert row["ref_logps"] == pytest.approx(separately(asked.model, row), abs=1e-5)
+
+
+def test_nothing_is_computed_twice_in_whatever_order_and_split_rows_come(dataset, tmp_path):
+    asked = Counting()
+    filled, _ = fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+    expected = {str(row["responses"]): row["ref_logps"] for row in filled}
+    assert asked.num_sequences == 80
+    parts = dataset.shuffle(seed=5).train_test_split(test_size=0.3, seed=2)
+    for part in parts.values():
+        again, counts = fill_ref_logps(part, asked.cache(tmp_path), None)
+        assert counts.num_found == len(part)
+        assert all(row["ref_logps"] == expected[str(row["responses"])] for row in again)
+    assert asked.num_sequences == 80
+
+
+def test_equal_rows_are_computed_once(dataset, tmp_path):
+    asked = Counting()
+    twice = dataset.select([0, 1, 0, 1, 1])
+    filled, counts = fill_ref_logps(twice, asked.cache(tmp_path), asked.scorer)
+    assert asked.num_sequences == 4
+    assert counts.num_computed == 5
+    assert filled["ref_logps"][0] == filled["ref_logps"][2]
+
+
+def test_rows_that_truncation_or_a_mask_changes_are_computed_again_and_no_others(tmp_path):
+    asked = Counting()
+    whole, _ = prepare_preference_dataset(make_rows(40), make_tokenizer(), TokenizationSettings())
+    fill_ref_logps(whole, asked.cache(tmp_path), asked.scorer)
+    cut, _ = prepare_preference_dataset(make_rows(40), make_tokenizer(), TokenizationSettings(max_length=12))
+    changed = sum(
+        a["responses"] != b["responses"] or a["prompt_ids"] != b["prompt_ids"] for a, b in zip(whole, cut, strict=True)
+    )
+    assert 0 < changed < 40
+    filled, counts = fill_ref_logps(cut, asked.cache(tmp_path), asked.scorer)
+    assert counts.num_computed == changed
+    masked = cut.select([0]).to_list()
+    masked[0]["loss_masks"] = [[True] * (len(r) - 1) + [False] for r in masked[0]["responses"]]
+    masked = Dataset.from_list(masked, features=cut.features)
+    again, counts = fill_ref_logps(masked, asked.cache(tmp_path), asked.scorer)
+    assert counts.num_computed == 1
+    assert again["ref_logps"][0] == pytest.approx(separately(asked.model, masked[0]), abs=1e-5)
+    assert again["ref_logps"][0] != pytest.approx(filled["ref_logps"][0], abs=1e-3)
+
+
+def test_a_changed_model_finds_nothing(dataset, tmp_path):
+    asked = Counting()
+    filled, _ = fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+    with torch.no_grad():
+        asked.model.lm_head.weight[3] += 0.1
+    again, counts = fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+    assert counts.num_computed == 40
+    assert again["ref_logps"][0] != filled["ref_logps"][0]
+
+
+def test_what_the_dataset_brings_is_kept_and_what_it_lacks_computed(tmp_path):
+    rows = make_rows(6)
+    rows[2] |= {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    dataset, _ = prepare_preference_dataset(rows, make_tokenizer(), TokenizationSettings())
+    asked = Counting()
+    filled, counts = fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+    assert filled["ref_logps"][2] == [-1.0, -2.0]
+    assert (counts.num_brought, counts.num_computed, asked.num_sequences) == (1, 5, 10)
+
+
+def test_a_damaged_file_is_computed_again_with_one_warning(dataset, tmp_path, caplog):
+    asked = Counting()
+    cache = asked.cache(tmp_path)
+    filled, _ = fill_ref_logps(dataset, cache, asked.scorer)
+    (shard,) = cache.folder.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-5])
+    again, counts = fill_ref_logps(dataset, cache, asked.scorer)
+    assert counts.num_computed == 40
+    assert again["ref_logps"] == filled["ref_logps"]
+    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
+    assert fill_ref_logps(dataset, cache, None)[1].num_found == 40
+
+
+def test_rows_that_nobody_can_compute_any_more_are_an_error(dataset, tmp_path):
+    with pytest.raises(ValueError, match="40 rows of the later dataset have no reference log-probs"):
+        fill_ref_logps(dataset, Counting().cache(tmp_path), None, name="later")
+
+
+def test_a_batch_that_does_not_fit_is_halved(dataset, tmp_path, caplog):
+    asked = Counting(tokens_per_batch=400, fail_above=150)
+    filled, counts = fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+    assert counts.num_computed == 40
+    assert asked.num_sequences == 80
+    assert max(tokens for tokens, _ in asked.batches) <= 150
+    assert "Out of memory" in caplog.text
+    assert filled["ref_logps"][7] == pytest.approx(separately(asked.model, dataset[7]), abs=1e-5)
+
+
+def test_a_row_that_does_not_fit_alone_stops_the_run(dataset, tmp_path):
+    asked = Counting(fail_above=10)
+    with pytest.raises(torch.OutOfMemoryError):
+        fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+
+
+def test_log_probs_that_are_not_finite_are_refused_and_not_kept(dataset, tmp_path):
+    asked = Counting()
+    with torch.no_grad():
+        asked.model.lm_head.weight[2] = float("nan")
+    with pytest.raises(ValueError, match="must have finite log-probs, it gives nan"):
+        fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+    assert not list(asked.cache(tmp_path).folder.glob("*.safetensors"))
+
+
+def test_an_interrupted_run_keeps_what_it_had(dataset, tmp_path):
+    asked = Counting()
+    score = asked.score
+
+    def interrupted(batch):
+        if len(asked.batches) == 3:
+            raise KeyboardInterrupt
+        return score(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        fill_ref_logps(dataset, asked.cache(tmp_path), Scorer(interrupted, pack_pairs, True, 100, False))
+    before = asked.num_sequences
+    assert 0 < before < 80
+    fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+    assert asked.num_sequences == 80
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {paths!r}
+import test_precompute
+from pathlib import Path
+from tiny import make_rows, make_tokenizer
+from fastdpo.data.prepare import prepare_preference_dataset
+from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.references import precompute
+
+dataset, _ = prepare_preference_dataset(make_rows(40), make_tokenizer(), TokenizationSettings())
+precompute._SECONDS_PER_SHARD = 0.0
+asked = test_precompute.Counting()
+score = asked.score
+
+def killed(batch):
+    if len(asked.batches) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sums = score(batch)
+    print(batch.num_sequences, flush=True)
+    return sums
+
+scorer = precompute.Scorer(killed, test_precompute.pack_pairs, True, 100, False)
+precompute.fill_ref_logps(dataset, asked.cache(Path(sys.argv[1])), scorer)
+"""
+
+
+def test_a_killed_run_resumes_without_computing_again_what_it_had(dataset, tmp_path):
+    here = Path(__file__).parent
+    script = KILLED.format(paths=[str(here), str(here.parent)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
+    before = sum(map(int, result.stdout.split()))
+    assert 0 < before < 80
+    asked = Counting()
+    filled, counts = fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+    assert asked.num_sequences == 80 - before
+    assert counts.num_found == before // 2
+    assert filled["ref_logps"][5] == pytest.approx(separately(asked.model, dataset[5]), abs=1e-5)
+
+
+def test_each_of_two_processes_computes_its_share(dataset, tmp_path, monkeypatch):
+    """Without process groups: the two take turns, and the first finds that the folder lacks the other's rows."""
+    monkeypatch.setattr(precompute, "_wait_for_all", lambda: None)
+    both = []
+    for index in (0, 1):
+        monkeypatch.setattr(precompute, "_process", lambda index=index: (index, 2))
+        asked = Counting()
+        both.append(asked)
+        if index == 0:
+            with pytest.raises(ValueError, match="ref_cache_dir must be a folder that all processes share"):
+                fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+        else:
+            filled, _ = fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+    assert both[0].num_sequences + both[1].num_sequences == 80
+    assert 20 < both[0].num_sequences < 60
+    assert filled["ref_logps"][5] == pytest.approx(separately(asked.model, dataset[5]), abs=1e-5)
+
+
+def test_groups_read_from_arrow_are_those_of_the_rows(dataset):
+    part = dataset.shuffle(seed=1).select(range(3, 20))
+    for group, row in zip(read_groups(part, [4, 2, 9]), part.select([4, 2, 9]), strict=True):
+        expected = group_from_columns(row)
+        assert list(group.prompt_ids) == expected.prompt_ids
+        assert [list(response) for response in group.responses] == expected.responses
+        assert tuple(group.preferences) == expected.preferences
