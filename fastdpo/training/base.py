@@ -128,7 +128,8 @@ class PackedTrainer(Trainer):
         Raises:
             ValueError: packing was asked for and cannot be had, or the model's head is none that can be trained here.
         """
-        check = check_packing(model)
+        prepare_model(model, attention_backend=self.args.attention_backend if self.is_packed else "auto")
+        check = check_packing(model, autocast=self.accelerator.autocast)
         if self.is_packed and not check.ok:
             if self.args.packing == "packed":
                 raise ValueError(f"packing must be 'auto' or 'padded' for this model, got 'packed': {check.reason}")

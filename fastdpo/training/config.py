@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from fastdpo.data.tokenization import TokenizationSettings
 from fastdpo.losses import LOSSES, check_loss_settings
+from fastdpo.modeling.attention import ATTENTION_BACKENDS
 from fastdpo.ops.validation import IMPLS
 from fastdpo.references import REFERENCE_MODES
 
@@ -119,11 +120,20 @@ class EngineConfig(TrainingArguments):
     prefix_sharing: bool = field(
         default=True, metadata=_help("Compute what the responses to a prompt have in common once.")
     )
+    attention_backend: str = field(
+        default="auto",
+        metadata=_help(
+            "Attention over packed rows. flash: flash-attn, flash2 to flash4 one generation of it. varlen: torch's"
+            " varlen_attn. sdpa: one call per branch. mask: a mask over the whole row. auto: the first of these, mask"
+            " excepted, that can run the model exactly."
+        ),
+    )
     impl: str = field(default="auto", metadata=_help("Head op: triton, tiled, reference, or auto (triton on CUDA)."))
 
     def __post_init__(self) -> None:
         check_choice("packing", self.packing, PACKING_MODES)
         check_choice("impl", self.impl, IMPLS)
+        check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         self.tokenization_settings()
         self.model_init_kwargs = _as_dict("model_init_kwargs", self.model_init_kwargs)
         if self.logging_nan_inf_filter:

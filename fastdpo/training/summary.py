@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from fastdpo.modeling.attention import PACKED_ATTENTION
 from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.training.base import PackedTrainer
@@ -62,7 +61,7 @@ def _batches(trainer: PackedTrainer) -> str:
 def _attention(trainer: PackedTrainer) -> str:
     check = trainer.packing_check
     if trainer.is_packed:
-        return f"{PACKED_ATTENTION}: one SDPA call per branch ({check.reason})"
+        return str(check)
     reason = "packing='padded' was asked for" if trainer.args.packing == "padded" else check.reason
     return f"{bare_model(trainer.model).config._attn_implementation}, the model's own: {reason}"
 
