@@ -1,9 +1,14 @@
-"""Settings of every test: offline, one thread, and without a GPU the Triton kernels in Triton's interpreter."""
+"""Settings of every test: offline, one thread, a cache of datasets that nothing outlives, and without a GPU the Triton
+kernels in Triton's interpreter.
+"""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="fastdpo-tests-")
 
 import pytest
 import torch
@@ -15,3 +20,9 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_outlives_the_tests():
+    yield
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)

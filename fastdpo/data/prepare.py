@@ -3,6 +3,7 @@
 In: a `datasets.Dataset`, or a list of dicts, of any format in `formats`, or already tokenized (`prompt_ids`,
 `chosen_ids`, `rejected_ids`, optionally `ref_chosen_logps` and `ref_rejected_logps`, or the columns made here).
 Out: for the rows that can be used, the columns of a `TokenizedGroup`, which `group_from_columns` turns back into one.
+They are kept in datasets' cache, so that the same rows, tokenizer and settings are tokenized once, whatever the run.
 Refused with ValueError: what `formats` refuses, a tokenizer that is none, a dataset of which nothing is left.
 """
 
@@ -13,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from fastdpo.data.arrow import arrow_column
+from fastdpo.data.cache import cache_file, tokens_fingerprint
 from fastdpo.data.formats import preference_row, sft_row, template_kwargs
 from fastdpo.data.loading import dataset_from_rows, raw_example
 from fastdpo.data.report import DataReport, TokenStats
@@ -92,6 +95,7 @@ def _prepare(
     if hasattr(tokenizer, "image_processor") or not callable(tokenizer):
         raise ValueError(f"tokenizer must be a text tokenizer, got {type(tokenizer).__name__}")
     dataset = _checked_dataset(dataset)
+    fingerprint = tokens_fingerprint(dataset, tokenizer, settings=settings, is_sft=is_sft)
     prepared = dataset.map(
         _prepare_example,
         with_indices=True,
@@ -100,6 +104,8 @@ def _prepare(
         features=_features(),
         num_proc=num_proc,
         desc=desc or "Tokenizing",
+        new_fingerprint=fingerprint,
+        cache_file_name=cache_file(dataset, fingerprint),
     )
     report = _report(prepared.select_columns(list(STATE_COLUMNS)), "examples" if is_sft else "pairs")
     if report.num_kept == 0:
@@ -216,23 +222,22 @@ def _num_tokens(group: TokenizedGroup) -> int:
 
 
 def _report(states: Dataset, kind: str) -> DataReport:
-    columns = {name: list(states[name]) for name in STATE_COLUMNS}
+    import pyarrow.compute as pc
+
+    columns = {name: arrow_column(states, name) for name in STATE_COLUMNS}
     dropped: dict[str, list[int]] = defaultdict(list)
-    for row, reason in enumerate(columns["bad_row"]):
-        if reason is not None:
-            dropped[reason].append(row)
-    prompts = [n for n in columns["num_prompt_tokens"] if n is not None]
-    responses = [counts for counts in columns["num_response_tokens"] if counts is not None]
-    names = ("chosen", "rejected") if kind == "pairs" else ("response",)
-    tokens = {"prompt": TokenStats.of(prompts)} if prompts else {}
-    for index, name in enumerate(names if prompts else ()):
-        tokens[name] = TokenStats.of([counts[index] for counts in responses])
+    for row in pc.indices_nonzero(columns["bad_row"].is_valid()).to_pylist():
+        dropped[columns["bad_row"][row].as_py()].append(row)
+    lengths = {"prompt": columns["num_prompt_tokens"].drop_null()}
+    responses = columns["num_response_tokens"].drop_null()
+    for index, name in enumerate(("chosen", "rejected") if kind == "pairs" else ("response",)):
+        lengths[name] = pc.list_element(responses, index)
     return DataReport(
         kind=kind,
         num_rows=len(states),
-        num_kept=len(prompts),
+        num_kept=len(responses),
         dropped={reason: tuple(rows) for reason, rows in dropped.items()},
-        num_truncated=sum(map(bool, columns["is_truncated"])),
-        num_merged_boundary=sum(map(bool, columns["is_merged"])),
-        tokens=tokens,
+        num_truncated=pc.sum(columns["is_truncated"], min_count=0).as_py(),
+        num_merged_boundary=pc.sum(columns["is_merged"], min_count=0).as_py(),
+        tokens={name: TokenStats.of(column.to_pylist()) for name, column in lengths.items() if len(column)},
     )

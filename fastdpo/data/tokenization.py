@@ -19,6 +19,7 @@ from fastdpo.types import Message, PreferenceRow, TokenizedGroup
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
 BAD_ROW_POLICIES = ("drop", "raise")
+_EXAMPLE = "a"  # tokenized with each row, to see what the tokenizer puts around a text
 
 
 @dataclass(frozen=True)
@@ -160,22 +161,18 @@ def _is_empty(response: str | list[Message]) -> bool:
 
 def _encode_text(row: PreferenceRow, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
     """Prompt and whole sequences, each with the tokens that the tokenizer puts first; sequences end in one EOS."""
-    first = _leading_special_ids(tokenizer)
-    prompt = _begin_once(first, _ids(tokenizer, str(row.prompt)), tokenizer)
-    sequences = [_begin_once(first, _ids(tokenizer, f"{row.prompt}{r}"), tokenizer) for r in row.responses]
+    texts = [str(row.prompt), *(f"{row.prompt}{response}" for response in row.responses)]
+    bare, *texts_ids = tokenizer([_EXAMPLE, *texts], add_special_tokens=False, verbose=False)["input_ids"]
+    first = _leading_special_ids(bare, tokenizer)
+    prompt, *sequences = (_begin_once(first, list(ids), tokenizer) for ids in texts_ids)
     return prompt, [_end_once(sequence, tokenizer) for sequence in sequences]
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _leading_special_ids(tokenizer: Any) -> list[int]:
+def _leading_special_ids(bare: list[int], tokenizer: Any) -> list[int]:
     """What the tokenizer puts before a text, such as [BOS]. Seen on an example: classes and files disagree on flags."""
-    bare = _ids(tokenizer, "a")
-    full = list(tokenizer("a", verbose=False)["input_ids"])
+    full = list(tokenizer(_EXAMPLE, verbose=False)["input_ids"])
     for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
+        if full[start : start + len(bare)] == list(bare):
             return full[:start]
     return []
 

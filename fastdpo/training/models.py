@@ -11,6 +11,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from fastdpo.data.arrow import arrow_column
+from fastdpo.data.columns import row_lengths
 from fastdpo.modeling.packed import bare_model
 
 
@@ -123,7 +125,7 @@ def check_token_ids(dataset: Dataset, num_embeddings: int, name: str) -> None:
         ValueError: an id is not in [0, num_embeddings).
     """
     for column, depth in (("prompt_ids", 1), ("responses", 2)):
-        ids = dataset.data[column]
+        ids = arrow_column(dataset, column)
         for _ in range(depth):
             ids = pyarrow.compute.list_flatten(ids)
         bounds = pyarrow.compute.min_max(ids).as_py()
@@ -147,10 +149,7 @@ def check_lengths(model: nn.Module, dataset: Dataset, name: str) -> None:
     ]
     if not tables:
         return
-    longest = max(
-        len(prompt) + max(map(len, responses))
-        for prompt, responses in zip(dataset["prompt_ids"], dataset["responses"], strict=True)
-    )
+    longest = int(row_lengths(dataset).sequences.max())
     if longest > min(tables):
         raise ValueError(
             f"max_length must be at most {min(tables)}, the positions that {type(bare_model(model)).__name__} has"

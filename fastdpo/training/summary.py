@@ -12,8 +12,10 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from fastdpo.data.columns import row_lengths
 from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.training.base import PackedTrainer
@@ -124,18 +126,17 @@ def largest_microbatch_tokens(trainer: PackedTrainer, num_draws: int = 200) -> i
         return 0
     draw = random.Random(0)
     size = min(trainer.args.per_device_train_batch_size, len(dataset))
-    prompts, responses = dataset["prompt_ids"], dataset["responses"]
-    rows = [(len(p), [len(r) for r in rs]) for p, rs in zip(prompts, responses, strict=True)]
+    lengths = row_lengths(dataset)
+    num_responses = lengths.per_row(np.ones_like(lengths.responses))
+    copies = 1 if trainer.args.prefix_sharing else num_responses
+    packed = copies * lengths.prompts + lengths.per_row(lengths.responses)
+    longest = np.zeros_like(lengths.prompts)
+    np.maximum.at(longest, lengths.rows, lengths.sequences)
     largest = 0
     for _ in range(num_draws):
-        batch = draw.sample(rows, size)
-        if trainer.is_packed:
-            copies = [1 if trainer.args.prefix_sharing else len(rs) for _, rs in batch]
-            tokens = sum(n * p + sum(rs) for n, (p, rs) in zip(copies, batch, strict=True))
-        else:
-            sequences = [p + r for p, rs in batch for r in rs]
-            tokens = len(sequences) * max(sequences)
-        largest = max(largest, tokens)
+        rows = draw.sample(range(len(dataset)), size)
+        tokens = packed[rows].sum() if trainer.is_packed else num_responses[rows].sum() * longest[rows].max()
+        largest = max(largest, int(tokens))
     return largest
 
 

@@ -1,0 +1,71 @@
+"""Where tokenized rows are kept between runs, so that a second run with the same rows does not tokenize again.
+
+In: what decides about the tokens: rows, tokenizer, settings. Out: a fingerprint of it, and the Arrow file in datasets'
+cache folder (HF_DATASETS_CACHE) that belongs to it. `datasets.disable_caching()` switches this off.
+"""
+
+from __future__ import annotations
+
+from datetime import date
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MODULES = ("formats", "loading", "prepare", "tokenization", "values")  # from an example to its columns
+FOLDER = "fastdpo"  # in datasets' cache folder, for rows that datasets itself keeps in memory only
+
+
+def tokens_fingerprint(dataset: Dataset, tokenizer: Any, **settings: Any) -> str:
+    """16 hex digits that change with the rows, the tokenizer, the settings and the code that makes tokens of them.
+
+    The code is part of it because datasets' own fingerprint takes imported functions by name: after an update of
+    fastdpo it would go on serving what the old version made.
+    """
+    import tokenizers
+    import transformers
+    from datasets.fingerprint import Hasher
+
+    versions = (transformers.__version__, tokenizers.__version__, _code_hash())
+    return Hasher.hash((dataset._fingerprint, _tokenizer_state(tokenizer), sorted(settings.items()), versions))
+
+
+def cache_file(dataset: Dataset, fingerprint: str) -> str | None:
+    """The file for the rows made of `dataset`; None where `Dataset.map` finds one itself, or nothing is to be kept."""
+    import datasets
+
+    if not datasets.is_caching_enabled() or dataset.cache_files:
+        return None
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a read-only home: tokenize in every run, as without a cache
+        return None
+    return str(folder / f"tokens-{fingerprint}.arrow")
+
+
+def _tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:
+    """What of a tokenizer shows in its tokens.
+
+    Not the pickled object: that changes when a long text has been warned of, or something was padded.
+    """
+    from datasets.fingerprint import Hasher
+
+    template = str(getattr(tokenizer, "chat_template", None))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return (
+        f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
+        Hasher.hash(tokenizer) if backend is None else backend.to_str(),
+        sorted((name, str(token)) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()),
+        template,
+        date.today().isoformat() if "strftime_now" in template else None,  # templates that print the day
+    )
+
+
+@cache
+def _code_hash() -> str:
+    from datasets.fingerprint import Hasher
+
+    return Hasher.hash([Path(__file__).with_name(f"{name}.py").read_text() for name in MODULES])
