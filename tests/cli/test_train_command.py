@@ -60,7 +60,7 @@ def test_a_run_says_what_it_will_do_and_what_it_did(capsys, model_dir, data, tmp
         "reference",
         "frozen",
         "tiled (chosen for cpu)",
-        "fastdpo_packed",
+        "sdpa, one SDPA call per branch (flash3, flash4, flash2, varlen: runs on cuda only)",
         "MiB (an estimate)",
         "4 optimizer steps of 4 rows",
         "before and after",
