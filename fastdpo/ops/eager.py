@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastdpo.ops.head import ALWAYS, Head, row_scale
+from fastdpo.ops.head import ALWAYS, Head, padded, row_scale
 from fastdpo.ops.matmul import accumulator_dtype, matmul_into, operand
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def max_chunk_rows(lm_head_weight: Tensor, engine: Engine, workspace_bytes: int 
     """Rows whose D fits the workspace; at least 1."""
     itemsize = engine.grads_dtype(lm_head_weight.dtype).itemsize
     budget = engine.workspace_bytes if workspace_bytes is None else workspace_bytes
-    return max(1, budget // (itemsize * lm_head_weight.shape[0]))
+    return max(1, budget // (itemsize * padded(lm_head_weight.shape[0], engine.row_multiple)))
 
 
 def even_chunks(rows: slice, most: int) -> Iterator[slice]:
@@ -40,9 +40,10 @@ def even_chunks(rows: slice, most: int) -> Iterator[slice]:
 
 
 def workspace(num_rows: int, lm_head_weight: Tensor, engine: Engine) -> Tensor:
-    """(num_rows, V), uninitialized."""
-    dtype = engine.grads_dtype(lm_head_weight.dtype)
-    return torch.empty(num_rows, lm_head_weight.shape[0], dtype=dtype, device=lm_head_weight.device)
+    """(num_rows, V), uninitialized; rows may be padded."""
+    dtype, V = engine.grads_dtype(lm_head_weight.dtype), lm_head_weight.shape[0]
+    space = torch.empty(num_rows, padded(V, engine.row_multiple), dtype=dtype, device=lm_head_weight.device)
+    return space[:, :V]
 
 
 def hidden_grad_in_forward(

@@ -36,6 +36,7 @@ class Engine(NamedTuple):
         [Tensor], tuple[int, int]
     ]  # (hidden_states) -> rows and vocabulary ids of what is skipped at once
     grads_dtype: Callable[[torch.dtype], torch.dtype]  # of D in `out`, from the operands' dtype
+    row_multiple: int  # elements: what rows of `out` are padded to
     workspace_bytes: int  # default size of `out`
 
 
@@ -49,6 +50,7 @@ def engine_of(impl: str) -> Engine:
             tiled_skipping_gradients,
             skip_blocks,
             accumulator_dtype,
+            1,
             WORKSPACE_BYTES,
         )
     from fastdpo.ops import fused
@@ -60,6 +62,7 @@ def engine_of(impl: str) -> Engine:
         fused.fused_skipping_gradients,
         fused.skip_blocks,
         lambda dtype: dtype,
+        fused.ROW_MULTIPLE,
         fused.WORKSPACE_BYTES,
     )
 

@@ -12,18 +12,19 @@ from torch import Tensor
 from fastdpo.kernels import forward as forward_kernels
 from fastdpo.kernels import launch
 from fastdpo.kernels.backward import fill_logit_grads
-from fastdpo.ops.head import Head, SplitLse, Tiling
+from fastdpo.ops.head import Head, SplitLse, Tiling, padded
 
 BLOCK_ROWS = 8192
 MAX_TILE_ELEMENTS = 2**26  # 128 MiB of bf16 gradients: with wide blocks dH and dW are read and written less often
 MAX_WEIGHT_ELEMENTS = 2**25  # 128 MiB for the fp32 sums of one block of dW
+ROW_MULTIPLE = 16  # elements: rows of D that begin at multiples of it are stored and multiplied in wide words
 WORKSPACE_BYTES = 2**28  # for D of the rows whose gradients are made in forward
 
 
 def choose_tiling(hidden_states: Tensor, lm_head_weight: Tensor) -> Tiling:
     """The blocks of the backward pass."""
     (T, H), V = hidden_states.shape, lm_head_weight.shape[0]
-    return Tiling.within(T, H, V, BLOCK_ROWS, MAX_TILE_ELEMENTS, MAX_WEIGHT_ELEMENTS)
+    return Tiling.within(T, H, V, BLOCK_ROWS, MAX_TILE_ELEMENTS, MAX_WEIGHT_ELEMENTS, multiple=256)
 
 
 def skip_blocks(hidden_states: Tensor) -> tuple[int, int]:
@@ -116,13 +117,14 @@ class FusedLogitGrads:
         self.hidden_states, self.lm_head_weight, self.lse, self.head = hidden_states, lm_head_weight, lse, head
         self.labels = labels.contiguous()
         self.bias = None if bias is None else bias.contiguous()
-        workspace = (self.tiling.block_rows * self.tiling.block_vocab,)
-        self.workspace = launch.scratch(workspace, hidden_states, hidden_states.dtype)
+        width = padded(min(self.tiling.block_vocab, self.tiling.num_vocab), ROW_MULTIPLE)
+        self.workspace = launch.scratch((self.tiling.block_rows * width,), hidden_states, hidden_states.dtype)
 
     def tile(self, rows: slice, vocab: slice, weight: Tensor) -> Tensor:
         """(block_rows, block_vocab), valid until the next call, in the dtype of `weight`, the operand of W[vocab]."""
-        shape = (rows.stop - rows.start, vocab.stop - vocab.start)
-        tile = self.workspace[: shape[0] * shape[1]].view(shape)
+        num_rows, num_ids = rows.stop - rows.start, vocab.stop - vocab.start
+        width = padded(num_ids, ROW_MULTIPLE)
+        tile = self.workspace[: num_rows * width].view(num_rows, width)[:, :num_ids]
         with _device(tile):
             fill_logit_grads(
                 tile,

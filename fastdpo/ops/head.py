@@ -46,6 +46,11 @@ def row_scale(grad_logps: Tensor, lse_rest: Tensor, labels: Tensor, head: Head) 
     return scale.masked_fill_(labels == IGNORE_INDEX, 0.0)
 
 
+def padded(width: int, multiple: int) -> int:
+    """`width`, or the next multiple."""
+    return -(-width // multiple) * multiple
+
+
 @dataclass(frozen=True)
 class Tiling:
     """Blocks of `block_rows` x `block_vocab` over (num_rows, num_vocab); the last ones are ragged."""
@@ -57,17 +62,29 @@ class Tiling:
 
     @classmethod
     def within(
-        cls, num_rows: int, hidden_size: int, num_vocab: int, block_rows: int, max_elements: int, max_weights: int
+        cls,
+        num_rows: int,
+        hidden_size: int,
+        num_vocab: int,
+        block_rows: int,
+        max_elements: int,
+        max_weights: int,
+        multiple: int = 1,
     ) -> Tiling:
         """At most `block_rows` rows and `max_elements` logits per block, and `max_weights` elements of the weight.
 
+        All but the last block of the vocabulary are a multiple of `multiple` ids, where that many fit.
+
         Examples:
-            1000 rows, V = 32000, 256 rows and 2**20 logits: blocks of 256 x 4000, not seven of 4096 and a rest.
+            1000 rows, V = 32000, 256 rows and 2**20 logits: blocks of 256 x 4000, not seven of 4096 and a rest; of
+            256 x 4096 all the same for multiples of 256.
         """
         block_rows = max(1, min(num_rows, block_rows))
         most = max(1, min(max_elements // block_rows, max_weights // hidden_size))
-        num_blocks = -(-num_vocab // most)
-        return cls(num_rows, num_vocab, block_rows, -(-num_vocab // num_blocks))
+        multiple = multiple if multiple <= most else 1
+        most = most // multiple * multiple
+        block_vocab = -(-num_vocab // -(-num_vocab // most))
+        return cls(num_rows, num_vocab, block_rows, -(-block_vocab // multiple) * multiple)
 
     def rows(self) -> Iterator[slice]:
         return _blocks(self.num_rows, self.block_rows)

@@ -22,7 +22,7 @@ IGNORED = tl.constexpr(IGNORE_INDEX)
     do_not_specialize_on_alignment=["bias_ptr", "labels_ptr", "lse_whole_ptr", "lse_rest_ptr"],  # slices start anywhere
 )
 def logit_grads_kernel(
-    out_ptr,  # (T, V), contiguous
+    out_ptr,  # (T, V)
     hidden_ptr,  # (T, H), or with TMA its descriptor
     weight_ptr,  # (V, H), likewise
     bias_ptr,  # (V,) or unused
@@ -38,6 +38,7 @@ def logit_grads_kernel(
     stride_hh,
     stride_wv,
     stride_wh,
+    stride_out,
     logit_scale,
     softcap,
     HAS_BIAS: tl.constexpr,
@@ -85,11 +86,11 @@ def logit_grads_kernel(
     grad -= tl.where((first_vocab + v)[None, :] == label[:, None], onehot[:, None], 0.0)
     if HAS_SOFTCAP:
         grad *= 1.0 - ratio * ratio
-    store_tile(out_ptr, grad, (t < T)[:, None] & (v < V)[None, :], row_block, tile, V, BLOCK_T, BLOCK_V)
+    store_tile(out_ptr, grad, t < T, row_block, tile, stride_out, BLOCK_T, BLOCK_V)
 
 
 def fill_logit_grads(
-    out: Tensor,  # (block_rows, block_vocab), contiguous
+    out: Tensor,  # (block_rows, block_vocab) of row stride >= block_vocab; the padding is filled with anything
     hidden_states: Tensor,  # (block_rows, H)
     weight: Tensor,  # (block_vocab, H)
     bias: Tensor | None,  # (block_vocab,)
@@ -117,6 +118,7 @@ def fill_logit_grads(
         first_vocab,
         num_vocab,
         *tile_strides(hidden_states, weight),
+        out.stride(0),
         float(logit_scale),
         1.0 if softcap is None else float(softcap),
         HAS_BIAS=bias is not None,

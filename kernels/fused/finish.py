@@ -20,7 +20,7 @@ FINISH_ROWS = 16  # rows that one program rewrites, over the columns of one voca
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["labels_ptr"])
 def finish_grads_kernel(
-    out_ptr,  # (T, V), contiguous
+    out_ptr,  # (T, V)
     labels_ptr,  # (T,) int64
     label_logit_ptr,  # (T,) fp32, and so are the next three
     logps_ptr,
@@ -29,6 +29,7 @@ def finish_grads_kernel(
     max_ptr,  # (num_tiles, T) fp32
     T,
     V,
+    stride_out,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -38,7 +39,7 @@ def finish_grads_kernel(
     tile = tl.program_id(0) % tl.cdiv(V, BLOCK_V)
     t = (tl.program_id(0) // tl.cdiv(V, BLOCK_V)).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    in_rows, in_vocab = t < T, v < V
+    in_rows = t < T
 
     label = tl.load(labels_ptr + t, mask=in_rows, other=IGNORED)  # (ROWS,)
     has_label = in_rows & (label >= 0) & (label < V)
@@ -52,8 +53,8 @@ def finish_grads_kernel(
         ratio = tl.load(label_logit_ptr + t, mask=has_label, other=0.0) / softcap
         at_label *= 1.0 - ratio * ratio
 
-    out_ptrs = out_ptr + t[:, None] * V + v[None, :]
-    mask = in_rows[:, None] & in_vocab[None, :]
+    out_ptrs = out_ptr + t[:, None] * stride_out + v[None, :]
+    mask = in_rows[:, None] & (v < stride_out)[None, :]  # and the padding, so that words are wide
     grad = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32) * row_scale[:, None]  # (ROWS, BLOCK_V)
     grad = tl.where(v[None, :] == label[:, None], at_label[:, None], grad)
     grad = tl.where((label == IGNORED)[:, None], 0.0, grad)
@@ -68,7 +69,7 @@ def expm1(x):
 
 
 def finish_grads(
-    out: Tensor,  # (T, V), contiguous
+    out: Tensor,  # (T, V), rows maybe padded
     partials: Partials,
     labels: Tensor,  # (T,) int64, contiguous
     values: dict[str, Tensor],  # logps, lse_whole and lse_rest, (T,) fp32
@@ -86,6 +87,7 @@ def finish_grads(
         partials.max,
         T,
         V,
+        out.stride(0),
         1.0 if softcap is None else float(softcap),
         HAS_SOFTCAP=softcap is not None,
         ROWS=FINISH_ROWS,

@@ -35,7 +35,7 @@ def partials_kernel(
     sum_z_exp_ptr,
     sum_sq_exp_ptr,
     sum_z_ptr,
-    out_ptr,  # (T, V), contiguous, operands' dtype, or unused
+    out_ptr,  # (T, V) in the operands' dtype, or unused
     T,
     V,
     H,
@@ -43,6 +43,7 @@ def partials_kernel(
     stride_hh,
     stride_wv,
     stride_wh,
+    stride_out,
     logit_scale,
     softcap,
     HAS_BIAS: tl.constexpr,
@@ -108,7 +109,7 @@ def partials_kernel(
             grad = e
             if HAS_SOFTCAP:
                 grad *= 1.0 - ratio * ratio
-            store_tile(out_ptr, grad, in_rows[:, None] & in_vocab[None, :], row_block, tile, V, BLOCK_T, BLOCK_V)
+            store_tile(out_ptr, grad, in_rows, row_block, tile, stride_out, BLOCK_T, BLOCK_V)
         partial = tile.to(tl.int64) * T + t
         tl.store(max_ptr + partial, z_max, mask=in_rows)
         tl.store(sumexp_ptr + partial, tl.sum(e, axis=1), mask=in_rows)
@@ -148,7 +149,7 @@ def fused_forward(
 
 
 def fused_forward_with_grads(
-    out: Tensor,  # (T, V) contiguous, operands' dtype; filled with D, eq. (9)
+    out: Tensor,  # (T, V) of row stride >= V, operands' dtype; filled with D, eq. (9), and its padding with anything
     hidden_states: Tensor,  # and so on as in fused_forward
     lm_head_weight: Tensor,
     bias: Tensor | None,
@@ -229,6 +230,7 @@ def _launch_partials(
         V,
         H,
         *tile_strides(hidden_states, lm_head_weight),
+        V if out is None else out.stride(0),
         float(logit_scale),
         1.0 if softcap is None else float(softcap),
         HAS_BIAS=bias is not None,

@@ -58,7 +58,12 @@ _HOPPER = _row(
     logit_grads=Blocks(128, 256, 64, 8, 4, tma=True),
     eager_options=Blocks(64, 256, 64, 8, 4, tma=True),
 )
-_BLACKWELL = _HOPPER._replace(eager=Blocks(128, 128, 64, 8, 4, tma=True))
+_BLACKWELL = _row(
+    Blocks(128, 128, 64, 16, 4, tma=True),  # with 8 warps what the options need beside the matmul spills
+    forward=Blocks(128, 256, 64, 8, 4, tma=True),
+    eager=Blocks(128, 128, 64, 8, 4, tma=True),
+    logit_grads=Blocks(128, 256, 64, 8, 4, tma=True),
+)
 _WORKSTATION = _row(Blocks(128, 128, 64, 8, 3, tma=True), eager_options=Blocks(64, 128, 64, 8, 3, tma=True))
 
 # Compute capability from which a row holds, then bytes of an operand.

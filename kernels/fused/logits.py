@@ -149,11 +149,17 @@ def tile_strides(hidden_states: Tensor, weight: Tensor) -> tuple[int, int, int, 
 
 
 @triton.jit
-def store_tile(out_ptr, x, mask, row_block, tile, V, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Writes x, (BLOCK_T, BLOCK_V), where `mask` is True, to its place in the contiguous (T, V) out."""
+def store_tile(out_ptr, x, in_rows, row_block, tile, stride_out, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Writes the rows `in_rows` of x, (BLOCK_T, BLOCK_V), to their place in a (T, V) tensor of row stride `stride_out`.
+
+    What x holds beyond the vocabulary goes into the padding at the end of each row, so that a padded row of an uneven
+    vocabulary is stored in words as wide as any other.
+    """
     # 32-bit offsets inside the tile: 64-bit ones fill the registers
-    first = out_ptr + row_block.to(tl.int64) * BLOCK_T * V + tile * BLOCK_V
-    offsets = tl.arange(0, BLOCK_T)[:, None] * V + tl.arange(0, BLOCK_V)[None, :]
+    column = tl.arange(0, BLOCK_V)
+    first = out_ptr + row_block.to(tl.int64) * BLOCK_T * stride_out + tile * BLOCK_V
+    offsets = tl.arange(0, BLOCK_T)[:, None] * stride_out + column[None, :]
+    mask = in_rows[:, None] & (tile * BLOCK_V + column < stride_out)[None, :]
     tl.store(first + offsets, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -43,7 +43,6 @@ class Variant(NamedTuple):
     blocks: Blocks | ProductBlocks | None  # of kernels that multiply
     boxes: dict[str, tuple[int, int]] = {}  # noqa: RUF012  # what one load takes of the arguments that are descriptors
     fp32: tuple[str, ...] = ()  # arguments that point to fp32 whatever the operands are
-    even_vocab: bool = True  # V divides by 16, as most models' does: rows of a (T, V) tensor are stored in wide words
 
     def launch_options(self) -> dict[str, int]:
         if self.blocks is None:
@@ -79,7 +78,7 @@ def product_variants(tile: Blocks, blocks: ProductBlocks) -> list[Variant]:
 
 
 def variants(capability: tuple[int, int], operand: str) -> list[Variant]:
-    """Every kernel twice with the table's blocks: plain, and with every option on; stores also for a ragged V."""
+    """Every kernel twice with the table's blocks: plain, and with every option on."""
 
     def blocks(kernel: str) -> Blocks:
         return blocks_for(capability, itemsize(operand), kernel)
@@ -100,11 +99,6 @@ def variants(capability: tuple[int, int], operand: str) -> list[Variant]:
             Variant(f"merge, {option}", merge_kernel, statistics | merge, None),
             Variant(f"finish_grads, {option}", finish_grads_kernel, finish, None),
         ]
-    found += [
-        variant._replace(name=f"{variant.name}, ragged V", even_vocab=False)
-        for variant in found
-        if variant.kernel in (logit_grads_kernel, finish_grads_kernel) or variant.constexprs.get("WITH_GRADS")
-    ]
     tile = blocks("skipping")
     found += product_variants(tile, ProductBlocks(*product_table(capability, itemsize(operand))[0]))
     sums = {"BLOCK_T": tile.block_t, "BLOCK_V": tile.block_v}
@@ -137,7 +131,7 @@ def argument_type(name: str, operand: str) -> str:
 
 
 def compile_variant(variant: Variant, operand: str, capability: int) -> Any:
-    """Compiled as a launch on contiguous, aligned inputs would be: strides of 1 are constants, H and V divide by 16."""
+    """Compiled as a launch on aligned inputs would be: strides of 1 are constants, H and row strides divide by 16."""
     kernel, names = variant.kernel, variant.kernel.arg_names
     constants = variant.constexprs | {name: 1 for name in ("stride_hh", "stride_wh", "stride_oh") if name in names}
     signature = {name: "constexpr" if name in constants else argument_type(name, operand) for name in names}
@@ -145,8 +139,7 @@ def compile_variant(variant: Variant, operand: str, capability: int) -> Any:
     signature |= dict.fromkeys(variant.fp32, "*fp32")
     anywhere = {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment}
     aligned = [name for name in names if signature[name].startswith("*") and name not in anywhere]
-    aligned += [name for name in ("H", "stride_ht", "stride_wv", "stride_ob") if name in names]
-    aligned += ["V"] if variant.even_vocab and "V" in names else []
+    aligned += [name for name in ("H", "stride_ht", "stride_wv", "stride_ob", "stride_out") if name in names]
     source = ASTSource(
         kernel,
         signature,

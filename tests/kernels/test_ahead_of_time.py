@@ -11,8 +11,6 @@ import pytest
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 MATRIX_UNIT = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 SHARED_LIMIT_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-# on sm_100, after the loop; tiles of 64 rows spill nothing but leave half of its matrix unit idle
-SPILLING = ("logit_grads, every option",)
 NO_MATMUL = ("merge", "finish", "column_sums")
 
 
@@ -34,13 +32,10 @@ def check_machine_code(fact):
 
 def check(capability, operand):
     found = compiled_facts(capability, operand)
-    assert len(found) == 24
+    assert len(found) == 18
     for fact in found:
         check_machine_code(fact)
-        if capability == 100 and fact["kernel"] in SPILLING:
-            assert fact["spills"] <= 48, fact
-        else:
-            assert fact["stack"] == fact["spills"] == 0, fact
+        assert fact["stack"] == fact["spills"] == 0, fact
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
