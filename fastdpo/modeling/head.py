@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -73,3 +74,11 @@ def resident(module: nn.Module) -> Any:
     from accelerate.utils import align_module_device
 
     return align_module_device(module)
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Where a bare model's inputs belong, also where accelerate keeps its weights elsewhere."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((device for device in devices if device is not None), None)
+    return next(model.parameters()).device if device is None else torch.device(device)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastdpo.data.packing import pack_pairs, pad_pairs
 from fastdpo.modeling.attention import BACKENDS, Observed, UnsupportedAttention, observed
+from fastdpo.modeling.head import execution_device
 from fastdpo.modeling.packed import attention_backend, bare_model, packed_logps, prepare_model
 from fastdpo.types import TokenizedPair
 
@@ -97,7 +98,7 @@ def check_packing(
     was_training = model.training
     model.eval()
     prepare_model(model)
-    device = next(model.parameters()).device
+    device = execution_device(bare_model(model))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             checked = _in_fp32_where_it_fits(model)
@@ -125,6 +126,8 @@ def _attention_backend(model: nn.Module, name: str) -> Iterator[None]:
 
 def _in_fp32_where_it_fits(model: nn.Module) -> nn.Module:
     dtypes = {p.dtype for p in model.parameters()}
+    if any(p.is_meta for p in model.parameters()):  # weights that accelerate keeps elsewhere
+        return model
     is_16_bit = dtypes & {torch.float16, torch.bfloat16} and all(d.is_floating_point for d in dtypes)
     if is_16_bit and sum(p.numel() for p in model.parameters()) <= _MAX_PARAMETERS_COPIED:
         return copy.deepcopy(model).float()
@@ -176,8 +179,8 @@ def _check_run(model: nn.Module, probe: _Probe, check: PackingCheck) -> PackingC
     except Exception as failure:  # whatever a kernel raises on a machine that it does not fit
         return PackingCheck(False, float("inf"), f"{type(failure).__name__}: {failure}")
     check = replace(check, backends=seen.backends)
-    parameter = next(bare_model(model).parameters())
-    device_type, dtype = parameter.device.type, parameter.dtype
+    bare = bare_model(model)
+    device_type, dtype = execution_device(bare).type, next(bare.parameters()).dtype
     if torch.is_autocast_enabled(device_type) and dtype == torch.float32:
         dtype = torch.get_autocast_dtype(device_type)
     if error <= _PACKED_FLOOR[dtype]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastdpo.data.packing import pack_pairs, pad_pairs
 from fastdpo.modeling import prepare_model
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.packed import bare_model, unprepare_model
 from fastdpo.references import AdapterReference, FrozenReference
 from fastdpo.references.cache import LogpsCache
 from fastdpo.references.fingerprint import reference_facts
@@ -214,20 +214,36 @@ def asked_once(
         check_model_and_tokenizer(model, tokenizer)
         if policy is not None:
             check_beside_policy(model, policy)
-        prepare_model(model)
-        is_offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+        with _on_device(args, model) as is_offloaded:
+            yield AskedOnce(FrozenReference(prepare_model(model), impl=args.impl), model, is_offloaded=is_offloaded)
+        del model
+    gc.collect()
+    if args.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _on_device(args: DPOConfig, model: nn.Module) -> Iterator[bool]:
+    """The model where it can run, and whether its weights come from elsewhere; afterwards as it came."""
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None) is not None:
+        yield any(hasattr(module, "_hf_hook") for module in model.modules())
+        return
+    if not too_large_to_hold(args, model, None):
         came_on = next(model.parameters()).device
-        if not is_offloaded and not getattr(model, "is_quantized", False):
-            model.to(args.device)
-        try:
-            yield AskedOnce(FrozenReference(model, impl=args.impl), model, is_offloaded=is_offloaded)
-        finally:
-            if not isinstance(ref_model, str) and not is_offloaded and not getattr(model, "is_quantized", False):
-                model.to(came_on)
-            del model
-            gc.collect()
-            if args.device.type == "cuda":
-                torch.cuda.empty_cache()
+        model.to(args.device)
+        yield False
+        model.to(came_on)
+        return
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    unprepare_model(model)  # both wrap the model's forward, and have to be taken off in turn
+    cpu_offload(model, execution_device=args.device)
+    try:
+        yield True
+    finally:
+        unprepare_model(model)
+        remove_hook_from_submodules(model)
 
 
 def _start_of(policy: nn.Module, args: DPOConfig) -> AskedOnce:
