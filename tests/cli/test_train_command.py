@@ -244,6 +244,7 @@ def test_every_field_can_be_set_from_the_command_line():
         "dataset_num_proc": ("2", 2),
         "packing": ("padded", "padded"),
         "prefix_sharing": ("false", False),
+        "attention_backend": ("sdpa", "sdpa"),
         "impl": ("tiled", "tiled"),
         "disable_dropout": ("false", False),
         "model_init_kwargs": ('{"a": 1}', {"a": 1}),
