@@ -141,7 +141,8 @@ def _probe(model: nn.Module, impl: str, device: torch.device) -> _Probe:
     def draw(length: int) -> list[int]:
         return torch.randint(vocab_size, (length,), generator=generator).tolist()
 
-    pairs = [TokenizedPair(draw(p), draw(c), draw(r)) for p, c, r in ((3, 4, 2), (5, 1, 3), (1, 3, 5))]
+    # prompts of three lengths, and sequences of two: few stock forwards, and yet there is something to pad
+    pairs = [TokenizedPair(draw(p), draw(c), draw(r)) for p, c, r in ((3, 5, 2), (4, 1, 4), (1, 4, 7))]
     return _Probe(pairs, _stock_sums(model, pairs, device), impl)
 
 
@@ -210,12 +211,16 @@ def _local_attention(config: Any) -> set[Any]:
 
 
 def _stock_sums(model: nn.Module, pairs: list[TokenizedPair], device: torch.device) -> Tensor:
-    """(S,) fp64 log-probs of every response from the model's own forward and full logits, one sequence at a time."""
-    sums = []
-    for pair in pairs:
-        for response in pair.responses:
-            input_ids = torch.tensor([[*pair.prompt_ids, *response]], device=device)
-            logps = model(input_ids=input_ids, use_cache=False).logits[0].double().log_softmax(-1)
-            rows = torch.arange(len(pair.prompt_ids) - 1, input_ids.shape[1] - 1, device=device)
-            sums.append(logps[rows, input_ids[0, rows + 1]].sum())
-    return torch.stack(sums)
+    """(S,) fp64 log-probs of every response from the model's own forward and full logits.
+
+    Sequences of one length are rows of one forward: nothing is padded, and rows do not see each other.
+    """
+    sequences = [(len(pair.prompt_ids), [*pair.prompt_ids, *response]) for pair in pairs for response in pair.responses]
+    sums: dict[int, Tensor] = {}
+    for length in {len(ids) for _, ids in sequences}:
+        indices = [index for index, (_, ids) in enumerate(sequences) if len(ids) == length]
+        input_ids = torch.tensor([sequences[index][1] for index in indices], device=device)
+        logps = model(input_ids=input_ids, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+        picked = logps.gather(-1, input_ids[:, 1:, None])[:, :, 0]
+        sums.update({index: row[sequences[index][0] - 1 :].sum() for index, row in zip(indices, picked, strict=True)})
+    return torch.stack([sums[index] for index in range(len(sequences))])
