@@ -44,6 +44,7 @@ def build(tmp_path, model=None, rows=None, tokenizer=None, **settings):
         ({"reference": "frozen", "reference_free": True}, "reference must be 'none' or 'auto'"),
         ({"packing": "yes"}, "packing must be one of"),
         ({"impl": "cuda"}, "impl must be one of"),
+        ({"attention_backend": "flash_attn"}, "attention_backend must be one of"),
         ({"truncation_mode": "middle"}, "truncation_mode must be one of"),
         ({"max_length": 1}, "max_length must be None or at least 2, got 1"),
         ({"on_bad_row": "ignore"}, "on_bad_row must be one of"),
