@@ -12,6 +12,7 @@ import fastdpo
 COMMANDS = {
     "train": ("fastdpo.cli.train", "train a model on preference pairs (DPO and its relatives)"),
     "sft": ("fastdpo.cli.sft", "supervised fine-tuning, the stage before: on completions or on the chosen responses"),
+    "precompute": ("fastdpo.cli.precompute", "reference log-probs ahead of training, where `fastdpo train` finds them"),
     "demo": ("fastdpo.cli.demo", "the paper's controlled-sentiment experiment in small, with an HTML report"),
     "verify": ("fastdpo.cli.verify", "check the head op's kernels on this machine: numbers, determinism, memory"),
 }

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        quantization_config=_quantization_config() if adapter.load_in_4bit else None,
+        quantization_config=quantization_config() if adapter.load_in_4bit else None,
         peft_config=_peft_config(adapter) if adapter.use_peft else None,
     )
     if trainer.is_world_process_zero():
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     train_and_compare(console, trainer, resume_from, options, COLUMNS)
 
 
-def _quantization_config() -> Any:
+def quantization_config() -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

@@ -29,6 +29,7 @@ from fastdpo.training.models import resolve_model
 from fastdpo.training.reference import (
     asked_once,
     choose_reference,
+    give_memory_back,
     live_reference,
     starts_from_adapter,
     too_large_to_hold,
@@ -122,6 +123,7 @@ class DPOTrainer(PackedTrainer):
         if mode == "cached":
             if not self._has_ref_logps():
                 self._cache_reference(ref_model)
+                give_memory_back()
             return DatasetReference()
         if mode == "adapter":
             if starts_from_adapter(self.model):
@@ -138,9 +140,7 @@ class DPOTrainer(PackedTrainer):
             if ref_model is not None:
                 self._check_packing(asked.model)
             cache = asked.cache(self.args)
-            tokenizer = self.processing_class
-            pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-            scorer = asked.scorer(self.args, is_packed=self.is_packed, pad_token_id=pad)
+            scorer = asked.scorer(self.args, is_packed=self.is_packed, tokenizer=self.processing_class)
             filled, counts = {}, []
             for name, dataset in self._datasets().items():
                 filled[name], count = fill_ref_logps(dataset, cache, scorer, name=name)

@@ -30,10 +30,10 @@ def resolve_model(
     if not isinstance(model, str | nn.Module):
         raise ValueError(f"model must be a model or the name of one, got {model!r}")
     if isinstance(model, str):
-        _check_model_folder(model)
+        check_model_folder(model)
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if tokenizer is None:
-        tokenizer = _load_tokenizer(name)
+        tokenizer = load_tokenizer(name)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"processing_class must be a text tokenizer, got {type(tokenizer).__name__}")
     if isinstance(model, str):
@@ -45,7 +45,7 @@ def resolve_model(
     return model, tokenizer
 
 
-def _check_model_folder(name: str) -> None:
+def check_model_folder(name: str) -> None:
     """What a local path must be, said before libraries take it for a name on the Hub."""
     path = Path(name).expanduser()
     if name.startswith((".", "/", "~")) and not path.is_dir():
@@ -54,7 +54,12 @@ def _check_model_folder(name: str) -> None:
         raise ValueError(f"model must be a whole model, {name} holds an adapter; merge it into its base model first")
 
 
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that is saved with a model.
+
+    Raises:
+        ValueError: there is none.
+    """
     if not name:
         raise ValueError("processing_class must be given: the model does not say where its tokenizer is")
     try:

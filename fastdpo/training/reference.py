@@ -26,7 +26,7 @@ from fastdpo.references.cache import LogpsCache
 from fastdpo.references.fingerprint import reference_facts
 from fastdpo.references.precompute import Scorer
 from fastdpo.training.config import DPOConfig
-from fastdpo.training.models import check_model_and_tokenizer, load_model
+from fastdpo.training.models import check_model_and_tokenizer, check_model_folder, load_model
 from fastdpo.types import PackedBatch, TokenizedGroup
 
 _TOKENS_PER_BATCH = {"cuda": 16384}  # forward only: a few times what a training step could hold
@@ -170,13 +170,13 @@ class AskedOnce:
             args.ref_cache_dir, reference_facts(self.model, adapter=self.adapter, computed_in=_computed_in(args))
         )
 
-    def scorer(self, args: DPOConfig, *, is_packed: bool, pad_token_id: int) -> Scorer:
+    def scorer(self, args: DPOConfig, *, is_packed: bool, tokenizer: Any) -> Scorer:
         """How its log-probs are computed."""
         device = args.device
+        pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
         def score(batch: PackedBatch) -> Tensor:
-            dtype = torch.float16 if args.fp16 else torch.bfloat16  # as accelerate sets it for a live reference
-            with torch.autocast(device.type, dtype=dtype, enabled=bool(args.fp16 or args.bf16)):
+            with autocast_of(args):
                 return self.reference.sums(self.model, batch.to(device))
 
         def collate(groups: Sequence[TokenizedGroup]) -> PackedBatch:
@@ -191,34 +191,48 @@ class AskedOnce:
         return Scorer(score, collate, is_packed, tokens, show_progress=not args.disable_tqdm)
 
 
+def autocast_of(args: DPOConfig) -> Any:
+    """The precision of the run as a context, as accelerate sets it for a live reference."""
+    dtype = torch.float16 if args.fp16 else torch.bfloat16
+    return torch.autocast(args.device.type, dtype=dtype, enabled=bool(args.fp16 or args.bf16))
+
+
 def _computed_in(args: DPOConfig) -> str:
     return "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
 
 
 @contextmanager
 def asked_once(
-    args: DPOConfig, policy: nn.Module | None, ref_model: str | nn.Module | None, tokenizer: Any
+    args: DPOConfig,
+    policy: nn.Module | None,
+    ref_model: str | nn.Module | None,
+    tokenizer: Any,
+    quantization_config: Any = None,
 ) -> Iterator[AskedOnce]:
     """The reference, on the training device or offloaded to fit `ref_max_memory`, for the length of the context.
 
     Args:
         policy: the model that is trained, before it is; None where `ref_model` is asked and nothing is trained.
         ref_model: by default the policy as it is now.
+        quantization_config: how a reference given by name is quantized.
     """
     if ref_model is None:
         assert policy is not None
         yield _start_of(policy, args)
         return
     with tempfile.TemporaryDirectory(prefix="fastdpo_offload_", ignore_cleanup_errors=True) as folder:
-        model = _loaded(args, ref_model, folder)
+        model = _loaded(args, ref_model, folder, quantization_config)
         check_model_and_tokenizer(model, tokenizer)
         if policy is not None:
             check_beside_policy(model, policy)
         with _on_device(args, model) as is_offloaded:
             yield AskedOnce(FrozenReference(prepare_model(model), impl=args.impl), model, is_offloaded=is_offloaded)
-        del model
+
+
+def give_memory_back() -> None:
+    """What a freed reference took, for training to use; to be called when nothing holds it any more."""
     gc.collect()
-    if args.device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
@@ -255,13 +269,14 @@ def _start_of(policy: nn.Module, args: DPOConfig) -> AskedOnce:
     return AskedOnce(AdapterReference(policy, impl=args.impl), policy)
 
 
-def _loaded(args: DPOConfig, ref_model: str | nn.Module, folder: str) -> nn.Module:
+def _loaded(args: DPOConfig, ref_model: str | nn.Module, folder: str, quantization_config: Any) -> nn.Module:
     if not isinstance(ref_model, str):
         return ref_model
-    options: dict[str, Any] = {}
+    check_model_folder(ref_model)
+    options: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
     if args.ref_max_memory is not None:
         own = args.device.index if args.device.type == "cuda" else None  # each process has a GPU of its own
         given: Any = args.ref_max_memory
         limits = {d: amount for d, amount in given.items() if not isinstance(d, int) or d == own}
-        options = {"device_map": "auto", "max_memory": limits, "offload_folder": folder}
+        options |= {"device_map": "auto", "max_memory": limits, "offload_folder": folder}
     return load_model(ref_model, _init_kwargs(args), **options)

@@ -1,0 +1,88 @@
+"""Reference log-probs ahead of training: a model and datasets in, files in the cache out, where a later run with the
+same model, data and settings finds them.
+
+Nothing is trained and no second model is held: the reference is loaded alone, offloaded where it exceeds
+`ref_max_memory`. Refuses what DPOTrainer would refuse of the same arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from fastdpo.data.prepare import DataReport, prepare_preference_dataset
+from fastdpo.modeling import check_packing, prepare_model
+from fastdpo.modeling.packed import bare_model
+from fastdpo.references.precompute import Filled, fill_ref_logps
+from fastdpo.training.config import DPOConfig
+from fastdpo.training.models import check_lengths, check_token_ids, load_tokenizer
+from fastdpo.training.reference import asked_once, autocast_of
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Precomputed:
+    """What is in the cache now, by name of the dataset, and where."""
+
+    counts: dict[str, Filled]
+    reports: dict[str, DataReport]
+    folder: Path
+    model: str  # class and size
+
+
+def precompute_ref_logps(
+    model: str | torch.nn.Module,
+    args: DPOConfig,
+    datasets: Mapping[str, Any],
+    *,
+    ref_model: str | torch.nn.Module | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    quantization_config: Any = None,
+) -> Precomputed:
+    """Computes what the cache lacks of these datasets.
+
+    Args:
+        model: what will be trained; its start is the reference where no `ref_model` is given. With a `ref_model`, only
+            its tokenizer is read.
+        args: those of the run to come; max_length and its like, bf16, fp16, impl and the ref_ settings count.
+        datasets: by name, in any form that DPOTrainer takes.
+    Raises:
+        ValueError: arguments that cannot work together.
+    """
+    if args.reference_free or args.reference == "none":
+        raise ValueError("reference must not be 'none' here: without a reference there is nothing to compute")
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    tokenizer = processing_class if processing_class is not None else load_tokenizer(name)
+    counts: dict[str, Filled] = {}
+    reports: dict[str, DataReport] = {}
+    is_given = ref_model is not None
+    with asked_once(
+        args, None, ref_model if is_given else model, tokenizer, None if is_given else quantization_config
+    ) as asked:
+        prepare_model(asked.model, attention_backend=args.attention_backend if args.packing != "padded" else "auto")
+        check = check_packing(asked.model, autocast=lambda: autocast_of(args))
+        is_packed = args.packing != "padded" and check.ok
+        if not check.ok and args.packing == "packed":
+            raise ValueError(f"packing must be 'auto' or 'padded' for this model, got 'packed': {check.reason}")
+        if not check.ok and args.packing == "auto":
+            logger.warning(f"Falling back to padded batches, which are slower: {check.reason}")
+        cache, bare = asked.cache(args), bare_model(asked.model)
+        scorer = asked.scorer(args, is_packed=is_packed, tokenizer=tokenizer)
+        for part, rows in datasets.items():
+            with args.main_process_first(desc=f"tokenizing the {part} dataset"):
+                prepared, reports[part] = prepare_preference_dataset(
+                    rows, tokenizer, args.tokenization_settings(), num_proc=args.dataset_num_proc
+                )
+            check_lengths(asked.model, prepared, part)
+            check_token_ids(prepared, bare.get_input_embeddings().weight.shape[0], part)
+            _, counts[part] = fill_ref_logps(prepared, cache, scorer, name=part)
+        num_parameters = sum(p.numel() for p in bare.parameters())
+        what = f"{type(bare).__name__}, {num_parameters:,} parameters"
+        return Precomputed(counts, reports, cache.folder, what + (", offloaded" if asked.is_offloaded else ""))

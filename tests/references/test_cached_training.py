@@ -1,0 +1,270 @@
+"""Training with a cached reference is training with a live one, at every step and in every evaluation."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import make_llama, make_rows, make_tokenizer
+
+from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.references import precompute
+from fastdpo.training import reference as reference_module
+
+
+def make_trainer(tmp_path, model=None, ref_model=None, rows=None, peft_config=None, eval_dataset=None, **settings):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "beta": 0.5,
+        "ref_cache_dir": str(tmp_path / "cache"),
+    }
+    return DPOTrainer(
+        make_llama() if model is None else model,
+        ref_model,
+        DPOConfig(str(tmp_path / "out"), **{**defaults, **settings}),
+        train_dataset=Dataset.from_list(make_rows(18) if rows is None else rows),
+        eval_dataset=eval_dataset,
+        processing_class=make_tokenizer(),
+        peft_config=peft_config,
+    )
+
+
+def losses(trainer):
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How many rows each dataset has had computed so far."""
+    counts = []
+    fill = precompute.fill_ref_logps
+
+    def counting(*args, **kwargs):
+        filled, count = fill(*args, **kwargs)
+        counts.append(count.num_computed)
+        return filled, count
+
+    for module in ("fastdpo.training.dpo", "fastdpo.training.precompute"):
+        monkeypatch.setattr(f"{module}.fill_ref_logps", counting)
+    return counts
+
+
+def lora():
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def lora_model_under_way():
+    """A PeftModel whose adapter has been trained before: its start is the reference, not its base."""
+    from peft import get_peft_model
+
+    torch.manual_seed(1)
+    model = get_peft_model(make_llama(), lora())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    return model
+
+
+def ranked_rows(num_rows=8):
+    """Three responses to each prompt, with three preferences among them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(length):
+        return torch.randint(4, 30, (length,), generator=generator).tolist()
+
+    return [
+        {
+            "prompt_ids": [1, *draw(4)],
+            "responses": [draw(3 + i % 3), draw(2), draw(5)],
+            "preferences": [[0, 1], [0, 2], [1, 2]],
+        }
+        for i in range(num_rows)
+    ]
+
+
+CASES = {
+    "full": dict,
+    "given": lambda: {"ref_model": make_llama(seed=4)},
+    "lora": lambda: {"peft_config": lora(), "learning_rate": 3e-2},
+    "lora under way": lambda: {"model": lora_model_under_way()},
+    "padded": lambda: {"packing": "padded"},
+    "bf16": lambda: {"bf16": True},
+    "accumulated": lambda: {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_evaluations_are_those_of_a_live_reference(tmp_path, case):
+    evaluated = Dataset.from_list(make_rows(5, seed=1))
+    live = make_trainer(tmp_path, eval_dataset=evaluated, **CASES[case]())
+    cached = make_trainer(tmp_path, eval_dataset=evaluated, reference="cached", **CASES[case]())
+    assert (live.reference.mode == "cached", cached.reference.mode) == (False, "cached")
+    expected, found = losses(live), losses(cached)
+    assert len(expected) == 10
+    assert max(expected) - min(expected) > 0.01
+    # in bf16 a log-prob depends in its last bits on which rows it is computed with
+    assert found == pytest.approx(expected, abs=2e-2 if case == "bf16" else 1e-5)
+    expected, found = live.evaluate(), cached.evaluate()
+    for key in ("eval_loss", "eval_rewards/margins", "eval_rewards/chosen"):
+        assert found[key] == pytest.approx(expected[key], abs=2e-2 if case == "bf16" else 1e-5), key
+
+
+def test_losses_of_groups_of_three_are_those_of_a_live_reference(tmp_path):
+    settings = {"rows": ranked_rows(), "per_device_train_batch_size": 2}
+    live = make_trainer(tmp_path, ref_model=make_llama(seed=4), **settings)
+    cached = make_trainer(tmp_path, ref_model=make_llama(seed=4), reference="cached", **settings)
+    expected = losses(live)
+    assert losses(cached) == pytest.approx(expected, abs=1e-5)
+    assert expected[0] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_a_second_run_computes_nothing_and_says_where_it_found_it(tmp_path, computed):
+    first = make_trainer(tmp_path, reference="cached")
+    second = make_trainer(tmp_path, precompute_ref_log_probs=True)
+    assert computed == [18, 0]
+    assert "18 computed" in first.reference_reason
+    assert "18 found" in second.reference_reason
+    assert str(tmp_path / "cache") in second.reference_reason
+    assert second.train_dataset["ref_logps"] == first.train_dataset["ref_logps"]
+
+
+def test_a_lora_run_finds_what_a_full_run_computed_and_another_model_does_not(tmp_path, computed):
+    make_trainer(tmp_path, reference="cached")
+    make_trainer(tmp_path, reference="cached", peft_config=lora())
+    make_trainer(tmp_path, make_llama(seed=1), reference="cached")
+    make_trainer(tmp_path, reference="cached", bf16=True)
+    assert computed == [18, 0, 18, 18]
+
+
+def test_a_trained_model_does_not_find_the_log_probs_of_its_start(tmp_path, computed):
+    first = make_trainer(tmp_path, reference="cached")
+    first.train()
+    again = make_trainer(tmp_path, first.model, reference="cached")
+    assert computed == [18, 18]
+    assert losses(again)[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_named_reference_is_freed_before_training(tmp_path, monkeypatch):
+    make_llama(seed=4).save_pretrained(tmp_path / "ref")
+    loaded = []
+    load = reference_module.load_model
+    monkeypatch.setattr(
+        reference_module, "load_model", lambda *a, **kw: (m := load(*a, **kw), loaded.append(weakref.ref(m)))[0]
+    )
+    fast = make_trainer(tmp_path, ref_model=str(tmp_path / "ref"), reference="cached")
+    assert [reference() for reference in loaded] == [None]
+    assert losses(fast) == pytest.approx(losses(make_trainer(tmp_path, ref_model=make_llama(seed=4))), abs=1e-5)
+
+
+def test_a_given_reference_stays_the_users(tmp_path):
+    reference = make_llama(seed=4).train()
+    before = copy.deepcopy(reference.state_dict())
+    make_trainer(tmp_path, ref_model=reference, reference="cached").train()
+    assert all(torch.equal(before[name], weight) for name, weight in reference.state_dict().items())
+    assert reference.training
+    assert all(p.requires_grad for p in reference.parameters())
+
+
+def test_every_eval_dataset_is_filled(tmp_path, computed):
+    evaluated = {"a": Dataset.from_list(make_rows(3, seed=1)), "b": Dataset.from_list(make_rows(2, seed=2))}
+    fast = make_trainer(tmp_path, eval_dataset=evaluated, reference="cached")
+    assert computed == [18, 3, 2]
+    metrics = fast.evaluate()
+    assert metrics["eval_a_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics["eval_b_loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_rows_that_come_after_training_are_found_or_refused(tmp_path):
+    rows = Dataset.from_list(make_rows(5, seed=1))
+    fast = make_trainer(tmp_path, reference="cached")
+    fast.train()
+    with pytest.raises(ValueError, match="5 rows of the eval dataset have no reference log-probs"):
+        fast.evaluate(rows)
+    known = fast.evaluate(Dataset.from_list(make_rows(18)[3:7]))
+    assert known["eval_loss"] < math.log(2)
+
+
+def test_with_an_adapter_rows_that_come_after_training_are_computed(tmp_path):
+    rows = Dataset.from_list(make_rows(5, seed=1))
+    live, cached = (make_trainer(tmp_path, peft_config=lora(), reference=mode) for mode in ("auto", "cached"))
+    live.train()
+    cached.train()
+    expected = live.evaluate(rows)["eval_loss"]
+    assert cached.evaluate(rows)["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    assert expected != pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("setting", [{"reference": "frozen"}, {"reference": "none"}, {"reference_free": True}], ids=str)
+def test_trls_name_does_not_go_with_another_reference(tmp_path, setting):
+    with pytest.raises(ValueError, match="precompute_ref_log_probs must be off with"):
+        make_trainer(tmp_path, precompute_ref_log_probs=True, **setting)
+
+
+SCRIPT = """
+import json, os, sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import test_cached_training
+from fastdpo.references import precompute
+
+compute = precompute._compute
+shares = []
+
+def counting(dataset, infos, rows, *more):
+    shares.append(len(rows))
+    return compute(dataset, infos, rows, *more)
+
+precompute._compute = counting
+rank = os.environ.get("RANK", "0")
+trainer = test_cached_training.make_trainer(
+    Path(sys.argv[1]), rows=test_cached_training.make_rows(16), reference="cached",
+    per_device_train_batch_size=int(sys.argv[2]),
+    eval_dataset=test_cached_training.Dataset.from_list(test_cached_training.make_rows(5, seed=1)),
+)
+losses = test_cached_training.losses(trainer)
+Path(sys.argv[1], f"rank{{rank}}.json").write_text(json.dumps({{
+    "shares": shares, "losses": losses, "ref_logps": list(trainer.train_dataset["ref_logps"]),
+}}))
+trainer.accelerator.end_training()
+os._exit(0)
+"""
+
+
+def test_two_processes_compute_a_share_each_and_read_the_same(tmp_path):
+    here = Path(__file__).parent
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(paths=[str(here), str(here.parent)]))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*launch, str(script), str(tmp_path), "2"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    shares = torch.tensor([rank["shares"] for rank in ranks])  # (processes, datasets)
+    assert shares.sum(0).tolist() == [16, 5]
+    assert (shares[:, 0] > 0).all()
+    assert ranks[0]["ref_logps"] == ranks[1]["ref_logps"]
+    alone = make_trainer(tmp_path / "alone", rows=make_rows(16), reference="cached")
+    for two, one in zip(ranks[0]["ref_logps"], alone.train_dataset["ref_logps"], strict=True):
+        assert two == pytest.approx(one, abs=1e-5)
+    assert ranks[0]["losses"] == pytest.approx(losses(alone), rel=1e-4, abs=1e-5)
