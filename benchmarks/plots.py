@@ -1,4 +1,4 @@
-"""Plots of the benchmarks' records: time and memory per method, or time and error against skip_tolerance.
+"""Plots of the benchmarks' records: time (or speed) and memory per method, or time and error against skip_tolerance.
 
 In: records as `table.read` gives them. Out: one PNG per machine and shape.
 """
@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from step_table import training_figure
 from table import MACHINE, SHAPE, Record, groups, machine_of, shape_of
 
 OWN, OTHER, SPREAD = "#c44e52", "#8c9bb0", "#404040"
@@ -23,15 +24,16 @@ OWN, OTHER, SPREAD = "#c44e52", "#8c9bb0", "#404040"
 def write_plots(records: list[Record], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for kind, draw in (("linear_logps", head_op_figure), ("skipping", skipping_figure)):
-        of_kind = [r for r in records if ("tolerance" in r) == (kind == "skipping")]
-        for same in groups(of_kind, (*MACHINE, *SHAPE)).values():
-            if not any("ms" in record for record in same):
+    for kind, draw in DRAW.items():
+        of_kind = [r for r in records if _kind_of(r) == kind]
+        for same in groups(of_kind, (*MACHINE, *SHAPE, "workload")).values():
+            if not any("ms" in record or "pairs_per_s" in record for record in same):
                 continue
+            what = same[0].get("workload") or shape_of(same[0])
             figure = draw(same)
-            figure.suptitle(f"{shape_of(same[0])}\n{machine_of(same[-1])}", fontsize=9)
+            figure.suptitle(f"{what}\n{machine_of(same[-1])}", fontsize=9)
             machine = re.sub(r"\W+", "-", same[0]["device"].lower()).strip("-")
-            paths.append(folder / f"{kind}-{machine}-{shape_of(same[0])}.png")
+            paths.append(folder / f"{kind}-{machine}-{what.replace(' ', '-')}.png")
             # no date or version inside, so that the same records give the same file
             figure.savefig(paths[-1], dpi=110, metadata={"Software": None})
             plt.close(figure)
@@ -88,6 +90,13 @@ def skipping_figure(records: list[Record]) -> Figure:
         axis.tick_params(labelsize=8)
         axis.legend(fontsize=7)
     return figure
+
+
+DRAW = {"linear_logps": head_op_figure, "skipping": skipping_figure, "training_step": training_figure}
+
+
+def _kind_of(record: Record) -> str:
+    return "training_step" if "workload" in record else "skipping" if "tolerance" in record else "linear_logps"
 
 
 def _plot(axis: Any, x: list[float], y: list[float], label: str, style: str, color: str | None = None) -> Any:

@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from step_table import training_table
+
 HERE = Path(__file__).parent
 README, RESULTS = HERE / "README.md", HERE / "results"
 MARKED = re.compile(r"(<!-- table: (\S+\.jsonl) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -34,7 +36,7 @@ def read(path: Path) -> list[Record]:
     if not path.exists():
         return []
     records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    keys = (*MACHINE, *SHAPE, "pass", "method", "order", "tolerance")
+    keys = (*MACHINE, *SHAPE, "pass", "method", "order", "tolerance", "workload")
     return list({tuple(record.get(key) for key in keys): record for record in records}.values())
 
 
@@ -50,7 +52,11 @@ def tables(records: list[Record]) -> str:
     if not records:
         return NOTHING
     parts = []
-    for same in groups(records, (*MACHINE, *SHAPE)).values():
+    steps = [record for record in records if "workload" in record]
+    for same in groups(steps, (*MACHINE, "workload")).values():
+        parts.append(f"On {machine_of(same[-1])}\n\n{training_table(same)}")
+    others = [record for record in records if "workload" not in record]
+    for same in groups(others, (*MACHINE, *SHAPE)).values():
         parts.append(f"**{shape_of(same[0])}** on {machine_of(same[-1])}\n")
         if "tolerance" in same[0]:
             parts.append(distribution_of(same[-1]))

@@ -1,0 +1,186 @@
+"""A whole training step against TRL's DPOTrainer and plain padded PyTorch loops, and what each feature is worth.
+
+    python benchmarks/bench_training_step.py [--quick] [--workloads ...] [--methods ...] [--steps N] [--rounds N]
+                                             [--max-seconds S] [--out FILE.jsonl]
+
+Same model, rows, order, dtype and optimizer for everybody (see step_methods.py). Methods take turns in rounds; on a CPU
+every turn is a process of its own, whose peak resident memory is reported. Losses of the first steps are compared with
+those of the first method in the run that has some, whose own first one must be ln 2: a method that is off by more than
+the tolerance (1e-4 in fp32) gets no speed but the reason. "7B QLoRA" asks whether a step fits in 24 GB (step_qlora.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from measure import append_lines, elapsed_ms, machine_facts, matmul_job
+from step_methods import METHODS, NUM_CHECKED, Job
+from step_table import training_table
+from step_worker import Worker
+from step_workloads import CPU_WORKLOADS, GPU_WORKLOADS, WORKLOADS, Work, Workload, make_rows, make_tokenizer, source_of
+
+SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matmul that MFU is measured against
+BASE = "fastdpo, cached"  # what the methods with a feature off are compared with
+
+
+def on_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def matmul_tflops(dtype: str) -> float:
+    """The best of five: the rate that the machine can reach."""
+    function, flops = matmul_job((SIDE["cuda" if on_gpu() else "cpu"],) * 3, getattr(torch, dtype))
+    function()
+    return flops / min(elapsed_ms(function) for _ in range(5)) / 1e9
+
+
+def num_tokens_per_step(workload: Workload, num_rows: int) -> float:
+    """Tokens of prompts and responses as TRL counts them, the prompt once per response, padding left out."""
+    tokenizer = make_tokenizer(workload)
+    rows = make_rows(workload, num_rows)
+    texts = [row["prompt"] + row[side] + tokenizer.eos_token for row in rows for side in ("chosen", "rejected")]
+    lengths = [min(len(ids), workload.max_length) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    return sum(lengths) / num_rows * workload.pairs_per_step
+
+
+class Measurement:
+    """One method's turns so far, and the record that they make."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.turns: list[dict[str, Any]] = []
+        self.error: str | None = None
+
+    def add(self, figures: dict[str, Any], expected: list[float] | None) -> None:
+        tolerance = WORKLOADS[self.job.workload].tolerance
+        if "error" in figures:
+            self.error = figures["error"]
+            return
+        self.turns.append(figures)
+        losses = figures["losses"]
+        expected = expected or [math.log(2), *losses[1:]]
+        off = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+        self.turns[-1]["loss_off"] = off
+        if not off <= tolerance:
+            self.error = f"losses {_shown(losses)} where {_shown(expected)} is expected, off by {off:.1e}"
+
+    def record(self, tokens_per_step: float, tflops: float) -> dict[str, Any]:
+        workload, method = WORKLOADS[self.job.workload], METHODS[self.job.method]
+        record: dict[str, Any] = {
+            "workload": workload.name,
+            "method": method.name,
+            "off": method.off,
+            "dtype": workload.dtype,
+            "model": {k: v for k, v in asdict(workload).items() if k.endswith("size") or k.startswith("num_")},
+            "data": source_of(workload),
+            "pairs_per_step": workload.pairs_per_step,
+            "tokens_per_step": round(tokens_per_step),
+            "rounds": len(self.turns),
+            "steps": self.job.num_steps,
+            "matmul_tflops": tflops,
+        }
+        if self.turns:
+            last = self.turns[-1]
+            names = ("micro_batch", "attention", "losses", "loss_off")
+            record |= {name: last[name] for name in names}
+        if self.error is not None:
+            return {**record, "error": self.error}
+        seconds = [sum(turn["step_s"]) / len(turn["step_s"]) for turn in self.turns]
+        rates = sorted(workload.pairs_per_step / s for s in seconds)
+        rate = statistics.median(rates)
+        flops = Work(**last["work"]).flops(workload, last["num_backbone_weights"]) / self.job.num_steps
+        return {
+            **record,
+            "pairs_per_s": rate,
+            "pairs_per_s_min": rates[0],
+            "pairs_per_s_max": rates[-1],
+            "tokens_per_s": rate / workload.pairs_per_step * tokens_per_step,
+            "flops_per_step": flops,
+            "mfu": flops * rate / workload.pairs_per_step / (tflops * 1e12),
+            "peak_mib": max(turn["peak_mib"] for turn in self.turns),
+            "collator_share": statistics.median(turn["collate_s"] / sum(turn["step_s"]) for turn in self.turns),
+            "data_share": statistics.median(turn["data_s"] / sum(turn["step_s"]) for turn in self.turns),
+        }
+
+
+def _shown(losses: list[float]) -> str:
+    return " ".join(f"{loss:.6f}" for loss in losses)
+
+
+def run_workload(workload: Workload, options: argparse.Namespace, facts: dict[str, Any], worker: Worker) -> None:
+    names = [name for name in options.methods if ("gpu" if on_gpu() else "cpu") in METHODS[name].on]
+    measurements = {name: Measurement(Job(workload.name, name, options.warmups, options.steps)) for name in names}
+    num_rows = next(iter(measurements.values())).job.num_rows
+    tokens = num_tokens_per_step(workload, num_rows)
+    rates: list[float] = []
+    expected: list[float] | None = None
+    records: dict[str, dict[str, Any]] = {}
+    for number in range(options.rounds):
+        rates.append(matmul_tflops(workload.dtype))
+        for name, measurement in measurements.items():
+            if measurement.error is not None or time.monotonic() > options.deadline:
+                continue
+            figures = worker.run(measurement.job, in_new_process=not on_gpu())
+            measurement.add(figures, expected)
+            if expected is None and measurement.error is None:
+                expected = figures["losses"]
+            records[name] = measurement.record(tokens, max(rates))
+            records[name]["is_final"] = number == options.rounds - 1 or measurement.error is not None
+            if records[name]["is_final"]:
+                append_lines(options.out, [{**facts, **records[name]}])
+    append_lines(options.out, [{**facts, **record} for record in records.values() if not record["is_final"]])
+    left_out = [name for name in names if name not in records]
+    print("\n" + training_table([{**facts, **record} for record in records.values()]))
+    if left_out:
+        print(f"left out: {', '.join(left_out)} (out of time)")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", choices=[*WORKLOADS, "7B QLoRA"], metavar="NAME")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME")
+    parser.add_argument("--steps", type=int, help="timed steps of a turn (default: 8, GPU: 5, quick: 3)")
+    parser.add_argument("--warmups", type=int, default=2, help="steps before them (default: 2)")
+    parser.add_argument("--rounds", type=int, help="turns of each method (default: 3, GPU and quick: 1)")
+    parser.add_argument("--max-seconds", type=float, default=float("inf"), help="start no turn later than this")
+    parser.add_argument("--out", help="append one JSON line per method and workload to this file")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, one round of three steps")
+    options = parser.parse_args(argv)
+    default = ["tiny"] if options.quick else [*GPU_WORKLOADS, "7B QLoRA"] if on_gpu() else CPU_WORKLOADS
+    options.workloads = options.workloads or default
+    options.steps = options.steps or (3 if options.quick else 5 if on_gpu() else 8)
+    options.rounds = options.rounds or (1 if options.quick or on_gpu() else 3)
+    if options.warmups + options.steps < NUM_CHECKED or options.warmups < 1:
+        parser.error(f"--warmups must be at least 1, and {NUM_CHECKED} steps with --steps")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse_args(argv)
+    options.deadline = time.monotonic() + options.max_seconds
+    facts = machine_facts()
+    print(" ".join(f"{key}={value}" for key, value in facts.items()))
+    worker = Worker()
+    try:
+        for name in options.workloads:
+            if name == "7B QLoRA":
+                from step_qlora import measure
+
+                worker.close()  # and with it the memory that its allocator keeps
+                record = measure() if time.monotonic() < options.deadline else {"error": "out of time"}
+                print(f"\n{name}: {record}")
+                append_lines(options.out, [{**facts, "workload": name, "method": "fastdpo", **record}])
+            else:
+                run_workload(WORKLOADS[name], options, facts, worker)
+    finally:
+        worker.close()
+
+
+if __name__ == "__main__":
+    main()
