@@ -203,8 +203,7 @@ def _forward(
     _set_attention(state, packed=batch.is_packed)
     layout: dict[str, Any]
     if batch.is_packed:
-        assert batch.varlen is not None
-        packed_layout = PackedLayout(batch.segments, batch.varlen, state.attention_backend)
+        packed_layout = _packed_layout(batch, state)
         layout = {"position_ids": batch.position_ids, "packed_layout": packed_layout}
         if state.attention_backend == "mask":  # for models that hand nothing else to their attention
             layout["attention_mask"] = packed_layout.row_mask(None)[None, None]
@@ -241,6 +240,12 @@ def _forward(
         "logps": result.tokens.logps,
         **{name: getattr(result.tokens, name) for name in outputs},
     }
+
+
+@torch.compiler.disable  # the branches differ from batch to batch
+def _packed_layout(batch: PackedBatch, state: _Prepared) -> PackedLayout:
+    assert batch.varlen is not None
+    return PackedLayout(batch.segments, batch.varlen, state.attention_backend)
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -312,3 +312,17 @@ def test_models_that_cannot_be_packed_run_padded(model_type, monkeypatch):
     torch.testing.assert_close(
         packed_logps(model, pad_pairs(GROUPS)).sequences.sums, separate_sums(model), rtol=1e-4, atol=1e-5
     )
+
+
+def test_a_compiled_model_is_not_compiled_anew_for_every_batch():
+    from torch._dynamo.utils import counters
+
+    model = build("llama", num_hidden_layers=1)
+    compiled = torch.compile(model, backend="eager")
+    num_graphs = []
+    for groups in (GROUPS, GROUPS[:2], GROUPS[1:], GROUPS[2:] + GROUPS):  # other branches and lengths each time
+        batch = pack_pairs(groups)
+        actual = packed_logps(compiled, batch).sequences.sums
+        torch.testing.assert_close(actual, packed_logps(model, batch).sequences.sums)
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < num_graphs[1] == num_graphs[2] == num_graphs[3]

@@ -23,6 +23,7 @@ class BranchSdpa:
     def refusal(self, call: AttentionCall) -> str | None:
         return None
 
+    @torch.compiler.disable  # a loop over branches, which would be compiled anew for every batch
     def attend(self, call: AttentionCall) -> Tensor:
         layout = call.layout
         # split, not slices: the backward of a slice fills a tensor of the whole row with zeros, once per segment
