@@ -129,6 +129,9 @@ LOSSES: dict[str, Callable[[PairScores, Any], Tensor]] = {
     "apo_down": apo_down,
     "discopop": discopop,
 }
+# Losses in which the loss of a pair depends on the other pairs of its batch: none of these is the sum of its parts, so
+# their batches are never split, and their gradient is not made in forward.
+BATCH_LOSSES: tuple[str, ...] = ()
 SMOOTHED = ("sigmoid", "exo_pair", "robust")  # the losses that read label_smoothing
 
 

@@ -76,9 +76,11 @@ GROUPS = {
     "preference optimization": "beta loss_type label_smoothing discopop_tau reference ref_model reference_free"
     " precompute_ref_log_probs ref_cache_dir ref_max_memory ref_tokens_per_batch",
     "steps": "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps"
-    " lr_scheduler_type warmup_steps weight_decay max_grad_norm optim seed",
-    "engine and memory": "packing prefix_sharing attention_backend impl token_metrics bf16 fp16"
-    " gradient_checkpointing use_peft lora_r lora_alpha lora_dropout lora_target_modules load_in_4bit use_cpu",
+    " lr_scheduler_type warmup_steps weight_decay max_grad_norm optim seed regroup_dataset"
+    " length_bucketing",
+    "engine and memory": "max_tokens_per_microbatch on_oversized_row packing prefix_sharing attention_backend impl"
+    " token_metrics bf16 fp16 gradient_checkpointing use_peft lora_r lora_alpha lora_dropout lora_target_modules"
+    " load_in_4bit use_cpu",
     "evaluation and logging": "eval_strategy eval_steps per_device_eval_batch_size report_to run_name logging_steps"
     " disable_tqdm",
     "saving": "save_strategy save_steps save_total_limit resume_from_checkpoint overwrite_output_dir",

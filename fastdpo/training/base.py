@@ -2,33 +2,42 @@
 
 Trainer keeps the loop, checkpoints, distribution and logging. This class gives it packed batches, a loss that is the
 exact mean over the items (pairs or tokens) of the whole optimizer step, however it is cut, metrics with exact
-weights, and a stop at the first loss that is not finite.
+weights, and a stop at the first loss that is not finite. A batch that the collator has split runs micro-batch by
+micro-batch inside one training step, with the gradient of the whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from fastdpo.data.columns import prompt_numbers, row_lengths
 from fastdpo.data.prepare import DataReport
+from fastdpo.data.samplers import LengthSampler, PromptSampler
 from fastdpo.metrics import MetricMeans, SumAndWeight
 from fastdpo.modeling import PackingCheck, check_packing, prepare_model
 from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
-from fastdpo.training.collator import PackingCollator
+from fastdpo.training.collator import PackingCollator, microbatches_of
 from fastdpo.training.config import EngineConfig
 from fastdpo.training.models import check_lengths, check_token_ids, disable_dropout, forget_accelerate, head_dtype
+from fastdpo.training.token_budget import BudgetAtStart, check_can_split, check_row_sizes
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
+
+FOR_NOTHING = "for_nothing"  # key of a micro-batch that only takes part in what all processes do together
 
 
 class PackedTrainer(Trainer):
@@ -70,14 +79,20 @@ class PackedTrainer(Trainer):
                 "Using one GPU: a packed row cannot be scattered. Start with `accelerate launch` to use all."
             )
             args._n_gpu = 1
-        collator = PackingCollator(
+        budget = args.max_tokens_per_microbatch
+        if data_collator is not None and budget is not None:
+            raise ValueError(
+                f"data_collator must be None where max_tokens_per_microbatch is set, which splits batches, got {budget}"
+            )
+        self.collator = PackingCollator(
             prefix_sharing=args.prefix_sharing,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            max_tokens=budget if isinstance(budget, int) else None,
         )
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or collator,
+            data_collator=data_collator or self.collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -88,6 +103,13 @@ class PackedTrainer(Trainer):
         resolve_impl(args.impl, args.device, head_dtype(self.model, args))  # a named impl that cannot run raises here
         self.is_packed = args.packing != "padded"
         self.packing_check = self._check_packing(self.model)
+        if budget is not None:
+            check_can_split(self)
+            self.add_callback(BudgetAtStart(self))
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in {"train": self.train_dataset, **evaluated}.items():
+            if dataset is not None:
+                check_row_sizes(dataset, name, self.collator, args.on_oversized_row)
 
     # What a subclass says
 
@@ -135,8 +157,7 @@ class PackedTrainer(Trainer):
                 raise ValueError(f"packing must be 'auto' or 'padded' for this model, got 'packed': {check.reason}")
             logger.warning(f"Falling back to padded batches, which are slower: {check.reason}")
             self.is_packed = False
-        if isinstance(self.data_collator, PackingCollator):
-            self.data_collator.is_packed = self.is_packed
+        self.collator.is_packed = self.is_packed
         return check
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -146,14 +167,55 @@ class PackedTrainer(Trainer):
             forget_accelerate(self.model)
         return super().train(*args, **kwargs)
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        args, seed = self.args, self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if args.regroup_dataset:
+            return PromptSampler(prompt_numbers(dataset), seed)
+        if args.length_bucketing:
+            lengths = row_lengths(dataset)
+            step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            return LengthSampler(lengths.per_row(lengths.sequences), step_size, seed)
+        return super()._get_train_sampler(train_dataset)
+
     # The loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Items of all micro-batches of one optimizer step, on all processes."""
-        count = torch.tensor(sum(self._num_items(inputs) for inputs in batch_samples), device=device)
+        parts = [part for inputs in batch_samples for part in microbatches_of(inputs)]
+        count = torch.tensor(sum(self._num_items(part) for part in parts), device=device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Trainer's, once for each micro-batch of the batch; gradients are reduced after the last one."""
+        parts = self._in_step(microbatches_of(inputs))
+        if len(parts) == 1:
+            return super().training_step(model, parts[0], num_items_in_batch)
+        if num_items_in_batch is None:  # called from outside the loop: the mean over this batch
+            num_items_in_batch = sum(self._num_items(part) for part in parts) * self.accelerator.num_processes
+        losses = []
+        for part in parts[:-1]:
+            with nullcontext() if self._shards_weights() else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        losses.append(super().training_step(model, parts[-1], num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def _shards_weights(self) -> bool:
+        """Whether processes gather weights in every forward, so that all must run as many of them."""
+        loaded_in_shards = getattr(self, "is_distributed_loading_by_transformers", False)
+        return self.accelerator.distributed_type == DistributedType.FSDP or loaded_in_shards
+
+    def _in_step(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Where weights are sharded, as many micro-batches as the process with the most has: some run for nothing."""
+        if self.args.max_tokens_per_microbatch is None or not self._shards_weights():
+            return parts
+        count = torch.tensor([len(parts)], device=self.args.device)
+        missing = int(self.accelerator.gather(count).max()) - len(parts)
+        return [*({**parts[0], FOR_NOTHING: True} for _ in range(missing)), *parts]
 
     def compute_loss(
         self,
@@ -164,24 +226,31 @@ class PackedTrainer(Trainer):
     ) -> Any:
         """Sum over the batch's items, divided by the items of the whole optimizer step (of the batch in evaluation)."""
         is_training = model.training
+        parts = microbatches_of(inputs)
         if not is_training:
-            inputs = self._without_repeated_rows(inputs)
-        batch = PackedBatch(**inputs)
-        with self.accelerator.autocast():  # policy and reference alike, wrapped by accelerate or not
-            loss_sum, metrics = self._loss_sum(model, batch)
-        num_items = self._num_items(inputs)
-        means = self._metrics["train" if is_training else "eval"]
-        means.add(metrics)
-        if is_training:
-            self._num_train_tokens += batch.num_tokens
-            self._stop_if_not_finite(loss_sum, inputs)
-        else:
-            means.add({"loss": (loss_sum.detach(), num_items)})
+            parts = [self._without_repeated_rows(part) for part in self._in_step(parts)]
+        loss_sum = torch.stack([self._part_loss_sum(model, part) for part in parts]).sum()
         if num_items_in_batch is None or not is_training:
-            loss = loss_sum / max(num_items, 1)
+            loss = loss_sum / max(sum(self._num_items(part) for part in parts if FOR_NOTHING not in part), 1)
         else:  # gradients are averaged over processes, the divisor already counts the items of all of them
             loss = loss_sum * self.accelerator.num_processes / num_items_in_batch
         return (loss, {}) if return_outputs else loss
+
+    def _part_loss_sum(self, model: nn.Module, part: dict[str, Any]) -> Tensor:
+        """The summed loss of one micro-batch, whose metrics are taken down."""
+        batch = PackedBatch(**{key: value for key, value in part.items() if key != FOR_NOTHING})
+        with self.accelerator.autocast():  # policy and reference alike, wrapped by accelerate or not
+            loss_sum, metrics = self._loss_sum(model, batch)
+        if FOR_NOTHING in part:
+            return loss_sum * 0.0
+        means = self._metrics["train" if model.training else "eval"]
+        means.add(metrics)
+        if model.training:
+            self._num_train_tokens += batch.num_tokens
+            self._stop_if_not_finite(loss_sum, part)
+        else:
+            means.add({"loss": (loss_sum.detach(), self._num_items(part))})
+        return loss_sum
 
     def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch without the rows that accelerate repeats to give every process as many in the last step."""

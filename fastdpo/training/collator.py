@@ -1,4 +1,8 @@
-"""Rows of token columns in, one packed or padded batch out, as the dict of tensors that Trainer moves to the device."""
+"""Rows of token columns in, one packed or padded batch out, as the dict of tensors that Trainer moves to the device.
+
+Where a micro-batch may only have so many tokens, a batch that has more is a dict of several: what they have together
+under the keys that Trainer reads, and each of them under `microbatches`.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,55 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdpo.data.packing import pack_pairs, pad_pairs
+import torch
+
+from fastdpo.data.microbatches import lay_out_batch, packed_microbatches, padded_microbatches
+from fastdpo.data.packing import pack_layouts, pad_pairs
 from fastdpo.data.prepare import group_from_columns
+from fastdpo.types import PackedBatch, TokenizedGroup
 
 
 @dataclass
 class PackingCollator:
-    """`PackedBatch(**collator(rows))` is the batch."""
+    """`[PackedBatch(**inputs) for inputs in microbatches_of(collator(rows))]` are the batches."""
 
     is_packed: bool = True
     prefix_sharing: bool = True
     pad_token_id: int = 0  # padded batches only
+    max_tokens: int | None = None  # of a micro-batch, as it runs: shared prefixes once, padding too; None for no limit
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         groups = [group_from_columns(row) for row in rows]
+        batches = [batch.asdict() for batch in (self._packed(groups) if self.is_packed else self._padded(groups))]
+        if len(batches) == 1:
+            return batches[0]
+        return {
+            "pairs": torch.cat([batch["pairs"] for batch in batches]),  # first, so that Trainer reads the batch size
+            "input_ids": torch.cat([batch["input_ids"].reshape(1, -1) for batch in batches], dim=1),
+            "microbatches": tuple(batches),
+        }
+
+    def num_tokens(self, group: TokenizedGroup) -> int:
+        """Tokens that a group takes in a micro-batch of its own."""
         if self.is_packed:
-            return pack_pairs(groups, prefix_sharing=self.prefix_sharing).asdict()
-        return pad_pairs(groups, pad_token_id=self.pad_token_id).asdict()
+            return sum(layout.num_tokens for layout in lay_out_batch([group], prefix_sharing=self.prefix_sharing))
+        return len(group.responses) * (len(group.prompt_ids) + max(map(len, group.responses)))
+
+    def _packed(self, groups: Sequence[TokenizedGroup]) -> list[PackedBatch]:
+        layouts = lay_out_batch(groups, prefix_sharing=self.prefix_sharing, max_tokens=self.max_tokens)
+        if self.max_tokens is None:
+            return [pack_layouts(layouts)]
+        return [pack_layouts(some) for some in packed_microbatches(layouts, self.max_tokens)]
+
+    def _padded(self, groups: Sequence[TokenizedGroup]) -> list[PackedBatch]:
+        if self.max_tokens is None:
+            return [pad_pairs(groups, pad_token_id=self.pad_token_id)]
+        return [
+            pad_pairs([groups[i] for i in items], pad_token_id=self.pad_token_id, example_ids=items)
+            for items in padded_microbatches(groups, self.max_tokens)
+        ]
+
+
+def microbatches_of(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The dicts of the batches that a collated batch consists of."""
+    return list(inputs.get("microbatches", (dict(inputs),)))

@@ -15,12 +15,13 @@ import torch
 from transformers import TrainingArguments
 
 from fastdpo.data.tokenization import TokenizationSettings
-from fastdpo.losses import LOSSES, check_loss_settings
+from fastdpo.losses import BATCH_LOSSES, LOSSES, check_loss_settings
 from fastdpo.modeling.attention import ATTENTION_BACKENDS
 from fastdpo.ops.validation import IMPLS
 from fastdpo.references import REFERENCE_MODES
 
 PACKING_MODES = ("auto", "packed", "padded")
+OVERSIZED_ROWS = ("alone", "raise")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -67,6 +68,17 @@ def parse_max_memory(value: dict[Any, Any] | str | None) -> dict[Any, Any] | Non
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"ref_max_memory must hold amounts like '20GiB', got {amount!r}") from error
     return parsed
+
+
+def _token_budget(value: int | str | None) -> int | str | None:
+    """A number of tokens, "auto" or None, also as the text of a command line."""
+    if isinstance(value, str) and value.lower() in ("none", "null", "auto"):
+        return "auto" if value.lower() == "auto" else None
+    if isinstance(value, str) and value.isdigit():
+        value = int(value)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"max_tokens_per_microbatch must be an integer >= 1, 'auto' or None, got {value!r}")
+    return value
 
 
 def check_number(name: str, value: Any, *, least: float) -> None:
@@ -120,6 +132,36 @@ class EngineConfig(TrainingArguments):
     prefix_sharing: bool = field(
         default=True, metadata=_help("Compute what the responses to a prompt have in common once.")
     )
+    max_tokens_per_microbatch: int | str | None = field(
+        default=None,
+        metadata=_help(
+            "Run per_device_train_batch_size pairs in packed micro-batches of at most so many tokens, shared ones"
+            " counted once; loss and gradient are those of the whole batch. auto: what fits the free memory of the"
+            " GPU, found once when training starts; on a CPU no limit. None: no limit."
+        ),
+    )
+    on_oversized_row: str = field(
+        default="alone",
+        metadata=_help(
+            "What becomes of a row that has more than max_tokens_per_microbatch tokens. alone: it runs in a micro-batch"
+            " of its own, with a warning at the start. raise: the run does not start."
+        ),
+    )
+    regroup_dataset: bool = field(
+        default=False,
+        metadata=_help(
+            "Visit the rows of a prompt one after the other, so that they meet in a batch and the prompt is computed"
+            " once. It changes the order: prompts are shuffled, rows are not, and a step sees fewer prompts."
+        ),
+    )
+    length_bucketing: bool = field(
+        default=False,
+        metadata=_help(
+            "Make steps of rows of similar length: less padding where batches are padded, less waiting of processes for"
+            " each other. It costs a uniform order: long and short rows do not meet in a step, so gradients of"
+            " different steps differ more."
+        ),
+    )
     attention_backend: str = field(
         default="auto",
         metadata=_help(
@@ -134,6 +176,9 @@ class EngineConfig(TrainingArguments):
         check_choice("packing", self.packing, PACKING_MODES)
         check_choice("impl", self.impl, IMPLS)
         check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        check_choice("on_oversized_row", self.on_oversized_row, OVERSIZED_ROWS)
+        self.max_tokens_per_microbatch = _token_budget(self.max_tokens_per_microbatch)
+        self._check_order()
         self.tokenization_settings()
         self.model_init_kwargs = _as_dict("model_init_kwargs", self.model_init_kwargs)
         if self.logging_nan_inf_filter:
@@ -159,6 +204,19 @@ class EngineConfig(TrainingArguments):
         if not on_gpu:
             self.dataloader_pin_memory = False
         super().__post_init__()
+
+    def _check_order(self) -> None:
+        if self.regroup_dataset and self.length_bucketing:
+            raise ValueError("regroup_dataset and length_bucketing must not both be set: each is an order of its own")
+        strategy = getattr(self, "train_sampling_strategy", "random")
+        if strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy must be 'random' or 'sequential', got {strategy!r}; for steps of rows of"
+                " similar length set length_bucketing"
+            )
+        if strategy != "random" and (self.regroup_dataset or self.length_bucketing):
+            name = "regroup_dataset" if self.regroup_dataset else "length_bucketing"
+            raise ValueError(f"train_sampling_strategy must be 'random' where {name} is set, got {strategy!r}")
 
     def tokenization_settings(self) -> TokenizationSettings:
         return TokenizationSettings(
@@ -233,6 +291,11 @@ class DPOConfig(EngineConfig):
         check_number("label_smoothing", self.label_smoothing, least=0.0)
         check_number("discopop_tau", self.discopop_tau, least=0.0)
         check_loss_settings(self.loss_type, self)
+        if self.max_tokens_per_microbatch is not None and self.loss_type in BATCH_LOSSES:
+            raise ValueError(
+                f"max_tokens_per_microbatch must be None for loss_type {self.loss_type!r}, which is not a sum over"
+                f" pairs: its batch cannot be split, got {self.max_tokens_per_microbatch!r}"
+            )
         self.ref_max_memory = parse_max_memory(self.ref_max_memory)
         if self.ref_tokens_per_batch is not None and self.ref_tokens_per_batch < 1:
             raise ValueError(f"ref_tokens_per_batch must be at least 1, got {self.ref_tokens_per_batch}")

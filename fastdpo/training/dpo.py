@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from fastdpo.data.arrow import arrow_column
 from fastdpo.data.prepare import DataReport, prepare_preference_dataset
-from fastdpo.losses import LOSSES
+from fastdpo.losses import BATCH_LOSSES, LOSSES
 from fastdpo.metrics import SumAndWeight, pair_metrics, token_metrics
 from fastdpo.modeling import packed_loss
 from fastdpo.references import AdapterReference, DatasetReference, NoReference, Reference
@@ -196,8 +196,9 @@ class DPOTrainer(PackedTrainer):
             return LOSSES[self.args.loss_type](scores, self.args).sum()
 
         outputs = TOKEN_METRICS if self.args.token_metrics else ()
-        settings: dict[str, Any] = {"impl": self.args.impl, "outputs": outputs}
-        loss, policy = packed_loss(model, batch, loss_of, grad_in_forward=not self.args.torch_compile, **settings)
+        in_forward = not self.args.torch_compile and self.args.loss_type not in BATCH_LOSSES
+        settings: dict[str, Any] = {"impl": self.args.impl, "outputs": outputs, "grad_in_forward": in_forward}
+        loss, policy = packed_loss(model, batch, loss_of, **settings)
         scores = scores_of(policy.sequences.sums.detach(), policy.sequences.lengths, 0, slice(None))
         metrics = pair_metrics(scores, self.args.beta)
         metrics.update(token_metrics(policy, batch.token_rows, batch.cu_seqlens, batch.pairs))

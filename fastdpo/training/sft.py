@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -66,8 +67,10 @@ class SFTTrainer(PackedTrainer):
         return inputs["token_rows"].shape[0]
 
     def _first_rows(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
-        cu_seqlens = inputs["cu_seqlens"][: num_rows + 1]
-        return {**inputs, "cu_seqlens": cu_seqlens, "token_rows": inputs["token_rows"][: int(cu_seqlens[-1])]}
+        keep, lengths = inputs["example_ids"] < num_rows, inputs["cu_seqlens"].diff()
+        cu_seqlens = torch.nn.functional.pad(lengths[keep].cumsum(0), (1, 0))
+        token_rows = inputs["token_rows"][keep.repeat_interleave(lengths)]
+        return {**inputs, "cu_seqlens": cu_seqlens, "token_rows": token_rows}
 
     def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, SumAndWeight]]:
         def loss_of(sums: Tensor, lengths: Tensor, sequences: slice, pairs: slice) -> Tensor:

@@ -54,10 +54,15 @@ def _model(trainer: PackedTrainer) -> str:
 
 
 def _batches(trainer: PackedTrainer) -> str:
+    limit = trainer.collator.max_tokens
+    auto = (
+        ", in micro-batches of what the free memory holds" if trainer.args.max_tokens_per_microbatch == "auto" else ""
+    )
+    split = auto if limit is None else f", in micro-batches of at most {limit:,} tokens"
     if not trainer.is_packed:
-        return "padded: one row per sequence"
+        return "padded: one row per sequence" + split
     shares = trainer.args.prefix_sharing and len(trainer.data_reports["train"].tokens) > 2
-    return "packed: one row without padding" + (", what two responses share computed once" if shares else "")
+    return "packed: one row without padding" + (", what responses share computed once" if shares else "") + split
 
 
 def _attention(trainer: PackedTrainer) -> str:
@@ -132,11 +137,14 @@ def largest_microbatch_tokens(trainer: PackedTrainer, num_draws: int = 200) -> i
     packed = copies * lengths.prompts + lengths.per_row(lengths.responses)
     longest = np.zeros_like(lengths.prompts)
     np.maximum.at(longest, lengths.rows, lengths.sequences)
+    alone = packed if trainer.is_packed else num_responses * longest
+    limit = trainer.collator.max_tokens
+    most = math.inf if limit is None else max(limit, int(alone.max()))
     largest = 0
     for _ in range(num_draws):
         rows = draw.sample(range(len(dataset)), size)
         tokens = packed[rows].sum() if trainer.is_packed else num_responses[rows].sum() * longest[rows].max()
-        largest = max(largest, int(tokens))
+        largest = max(largest, int(min(tokens, most)))
     return largest
 
 

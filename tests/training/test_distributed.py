@@ -34,31 +34,34 @@ trainer = DPOTrainer(
 before = trainer.evaluate()  # must not leave the model unwrapped
 trainer.train()
 evaluated = trainer.evaluate()
-if trainer.is_world_process_zero():
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    weights = {{name: p.double().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}}
-    with open(out + ".json", "w") as file:
-        json.dump({{"logs": logs, "weights": weights, "eval": evaluated}}, file)
+logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+weights = {{name: p.double().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}}
+with open(out + f".{{trainer.args.process_index}}.json", "w") as file:
+    json.dump({{"logs": logs, "weights": weights, "eval": evaluated}}, file)
 trainer.accelerator.end_training()
 os._exit(0)  # threads of the process group may still be ending, and would abort an ordinary exit
 """
 
 
-def run(tmp_path, name, num_processes, batch_size, accumulation, mode):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    command = [*(launch if num_processes > 1 else [sys.executable]), str(script), str(tmp_path / name)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def launch(tmp_path, script, name, num_processes, arguments):
+    """What each process of a script has written to its first argument + `.RANK.json`."""
+    path = tmp_path / "script.py"
+    path.write_text(script.format(tests=str(Path(__file__).parents[1]), here=str(Path(__file__).parent)))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    command = [*(start if num_processes > 1 else [sys.executable]), str(path), str(tmp_path / name)]
     result = subprocess.run(
-        [*command, str(batch_size), str(accumulation), mode],
-        env=environment,
+        [*command, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads((tmp_path / f"{name}.json").read_text())
+    return [json.loads((tmp_path / f"{name}.{rank}.json").read_text()) for rank in range(num_processes)]
+
+
+def run(tmp_path, name, num_processes, batch_size, accumulation, mode):
+    return launch(tmp_path, SCRIPT, name, num_processes, [batch_size, accumulation, mode])[0]
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "none"])
