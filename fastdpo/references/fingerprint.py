@@ -28,6 +28,7 @@ _NUM_THREADS = 8
 _WITHOUT_EFFECT = {
     *("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "id2label", "label2id"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "return_dict", "output_hidden_states", "output_attentions"),
+    *("attn_implementation", "gradient_checkpointing"),
     *("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),  # off: eval mode
     *("base_model_name_or_path", "inference_mode", "lora_dropout"),  # of an adapter
 }

@@ -71,9 +71,10 @@ def fill_ref_logps(
         scorer: None where the reference can no longer be asked.
         name: of the dataset, for the progress bar and errors.
     Raises:
-        ValueError: rows are missing and there is no scorer, the cache's folder is not shared by all processes, or a
-            log-prob is not finite.
+        ValueError: rows are missing and there is no scorer, processes hold different references or do not share the
+            cache's folder, or a log-prob is not finite.
     """
+    _check_same_everywhere(cache.key)
     infos = row_infos(dataset)
     found = cache.read(mend=_process()[0] == 0)
     wanted = [row for row, info in enumerate(infos) if info.ref_logps is None]
@@ -204,6 +205,22 @@ def _check_finite(logps: list[float], name: str) -> None:
             f"the reference must have finite log-probs, it gives {bad[0]} for {len(bad)} responses of a batch of the"
             f" {name} dataset; it may overflow in this dtype"
         )
+
+
+def _check_same_everywhere(key: str) -> None:
+    """Refuses processes that would cache different models, as where only the first has loaded the weights."""
+    if len(set(_gathered(key))) > 1:
+        raise ValueError(
+            "the reference must have the same weights in every process to be cached; where FSDP loads them in one"
+            " process only, run `fastdpo precompute` first or set fsdp's cpu_ram_efficient_loading to false"
+        )
+
+
+def _gathered(key: str) -> list[str]:
+    keys = [key] * _process()[1]
+    if len(keys) > 1:
+        torch.distributed.all_gather_object(keys, key)
+    return keys
 
 
 def _process() -> tuple[int, int]:

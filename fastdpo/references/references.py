@@ -50,7 +50,13 @@ class FrozenReference:
 
 @dataclass
 class AdapterReference:
-    """The policy without its adapter (PEFT), or with the frozen adapter `ref` where training started from one."""
+    """The policy without its adapter (PEFT), or with the frozen adapter `ref` where training started from one.
+
+    Its rows go through the head before the policy's and not in one launch with them: the gradient is made in forward,
+    where rows of the reference would take a share of the workspace, and on a GPU of the products, that only the
+    policy's rows need. Measured on a CPU core (V = 32,000, 240 to 960 rows each), one launch took 1.02 to 1.7 times
+    as long as two.
+    """
 
     peft_model: nn.Module
     impl: str = "auto"

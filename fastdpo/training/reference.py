@@ -218,7 +218,8 @@ def asked_once(
     """
     if ref_model is None:
         assert policy is not None
-        yield _start_of(policy, args)
+        with _moved(policy, args):
+            yield _start_of(policy, args)
         return
     with tempfile.TemporaryDirectory(prefix="fastdpo_offload_", ignore_cleanup_errors=True) as folder:
         model = _loaded(args, ref_model, folder, quantization_config)
@@ -227,6 +228,20 @@ def asked_once(
             check_beside_policy(model, policy)
         with _on_device(args, model) as is_offloaded:
             yield AskedOnce(FrozenReference(prepare_model(model), impl=args.impl), model, is_offloaded=is_offloaded)
+
+
+@contextmanager
+def _moved(model: nn.Module, args: DPOConfig) -> Iterator[None]:
+    """The model on the training device, and then back where it was (FSDP takes policies from the CPU)."""
+    came_on = next(model.parameters()).device
+    if came_on.type == args.device.type:
+        yield
+        return
+    model.to(args.device)
+    try:
+        yield
+    finally:
+        model.to(came_on)
 
 
 def give_memory_back() -> None:
@@ -243,10 +258,8 @@ def _on_device(args: DPOConfig, model: nn.Module) -> Iterator[bool]:
         yield any(hasattr(module, "_hf_hook") for module in model.modules())
         return
     if not too_large_to_hold(args, model, None):
-        came_on = next(model.parameters()).device
-        model.to(args.device)
-        yield False
-        model.to(came_on)
+        with _moved(model, args):
+            yield False
         return
     from accelerate import cpu_offload
     from accelerate.hooks import remove_hook_from_submodules

@@ -262,6 +262,7 @@ def test_a_killed_run_resumes_without_computing_again_what_it_had(dataset, tmp_p
 def test_each_of_two_processes_computes_its_share(dataset, tmp_path, monkeypatch):
     """Without process groups: the two take turns, and the first finds that the folder lacks the other's rows."""
     monkeypatch.setattr(precompute, "_wait_for_all", lambda: None)
+    monkeypatch.setattr(precompute, "_gathered", lambda key: [key, key])
     both = []
     for index in (0, 1):
         monkeypatch.setattr(precompute, "_process", lambda index=index: (index, 2))
@@ -275,6 +276,14 @@ def test_each_of_two_processes_computes_its_share(dataset, tmp_path, monkeypatch
     assert both[0].num_sequences + both[1].num_sequences == 80
     assert 20 < both[0].num_sequences < 60
     assert filled["ref_logps"][5] == pytest.approx(separately(asked.model, dataset[5]), abs=1e-5)
+
+
+def test_processes_that_hold_different_references_are_refused(dataset, tmp_path, monkeypatch):
+    asked = Counting()
+    monkeypatch.setattr(precompute, "_gathered", lambda key: [key, "another"])
+    with pytest.raises(ValueError, match="must have the same weights in every process"):
+        fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+    assert not asked.batches
 
 
 def test_groups_read_from_arrow_are_those_of_the_rows(dataset):
