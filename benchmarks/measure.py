@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+
+from fastdpo.evidence.memory import peak_live_bytes
 
 # Methods of very different appetite share one process; without this the allocator's leftovers of one stop the next.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -75,30 +75,8 @@ def elapsed_ms(function: Callable[[], Any]) -> float:
 
 
 def peak_mib(function: Callable[[], Any]) -> float:
-    """The most MiB that one call holds at a time beyond what was there before, its results included.
-
-    On a GPU the caching allocator's own peak. On a CPU every allocation and release that PyTorch's allocator reports to
-    its profiler, summed in order: tensors, not what a library allocates behind PyTorch's back.
-    """
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        results = function()
-        torch.cuda.synchronize()
-        del results
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        results = function()
-    del results
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events = [e for e in events if e.device_type() == DeviceType.CPU]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak / MIB
+    """The most MiB that one call holds at a time beyond what was there before, its results included."""
+    return peak_live_bytes(function, "cuda" if torch.cuda.is_available() else "cpu") / MIB
 
 
 def matmul_shape(num_rows: int, hidden_size: int, vocab_size: int) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BETA = 0.1
-CHECK_ROWS = 128
+CHECK_ROWS = 1280 if torch.cuda.is_available() else 320  # more than fit one workspace at the largest vocabularies
 CHECK_BLOCK = 16384  # vocabulary ids of dW that are in fp64 at a time
 
 

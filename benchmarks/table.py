@@ -115,7 +115,8 @@ def distribution_of(record: Record) -> str:
 def skipping_table(order: str, records: list[Record]) -> str:
     lines = [
         f"ids {order} ({records[0]['runs']} runs)\n",
-        "| tolerance | ms | min to max | of exact | promised | kept tiles | kept, rows unsorted | dH error | dW error | of bound |",
+        "| tolerance | ms | min to max | of exact | promised | kept tiles | kept, rows unsorted "
+        "| dH error | dW error | of bound |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(records, key=lambda r: r["tolerance"]):

@@ -7,7 +7,7 @@ reference that is missing, half given, given twice or not to be used.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,8 @@ class LinearDPOLoss(nn.Module):
         loss_type: a name in `fastdpo.LOSSES`.
         label_smoothing: probability of a flipped label, for "sigmoid", "robust" and "exo_pair".
         discopop_tau: temperature of "discopop".
-        skip_tolerance, impl: as in `linear_logps`.
+        skip_tolerance, workspace_bytes, impl: as in `linear_logps`; without skipping all gradients must be asked for in
+            one backward where the inputs are fp32.
     Raises:
         ValueError: a setting that the loss cannot use.
     """
@@ -60,6 +61,7 @@ class LinearDPOLoss(nn.Module):
         discopop_tau: float = 0.05,
         *,
         skip_tolerance: float = 0.0,
+        workspace_bytes: int | None = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -68,7 +70,7 @@ class LinearDPOLoss(nn.Module):
         self.compiled, self.chunk_size = compiled, chunk_size
         self.loss_type, self.beta = loss_type, beta
         self.label_smoothing, self.discopop_tau = label_smoothing, discopop_tau
-        self.skip_tolerance, self.impl = skip_tolerance, impl
+        self.skip_tolerance, self.workspace_bytes, self.impl = skip_tolerance, workspace_bytes, impl
         check_loss_settings(loss_type, self)
         if loss_type == "ipo" and average_log_prob:
             raise ValueError("average_log_prob must be False for loss_type 'ipo', which averages per token by itself")
@@ -127,10 +129,11 @@ class LinearDPOLoss(nn.Module):
             return share
 
         args = (rows.take(hidden), lm_head_weight, rows.labels, rows.cu_seqlens)
+        settings: dict[str, Any] = {"bias": bias, "workspace_bytes": self.workspace_bytes, "impl": self.impl}
         if self.skip_tolerance == 0 and self.impl != "reference":
-            loss, found = sequence_loss(*args, rows.pair_ends, share_of_loss, bias=bias, impl=self.impl)
+            loss, found = sequence_loss(*args, rows.pair_ends, share_of_loss, **settings)
         else:
-            found = sequence_logps(*args, bias=bias, skip_tolerance=self.skip_tolerance, impl=self.impl)
+            found = sequence_logps(*args, skip_tolerance=self.skip_tolerance, **settings)
             loss = share_of_loss(found.sums, found.lengths, slice(None))
 
         with torch.no_grad():
@@ -210,7 +213,7 @@ class _Rows(NamedTuple):
     cu_seqlens: Tensor  # (2B + 1,)
     pair_ends: list[GroupEnd]
     num_chosen_tokens: Tensor  # ()
-    positions: tuple[Tensor, ...] | None  # (T,) pairs, halves and offsets of the rows; None takes every position
+    positions: Tensor | None  # (T,) of the rows in the flat (2B * L,) batch; None takes every position
 
     @classmethod
     def of(cls, labels: Tensor) -> _Rows:
@@ -223,19 +226,21 @@ class _Rows(NamedTuple):
         keep = labels != IGNORE_INDEX
         num_chosen_tokens = keep[:, 0].sum()
         if not torch.compiler.is_compiling():
-            positions = keep.nonzero(as_tuple=True)
-            if positions[0].shape[0] < labels.numel():
+            kept = keep.flatten().nonzero()[:, 0]
+            if kept.shape[0] < labels.numel():
                 cu_seqlens = F.pad(keep.sum(2).flatten().cumsum(0), (1, 0))
                 ends = [GroupEnd(end, end, 2 * (i + 1)) for i, end in enumerate(cu_seqlens[2::2].tolist())]
-                return cls(labels[positions], cu_seqlens, ends, num_chosen_tokens, positions)
+                place = torch.arange(labels.numel(), device=labels.device).view(2, num_pairs, length).transpose(0, 1)
+                return cls(labels.flatten()[kept], cu_seqlens, ends, num_chosen_tokens, place.flatten()[kept])
         cu_seqlens = torch.arange(2 * num_pairs + 1, device=labels.device) * length
         ends = [GroupEnd(2 * i * length, 2 * i * length, 2 * i) for i in range(1, num_pairs + 1)]
         return cls(labels.flatten(), cu_seqlens, ends, num_chosen_tokens, None)
 
     def take(self, hidden: Tensor) -> Tensor:
         """(T, H) rows of (2B, L, H) hidden states."""
-        hidden = hidden.unflatten(0, (2, len(hidden) // 2)).transpose(0, 1)  # (B, 2, L, H)
-        return hidden.flatten(0, 2) if self.positions is None else hidden[self.positions]
+        if self.positions is not None:
+            return hidden.flatten(0, 1).index_select(0, self.positions)
+        return hidden.unflatten(0, (2, len(hidden) // 2)).transpose(0, 1).flatten(0, 2)
 
 
 def _mean_logits(weight: Tensor, hidden: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,8 @@ def hidden_grad_in_forward(
     if T == 0:
         return engine.forward(hidden_states, lm_head_weight, bias, labels, head), _sums_like(hidden_states)
     grads = RowGradients(hidden_states, lm_head_weight, bias, (True, False, False))
-    chunks = list(even_chunks(slice(0, T), max_chunk_rows(lm_head_weight, engine)))
+    most = max_chunk_rows(lm_head_weight, engine, head.workspace_bytes)
+    chunks = list(even_chunks(slice(0, T), most))
     space = workspace(chunks[0].stop, lm_head_weight, engine)
     found = []
     for rows in chunks:
@@ -92,9 +93,10 @@ class RowGradients:
             kept = scale.nonzero()[:, 0]
             if len(kept) < len(scale):
                 for new, old in enumerate(kept.tolist()):
-                    d[new].copy_(d[old])
+                    if new < old:
+                        d[new].copy_(d[old])
                 if hidden is not None:
-                    some = torch.empty(len(kept), hidden.shape[1], dtype=hidden.dtype)
+                    some = hidden.new_empty(len(kept), hidden.shape[1])
                     self._add(hidden_states[kept], d[: len(kept)], scale[kept], some)
                     hidden.zero_().index_copy_(0, kept, some)
                 else:

@@ -23,18 +23,16 @@ from fastdpo.ops.tiled_skipping import tiled_skipping_gradients
 class Engine(NamedTuple):
     """T rows, V vocabulary; `head` is a Head, `bias` may be None."""
 
-    forward: Callable[
-        ..., dict[str, Tensor]
-    ]  # (hidden_states, lm_head_weight, bias, labels, head) -> values, each (T,)
+    # (hidden_states, lm_head_weight, bias, labels, head) -> values, each (T,)
+    forward: Callable[..., dict[str, Tensor]]
     # (out, hidden_states, lm_head_weight, bias, labels, head): the same, and D, eq. (9), of all rows into out (T, V)
     forward_with_grads: Callable[..., dict[str, Tensor]]
-    logit_grads: Callable[..., LogitGrads]  # (hidden_states, lm_head_weight, bias, labels, lse, head)
-    # (hidden_states, lm_head_weight, bias, labels, lse, head, row_scale, kept, *dtypes) -> dH, dW, db without what is
-    # not kept
+    # (hidden_states, lm_head_weight, bias, labels, lse, head, row_scale)
+    logit_grads: Callable[..., LogitGrads]
+    # (hidden_states, lm_head_weight, bias, labels, lse, head, row_scale, kept, *dtypes) -> dH, dW, db over kept tiles
     skipping_gradients: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
-    skip_blocks: Callable[
-        [Tensor], tuple[int, int]
-    ]  # (hidden_states) -> rows and vocabulary ids of what is skipped at once
+    # (hidden_states) -> rows and vocabulary ids of what is kept or dropped at once
+    skip_blocks: Callable[[Tensor], tuple[int, int]]
     grads_dtype: Callable[[torch.dtype], torch.dtype]  # of D in `out`, from the operands' dtype
     row_multiple: int  # elements: what rows of `out` are padded to
     workspace_bytes: int  # default size of `out`

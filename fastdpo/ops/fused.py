@@ -11,20 +11,19 @@ from torch import Tensor
 
 from fastdpo.kernels import forward as forward_kernels
 from fastdpo.kernels import launch
-from fastdpo.kernels.backward import fill_logit_grads
+from fastdpo.kernels.backward import fill_logit_grads, power_of_two
 from fastdpo.ops.head import Head, SplitLse, Tiling, padded
 
 BLOCK_ROWS = 8192
-MAX_TILE_ELEMENTS = 2**26  # 128 MiB of bf16 gradients: with wide blocks dH and dW are read and written less often
-MAX_WEIGHT_ELEMENTS = 2**25  # 128 MiB for the fp32 sums of one block of dW
 ROW_MULTIPLE = 16  # elements: rows of D that begin at multiples of it are stored and multiplied in wide words
-WORKSPACE_BYTES = 2**28  # for D of the rows whose gradients are made in forward
+WORKSPACE_BYTES = 2**28  # by default
 
 
-def choose_tiling(hidden_states: Tensor, lm_head_weight: Tensor) -> Tiling:
-    """The blocks of the backward pass."""
+def choose_tiling(hidden_states: Tensor, lm_head_weight: Tensor, workspace_bytes: int | None = None) -> Tiling:
+    """The blocks of the backward pass. Half of the workspace is for D, half for the fp32 sums of one block of dW."""
     (T, H), V = hidden_states.shape, lm_head_weight.shape[0]
-    return Tiling.within(T, H, V, BLOCK_ROWS, MAX_TILE_ELEMENTS, MAX_WEIGHT_ELEMENTS, multiple=256)
+    half = (WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes) // 2
+    return Tiling.within(T, H, V, BLOCK_ROWS, half // hidden_states.dtype.itemsize, half // 4, multiple=256)
 
 
 def skip_blocks(hidden_states: Tensor) -> tuple[int, int]:
@@ -80,6 +79,7 @@ def fused_skipping_gradients(
     from fastdpo.kernels.sparse import sparse_head_gradients
 
     block_rows, block_vocab = skip_blocks(hidden_states)
+    workspace_bytes = WORKSPACE_BYTES if head.workspace_bytes is None else head.workspace_bytes
     with _device(hidden_states):
         return sparse_head_gradients(
             hidden_states,
@@ -97,12 +97,12 @@ def fused_skipping_gradients(
             hidden_dtype=hidden_dtype,
             weight_dtype=weight_dtype,
             bias_dtype=bias_dtype,
-            max_tile_elements=MAX_TILE_ELEMENTS,
+            max_tile_elements=workspace_bytes // 2 // hidden_states.dtype.itemsize,
         )
 
 
 class FusedLogitGrads:
-    """Fills tiles of the logits' gradient, eq. (9), by computing the logits once more."""
+    """Fills tiles of the logits' gradient, c D of eq. (9) and (10), by computing the logits once more."""
 
     def __init__(
         self,
@@ -112,9 +112,12 @@ class FusedLogitGrads:
         labels: Tensor,
         lse: SplitLse,
         head: Head,
+        row_scale: Tensor,
     ):
-        self.tiling = choose_tiling(hidden_states, lm_head_weight)
+        self.tiling = choose_tiling(hidden_states, lm_head_weight, head.workspace_bytes)
         self.hidden_states, self.lm_head_weight, self.lse, self.head = hidden_states, lm_head_weight, lse, head
+        self.unit = power_of_two(row_scale) if hidden_states.dtype == torch.float16 else None  # fp16 keeps its range
+        self.row_scale = row_scale if self.unit is None else row_scale / self.unit
         self.labels = labels.contiguous()
         self.bias = None if bias is None else bias.contiguous()
         width = padded(min(self.tiling.block_vocab, self.tiling.num_vocab), ROW_MULTIPLE)
@@ -134,6 +137,7 @@ class FusedLogitGrads:
                 self.labels[rows],
                 self.lse.whole[rows],
                 self.lse.rest[rows],
+                self.row_scale[rows],
                 vocab.start,
                 self.lm_head_weight.shape[0],
                 self.head.logit_scale,

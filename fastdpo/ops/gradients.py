@@ -1,9 +1,8 @@
 """dH, dW and db from tiles of the logits' gradient, whoever fills the tiles.
 
-With `D = (softmax(z) - onehot) * exp(lse_rest)` times the derivative of the softcap, and
-`c_t = -g_t * logit_scale * exp(-lse_rest_t)`, eq. (9) to (12):
+With D of eq. (9) and the row factors c of eq. (10), where a tile is `c D / unit`, eq. (11) and (12):
 
-    dH = c * (D @ W)        dW = D.T @ (c * H)        db = D.T @ c
+    dH = unit (c D / unit) @ W        dW = unit (c D / unit).T @ H        db = unit sum_t (c D / unit)
 
 Tiles walk the vocabulary outside and the rows inside, so that a block of dW is finished before the next one starts: it
 is summed in fp32 in one block of scratch and cast once. Only the gradients asked for are allocated or computed.
@@ -24,16 +23,16 @@ class LogitGrads(Protocol):
     """Something that recomputes logits tile by tile."""
 
     tiling: Tiling
+    unit: Tensor | None  # (1,) what tiles are divided by; None: 1
 
     def tile(self, rows: slice, vocab: slice, weight: Tensor) -> Tensor:
-        """D over the tile, (block_rows, block_vocab), in the dtype of `weight`, which is operand(W[vocab])."""
+        """c D / unit over the tile, (block_rows, block_vocab), in the dtype of `weight`, which is operand(W[vocab])."""
 
 
 def head_gradients(
     logit_grads: LogitGrads,
     hidden_states: Tensor,  # (T, H)
     lm_head_weight: Tensor,  # (V, H)
-    row_scale: Tensor,  # (T,) c in eq. (10), fp32 or fp64; 0 in ignored rows
     hidden_dtype: torch.dtype | None,  # of dH; None: not wanted
     weight_dtype: torch.dtype | None,  # of dW
     bias_dtype: torch.dtype | None,  # of db
@@ -60,15 +59,25 @@ def head_gradients(
             if grad_hidden is not None:
                 matmul_into(grad_hidden[rows], d, weight, beta=0.0 if vocab.start == 0 else 1.0)
             if grad_weight is not None:
-                scaled = (hidden_states[rows] * row_scale[rows, None]).to(weight.dtype)
-                matmul_into(block, d.T, scaled, beta=0.0 if rows.start == 0 else 1.0)
+                matmul_into(block, d.T, operand(hidden_states[rows]), beta=0.0 if rows.start == 0 else 1.0)
             if grad_bias is not None:
-                grad_bias[vocab] += row_scale[rows] @ d.to(acc_dtype)
-        if grad_weight is not None and scratch is not None:
-            grad_weight[vocab] = block
+                grad_bias[vocab] += d.sum(0, dtype=acc_dtype)
+        if grad_weight is not None:
+            _finish(block, logit_grads.unit, grad_weight[vocab])
         del weight  # where it is a cast, before the next one is made
     if grad_weight is not None and tiling.num_rows == 0:
         grad_weight.zero_()
-    if grad_hidden is not None:
-        grad_hidden = grad_hidden.mul_(row_scale[:, None]).to(hidden_dtype)
-    return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias_dtype)
+    return (
+        None if grad_hidden is None else _finish(grad_hidden, logit_grads.unit, dtype=hidden_dtype),
+        grad_weight,
+        None if grad_bias is None else _finish(grad_bias, logit_grads.unit, dtype=bias_dtype),
+    )
+
+
+def _finish(sums: Tensor, unit: Tensor | None, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """`unit * sums` in `out` or as a tensor of `dtype`, rounded once; in place where that is possible."""
+    if out is None:
+        out = sums if sums.dtype == dtype else torch.empty_like(sums, dtype=dtype)
+    if unit is not None:
+        return torch.mul(sums, unit, out=out)
+    return out if out.data_ptr() == sums.data_ptr() else out.copy_(sums)

@@ -27,6 +27,7 @@ class Head:
     softcap: float | None = None
     outputs: tuple[str, ...] = ()  # statistics asked for, out of TOKEN_OUTPUTS
     skip_tolerance: float = 0.0  # probability mass that backward may drop per row
+    workspace_bytes: int | None = None  # for what lives during a pass alone; None: the implementation's default
 
 
 class SplitLse(NamedTuple):

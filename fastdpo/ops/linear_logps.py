@@ -27,6 +27,7 @@ def linear_logps(
     softcap: float | None = None,
     outputs: Sequence[str] = (),
     skip_tolerance: float = 0.0,
+    workspace_bytes: int | None = None,
     impl: str = "auto",
 ) -> TokenLogps:
     """Log-probability of each label under the softmax of the head's logits, in nats, without materializing the logits.
@@ -47,21 +48,25 @@ def linear_logps(
             the log-probs, row t of dH is off by at most `|g_t| |logit_scale| q max_v |W_v|`, and dW by at most
             `sum_t |g_t| |logit_scale| q |h_t|` (Frobenius). Rows of dW that were skipped everywhere are exactly zero,
             which Adam does not treat as small. 0.0 is exact. A model with random weights has nothing to skip.
+        workspace_bytes: what may be allocated during a pass beyond gradients and their fp32 sums; by default at most
+            256 MiB on a GPU and 32 MiB on a CPU. More of it saves reading and writing those sums.
         impl: "triton", "tiled" (pure PyTorch, any device), "reference" (plain PyTorch, builds the logits), or "auto":
             triton on CUDA where it is installed and takes the dtype, else tiled. A named impl never falls back.
     Returns:
         TokenLogps with logps (T,) fp32 (fp64 for fp64 inputs), differentiable in hidden_states, lm_head_weight and
-        bias; each gradient in its input's dtype, summed in fp32 and cast once. One derivative only.
+        bias; each gradient in its input's dtype, summed in fp32 and cast once. One derivative only, by autograd (not
+        torch.func).
     Raises:
         ValueError: shapes, dtypes or devices disagree, a setting is out of its range, a named impl cannot run here, or
             (on the CPU) a label lies outside [0, V). On a GPU such a label is never read out of bounds and costs no
             synchronization: its log-prob and the gradients that it reaches become nan.
     """
     outputs = (outputs,) if isinstance(outputs, str) else tuple(dict.fromkeys(outputs))
-    check_settings(logit_scale, softcap, outputs, skip_tolerance, impl)
+    check_settings(logit_scale, softcap, outputs, skip_tolerance, workspace_bytes, impl)
     check_head(hidden_states, lm_head_weight, labels, bias)
     dtype = operand_dtype(hidden_states, lm_head_weight, bias)
-    head = Head(float(logit_scale), None if softcap is None else float(softcap), outputs, float(skip_tolerance))
+    softcap = None if softcap is None else float(softcap)
+    head = Head(float(logit_scale), softcap, outputs, float(skip_tolerance), workspace_bytes)
     labels = labels.to(torch.int64)
 
     if impl == "reference":

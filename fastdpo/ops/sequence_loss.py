@@ -76,17 +76,19 @@ def sequence_loss(
     Returns:
         The loss, () fp32 (fp64 for fp64 inputs), differentiable in hidden_states, lm_head_weight and bias; and
         SequenceLogps without gradient. A row whose upstream gradient is below half a unit in the last place of its
-        chunk's largest costs no backward and gets none.
+        chunk's largest gets none; on a CPU it costs none either. Differentiable once; where the inputs are fp32, all
+        gradients must be asked for in one backward.
     """
     outputs = (outputs,) if isinstance(outputs, str) else tuple(dict.fromkeys(outputs))
-    check_settings(logit_scale, softcap, outputs, 0.0, impl)
+    check_settings(logit_scale, softcap, outputs, 0.0, workspace_bytes, impl)
     check_head(hidden_states, lm_head_weight, labels, bias)
     check_sequences(cu_seqlens, rows, weights, labels)
     if impl == "reference":
         raise ValueError('impl must be "auto", "triton" or "tiled", got \'reference\': it makes no gradient in forward')
     labels, cu_seqlens = labels.to(torch.int64), cu_seqlens.to(torch.int64)
+    rows = None if rows is None else rows.to(torch.int64)
     group_ends = [GroupEnd(*end) for end in group_ends]
-    _check_group_ends(group_ends, labels, cu_seqlens, len(labels) if rows is None else len(rows))
+    _check_group_ends(group_ends, labels, cu_seqlens, rows)
     keep = labels != IGNORE_INDEX
     num_kept = pad((keep if rows is None else keep[rows]).cumsum(0), (1, 0))
     lengths = num_kept[cu_seqlens[1:]] - num_kept[cu_seqlens[:-1]]
@@ -107,12 +109,14 @@ def sequence_loss(
     in_forward = torch.is_grad_enabled() and any(x.requires_grad for x in floats) and not torch.compiler.is_compiling()
     if in_forward:
         dtype = operand_dtype(hidden_states, lm_head_weight, bias)
-        head = Head(float(logit_scale), None if softcap is None else float(softcap), outputs)
-        plan = _Plan(head, resolve_impl(impl, labels.device, dtype), dtype, group_ends, chunk_loss, workspace_bytes)
+        softcap = None if softcap is None else float(softcap)
+        head = Head(float(logit_scale), softcap, outputs, workspace_bytes=workspace_bytes)
+        plan = _Plan(head, resolve_impl(impl, labels.device, dtype), dtype, group_ends, chunk_loss)
         loss, logps, *statistics = _LossInForward.apply(hidden_states, lm_head_weight, bias, labels, plan)
         tokens = TokenLogps(logps, **dict(zip(outputs, statistics, strict=True)))
     else:
         settings: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap, "outputs": outputs}
+        settings["workspace_bytes"] = workspace_bytes
         tokens = linear_logps(hidden_states, lm_head_weight, labels, impl=impl, **settings)
         loss = chunk_loss(tokens.logps, everything)
         tokens = replace(tokens, logps=tokens.logps.detach())
@@ -128,7 +132,6 @@ class _Plan:
     dtype: torch.dtype  # of the matmuls' operands
     group_ends: Sequence[GroupEnd]
     chunk_loss: Callable[[Tensor, _Chunk], Tensor]  # (logps of the chunk's rows, chunk) -> ()
-    workspace_bytes: int | None
 
 
 class _LossInForward(torch.autograd.Function):
@@ -146,7 +149,7 @@ class _LossInForward(torch.autograd.Function):
                 None if bias is None else bias.to(plan.dtype),
             )
             grads = RowGradients(h, w, b, ctx.needs_input_grad[:3])
-            most = max_chunk_rows(w, engine, plan.workspace_bytes)
+            most = max_chunk_rows(w, engine, plan.head.workspace_bytes)
             space = workspace(min(most, len(labels)), w, engine)
             losses, found = [], []
             for chunk in _chunks(plan.group_ends, most):
@@ -168,6 +171,7 @@ class _LossInForward(torch.autograd.Function):
                         lse_rest = again["lse_rest"]
                     grads.add(some, d, row_scale(grad_logps[within], lse_rest, labels[some], plan.head))
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        ctx.scaled_in_place = False
         ctx.save_for_backward(*grads.finish())
         outputs = [torch.cat([values[name] for values in found]) for name in ("logps", *plan.head.outputs)]
         ctx.mark_non_differentiable(*outputs)
@@ -176,9 +180,20 @@ class _LossInForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss, *_):  # type: ignore[override]
-        # In place: a second backward through the same graph is an error of autograd's, as without retain_graph.
-        grads = [None if x is None else x.mul_(grad_loss) for x in ctx.saved_tensors]
-        return (*(None if x is None else x.to(dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)), None, None)
+        if ctx.scaled_in_place:
+            raise RuntimeError(
+                "sequence_loss makes its gradients once, in forward: ask for all of them in one backward"
+            )
+        grads: list[Tensor | None] = []
+        for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            if x is None:
+                grads.append(None)
+            elif x.dtype == dtype:  # in place: a second copy of dW would be the largest tensor of all
+                ctx.scaled_in_place = True
+                grads.append(x.mul_(grad_loss))
+            else:  # scaled and cast in one pass
+                grads.append(torch.mul(x, grad_loss, out=torch.empty_like(x, dtype=dtype)))
+        return (*grads, None, None)
 
 
 def _weigh(logps: Tensor, chunk: _Chunk, chunk_loss: Callable[[Tensor, _Chunk], Tensor]) -> tuple[Tensor, Tensor]:
@@ -188,8 +203,8 @@ def _weigh(logps: Tensor, chunk: _Chunk, chunk_loss: Callable[[Tensor, _Chunk], 
         loss = chunk_loss(leaf, chunk)
         (grad,) = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)
     if len(grad):
-        negligible = grad.abs() <= grad.abs().amax() * (torch.finfo(grad.dtype).eps / 2)
-        grad = grad.masked_fill(negligible, 0.0)
+        bound = grad.abs().amax() * (torch.finfo(grad.dtype).eps / 2)
+        grad = grad.masked_fill((grad.abs() <= bound) & bound.isfinite(), 0.0)
     return loss.detach(), grad
 
 
@@ -203,11 +218,20 @@ def _chunks(group_ends: Sequence[GroupEnd], most_rows: int) -> Iterator[_Chunk]:
             start, first = end, group + 1
 
 
-def _check_group_ends(group_ends: Sequence[GroupEnd], labels: Tensor, cu_seqlens: Tensor, num_tokens: int) -> None:
-    totals = GroupEnd(len(labels), num_tokens, len(cu_seqlens) - 1)
+def _check_group_ends(group_ends: Sequence[GroupEnd], labels: Tensor, cu_seqlens: Tensor, rows: Tensor | None) -> None:
+    totals = GroupEnd(len(labels), len(labels) if rows is None else len(rows), len(cu_seqlens) - 1)
     starts = [GroupEnd(0, 0, 0), *group_ends]
     rises = all(a <= b for x, y in pairwise(starts) for a, b in zip(x, y, strict=True))
-    if not group_ends or not rises or tuple(group_ends[-1]) != totals:
+    if not group_ends or not rises or group_ends[-1] != totals:
         raise ValueError(
             f"group_ends must rise to {totals}, the rows, tokens and sequences there are, got {group_ends}"
         )
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    ends = cu_seqlens[[end.sequence for end in group_ends]].tolist()
+    if ends != [end.token for end in group_ends]:
+        raise ValueError(f"group_ends must end where its sequences do, at tokens {ends}, got {group_ends}")
+    for start, end in pairwise(starts):
+        own = torch.arange(start.token, end.token) if rows is None else rows[start.token : end.token]
+        if len(own) and not (start.row <= int(own.min()) and int(own.max()) < end.row):
+            raise ValueError(f"rows of a group must be its own, {start.row} to {end.row}, got {own.tolist()}")

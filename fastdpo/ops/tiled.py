@@ -24,10 +24,13 @@ SKIP_ROWS, SKIP_VOCAB = 128, 128  # what skipping keeps or drops at once
 EXP_FLOOR = -1000.0  # exp of it is 0 in fp32 and fp64, while 0 * EXP_FLOOR stays 0 (0 * -inf would be nan)
 
 
-def choose_tiling(hidden_states: Tensor, lm_head_weight: Tensor) -> Tiling:
-    """The tiles of both passes."""
+def choose_tiling(hidden_states: Tensor, lm_head_weight: Tensor, workspace_bytes: int | None = None) -> Tiling:
+    """The tiles of both passes: half of a given workspace for logits, half for rows of the weight or its gradient."""
     (T, H), V = hidden_states.shape, lm_head_weight.shape[0]
-    return Tiling.within(T, H, V, BLOCK_ROWS, MAX_TILE_ELEMENTS, MAX_WEIGHT_ELEMENTS)
+    tile, weight = MAX_TILE_ELEMENTS, MAX_WEIGHT_ELEMENTS
+    if workspace_bytes is not None:
+        tile = weight = workspace_bytes // 2 // accumulator_dtype(hidden_states.dtype).itemsize
+    return Tiling.within(T, H, V, BLOCK_ROWS, tile, weight)
 
 
 def skip_blocks(hidden_states: Tensor) -> tuple[int, int]:
@@ -45,7 +48,7 @@ def tiled_forward(
 
     Where tiles may be skipped also TILE_SUMS, of tiles of SKIP_VOCAB.
     """
-    tiling = choose_tiling(hidden_states, lm_head_weight)
+    tiling = choose_tiling(hidden_states, lm_head_weight, head.workspace_bytes)
     if head.skip_tolerance > 0:
         tiling = replace(tiling, block_vocab=-(-tiling.block_vocab // SKIP_VOCAB) * SKIP_VOCAB)
     state = _RowState(hidden_states, lm_head_weight, labels, head)
@@ -131,7 +134,9 @@ class _RowState:
 
 
 class TiledLogitGrads:
-    """Fills tiles of the logits' gradient, eq. (9), by computing the logits once more."""
+    """Fills tiles of the logits' gradient, c D of eq. (9) and (10), by computing the logits once more."""
+
+    unit: Tensor | None = None  # sums are fp32 or fp64 here, which have range enough
 
     def __init__(
         self,
@@ -141,9 +146,10 @@ class TiledLogitGrads:
         labels: Tensor,
         lse: SplitLse,
         head: Head,
+        row_scale: Tensor,
     ):
-        self.tiling = choose_tiling(hidden_states, lm_head_weight)
-        self.bias = bias
+        self.tiling = choose_tiling(hidden_states, lm_head_weight, head.workspace_bytes)
+        self.bias, self.row_scale = bias, row_scale
         self.rows = GradRows(hidden_states, labels, lse, head, lm_head_weight.shape[0])
         self.scratch = _scratch(self.tiling, lse.whole)
         self.second = _scratch(self.tiling, lse.whole) if head.softcap is not None else None
@@ -154,7 +160,7 @@ class TiledLogitGrads:
         slope = None if self.second is None else _tile(self.second, rows, vocab)
         column, inside = _label_columns(self.rows.labels[rows], vocab)
         self.rows.fill(out, rows, weight, None if self.bias is None else self.bias[vocab], column, inside, slope)
-        return out.to(weight.dtype)
+        return out.mul_(self.row_scale[rows, None]).to(weight.dtype)
 
 
 class GradRows:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdpo.ops.head import Head, SplitLse
 from fastdpo.ops.matmul import accumulator_dtype, matmul_into, operand
-from fastdpo.ops.tiled import MAX_TILE_ELEMENTS, SKIP_ROWS, SKIP_VOCAB, GradRows
+from fastdpo.ops.tiled import MAX_TILE_ELEMENTS, MAX_WEIGHT_ELEMENTS, SKIP_ROWS, SKIP_VOCAB, GradRows
 
 
 def tiled_skipping_gradients(
@@ -44,6 +44,7 @@ def tiled_skipping_gradients(
     ids = torch.arange(kept.shape[1] * SKIP_VOCAB, device=device).view(-1, SKIP_VOCAB)
     scratch = torch.empty(MAX_TILE_ELEMENTS, dtype=acc_dtype, device=device)
     second = torch.empty_like(scratch) if head.softcap is not None else None
+    most_columns = MAX_WEIGHT_ELEMENTS // hidden_states.shape[1]
     for number, start in enumerate(range(0, T, SKIP_ROWS)):
         rows = start + row_scale[start : start + SKIP_ROWS].nonzero()[:, 0]  # nan counts as not zero
         if len(rows) == 0:
@@ -51,7 +52,7 @@ def tiled_skipping_gradients(
         scaled = hidden_states[rows] * row_scale[rows, None]
         row_grads = torch.zeros(len(rows), hidden_states.shape[1], dtype=acc_dtype, device=device)
         columns = ids[kept[number]].flatten()
-        for some in columns[columns < V].split(MAX_TILE_ELEMENTS // len(rows)):
+        for some in columns[columns < V].split(max(1, min(MAX_TILE_ELEMENTS // len(rows), most_columns))):
             weight = operand(lm_head_weight[some])
             column = torch.searchsorted(some, labels[rows]).clamp_(max=len(some) - 1)
             d, slope = (
@@ -67,8 +68,10 @@ def tiled_skipping_gradients(
                 product = torch.empty(len(some), weight.shape[1], dtype=acc_dtype, device=device)
                 matmul_into(product, d.T, scaled.to(weight.dtype))
                 grad_weight.index_add_(0, some, product)
+                del product
             if grad_bias is not None:
                 grad_bias.index_add_(0, some, row_scale[rows] @ d.to(acc_dtype))
+            del weight  # and the product above: before the next ones are made
         if grad_hidden is not None:
             grad_hidden[rows] = row_grads * row_scale[rows, None]
     return tuple(

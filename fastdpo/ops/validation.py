@@ -54,7 +54,12 @@ def check_labels(labels: Tensor, num_vocab: int) -> None:
 
 
 def check_settings(
-    logit_scale: float, softcap: float | None, outputs: tuple[str, ...], skip_tolerance: float, impl: str
+    logit_scale: float,
+    softcap: float | None,
+    outputs: tuple[str, ...],
+    skip_tolerance: float,
+    workspace_bytes: int | None,
+    impl: str,
 ) -> None:
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
@@ -67,6 +72,8 @@ def check_settings(
         raise ValueError(f"softcap must be a positive finite number or None, got {softcap}")
     if not 0.0 <= skip_tolerance < 1.0:
         raise ValueError(f"skip_tolerance must be a probability mass in [0, 1), got {skip_tolerance}")
+    if workspace_bytes is not None and workspace_bytes < 1:
+        raise ValueError(f"workspace_bytes must be a positive number of bytes or None, got {workspace_bytes}")
     if skip_tolerance > 0.0 and impl == "reference":
         raise ValueError(f'skip_tolerance must be 0.0 for impl="reference", which is exact, got {skip_tolerance}')
 

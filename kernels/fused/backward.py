@@ -1,11 +1,14 @@
 """Backward of the head op: one tile of the logits' gradient, recomputed from hidden states, head weight and lse.
 
-In: what forward saw, and its lse. Out: `(softmax(z) - onehot) * exp(lse_rest) * dz/dy` over a row block times a
-vocabulary block, eq. (9), in a bounded workspace and the operands' dtype; `fastdpo.ops.gradients` multiplies it.
+In: what forward saw, its lse, and the row factors c of eq. (10). Out: c times
+`(softmax(z) - onehot) * exp(lse_rest) * dz/dy`, eq. (9), over a row block times a vocabulary block, in a bounded
+workspace and the operands' dtype; `fastdpo.ops.gradients` multiplies it. c is a factor of the tile because a copy of
+the hidden states that is scaled by it would be as large as they are.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +22,8 @@ IGNORED = tl.constexpr(IGNORE_INDEX)
 
 @triton.jit(
     do_not_specialize=["T", "first_vocab"],  # nor compiled anew for each of their values
-    do_not_specialize_on_alignment=["bias_ptr", "labels_ptr", "lse_whole_ptr", "lse_rest_ptr"],  # slices start anywhere
+    # slices, which start anywhere
+    do_not_specialize_on_alignment=["bias_ptr", "labels_ptr", "lse_whole_ptr", "lse_rest_ptr", "row_scale_ptr"],
 )
 def logit_grads_kernel(
     out_ptr,  # (T, V)
@@ -29,6 +33,7 @@ def logit_grads_kernel(
     labels_ptr,  # (T,) int64, ids of the whole vocabulary
     lse_whole_ptr,  # (T,) fp32
     lse_rest_ptr,  # (T,) fp32
+    row_scale_ptr,  # (T,) fp32, c in eq. (10)
     T,  # rows of this block
     V,  # vocabulary ids of this block
     H,
@@ -86,6 +91,7 @@ def logit_grads_kernel(
     grad -= tl.where((first_vocab + v)[None, :] == label[:, None], onehot[:, None], 0.0)
     if HAS_SOFTCAP:
         grad *= 1.0 - ratio * ratio
+    grad *= tl.load(row_scale_ptr + t_safe)[:, None]
     store_tile(out_ptr, grad, t < T, row_block, tile, stride_out, BLOCK_T, BLOCK_V)
 
 
@@ -97,6 +103,7 @@ def fill_logit_grads(
     labels: Tensor,  # (block_rows,) int64
     lse_whole: Tensor,  # (block_rows,) fp32
     lse_rest: Tensor,  # (block_rows,) fp32
+    row_scale: Tensor,  # (block_rows,) fp32
     first_vocab: int,
     num_vocab: int,
     logit_scale: float,
@@ -113,6 +120,7 @@ def fill_logit_grads(
         labels,
         lse_whole,
         lse_rest,
+        row_scale,
         *out.shape,
         hidden_states.shape[1],
         first_vocab,
@@ -127,3 +135,9 @@ def fill_logit_grads(
         TMA=tma,
         **blocks.options(),
     )
+
+
+def power_of_two(row_scale: Tensor) -> Tensor:
+    """(1,): the power of two just below the largest finite factor, 1 if all are zero."""
+    largest = row_scale.abs().nan_to_num(0.0, 0.0, 0.0).amax(0, keepdim=True)
+    return torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdpo.kernels.backward import power_of_two
 from fastdpo.kernels.launch import device_blocks, scratch
 from fastdpo.kernels.logits import tile_logits, tile_operands, tile_strides
 from fastdpo.kernels.products import cast, column_sums, products
@@ -150,7 +151,7 @@ def sparse_head_gradients(
         return None if grad_hidden is None else grad_hidden.to(hidden_dtype), grad_weight, grad_bias
 
     rounds = plan_rounds(kept & _active(row_scale, block_t), max_tile_elements // (block_t * block_v), tiles_outside)
-    unit = _power_of_two(row_scale)
+    unit = power_of_two(row_scale)
     tiles = scratch((rounds.num_slots, block_t, block_v), hidden_states, hidden_states.dtype)
     inputs = (hidden_states, weight, bias, labels.contiguous(), lse_whole, lse_rest, row_scale / unit)
     steps = [_tiles_filler(tiles, *inputs, rounds, logit_scale, softcap)]  # of every round
@@ -220,9 +221,3 @@ def _active(row_scale: Tensor, block_t: int) -> Tensor:
     """(num_row_blocks, 1): whether any row of the block has a factor that is not zero."""
     padding = -row_scale.shape[0] % block_t
     return (torch.nn.functional.pad(row_scale, (0, padding)) != 0).view(-1, block_t).any(1, keepdim=True)
-
-
-def _power_of_two(row_scale: Tensor) -> Tensor:
-    """(1,): the power of two just below the largest finite factor, 1 if all are zero."""
-    largest = row_scale.abs().nan_to_num(0.0, 0.0, 0.0).amax(0, keepdim=True)
-    return torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)

@@ -131,12 +131,13 @@ def _eager_task(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Task:
 
 def _logit_grads_task(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Task:
     values = fused_forward(hidden_states, weight, None, labels, 1.0, None, ())
+    ones = torch.ones_like(values["logps"])
     block, num_vocab = weight[:NUM_VOCAB], weight.shape[0]
     out = torch.empty((hidden_states.shape[0], block.shape[0]), dtype=weight.dtype, device=weight.device)
 
     def run(blocks: Blocks) -> list[Tensor]:
         lse = values["lse_whole"], values["lse_rest"]
-        fill_logit_grads(out, hidden_states, block, None, labels, *lse, 0, num_vocab, 1.0, None, blocks)
+        fill_logit_grads(out, hidden_states, block, None, labels, *lse, ones, 0, num_vocab, 1.0, None, blocks)
         return [out]
 
     return Task(device_blocks(hidden_states, "logit_grads"), _one_tile_per_program(hidden_states), run)

@@ -46,7 +46,7 @@ def launch_everything(T: int, H: int, first_row: int, tma: bool) -> None:
     out = torch.zeros(T, V, dtype=torch.bfloat16)
     forward.fused_forward_with_grads(out, *head, TOKEN_OUTPUTS, blocks)
     lse = torch.zeros(2, first_row + T)[:, first_row:]
-    backward.fill_logit_grads(out, hidden_states, weight, None, labels, *lse, first_row, 10**6, 1, 30, blocks)
+    backward.fill_logit_grads(out, hidden_states, weight, None, labels, *lse, lse[0], first_row, 10**6, 1, 30, blocks)
 
 
 if __name__ == "__main__":

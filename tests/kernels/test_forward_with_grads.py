@@ -36,7 +36,9 @@ def d_logps(d, lse_rest):
 def recomputed(args, values):
     hidden_states, weight, bias, labels, logit_scale, softcap = args
     lse = SplitLse(values["lse_whole"], values["lse_rest"])
-    grads = FusedLogitGrads(hidden_states, weight, bias, labels, lse, Head(logit_scale, softcap))
+    grads = FusedLogitGrads(
+        hidden_states, weight, bias, labels, lse, Head(logit_scale, softcap), torch.ones_like(lse.rest)
+    )
     d = torch.empty(len(hidden_states), len(weight), dtype=weight.dtype, device=weight.device)
     for vocab in grads.tiling.vocab():
         for rows in grads.tiling.rows():

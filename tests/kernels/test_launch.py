@@ -85,7 +85,9 @@ def test_tiles_through_descriptors_are_those_through_pointers(dtype, persistent)
         out, again = torch.full((2, 67, 257), torch.nan, dtype=dtype)
         values = forward.fused_forward_with_grads(out, *head, TOKEN_OUTPUTS, blocks)
         lse = values["lse_whole"], values["lse_rest"]
-        backward.fill_logit_grads(again, hidden_states, weight, bias, labels, *lse, 0, 257, 1.5, 4.0, blocks)
+        backward.fill_logit_grads(
+            again, hidden_states, weight, bias, labels, *lse, torch.ones_like(lse[0]), 0, 257, 1.5, 4.0, blocks
+        )
         results.append([*values.values(), out, again])
     for x, y in zip(*results, strict=True):
         assert torch.equal(x, y)

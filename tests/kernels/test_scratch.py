@@ -35,7 +35,7 @@ def test_workspace_full_of_nan_changes_no_bit(case, monkeypatch):
     from fastdpo.kernels import forward
     from fastdpo.ops import fused
 
-    monkeypatch.setattr(fused, "MAX_TILE_ELEMENTS", 5000)
+    monkeypatch.setattr(fused, "WORKSPACE_BYTES", 40000)
     as_it_is = everything(case)
     made = []
 

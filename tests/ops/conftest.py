@@ -11,4 +11,4 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "BLOCK_ROWS", 31)
     monkeypatch.setattr(tiled, "MAX_TILE_ELEMENTS", 3000)
     monkeypatch.setattr(fused, "BLOCK_ROWS", 70)
-    monkeypatch.setattr(fused, "MAX_TILE_ELEMENTS", 10000)
+    monkeypatch.setattr(fused, "WORKSPACE_BYTES", 80000)

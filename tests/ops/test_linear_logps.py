@@ -154,7 +154,7 @@ def test_with_a_frozen_head_the_gradient_is_made_in_forward_and_as_exact(impl, c
         raise AssertionError("backward recomputes logits for a frozen head")
 
     monkeypatch.setattr(autograd, "head_gradients", refuse)
-    monkeypatch.setattr(eager, "max_chunk_rows", lambda weight, engine: 31)
+    monkeypatch.setattr(eager, "max_chunk_rows", lambda *_: 31)
 
     def frozen(hidden_states, lm_head_weight, labels, *, bias=None, **settings):
         frozen_bias = None if bias is None else bias.detach()
@@ -176,6 +176,54 @@ def test_a_frozen_head_gives_the_same_statistics(impl):
     )
     for name in TOKEN_OUTPUTS:
         torch.testing.assert_close(getattr(tokens, name), getattr(without_grad, name), rtol=1e-5, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_ignored_rows_leave_no_nan_where_they_cannot_be_left_out(softcap, monkeypatch):
+    """What happens on a GPU, where counting the kept rows would stop the host."""
+    from fastdpo.ops import autograd, eager
+
+    def add(self, rows, d, scale):
+        self._add(self.hidden_states[rows], d, scale, None if self.hidden is None else self.hidden[rows])
+
+    monkeypatch.setattr(autograd, "_rows_where", lambda keep: None)
+    monkeypatch.setattr(eager.RowGradients, "add", add)
+    case = Case(67, 40, 257, FP32, softcap=softcap)
+    leaves, labels, upstream = make_inputs(case, 0)
+    for frozen_head in (False, True):
+        weight = leaves["lm_head_weight"].detach() if frozen_head else leaves["lm_head_weight"]
+        logps = linear_logps(leaves["hidden_states"], weight, labels, softcap=softcap).logps
+        grad = torch.autograd.grad((logps * upstream).sum(), leaves["hidden_states"])[0]
+        exact = exact_logps(leaves["hidden_states"], weight, labels, softcap=softcap)
+        expected = torch.autograd.grad((exact * upstream).sum(), leaves["hidden_states"])[0]
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_a_second_derivative_is_refused(frozen_head):
+    leaves, labels, _ = make_inputs(Case(5, 8, 11, FP32, ignored="none"), 0)
+    hidden_states, weight = leaves["hidden_states"], leaves["lm_head_weight"].requires_grad_(not frozen_head)
+    loss = linear_logps(hidden_states, weight, labels).logps.sum()
+    (grad,) = torch.autograd.grad(loss, hidden_states, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"second derivative|differentiated once|autograd"):
+        torch.autograd.grad(loss + grad.square().sum(), hidden_states)
+
+
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("workspace_bytes", [1, 5000, 10**6])
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_any_workspace_gives_the_same_numbers(impl, workspace_bytes, frozen_head):
+    leaves, labels, upstream = make_inputs(Case(67, 40, 257, FP32, has_bias=True), 0, device_of(impl))
+    hidden_states, weight, bias = leaves.values()
+    if frozen_head:
+        weight, bias = weight.detach(), bias.detach()
+    wanted = [x for x in (hidden_states, weight, bias) if x.requires_grad]
+    results = []
+    for settings in ({"workspace_bytes": workspace_bytes}, {}):
+        logps = linear_logps(hidden_states, weight, labels, bias=bias, impl=impl, **settings).logps
+        results.append([logps, *torch.autograd.grad((logps * upstream).sum(), wanted)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 class Allocations(TorchDispatchMode):
@@ -200,14 +248,14 @@ def test_nothing_as_large_as_the_logits_is_created(impl, frozen_head, outputs, s
     case = Case(301, 8, 509, BF16, has_bias=True, softcap=4.0)
     leaves, labels, upstream = make_inputs(case, 0, device_of(impl))
     bias = leaves["bias"]
-    tile = 10000 if impl == "triton" else 3000
+    tile = 20000 if impl == "triton" else 3000
     tensors = (*(x.detach() for x in (leaves["hidden_states"], leaves["lm_head_weight"], bias)), labels)
-    settings = (1.0, 4.0, ",".join(outputs), 0.0, impl, BF16)
-    monkeypatch.setattr(eager, "max_chunk_rows", lambda weight, engine: tile // case.V)
+    settings = (1.0, 4.0, ",".join(outputs), 0.0, None, impl, BF16)
+    monkeypatch.setattr(eager, "max_chunk_rows", lambda *_: tile // case.V)
     with Allocations() as seen:  # inside the operators, which are one operation each to those outside
-        values = autograd.forward(*tensors, *settings, frozen_head)
+        values = autograd.forward(*tensors, frozen_head, *settings)
         if not frozen_head:
-            autograd.backward(upstream, *tensors, *values[1:3], None, None, *settings, [True, True, True])
+            autograd.backward(upstream, *tensors, *values[1:3], None, None, [True, True, True], *settings)
     partials = 6 * -(-case.V // 64) * case.T  # the forward kernel's, at most six fp32 per row and tile
     assert 0 < seen.largest <= max(tile, case.V * case.H, partials if impl == "triton" else 0)
     assert seen.largest < case.T * case.V / 5
@@ -221,7 +269,8 @@ def test_tiles_do_not_grow_with_the_vocabulary(impl):
     for V in (32000, 262144):
         hidden_states, weight = torch.empty(16384, 4096, device="meta"), torch.empty(V, 4096, device="meta")
         tiling = engine.choose_tiling(hidden_states, weight)
-        assert tiling.block_rows * tiling.block_vocab <= engine.MAX_TILE_ELEMENTS
+        limit = engine.WORKSPACE_BYTES // 8 if impl == "triton" else engine.MAX_TILE_ELEMENTS
+        assert tiling.block_rows * tiling.block_vocab <= limit
 
 
 @pytest.mark.parametrize("impl", ALL)
@@ -364,6 +413,7 @@ call = functools.partial
         (call(linear_logps, H, W, L, softcap=0.0), "softcap must be a positive finite number or None, got 0.0"),
         (call(linear_logps, H, W, L, logit_scale=0.0), "logit_scale must be finite and not zero, got 0.0"),
         (call(linear_logps, H, W, L, outputs=["perplexity"]), "outputs must be names out of.*got 'perplexity'"),
+        (call(linear_logps, H, W, L, workspace_bytes=0), "workspace_bytes must be a positive number of bytes.*got 0"),
         (call(linear_logps, H, W, L, impl="cuda"), "impl must be one of.*got 'cuda'"),
         (call(linear_logps, H, W, L, skip_tolerance=1.0), r"skip_tolerance must be a probability mass.*got 1.0"),
         (call(linear_logps, H, W, L, skip_tolerance=0.1, impl="reference"), "skip_tolerance must be 0.0.*got 0.1"),

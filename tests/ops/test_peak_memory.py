@@ -44,11 +44,8 @@ def bound(impl, T, V, dtype, *, frozen_head):
     row_numbers = 16 * 4 * T  # max, sumexp, label logit, two parts of lse, c, masks and what they are made from
     if impl == "triton":
         partials = 8 * T * -(-V // 64)  # two numbers per row and tile; no tile of the table is narrower than 64
-        workspace = fused.WORKSPACE_BYTES if frozen_head else itemsize * fused.MAX_TILE_ELEMENTS + partials
-        workspace += partials if frozen_head else 0
-        accumulators = 4 * T * H + (0 if frozen_head else 4 * min(fused.MAX_WEIGHT_ELEMENTS, V * H))
-        scaled_rows = (4 + itemsize) * min(T, fused.BLOCK_ROWS) * H  # c * H of a row block, fp32 and then cast
-        return workspace + accumulators + outputs + row_numbers + scaled_rows
+        workspace = fused.WORKSPACE_BYTES  # D, and without a frozen head one block of dW
+        return workspace + partials + 4 * T * H + outputs + row_numbers
     if frozen_head:  # D of a chunk of rows, made in forward
         workspace, upcast = tiled_eager.WORKSPACE_BYTES, 4 * min(tiled.MAX_WEIGHT_ELEMENTS, V * H)
         accumulators = 4 * T * H

@@ -192,3 +192,20 @@ def test_an_invalid_label_makes_its_row_nan_also_when_tiles_are_skipped(small_bl
     logps, (dh, _) = grads_of(leaves, labels, upstream, "tiled", skip_tolerance=0.5)
     assert logps.isnan().nonzero().tolist() == [[3]]
     assert dh.isnan().any(1).nonzero().tolist() == [[3]]
+
+
+@pytest.mark.parametrize("T", [1, 129])  # a last block of one row
+def test_a_block_of_one_row_gathers_no_copy_of_the_head(T):
+    from fastdpo.evidence.memory import peak_live_bytes
+
+    H, V = 256, 32768
+    torch.manual_seed(0)
+    hidden_states, weight = torch.randn(T, H, requires_grad=True), (torch.randn(V, H) * 0.01).requires_grad_()
+    labels = torch.randint(V, (T,))
+
+    def step(**settings):
+        logps = linear_logps(hidden_states, weight, labels, impl="tiled", **settings).logps
+        return torch.autograd.grad(logps.sum(), [hidden_states, weight])
+
+    gathered = 2 * 4 * 2**22 + 8 * 2**21  # rows of the weight and their product; a tile of logits
+    assert peak_live_bytes(lambda: step(skip_tolerance=1e-6)) <= 4 * V * H + gathered + 2**20
