@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from measure import append_lines, elapsed_ms, machine_facts, matmul_job
 from step_methods import METHODS, NUM_CHECKED, Job
-from step_table import training_table
+from step_table import qlora_text, training_table
 from step_worker import Worker
 from step_workloads import CPU_WORKLOADS, GPU_WORKLOADS, WORKLOADS, Work, Workload, make_rows, make_tokenizer, source_of
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matmul that MFU is measured against
-BASE = "fastdpo, cached"  # what the methods with a feature off are compared with
 
 
 def on_gpu() -> bool:
@@ -113,7 +112,9 @@ def _shown(losses: list[float]) -> str:
     return " ".join(f"{loss:.6f}" for loss in losses)
 
 
-def run_workload(workload: Workload, options: argparse.Namespace, facts: dict[str, Any], worker: Worker) -> None:
+def run_workload(
+    workload: Workload, options: argparse.Namespace, facts: dict[str, Any], worker: Worker, deadline: float
+) -> None:
     names = [name for name in options.methods if ("gpu" if on_gpu() else "cpu") in METHODS[name].on]
     measurements = {name: Measurement(Job(workload.name, name, options.warmups, options.steps)) for name in names}
     num_rows = next(iter(measurements.values())).job.num_rows
@@ -124,7 +125,7 @@ def run_workload(workload: Workload, options: argparse.Namespace, facts: dict[st
     for number in range(options.rounds):
         rates.append(matmul_tflops(workload.dtype))
         for name, measurement in measurements.items():
-            if measurement.error is not None or time.monotonic() > options.deadline:
+            if measurement.error is not None or time.monotonic() > deadline:
                 continue
             figures = worker.run(measurement.job, in_new_process=not on_gpu())
             measurement.add(figures, expected)
@@ -168,16 +169,18 @@ def main(argv: list[str] | None = None) -> None:
     print(" ".join(f"{key}={value}" for key, value in facts.items()))
     worker = Worker()
     try:
-        for name in options.workloads:
+        for number, name in enumerate(options.workloads):
+            left = options.deadline - time.monotonic()
             if name == "7B QLoRA":
                 from step_qlora import measure
 
                 worker.close()  # and with it the memory that its allocator keeps
-                record = measure() if time.monotonic() < options.deadline else {"error": "out of time"}
-                print(f"\n{name}: {record}")
+                record = measure() if left > 0 else {"error": "out of time"}
+                print(f"\n{name}: {qlora_text(record)}")
                 append_lines(options.out, [{**facts, "workload": name, "method": "fastdpo", **record}])
-            else:
-                run_workload(WORKLOADS[name], options, facts, worker)
+            else:  # each workload may take its share of the time that is left
+                deadline = time.monotonic() + left / (len(options.workloads) - number)
+                run_workload(WORKLOADS[name], options, facts, worker, deadline)
     finally:
         worker.close()
 

@@ -85,7 +85,7 @@ def gpu_parts(out: Path, facts: dict[str, Any]) -> list[Part]:
         ),
         bench_part(op, out, 170, "--runs", "5", "--max-seconds", "120"),
         bench_part(skipping, out, 50, "--quick"),
-        bench_part(training, out, 60),
+        bench_part(training, out, 180, "--max-seconds", "150"),
         Part(
             "the head op's other tests, on the GPU where there is a choice",
             pytest_command(TESTS / "ops", TESTS / "kernels", "-m", "not gpu and not slow"),

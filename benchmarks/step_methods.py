@@ -158,7 +158,7 @@ def run(job: Job, device: torch.device) -> dict[str, Any]:
     for size in sizes:
         try:
             figures = _RUNS[method.kind](job, workload, replace(method, micro_batch=size), device, attention)
-            return {**figures, "micro_batch": size, "attention": attention}
+            return {"micro_batch": size, "attention": attention, **figures}
         except torch.OutOfMemoryError:
             if size == sizes[-1]:
                 raise
@@ -231,6 +231,7 @@ def _train(trainer: Any, clock: Clock) -> None:
 
 def run_fastdpo(job: Job, workload: Workload, method: Method, device: torch.device, attention: str) -> dict[str, Any]:
     from fastdpo import DPOConfig, DPOTrainer
+    from fastdpo.training.summary import summary_lines
 
     model = workload.make_model(str(device), attention)
     clock = Clock(job, device)
@@ -246,7 +247,8 @@ def run_fastdpo(job: Job, workload: Workload, method: Method, device: torch.devi
         for watched in models:
             clock.watch(watched, lambda kwargs: kwargs["packed_batch"].labels.numel())
         _train(trainer, clock)
-        return clock.figures(trainer.args.gradient_accumulation_steps)
+        figures = clock.figures(trainer.args.gradient_accumulation_steps)
+        return {**figures, "attention": dict(summary_lines(trainer))["attention"]}
 
 
 @contextlib.contextmanager

@@ -20,8 +20,9 @@ def training_table(records: list[Record]) -> str:
     lines = [
         f"**{first['workload']}**: hidden {model['hidden_size']}, MLP {model['intermediate_size']},"
         f" {model['num_layers']} layers, vocabulary {model['vocab_size']}, {first['dtype']}; {first['data']},"
-        f" {first['pairs_per_step']} pairs and {first['tokens_per_step']} tokens a step; {max(r['rounds'] for r in records)} rounds of"
-        f" {first['steps']} steps; bare matmul {max(r['matmul_tflops'] for r in records):.3g} TFLOP/s\n",
+        f" {first['pairs_per_step']} pairs and {first['tokens_per_step']} tokens a step;"
+        f" {max(r['rounds'] for r in records)} x {first['steps']} steps;"
+        f" bare matmul {max(r['matmul_tflops'] for r in records):.3g} TFLOP/s\n",
         "| method | pairs/s | min to max | x TRL | tokens/s | MFU | peak MiB | of TRL's | collator | losses off |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
