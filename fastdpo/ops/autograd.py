@@ -131,6 +131,11 @@ def backward(  # type: ignore[no-untyped-def]
     return [grad for grad in (grad_hidden, *others) if grad is not None]
 
 
+def scale_rows(unit_grad, grad_logps, dtype):  # type: ignore[no-untyped-def]
+    """dH of a frozen head. An operator without a derivative, so that a second one is refused and not half right."""
+    return (unit_grad * grad_logps[:, None]).to(dtype)
+
+
 _forward_op = torch.library.custom_op(
     "fastdpo::linear_logps",
     forward,
@@ -144,6 +149,14 @@ _backward_op = torch.library.custom_op(
     schema=f"(Tensor grad_logps, {_INPUTS}, Tensor lse_whole, Tensor lse_rest, Tensor? kept, Tensor? order, "
     f"bool[] needed, {_SETTINGS}) -> Tensor[]",
 )
+
+_scale_op = torch.library.custom_op(
+    "fastdpo::scale_rows",
+    scale_rows,
+    mutates_args=(),
+    schema="(Tensor unit_grad, Tensor grad_logps, ScalarType dtype) -> Tensor",
+)
+_scale_op.register_fake(lambda unit_grad, grad_logps, dtype: unit_grad.new_empty(unit_grad.shape, dtype=dtype))
 
 
 @_forward_op.register_fake
@@ -188,11 +201,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _grads(ctx: Any, grad_outputs: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     grad_logps = grad_outputs[0]
-    if any(grad is not None for grad in grad_outputs[1:]):  # reached through a gradient that backward has returned
-        raise RuntimeError("linear_logps can be differentiated once, got a second derivative")
     grads: list[Tensor | None] = [None, None, None]
     if grad_logps is not None and ctx.grad_in_forward:
-        grads[0] = (ctx.saved_tensors[0] * grad_logps[:, None]).to(ctx.hidden_dtype)
+        grads[0] = torch.ops.fastdpo.scale_rows(ctx.saved_tensors[0], grad_logps, ctx.hidden_dtype)
     elif grad_logps is not None:
         needed = list(ctx.needs_input_grad[:3])
         found = iter(torch.ops.fastdpo.linear_logps_backward(grad_logps, *ctx.saved_tensors, needed, *ctx.settings))

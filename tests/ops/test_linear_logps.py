@@ -205,7 +205,7 @@ def test_a_second_derivative_is_refused(frozen_head):
     hidden_states, weight = leaves["hidden_states"], leaves["lm_head_weight"].requires_grad_(not frozen_head)
     loss = linear_logps(hidden_states, weight, labels).logps.sum()
     (grad,) = torch.autograd.grad(loss, hidden_states, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"second derivative|differentiated once|autograd"):
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         torch.autograd.grad(loss + grad.square().sum(), hidden_states)
 
 
