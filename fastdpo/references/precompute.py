@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from fastdpo.references.cache import LogpsCache
-from fastdpo.references.rows import RowInfo, read_groups, row_infos, with_ref_logps
+from fastdpo.references.rows import RowInfo, row_infos, with_ref_logps
+from fastdpo.references.units import make_units, next_batch, num_tokens, read_units
 from fastdpo.types import PackedBatch, TokenizedGroup
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ def fill_ref_logps(
     _wait_for_all()  # nobody writes before everybody has read
     if scorer is not None:
         index, num_processes = _process()
-        own = [row for row in missing if infos[row].keys[0][0] % num_processes == index]
-        found.update(_compute(dataset, infos, own, cache, scorer, name))
+        own = [row for row in missing if infos[row].prompt[0] % num_processes == index]
+        found.update(_compute(dataset, infos, own, found, cache, scorer, name))
         _wait_for_all()
         if num_processes > 1:
             found.update(cache.read(mend=False))
@@ -105,45 +106,50 @@ def fill_ref_logps(
 
 
 def _compute(
-    dataset: Dataset, infos: list[RowInfo], rows: list[int], cache: LogpsCache, scorer: Scorer, name: str
+    dataset: Dataset,
+    infos: list[RowInfo],
+    rows: list[int],
+    known: dict[bytes, float],
+    cache: LogpsCache,
+    scorer: Scorer,
+    name: str,
 ) -> dict[bytes, float]:
-    """Scores the rows, the longest first, and writes what is new."""
+    """Scores what the rows lack, the longest first, and writes it."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    if not rows:
-        return {}
-    rows = sorted(_first_of_equals(infos, rows), key=lambda row: (-infos[row].longest, row))
     budget = scorer.tokens_per_batch
+    units = make_units(infos, rows, known, budget)
     computed: dict[bytes, float] = {}
     shard = _Shards(cache)
-    shown = scorer.show_progress and _process()[0] == 0
     bar = tqdm(
-        total=sum(infos[row].num_packed for row in rows),
+        total=sum(unit.num_packed for unit in units),
         desc=f"Reference log-probs ({name})",
         unit="tok",
         unit_scale=True,
-        disable=not shown,
+        disable=not (units and scorer.show_progress and _process()[0] == 0),
     )
+    start = 0
     try:
         with bar:
-            start = 0
-            while start < len(rows):
-                batch = _next_batch(infos, rows, start, budget, scorer.is_packed)
+            while start < len(units):
+                batch = next_batch(units, start, budget, scorer.is_packed)
                 try:
-                    sums = scorer.score(scorer.collate(list(read_groups(dataset, batch)))).tolist()
+                    sums = scorer.score(scorer.collate(read_units(dataset, batch))).tolist()
                 except torch.OutOfMemoryError:
-                    if len(batch) == 1:
+                    if len(batch) == len(batch[0].members) == 1:
                         raise
-                    budget = max(_num_tokens([infos[row] for row in batch], scorer.is_packed) // 2, 1)
+                    budget = max(num_tokens(batch, scorer.is_packed) // 2, 1)
                     logger.warning(f"Out of memory; going on with {budget:,} tokens per batch (ref_tokens_per_batch)")
+                    if len(batch) == 1:
+                        units[start : start + 1] = batch[0].halves()
                     continue
-                keys = [key for row in batch for key in infos[row].keys]
+                keys = [infos[row].keys[index] for unit in batch for row, index in unit.members]
                 new = dict(zip(keys, sums, strict=True))
                 _check_finite(list(new.values()), name)
                 computed.update(new)
                 shard.add(new)
                 start += len(batch)
-                bar.update(sum(infos[row].num_packed for row in batch))
+                bar.update(sum(unit.num_packed for unit in batch))
     finally:
         shard.flush()
     return computed
@@ -167,35 +173,6 @@ class _Shards:
         if self.waiting:
             self.cache.write(list(self.waiting), list(self.waiting.values()))
         self.waiting, self.written = {}, time.monotonic()
-
-
-def _first_of_equals(infos: list[RowInfo], rows: list[int]) -> Iterator[int]:
-    """Rows without those whose sequences have all been seen in one row before."""
-    seen: set[tuple[bytes, ...]] = set()
-    for row in rows:
-        if infos[row].keys not in seen:
-            seen.add(infos[row].keys)
-            yield row
-
-
-def _num_tokens(batch: Sequence[RowInfo], is_packed: bool) -> int:
-    """Tokens that run: of one packed row, or of padded rows as long as the longest."""
-    if is_packed:
-        return sum(info.num_packed for info in batch)
-    return max(info.longest for info in batch) * sum(info.num_sequences for info in batch)
-
-
-def _next_batch(infos: list[RowInfo], rows: list[int], start: int, budget: int, is_packed: bool) -> list[int]:
-    """The rows from `start` on that fit `budget` tokens, and at least one. Rows come longest first."""
-    width = infos[rows[start]].longest
-    batch, num_tokens = [rows[start]], _num_tokens([infos[rows[start]]], is_packed)
-    for position in range(start + 1, len(rows)):
-        row = rows[position]
-        num_tokens += infos[row].num_packed if is_packed else width * infos[row].num_sequences
-        if num_tokens > budget:
-            break
-        batch.append(row)
-    return batch
 
 
 def _check_finite(logps: list[float], name: str) -> None:

@@ -26,13 +26,10 @@ class RowInfo:
     """What scoring needs to know of a row before it is read again."""
 
     keys: tuple[bytes, ...]  # of its K sequences
-    num_packed: int  # tokens with the prompt once
-    longest: int  # tokens of its longest sequence, prompt included
+    prompt: bytes  # what rows of the same prompt have in common
+    num_prompt: int  # tokens
+    lengths: tuple[int, ...]  # (K,) tokens of the responses
     ref_logps: tuple[float, ...] | None  # (K,) that the dataset brings
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self.keys)
 
 
 def row_infos(dataset: Dataset) -> list[RowInfo]:
@@ -85,11 +82,12 @@ def _row_info(group: TokenizedGroup) -> RowInfo:
         is_counted = np.concatenate([unmasked, mask])
         is_counted[0] = False  # as in packing: nothing predicts the first token
         keys.append(sequence_key(np.concatenate([prompt, response]), is_counted))
-    lengths = [len(response) for response in group.responses]
     return RowInfo(
         keys=tuple(keys),
-        num_packed=len(prompt) + sum(lengths),
-        longest=len(prompt) + max(lengths),
+        # where truncation left every response a prompt of its own, rows have none in common
+        prompt=sequence_key(prompt, unmasked) if len(prompt) else keys[0],
+        num_prompt=len(prompt),
+        lengths=tuple(len(response) for response in group.responses),
         ref_logps=None if group.ref_logps is None else tuple(group.ref_logps),
     )
 

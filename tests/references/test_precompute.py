@@ -135,6 +135,36 @@ def test_rows_that_truncation_or_a_mask_changes_are_computed_again_and_no_others
     assert again["ref_logps"][0] != pytest.approx(filled["ref_logps"][0], abs=1e-3)
 
 
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_pairs_of_ranked_answers_run_each_answer_once_and_the_prompt_as_seldom_as_fits(tmp_path, is_packed):
+    answers = [[10 + i, 20, 3 + i, 2] for i in range(7)]
+    rows = [
+        {"prompt_ids": [1, 5, prompt], "chosen_ids": answers[0], "rejected_ids": answers[i]}
+        for prompt in (6, 7)
+        for i in range(1, 7)
+    ]
+    dataset, _ = prepare_preference_dataset(rows, make_tokenizer(), TokenizationSettings())
+    asked = Counting(tokens_per_batch=23, is_packed=is_packed)  # a prompt with five answers
+    filled, counts = fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+    assert asked.num_sequences == 14
+    assert counts.num_computed == 12
+    if is_packed:
+        assert sorted(asked.batches) == [(2 * (3 + 2 * 4), 4)] + [(3 + 5 * 4, 5)] * 2
+    for row in filled:
+        assert row["ref_logps"] == pytest.approx(separately(asked.model, row), abs=1e-5)
+
+
+def test_a_prompt_whose_answers_do_not_fit_together_is_halved(tmp_path):
+    answers = [[10 + i, 20, 3 + i, 2] for i in range(7)]
+    rows = [{"prompt_ids": [1, 5], "chosen_ids": answers[0], "rejected_ids": answers[i]} for i in range(1, 7)]
+    dataset, _ = prepare_preference_dataset(rows, make_tokenizer(), TokenizationSettings())
+    asked = Counting(fail_above=12)
+    filled, _ = fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+    assert asked.num_sequences == 7
+    for row in filled:
+        assert row["ref_logps"] == pytest.approx(separately(asked.model, row), abs=1e-5)
+
+
 def test_a_changed_model_finds_nothing(dataset, tmp_path):
     asked = Counting()
     filled, _ = fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)

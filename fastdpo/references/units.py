@@ -1,0 +1,106 @@
+"""What is scored together while references are cached: the missing responses to one prompt, each once.
+
+In: what `row_infos` knows of the rows. Out: units, batches of them, and the groups that are packed. Rows that repeat a
+prompt, as six pairs of its seven ranked answers do, run that prompt and each answer once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastdpo.references.rows import RowInfo, read_groups
+from fastdpo.types import TokenizedGroup
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Responses to one prompt."""
+
+    members: tuple[tuple[int, int], ...]  # (row, which of its responses)
+    num_prompt: int  # tokens
+    lengths: tuple[int, ...]  # tokens of each response
+
+    @property
+    def num_packed(self) -> int:
+        """Tokens with the prompt once."""
+        return self.num_prompt + sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, prompt included."""
+        return self.num_prompt + max(self.lengths)
+
+    def halves(self) -> list[Unit]:
+        """Two units of half the responses each, or this one alone where it has one."""
+        half = len(self.members) // 2
+        parts = [slice(0, half), slice(half, None)] if half else [slice(None)]
+        return [Unit(self.members[part], self.num_prompt, self.lengths[part]) for part in parts]
+
+
+def make_units(infos: Sequence[RowInfo], rows: Sequence[int], known: Container[bytes], budget: int) -> list[Unit]:
+    """The sequences of `rows` that are not known, each once, the longest first; units of at most `budget` tokens."""
+    seen: set[bytes] = set()
+    members_of: dict[bytes, list[tuple[int, int]]] = {}
+    for row in rows:
+        for index, key in enumerate(infos[row].keys):
+            if key not in known and key not in seen:
+                seen.add(key)
+                members_of.setdefault(infos[row].prompt, []).append((row, index))
+    units = [unit for members in members_of.values() for unit in _cut(infos, members, budget)]
+    return sorted(units, key=lambda unit: (-unit.longest, -unit.num_packed, unit.members))
+
+
+def _cut(infos: Sequence[RowInfo], members: list[tuple[int, int]], budget: int) -> Iterator[Unit]:
+    """Consecutive responses with as many tokens as fit, and at least one."""
+    num_prompt = infos[members[0][0]].num_prompt
+    start = num_tokens = 0
+    lengths = [infos[row].lengths[index] for row, index in members]
+    for end, length in enumerate(lengths):
+        if end > start and num_prompt + num_tokens + length > budget:
+            yield Unit(tuple(members[start:end]), num_prompt, tuple(lengths[start:end]))
+            start, num_tokens = end, 0
+        num_tokens += length
+    yield Unit(tuple(members[start:]), num_prompt, tuple(lengths[start:]))
+
+
+def num_tokens(batch: Sequence[Unit], is_packed: bool) -> int:
+    """Tokens that run: of one packed row, or of padded rows as long as the longest."""
+    if is_packed:
+        return sum(unit.num_packed for unit in batch)
+    return max(unit.longest for unit in batch) * sum(len(unit.members) for unit in batch)
+
+
+def next_batch(units: Sequence[Unit], start: int, budget: int, is_packed: bool) -> list[Unit]:
+    """The units from `start` on that fit `budget` tokens, and at least one. They come longest first."""
+    width = units[start].longest
+    batch, total = [units[start]], num_tokens([units[start]], is_packed)
+    for position in range(start + 1, len(units)):
+        unit = units[position]
+        total += unit.num_packed if is_packed else width * len(unit.members)
+        if total > budget:
+            break
+        batch.append(unit)
+    return batch
+
+
+def read_units(dataset: Dataset, units: Sequence[Unit]) -> list[TokenizedGroup]:
+    """A group without preferences for each unit."""
+    rows = sorted({row for unit in units for row, _ in unit.members})
+    group_of = dict(zip(rows, read_groups(dataset, rows), strict=True))
+    groups = []
+    for unit in units:
+        owners = [(group_of[row], index) for row, index in unit.members]
+        responses = [group.responses[index] for group, index in owners]
+        masks: list[Any] = [
+            np.ones(len(group.responses[index]), bool) if group.loss_masks is None else group.loss_masks[index]
+            for group, index in owners
+        ]
+        groups.append(TokenizedGroup(owners[0][0].prompt_ids, responses, masks, preferences=()))
+    return groups
