@@ -1,5 +1,7 @@
 """The README's Python runs as it stands, with a tiny model in place of the one that would be downloaded."""
 
+import contextlib
+import io
 import json
 import re
 from pathlib import Path
@@ -38,6 +40,15 @@ def test_the_train_command_runs(model_dir, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def options_of(command):
+    from fastdpo.cli.main import main
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
+        main([command, "--help"])
+    return set(re.findall(r"--([a-z_0-9]+)", output.getvalue()))
+
+
 def test_every_path_and_option_that_the_readme_names_exists():
     from dataclasses import fields
 
@@ -45,6 +56,7 @@ def test_every_path_and_option_that_the_readme_names_exists():
     from fastdpo.cli.arguments import AdapterArguments, RunArguments
 
     known = {f.name for cls in (DPOConfig, AdapterArguments, RunArguments) for f in fields(cls)} | {"config", "help"}
+    known |= options_of("verify")
     for option in re.findall(r"--([a-z_0-9]+)", README):
         assert option in known, option
     headings = {title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", README, flags=re.MULTILINE)}
