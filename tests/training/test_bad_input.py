@@ -115,10 +115,12 @@ def test_the_policy_itself_is_no_reference(tmp_path):
         build(tmp_path, model, ref_model=model)
 
 
-@pytest.mark.parametrize(("reference", "message"), [("adapter", "there is no adapter"), ("cached", "ref_chosen_logps")])
-def test_a_reference_that_cannot_be_had_is_refused(tmp_path, reference, message):
-    with pytest.raises(ValueError, match=message):
-        build(tmp_path, reference=reference)
+def test_a_reference_that_cannot_be_had_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no adapter"):
+        build(tmp_path, reference="adapter")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="ref_cache_dir must be a folder that can be written to"):
+        build(tmp_path, reference="cached", ref_cache_dir=str(tmp_path / "file"))
 
 
 def test_an_implementation_that_cannot_run_here_is_refused(tmp_path, monkeypatch):
