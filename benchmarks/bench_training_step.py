@@ -116,12 +116,15 @@ def run_workload(
     workload: Workload, options: argparse.Namespace, facts: dict[str, Any], worker: Worker, deadline: float
 ) -> None:
     names = [name for name in options.methods if ("gpu" if on_gpu() else "cpu") in METHODS[name].on]
+    if not names:
+        print(f"\n{workload.name}: none of the methods runs on this device")
+        return
     measurements = {name: Measurement(Job(workload.name, name, options.warmups, options.steps)) for name in names}
-    num_rows = next(iter(measurements.values())).job.num_rows
-    tokens = num_tokens_per_step(workload, num_rows)
+    tokens = num_tokens_per_step(workload, measurements[names[0]].job.num_rows)
     rates: list[float] = []
     expected: list[float] | None = None
     records: dict[str, dict[str, Any]] = {}
+    written: set[str] = set()
     for number in range(options.rounds):
         rates.append(matmul_tflops(workload.dtype))
         for name, measurement in measurements.items():
@@ -131,13 +134,13 @@ def run_workload(
             measurement.add(figures, expected)
             if expected is None and measurement.error is None:
                 expected = figures["losses"]
-            records[name] = measurement.record(tokens, max(rates))
-            records[name]["is_final"] = number == options.rounds - 1 or measurement.error is not None
-            if records[name]["is_final"]:
-                append_lines(options.out, [{**facts, **records[name]}])
-    append_lines(options.out, [{**facts, **record} for record in records.values() if not record["is_final"]])
+            records[name] = {**facts, **measurement.record(tokens, max(rates))}
+            if number == options.rounds - 1 or measurement.error is not None:
+                append_lines(options.out, [records[name]])
+                written.add(name)
+    append_lines(options.out, [record for name, record in records.items() if name not in written])
+    print("\n" + training_table(list(records.values())))
     left_out = [name for name in names if name not in records]
-    print("\n" + training_table([{**facts, **record} for record in records.values()]))
     if left_out:
         print(f"left out: {', '.join(left_out)} (out of time)")
 

@@ -152,9 +152,11 @@ def run(job: Job, device: torch.device) -> dict[str, Any]:
     attention = "sdpa"
     if method.best_attention and importlib.util.find_spec("flash_attn"):
         attention = "flash_attention_2"
-    sizes: list[int] = [workload.pairs_per_step if method.micro_batch is None else method.micro_batch]  # type: ignore[list-item]
+    sizes = [workload.pairs_per_step]
     if method.micro_batch == "largest":
         sizes = [n for n in range(workload.pairs_per_step, 0, -1) if workload.pairs_per_step % n == 0]
+    elif isinstance(method.micro_batch, int):
+        sizes = [min(method.micro_batch, workload.pairs_per_step)]
     for size in sizes:
         try:
             figures = _RUNS[method.kind](job, workload, replace(method, micro_batch=size), device, attention)
