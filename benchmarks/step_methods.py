@@ -35,7 +35,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     off: str | None = None  # the feature of fastdpo that is switched off
     grad_in_forward: bool = True
-    micro_batch: int | str | None = None  # pairs at a time; "largest" that fits; None is the whole step
+    micro_batch: int | None = None  # pairs at a time; None is the largest number that fits, if it can the whole step
     best_attention: bool = False  # flash-attn where it is installed
     on: str = "cpu gpu"
     note: str = ""
@@ -51,7 +51,7 @@ METHODS = {
         Method("TRL, defaults", "trl", options={"gradient_checkpointing": True}, micro_batch=8, on="gpu"),
         Method("fastdpo, cached", "fastdpo", is_cached=True),
         Method("TRL, cached", "trl", is_cached=True, on="cpu"),
-        Method("TRL, best", "trl", is_cached=True, micro_batch="largest", best_attention=True, on="gpu"),
+        Method("TRL, best", "trl", is_cached=True, best_attention=True, on="gpu"),
         Method("plain, response rows, cached", "plain", is_cached=True),
         Method("plain, all rows", "plain", options={"all_rows": True}),
         Method("plain, all rows, cached", "plain", is_cached=True, options={"all_rows": True}),
@@ -152,10 +152,8 @@ def run(job: Job, device: torch.device) -> dict[str, Any]:
     attention = "sdpa"
     if method.best_attention and importlib.util.find_spec("flash_attn"):
         attention = "flash_attention_2"
-    sizes = [workload.pairs_per_step]
-    if method.micro_batch == "largest":
-        sizes = [n for n in range(workload.pairs_per_step, 0, -1) if workload.pairs_per_step % n == 0]
-    elif isinstance(method.micro_batch, int):
+    sizes = [n for n in range(workload.pairs_per_step, 0, -1) if workload.pairs_per_step % n == 0]
+    if method.micro_batch is not None:
         sizes = [min(method.micro_batch, workload.pairs_per_step)]
     for size in sizes:
         try:
@@ -308,42 +306,44 @@ def plain_logps(model: Any, batch: dict[str, Tensor], all_rows: bool = False) ->
 
 
 def run_plain(job: Job, workload: Workload, method: Method, device: torch.device, attention: str) -> dict[str, Any]:
+    assert method.micro_batch is not None
     model = workload.make_model(str(device), attention).train()
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    reference: nn.Module | None = copy.deepcopy(model).eval().requires_grad_(False)
     rows = _tokenized(job, workload)
-    size = workload.pairs_per_step
-    steps = [rows[start : start + size] for start in range(0, len(rows), size)]
+    size, num_parts = method.micro_batch, workload.pairs_per_step // method.micro_batch
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    clock = Clock(job, device)
+    all_rows = method.options.get("all_rows", False)
     cached = []
     if method.is_cached:
         with torch.no_grad():
-            cached = [plain_logps(reference, collate(step, device), **method.options) for step in steps]
-        del reference
-    optimizer = torch.optim.AdamW(model.parameters(), lr=workload.learning_rate, weight_decay=0.0, fused=True)
-    clock = Clock(job, device)
-    all_rows = method.options.get("all_rows", False)
+            cached = [plain_logps(reference, collate(part, device), all_rows) for part in parts]
+        reference = None
+    num_responses = 0
 
-    def head_rows(kwargs: dict[str, Any]) -> Any:
-        return kwargs["input_ids"].numel() if all_rows else num_responses[0]
+    def head_rows(kwargs: dict[str, Any]) -> int:
+        return kwargs["input_ids"].numel() if all_rows else num_responses
 
-    num_responses = [0]
-    for watched in [model] if method.is_cached else [model, reference]:
-        clock.watch(watched if all_rows else watched.base_model, head_rows)
+    for watched in filter(None, (model, reference)):
+        clock.watch(watched if all_rows else watched.base_model, head_rows)  # type: ignore[arg-type]
     fetch = clock.timed(collate, "data_s")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=workload.learning_rate, weight_decay=0.0, fused=True)
     clock.start()
-    for index, step in enumerate(steps):
-        batch = fetch(step, device)
-        num_responses[0] = sum(len(row[name]) for row in step for name in ("chosen_ids", "rejected_ids"))
+    for index, part in enumerate(parts):
+        batch = fetch(part, device)
+        num_responses = sum(len(row[name]) for row in part for name in ("chosen_ids", "rejected_ids"))
         with torch.no_grad():
-            ref = cached[index] if method.is_cached else plain_logps(reference, batch, **method.options)
-        logratios = plain_logps(model, batch, **method.options) - ref
-        loss = -F.logsigmoid(BETA * (logratios[:size] - logratios[size:])).mean()
+            ref = cached[index] if reference is None else plain_logps(reference, batch, all_rows)
+        logratios = plain_logps(model, batch, all_rows) - ref
+        loss = -F.logsigmoid(BETA * (logratios[:size] - logratios[size:])).sum() / workload.pairs_per_step
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
         clock.losses.append(loss.detach())
-        clock.end_step()
-    return clock.figures()
+        if (index + 1) % num_parts == 0:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            clock.end_step()
+    return clock.figures(num_parts)
 
 
 def collate(rows: list[dict[str, list[int]]], device: torch.device) -> dict[str, Tensor]:

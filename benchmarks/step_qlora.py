@@ -47,14 +47,14 @@ def _measure(shape: dict[str, int], segment: int, device: str) -> dict[str, Any]
     from datasets import Dataset
     from peft import LoraConfig
     from step_workloads import WORKLOADS, make_tokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     from fastdpo import DPOConfig, DPOTrainer
 
     torch.manual_seed(0)
-    config = LlamaConfig(**shape, max_position_embeddings=4 * segment, dtype="bfloat16")
+    config = LlamaConfig(**shape, max_position_embeddings=4 * segment)
     with torch.device(device):
-        model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     quantize(model.model, device)
     model.is_loaded_in_4bit = True  # where PEFT looks
     cap = _set_cap() if device == "cuda" else 0.0

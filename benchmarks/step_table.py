@@ -51,8 +51,8 @@ def _baseline(record: Record, of: dict[str, Record]) -> Record | None:
 
 def _line(r: Record, baseline: Record | None) -> str:
     name = r["method"]
-    if name.startswith("TRL, ") and "micro_batch" in r and r["micro_batch"] != r["pairs_per_step"]:
-        name += f" ({r['micro_batch']} pairs at a time, {r['attention']})"
+    if r.get("micro_batch", r["pairs_per_step"]) != r["pairs_per_step"]:
+        name += f" ({r['micro_batch']} pairs at a time)"
     if "pairs_per_s" not in r:
         return f"| {name} | {r.get('error', 'not measured')} | | | | | | | | |"
     speed = share = ""

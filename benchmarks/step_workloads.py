@@ -48,7 +48,7 @@ class Workload:
 
     def make_model(self, device: str, attention: str = "sdpa") -> nn.Module:
         """The model with random weights, the same in every call on one kind of device."""
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoModelForCausalLM, LlamaConfig
 
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -60,11 +60,11 @@ class Workload:
             vocab_size=self.vocab_size,
             max_position_embeddings=self.max_length,
             tie_word_embeddings=self.is_tied,
-            attn_implementation=attention,
-            dtype=self.dtype,
         )
-        with torch.device(device):
-            return LlamaForCausalLM(config).to(getattr(torch, self.dtype))
+        with torch.device(device):  # not made in fp32 and cast, which would cast the rotary frequencies too
+            return AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, self.dtype), attn_implementation=attention
+            )
 
 
 _SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_layers": 6, "num_heads": 6, "num_kv_heads": 2}

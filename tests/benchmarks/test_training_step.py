@@ -126,7 +126,7 @@ def test_the_largest_micro_batch_is_the_first_that_fits(monkeypatch):
         return {}
 
     monkeypatch.setitem(step_methods._RUNS, "plain", run)
-    monkeypatch.setitem(METHODS, "greedy", Method("greedy", "plain", micro_batch="largest"))
+    monkeypatch.setitem(METHODS, "greedy", Method("greedy", "plain"))
     assert step_methods.run(job("greedy"), CPU)["micro_batch"] == 2
     assert tried == [4, 2]
 
@@ -134,7 +134,8 @@ def test_the_largest_micro_batch_is_the_first_that_fits(monkeypatch):
 def test_gradients_are_accumulated_over_micro_batches(monkeypatch, figures):
     monkeypatch.setitem(METHODS, "TRL by two", replace(METHODS["TRL"], micro_batch=2))
     monkeypatch.setitem(METHODS, "ours by two", replace(METHODS["fastdpo"], micro_batch=2))
-    for name in ("TRL by two", "ours by two"):
+    monkeypatch.setitem(METHODS, "plain by two", replace(METHODS["plain, response rows, cached"], micro_batch=2))
+    for name in ("TRL by two", "ours by two", "plain by two"):
         found = step_methods.run(job(name), CPU)
         assert found["losses"] == pytest.approx(figures["plain, all rows"]["losses"], abs=2e-5)
         assert len(found["step_s"]) == 2
@@ -177,6 +178,12 @@ def test_cpu_workloads_have_the_lengths_that_they_are_known_for(name, shared, un
     shared_rows, own_rows = (pack_pairs(groups, prefix_sharing=sharing).input_ids for sharing in (True, False))
     assert shared_rows.numel() / 1000 == pytest.approx(shared, rel=0.05)
     assert own_rows.numel() / 1000 == pytest.approx(unshared, rel=0.05)
+
+
+def test_bf16_models_keep_their_rotary_frequencies():
+    model = replace(TINY, dtype="bfloat16").make_model("cpu")
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 def test_the_billion_has_a_billion_weights():
