@@ -149,8 +149,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=[*WORKLOADS, "7B QLoRA"], metavar="NAME")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME")
-    parser.add_argument("--steps", type=int, help="timed steps of a turn (default: 8, GPU: 5, quick: 3)")
-    parser.add_argument("--warmups", type=int, default=2, help="steps before them (default: 2)")
+    parser.add_argument("--steps", type=int, help="timed steps of a turn (default: 4, GPU: 5, quick: 3)")
+    parser.add_argument("--warmups", type=int, help="steps before them (default: 1, GPU: 2)")
     parser.add_argument("--rounds", type=int, help="turns of each method (default: 3, GPU and quick: 1)")
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="start no turn later than this")
     parser.add_argument("--out", help="append one JSON line per method and workload to this file")
@@ -158,7 +158,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     default = ["tiny"] if options.quick else [*GPU_WORKLOADS, "7B QLoRA"] if on_gpu() else CPU_WORKLOADS
     options.workloads = options.workloads or default
-    options.steps = options.steps or (3 if options.quick else 5 if on_gpu() else 8)
+    options.steps = options.steps or (3 if options.quick else 5 if on_gpu() else 4)
+    options.warmups = (2 if on_gpu() else 1) if options.warmups is None else options.warmups
     options.rounds = options.rounds or (1 if options.quick or on_gpu() else 3)
     if options.warmups + options.steps < NUM_CHECKED or options.warmups < 1:
         parser.error(f"--warmups must be at least 1, and {NUM_CHECKED} steps with --steps")
