@@ -16,7 +16,8 @@ from fastdpo.cli.arguments import RunArguments
 from fastdpo.data.loading import load_preference_dataset
 from fastdpo.training.base import PackedTrainer
 from fastdpo.training.config import EngineConfig
-from fastdpo.training.summary import MIB, peak_memory, summary_lines
+from fastdpo.training.memory import MIB
+from fastdpo.training.summary import peak_memory, summary_lines
 
 RUN_FILE = "fastdpo_run.json"  # marks a directory as the output of a run, with the options it had
 _SIGNS_OF_A_RUN = (RUN_FILE, "trainer_state.json", "config.json", "adapter_config.json", "checkpoint-*")

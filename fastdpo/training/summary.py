@@ -1,29 +1,19 @@
 """What a run will do, said before it starts: model, data, reference, kernels, attention, steps, estimated peak memory.
 
-The facts are read off a built trainer. The memory estimate counts weights, gradients, optimizer state, the reference,
-saved activations of the largest micro-batch to be expected, and the head op's workspace; allocator overhead is not in
-it.
+The facts are read off a built trainer; the estimate of memory is explained in `memory.py`.
 """
 
 from __future__ import annotations
 
 import math
-import random
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 
-from fastdpo.data.columns import row_lengths
 from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.training.base import PackedTrainer
+from fastdpo.training.memory import estimate_peak_memory
 from fastdpo.training.models import head_dtype
-
-MIB = 2**20
-_WORKSPACE_BYTES = 64 * MIB  # a head op's tile and its fp32 accumulators, small beside the rest
-_ADAM_BYTES = 8  # two fp32 moments per trained parameter
 
 
 def summary_lines(trainer: PackedTrainer) -> list[tuple[str, str]]:
@@ -39,7 +29,7 @@ def summary_lines(trainer: PackedTrainer) -> list[tuple[str, str]]:
     lines.append(("attention", _attention(trainer)))
     lines.append(("head op", _head_op(trainer)))
     lines.append(("steps", _steps(trainer)))
-    lines.append(("peak memory", f"about {estimate_peak_memory(trainer).total / MIB:,.0f} MiB (an estimate)"))
+    lines.append(("peak memory", str(estimate_peak_memory(trainer))))
     return lines
 
 
@@ -90,75 +80,6 @@ def _steps(trainer: PackedTrainer) -> str:
         f"{steps} optimizer steps of {per_step} rows ({args.per_device_train_batch_size} x"
         f" {args.gradient_accumulation_steps} accumulated x {args.world_size} processes), {per_epoch} an epoch"
     )
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on the training device at the peak of a step."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    reference: int
-    activations: int
-    workspace: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.reference + self.activations + self.workspace
-
-
-def estimate_peak_memory(trainer: PackedTrainer) -> MemoryEstimate:
-    """Bytes at the peak of a training step, from shapes alone."""
-    parameters = list(trainer.model.parameters())
-    trained = [p for p in parameters if p.requires_grad]
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    frozen = getattr(getattr(trainer, "reference", None), "model", None)
-    return MemoryEstimate(
-        weights=weights,
-        gradients=sum(p.numel() * p.element_size() for p in trained),
-        optimizer=sum(p.numel() for p in trained) * _ADAM_BYTES,
-        reference=sum(p.numel() * p.element_size() for p in frozen.parameters()) if frozen is not None else 0,
-        activations=_activation_bytes(trainer, largest_microbatch_tokens(trainer)),
-        workspace=_WORKSPACE_BYTES,
-    )
-
-
-def largest_microbatch_tokens(trainer: PackedTrainer, num_draws: int = 200) -> int:
-    """Tokens of the largest of some randomly drawn micro-batches, as packed (or padded) rows."""
-    dataset = trainer.train_dataset
-    if dataset is None or len(dataset) == 0:
-        return 0
-    draw = random.Random(0)
-    size = min(trainer.args.per_device_train_batch_size, len(dataset))
-    lengths = row_lengths(dataset)
-    num_responses = lengths.per_row(np.ones_like(lengths.responses))
-    copies = 1 if trainer.args.prefix_sharing else num_responses
-    packed = copies * lengths.prompts + lengths.per_row(lengths.responses)
-    longest = np.zeros_like(lengths.prompts)
-    np.maximum.at(longest, lengths.rows, lengths.sequences)
-    alone = packed if trainer.is_packed else num_responses * longest
-    limit = trainer.collator.max_tokens
-    most = math.inf if limit is None else max(limit, int(alone.max()))
-    largest = 0
-    for _ in range(num_draws):
-        rows = draw.sample(range(len(dataset)), size)
-        tokens = packed[rows].sum() if trainer.is_packed else num_responses[rows].sum() * longest[rows].max()
-        largest = max(largest, int(min(tokens, most)))
-    return largest
-
-
-def _activation_bytes(trainer: PackedTrainer, num_tokens: int) -> int:
-    """What autograd keeps: per layer two norms, attention's inputs and output, and the gated MLP's four tensors."""
-    config: Any = bare_model(trainer.model).config.get_text_config()
-    hidden = config.hidden_size
-    layers = config.num_hidden_layers
-    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
-    element = 2 if trainer.args.bf16 or trainer.args.fp16 else next(trainer.model.parameters()).element_size()
-    per_layer = (10 * hidden + 4 * intermediate) * element
-    if trainer.args.gradient_checkpointing:  # every layer's input, and one layer in full while it is run again
-        return num_tokens * (layers * hidden * element + per_layer)
-    return num_tokens * layers * per_layer
 
 
 def peak_memory(device: torch.device) -> int:

@@ -8,8 +8,9 @@ from datasets import Dataset, concatenate_datasets
 from fastdpo.data.arrow import arrow_column
 from fastdpo.data.columns import row_lengths
 from fastdpo.data.prepare import _features
+from fastdpo.training.collator import PackingCollator
+from fastdpo.training.memory import largest_microbatch
 from fastdpo.training.models import check_lengths, check_token_ids
-from fastdpo.training.summary import largest_microbatch_tokens
 
 
 def dataset_of(rows):
@@ -67,13 +68,13 @@ def test_checks_look_at_the_selected_rows_only():
 @pytest.mark.parametrize(
     ("is_packed", "sharing", "expected"),
     [
-        (True, True, (1 + 9) + (2 + 10)),  # rows 1 and 3, each prompt once
+        (True, True, (1 + 9) + (2 + 10) - 1),  # rows 1 and 3, each prompt once, and a token that responses share
         (True, False, (2 * 5 + 4) + (2 * 2 + 10)),  # rows 2 and 3
         (False, True, (3 + 2) * 11),  # rows 1 and 3: five sequences as long as the longest
     ],
 )
 def test_the_largest_micro_batch_is_that_of_the_largest_rows(is_packed, sharing, expected):
     args = SimpleNamespace(per_device_train_batch_size=2, prefix_sharing=sharing)
-    collator = SimpleNamespace(max_tokens=None)
+    collator = PackingCollator(is_packed=is_packed, prefix_sharing=sharing)
     trainer = SimpleNamespace(train_dataset=WHOLE, args=args, is_packed=is_packed, collator=collator)
-    assert largest_microbatch_tokens(trainer) == expected
+    assert largest_microbatch(trainer).num_tokens == expected

@@ -1,0 +1,173 @@
+"""The estimate of peak memory against what a step on the CPU allocates; optimizers against the state they make."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import make_llama, make_rows, make_tokenizer
+
+from fastdpo import DPOConfig, DPOTrainer, TokenizedPair, pack_pairs
+from fastdpo.evidence.memory import peak_live_bytes
+from fastdpo.modeling import packed_loss, prepare_model
+from fastdpo.modeling.packed import bare_model
+from fastdpo.training import memory
+from fastdpo.training.dry_run import RowShape, dry_step, fake_mode, shape_only
+from fastdpo.training.memory import estimate_peak_memory, model_bytes, optimizer_state_bytes
+from fastdpo.training.summary import summary_lines
+
+TOLERANCE = 0.15  # what the summary promises; these cases are within 5%
+MODELS = {
+    "small": {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6},
+    "wide": {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2},
+    "large-head": {"vocab_size": 20011, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},
+}
+
+
+def make_model(name, lora, checkpointing, **overrides):
+    model = make_llama(**{"num_attention_heads": 4, "num_key_value_heads": 2, **MODELS[name], **overrides})
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model.enable_input_require_grads()
+    if checkpointing:
+        bare_model(model).activation_checkpointing_enable()
+    return prepare_model(model).train()
+
+
+def make_batch(num_pairs, prompt, response, vocab_size):
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(length):
+        return torch.randint(vocab_size, (length,), generator=draw).tolist()
+
+    return pack_pairs([TokenizedPair(ids(prompt), ids(response), ids(response)) for _ in range(num_pairs)])
+
+
+def measured_and_estimated(model, batch, autocast=None, accumulates=False):
+    """Bytes beyond the weights of forward and backward on one batch."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def backward():
+        with nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast):
+            loss, _ = packed_loss(model, batch, lambda sums, *_: sums.sum())
+        loss.backward()
+
+    def step():
+        for parameter in trained:
+            parameter.grad = None
+        for _ in range(2 if accumulates else 1):
+            backward()
+        grads = [parameter.grad for parameter in trained]
+        for parameter in trained:
+            parameter.grad = None
+        return grads
+
+    measured = peak_live_bytes(step)
+    mode = fake_mode()
+    row = RowShape(batch.segments, len(batch.labels))
+    settings = {"impl": "tiled", "varlen": False, "autocast": autocast, "accumulates": accumulates}
+    return measured, dry_step(shape_only(model, mode), row, mode, **settings)
+
+
+CASES = [
+    (name, lora, checkpointing, lengths)
+    for name in MODELS
+    for lora in (False, True)
+    for checkpointing in (False, True)
+    for lengths in ((4, 30, 20), (2, 300, 150))
+]
+
+
+@pytest.mark.parametrize(("name", "lora", "checkpointing", "lengths"), CASES)
+def test_a_step_takes_what_was_estimated(name, lora, checkpointing, lengths):
+    model = make_model(name, lora, checkpointing)
+    measured, estimated = measured_and_estimated(model, make_batch(*lengths, MODELS[name]["vocab_size"]))
+    assert estimated.total == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_copies_of_weights_in_the_dtype_of_autocast_are_counted(lora, checkpointing):
+    model = make_model("wide", lora, checkpointing)
+    measured, estimated = measured_and_estimated(model, make_batch(2, 100, 50, 2000), autocast=torch.bfloat16)
+    assert estimated.total == pytest.approx(measured, rel=TOLERANCE)
+    assert estimated.casts > 0
+
+
+def test_gradients_of_earlier_micro_batches_are_counted():
+    model = make_model("wide", lora=False, checkpointing=False)
+    batch = make_batch(2, 100, 50, 2000)
+    measured, estimated = measured_and_estimated(model, batch, accumulates=True)
+    assert estimated.total == pytest.approx(measured, rel=TOLERANCE)
+    assert estimated.total > measured_and_estimated(model, batch)[1].total * 1.1
+
+
+def test_tied_embeddings_have_one_gradient():
+    model = make_model("large-head", lora=False, checkpointing=False, tie_word_embeddings=True)
+    measured, estimated = measured_and_estimated(model, make_batch(2, 60, 40, 20011))
+    assert estimated.total == pytest.approx(measured, rel=TOLERANCE)
+
+
+def test_a_dry_run_changes_nothing_about_the_model():
+    model = make_model("small", lora=True, checkpointing=True)
+    before = {name: (id(p), p.requires_grad, p.clone()) for name, p in model.named_parameters()}
+    attention, batch = model.config._attn_implementation, make_batch(2, 5, 4, 1000)
+    measured_and_estimated(model, batch)
+    assert model.config._attn_implementation == attention or attention == "sdpa"
+    for name, p in model.named_parameters():
+        assert (id(p), p.requires_grad) == before[name][:2], name
+        assert torch.equal(p, before[name][2]), name
+
+
+def make_trainer(tmp_path, **settings):
+    model = make_llama(vocab_size=32, hidden_size=128, intermediate_size=512, num_hidden_layers=4)
+    settings = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 8, **settings}
+    args = DPOConfig(str(tmp_path), max_steps=2, save_strategy="no", **settings)
+    return DPOTrainer(model, args=args, train_dataset=make_rows(40), processing_class=make_tokenizer())
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_trainers_step_takes_what_its_summary_says(tmp_path, packing, checkpointing):
+    trainer = make_trainer(tmp_path, gradient_checkpointing=checkpointing, packing=packing)
+    estimate = estimate_peak_memory(trainer)
+    assert dict(summary_lines(trainer))["peak memory"] == str(estimate)
+    assert estimate.weights == estimate.reference == model_bytes(trainer.model)
+    trainer.train()
+    state = [x for s in trainer.optimizer.state.values() for x in s.values() if torch.is_tensor(x) and x.dim() > 0]
+    assert estimate.optimizer == sum(x.numel() * x.element_size() for x in state)
+    peak = 0
+    for inputs in trainer.get_train_dataloader():
+        trainer.model.zero_grad()
+        peak = max(peak, peak_live_bytes(lambda inputs=inputs: _step(trainer, inputs)))
+    within_step = estimate.total - estimate.weights - estimate.reference - estimate.optimizer
+    assert within_step == pytest.approx(peak, rel=TOLERANCE)
+
+
+def _step(trainer, inputs):
+    trainer.model.zero_grad()
+    trainer.training_step(trainer.model, inputs, 8)
+    grads = [p.grad for p in trainer.model.parameters()]
+    trainer.model.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad"])
+def test_the_optimizers_state_is_what_was_estimated(tmp_path, optim):
+    trainer = make_trainer(tmp_path, optim=optim, reference_free=True)
+    estimate = estimate_peak_memory(trainer)
+    trainer.train()
+    state = [x for s in trainer.optimizer.state.values() for x in s.values() if torch.is_tensor(x) and x.dim() > 0]
+    made = sum(x.numel() * x.element_size() for x in state)
+    trained = [(p, False) for p in trainer.model.parameters()]
+    assert optimizer_state_bytes(optim, trained) == pytest.approx(made, rel=0.02, abs=1024)
+    assert estimate.reference == 0
+
+
+def test_8_bit_optimizers_keep_embeddings_and_small_tensors_in_fp32():
+    weight, embedding, bias = (torch.nn.Parameter(torch.empty(shape)) for shape in ((256, 256), (1000, 64), (64,)))
+    found = optimizer_state_bytes("adamw_bnb_8bit", [(weight, False), (embedding, True), (bias, False)])
+    assert found == 65536 * 2 + 65536 * 8 // 256 + 8 * 64000 + 8 * 64
+    assert optimizer_state_bytes("paged_adamw_8bit", [(weight, False), (embedding, True)]) == 0
+    assert memory.optimizer_step_bytes("adamw_torch_fused", [weight], on_gpu=True) == 0
+    assert memory.optimizer_step_bytes("adamw_torch", [weight, bias], on_gpu=True) == 4 * (65536 + 64)
