@@ -23,7 +23,7 @@ import torch
 from measure import append_lines, interleaved_ms, machine_facts
 from problem import Shape
 from torch import Tensor
-from trained import TrainedHead, permuted, statistics, trained_head
+from trained import TOP, TrainedHead, permuted, statistics, trained_head
 
 from fastdpo import linear_logps
 from fastdpo.ops.engine import engine_of, resolve_impl
@@ -145,13 +145,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--shapes", type=Shape.parse, nargs="+", help="like T1024-R1024-H512-V32000-float32; T is not used"
     )
-    parser.add_argument("--tolerances", type=float, nargs="+", default=list(TOLERANCES))
-    parser.add_argument("--quick", action="store_true", help="3 runs of 0, 2**-12, 2**-9 and 2**-5")
+    parser.add_argument("--tolerances", type=float, nargs="+", help="in [0, 1); default: 0 and 2**-12 to 2**-5")
+    parser.add_argument("--quick", action="store_true", help="3 runs; of 0, 2**-12, 2**-9 and 2**-5 by default")
     options = parser.parse_args(argv)
     options.runs = options.runs or (3 if options.quick else 5)
     options.shapes = options.shapes or shapes()
-    if options.quick:
-        options.tolerances = [0.0, 2.0**-12, 2.0**-9, 2.0**-5]
+    quick = [0.0, 2.0**-12, 2.0**-9, 2.0**-5]
+    options.tolerances = options.tolerances or (quick if options.quick else list(TOLERANCES))
+    if not all(0.0 <= q < 1.0 for q in options.tolerances):
+        parser.error(f"--tolerances must lie in [0, 1), got {options.tolerances}")
+    for shape in options.shapes:
+        if shape.vocab_size < 2 * TOP:
+            parser.error(f"--shapes must have a vocabulary of at least {2 * TOP} ids, got {shape}")
     return options
 
 

@@ -221,7 +221,7 @@ def machine_lines(facts: dict[str, Any]) -> list[str]:
     versions = ", ".join(
         f"{name} {facts[name]}" for name in ("python", "torch", "triton", "transformers") if name in facts
     )
-    lines = [f"{facts.get('gpu') or 'No GPU that torch can use: only the parts that need none.'}; {versions}"]
+    lines = [f"{facts.get('gpu') or 'No GPU that torch can use: only the parts that need none'}; {versions}"]
     if facts.get("missing"):
         lines.append(f"Not installed: {', '.join(facts['missing'])}.")
     return lines + ([f"Importing them failed: {facts['error']}"] if "error" in facts else [])
@@ -267,6 +267,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for everything together (default {SECONDS})")
     options = parser.parse_args(argv)
     out = options.out.resolve()
+    if out.exists() and not out.is_dir():
+        parser.error(f"OUT must be a folder, {out} is a file")
     out.mkdir(parents=True, exist_ok=True)
     for old in [out / "log.txt", out / "SUMMARY.md", out / "verify.json", out / "blocks.json", *out.glob("*.jsonl")]:
         old.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ formulas that know nothing of any implementation.
 
 from __future__ import annotations
 
+import argparse
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,12 +36,17 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """The inverse of str: T2048-R1024-H512-V32000-float32."""
+        """The inverse of str: T2048-R1024-H512-V32000-float32. argparse shows what it says of a mistake."""
         match = re.fullmatch(r"T(\d+)-R(\d+)-H(\d+)-V(\d+)-(float32|bfloat16|float16)", text)
         if match is None:
-            raise ValueError(f"a shape reads like T2048-R1024-H512-V32000-float32, got {text!r}")
+            raise argparse.ArgumentTypeError(f"a shape reads like T2048-R1024-H512-V32000-float32, got {text!r}")
         *sizes, dtype = match.groups()
-        return cls(*map(int, sizes), dtype)
+        shape = cls(*map(int, sizes), dtype)
+        if not 0 < shape.num_rows <= shape.num_tokens or 0 in (shape.hidden_size, shape.vocab_size):
+            raise argparse.ArgumentTypeError(
+                f"a shape has sizes above 0 and no more rows R than tokens T, got {text!r}"
+            )
+        return shape
 
     @property
     def num_pairs(self) -> int:

@@ -1,6 +1,7 @@
 """`fastdpo verify`: are the kernels right on this machine? A table of checks, exit code 1 if one fails.
 
-In: a device, dtypes, a shape. Out: the table, or with --json one JSON object on stdout.
+In: a device, dtypes, a shape. Out: the table, or with --json one JSON object on stdout: "passed", "machine", and
+"lines" with impl, dtype, check, verdict, error, bound, unit and note of each check.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ def main(argv: list[str]) -> int:
     import torch
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {device!r}") from None
     lines = verify(device, options.dtype, _shape(options, device))
     failed = [line for line in lines if line.verdict == "FAILED"]
     if options.json:
@@ -47,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="fastdpo verify", description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is a GPU")
+    parser.add_argument("--device", help="cpu, cuda or cuda:1 and so on; default: cuda where there is a GPU")
     parser.add_argument(
         "--dtype", action="append", choices=ALL_DTYPES, help="may be repeated; default: those the device is used with"
     )

@@ -17,6 +17,7 @@ from fastdpo.losses import LOSSES, check_loss_settings
 from fastdpo.ops import sequence_logps
 from fastdpo.ops.sequence_loss import GroupEnd, sequence_loss
 from fastdpo.ops.targets import labels_of
+from fastdpo.ops.validation import check_settings
 from fastdpo.types import IGNORE_INDEX, PairScores
 
 
@@ -72,6 +73,7 @@ class LinearDPOLoss(nn.Module):
         self.label_smoothing, self.discopop_tau = label_smoothing, discopop_tau
         self.skip_tolerance, self.workspace_bytes, self.impl = skip_tolerance, workspace_bytes, impl
         check_loss_settings(loss_type, self)
+        check_settings(1.0, None, (), skip_tolerance, workspace_bytes, impl)
         if loss_type == "ipo" and average_log_prob:
             raise ValueError("average_log_prob must be False for loss_type 'ipo', which averages per token by itself")
 

@@ -16,6 +16,7 @@ from fastdpo.ops.targets import labels_of
 from fastdpo.types import IGNORE_INDEX
 
 REDUCTIONS = ("mean", "sum", "none")
+SAME = ("logit_scale", "softcap", "skip_tolerance", "workspace_bytes", "impl")
 
 
 def linear_cross_entropy(
@@ -44,7 +45,7 @@ def linear_cross_entropy(
         ignore_index: target of the rows that give 0 and no gradient; None, torch's default, stands for -100.
         label_smoothing: only 0.0. More needs the gradient of a row's mean logit, which this op does not have.
         options: only None. torch's options choose chunks and accumulators; here the op chooses tiles and sums in fp32.
-        **same: logit_scale, softcap, skip_tolerance and impl, as in `linear_logps`.
+        **same: logit_scale, softcap, skip_tolerance, workspace_bytes and impl, as in `linear_logps`.
     Returns:
         The loss in fp32 (fp64 for fp64 inputs) also for fp16 and bf16, where torch's would be rounded to the input's
         dtype: a scalar, or of target's shape where reduction is "none". Differentiable once in input, linear_weight
@@ -53,6 +54,9 @@ def linear_cross_entropy(
         ValueError: shapes disagree, target holds probabilities, or a setting is not one of the above; and as
             `linear_logps`, whose hidden_states, lm_head_weight and labels are input, linear_weight and target here.
     """
+    unknown = [name for name in same if name not in SAME]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no argument of linear_cross_entropy (the bias is linear_bias)")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if label_smoothing != 0.0:

@@ -47,9 +47,11 @@ def linear_logps(
             mass are then neither recomputed nor multiplied; tiles with a label are always kept. With g the gradient of
             the log-probs, row t of dH is off by at most `|g_t| |logit_scale| q max_v |W_v|`, and dW by at most
             `sum_t |g_t| |logit_scale| q |h_t|` (Frobenius). Rows of dW that were skipped everywhere are exactly zero,
-            which Adam does not treat as small. 0.0 is exact. A model with random weights has nothing to skip.
+            which Adam does not treat as small. 0.0 is exact. Where little can be skipped (random weights, small
+            vocabularies, an uncertain model) looking for it costs more than it saves.
         workspace_bytes: what may be allocated during a pass beyond gradients and their fp32 sums; by default at most
-            256 MiB on a GPU and 32 MiB on a CPU. More of it saves reading and writing those sums.
+            256 MiB on a GPU and 32 MiB on a CPU. More of it saves reading and writing those sums; much less than
+            that costs time (tens of KiB: several times as much).
         impl: "triton", "tiled" (pure PyTorch, any device), "reference" (plain PyTorch, builds the logits), or "auto":
             triton on CUDA where it is installed and takes the dtype, else tiled. A named impl never falls back.
     Returns:

@@ -182,7 +182,8 @@ class _LossInForward(torch.autograd.Function):
     def backward(ctx: Any, grad_loss, *_):  # type: ignore[override]
         if ctx.scaled_in_place:
             raise RuntimeError(
-                "sequence_loss makes its gradients once, in forward: ask for all of them in one backward"
+                "the gradients of this loss were made in forward and have been handed out: ask for all of them in one "
+                "backward (LinearDPOLoss: impl='reference', or log-probs by sequence_logps, can be asked again)"
             )
         grads: list[Tensor | None] = []
         for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):

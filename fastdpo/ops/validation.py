@@ -19,6 +19,10 @@ IMPLS = ("auto", "triton", "tiled", "reference")
 
 def check_head(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
     """Shapes, devices and dtypes."""
+    tensors = {"hidden_states": hidden_states, "lm_head_weight": lm_head_weight, "labels": labels, "bias": bias}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     check_shape("hidden_states", hidden_states, "(T, H)", 2)
     check_shape("lm_head_weight", lm_head_weight, "(V, H)", 2)
     (T, H), V = hidden_states.shape, lm_head_weight.shape[0]
@@ -66,16 +70,25 @@ def check_settings(
     unknown = [name for name in outputs if name not in TOKEN_OUTPUTS]
     if unknown:
         raise ValueError(f"outputs must be names out of {TOKEN_OUTPUTS}, got {unknown[0]!r}")
+    check_number("logit_scale", logit_scale)
+    check_number("skip_tolerance", skip_tolerance)
+    if softcap is not None:
+        check_number("softcap", softcap)
     if not 0 < abs(logit_scale) < float("inf"):
         raise ValueError(f"logit_scale must be finite and not zero, got {logit_scale}")
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap must be a positive finite number or None, got {softcap}")
     if not 0.0 <= skip_tolerance < 1.0:
         raise ValueError(f"skip_tolerance must be a probability mass in [0, 1), got {skip_tolerance}")
-    if workspace_bytes is not None and workspace_bytes < 1:
-        raise ValueError(f"workspace_bytes must be a positive number of bytes or None, got {workspace_bytes}")
+    if workspace_bytes is not None and (type(workspace_bytes) is not int or workspace_bytes < 1):
+        raise ValueError(f"workspace_bytes must be a positive int, in bytes, or None, got {workspace_bytes!r}")
     if skip_tolerance > 0.0 and impl == "reference":
         raise ValueError(f'skip_tolerance must be 0.0 for impl="reference", which is exact, got {skip_tolerance}')
+
+
+def check_number(name: str, value: object) -> None:
+    if not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {value!r}")
 
 
 def operand_dtype(hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | None) -> torch.dtype:
@@ -85,11 +98,9 @@ def operand_dtype(hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | 
     if torch.is_autocast_enabled(device_type) and torch.float64 not in dtypes:
         return torch.get_autocast_dtype(device_type)
     if len(dtypes) > 1:
-        bias_dtype = "none" if bias is None else bias.dtype
-        raise ValueError(
-            "hidden_states, lm_head_weight and bias must share one dtype outside autocast (fp64 never mixes), "
-            f"got {hidden_states.dtype}, {lm_head_weight.dtype} and {bias_dtype}"
-        )
+        names = "hidden_states and lm_head_weight" if bias is None else "hidden_states, lm_head_weight and bias"
+        found = ", ".join(str(x.dtype) for x in (hidden_states, lm_head_weight, bias) if x is not None)
+        raise ValueError(f"{names} must share one dtype outside autocast (under it fp64 does not mix), got {found}")
     return hidden_states.dtype
 
 

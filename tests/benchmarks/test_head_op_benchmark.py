@@ -1,5 +1,6 @@
 """The head op's benchmark: its fp64 check, who is left out, and what a record holds."""
 
+import argparse
 from dataclasses import replace
 
 import bench_linear_logps as bench
@@ -31,8 +32,9 @@ def plain_fp64(hidden_states, weight, labels):
 def test_shapes_are_written_as_they_are_read():
     for shape in (*problem.CPU_SHAPES, *problem.GPU_SHAPES):
         assert Shape.parse(str(shape)) == shape
-    with pytest.raises(ValueError, match="reads like T2048"):
-        Shape.parse("2048x1024")
+    for wrong in ("2048x1024", "T0-R0-H8-V8-float32", "T256-R512-H8-V8-float32"):
+        with pytest.raises(argparse.ArgumentTypeError, match="a shape"):
+            Shape.parse(wrong)
 
 
 def test_a_batch_has_whole_pairs_and_the_promised_rows():
