@@ -59,10 +59,11 @@ _HOPPER = _row(
     eager_options=Blocks(64, 256, 64, 8, 4, tma=True),
 )
 _BLACKWELL = _row(
-    Blocks(128, 128, 64, 16, 4, tma=True),  # with 8 warps what the options need beside the matmul spills
+    Blocks(128, 64, 64, 8, 4, tma=True),  # the options: wider tiles spill, and 16 warps do without the matrix unit
     forward=Blocks(128, 256, 64, 8, 4, tma=True),
     eager=Blocks(128, 128, 64, 8, 4, tma=True),
     logit_grads=Blocks(128, 256, 64, 8, 4, tma=True),
+    skipping=Blocks(128, 128, 64, 8, 4, tma=True),
 )
 _WORKSTATION = _row(Blocks(128, 128, 64, 8, 3, tma=True), eager_options=Blocks(64, 128, 64, 8, 3, tma=True))
 
