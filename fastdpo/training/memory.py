@@ -22,7 +22,7 @@ from fastdpo.data.columns import row_lengths
 from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.training.collator import microbatches_of
-from fastdpo.training.dry_run import RowShape, dry_step, fake_mode, shape_only
+from fastdpo.training.dry_run import RowShape, StepPeak, dry_step, fake_mode, shape_only
 from fastdpo.training.models import head_dtype
 from fastdpo.types import PackedBatch
 
@@ -119,29 +119,19 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def estimate_step(
-    dry: nn.Module,
-    row: RowShape,
-    mode: Any,
-    *,
-    optim: str,
-    weight_bytes: int,
-    reference_bytes: int = 0,
-    on_gpu: bool,
-    **settings: Any,
+    dry: nn.Module, peak: StepPeak, *, optim: str, weight_bytes: int, reference_bytes: int = 0, on_gpu: bool
 ) -> MemoryEstimate:
-    """The estimate for one micro-batch of this shape.
+    """The estimate for the model and the micro-batch behind a dry run.
 
     Args:
-        dry, row, mode: as in `dry_step`.
+        dry, peak: the model given to `dry_step`, and what came back.
         weight_bytes, reference_bytes: of the two models.
-        settings: as in `dry_step`.
     """
     embeddings = {id(p) for m in dry.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trained = [p for p in dry.parameters() if p.requires_grad]
     state = optimizer_state_bytes(optim, [(p, id(p) in embeddings) for p in trained])
     gradients = sum(p.numel() * p.element_size() for p in trained)
     of_step = optimizer_step_bytes(optim, trained, on_gpu)
-    peak = dry_step(dry, row, mode, **settings)
     overhead = CUDA_BYTES if on_gpu else 0
     if gradients + of_step > peak.total:
         return MemoryEstimate(weight_bytes, state + of_step, reference_bytes, 0, gradients, 0, 0, overhead)
@@ -165,20 +155,23 @@ def estimate_peak_memory(trainer: PackedTrainer) -> MemoryEstimate:
         enable(kwargs or None, **every)
     frozen: Any = getattr(getattr(trainer, "reference", None), "model", None)
     is_second = frozen is not None and bare_model(frozen) is not bare_model(trainer.model)
-    on_gpu = args.device.type == "cuda"
     impl = resolve_impl(args.impl, args.device, head_dtype(trainer.model, args))
-    return estimate_step(
+    peak = dry_step(
         dry,
         largest_microbatch(trainer),
         mode,
-        optim=str(getattr(args.optim, "value", args.optim)),
-        weight_bytes=model_bytes(trainer.model),
-        reference_bytes=model_bytes(frozen) if is_second else 0,
-        on_gpu=on_gpu,
         impl=impl if impl != "reference" else "tiled",
         varlen=any(name.startswith(("flash", "varlen")) for name in trainer.packing_check.backends),
         autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         accumulates=args.gradient_accumulation_steps > 1 or trainer.collator.max_tokens is not None,
+    )
+    return estimate_step(
+        dry,
+        peak,
+        optim=str(getattr(args.optim, "value", args.optim)),
+        weight_bytes=model_bytes(trainer.model),
+        reference_bytes=model_bytes(frozen) if is_second else 0,
+        on_gpu=args.device.type == "cuda",
     )
 
 
