@@ -31,6 +31,7 @@ from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.training.collator import PackingCollator, microbatches_of
 from fastdpo.training.config import EngineConfig
+from fastdpo.training.memory import check_memory_settings
 from fastdpo.training.models import check_lengths, check_token_ids, disable_dropout, forget_accelerate, head_dtype
 from fastdpo.training.token_budget import BudgetAtStart, check_can_split, check_row_sizes
 from fastdpo.types import PackedBatch
@@ -63,6 +64,8 @@ class PackedTrainer(Trainer):
         self._num_train_tokens = 0  # since the last log
         tokenizer = self.processing_class = processing_class
         self.args = args
+        if trainer_arguments.get("optimizers", (None, None))[0] is None:
+            check_memory_settings(args)
         forget_accelerate(model)
         prepare_model(model)
 

@@ -51,6 +51,16 @@ _STATE_BYTES = {
     "adagrad": 4.0,
 }
 
+_OPTIMIZER_PACKAGES = {  # by part of the name, as transformers imports them
+    "bnb": "bitsandbytes",
+    "paged": "bitsandbytes",
+    "lion": "bitsandbytes",
+    "ademamix": "bitsandbytes",
+    "adamw_8bit": "bitsandbytes",
+    "adamw_torch_4bit": "torchao",
+    "adamw_torch_8bit": "torchao",
+}
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -113,6 +123,29 @@ def optimizer_step_bytes(name: str, trained: Iterable[nn.Parameter], on_gpu: boo
     return sum(sizes) if is_foreach else 0 if "fused" in name or "bnb" in name else max(sizes, default=0)
 
 
+def check_memory_settings(args: Any) -> None:
+    """Refuses what would fail when training starts, after data and reference have been prepared.
+
+    Raises:
+        ValueError: an optimizer whose package is not installed, or checkpoints offloaded from a device that has none.
+    """
+    name = str(getattr(args.optim, "value", args.optim))
+    package = next((package for part, package in _OPTIMIZER_PACKAGES.items() if part in name), None)
+    if package is not None and importlib.util.find_spec(package) is None:
+        extra = "fastdpo[quant]" if package == "bitsandbytes" else package
+        raise ValueError(f'optim={name!r} needs {package}, which is not installed: pip install "{extra}"')
+    kwargs = _checkpointing_kwargs(args)
+    if kwargs.get("offload") and args.device.type == "cpu":
+        raise ValueError(f"activation_checkpointing_kwargs must not hold offload on a CPU, got {kwargs}")
+    if kwargs.get("offload") and not args.gradient_checkpointing:
+        raise ValueError(f"gradient_checkpointing must be on for activation_checkpointing_kwargs={kwargs}")
+
+
+def _checkpointing_kwargs(args: Any) -> dict[str, Any]:
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the second until transformers 6
+    return dict(next((kwargs for name in names if (kwargs := getattr(args, name, None))), {}))
+
+
 def model_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers as they are stored, 4-bit ones packed."""
     return sum(tensor.numel() * tensor.element_size() for tensor in {*model.parameters(), *model.buffers()})
@@ -145,9 +178,7 @@ def estimate_peak_memory(trainer: PackedTrainer) -> MemoryEstimate:
     mode = fake_mode()
     dry = shape_only(trainer.model, mode)
     if args.gradient_checkpointing:
-        kwargs = dict(
-            getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
-        )
+        kwargs = _checkpointing_kwargs(args)
         kwargs.pop("offload", None)
         every = {name: kwargs.pop(name) for name in ("every_n_layers",) if name in kwargs}
         bare = bare_model(dry)

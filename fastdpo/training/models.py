@@ -85,6 +85,8 @@ def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = Non
         raise ValueError(
             f"model_init_kwargs must be arguments of from_pretrained, got {model_init_kwargs}: {error}"
         ) from error
+    except ImportError as error:  # of a quantization, or of attn_implementation
+        raise ValueError(f"loading {name_or_path!r} needs a package that is not installed: {error}") from error
     except OSError as error:
         raise ValueError(
             f"model must be a local directory or a model name on the Hub, got {name_or_path!r}: {error}"

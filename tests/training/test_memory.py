@@ -171,3 +171,50 @@ def test_8_bit_optimizers_keep_embeddings_and_small_tensors_in_fp32():
     assert optimizer_state_bytes("paged_adamw_8bit", [(weight, False), (embedding, True)]) == 0
     assert memory.optimizer_step_bytes("adamw_torch_fused", [weight], on_gpu=True) == 0
     assert memory.optimizer_step_bytes("adamw_torch", [weight, bias], on_gpu=True) == 4 * (65536 + 64)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": True},
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_checkpointing_by_either_name_lowers_the_estimate_and_reaches_the_model(tmp_path, settings):
+    plain = estimate_peak_memory(make_trainer(tmp_path))
+    trainer = make_trainer(tmp_path, **settings)
+    estimate = estimate_peak_memory(trainer)
+    assert estimate.activations < 0.8 * plain.activations
+    trainer.train()
+    layers = trainer.model.model.layers
+    every = settings.get("activation_checkpointing_kwargs", {}).get("every_n_layers", 1)
+    assert sum(layer.gradient_checkpointing for layer in layers) == 4 // every
+
+
+@pytest.mark.parametrize(
+    ("optim", "package"),
+    [("adamw_bnb_8bit", "bitsandbytes"), ("paged_adamw_8bit", "bitsandbytes"), ("adamw_torch_8bit", "torchao")],
+)
+def test_an_optimizer_without_its_package_is_refused_before_anything_else(tmp_path, monkeypatch, optim, package):
+    find_spec = memory.importlib.util.find_spec
+    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    with pytest.raises(ValueError, match=f"optim='{optim}' needs {package}"):
+        make_trainer(tmp_path, optim=optim)
+    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: object())
+    make_trainer(tmp_path, optim=optim)
+
+
+def test_an_optimizer_that_is_given_needs_no_package_of_another(tmp_path):
+    model = make_llama(vocab_size=32)
+    args = DPOConfig(str(tmp_path), use_cpu=True, report_to=[], optim="adamw_bnb_8bit")
+    given = (torch.optim.SGD(model.parameters()), None)
+    rows = {"train_dataset": make_rows(8), "processing_class": make_tokenizer()}
+    assert DPOTrainer(model, args=args, optimizers=given, **rows).optimizer is given[0]
+
+
+def test_offloaded_checkpoints_are_refused_where_they_cannot_be(tmp_path):
+    offload = {"activation_checkpointing_kwargs": {"offload": True}}
+    with pytest.raises(ValueError, match="must not hold offload on a CPU"):
+        make_trainer(tmp_path, gradient_checkpointing=True, **offload)
