@@ -56,7 +56,7 @@ def test_every_path_and_option_that_the_readme_names_exists():
     from fastdpo.cli.arguments import AdapterArguments, RunArguments
 
     known = {f.name for cls in (DPOConfig, AdapterArguments, RunArguments) for f in fields(cls)} | {"config", "help"}
-    known |= options_of("verify")
+    known |= options_of("verify") | options_of("plan")
     for option in re.findall(r"--([a-z_0-9]+)", README):
         assert option in known, option
     headings = {title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", README, flags=re.MULTILINE)}
