@@ -167,7 +167,8 @@ class _LiveBytes(TorchDispatchMode):
         return _Tag(self, tag)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        is_grouped = func is torch.ops.aten._grouped_mm.default
+        result = _grouped_mm(*args, **(kwargs or {})) if is_grouped else func(*args, **(kwargs or {}))
         tag = self.tag
         if not tag and func is torch.ops.aten._to_copy.default and args[0].untyped_storage() in self.weights:
             tag = "casts"
@@ -196,6 +197,17 @@ class _LiveBytes(TorchDispatchMode):
             if total > most:
                 most, best = total, dict(now)
         return best
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+    """The result of experts' matmuls, whose shape PyTorch only knows in bf16; `offs` cuts the side without experts."""
+    if a.dim() == b.dim() == 2:
+        shape: tuple[int, ...] = (len(offs), a.shape[0], b.shape[1])
+    elif a.dim() == b.dim() == 3:
+        shape = (*a.shape[:2], b.shape[2])
+    else:
+        shape = (a.shape[-2], b.shape[-1])
+    return torch.empty(shape, dtype=out_dtype or a.dtype)
 
 
 class _Tag:
@@ -286,20 +298,21 @@ def _dry_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     packed_layout: PackedLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Stands in for `packed_attention`, and for a model's own over padded rows, which has a mask.
-
-    Windows, caps and sinks are left out: a window keeps the same tensors, the explicit logits of a cap or a sink on a
-    CPU are more than is counted here.
-    """
+    """Stands in for `packed_attention`, and for a model's own over padded rows, which has a mask."""
     with _DryAttention():
         if packed_layout is None:
             S, _, L, _ = query.shape
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
             mask = query.new_empty(S, 1, L, L, dtype=torch.bool)
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).contiguous(), None
-        call = AttentionCall(query, key, value, packed_layout, 0.0, 1.0, None, None, None)
+        is_limited = sliding_window is not None and sliding_window < packed_layout.varlen.max_keys
+        window = sliding_window if is_limited else None
+        call = AttentionCall(query, key, value, packed_layout, 0.0, 1.0, window, softcap, s_aux)
         backend = _DryVarlen() if packed_layout.backend == "varlen" else BranchSdpa()
         return backend.attend(call), None

@@ -29,7 +29,7 @@ def summary_lines(trainer: PackedTrainer) -> list[tuple[str, str]]:
     lines.append(("attention", _attention(trainer)))
     lines.append(("head op", _head_op(trainer)))
     lines.append(("steps", _steps(trainer)))
-    lines.append(("peak memory", str(estimate_peak_memory(trainer))))
+    lines.append(("peak memory", _peak_memory(trainer)))
     return lines
 
 
@@ -80,6 +80,13 @@ def _steps(trainer: PackedTrainer) -> str:
         f"{steps} optimizer steps of {per_step} rows ({args.per_device_train_batch_size} x"
         f" {args.gradient_accumulation_steps} accumulated x {args.world_size} processes), {per_epoch} an epoch"
     )
+
+
+def _peak_memory(trainer: PackedTrainer) -> str:
+    try:
+        return str(estimate_peak_memory(trainer))
+    except Exception as error:  # whatever a model's code does with tensors that hold no numbers, it can be trained
+        return f"not estimated: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import make_llama, make_rows, make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastdpo import DPOConfig, DPOTrainer, TokenizedPair, pack_pairs
 from fastdpo.evidence.memory import peak_live_bytes
@@ -14,6 +15,7 @@ from fastdpo.modeling.packed import bare_model
 from fastdpo.training import memory
 from fastdpo.training.dry_run import RowShape, dry_step, fake_mode, shape_only
 from fastdpo.training.memory import estimate_peak_memory, model_bytes, optimizer_state_bytes
+from fastdpo.training.models import disable_dropout
 from fastdpo.training.summary import summary_lines
 
 TOLERANCE = 0.15  # what the summary promises; these cases are within 5%
@@ -102,6 +104,27 @@ def test_gradients_of_earlier_micro_batches_are_counted():
     assert estimated.total > measured_and_estimated(model, batch)[1].total * 1.1
 
 
+_SHAPE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+_SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ARCHITECTURES = {
+    "qwen3": _SHAPE,
+    "gemma2": _SHAPE,  # softcap and sliding window
+    "gpt_oss": {**_SHAPE, **_EXPERTS},  # sinks
+    "mixtral": {**_SHAPE, **_EXPERTS},
+    "gpt2": {"vocab_size": 256, "n_embd": 64, "n_layer": 3, "n_head": 4},
+}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_layers_of_any_kind_take_what_was_estimated(model_type):
+    config = AutoConfig.for_model(model_type, **ARCHITECTURES[model_type])
+    model = AutoModelForCausalLM.from_config(config).train()
+    disable_dropout(model)
+    measured, estimated = measured_and_estimated(prepare_model(model), make_batch(3, 60, 40, 256))
+    assert estimated.total == pytest.approx(measured, rel=TOLERANCE)
+
+
 def test_tied_embeddings_have_one_gradient():
     model = make_model("large-head", lora=False, checkpointing=False, tie_word_embeddings=True)
     measured, estimated = measured_and_estimated(model, make_batch(2, 60, 40, 20011))
@@ -111,9 +134,13 @@ def test_tied_embeddings_have_one_gradient():
 def test_a_dry_run_changes_nothing_about_the_model():
     model = make_model("small", lora=True, checkpointing=True)
     before = {name: (id(p), p.requires_grad, p.clone()) for name, p in model.named_parameters()}
-    attention, batch = model.config._attn_implementation, make_batch(2, 5, 4, 1000)
-    measured_and_estimated(model, batch)
-    assert model.config._attn_implementation == attention or attention == "sdpa"
+    batch = make_batch(2, 5, 4, 1000)
+    packed_loss(model, batch, lambda sums, *_: sums.sum())
+    attention, mode = model.config._attn_implementation, fake_mode()
+    dry = shape_only(model, mode)
+    dry_step(dry, RowShape(batch.segments, len(batch.labels)), mode, impl="tiled", varlen=False)
+    assert model.config._attn_implementation == attention
+    assert all(p.grad is None for p in model.parameters())
     for name, p in model.named_parameters():
         assert (id(p), p.requires_grad) == before[name][:2], name
         assert torch.equal(p, before[name][2]), name
@@ -142,6 +169,15 @@ def test_a_trainers_step_takes_what_its_summary_says(tmp_path, packing, checkpoi
         peak = max(peak, peak_live_bytes(lambda inputs=inputs: _step(trainer, inputs)))
     within_step = estimate.total - estimate.weights - estimate.reference - estimate.optimizer
     assert within_step == pytest.approx(peak, rel=TOLERANCE)
+
+
+def test_a_run_starts_also_where_nothing_can_be_estimated(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no shape for it\nand more")
+
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(memory, "dry_step", fails)
+    assert dict(summary_lines(trainer))["peak memory"] == "not estimated: RuntimeError: no shape for it"
 
 
 def _step(trainer, inputs):
