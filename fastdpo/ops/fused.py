@@ -117,7 +117,8 @@ class FusedLogitGrads:
         self.tiling = choose_tiling(hidden_states, lm_head_weight, head.workspace_bytes)
         self.hidden_states, self.lm_head_weight, self.lse, self.head = hidden_states, lm_head_weight, lse, head
         self.unit = power_of_two(row_scale) if hidden_states.dtype == torch.float16 else None  # fp16 keeps its range
-        self.row_scale = row_scale if self.unit is None else row_scale / self.unit
+        self.row_scale: Tensor | None = None  # in the tiles
+        self.tile_scale = row_scale if self.unit is None else row_scale / self.unit
         self.labels = labels.contiguous()
         self.bias = None if bias is None else bias.contiguous()
         width = padded(min(self.tiling.block_vocab, self.tiling.num_vocab), ROW_MULTIPLE)
@@ -137,7 +138,7 @@ class FusedLogitGrads:
                 self.labels[rows],
                 self.lse.whole[rows],
                 self.lse.rest[rows],
-                self.row_scale[rows],
+                self.tile_scale[rows],
                 vocab.start,
                 self.lm_head_weight.shape[0],
                 self.head.logit_scale,

@@ -1,8 +1,7 @@
 """dH, dW and db from tiles of the logits' gradient, whoever fills the tiles.
 
-With D of eq. (9) and the row factors c of eq. (10), where a tile is `c D / unit`, eq. (11) and (12):
-
-    dH = unit (c D / unit) @ W        dW = unit (c D / unit).T @ H        db = unit sum_t (c D / unit)
+With D of eq. (9) and the row factors c of eq. (10), (11) and (12) are dH = c (D @ W), dW = D.T @ (c H), db = D.T @ c.
+An engine puts c where it costs least: into its tiles, over a common unit, or it leaves it to the rows here.
 
 Tiles walk the vocabulary outside and the rows inside, so that a block of dW is finished before the next one starts: it
 is summed in fp32 in one block of scratch and cast once. Only the gradients asked for are allocated or computed.
@@ -23,10 +22,11 @@ class LogitGrads(Protocol):
     """Something that recomputes logits tile by tile."""
 
     tiling: Tiling
-    unit: Tensor | None  # (1,) what tiles are divided by; None: 1
+    row_scale: Tensor | None  # (T,) c, where tiles are D; None where they are c D / unit
+    unit: Tensor | None  # (1,); None: 1
 
     def tile(self, rows: slice, vocab: slice, weight: Tensor) -> Tensor:
-        """c D / unit over the tile, (block_rows, block_vocab), in the dtype of `weight`, which is operand(W[vocab])."""
+        """(block_rows, block_vocab), in the dtype of `weight`, which is operand(W[vocab])."""
 
 
 def head_gradients(
@@ -37,7 +37,7 @@ def head_gradients(
     weight_dtype: torch.dtype | None,  # of dW
     bias_dtype: torch.dtype | None,  # of db
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    tiling = logit_grads.tiling
+    tiling, scale = logit_grads.tiling, logit_grads.row_scale
     acc_dtype = accumulator_dtype(hidden_states.dtype)
     device = hidden_states.device
     grad_hidden = grad_weight = grad_bias = None
@@ -59,14 +59,17 @@ def head_gradients(
             if grad_hidden is not None:
                 matmul_into(grad_hidden[rows], d, weight, beta=0.0 if vocab.start == 0 else 1.0)
             if grad_weight is not None:
-                matmul_into(block, d.T, operand(hidden_states[rows]), beta=0.0 if rows.start == 0 else 1.0)
+                scaled = hidden_states[rows] if scale is None else hidden_states[rows] * scale[rows, None]
+                matmul_into(block, d.T, scaled.to(weight.dtype), beta=0.0 if rows.start == 0 else 1.0)
             if grad_bias is not None:
-                grad_bias[vocab] += d.sum(0, dtype=acc_dtype)
+                grad_bias[vocab] += d.sum(0, dtype=acc_dtype) if scale is None else scale[rows] @ d.to(acc_dtype)
         if grad_weight is not None:
             _finish(block, logit_grads.unit, grad_weight[vocab])
         del weight  # where it is a cast, before the next one is made
     if grad_weight is not None and tiling.num_rows == 0:
         grad_weight.zero_()
+    if grad_hidden is not None and scale is not None:
+        grad_hidden.mul_(scale[:, None])
     return (
         None if grad_hidden is None else _finish(grad_hidden, logit_grads.unit, dtype=hidden_dtype),
         grad_weight,

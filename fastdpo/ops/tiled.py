@@ -134,9 +134,9 @@ class _RowState:
 
 
 class TiledLogitGrads:
-    """Fills tiles of the logits' gradient, c D of eq. (9) and (10), by computing the logits once more."""
+    """Fills tiles of the logits' gradient, D of eq. (9), by computing the logits once more."""
 
-    unit: Tensor | None = None  # sums are fp32 or fp64 here, which have range enough
+    unit: Tensor | None = None
 
     def __init__(
         self,
@@ -149,7 +149,8 @@ class TiledLogitGrads:
         row_scale: Tensor,
     ):
         self.tiling = choose_tiling(hidden_states, lm_head_weight, head.workspace_bytes)
-        self.bias, self.row_scale = bias, row_scale
+        self.bias = bias
+        self.row_scale: Tensor | None = row_scale
         self.rows = GradRows(hidden_states, labels, lse, head, lm_head_weight.shape[0])
         self.scratch = _scratch(self.tiling, lse.whole)
         self.second = _scratch(self.tiling, lse.whole) if head.softcap is not None else None
@@ -160,7 +161,7 @@ class TiledLogitGrads:
         slope = None if self.second is None else _tile(self.second, rows, vocab)
         column, inside = _label_columns(self.rows.labels[rows], vocab)
         self.rows.fill(out, rows, weight, None if self.bias is None else self.bias[vocab], column, inside, slope)
-        return out.mul_(self.row_scale[rows, None]).to(weight.dtype)
+        return out.to(weight.dtype)  # without c: one more pass over the tile costs more here than scaled rows
 
 
 class GradRows:
