@@ -87,6 +87,12 @@ class MemoryEstimate:
         return f"about {self.total / MIB:,.0f} MiB (an estimate)" + (f": {parts}" if parts else "")
 
 
+def trained_parameters(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
+    """What the optimizer is given, and whether each is an embedding."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    return [(p, id(p) in embeddings) for p in model.parameters() if p.requires_grad]
+
+
 def optimizer_state_bytes(name: str, trained: Iterable[tuple[nn.Parameter, bool]]) -> int:
     """What `optim=name` keeps on the device once it has stepped.
 
@@ -160,9 +166,8 @@ def estimate_step(
         dry, peak: the model given to `dry_step`, and what came back.
         weight_bytes, reference_bytes: of the two models.
     """
-    embeddings = {id(p) for m in dry.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trained = [p for p in dry.parameters() if p.requires_grad]
-    state = optimizer_state_bytes(optim, [(p, id(p) in embeddings) for p in trained])
+    state = optimizer_state_bytes(optim, trained_parameters(dry))
     gradients = sum(p.numel() * p.element_size() for p in trained)
     of_step = optimizer_step_bytes(optim, trained, on_gpu)
     overhead = CUDA_BYTES if on_gpu else 0

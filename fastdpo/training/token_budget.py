@@ -22,6 +22,7 @@ from transformers.utils import logging
 from fastdpo.data.columns import row_lengths
 from fastdpo.data.prepare import group_from_columns
 from fastdpo.training.collator import PackingCollator
+from fastdpo.training.memory import optimizer_state_bytes, trained_parameters
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -147,15 +148,10 @@ def _first_rows(dataset: Dataset, collator: PackingCollator, num_tokens: int) ->
 
 
 def optimizer_bytes(model: nn.Module, optimizer: Any, name: str) -> int:
-    """What the optimizer's state will take once it has stepped: two moments like the weights, or less by its name."""
+    """What the optimizer's state will still take once it has stepped, by its name."""
     if optimizer is not None and len(optimizer.state) > 0:
         return 0
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if any(part in name for part in ("paged", "sgd", "lomo", "adafactor", "galore", "apollo")):
-        return 0  # in host memory, or small beside the weights
-    if "8bit" in name or "8-bit" in name:
-        return 2 * sum(p.numel() for p in trained)
-    return 2 * sum(p.numel() * p.element_size() for p in trained)
+    return optimizer_state_bytes(name, trained_parameters(model))
 
 
 def _optimizer_name(args: TrainingArguments) -> str:
