@@ -82,8 +82,8 @@ def shape_only(model: nn.Module, mode: Any) -> nn.Module:
             for name, child in parent.named_children():
                 if type(child).__name__ == "Linear4bit":  # of bitsandbytes
                     given: Any = child
-                    layer = nn.Linear(given.in_features, given.out_features, given.bias is not None)
-                    setattr(parent, name, layer.to(torch.bfloat16).requires_grad_(False))
+                    sizes = (given.in_features, given.out_features, given.bias is not None)
+                    setattr(parent, name, nn.Linear(*sizes, dtype=torch.bfloat16).requires_grad_(False))
         bare = bare_model(dry)
         if is_prepared(bare):
             unprepare_model(bare)

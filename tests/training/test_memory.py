@@ -254,3 +254,35 @@ def test_offloaded_checkpoints_are_refused_where_they_cannot_be(tmp_path):
     offload = {"activation_checkpointing_kwargs": {"offload": True}}
     with pytest.raises(ValueError, match="must not hold offload on a CPU"):
         make_trainer(tmp_path, gradient_checkpointing=True, **offload)
+
+
+class Linear4bit(torch.nn.Linear):
+    """Stands in for bitsandbytes' layer, which is known by its name: two weights in a byte, in one column."""
+
+    def __init__(self, layer):
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        packed = torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8)
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x):
+        raise AssertionError("a dry run must not reach bitsandbytes")
+
+
+def test_4_bit_layers_are_stored_packed_and_run_in_bf16():
+    model = make_llama(**MODELS["wide"]).to(torch.bfloat16).requires_grad_(False)
+    in_bf16, before = shape_only(model, fake_mode()), model_bytes(model)
+    num_packed = 0
+    for layer in model.model.layers:
+        for name, linear in list(layer.mlp.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                num_packed += linear.weight.numel()
+                setattr(layer.mlp, name, Linear4bit(linear))
+    assert model_bytes(model) == before - num_packed * 2 + num_packed // 2
+    mode = fake_mode()
+    dry = shape_only(model, mode)
+    assert [(n, p.shape, p.dtype) for n, p in dry.named_parameters()] == [
+        (n, p.shape, p.dtype) for n, p in in_bf16.named_parameters()
+    ]
+    dry.get_input_embeddings().requires_grad_(True)
+    row = RowShape(((0, 100, 0, 0),), 50)
+    assert dry_step(dry, row, mode, impl="tiled", varlen=False, autocast=torch.bfloat16).activations > 0
