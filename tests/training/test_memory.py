@@ -18,7 +18,7 @@ from fastdpo.training.memory import estimate_peak_memory, model_bytes, optimizer
 from fastdpo.training.models import disable_dropout
 from fastdpo.training.summary import summary_lines
 
-TOLERANCE = 0.15  # what the summary promises; these cases are within 5%
+TOLERANCE = 0.15  # what the summary promises; packed fp32 steps are within 1%, bf16 autocast up to 11% too low
 MODELS = {
     "small": {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6},
     "wide": {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2},
