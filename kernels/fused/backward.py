@@ -14,10 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpo.kernels.launch import Blocks, device_blocks
-from fastdpo.kernels.logits import program_tile, store_tile, tile_logits, tile_operands, tile_strides
-from fastdpo.types import IGNORE_INDEX
-
-IGNORED = tl.constexpr(IGNORE_INDEX)
+from fastdpo.kernels.logits import program_tile, store_tile, tile_grads, tile_logits, tile_operands, tile_strides
 
 
 @triton.jit(
@@ -82,16 +79,18 @@ def logit_grads_kernel(
         TMA,
     )
 
-    label = tl.load(labels_ptr + t_safe)  # (BLOCK_T,)
-    whole = tl.load(lse_whole_ptr + t_safe)
-    whole = tl.where((label >= 0) & (label < num_vocab), whole, float("nan"))  # an error, which must not pass unseen
-    whole = tl.where(label == IGNORED, float("inf"), whole)  # exp(z - inf) = 0
-    onehot = tl.exp(tl.load(lse_rest_ptr + t_safe))
-    grad = tl.exp(z - whole[:, None])  # (BLOCK_T, BLOCK_V)
-    grad -= tl.where((first_vocab + v)[None, :] == label[:, None], onehot[:, None], 0.0)
-    if HAS_SOFTCAP:
-        grad *= 1.0 - ratio * ratio
-    grad *= tl.load(row_scale_ptr + t_safe)[:, None]
+    grad = tile_grads(
+        z,
+        ratio,
+        first_vocab + v,
+        t_safe,
+        labels_ptr,
+        lse_whole_ptr,
+        lse_rest_ptr,
+        row_scale_ptr,
+        num_vocab,
+        HAS_SOFTCAP,
+    )
     store_tile(out_ptr, grad, t < T, row_block, tile, stride_out, BLOCK_T, BLOCK_V)
 
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdpo.kernels.launch import Blocks
+from fastdpo.types import IGNORE_INDEX
 
+IGNORED = tl.constexpr(IGNORE_INDEX)
 # Triton's interpreter stores bf16 as integers and tl.dot would multiply those, so there operands become fp32 first.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -146,6 +148,32 @@ def _row_stride(x: Tensor) -> int:
 
 def tile_strides(hidden_states: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
     return _row_stride(hidden_states), hidden_states.stride(1), _row_stride(weight), weight.stride(1)
+
+
+@triton.jit
+def tile_grads(
+    z,  # (BLOCK_T, BLOCK_V)
+    ratio,  # likewise
+    v,  # (BLOCK_V,) ids of the whole vocabulary, as labels have them
+    t,  # (BLOCK_T,) rows that exist
+    labels_ptr,  # (T,) int64
+    lse_whole_ptr,  # (T,) fp32
+    lse_rest_ptr,  # (T,) fp32
+    row_scale_ptr,  # (T,) fp32
+    num_vocab,  # of the whole vocabulary
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """eq. (9) times the row's factor, (BLOCK_T, BLOCK_V) fp32."""
+    label = tl.load(labels_ptr + t)  # (BLOCK_T,)
+    whole = tl.load(lse_whole_ptr + t)
+    whole = tl.where((label >= 0) & (label < num_vocab), whole, float("nan"))  # an error, which must not pass unseen
+    whole = tl.where(label == IGNORED, float("inf"), whole)  # exp(z - inf) = 0
+    onehot = tl.exp(tl.load(lse_rest_ptr + t))
+    grad = tl.exp(z - whole[:, None])
+    grad -= tl.where(v[None, :] == label[:, None], onehot[:, None], 0.0)
+    if HAS_SOFTCAP:
+        grad *= 1.0 - ratio * ratio
+    return grad * tl.load(row_scale_ptr + t)[:, None]
 
 
 @triton.jit

@@ -23,12 +23,9 @@ from torch import Tensor
 
 from fastdpo.kernels.backward import power_of_two
 from fastdpo.kernels.launch import device_blocks, scratch
-from fastdpo.kernels.logits import tile_logits, tile_operands, tile_strides
+from fastdpo.kernels.logits import tile_grads, tile_logits, tile_operands, tile_strides
 from fastdpo.kernels.products import cast, column_sums, products
 from fastdpo.kernels.rounds import Rounds, plan_rounds
-from fastdpo.types import IGNORE_INDEX
-
-IGNORED = tl.constexpr(IGNORE_INDEX)
 
 
 @triton.jit(do_not_specialize=["round_index", "T"], do_not_specialize_on_alignment=["labels_ptr"])
@@ -96,16 +93,7 @@ def kept_logit_grads_kernel(
         TMA,
     )
 
-    label = tl.load(labels_ptr + t_safe)  # (BLOCK_T,)
-    whole = tl.load(lse_whole_ptr + t_safe)
-    whole = tl.where((label >= 0) & (label < V), whole, float("nan"))  # an error, which must not pass unseen
-    whole = tl.where(label == IGNORED, float("inf"), whole)  # exp(z - inf) = 0
-    onehot = tl.exp(tl.load(lse_rest_ptr + t_safe))
-    grad = tl.exp(z - whole[:, None])  # (BLOCK_T, BLOCK_V)
-    grad -= tl.where(v[None, :] == label[:, None], onehot[:, None], 0.0)
-    if HAS_SOFTCAP:
-        grad *= 1.0 - ratio * ratio
-    grad *= tl.load(row_scale_ptr + t_safe)[:, None]
+    grad = tile_grads(z, ratio, v, t_safe, labels_ptr, lse_whole_ptr, lse_rest_ptr, row_scale_ptr, V, HAS_SOFTCAP)
     grad = tl.where((t < T)[:, None] & (v < V)[None, :], grad, 0.0)
     out_ptr += slot.to(tl.int64) * BLOCK_T * BLOCK_V
     offsets = tl.arange(0, BLOCK_T)[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
