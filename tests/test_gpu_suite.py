@@ -58,6 +58,7 @@ def start(python, *arguments):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so_and_runs_what_needs_none(other_python, tmp_path):
     alone = subprocess.run([other_python, "-c", "import fastdpo"], cwd=tmp_path, capture_output=True, check=False)
     assert alone.returncode != 0  # nothing but the source tree has it

@@ -41,6 +41,7 @@ def figures():
     return found
 
 
+@pytest.mark.slow
 def test_every_method_has_the_same_losses(figures):
     expected = figures["plain, all rows"]["losses"]
     assert expected[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -49,6 +50,7 @@ def test_every_method_has_the_same_losses(figures):
         assert found["losses"] == pytest.approx(expected, abs=2e-5), name
 
 
+@pytest.mark.slow
 def test_work_is_what_each_method_runs(figures):
     work = {name: found["work"] for name, found in figures.items()}
     plain, ours = work["plain, all rows"], work["fastdpo"]
@@ -63,12 +65,14 @@ def test_work_is_what_each_method_runs(figures):
             assert work[name][key] == pytest.approx(amount * 4 / 3), (name, key)
 
 
+@pytest.mark.slow
 def test_only_timed_steps_count(figures):
     found = step_methods.run(job("plain, all rows", num_steps=1), CPU)
     assert len(found["step_s"]) == 1
     assert 0 < found["work"]["tokens"] < figures["plain, all rows"]["work"]["tokens"]
 
 
+@pytest.mark.slow
 def test_time_in_the_collator_is_part_of_the_time_for_data(figures):
     for name in ("fastdpo", "TRL"):
         found = figures[name]
@@ -203,6 +207,7 @@ def test_a_process_that_dies_is_reported_and_replaced():
         worker.close()
 
 
+@pytest.mark.slow
 def test_the_command_writes_one_line_per_method(tmp_path, capsys):
     out = tmp_path / "lines.jsonl"
     bench.main(["--quick", "--methods", "plain, response rows", "--out", str(out)])

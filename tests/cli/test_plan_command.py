@@ -34,6 +34,7 @@ def plans(folder):
     return {memory: plan.make_plans(config, memory * MIB, lora_r=8, least=256) for memory in (800, 1000)}
 
 
+@pytest.mark.slow
 def test_what_is_planned_fits_and_little_more_would(folder, plans):
     config = plan.load_config(str(folder))
     for memory, found in plans.items():
@@ -105,6 +106,7 @@ def test_the_options_of_every_plan_are_those_of_train(capsys, folder):
         assert (adapter.use_peft, adapter.load_in_4bit) == (record["method"] != "full", record["method"] == "qlora")
 
 
+@pytest.mark.slow
 def test_settings_that_take_less_than_max_length_do_not_fit(capsys, folder):
     lengths = [record["longest_sequence_tokens"] for record in json.loads(run(capsys, folder, "800MiB", "--json")[1])]
     asked = sorted(lengths)[len(lengths) // 2] - 100

@@ -72,7 +72,7 @@ def measured_and_estimated(model, batch, autocast=None, accumulates=False):
 
 
 CASES = [
-    (name, lora, checkpointing, lengths)
+    pytest.param(name, lora, checkpointing, lengths, marks=[pytest.mark.slow] if name == "wide" else [])
     for name in MODELS
     for lora in (False, True)
     for checkpointing in (False, True)
