@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from fastdpo.ops.head import ALWAYS, Head, padded, row_scale
-from fastdpo.ops.matmul import accumulator_dtype, matmul_into, operand
+from fastdpo.ops.matmul import accumulator_dtype, matmul_into, operand, operand_blocks
 
 if TYPE_CHECKING:
     from fastdpo.ops.engine import Engine
-
-MAX_WEIGHT_ELEMENTS = 2**22  # rows of the weight that are upcast at once, where they have to be
 
 
 def max_chunk_rows(lm_head_weight: Tensor, engine: Engine, workspace_bytes: int | None = None) -> int:
@@ -108,16 +106,12 @@ class RowGradients:
         """The products of these rows; their dH into `hidden`."""
         if len(scale) == 0:
             return
-        V, H = self.lm_head_weight.shape
-        casts = operand(self.lm_head_weight[:1]).dtype != self.lm_head_weight.dtype
-        block = max(1, MAX_WEIGHT_ELEMENTS // H) if casts else V
         scaled = hidden_states * scale[:, None]
-        for start in range(0, V, block):
-            vocab = slice(start, min(start + block, V))
+        for vocab in operand_blocks(self.lm_head_weight):
             weight = operand(self.lm_head_weight[vocab])
             d_block = d[:, vocab].to(weight.dtype)
             if hidden is not None:
-                matmul_into(hidden, d_block, weight, beta=0.0 if start == 0 else 1.0)
+                matmul_into(hidden, d_block, weight, beta=0.0 if vocab.start == 0 else 1.0)
             if self.weight is not None:
                 matmul_into(self.weight[vocab], d_block.T, scaled.to(weight.dtype), beta=0.0 if self.is_first else 1.0)
             if self.bias is not None:

@@ -7,10 +7,12 @@ operands are upcast first; the sums are the same, and so is the code that calls 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+MAX_CAST_ELEMENTS = 2**22  # of a weight that is upcast at once, where it has to be
 MAX_PRODUCT_ELEMENTS = 2**25  # of a product that is added to sums in a step of its own
 
 
@@ -22,6 +24,15 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 def operand(x: Tensor) -> Tensor:
     """`x` in the dtype in which this device's matmul takes it; keep the result while it is used more than once."""
     return x if x.is_cuda else x.to(accumulator_dtype(x.dtype))
+
+
+def operand_blocks(weight: Tensor) -> Iterator[slice]:
+    """Rows of `weight` that may be made operands at once: all of them, where that makes no copy."""
+    num_rows, block = len(weight), len(weight)
+    if operand(weight[:1]).dtype != weight.dtype:
+        block = max(1, MAX_CAST_ELEMENTS // weight.shape[1])
+    for start in range(0, num_rows, block):
+        yield slice(start, min(start + block, num_rows))
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> None:

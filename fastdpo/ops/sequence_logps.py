@@ -52,18 +52,22 @@ def sequence_logps(
     tokens = linear_logps(hidden_states, lm_head_weight, labels, bias=bias, **same)
 
     cu_seqlens = cu_seqlens.to(torch.int64)
-    logps, keep = tokens.logps, labels != IGNORE_INDEX
-    if rows is not None:
-        rows = rows.to(torch.int64)
-        logps, keep = logps[rows], keep[rows]
+    rows = None if rows is None else rows.to(torch.int64)
+    logps = tokens.logps if rows is None else tokens.logps[rows]
     if weights is not None:
         logps = logps * weights
-    num_kept = pad(keep.cumsum(0), (1, 0))
     return SequenceLogps(
         sums=segment_sums(logps, cu_seqlens).to(tokens.logps.dtype),
-        lengths=num_kept[cu_seqlens[1:]] - num_kept[cu_seqlens[:-1]],
+        lengths=counted_tokens(labels, cu_seqlens, rows),
         tokens=tokens,
     )
+
+
+def counted_tokens(labels: Tensor, cu_seqlens: Tensor, rows: Tensor | None) -> Tensor:
+    """(S,) int64: tokens of each sequence whose label is not IGNORE_INDEX. cu_seqlens and rows are int64."""
+    keep = labels != IGNORE_INDEX
+    num_kept = pad((keep if rows is None else keep[rows]).cumsum(0), (1, 0))
+    return num_kept[cu_seqlens[1:]] - num_kept[cu_seqlens[:-1]]
 
 
 def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 In: what `sequence_logps` takes, where each group ends, and the loss of a group as a function of its summed log-probs.
 Out: the loss, differentiable, and the log-probs, which are not. As soon as a chunk of rows has its log-probs, the loss
 says how much each weighs, and the gradients are made from the logits that are still there (Liger's and QuACK's fused
-losses do so for a cross entropy). Groups too large for the workspace are recomputed in backward, as everything is
-under `torch.compile`. Refuses what `sequence_logps` refuses.
+losses do so for a cross entropy). The logits of a group too large for the workspace are computed once more, still in
+forward; under `torch.compile` backward does it, for all of them. Refuses what `sequence_logps` refuses.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
 from fastdpo.ops.eager import RowGradients, even_chunks, max_chunk_rows, workspace
 from fastdpo.ops.engine import engine_of, resolve_impl
 from fastdpo.ops.head import Head, row_scale
 from fastdpo.ops.linear_logps import linear_logps
-from fastdpo.ops.sequence_logps import segment_sums
+from fastdpo.ops.sequence_logps import counted_tokens, segment_sums
 from fastdpo.ops.validation import check_head, check_labels, check_sequences, check_settings, operand_dtype
-from fastdpo.types import IGNORE_INDEX, SequenceLogps, TokenLogps
+from fastdpo.types import SequenceLogps, TokenLogps
 
 
 class GroupEnd(NamedTuple):
@@ -89,9 +88,7 @@ def sequence_loss(
     rows = None if rows is None else rows.to(torch.int64)
     group_ends = [GroupEnd(*end) for end in group_ends]
     _check_group_ends(group_ends, labels, cu_seqlens, rows)
-    keep = labels != IGNORE_INDEX
-    num_kept = pad((keep if rows is None else keep[rows]).cumsum(0), (1, 0))
-    lengths = num_kept[cu_seqlens[1:]] - num_kept[cu_seqlens[:-1]]
+    lengths = counted_tokens(labels, cu_seqlens, rows)
 
     def sums_of(logps: Tensor, chunk: _Chunk) -> Tensor:
         tokens = logps if rows is None else logps[rows[chunk.tokens] - chunk.rows.start]

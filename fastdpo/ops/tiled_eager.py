@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastdpo.ops.head import ALWAYS, Head
-from fastdpo.ops.matmul import operand
-from fastdpo.ops.tiled import MAX_WEIGHT_ELEMENTS, fill_uncapped
+from fastdpo.ops.matmul import operand, operand_blocks
+from fastdpo.ops.tiled import fill_uncapped
 from fastdpo.types import IGNORE_INDEX
 
 WORKSPACE_BYTES = 2**25  # for D of the rows whose gradients are made in forward
@@ -33,12 +33,9 @@ def tiled_forward_with_grads(
     """
     T, V = out.shape
     rows_operand = operand(hidden_states)
-    casts = operand(lm_head_weight[:1]).dtype != lm_head_weight.dtype
-    block = max(1, MAX_WEIGHT_ELEMENTS // lm_head_weight.shape[1]) if casts else V
-    for start in range(0, V, block):
-        weight = operand(lm_head_weight[start : start + block])
-        tile_bias = None if bias is None else bias[start : start + block]
-        fill_uncapped(out[:, start : start + block], rows_operand, weight.T, tile_bias, head)
+    for vocab in operand_blocks(lm_head_weight):
+        weight = operand(lm_head_weight[vocab])
+        fill_uncapped(out[:, vocab], rows_operand, weight.T, None if bias is None else bias[vocab], head)
 
     step = max(1, SLICE_ELEMENTS // V)
     found = [_softmax(out[row : row + step], labels[row : row + step], head) for row in range(0, T, step)]
