@@ -5,8 +5,6 @@ Names are TRL's wherever TRL has the setting. What a type cannot check, `__post_
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +17,7 @@ from fastdpo.losses import BATCH_LOSSES, LOSSES, check_loss_settings
 from fastdpo.modeling.attention import ATTENTION_BACKENDS
 from fastdpo.ops.validation import IMPLS
 from fastdpo.references import REFERENCE_MODES
+from fastdpo.training.config_checks import as_dict, check_choice, check_number, parse_max_memory, token_budget
 
 PACKING_MODES = ("auto", "packed", "padded")
 OVERSIZED_ROWS = ("alone", "raise")
@@ -26,65 +25,6 @@ OVERSIZED_ROWS = ("alone", "raise")
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
-    """Raises ValueError with the nearest valid name."""
-    if value not in choices:
-        nearest = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}{hint}")
-
-
-def _as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    """A dict, or JSON of one from a command line."""
-    try:
-        parsed = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} must be JSON, got {value!r}: {error}") from error
-    if parsed is not None and not isinstance(parsed, dict):
-        raise ValueError(f"{name} must be a JSON object, got {value!r}")
-    return parsed
-
-
-def parse_max_memory(value: dict[Any, Any] | str | None) -> dict[Any, Any] | None:
-    """Bytes by device: `cpu`, or the number of a GPU.
-
-    Raises:
-        ValueError: a device or an amount that is none.
-    """
-    from accelerate.utils import convert_file_size_to_int
-
-    limits = _as_dict("ref_max_memory", value)
-    if limits is None:
-        return None
-    parsed: dict[Any, int] = {}
-    for device, amount in limits.items():
-        name = int(device) if str(device).isdigit() else device
-        if not isinstance(name, int) and name not in ("cpu", "mps", "xpu"):
-            raise ValueError(f"ref_max_memory must name GPUs by number, or 'cpu', got {device!r}")
-        try:
-            parsed[name] = convert_file_size_to_int(amount)
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"ref_max_memory must hold amounts like '20GiB', got {amount!r}") from error
-    return parsed
-
-
-def _token_budget(value: int | str | None) -> int | str | None:
-    """A number of tokens, "auto" or None, also as the text of a command line."""
-    if isinstance(value, str) and value.lower() in ("none", "null", "auto"):
-        return "auto" if value.lower() == "auto" else None
-    if isinstance(value, str) and value.isdigit():
-        value = int(value)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"max_tokens_per_microbatch must be an integer >= 1, 'auto' or None, got {value!r}")
-    return value
-
-
-def check_number(name: str, value: Any, *, least: float) -> None:
-    """Raises ValueError where `value` is not a finite number >= `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
-        raise ValueError(f"{name} must be a finite number >= {least}, got {value!r}")
 
 
 @dataclass
@@ -177,10 +117,10 @@ class EngineConfig(TrainingArguments):
         check_choice("impl", self.impl, IMPLS)
         check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         check_choice("on_oversized_row", self.on_oversized_row, OVERSIZED_ROWS)
-        self.max_tokens_per_microbatch = _token_budget(self.max_tokens_per_microbatch)
+        self.max_tokens_per_microbatch = token_budget(self.max_tokens_per_microbatch)
         self._check_order()
         self.tokenization_settings()
-        self.model_init_kwargs = _as_dict("model_init_kwargs", self.model_init_kwargs)
+        self.model_init_kwargs = as_dict("model_init_kwargs", self.model_init_kwargs)
         if self.logging_nan_inf_filter:
             raise ValueError("logging_nan_inf_filter must be False: it would hide a loss that is not finite, got True")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):

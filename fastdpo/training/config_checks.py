@@ -1,0 +1,71 @@
+"""What a setting may be, where its type does not say it: checks and conversions that the configs share.
+
+In: the name of a setting and its value, as Python or as text of a command line. Out: the value. Refuses, by name, rule
+and value, what cannot work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from typing import Any
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
+    """Raises ValueError with the nearest valid name."""
+    if value not in choices:
+        nearest = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}{hint}")
+
+
+def as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """A dict, or JSON of one from a command line."""
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} must be JSON, got {value!r}: {error}") from error
+    if parsed is not None and not isinstance(parsed, dict):
+        raise ValueError(f"{name} must be a JSON object, got {value!r}")
+    return parsed
+
+
+def parse_max_memory(value: dict[Any, Any] | str | None) -> dict[Any, Any] | None:
+    """Bytes by device: `cpu`, or the number of a GPU.
+
+    Raises:
+        ValueError: a device or an amount that is none.
+    """
+    from accelerate.utils import convert_file_size_to_int
+
+    limits = as_dict("ref_max_memory", value)
+    if limits is None:
+        return None
+    parsed: dict[Any, int] = {}
+    for device, amount in limits.items():
+        name = int(device) if str(device).isdigit() else device
+        if not isinstance(name, int) and name not in ("cpu", "mps", "xpu"):
+            raise ValueError(f"ref_max_memory must name GPUs by number, or 'cpu', got {device!r}")
+        try:
+            parsed[name] = convert_file_size_to_int(amount)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"ref_max_memory must hold amounts like '20GiB', got {amount!r}") from error
+    return parsed
+
+
+def token_budget(value: int | str | None) -> int | str | None:
+    """A number of tokens, "auto" or None, also as the text of a command line."""
+    if isinstance(value, str) and value.lower() in ("none", "null", "auto"):
+        return "auto" if value.lower() == "auto" else None
+    if isinstance(value, str) and value.isdigit():
+        value = int(value)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"max_tokens_per_microbatch must be an integer >= 1, 'auto' or None, got {value!r}")
+    return value
+
+
+def check_number(name: str, value: Any, *, least: float) -> None:
+    """Raises ValueError where `value` is not a finite number >= `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+        raise ValueError(f"{name} must be a finite number >= {least}, got {value!r}")
