@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.modeling.generation import generate_ids, pad_rows, special_ids
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -61,32 +63,19 @@ def sample_responses(
         raise ValueError(f"temperature must be > 0, got {temperature}")
     if len(prompts) == 0:
         raise ValueError("prompts must hold at least one prompt, got none")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer must have an eos_token, got None")
-
-    from transformers import GenerationConfig
-
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    eos_ids = _eos_ids(model, tokenizer)
-    generation_config = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
-        pad_token_id=pad_id, eos_token_id=eos_ids,
-    )  # fmt: skip
+    pad_id, eos_ids = special_ids(model, tokenizer)
     repeated = [prompt for prompt in prompts for _ in range(num_samples)]
     prompt_ids = tokenizer(repeated)["input_ids"]
-    response_ids: list[list[int]] = []
-    was_training = model.training
-    model.eval()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in range(0, len(repeated), batch_size):
-            chunk = prompt_ids[start : start + batch_size]
-            input_ids, attention_mask = _pad(chunk, pad_id, model.device, left=True)  # (B, P)
-            output = model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config
-            )
-            response_ids += [_until_eos(row, eos_ids) for row in output[:, input_ids.shape[1] :].tolist()]
-    model.train(was_training)
+    response_ids = generate_ids(
+        model,
+        prompt_ids,
+        pad_id=pad_id,
+        eos_ids=eos_ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=batch_size,
+        seed=seed,
+    )
     responses = tokenizer.batch_decode(response_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Samples(tuple(repeated), tuple(responses), tuple(prompt_ids), tuple(response_ids))
 
@@ -118,7 +107,7 @@ def _response_logps(model: Any, samples: Samples, batch_size: int) -> Iterator[t
         prompt_ids = samples.prompt_ids[start : start + batch_size]
         response_ids = samples.response_ids[start : start + batch_size]
         rows = [[*p, *r] for p, r in zip(prompt_ids, response_ids, strict=True)]
-        input_ids, attention_mask = _pad(rows, 0, model.device, left=False)  # (B, P + L)
+        input_ids, attention_mask = pad_rows(rows, 0, model.device, left=False)  # (B, P + L)
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (B, P + L, V)
         # Response token j of a row with P prompt tokens is predicted at position P - 1 + j.
         lengths = torch.tensor([len(r) for r in response_ids], device=model.device)
@@ -128,29 +117,3 @@ def _response_logps(model: Any, samples: Samples, batch_size: int) -> Iterator[t
         picked = logits.gather(1, positions[:, :, None].expand(-1, -1, logits.shape[-1]))
         yield picked.float().log_softmax(-1), steps < lengths[:, None]
     model.train(was_training)
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The ids that end a response: the model's own (chat models have several), else the tokenizer's."""
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if eos is None:
-        eos = tokenizer.eos_token_id
-    return list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
-
-
-def _until_eos(ids: list[int], eos_ids: list[int]) -> list[int]:
-    """[7, 9, eos, pad, pad] -> [7, 9, eos]: pad may equal eos, so only the first one counts."""
-    end = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids) - 1)
-    return ids[: end + 1]
-
-
-def _pad(rows: Sequence[Sequence[int]], pad_id: int, device: Any, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Rows of ids as (B, longest) int64 with their attention mask."""
-    width = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for i, row in enumerate(rows):
-        columns = slice(width - len(row), width) if left else slice(0, len(row))
-        input_ids[i, columns] = torch.tensor(row)
-        attention_mask[i, columns] = 1
-    return input_ids.to(device), attention_mask.to(device)

@@ -1,0 +1,91 @@
+"""Token ids of prompts in, token ids of a model's responses out: what sampling for reports and evaluation shares.
+
+Prompts are padded on the left. Sampling is plain ancestral sampling (no top-k, no top-p), so that samples follow the
+model's own distribution; temperature 0 takes the likeliest token. The global random state is left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def generate_ids(
+    model: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    eos_ids: list[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> list[list[int]]:
+    """One response to each prompt, with the EOS where the model wrote one. The model's mode is left as it was.
+
+    Args:
+        model: a causal LM with `generate`, wrapped by PEFT or not.
+        pad_id, eos_ids: from `special_ids`.
+        temperature: >= 0.
+        batch_size: sequences generated at a time.
+        seed: equal seeds give equal samples on equal machines.
+    """
+    from transformers import GenerationConfig
+
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    generation_config = GenerationConfig(
+        **sampling, max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=eos_ids, use_cache=True
+    )
+    response_ids: list[list[int]] = []
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, len(prompt_ids), batch_size):
+            chunk = prompt_ids[start : start + batch_size]
+            input_ids, attention_mask = pad_rows(chunk, pad_id, model.device, left=True)  # (B, P)
+            output = model.generate(
+                input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config
+            )
+            response_ids += [_until_eos(row, eos_ids) for row in output[:, input_ids.shape[1] :].tolist()]
+    model.train(was_training)
+    return response_ids
+
+
+def special_ids(model: Any, tokenizer: Any) -> tuple[int, list[int]]:
+    """The id that pads, and those that end a response: the model's own (chat models have several) or the tokenizer's.
+
+    Raises:
+        ValueError: the tokenizer has no EOS.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer must have an eos_token, got None")
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    return pad_id, list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
+
+
+def _until_eos(ids: list[int], eos_ids: list[int]) -> list[int]:
+    """[7, 9, eos, pad, pad] -> [7, 9, eos]: pad may equal eos, so only the first one counts."""
+    end = next((i for i, token in enumerate(ids) if token in eos_ids), len(ids) - 1)
+    return ids[: end + 1]
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, device: Any, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of ids as (B, longest) int64 with their attention mask."""
+    width = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), width), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if left else slice(0, len(row))
+        input_ids[i, columns] = torch.tensor(row)
+        attention_mask[i, columns] = 1
+    return input_ids.to(device), attention_mask.to(device)

@@ -1,0 +1,37 @@
+"""Which weight the load-balancing loss of a mixture-of-experts model has in a run, as in TRL 1.16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.router import has_load_balancing
+
+
+def router_coefficient(args: Any, model: nn.Module) -> float:
+    """`router_aux_loss_coef`, by default that of the model's config; 0.0 for models without experts.
+
+    Raises:
+        ValueError: a weight was given and the model has no such loss, or the loss would be that of parts of a batch.
+    """
+    bare = bare_model(model)
+    is_possible = has_load_balancing(bare)
+    asked = args.router_aux_loss_coef
+    if not is_possible:
+        if asked:
+            raise ValueError(
+                f"router_aux_loss_coef must be None or 0 for {type(bare).__name__}, which has no load-balancing loss,"
+                f" got {asked}"
+            )
+        return 0.0
+    of_model = getattr(bare, "router_aux_loss_coef", None) or 0.0
+    coefficient = float(of_model if asked is None else asked)
+    if coefficient and args.max_tokens_per_microbatch is not None:
+        raise ValueError(
+            f"max_tokens_per_microbatch must be None with the load-balancing loss of {type(bare).__name__}, which is"
+            f" no sum over pairs: its batch cannot be split, got {args.max_tokens_per_microbatch!r}; use"
+            " gradient_accumulation_steps, which means it over batches, or router_aux_loss_coef=0"
+        )
+    return coefficient

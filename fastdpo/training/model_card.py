@@ -1,0 +1,210 @@
+"""The README.md of a trained model, with the facts of its run: where it comes from, what was optimized, how far.
+
+In: a trainer. Out: README.md beside the model, at every checkpoint in the output directory, at `save_model` in the
+folder saved to, and before `push_to_hub` uploads it. Nothing is written that the run does not know; what it warned of
+is written too.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from torch import nn
+from transformers import Trainer
+
+from fastdpo.modeling.packed import bare_model
+
+PACKAGES = ("fastdpo", "transformers", "torch", "triton", "datasets", "tokenizers", "peft")
+PAPERS = {"dpo": "https://arxiv.org/abs/2305.18290"}
+# what of the last logs is shown, by key of the log
+RESULTS = {
+    "loss": "loss",
+    "rewards/accuracies": "accuracy of rewards",
+    "rewards/margins": "reward margin",
+    "rewards/chosen": "reward, chosen",
+    "rewards/rejected": "reward, rejected",
+    "logps/chosen": "log-prob, chosen (nats)",
+    "logps/rejected": "log-prob, rejected (nats)",
+    "mean_token_accuracy": "accuracy of tokens",
+}
+
+
+class CardTrainer(Trainer):
+    """Trainer that describes what it trained."""
+
+    method = ""  # "dpo", "sft": a tag of the card
+    dataset_name: str | None = None  # for the card, where the dataset has a name
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | Sequence[str] | None = None,
+        **metadata: Any,
+    ) -> None:
+        """Writes README.md into the output directory.
+
+        Args:
+            model_name: the title; by default that of the repository or of the output directory.
+            dataset_name: on the Hub, or in words.
+            tags: besides those of fastdpo and of the method.
+            metadata: more of the card's metadata, such as license or language.
+        """
+        self._write_card(self.args.output_dir, model_name, dataset_name, tags, **metadata)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self._write_card(output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.create_model_card()
+        super()._save_checkpoint(model, trial)
+
+    def _write_card(
+        self,
+        folder: str,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | Sequence[str] | None = None,
+        **metadata: Any,
+    ) -> None:
+        if not self.is_world_process_zero():
+            return
+        name = model_name or (self.hub_model_id or "").split("/")[-1] or Path(folder).absolute().name
+        dataset_name = dataset_name or self.dataset_name
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        path = Path(folder) / "README.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(model_card(self, name, dataset_name, tags, metadata), encoding="utf-8")
+
+
+def model_card(
+    trainer: CardTrainer,
+    name: str,
+    dataset_name: str | None,
+    tags: Sequence[str],
+    metadata: Mapping[str, Any],
+) -> str:
+    """The text of README.md."""
+    is_adapter = hasattr(trainer.model, "peft_config")
+    base = getattr(bare_model(trainer.model).config, "_name_or_path", "") or None
+    on_hub = {"base_model": _if_on_hub(base), "datasets": _if_on_hub(dataset_name)}
+    data = ModelCardData(
+        model_name=name,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys(["fastdpo", trainer.method, *(["lora"] if is_adapter else []), *tags])),
+        **{**{key: value for key, value in on_hub.items() if value}, **metadata},
+    )
+    start = f"[{base}](https://huggingface.co/{base})" if on_hub["base_model"] else f"`{base}`" if base else "a model"
+    method = trainer.method.upper()
+    method = f"[{method}]({PAPERS[trainer.method]})" if trainer.method in PAPERS else method
+    data_words = f" on {dataset_name}" if dataset_name else ""
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}",
+        f"{start}, trained by {method}{data_words} with fastdpo.",
+        f"## Use\n\n```python\n{_usage(trainer, is_adapter)}\n```",
+        f"## Training\n\n{_table(('', ''), training_facts(trainer))}",
+    ]
+    results = _results(trainer.state.log_history)
+    if results:
+        parts.append(f"## Results\n\n{_table(('at the last log', 'training', 'evaluation'), results)}")
+    watch = getattr(trainer, "watch", None)
+    if watch is not None and watch.given:
+        parts.append("## What training warned of\n\n" + "\n".join(f"- {text}." for text in watch.given.values()))
+    parts.append(f"## Versions\n\n{_versions()}")
+    return "\n\n".join(parts) + "\n"
+
+
+def training_facts(trainer: Any) -> list[tuple[str, str]]:
+    """(what, fact) of the run, in reading order."""
+    args, facts = trainer.args, []
+    if hasattr(args, "loss_type"):
+        losses = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
+        weights = getattr(args, "loss_weights", None) or [1.0] * len(losses)
+        words = (
+            losses[0] if len(losses) == 1 else " + ".join(f"{w:g} {n}" for w, n in zip(weights, losses, strict=True))
+        )
+        facts += [("loss", words), ("beta", f"{args.beta:g}")]
+        facts.append(("reference", f"{trainer.reference.mode}: {trainer.reference_reason}"))
+    for name, report in trainer.data_reports.items():
+        facts.append((f"{name} data", report.lines()[0]))
+    model = trainer.model
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    facts.append(("trained parameters", f"{num_trained:,} of {sum(p.numel() for p in model.parameters()):,}"))
+    config = next(iter(getattr(model, "peft_config", {}).values()), None)
+    if config is not None:
+        kind = getattr(config.peft_type, "value", str(config.peft_type))
+        rank = f", r = {config.r}, alpha = {config.lora_alpha}" if hasattr(config, "lora_alpha") else ""
+        facts.append(("adapter", kind + rank))
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    facts += [
+        (
+            "optimizer steps",
+            f"{trainer.state.global_step:,} of {rows} rows each, {trainer.state.epoch or 0:.2f} epochs",
+        ),
+        ("optimizer", str(getattr(args.optim, "value", args.optim))),
+        (
+            "learning rate",
+            f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
+        ),
+        ("max_length", str(args.max_length)),
+        (
+            "precision",
+            "bf16 autocast"
+            if args.bf16
+            else "fp16 autocast"
+            if args.fp16
+            else str(next(iter(model.parameters())).dtype),
+        ),
+        ("seed", str(args.seed)),
+    ]
+    return facts
+
+
+def _results(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    trained = next((entry for entry in reversed(history) if "loss" in entry), {})
+    evaluated = next((entry for entry in reversed(history) if any(key.startswith("eval_") for key in entry)), {})
+
+    def cell(entry: Mapping[str, Any], key: str) -> str:
+        return f"{entry[key]:.4f}" if key in entry else ""
+
+    rows = [(words, cell(trained, key), cell(evaluated, f"eval_{key}")) for key, words in RESULTS.items()]
+    return [row for row in rows if row[1] or row[2]]
+
+
+def _usage(trainer: CardTrainer, is_adapter: bool) -> str:
+    where = trainer.hub_model_id or "path/to/this/folder"
+    package, kind = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
+    lines = [f"from {package} import {kind}", "from transformers import AutoTokenizer", ""]
+    return "\n".join(
+        [*lines, f'model = {kind}.from_pretrained("{where}")', f'tokenizer = AutoTokenizer.from_pretrained("{where}")']
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in (columns, *rows)]
+    return "\n".join([lines[0], "|" + " --- |" * len(columns), *lines[1:]])
+
+
+def _versions() -> str:
+    found = [f"- Python {platform.python_version()}"]
+    for package in PACKAGES:
+        try:
+            found.append(f"- {package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "\n".join(found)
+
+
+def _if_on_hub(name: str | None) -> str | None:
+    """A name that can be one of a repository: not a path, and no words."""
+    is_name = name is not None and name.count("/") <= 1 and " " not in name and not Path(name).exists()
+    return name if is_name and not str(name).startswith((".", "/", "~")) else None

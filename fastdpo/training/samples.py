@@ -1,0 +1,182 @@
+"""What policy and reference answer, side by side: at every evaluation, to the console, the loggers and the report.
+
+In: a built trainer. At each evaluation the first `num_eval_samples` prompts of the evaluation data go to the policy and
+to a live reference; where the reference is cached or absent, to the policy before its first step instead. Out: a table
+on the console, in TensorBoard and W&B where they are on, and lines of SAMPLES_FILE in the output directory. Refuses
+FSDP and DeepSpeed, which hold weights in parts. Generation runs on the model's original attention.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.utils import logging
+
+from fastdpo.modeling.generation import generate_ids, special_ids
+from fastdpo.references import AdapterReference, FrozenReference
+
+logger = logging.get_logger(__name__)
+
+SAMPLES_FILE = "fastdpo_samples.jsonl"
+BATCH_SIZE = 16  # prompts generated at a time
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One prompt at one evaluation; a line of SAMPLES_FILE."""
+
+    step: int
+    prompt: str
+    policy: str
+    reference: str | None  # None where nothing is known of it
+    reference_name: str  # "reference", or "before training"
+
+
+class EvalSamples(TrainerCallback):
+    """`answered` holds all samples of the run.
+
+    Raises:
+        ValueError: there is no evaluation data, or weights are in parts.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "num_eval_samples must be 0 under FSDP and DeepSpeed, whose processes hold parts of weights"
+            )
+        if trainer.eval_dataset is None:
+            raise ValueError(f"num_eval_samples must be 0 without eval_dataset, got {trainer.args.num_eval_samples}")
+        self.trainer = trainer
+        self.prompt_ids = _prompts(trainer.eval_dataset, trainer.args.num_eval_samples)
+        if not self.prompt_ids:
+            raise ValueError("num_eval_samples must be 0: no row of eval_dataset has a prompt of its own")
+        self.answered: list[Answered] = []
+        self._of_reference: list[str] | None = None  # once it is known and stays as it is
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir) / SAMPLES_FILE
+        if state.global_step == 0:
+            self.answered = []
+            path.unlink(missing_ok=True)
+            if self._live_reference() is None:
+                self._of_reference = self._generate(self.trainer.model)
+        elif path.is_file():
+            self.answered = [Answered(**json.loads(line)) for line in path.read_text().splitlines()]
+            if self.answered and self._live_reference() is None:
+                self._of_reference = [entry.reference for entry in self.answered[: len(self.prompt_ids)]]  # type: ignore[misc]
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        is_new = not self.answered or self.answered[-1].step != state.global_step  # several datasets: once
+        if state.is_world_process_zero and is_new:
+            self.take(state.global_step)
+
+    def take(self, step: int) -> list[Answered]:
+        """Generates, shows and keeps the samples of this moment."""
+        prompts = self._decoded(self.prompt_ids)
+        policy = self._generate(self.trainer.model)
+        live = self._live_reference()
+        references: Sequence[str | None] | None = self._of_reference
+        if references is None and live is not None:
+            with live as model:
+                references = self._generate(model)
+            if not self.trainer.args.sync_ref_model:
+                self._of_reference = list(references)  # type: ignore[arg-type]
+        name = "before training" if live is None else "reference"
+        new = [
+            Answered(step, prompt, ours, theirs, name)
+            for prompt, ours, theirs in zip(prompts, policy, references or [None] * len(prompts), strict=True)
+        ]
+        self.answered.extend(new)
+        path = Path(self.trainer.args.output_dir) / SAMPLES_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in new)
+        self._show(new)
+        return new
+
+    def _live_reference(self) -> Any:
+        """A context that gives the model to ask, or None."""
+        reference = self.trainer.reference
+        if isinstance(reference, FrozenReference):
+            return nullcontext(reference.model)
+        if isinstance(reference, AdapterReference):
+            return _as_reference(reference)
+        return None
+
+    def _generate(self, model: nn.Module) -> list[str]:
+        args, tokenizer = self.trainer.args, self.trainer.processing_class
+        pad_id, eos_ids = special_ids(model, tokenizer)
+        with self.trainer.accelerator.autocast():
+            ids = generate_ids(
+                model,
+                self.prompt_ids,
+                pad_id=pad_id,
+                eos_ids=eos_ids,
+                max_new_tokens=args.eval_sample_tokens,
+                temperature=args.eval_sample_temperature,
+                batch_size=BATCH_SIZE,
+                seed=args.seed,
+            )
+        return self._decoded(ids)
+
+    def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        tokenizer = self.trainer.processing_class
+        texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return texts
+
+    def _show(self, samples: list[Answered]) -> None:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        step, reference_name = samples[0].step, samples[0].reference_name
+        columns = ["prompt", "policy", reference_name]
+        rows = [[entry.prompt, entry.policy, entry.reference or ""] for entry in samples]
+        table = Table(title=f"samples at step {step}", show_lines=True)
+        for column in columns:
+            table.add_column(column, ratio=1, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell.strip()) for cell in row))  # not markup: texts may hold brackets
+        Console().print(table)
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_text("eval/samples", _markdown(columns, rows), step)
+            if isinstance(callback, WandbCallback) and getattr(callback, "_wandb", None) is not None:
+                wandb = callback._wandb
+                wandb.log({"eval/samples": wandb.Table(columns=columns, data=rows), "train/global_step": step})
+
+
+@contextmanager
+def _as_reference(reference: AdapterReference) -> Any:
+    with reference._as_reference():
+        yield reference.peft_model
+
+
+def _prompts(eval_dataset: Any, num_prompts: int) -> list[list[int]]:
+    """The first prompts that differ, of the first dataset where there are several."""
+    dataset = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
+    prompts: dict[tuple[int, ...], None] = {}
+    for row in dataset.select_columns(["prompt_ids"]) if isinstance(dataset, Dataset) else dataset:
+        if len(prompts) == num_prompts:
+            break
+        if len(row["prompt_ids"]):  # a prompt that truncation cut differently for each response is in none of them
+            prompts[tuple(row["prompt_ids"])] = None
+    return [list(prompt) for prompt in prompts]
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.strip().replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
+
+    return "\n".join([line(columns), "|" + " --- |" * len(columns), *map(line, rows)])

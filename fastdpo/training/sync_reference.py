@@ -1,0 +1,99 @@
+"""A reference that follows the policy: TR-DPO, arXiv 2404.09656, with TRL's names and defaults.
+
+In: the reference of a built trainer and its policy. Every `ref_model_sync_steps` optimizer steps the reference's
+weights become `(1 - alpha) * reference + alpha * policy`, alpha = `ref_model_mixup_alpha`. Refuses references that have
+no weights to mix (cached, none), or others than the policy's.
+
+A LoRA run whose reference is an adapter mixes adapters: A and B each, so that the reference stays an adapter of the
+same rank. Their product is the mixture of the products exactly at alpha = 1, and nearly so while A is close to its
+start. A checkpoint holds the reference as well, because nothing else knows it once it has been mixed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from fastdpo.references import AdapterReference, FrozenReference, Reference
+
+logger = logging.get_logger(__name__)
+
+REFERENCE_FILE = "synced_reference.safetensors"  # in every checkpoint of such a run
+
+
+def mixed_weights(reference: Reference, policy: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """(reference's, policy's) weight by name: of two models all, of adapters those of `ref` and of the active one.
+
+    Raises:
+        ValueError: there are no two sets of weights of the same names and shapes.
+    """
+    if isinstance(reference, FrozenReference):
+        theirs, ours = dict(reference.model.named_parameters()), dict(policy.named_parameters())
+        shapes = [{name: weight.shape for name, weight in weights.items()} for weights in (theirs, ours)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "sync_ref_model must be off where ref_model is built otherwise than the model: weights of equal names"
+                " and shapes are mixed"
+            )
+        return {name: (weight, ours[name]) for name, weight in theirs.items() if weight.is_floating_point()}
+    if isinstance(reference, AdapterReference):
+        weights, active = dict(policy.named_parameters()), policy.active_adapter
+        return {
+            name: (weight, weights[name.replace(".ref.", f".{active}.")])
+            for name, weight in weights.items()
+            if ".ref." in name
+        }
+    raise ValueError(f"sync_ref_model must be off with the reference {reference.mode!r}, which has no weights to mix")
+
+
+@torch.no_grad()
+def mix(weights: dict[str, tuple[Tensor, Tensor]], alpha: float) -> None:
+    """Moves each reference weight, in place, the share `alpha` of the way to the policy's."""
+    for reference, policy in weights.values():
+        reference.mul_(1 - alpha).add_(policy.to(reference.dtype), alpha=alpha)
+
+
+class SyncReference(TrainerCallback):
+    """Mixes at the end of every `ref_model_sync_steps`-th optimizer step, and saves with every checkpoint.
+
+    Raises:
+        ValueError: the run has no reference that could be mixed.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "sync_ref_model must be off under FSDP and DeepSpeed, whose processes hold parts of weights"
+            )
+        self.weights = mixed_weights(trainer.reference, trainer.model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % args.ref_model_sync_steps == 0:
+            mix(self.weights, args.ref_model_mixup_alpha)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from safetensors.torch import save_file
+
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            tensors = {name: reference.detach().cpu().contiguous() for name, (reference, _) in self.weights.items()}
+            save_file(tensors, folder / REFERENCE_FILE)
+
+    @torch.no_grad()
+    def load(self, checkpoint: str) -> None:
+        """Takes the reference from a checkpoint of such a run; warns where it has none."""
+        from safetensors.torch import load_file
+
+        path = Path(checkpoint) / REFERENCE_FILE
+        if not path.is_file():
+            logger.warning(
+                f"{checkpoint} comes from a run without sync_ref_model: the reference is what it was before training"
+            )
+            return
+        for name, tensor in load_file(path).items():
+            self.weights[name][0].copy_(tensor)
