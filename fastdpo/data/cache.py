@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MODULES = ("formats", "loading", "prepare", "tokenization", "values")  # from an example to its columns
+# from an example to its columns
+MODULES = (
+    *("formats", "forms", "loading", "prepare", "rows", "tokenization", "turns", "values"),
+    *("adapters/__init__", "adapters/building", "adapters/groups", "adapters/pairs"),
+)
 FOLDER = "fastdpo"  # in datasets' cache folder, for rows that datasets itself keeps in memory only
 
 
@@ -68,4 +72,4 @@ def _tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:
 def _code_hash() -> str:
     from datasets.fingerprint import Hasher
 
-    return Hasher.hash([Path(__file__).with_name(f"{name}.py").read_text() for name in MODULES])
+    return Hasher.hash([(Path(__file__).parent / f"{name}.py").read_text() for name in MODULES])

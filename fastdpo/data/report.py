@@ -1,4 +1,5 @@
-"""What preparing a dataset did, in numbers (`DataReport`) and in words (`DataReport.lines`).
+"""What preparing a dataset did, in numbers (`DataReport`) and in words (`DataReport.lines`); of a stream, what it has
+done so far (`StreamReport`).
 
 Row numbers count from 0, in the order of the dataset.
 """
@@ -41,6 +42,8 @@ class DataReport:
     dropped: dict[str, tuple[int, ...]] = field(default_factory=dict)  # reason -> rows
     num_truncated: int = 0  # kept rows that lost tokens to max_prompt_length or max_length
     num_merged_boundary: int = 0  # kept rows whose prompt ends in tokens that merge with the response
+    num_pairs: int = 0  # of the kept rows; a row of ranked answers has several
+    num_transcripts: int = 0  # kept rows whose messages were written as text, for lack of a chat template
     tokens: dict[str, TokenStats] = field(
         default_factory=dict
     )  # "prompt", "chosen", "rejected"; SFT "prompt", "response"
@@ -51,13 +54,21 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """The report for people: rows kept, dropped rows by reason, what was cut, token statistics."""
-        lines = [f"kept {self.num_kept} of {self.num_rows} {self.kind}{self._dropped_text()}"]
+        kind, pairs = self.kind, ""
+        if self.num_pairs > self.num_kept:
+            kind, pairs = "prompts", f" with {self.num_pairs} pairs of answers"
+        lines = [f"kept {self.num_kept} of {self.num_rows} {kind}{pairs}{_dropped_text(self.dropped)}"]
         if self.num_truncated:
-            lines.append(f"truncated {self.num_truncated} {self.kind}")
+            lines.append(f"truncated {self.num_truncated} {kind}")
         if self.num_merged_boundary:
             lines.append(
-                f"moved the prompt's last tokens to the response in {self.num_merged_boundary} {self.kind}, "
+                f"moved the prompt's last tokens to the response in {self.num_merged_boundary} {kind}, "
                 "where prompt and response are tokenized differently together than apart"
+            )
+        if self.num_transcripts:
+            lines.append(
+                f'wrote the messages of {self.num_transcripts} {kind} as text, "Human: ... Assistant: ...", because the'
+                " tokenizer has no chat template"
             )
         if self.tokens:
             lines.append(f"{'tokens':<10}{'mean':>9}{'median':>9}{'p95':>7}{'max':>7}{'total':>11}")
@@ -66,11 +77,57 @@ class DataReport:
             lines.append(f"{name:<10}{row}")
         return lines
 
-    def _dropped_text(self) -> str:
-        if not self.dropped:
-            return ""
-        reasons = []
-        for reason, rows in sorted(self.dropped.items(), key=lambda item: -len(item[1])):
-            shown = ", ".join(map(str, rows[:SHOWN_ROWS])) + (", ..." if len(rows) > SHOWN_ROWS else "")
-            reasons.append(f"{reason} ({len(rows)}: {'row' if len(rows) == 1 else 'rows'} {shown})")
-        return f"; dropped {self.num_dropped}: " + ", ".join(reasons)
+
+class StreamReport:
+    """What became of the rows of a stream that have been read in this process; those that data loader workers read are
+    not known here. A row that is read again, in a later epoch, counts once."""
+
+    tokens: dict[str, TokenStats]
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.tokens = {}  # of a stream, nobody knows before its end
+        self.num_rows = 0
+        self._reasons: dict[int, str] = {}  # of rows that could not be used
+
+    def add(self, row: int, reason: str | None) -> None:
+        """Takes down a row that was read; the first one of every reason to drop it is told at once."""
+        self.num_rows = max(self.num_rows, row + 1)
+        if reason is None or row in self._reasons:
+            return
+        if reason not in self._reasons.values():
+            from transformers.utils import logging
+
+            logger = logging.get_logger(__name__)
+            logger.warning(f"left out row {row} of a stream (counted from 0): {reason}; others like it are counted")
+        self._reasons[row] = reason
+
+    @property
+    def num_kept(self) -> int:
+        return self.num_rows - len(self._reasons)
+
+    @property
+    def dropped(self) -> dict[str, tuple[int, ...]]:
+        rows: dict[str, list[int]] = {}
+        for row, reason in sorted(self._reasons.items()):
+            rows.setdefault(reason, []).append(row)
+        return {reason: tuple(found) for reason, found in rows.items()}
+
+    def lines(self) -> list[str]:
+        """The report for people, so far."""
+        if self.num_rows == 0:
+            return ["a stream, tokenized as it is read"]
+        return [f"kept {self.num_kept} of {self.num_rows} {self.kind} read so far{_dropped_text(self.dropped)}"]
+
+
+Report = DataReport | StreamReport
+
+
+def _dropped_text(dropped: dict[str, tuple[int, ...]]) -> str:
+    if not dropped:
+        return ""
+    reasons = []
+    for reason, rows in sorted(dropped.items(), key=lambda item: -len(item[1])):
+        shown = ", ".join(map(str, rows[:SHOWN_ROWS])) + (", ..." if len(rows) > SHOWN_ROWS else "")
+        reasons.append(f"{reason} ({len(rows)}: {'row' if len(rows) == 1 else 'rows'} {shown})")
+    return f"; dropped {sum(map(len, dropped.values()))}: " + ", ".join(reasons)

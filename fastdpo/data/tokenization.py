@@ -4,8 +4,9 @@ Two steps, both pure: `encode_row` (chat template, one BOS, one EOS, prompt toke
 and `truncate` (`max_prompt_length`, then `max_length`); `tokenize_row` is the two together. A row that cannot be used
 raises BadRow; messages for a tokenizer without a chat template are a ValueError.
 
-The same tokens as TRL 1.16's DPOTrainer, and three things it does not do: a BOS or EOS is never doubled, an EOS is
-added to a conversation whose template leaves the turn open, and rows without a usable difference are refused.
+The same tokens as TRL 1.16's DPOTrainer, and four things it does not do: a BOS or EOS is never doubled, an EOS is
+added to a conversation whose template leaves the turn open, only the assistant's tokens of a response of several turns
+count (`turns`), and rows without a usable difference are refused.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastdpo.data.formats import AUTO, check_format_name
+from fastdpo.data.forms import is_empty
+from fastdpo.data.turns import assistant_mask, marks_assistant
 from fastdpo.data.values import BadRow, common_prefix_length
 from fastdpo.types import Message, PreferenceRow, TokenizedGroup
 
@@ -30,8 +34,10 @@ class TokenizationSettings:
     max_prompt_length: int | None = None  # tokens of the prompt, cut before max_length is looked at
     truncation_mode: str = "keep_start"  # which end survives: "keep_start" or "keep_end"
     on_bad_row: str = "drop"  # "drop" counts and reports it, "raise" stops at the first
+    dataset_format: str = AUTO  # a name of `formats.FORMAT_NAMES`; "auto" goes by the columns
 
     def __post_init__(self) -> None:
+        check_format_name(self.dataset_format)
         if self.max_length is not None and self.max_length < 2:  # one token alone has nothing that predicts it
             raise ValueError(f"max_length must be None or at least 2, got {self.max_length}")
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
@@ -69,19 +75,21 @@ def encode_row(
     empty prompt and the response ("ab",). The same holds for templates that render the prompt alone in another way.
     """
     for response in row.responses:
-        if _is_empty(response):
+        if is_empty(response):
             raise BadRow("empty response")
-    if any(row.responses[chosen] == row.responses[rejected] for chosen, rejected in row.preferences):
-        raise BadRow("chosen equals rejected")
+    preferences = _different(row.preferences, row.responses, "chosen equals rejected")
+    masks: list[list[bool]] | None = None
     if row.is_conversational:
-        prompt_ids, sequences = _encode_messages(row, tokenizer, template_kwargs or {})
+        prompt_ids, sequences, masks = _encode_messages(row, tokenizer, template_kwargs or {})
     else:
         prompt_ids, sequences = _encode_text(row, tokenizer)
     num_prompt = min(common_prefix_length(prompt_ids, sequence) for sequence in sequences)
     responses = [sequence[num_prompt:] for sequence in sequences]
     if any(len(response) == 0 for response in responses):  # a template that leaves the response out
         raise BadRow("empty response")
-    group = _checked(prompt_ids[:num_prompt], responses, None, row.preferences, "chosen equals rejected")
+    if masks is not None:
+        masks = [mask[num_prompt:] for mask in masks]
+    group = _checked(prompt_ids[:num_prompt], responses, masks, preferences, "chosen equals rejected")
     return group, num_prompt < len(prompt_ids)
 
 
@@ -138,8 +146,7 @@ def _checked(
 
     Without a prompt token (and without a BOS) nothing predicts a response's first token: it is kept and not scored.
     """
-    if any(list(responses[chosen]) == list(responses[rejected]) for chosen, rejected in preferences):
-        raise BadRow(equal_reason)
+    preferences = _different(preferences, [list(response) for response in responses], equal_reason)
     if not prompt:
         masks = masks if masks is not None else [[True] * len(response) for response in responses]
         masks = [[False, *list(mask)[1:]] for mask in masks]
@@ -150,10 +157,14 @@ def _checked(
     return TokenizedGroup(prompt, responses, masks, ref_logps, preferences)
 
 
-def _is_empty(response: str | list[Message]) -> bool:
-    if isinstance(response, str):
-        return not response.strip()
-    return not any(message["content"].strip() or message.get("tool_calls") for message in response)
+def _different(
+    preferences: Sequence[tuple[int, int]], responses: Sequence[Any], equal_reason: str
+) -> tuple[tuple[int, int], ...]:
+    """The preferences between different responses; a row that has none left cannot be used."""
+    kept = tuple((chosen, rejected) for chosen, rejected in preferences if responses[chosen] != responses[rejected])
+    if preferences and not kept:
+        raise BadRow(equal_reason)
+    return kept
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -201,24 +212,40 @@ def _end_once(ids: list[int], tokenizer: Any) -> list[int]:
 
 def _encode_messages(
     row: PreferenceRow, tokenizer: Any, template_kwargs: dict[str, Any]
-) -> tuple[list[int], list[list[int]]]:
-    """Prompt with the generation prompt, and whole conversations. The template says what BOS there is."""
-    if getattr(tokenizer, "chat_template", None) is None:
+) -> tuple[list[int], list[list[int]], list[list[bool]] | None]:
+    """Prompt with the generation prompt, and whole conversations. The template says what BOS there is.
+
+    Masks of the conversations where a response has several messages, which need not all be the assistant's.
+    """
+    if getattr(tokenizer, "chat_template", None) is None and "chat_template" not in template_kwargs:
         raise ValueError(
             "tokenizer must have a chat template for rows of messages, got none: set tokenizer.chat_template, "
             "or give the rows as text (prompt, chosen, rejected)"
         )
     if not row.prompt:
         raise BadRow("empty prompt")
-    prompt = _templated(row.prompt, tokenizer, add_generation_prompt=True, **template_kwargs)
-    sequences = []
+
+    def render(messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
+        return _templated(messages, tokenizer, add_generation_prompt=add_generation_prompt, **template_kwargs)[0]
+
+    prompt = render(row.prompt, add_generation_prompt=True)  # type: ignore[arg-type]
+    has_turns = any(len(response) > 1 for response in row.responses)
+    is_marked = has_turns and marks_assistant(tokenizer, template_kwargs)
+    sequences, masks = [], []
     for response in row.responses:
-        messages = [*row.prompt, *_without_final_eos(response, tokenizer)]
-        sequences.append(_close_turn(_templated(messages, tokenizer, **template_kwargs), tokenizer))
-    return prompt, sequences
+        messages: list[Message] = [*row.prompt, *_without_final_eos(response, tokenizer)]  # type: ignore[list-item]
+        ids, marked = _templated(messages, tokenizer, return_assistant_tokens_mask=is_marked, **template_kwargs)
+        sequences.append(_close_turn(ids, tokenizer))
+        if is_marked:
+            ends = [messages[-1]["role"] == "assistant"] * (len(sequences[-1]) - len(ids))
+            masks.append([*marked, *ends])
+        elif has_turns:
+            masks.append(assistant_mask(messages, len(row.prompt), sequences[-1], render, tokenizer.decode))
+    return prompt, sequences, masks if has_turns else None
 
 
-def _templated(messages: Any, tokenizer: Any, **kwargs: Any) -> list[int]:
+def _templated(messages: Any, tokenizer: Any, **kwargs: Any) -> tuple[list[int], list[bool]]:
+    """The tokens, and which of them the template marks as the assistant's where that is asked for."""
     from jinja2 import TemplateError
 
     try:
@@ -228,10 +255,11 @@ def _templated(messages: Any, tokenizer: Any, **kwargs: Any) -> list[int]:
     except TemplateError as error:
         raise BadRow(f"the chat template refuses the messages ({error})") from None
     ids = list(encoded["input_ids"])
+    marked = [bool(mark) for mark in encoded.get("assistant_masks", ())]
     bos = tokenizer.bos_token_id
     while bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]
-    return ids
+        ids, marked = ids[1:], marked[1:]
+    return ids, marked
 
 
 def _without_final_eos(messages: Any, tokenizer: Any) -> list[Message]:

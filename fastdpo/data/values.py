@@ -1,4 +1,4 @@
-"""From one cell of a dataset to text or messages, and the fault of a row that has neither.
+"""From one cell of a dataset to text or messages, the fault of a row that has neither, and what a format is.
 
 In: text, one message or a list of them; a message has role/content or ShareGPT's from/value, its content is text or a
 list of parts of type text. Out: str, or [{"role": ..., "content": str, further keys that are not None}].
@@ -7,10 +7,13 @@ Refused with BadRow: everything else. Refused with ValueError: images, video and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from fastdpo.types import Message
+from fastdpo.types import Message, PreferenceRow
+
+Example = Mapping[str, Any]
 
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}  # ShareGPT's names
 MEDIA_KINDS = ("image", "video", "audio", "input_image", "input_audio")
@@ -22,6 +25,25 @@ class BadRow(ValueError):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """A known set of columns and the function that reads them. Several may have one name: releases of one dataset."""
+
+    name: str  # what `dataset_format` takes
+    columns: tuple[str, ...]  # what `read` needs
+    read: Callable[[Example], PreferenceRow]
+    signature: tuple[str, ...] = ()  # further columns by which it is recognised without being named
+    by_name_only: bool = False
+    may_be_transcript: bool = False  # a tokenizer without chat template gets its messages as Human: and Assistant:
+    regroup: Callable[[Iterable[Example]], Iterator[Example]] | None = None  # where rows of the file are not prompts
+
+    def fits(self, example: Example) -> bool:
+        return all(column in example for column in self.columns)
+
+    def is_unmistakable(self, example: Example) -> bool:
+        return not self.by_name_only and self.fits(example) and all(column in example for column in self.signature)
 
 
 def as_text(value: Any, field: str) -> str:

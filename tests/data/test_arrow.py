@@ -7,7 +7,7 @@ from datasets import Dataset, concatenate_datasets
 
 from fastdpo.data.arrow import arrow_column
 from fastdpo.data.columns import row_lengths
-from fastdpo.data.prepare import _features
+from fastdpo.data.rows import column_features
 from fastdpo.training.collator import PackingCollator
 from fastdpo.training.memory import largest_microbatch
 from fastdpo.training.models import check_lengths, check_token_ids
@@ -20,8 +20,8 @@ def dataset_of(rows):
         "responses": [[[i] * n for n in responses] for i, (_, responses) in enumerate(rows)],
         "ref_logps": [[-1.0] * len(responses) if i else None for i, (_, responses) in enumerate(rows)],
     }
-    features = {name: kind for name, kind in _features().items() if name in columns}
-    return Dataset.from_dict(columns, features=type(_features())(features))
+    features = {name: kind for name, kind in column_features().items() if name in columns}
+    return Dataset.from_dict(columns, features=type(column_features())(features))
 
 
 ROWS = [(3, [2, 4]), (1, [1, 1, 7]), (5, [2, 2]), (2, [9, 1])]

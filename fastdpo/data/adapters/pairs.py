@@ -1,0 +1,149 @@
+"""Datasets with one comparison a row.
+
+In: rows with the columns that PAIRS lists. Out: pairs. Refused with BadRow: ties, a Reddit pair of nearly equal scores.
+"""
+
+from __future__ import annotations
+
+from fastdpo.data.adapters.building import assistant, better_first, system, transcript_messages, user
+from fastdpo.data.forms import (
+    HUMAN_TURN,
+    explicit_prompt,
+    implicit_prompt,
+    share_gpt_prompt,
+    split_conversations,
+    task_prompt,
+)
+from fastdpo.data.values import BadRow, Example, RowFormat, as_messages, as_text
+from fastdpo.types import PreferenceRow
+
+SHP_LEAST_RATIO = 2.0  # of the scores of two comments: what the DPO release and SHP's authors train on
+
+
+def hh(example: Example) -> PreferenceRow:
+    """Anthropic/hh-rlhf as text, as the original DPO release has it."""
+    if not as_text(example["chosen"], "response").lstrip().startswith(HUMAN_TURN.lstrip()):
+        raise BadRow("not a transcript of Human: and Assistant:")
+    return implicit_prompt(example)
+
+
+def hh_chat(example: Example) -> PreferenceRow:
+    """Anthropic/hh-rlhf as messages, for models with a chat template."""
+    return split_conversations(*(transcript_messages(example[side]) for side in ("chosen", "rejected")))
+
+
+def shp(example: Example) -> PreferenceRow:
+    """stanfordnlp/SHP: two Reddit comments; `labels` is 1 where A is better. Scores must differ by a factor of 2."""
+    scores = [max(float(example[name] or 0), 1.0) for name in ("score_A", "score_B")]
+    if max(scores) / min(scores) < SHP_LEAST_RATIO:
+        raise BadRow("score ratio below 2")
+    lead = 1 if example["labels"] == 1 else -1
+    return better_first([user(example["history"])], example["human_ref_A"], example["human_ref_B"], lead)
+
+
+def stack_exchange_paired(example: Example) -> PreferenceRow:
+    """lvwerra/stack-exchange-paired: `response_j` has more votes than `response_k`."""
+    return PreferenceRow(
+        [user(example["question"])], (assistant(example["response_j"]), assistant(example["response_k"]))
+    )
+
+
+def tldr(example: Example) -> PreferenceRow:
+    """openai/summarize_from_feedback, comparisons, as text: Reddit posts end in "TL;DR:", articles of the evaluation
+    too."""
+    info, summaries, choice = example["info"], example["summaries"], example["choice"]
+    if choice not in (0, 1) or not isinstance(summaries, list) or len(summaries) != 2:
+        raise BadRow("choice is not one of two summaries")
+    if info.get("post"):
+        prompt = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"
+    else:
+        title = f"Title: {info['title']}\n\n" if info.get("title") else ""
+        prompt = f"{title}Article: {as_text(info.get('article'), 'prompt')}\n\nTL;DR:"
+    texts = [" " + as_text(summary["text"], "response").strip() for summary in summaries]
+    return PreferenceRow(prompt, (texts[choice], texts[1 - choice]))
+
+
+def helpsteer_preference(example: Example) -> PreferenceRow:
+    """nvidia/HelpSteer2, preferences: negative strength says that the first response is better."""
+    return better_first(
+        helpsteer_prompt(example["prompt"]),
+        example["response_1"],
+        example["response_2"],
+        -example["preference_strength"],
+    )
+
+
+def helpsteer3(example: Example) -> PreferenceRow:
+    """nvidia/HelpSteer3, preferences: a conversation and two responses; negative says that the first is better."""
+    context = as_messages(example["context"], "user", "prompt")
+    return better_first(context, example["response1"], example["response2"], -example["overall_preference"])
+
+
+def helpsteer_prompt(prompt: object) -> list[dict[str, object]]:
+    """HelpSteer2 writes further turns into the prompt: "...\\n<extra_id_1>Assistant\\n...\\n<extra_id_1>User\\n..."."""
+    first, *turns = as_text(prompt, "prompt").split("<extra_id_1>")
+    messages = [user(first.strip())]
+    for turn in turns:
+        speaker, _, said = turn.partition("\n")
+        messages.append({"role": "assistant" if speaker.strip() == "Assistant" else "user", "content": said.strip()})
+    return [message for message in messages if message["content"]]
+
+
+def orca(example: Example) -> PreferenceRow:
+    """Intel/orca_dpo_pairs; argilla's distilabel version of it calls the question `input`."""
+    question = example["question"] if "question" in example else example["input"]
+    prompt = [*system(example.get("system")), user(question)]
+    return PreferenceRow(prompt, (assistant(example["chosen"]), assistant(example["rejected"])))
+
+
+def llama_factory(example: Example) -> PreferenceRow:
+    """LLaMA-Factory's ShareGPT-like pairs: messages of `from` and `value`, one answer per side."""
+    prompt = share_gpt_prompt(example)
+    return PreferenceRow(
+        prompt, tuple(as_messages(example[side], "assistant", "response") for side in ("chosen", "rejected"))
+    )
+
+
+def llama_factory_v1(example: Example) -> PreferenceRow:
+    """LLaMA-Factory's v1: two whole conversations, content in parts. The common start counts, not `loss_weight`."""
+    return split_conversations(
+        *(as_messages(example[side], "assistant", "response") for side in ("chosen_messages", "rejected_messages"))
+    )
+
+
+def llms_from_scratch(example: Example) -> PreferenceRow:
+    """Raschka's "LLMs from scratch", and Alpaca-like pairs: a task, optionally its input. `output` is ignored."""
+    return PreferenceRow(
+        task_prompt(example), tuple(as_text(example[side], "response") for side in ("chosen", "rejected"))
+    )
+
+
+PAIRS = (
+    RowFormat("hh", ("chosen", "rejected"), hh, by_name_only=True),  # unnamed, they are read as `implicit`: the same
+    RowFormat("hh_chat", ("chosen", "rejected"), hh_chat, by_name_only=True),
+    RowFormat(
+        "shp",
+        ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"),
+        shp,
+        may_be_transcript=True,
+    ),
+    RowFormat(
+        "stack_exchange", ("question", "response_j", "response_k"), stack_exchange_paired, may_be_transcript=True
+    ),
+    RowFormat("tldr", ("info", "summaries", "choice"), tldr),
+    RowFormat(
+        "helpsteer",
+        ("prompt", "response_1", "response_2", "preference_strength"),
+        helpsteer_preference,
+        may_be_transcript=True,
+    ),
+    RowFormat(
+        "helpsteer", ("context", "response1", "response2", "overall_preference"), helpsteer3, may_be_transcript=True
+    ),
+    RowFormat("orca", ("question", "chosen", "rejected"), orca, signature=("system",), may_be_transcript=True),
+    RowFormat("orca", ("input", "chosen", "rejected"), orca, signature=("system",), may_be_transcript=True),
+    RowFormat("ultrafeedback_binarized", ("prompt", "chosen", "rejected"), explicit_prompt, by_name_only=True),
+    RowFormat("llama_factory", ("chosen_messages", "rejected_messages"), llama_factory_v1),
+    RowFormat("llama_factory", ("conversations", "chosen", "rejected"), llama_factory),
+    RowFormat("llms_from_scratch", ("instruction", "chosen", "rejected"), llms_from_scratch),
+)

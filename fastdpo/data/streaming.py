@@ -1,0 +1,78 @@
+"""A stream of examples (`datasets.IterableDataset`) as a stream of token columns, tokenized as it is read.
+
+In: as `prepare`. Out: the same columns in the order of the stream, without rows that cannot be used; these are counted
+where the stream is read, and the first of each kind is told at once. Nothing is kept: another epoch tokenizes again.
+Refused with ValueError: what `rows` refuses, in the first row at once; formats whose rows are not prompts by themselves
+and have to be read as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from fastdpo.data.formats import regrouped
+from fastdpo.data.loading import raw_example
+from fastdpo.data.report import StreamReport
+from fastdpo.data.rows import GROUP_COLUMNS, column_features, group_from_columns, prepare_example
+from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.types import TokenizedGroup
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+
+def prepare_stream(
+    dataset: IterableDataset, tokenizer: Any, settings: TokenizationSettings, *, is_sft: bool
+) -> tuple[IterableDataset, StreamReport]:
+    """The stream with GROUP_COLUMNS, and a report that grows as it is read in this process.
+
+    Raises:
+        ValueError: the stream is empty, or its first row is of no known format.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("dataset must hold at least one row, got an empty stream")
+    if regrouped((), raw_example(first), settings.dataset_format, is_sft=is_sft) is not None:
+        raise ValueError(
+            "dataset must not be streamed where its rows are single answers or trees, which have to be read as a"
+            " whole: load it without streaming=True"
+        )
+    prepare_example(first, 0, tokenizer, settings, is_sft)
+    report = StreamReport("examples" if is_sft else "pairs")
+    function = partial(_prepare_batch, tokenizer=tokenizer, settings=settings, is_sft=is_sft, report=report)
+    # a batch of one may become none, which `map` on single rows cannot
+    prepared = dataset.map(
+        function,
+        with_indices=True,
+        batched=True,
+        batch_size=1,
+        remove_columns=dataset.column_names or list(first),
+        features=column_features(with_state=False),
+    )
+    return prepared, report
+
+
+def checked_stream(dataset: IterableDataset, check: Callable[[TokenizedGroup], None]) -> IterableDataset:
+    """The same stream of token columns; `check` sees every group as it passes, and raises where it cannot be used."""
+    return dataset.map(partial(_check_columns, check=check), features=column_features(with_state=False))
+
+
+def _prepare_batch(
+    batch: Mapping[str, list[Any]],
+    rows: list[int],
+    tokenizer: Any,
+    settings: TokenizationSettings,
+    is_sft: bool,
+    report: StreamReport,
+) -> dict[str, list[Any]]:
+    example = {name: values[0] for name, values in batch.items()}
+    columns = prepare_example(example, rows[0], tokenizer, settings, is_sft)
+    report.add(rows[0], columns["bad_row"])
+    return {name: [] if columns["bad_row"] else [columns[name]] for name in GROUP_COLUMNS}
+
+
+def _check_columns(example: dict[str, Any], check: Callable[[TokenizedGroup], None]) -> dict[str, Any]:
+    check(group_from_columns(example))
+    return example

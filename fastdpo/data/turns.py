@@ -1,0 +1,83 @@
+"""Which tokens of a conversation the assistant says, for responses of several turns: what users and tools say in
+between has no place in a log-prob.
+
+In: the messages, their tokens, and how the chat template renders. Out: a mask of tokens. Where the template marks the
+assistant's parts (`{% generation %}`), it decides; else a turn begins where the conversation before it, rendered with
+the generation prompt, ends, and ends where the conversation up to it does, and both are checked.
+Refused with BadRow: a template of which neither can be told.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastdpo.data.values import BadRow, common_prefix_length
+from fastdpo.types import Message
+
+_MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_UNCLEAR = "the chat template does not show which tokens of several turns are the assistant's"
+_TAIL = 16  # last characters of a turn that must be found in its tokens
+
+Render = Callable[..., list[int]]  # (messages, add_generation_prompt=False) -> token ids
+
+
+def marks_assistant(tokenizer: Any, template_kwargs: dict[str, Any]) -> bool:
+    """Whether the chat template says itself what the assistant's parts are."""
+    template = template_kwargs.get("chat_template") or tokenizer.get_chat_template(tools=template_kwargs.get("tools"))
+    return _MARKED.search(template) is not None
+
+
+def assistant_mask(
+    messages: Sequence[Message], num_prompt: int, ids: Sequence[int], render: Render, decode: Callable[..., str]
+) -> list[bool]:
+    """(L,) True for the tokens that the assistant says from message `num_prompt` on, the end of each turn included.
+
+    Args:
+        messages: the whole conversation, of which `num_prompt` (at least one) are the prompt.
+        ids: (L,) its tokens; what stands behind the last message belongs to it.
+    Raises:
+        BadRow: no message is the assistant's, or the template renders a turn in another way inside the conversation.
+    """
+    turns = [i for i in range(num_prompt, len(messages)) if messages[i]["role"] == "assistant"]
+    if not turns:
+        raise BadRow("response without a message of the assistant")
+    mask = [False] * len(ids)
+    for turn in turns:
+        start = _start(messages[:turn], ids, render)
+        end = len(ids)
+        if turn < len(messages) - 1:
+            end = start + _num_tokens(render(messages[: turn + 1])[start:], ids[start:], messages[turn], decode)
+        mask[start:end] = [True] * (end - start)
+    return mask
+
+
+def _start(before: Sequence[Message], ids: Sequence[int], render: Render) -> int:
+    """Where the turn after `before` begins. Of the generation prompt, the end may differ, as an empty thought block."""
+    start = common_prefix_length(render(before, add_generation_prompt=True), ids)
+    if start < len(render(before)) - 1:  # one token may merge with what follows
+        raise BadRow(_UNCLEAR)
+    return start
+
+
+def _num_tokens(alone: Sequence[int], rest: Sequence[int], message: Message, decode: Callable[..., str]) -> int:
+    """How many of `rest`, the tokens from a turn's start on, belong to it.
+
+    Args:
+        alone: the same turn as the template renders it at the end of a conversation. Its last token may merge with what
+            follows, and its first ones may be missing inside a conversation: an empty thought block is only put into
+            the last turn by templates like Qwen 3's.
+    """
+    shared = common_prefix_length(alone, rest)
+    if shared > 0 and len(alone) - shared <= 1:
+        return shared
+    content = str(message["content"]).strip()[-_TAIL:]
+    for skipped in range(1, len(alone)):
+        kept = list(alone[skipped:])
+        if list(rest[: len(kept)]) != kept:
+            continue
+        if (content in decode(kept)) if content else (2 * skipped <= len(alone)):
+            return len(kept)
+        break
+    raise BadRow(_UNCLEAR)
