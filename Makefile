@@ -1,4 +1,5 @@
 # `make demo` and `make test` do all their own set-up: they need Python >= 3.10 and make, nothing else.
+# FASTDPO_PEERS=required: that packages which tests compare with are missing is then a failure, not a skip (tests/peers.py).
 # PYTHON picks another interpreter, VENV another place for the environment:  make test PYTHON=python3.12 VENV=/tmp/venv
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,10 +23,10 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	FASTDPO_PEERS=required $(BIN)/python -m pytest -m "not slow"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest
+	FASTDPO_PEERS=required $(BIN)/python -m pytest
 
 # What the kernels compile to, with three releases of Triton in folders of their own; no GPU needed.
 aot: $(STAMP)

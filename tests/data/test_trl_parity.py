@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
+from peers import peer
 from tiny_tokenizers import CHATML, byte_level_tokenizer
 
 from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset
 from fastdpo.data.tokenization import TokenizationSettings
 
-dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
+dpo_trainer = peer("trl.trainer.dpo_trainer")
 
 TEXT = [
     {"prompt": "the cat", "chosen": " sat on the mat", "rejected": " ran"},
