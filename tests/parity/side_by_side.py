@@ -1,0 +1,59 @@
+"""One training run through TRL's DPOTrainer and one through ours, from the same settings, and what both have logged."""
+
+from datasets import Dataset
+from tiny import make_rows
+
+SETTINGS = {
+    "per_device_train_batch_size": 4,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "learning_rate": 5e-3,  # large: after a step policy and reference differ in every token
+    "beta": 0.3,
+    "seed": 1,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+NOT_NUMBERS = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
+NOT_NUMBERS |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+
+
+def rows():
+    """12 pairs; the responses of a pair differ in length, and none would be dropped."""
+    return Dataset.from_list(make_rows(12, seed=3))
+
+
+def trained(package, folder, model, tokenizer, keywords, settings):
+    """The package's DPOTrainer after three steps."""
+    args = package.DPOConfig(str(folder), **{**SETTINGS, **settings})
+    trainer = package.DPOTrainer(model, args=args, train_dataset=rows(), processing_class=tokenizer, **keywords)
+    trainer.train()
+    return trainer
+
+
+def logged(trainer, prefix=""):
+    """The numbers that were logged at each step; a step's entry is the one that holds its loss.
+
+    Where policy and reference are one model, every margin is a rounding error, and which are above 0 says nothing.
+    """
+    entries = []
+    for entry in trainer.state.log_history:
+        if f"{prefix}loss" in entry:
+            dropped = NOT_NUMBERS
+            if abs(entry[f"{prefix}rewards/margins"]) < 1e-6:
+                dropped = NOT_NUMBERS | {f"{prefix}rewards/accuracies"}
+            entries.append({key: value for key, value in entry.items() if key not in dropped})
+    return entries
+
+
+def assert_same_logs(ours, theirs, keys=None, tolerance=1e-4):
+    """Every number that TRL has logged, or those of `keys`, to `tolerance` in absolute terms."""
+    assert len(ours) == len(theirs) == 3
+    for step, (own, trl) in enumerate(zip(ours, theirs, strict=True)):
+        assert trl.keys() <= own.keys(), f"step {step}: TRL also logs {sorted(trl.keys() - own.keys())}"
+        compared = {key: (own[key], trl[key]) for key in trl if keys is None or key in keys}
+        wrong = {key: pair for key, pair in compared.items() if not abs(pair[0] - pair[1]) <= tolerance}
+        assert not wrong, f"step {step}, ours and TRL's: {wrong}"
