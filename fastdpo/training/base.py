@@ -282,11 +282,15 @@ class PackedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._metrics["train"].pop(self._reduce))
-            num_new_tokens = torch.tensor(self._num_train_tokens, device=self.args.device)
-            before = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
-            logs["num_tokens"] = next(before, 0) + int(self._reduce(num_new_tokens))
+            logs["num_tokens"] = self._num_tokens_so_far()
             self._num_train_tokens = 0
         super().log(logs, start_time)
+
+    def _num_tokens_so_far(self) -> int:
+        """Tokens trained on by all processes since the run began."""
+        num_new_tokens = torch.tensor(self._num_train_tokens, device=self.args.device)
+        before = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
+        return next(before, 0) + int(self._reduce(num_new_tokens))
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -302,6 +306,7 @@ class PackedTrainer(Trainer):
         self._metrics["eval"].pop()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._metrics["eval"].pop(self._reduce)
+        means["num_tokens"] = self._num_tokens_so_far()  # as TRL: how far training has come
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in means.items()})
         return output
 
