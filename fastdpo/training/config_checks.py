@@ -69,3 +69,41 @@ def check_number(name: str, value: Any, *, least: float) -> None:
     """Raises ValueError where `value` is not a finite number >= `least`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
         raise ValueError(f"{name} must be a finite number >= {least}, got {value!r}")
+
+
+def row_multiple(value: int | str | None) -> int | None:
+    """The number of tokens whose multiple rows are padded to, or None; "auto" and None are None."""
+    if isinstance(value, str):
+        value = None if value.lower() in ("none", "null", "auto") else int(value) if value.isdigit() else value
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"pad_to_multiple_of must be an integer >= 1, 'auto' or None, got {value!r}")
+    return value
+
+
+def check_packing_settings(args: Any) -> None:
+    """Raises ValueError for what goes with padded rows, or without them, alone."""
+    if args.padding_free and args.packing == "padded":
+        raise ValueError("padding_free must be False where packing is 'padded', its opposite, got True")
+    if args.neftune_noise_alpha is not None and args.packing != "padded":
+        raise ValueError(
+            "neftune_noise_alpha must go with packing='padded': its noise is scaled by the length of a row, and a"
+            f" packed row holds many sequences, got {args.neftune_noise_alpha}"
+        )
+
+
+def offload_checkpoints(args: Any, on_gpu: bool) -> None:
+    """TRL's activation_offloading as transformers' `offload` of what gradient checkpointing keeps.
+
+    Raises:
+        ValueError: there is no other memory to move it to, or nothing is kept that could be moved.
+    """
+    if not on_gpu:
+        raise ValueError("activation_offloading must be False on a CPU, in whose memory activations are, got True")
+    if not args.gradient_checkpointing:
+        raise ValueError(
+            "activation_offloading must go with gradient_checkpointing: what checkpointing keeps is what is moved"
+        )
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the first since transformers 5.23
+    name = next(name for name in names if hasattr(args, name))
+    given = next((value for name in names if (value := getattr(args, name, None)) is not None), None)
+    setattr(args, name, {**(as_dict(name, given) or {}), "offload": True})

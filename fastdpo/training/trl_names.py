@@ -1,0 +1,186 @@
+"""Names that TRL's DPOConfig and DPOTrainer had once, and TRL's DPOConfig of today: what becomes of each here.
+
+In: the keyword arguments that a script passes. Out: those that fastdpo has, with one FutureWarning for each that was
+translated or has nothing to do here. Refuses, with the line to write instead, what has no translation, and unknown
+names with the nearest ones that exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Settings = dict[str, Any]
+ConfigClass = TypeVar("ConfigClass", bound=type)
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A name that is not there (any more)."""
+
+    instead: str  # the line to write, or why none is needed
+    becomes: Callable[[Any, Settings], Settings] | None = None  # (value, all settings) -> settings that mean the same
+    off: tuple[Any, ...] = (None, False)  # values that asked for nothing: left out without a word
+
+
+def _renamed(name: str) -> Gone:
+    return Gone(f"{name}={{value!r}}", lambda value, settings: {name: value}, off=())
+
+
+def _needless(why: str) -> Gone:
+    return Gone(f"nothing, because {why}", lambda value, settings: {}, off=())
+
+
+def _with_sft(alpha: float, settings: Settings) -> Settings:
+    losses = settings.get("loss_type", "sigmoid")
+    losses = [loss.strip() for loss in losses.split(",")] if isinstance(losses, str) else list(losses)
+    weights = settings.get("loss_weights") or [1.0] * len(losses)
+    return {"loss_type": [*losses, "sft"], "loss_weights": [*weights, alpha]}
+
+
+_PADDING = "padding is masked out and labels are made here, so its value changes no number"
+_SELECT = "activate the adapter before: model.set_adapter({value!r})"
+
+# Of DPOConfig, and some of DPOTrainer before that.
+SETTINGS: Mapping[str, Gone] = {
+    "rpo_alpha": Gone("loss_type=['sigmoid', 'sft'], loss_weights=[1.0, {value}]", _with_sft, off=(None,)),
+    "use_liger_loss": _needless("the head op never makes logits"),
+    "use_logits_to_keep": _needless("only response positions reach the LM head"),
+    "use_num_logits_to_keep": _needless("only response positions reach the LM head"),
+    "base_model_attribute_name": _needless("the backbone is the model's base_model"),
+    "force_use_ref_model": _needless("a ref_model that is given is the reference, with an adapter too"),
+    "padding_value": _needless(_PADDING),
+    "label_pad_token_id": _needless(_PADDING),
+    "max_completion_length": Gone("max_length={value}, which limits prompt and response together"),
+    "max_target_length": Gone("max_length={value}, which limits prompt and response together"),
+    "is_encoder_decoder": Gone("a causal LM: encoder-decoder models are not trained here"),
+    "generate_during_eval": Gone("num_eval_samples=8", lambda value, settings: {"num_eval_samples": 8}),
+    "model_adapter_name": Gone(_SELECT),
+    "ref_adapter_name": Gone("ref_model=..., a second model that has the adapter {value!r} loaded"),
+    "ref_model_init_kwargs": Gone("ref_model=AutoModelForCausalLM.from_pretrained(..., **{value!r})"),
+    "tools": Gone("a column `tools` in the dataset: dataset.map(lambda row: {{'tools': tools}})"),
+    # of transformers.TrainingArguments, gone from it by now
+    "evaluation_strategy": _renamed("eval_strategy"),
+    "no_cuda": _renamed("use_cpu"),
+    "push_to_hub_token": _renamed("hub_token"),
+    "push_to_hub_model_id": _renamed("hub_model_id"),
+    "group_by_length": _renamed("length_bucketing"),
+    "warmup_ratio": _renamed("warmup_steps"),  # which takes a share of the steps below 1
+    "per_gpu_train_batch_size": _renamed("per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": _renamed("per_device_eval_batch_size"),
+    "overwrite_output_dir": _needless("output_dir may hold files of another run, which are replaced"),
+    "save_safetensors": Gone("nothing, because models are always saved as safetensors", off=(None, True)),
+}
+
+RENAMED_LOSSES: Mapping[str, str] = {
+    "aot_pair": "'aot_unpaired', its name in TRL today",
+    "kto_pair": "'apo_zero' or 'bco_pair'; KTO itself is for data without pairs",
+}
+
+TRAINER_ARGUMENTS = (  # of DPOTrainer, in the order of TRL's
+    *("model", "ref_model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class"),
+    *("compute_metrics", "callbacks", "optimizers", "quantization_config", "peft_config"),
+)
+
+# Of DPOTrainer alone.
+ARGUMENTS: Mapping[str, Gone] = {
+    "tokenizer": _renamed("processing_class"),
+    "model_init": Gone("model=..., the model itself"),
+    "optimizer_cls_and_kwargs": Gone("optimizers=(optimizer, scheduler), the first made by that class"),
+    "preprocess_logits_for_metrics": Gone("nothing, because there are no logits to preprocess"),
+}
+
+
+def unknown_name(name: str, known: Collection[str]) -> str:
+    """The nearest names, as the end of a sentence."""
+    nearest = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+
+
+def line_instead(name: str) -> str | None:
+    """What to write in place of a setting that TRL had; None where TRL had no such name."""
+    return SETTINGS[name].instead.replace("!r", "").format(value="...") if name in SETTINGS else None
+
+
+def translated(owner: str, given: Settings, known: Collection[str], gone: Mapping[str, Gone]) -> Settings:
+    """Keyword arguments as fastdpo names them.
+
+    Args:
+        owner: the class they were given to, for messages.
+        known: the names that it has.
+    Raises:
+        ValueError: a name that TRL had and that has no translation, or one that says what another argument says.
+        TypeError: a name that neither has.
+    """
+    settings = {name: value for name, value in given.items() if name in known}
+    for name in [name for name in given if name not in known]:
+        if name not in gone:
+            raise TypeError(f"{owner} has no argument {name!r}{unknown_name(name, [*known, *gone])}")
+        value, entry = given[name], gone[name]
+        if any(value is off for off in entry.off):
+            continue
+        instead = entry.instead.format(value=value)
+        if entry.becomes is None:
+            raise ValueError(f"{owner} has no argument {name!r}, got {value!r}; instead: {instead}")
+        new = entry.becomes(value, settings)
+        twice = [key for key in new.keys() & settings.keys() if key not in ("loss_type", "loss_weights")]
+        if twice:
+            raise ValueError(f"{name} must not be given beside {twice[0]}, its name here, got {value!r}")
+        settings.update(new)
+        message = f"{owner} has no argument {name!r} any more; instead: {instead}"
+        warnings.warn(message, FutureWarning, stacklevel=4)
+    return settings
+
+
+def takes_trl_names(cls: ConfigClass) -> ConfigClass:
+    """A config class that also takes the names in SETTINGS, and answers unknown ones with the nearest."""
+    made = cls.__init__  # type: ignore[misc]
+    known = {f.name for f in dataclasses.fields(cls) if f.init}
+
+    @functools.wraps(made)
+    def __init__(self: Any, *args: Any, **settings: Any) -> None:
+        made(self, *args, **translated(cls.__name__, settings, known, SETTINGS))
+
+    cls.__init__ = __init__  # type: ignore[misc]
+    return cls
+
+
+def tokenizer_given_as(given: Settings, processing_class: Any, config: type) -> Any:
+    """The processing_class that DPOTrainer's unknown keyword arguments hold under a name that TRL had for it.
+
+    Args:
+        processing_class: as it was given under its own name, if it was.
+        config: the class of the trainer's settings.
+    Raises:
+        ValueError: a setting, which belongs in the config, or a name without translation.
+        TypeError: a name that TRL's trainer never had.
+    """
+    of_config = {f.name for f in dataclasses.fields(config)} | set(SETTINGS)
+    for name in sorted(given.keys() & of_config):
+        raise ValueError(
+            f"{name} must be a setting of the config: DPOTrainer(..., args={config.__name__}({name}=...)),"
+            f" got {given[name]!r} as an argument of DPOTrainer"
+        )
+    own = {} if processing_class is None else {"processing_class": processing_class}
+    return translated("DPOTrainer", {**own, **given}, TRAINER_ARGUMENTS, ARGUMENTS).get("processing_class")
+
+
+def is_trls_config(args: Any) -> bool:
+    """Whether `args` is TRL's DPOConfig or a subclass of it, told without importing TRL."""
+    return any(c.__name__ == "DPOConfig" and c.__module__.partition(".")[0] == "trl" for c in type(args).__mro__)
+
+
+def settings_of(args: Any) -> Settings:
+    """What a config says beyond the defaults of its class."""
+    settings = {}
+    for f in dataclasses.fields(args):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        value = getattr(args, f.name)
+        if f.init and value != default:
+            settings[f.name] = value
+    return settings
