@@ -1,0 +1,130 @@
+"""The report of one training run, from what the run left in its output directory: result, curves, warnings, samples.
+
+In: trainer_state.json (of `trainer.save_state()`, else of the last checkpoint), and the warnings and samples that
+training wrote beside it. Out: report.html in the same place. Works on any run of DPOTrainer or SFTTrainer, also one
+that was stopped. Without matplotlib the curves are left out, and the report says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from fastdpo.report.html import write_report
+from fastdpo.report.plots import training_curves
+from fastdpo.report.sections import Figure, Response, Sample, SampleList, Section, Table, Text
+from fastdpo.training.samples import SAMPLES_FILE
+from fastdpo.training.watch import WARNINGS_FILE
+
+REPORT_FILE = "report.html"
+STATE_FILE = "trainer_state.json"
+# rows of the result, by key of the log; what a run does not have is left out
+RESULTS = {
+    "loss": "Loss",
+    "rewards/accuracies": "Accuracy of pairs",
+    "rewards/margins": "Reward margin",
+    "rewards/chosen": "Reward, chosen",
+    "rewards/rejected": "Reward, rejected",
+    "rewards/weight": "Gradient weight",
+    "logps/chosen": "Log-prob, chosen",
+    "logps/rejected": "Log-prob, rejected",
+    "aux_loss": "Load-balancing loss",
+    "entropy": "Entropy per token",
+    "mean_token_accuracy": "Accuracy of tokens",
+}
+_PREFERENCE_CURVES = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
+_CURVES = ("loss", "entropy", "mean_token_accuracy")
+
+
+def write_run_report(output_dir: str | os.PathLike[str], settings: Mapping[str, Any] | None = None) -> Path:
+    """Writes report.html and returns its path.
+
+    Args:
+        settings: by name, for the report's last table.
+    Raises:
+        ValueError: the directory holds no run.
+    """
+    folder = Path(output_dir)
+    state = _state(folder)
+    history: list[dict[str, Any]] = state["log_history"]
+    sections: list[Section] = [_result(history), _curves(history)]
+    warnings = _lines(folder / WARNINGS_FILE)
+    if warnings:
+        rows = [[f"step {entry['step']}", entry["message"] + "."] for entry in warnings]
+        sections.append(Table("What training warned of", (), rows, is_prose=True))
+    samples = _lines(folder / SAMPLES_FILE)
+    if samples:
+        sections.append(_samples(samples))
+    if settings:
+        rows = [[name, str(value)] for name, value in settings.items() if value is not None]
+        sections.append(Table("Settings", (), rows, is_prose=True))
+    subtitle = f"{state['global_step']:,} optimizer steps, {state['epoch'] or 0:.2f} epochs"
+    return write_report(folder / REPORT_FILE, f"Training run {folder.absolute().name}", sections, subtitle=subtitle)
+
+
+def _state(folder: Path) -> Any:
+    candidates = [folder / STATE_FILE]
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if checkpoint is not None:
+        candidates.append(Path(checkpoint) / STATE_FILE)
+    for path in candidates:
+        if path.is_file():
+            return json.loads(path.read_text())
+    raise ValueError(f"output_dir must hold a run ({STATE_FILE}, or a checkpoint with one), got {folder}")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _result(history: Sequence[Mapping[str, Any]]) -> Section:
+    """First and last values: of evaluation where there is one, and of training."""
+    columns, cells = [""], []
+    for name, prefix in (("training", ""), ("evaluation", "eval_")):
+        entries = [entry for entry in history if f"{prefix}loss" in entry]
+        for place, entry in [("first", entries[0]), ("last", entries[-1])] if entries else []:
+            columns.append(f"{name}, {place} (step {entry['step']})")
+            cells.append([f"{entry[prefix + key]:.4f}" if prefix + key in entry else "" for key in RESULTS])
+    rows = [
+        [words, *(column[index] for column in cells)]
+        for index, words in enumerate(RESULTS.values())
+        if any(column[index] for column in cells)
+    ]
+    if not rows:
+        return Text("Result", ["Nothing was logged: logging_steps is larger than the number of steps."])
+    note = "Training values are means since the log before. Rewards and log-probs are in nats."
+    return Table("Result", columns, rows, note=note)
+
+
+def _curves(history: Sequence[Mapping[str, Any]]) -> Section:
+    wanted = _PREFERENCE_CURVES if any("rewards/margins" in entry for entry in history) else _CURVES
+    keys = [key for key in wanted if any(key in entry or f"eval_{key}" in entry for entry in history)]
+    if importlib.util.find_spec("matplotlib") is None or not keys:
+        why = "no metrics were logged" if not keys else 'matplotlib is missing: pip install "fastdpo[plots]"'
+        return Text("Training", [f"No curves: {why}."])
+    alt = f"{', '.join(keys)} by optimizer step, in training and held out"
+    note = "Solid: training pairs. Dashed with markers: evaluation."
+    return Figure("Training", training_curves({"run": history}, keys), alt=alt, note=note)
+
+
+def _samples(lines: Sequence[Mapping[str, Any]]) -> SampleList:
+    """Of each prompt the reference, and the policy at the first and at the last evaluation."""
+    first, last = lines[0]["step"], lines[-1]["step"]
+    by_prompt: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        if line["step"] in (first, last):
+            by_prompt.setdefault(line["prompt"], []).append(line)
+    samples = []
+    for prompt, entries in by_prompt.items():
+        end = entries[-1]
+        known = end["reference"] is not None
+        responses = [Response(end["reference_name"], end["reference"], "")] if known else []
+        responses += [Response("policy", entry["policy"], str(entry["step"])) for entry in entries]
+        samples.append(Sample(prompt, responses))
+    return SampleList("Samples", samples, "Step", note="What policy and reference answer to prompts of the evaluation.")
