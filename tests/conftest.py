@@ -2,6 +2,7 @@
 kernels in Triton's interpreter.
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -26,3 +27,10 @@ def _one_thread():
 def _no_cache_outlives_the_tests():
     yield
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_imported_is_not_searched_for_garbage():
+    """accelerate collects garbage at every start of training: a second each time, among a million imported objects."""
+    gc.collect()
+    gc.freeze()
