@@ -16,13 +16,21 @@ from fastdpo.types import PairLogps, PairScores
 SumAndWeight = tuple[Tensor, Tensor | float]
 
 
-def pair_metrics(scores: PairScores, beta: float) -> dict[str, SumAndWeight]:
+def pair_metrics(scores: PairScores, beta: float, *, per_token: bool = False) -> dict[str, SumAndWeight]:
     """Sums over the B pairs of what TRL logs, and of the gradient weight `sigmoid(-beta * margin)`.
 
     The weight is the factor of the DPO gradient that vanishes once a pair is learned: arXiv 2305.18290, sec. 4.
+
+    Args:
+        per_token: rewards are those of SimPO and ORPO, beta times the mean over tokens, for scores with lengths.
     """
     chosen_rewards = beta * scores.chosen_logratios.detach()
     rejected_rewards = beta * scores.rejected_logratios.detach()
+    if per_token:
+        assert scores.chosen_lengths is not None
+        assert scores.rejected_lengths is not None
+        chosen_rewards = chosen_rewards / scores.chosen_lengths.clamp(min=1)
+        rejected_rewards = rejected_rewards / scores.rejected_lengths.clamp(min=1)
     values = {
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,

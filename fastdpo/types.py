@@ -131,7 +131,7 @@ class PackedBatch:
     labels: Tensor  # (R,) int64, response tokens only; a token shared by two responses is here once
     token_rows: Tensor  # (N,) int64, which r each counted token of each sequence uses
     cu_seqlens: Tensor  # (S + 1,) int64, delimits the sequences in token_rows
-    num_tokens: int  # prompt and response tokens, the prompt counted once per response (TRL's num_tokens)
+    num_tokens: int  # prompt and response tokens, the prompt once per response that is compared (TRL's num_tokens)
     attention_mask: Tensor | None = None  # (S, L) int64, padded only
     segments: tuple[tuple[int, int, int, int], ...] = ()  # per branch: query start, query end, prefix start, prefix end
     ref_logps: Tensor | None = None  # (S,) fp32, where the dataset brings them
@@ -213,7 +213,7 @@ class PairLogps:
 
 @dataclass(frozen=True)
 class PairScores:
-    """What a loss reads: policy and reference log-probs of both sides, and their lengths. All (B,), in nats."""
+    """What a loss reads: policy and reference log-probs of both sides, in nats, and their lengths. (B,) but for one."""
 
     policy_chosen_logps: Tensor
     policy_rejected_logps: Tensor
@@ -221,6 +221,10 @@ class PairScores:
     ref_rejected_logps: Tensor
     chosen_lengths: Tensor | None = None  # int64; needed by losses that average per token
     rejected_lengths: Tensor | None = None
+    chosen_sums: Tensor | None = None  # log-probs of the chosen with every token whole, where ld_alpha weighs some less
+    mean_chosen_length: Tensor | None = None  # (), over the optimizer step; None: over these pairs
+    pair_weights: Tensor | None = None  # what each pair's loss is multiplied by, no gradient (WPO)
+    rankings: Tensor | None = None  # int64, the ranking that each pair is a stage of; None: each pair is one of its own
 
     @property
     def chosen_logratios(self) -> Tensor:

@@ -18,7 +18,8 @@ SCORES = PairScores(
 
 
 def config(beta=2.0, label_smoothing=0.0, discopop_tau=0.05):
-    return SimpleNamespace(beta=beta, label_smoothing=label_smoothing, discopop_tau=discopop_tau)
+    others = {"gamma_beta_ratio": 0.25, "cpo_alpha": 1.0}
+    return SimpleNamespace(beta=beta, label_smoothing=label_smoothing, discopop_tau=discopop_tau, **others)
 
 
 def sig(x):
@@ -91,7 +92,7 @@ def test_a_hopeless_or_perfect_pair_gives_a_finite_loss_and_gradient(name, logp)
 @pytest.mark.parametrize(
     ("loss_type", "settings", "message"),
     [
-        ("sigmoyd", {}, r"loss_type must be one of \['apo_down', .*\], got 'sigmoyd'"),
+        ("sigmoyd", {}, r"loss_type must be one of \['aot', .*\], got 'sigmoyd'"),
         ("sigmoid", {"beta": 0.0}, "beta must be > 0 and finite, got 0.0"),
         ("sigmoid", {"beta": math.nan}, "beta must be > 0 and finite, got nan"),
         ("sigmoid", {"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),

@@ -136,11 +136,18 @@ def pack_layouts(layouts: Sequence[GroupLayout]) -> PackedBatch:
                 rows[:shared] = rows_of[0][:shared]
             rows[needed] = batch.add_rows(predicted_from, branch.tokens[needed])
             rows_of.append(rows)
-        for sequence, index in zip(layout.sequences, layout.branch_of, strict=True):
-            batch.add_sequence(rows_of[index][sequence.is_counted], len(sequence.tokens))
+        for sequence, index, num_uses in zip(layout.sequences, layout.branch_of, _uses(layout.group), strict=True):
+            batch.add_sequence(rows_of[index][sequence.is_counted], len(sequence.tokens) if num_uses else 0)
         batch.end_group()
     packed = {"segments": tuple(segments), "varlen": varlen_layout(segments)}
     return batch.build(_concatenate(tokens)[None], _concatenate(positions)[None], **packed)
+
+
+def _uses(group: TokenizedGroup) -> np.ndarray:
+    """(K,) int64: how many sides of pairs each response is; 1 where there are no pairs."""
+    if not group.preferences:
+        return np.ones(len(group.responses), dtype=np.int64)
+    return np.bincount(np.asarray(group.preferences).ravel(), minlength=len(group.responses))
 
 
 def pad_pairs(
@@ -163,11 +170,12 @@ def pad_pairs(
     example_ids = range(len(groups)) if example_ids is None else example_ids
     for example, group, sequences in zip(example_ids, groups, sequences_of_groups, strict=True):
         batch.add_group(group, [example] * len(sequences))
-        for sequence in sequences:
+        for sequence, num_uses in zip(sequences, _uses(group), strict=True):
             num_padding = width - len(sequence.tokens)
             counted = np.flatnonzero(sequence.is_counted)
             predicted_from = len(rows) * width + counted - 1
-            batch.add_sequence(batch.add_rows(predicted_from, sequence.tokens[counted]), len(sequence.tokens))
+            head_rows = batch.add_rows(predicted_from, sequence.tokens[counted])
+            batch.add_sequence(head_rows, len(sequence.tokens) if num_uses else 0)
             rows.append(np.pad(sequence.tokens, (0, num_padding), constant_values=pad_token_id))
             masks.append(np.pad(np.ones_like(sequence.tokens), (0, num_padding)))
         batch.end_group()

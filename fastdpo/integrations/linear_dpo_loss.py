@@ -20,6 +20,12 @@ from fastdpo.ops.targets import labels_of
 from fastdpo.ops.validation import check_settings
 from fastdpo.types import IGNORE_INDEX, PairScores
 
+# sums over pairs that read nothing but log-probs and lengths, and no setting beyond this module's
+LINEAR_DPO_LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down"),
+    "discopop",
+)
+
 
 class LinearDPOLoss(nn.Module):
     """Mean preference loss of B pairs, from the hidden states before the LM head. The logits are never materialized.
@@ -38,7 +44,7 @@ class LinearDPOLoss(nn.Module):
         compiled, chunk_size: accepted and not used; there is nothing to compile, and the op chooses its tiles.
         use_ref_model: compare with a reference; False takes its log-probs as 0.
         average_log_prob: mean instead of sum over the tokens of a response, in the loss and in what is returned.
-        loss_type: a name in `fastdpo.LOSSES`.
+        loss_type: one of LINEAR_DPO_LOSSES; the others of `fastdpo.LOSSES` need what only a trainer knows.
         label_smoothing: probability of a flipped label, for "sigmoid", "robust" and "exo_pair".
         discopop_tau: temperature of "discopop".
         skip_tolerance, workspace_bytes, impl: as in `linear_logps`; without skipping all gradients must be asked for in
@@ -73,6 +79,10 @@ class LinearDPOLoss(nn.Module):
         self.label_smoothing, self.discopop_tau = label_smoothing, discopop_tau
         self.skip_tolerance, self.workspace_bytes, self.impl = skip_tolerance, workspace_bytes, impl
         check_loss_settings(loss_type, self)
+        if loss_type not in LINEAR_DPO_LOSSES:
+            raise ValueError(
+                f"loss_type must be one of {sorted(LINEAR_DPO_LOSSES)} here, got {loss_type!r}: use it with DPOTrainer"
+            )
         check_settings(1.0, None, (), skip_tolerance, workspace_bytes, impl)
         if loss_type == "ipo" and average_log_prob:
             raise ValueError("average_log_prob must be False for loss_type 'ipo', which averages per token by itself")

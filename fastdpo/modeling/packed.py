@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from fastdpo.modeling.attention import ATTENTION_BACKENDS, PACKED_ATTENTION, PackedLayout, register
 from fastdpo.modeling.head import lm_head
 from fastdpo.ops import sequence_logps
+from fastdpo.ops.sequence_logps import segment_sums
 from fastdpo.ops.sequence_loss import GroupEnd, sequence_loss
 from fastdpo.types import PackedBatch, PairLogps, SequenceLogps, TokenLogps
 
-LossOfSums = Callable[[Tensor, Tensor, slice, slice], Tensor]
+LossOfSums = Callable[..., Tensor]
 
 _STATE = "_fastdpo_state"  # attribute of a prepared model
 
@@ -145,6 +146,7 @@ def packed_loss(
     *,
     impl: str = "auto",
     outputs: Sequence[str] = (),
+    summed: Sequence[str] = (),
     grad_in_forward: bool = True,
 ) -> tuple[Tensor, PairLogps]:
     """A loss that is a sum over the batch's groups, and the log-probs behind it.
@@ -153,6 +155,7 @@ def packed_loss(
         model, batch, impl, outputs: as in `packed_logps`.
         loss_of: `(sums, lengths, sequences, pairs)` -> scalar, the summed loss of consecutive groups from the log-probs
             (s,) in nats and lengths (s,) of their sequences; the slices say which sequences and pairs of the batch.
+        summed: statistics among `outputs` that `loss_of` takes by name as well, (s,) sums without gradient.
         grad_in_forward: make the gradient of the LM head in forward, see `fastdpo.ops.sequence_loss`; False computes
             the logits again in backward.
     Returns:
@@ -160,19 +163,29 @@ def packed_loss(
         not made in forward.
     """
     if grad_in_forward and torch.is_grad_enabled() and impl != "reference":
-        loss, logps = _run(model, batch, impl, outputs, loss_of)
+        loss, logps = _run(model, batch, impl, outputs, loss_of, summed)
         assert loss is not None
         return loss, logps
     logps = packed_logps(model, batch, impl=impl, outputs=outputs)
-    sums = logps.sequences.sums
-    return loss_of(sums, logps.sequences.lengths, slice(0, len(sums)), slice(0, batch.num_pairs)), logps
+    sums, tokens = logps.sequences.sums, logps.sequences.tokens
+    statistics = {
+        name: segment_sums(getattr(tokens, name)[batch.token_rows], batch.cu_seqlens).to(sums.dtype) for name in summed
+    }
+    everything = (slice(0, len(sums)), slice(0, batch.num_pairs))
+    return loss_of(sums, logps.sequences.lengths, *everything, **statistics), logps
 
 
 def _run(
-    model: nn.Module, batch: PackedBatch, impl: str, outputs: Sequence[str], loss_of: LossOfSums | None = None
+    model: nn.Module,
+    batch: PackedBatch,
+    impl: str,
+    outputs: Sequence[str],
+    loss_of: LossOfSums | None = None,
+    summed: Sequence[str] = (),
 ) -> tuple[Tensor | None, PairLogps]:
     prepare_model(model)
-    result = model(input_ids=batch.input_ids, packed_batch=batch, impl=impl, outputs=tuple(outputs), loss_of=loss_of)
+    settings = {"impl": impl, "outputs": tuple(outputs)}
+    result = model(input_ids=batch.input_ids, packed_batch=batch, loss_of=loss_of, summed=tuple(summed), **settings)
     tokens = TokenLogps(result["logps"], **{name: result[name] for name in outputs})
     sequences = SequenceLogps(result["sums"], result["lengths"], tokens)
     chosen, rejected = batch.pairs.unbind(1)
@@ -192,6 +205,7 @@ def _forward(
     impl: str = "auto",
     outputs: tuple[str, ...] = (),
     loss_of: LossOfSums | None = None,
+    summed: tuple[str, ...] = (),
     **kwargs: Any,
 ) -> Any:
     """What `model.forward` is once prepared: the model's own forward unless a packed batch is given."""
@@ -228,10 +242,11 @@ def _forward(
         ends = [GroupEnd(*end[:3]) for end in batch.group_ends]
         pair_ends = [0, *(end[3] for end in batch.group_ends)]
 
-        def loss_of_groups(sums: Tensor, lengths: Tensor, sequences: slice, groups: slice) -> Tensor:
-            return loss_of(sums, lengths, sequences, slice(pair_ends[groups.start], pair_ends[groups.stop]))
+        def loss_of_groups(sums: Tensor, lengths: Tensor, sequences: slice, groups: slice, **statistics: Any) -> Tensor:
+            pairs = slice(pair_ends[groups.start], pair_ends[groups.stop])
+            return loss_of(sums, lengths, sequences, pairs, **statistics)
 
-        loss["loss"], result = sequence_loss(*args, ends, loss_of_groups, **settings)
+        loss["loss"], result = sequence_loss(*args, ends, loss_of_groups, summed=summed, **settings)
     # a dict of tensors, because wrappers look for tensors to hook in mappings and not in dataclasses
     return {
         **loss,

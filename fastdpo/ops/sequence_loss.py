@@ -9,7 +9,7 @@ forward; under `torch.compile` backward does it, for all of them. Refuses what `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ def sequence_loss(
     labels: Tensor,
     cu_seqlens: Tensor,
     group_ends: Sequence[GroupEnd],
-    loss_of: Callable[[Tensor, Tensor, slice, slice], Tensor],
+    loss_of: Callable[..., Tensor],
     *,
     rows: Tensor | None = None,
     weights: Tensor | None = None,
@@ -59,6 +59,7 @@ def sequence_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     outputs: Sequence[str] = (),
+    summed: Sequence[str] = (),
     impl: str = "auto",
     workspace_bytes: int | None = None,
 ) -> tuple[Tensor, SequenceLogps]:
@@ -70,6 +71,7 @@ def sequence_loss(
         group_ends: for each group, the numbers of rows, tokens and sequences up to its end, on the host.
         loss_of: `(sums, lengths, sequences, groups)` -> scalar, the summed loss of consecutive groups from their
             sequences' log-probs (s,) in nats and lengths (s,); the slices say which sequences and groups these are.
+        summed: statistics among `outputs` that `loss_of` takes by name as well, (s,) sums without gradient.
         workspace_bytes: for the gradients of the logits, (rows of a chunk, V); by default 256 MiB on a GPU and 32 MiB
             elsewhere. A group that does not fit alone has its logits computed twice.
     Returns:
@@ -82,6 +84,8 @@ def sequence_loss(
     check_settings(logit_scale, softcap, outputs, 0.0, workspace_bytes, impl)
     check_head(hidden_states, lm_head_weight, labels, bias)
     check_sequences(cu_seqlens, rows, weights, labels)
+    if not set(summed) <= set(outputs):
+        raise ValueError(f"summed must be among outputs {outputs}, got {tuple(summed)}")
     if impl == "reference":
         raise ValueError('impl must be "auto", "triton" or "tiled", got \'reference\': it makes no gradient in forward')
     labels, cu_seqlens = labels.to(torch.int64), cu_seqlens.to(torch.int64)
@@ -97,9 +101,10 @@ def sequence_loss(
         ends = cu_seqlens[chunk.sequences.start : chunk.sequences.stop + 1] - chunk.tokens.start
         return segment_sums(tokens, ends).to(logps.dtype)
 
-    def chunk_loss(logps: Tensor, chunk: _Chunk) -> Tensor:
+    def chunk_loss(values: Mapping[str, Tensor], chunk: _Chunk) -> Tensor:
         sequences = chunk.sequences
-        return loss_of(sums_of(logps, chunk), lengths[sequences], sequences, chunk.groups)
+        statistics = {name: sums_of(values[name], chunk) for name in summed}
+        return loss_of(sums_of(values["logps"], chunk), lengths[sequences], sequences, chunk.groups, **statistics)
 
     everything = _Chunk(slice(0, len(group_ends)), *(slice(0, end) for end in group_ends[-1]))
     floats = [x for x in (hidden_states, lm_head_weight, bias) if x is not None]
@@ -115,7 +120,7 @@ def sequence_loss(
         settings: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap, "outputs": outputs}
         settings["workspace_bytes"] = workspace_bytes
         tokens = linear_logps(hidden_states, lm_head_weight, labels, impl=impl, **settings)
-        loss = chunk_loss(tokens.logps, everything)
+        loss = chunk_loss({name: getattr(tokens, name) for name in ("logps", *summed)}, everything)
         tokens = replace(tokens, logps=tokens.logps.detach())
     return loss, SequenceLogps(sums_of(tokens.logps, everything), lengths, tokens)
 
@@ -128,7 +133,7 @@ class _Plan:
     impl: str
     dtype: torch.dtype  # of the matmuls' operands
     group_ends: Sequence[GroupEnd]
-    chunk_loss: Callable[[Tensor, _Chunk], Tensor]  # (logps of the chunk's rows, chunk) -> ()
+    chunk_loss: Callable[[Mapping[str, Tensor], _Chunk], Tensor]  # (values of the chunk's rows, chunk) -> ()
 
 
 class _LossInForward(torch.autograd.Function):
@@ -156,7 +161,7 @@ class _LossInForward(torch.autograd.Function):
                     values = engine.forward_with_grads(d, h[rows], w, b, labels[rows], plan.head)
                 else:
                     values = engine.forward(h[rows], w, b, labels[rows], plan.head)
-                loss, grad_logps = _weigh(values["logps"], chunk, plan.chunk_loss)
+                loss, grad_logps = _weigh(values, chunk, plan.chunk_loss)
                 losses.append(loss)
                 found.append(values)
                 for some in even_chunks(rows, most):
@@ -194,11 +199,13 @@ class _LossInForward(torch.autograd.Function):
         return (*grads, None, None)
 
 
-def _weigh(logps: Tensor, chunk: _Chunk, chunk_loss: Callable[[Tensor, _Chunk], Tensor]) -> tuple[Tensor, Tensor]:
+def _weigh(
+    values: Mapping[str, Tensor], chunk: _Chunk, chunk_loss: Callable[[Mapping[str, Tensor], _Chunk], Tensor]
+) -> tuple[Tensor, Tensor]:
     """The chunk's loss, and its gradient in the log-probs with weights that rounding would lose set to zero."""
     with torch.enable_grad():
-        leaf = logps.detach().requires_grad_()
-        loss = chunk_loss(leaf, chunk)
+        leaf = values["logps"].detach().requires_grad_()
+        loss = chunk_loss({**values, "logps": leaf}, chunk)
         (grad,) = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)
     if len(grad):
         bound = grad.abs().amax() * (torch.finfo(grad.dtype).eps / 2)

@@ -1,6 +1,4 @@
-"""Sources of reference log-probs behind one call: a batch and the policy in, summed log-probs of both sides out.
-
-The two that ask a model also give the log-probs of every sequence, which is what is cached.
+"""Sources of reference log-probs behind one call: a batch and the policy in, summed log-probs of every sequence out.
 
 None of them ever builds a graph, and none runs dropout: the model that is asked is in eval mode for the length of the
 call.
@@ -27,8 +25,8 @@ class Reference(Protocol):
 
     mode: str
 
-    def logps(self, policy: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """(B,) chosen and (B,) rejected summed log-probs, nats, fp32, without gradient."""
+    def sums(self, policy: nn.Module, batch: PackedBatch) -> Tensor:
+        """(S,) summed log-probs of every sequence, nats, fp32, without gradient."""
         ...
 
 
@@ -43,9 +41,6 @@ class FrozenReference:
     def sums(self, policy: nn.Module, batch: PackedBatch) -> Tensor:
         """(S,) summed log-probs of every sequence, nats, fp32, without gradient."""
         return _sums(self.model, batch, self.impl)
-
-    def logps(self, policy: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        return _of_pairs(self.sums(policy, batch), batch)
 
 
 @dataclass
@@ -66,9 +61,6 @@ class AdapterReference:
         """(S,) summed log-probs of every sequence, nats, fp32, without gradient."""
         with self._as_reference():
             return _sums(policy, batch, self.impl)
-
-    def logps(self, policy: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        return _of_pairs(self.sums(policy, batch), batch)
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
@@ -92,12 +84,12 @@ class DatasetReference:
 
     mode: str = "cached"
 
-    def logps(self, policy: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def sums(self, policy: nn.Module, batch: PackedBatch) -> Tensor:
         if batch.ref_logps is None:
             raise ValueError(
                 "reference 'cached' needs ref_chosen_logps and ref_rejected_logps in every row of the dataset"
             )
-        return _of_pairs(batch.ref_logps, batch)
+        return batch.ref_logps
 
 
 @dataclass
@@ -106,9 +98,8 @@ class NoReference:
 
     mode: str = "none"
 
-    def logps(self, policy: nn.Module, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        zeros = torch.zeros(batch.num_pairs, dtype=torch.float32, device=batch.pairs.device)
-        return zeros, zeros
+    def sums(self, policy: nn.Module, batch: PackedBatch) -> Tensor:
+        return torch.zeros(batch.num_sequences, dtype=torch.float32, device=batch.pairs.device)
 
 
 def copy_adapter_as_reference(peft_model: nn.Module) -> None:
@@ -137,8 +128,3 @@ def _sums(model: nn.Module, batch: PackedBatch, impl: str) -> Tensor:
             return packed_logps(model, batch, impl=impl).sequences.sums
     finally:
         model.train(was_training)
-
-
-def _of_pairs(sums: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    chosen, rejected = batch.pairs.unbind(1)
-    return sums[chosen], sums[rejected]

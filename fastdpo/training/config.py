@@ -5,7 +5,6 @@ Names are TRL's wherever TRL has the setting. What a type cannot check, `__post_
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +12,11 @@ import torch
 from transformers import TrainingArguments
 
 from fastdpo.data.tokenization import TokenizationSettings
-from fastdpo.losses import BATCH_LOSSES, LOSSES, check_loss_settings
 from fastdpo.modeling.attention import ATTENTION_BACKENDS
 from fastdpo.ops.validation import IMPLS
 from fastdpo.references import REFERENCE_MODES
 from fastdpo.training.config_checks import as_dict, check_choice, check_number, parse_max_memory, token_budget
+from fastdpo.training.loss_settings import LossSettings
 
 PACKING_MODES = ("auto", "packed", "padded")
 OVERSIZED_ROWS = ("alone", "raise")
@@ -168,7 +167,7 @@ class EngineConfig(TrainingArguments):
 
 
 @dataclass
-class DPOConfig(EngineConfig):
+class DPOConfig(LossSettings, EngineConfig):
     """Settings of DPOTrainer. Everything else is transformers.TrainingArguments.
 
     Raises:
@@ -176,16 +175,6 @@ class DPOConfig(EngineConfig):
     """
 
     learning_rate: float = field(default=1e-6, metadata=_help("Peak learning rate."))
-    beta: float = field(
-        default=0.1, metadata=_help("Temperature of the implicit reward, > 0: larger stays closer to the reference.")
-    )
-    loss_type: str = field(default="sigmoid", metadata=_help(f"One of {', '.join(LOSSES)}."))
-    label_smoothing: float = field(
-        default=0.0, metadata=_help("Probability that a preference label is flipped, in [0, 0.5): conservative DPO.")
-    )
-    discopop_tau: float = field(
-        default=0.05, metadata=_help("Width of discopop's step from one loss to the other, in units of beta * margin.")
-    )
     reference_free: bool = field(
         default=False, metadata=_help("Compare with a uniform reference; the same as reference=none.")
     )
@@ -224,18 +213,8 @@ class DPOConfig(EngineConfig):
     )
 
     def __post_init__(self) -> None:
-        check_choice("loss_type", self.loss_type, list(LOSSES))
         check_choice("reference", self.reference, REFERENCE_MODES)
-        if isinstance(self.beta, str | list) or self.beta is None or not 0 < self.beta < math.inf:
-            raise ValueError(f"beta must be > 0 and finite, got {self.beta!r}")
-        check_number("label_smoothing", self.label_smoothing, least=0.0)
-        check_number("discopop_tau", self.discopop_tau, least=0.0)
-        check_loss_settings(self.loss_type, self)
-        if self.max_tokens_per_microbatch is not None and self.loss_type in BATCH_LOSSES:
-            raise ValueError(
-                f"max_tokens_per_microbatch must be None for loss_type {self.loss_type!r}, which is not a sum over"
-                f" pairs: its batch cannot be split, got {self.max_tokens_per_microbatch!r}"
-            )
+        self.check_losses()
         self.ref_max_memory = parse_max_memory(self.ref_max_memory)
         if self.ref_tokens_per_batch is not None and self.ref_tokens_per_batch < 1:
             raise ValueError(f"ref_tokens_per_batch must be at least 1, got {self.ref_tokens_per_batch}")

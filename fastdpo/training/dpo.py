@@ -10,13 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from fastdpo.data.arrow import arrow_column
+from fastdpo.data.loss_rows import rows_for_loss
 from fastdpo.data.prepare import DataReport, prepare_preference_dataset
-from fastdpo.losses import BATCH_LOSSES, LOSSES
+from fastdpo.losses import LIKELIHOOD_LOSSES, PER_TOKEN_REWARDS, looks_at_whole_batch, pair_scores, preference_losses
+from fastdpo.losses.listwise import rankings_of
+from fastdpo.losses.scores import SHARED_PARTS_AFTER
 from fastdpo.metrics import SumAndWeight, pair_metrics, token_metrics
 from fastdpo.modeling import packed_loss
 from fastdpo.references import AdapterReference, DatasetReference, NoReference, Reference
@@ -24,6 +28,7 @@ from fastdpo.references.cache import LogpsCache
 from fastdpo.references.precompute import Scorer, fill_ref_logps
 from fastdpo.references.references import copy_adapter_as_reference
 from fastdpo.training.base import PackedTrainer
+from fastdpo.training.collator import microbatches_of
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.models import resolve_model
 from fastdpo.training.reference import (
@@ -34,7 +39,7 @@ from fastdpo.training.reference import (
     starts_from_adapter,
     too_large_to_hold,
 )
-from fastdpo.types import PackedBatch, PairScores
+from fastdpo.types import PackedBatch
 
 TOKEN_METRICS = ("entropy", "mean_logits", "is_top1")
 
@@ -58,6 +63,7 @@ class DPOTrainer(PackedTrainer):
     """
 
     args: DPOConfig
+    _mean_chosen_length: Tensor | None = None  # counted tokens per chosen response of the current optimizer step
     _late_rows: tuple[LogpsCache, Scorer | None] | None = None  # for datasets that come later, once it is cached
 
     def __init__(
@@ -164,45 +170,89 @@ class DPOTrainer(PackedTrainer):
         return fill_ref_logps(prepared, cache, scorer, name=name)[0]
 
     def _prepare_dataset(self, dataset: Any) -> tuple[Any, DataReport]:
-        return prepare_preference_dataset(
+        prepared, report = prepare_preference_dataset(
             dataset, self.processing_class, self.args.tokenization_settings(), num_proc=self.args.dataset_num_proc
         )
+        return rows_for_loss(prepared, self.args), report
 
     def _num_items(self, inputs: dict[str, Any]) -> int:
-        return inputs["pairs"].shape[0]
+        """Pairs, or rankings where the loss is one of rankings."""
+        pairs = inputs["pairs"]
+        if "plackett_luce" in self.args.loss_type and len(pairs):
+            return int(rankings_of(pairs)[-1]) + 1
+        return len(pairs)
 
     def _first_rows(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
         pairs = inputs["pairs"]
         return {**inputs, "pairs": pairs[inputs["example_ids"][pairs[:, 0]] < num_rows]}
 
     def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, SumAndWeight]]:
-        reference = self.reference.logps(model, batch)  # first: then the policy's head knows the weight of each pair
-
-        def scores_of(sums: Tensor, lengths: Tensor, first: int, pairs: slice) -> PairScores:
-            """Scores of some pairs, from the sequences that start with number `first`."""
-            chosen, rejected = (batch.pairs[pairs] - first).unbind(1)
-            ref_chosen_logps, ref_rejected_logps = (logps[pairs] for logps in reference)
-            return PairScores(
-                policy_chosen_logps=sums[chosen],
-                policy_rejected_logps=sums[rejected],
-                ref_chosen_logps=ref_chosen_logps,
-                ref_rejected_logps=ref_rejected_logps,
-                chosen_lengths=lengths[chosen],
-                rejected_lengths=lengths[rejected],
+        args = self.args
+        if args.ld_alpha is not None and batch.num_sequences < 2 * SHARED_PARTS_AFTER * batch.num_pairs:
+            raise ValueError(
+                "ld_alpha needs rows made for it: these lack the parts up to the length that a pair shares"
             )
+        ref_sums = self.reference.sums(model, batch)  # first: then the policy's head knows the weight of each pair
 
-        def loss_of(sums: Tensor, lengths: Tensor, sequences: slice, pairs: slice) -> Tensor:
-            scores = scores_of(sums, lengths, sequences.start, pairs)
-            return LOSSES[self.args.loss_type](scores, self.args).sum()
+        def loss_of(sums: Tensor, lengths: Tensor, sequences: slice, pairs: slice, **statistics: Tensor) -> Tensor:
+            some, reference = batch.pairs[pairs] - sequences.start, ref_sums[sequences]
+            mean_length = {"mean_chosen_length": self._mean_chosen_length}
+            scores = pair_scores(some, sums, lengths, reference, args, **mean_length, **statistics)
+            return preference_losses(scores, args).sum()
 
-        outputs = TOKEN_METRICS if self.args.token_metrics else ()
-        in_forward = not self.args.torch_compile and self.args.loss_type not in BATCH_LOSSES
-        settings: dict[str, Any] = {"impl": self.args.impl, "outputs": outputs, "grad_in_forward": in_forward}
+        summed = ("log_sum_sq_probs",) if args.use_weighting else ()
+        settings: dict[str, Any] = {
+            "impl": args.impl,
+            "outputs": (*(TOKEN_METRICS if args.token_metrics else ()), *summed),
+            "summed": summed,
+            "grad_in_forward": not args.torch_compile and not looks_at_whole_batch(args),
+        }
         loss, policy = packed_loss(model, batch, loss_of, **settings)
-        scores = scores_of(policy.sequences.sums.detach(), policy.sequences.lengths, 0, slice(None))
-        metrics = pair_metrics(scores, self.args.beta)
+        found = policy.sequences
+        scores = pair_scores(batch.pairs, found.sums.detach(), found.lengths, ref_sums, args)
+        per_token = any(name in PER_TOKEN_REWARDS for name in args.loss_type)
+        metrics = pair_metrics(scores, args.beta, per_token=per_token)
         metrics.update(token_metrics(policy, batch.token_rows, batch.cu_seqlens, batch.pairs))
         return loss, metrics
+
+    # Means over the tokens of an optimizer step
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+        self._count_chosen(batch_samples, everywhere=True)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        if num_items_in_batch is None:  # called from outside the loop
+            self._count_chosen([inputs])
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if num_items_in_batch is None or not model.training:
+            self._count_chosen([inputs])
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _count_chosen(self, batches: list[dict[str, Any]], *, everywhere: bool = False) -> None:
+        """Sets `mean_chosen_length` to that of these batches, of all processes where `everywhere`.
+
+        An evaluation has it batch by batch, so that there the likelihood term of a loss depends on the batch size.
+        """
+        if not any(name in LIKELIHOOD_LOSSES for name in self.args.loss_type):
+            return
+        parts = [part for inputs in batches for part in microbatches_of(inputs)]
+        num_tokens = torch.stack([part["cu_seqlens"].diff()[part["pairs"][:, 0]].sum() for part in parts]).sum()
+        counts = torch.stack([num_tokens, num_tokens.new_tensor(sum(len(part["pairs"]) for part in parts))])
+        counts = counts.to(self.args.device)
+        if everywhere and self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        self._mean_chosen_length = counts[0] / counts[1].clamp(min=1)
 
 
 def _with_adapter(model: Any, peft_config: Any, args: DPOConfig) -> Any:

@@ -231,7 +231,14 @@ def test_every_field_can_be_set_from_the_command_line():
     ours = {f.name for f in fields(DPOConfig)} - {f.name for f in fields(TrainingArguments)}
     given = {
         "beta": ("0.7", 0.7),
-        "loss_type": ("ipo", "ipo"),
+        "loss_type": ("ipo", ["ipo"]),
+        "loss_weights": ("0.5", [0.5]),
+        "f_divergence_type": ("js_divergence", "js_divergence"),
+        "f_alpha_divergence_coef": ("0.25", 0.25),
+        "ld_alpha": ("0.5", 0.5),
+        "use_weighting": ("true", True),
+        "gamma_beta_ratio": ("0.5", 0.5),
+        "cpo_alpha": ("0.5", 0.5),
         "label_smoothing": ("0.25", 0.25),
         "discopop_tau": ("0.5", 0.5),
         "reference": ("frozen", "frozen"),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fastdpo import LOSSES, LinearDPOLoss, PairScores, preference_loss
 from fastdpo.integrations import linear_dpo_loss
+from fastdpo.integrations.linear_dpo_loss import LINEAR_DPO_LOSSES
 
 L, H, V = 7, 24, 131
 SMOOTHING = {"exo_pair": 0.1, "robust": 0.1}
@@ -96,7 +97,7 @@ def run(call, batch, *args, **kwargs):
 
 @pytest.mark.parametrize(
     ("loss_type", "average_log_prob"),
-    [(name, average) for name in LOSSES for average in (False, True) if (name, average) != ("ipo", True)],
+    [(name, average) for name in LINEAR_DPO_LOSSES for average in (False, True) if (name, average) != ("ipo", True)],
 )
 @pytest.mark.parametrize("compute_nll_loss", [False, True], ids=["", "nll"])
 @pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
@@ -281,6 +282,7 @@ def test_a_reference_that_would_not_be_used_is_refused():
     ("settings", "message"),
     [
         ({"loss_type": "sigmoyd"}, "loss_type must be one of .* got 'sigmoyd'"),
+        ({"loss_type": "aot"}, "loss_type must be one of .* here, got 'aot': use it with DPOTrainer"),
         ({"loss_type": "ipo", "average_log_prob": True}, "average_log_prob must be False for loss_type 'ipo'"),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing must be 0 for loss_type 'hinge'"),
         ({"beta": -0.1}, "beta must be > 0 and finite, got -0.1"),
@@ -296,7 +298,7 @@ def liger(**settings):
     return chunked_loss.LigerFusedLinearDPOLoss(compiled=False, **settings)
 
 
-@pytest.mark.parametrize("loss_type", sorted(set(LOSSES) - {"ipo"}))
+@pytest.mark.parametrize("loss_type", sorted(set(LINEAR_DPO_LOSSES) - {"ipo"}))
 @pytest.mark.parametrize(
     "settings",
     [{}, {"compute_nll_loss": True, "alpha": 0.7}, {"average_log_prob": True}, {"chunk_size": 2, "beta": 0.5}],

@@ -10,7 +10,7 @@ from datasets import Dataset
 from tiny import make_llama, make_rows, make_tokenizer
 from transformers import Trainer, TrainingArguments
 
-from fastdpo import LOSSES, DPOConfig, DPOTrainer
+from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset
 from fastdpo.data.tokenization import TokenizationSettings
 from fastdpo.modeling.packed import unprepare_model
@@ -259,16 +259,6 @@ def test_dropout_in_the_config_does_not_reach_the_loss(tmp_path):
     fast = trainer(tmp_path, 8, make_llama(attention_dropout=0.5), max_steps=1)
     fast.train()
     assert logged(fast)[0] == pytest.approx(math.log(2), abs=1e-5)
-
-
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_every_loss_trains(tmp_path, loss_type):
-    # discopop rises with the margin around 0 unless the step is wide: with 0.05 it would learn to prefer the rejected
-    settings = {"exo_pair": {"label_smoothing": 1e-3}, "discopop": {"discopop_tau": 1.0}}.get(loss_type, {})
-    fast = trainer(tmp_path, 8, loss_type=loss_type, max_steps=10, per_device_train_batch_size=8, **settings)
-    fast.train()
-    assert logged(fast)[-1] < logged(fast)[0]
-    assert logged(fast, "rewards/accuracies")[-1] > logged(fast, "rewards/accuracies")[0]
 
 
 TRL_KEYS = {

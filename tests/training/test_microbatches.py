@@ -9,7 +9,7 @@ import torch
 from test_distributed import launch
 from tiny import make_llama, make_rows, make_tokenizer
 
-from fastdpo import LOSSES, DPOConfig, DPOTrainer, PackedBatch, SFTConfig, SFTTrainer, TokenizedGroup, losses
+from fastdpo import DPOConfig, DPOTrainer, PackedBatch, SFTConfig, SFTTrainer, TokenizedGroup
 from fastdpo.data.microbatches import first_fit_decreasing, lay_out_batch
 from fastdpo.data.samplers import LengthSampler, PromptSampler
 from fastdpo.training.collator import PackingCollator, microbatches_of
@@ -180,30 +180,6 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path, budget, pa
     assert num_split > 1
     assert split_loss.item() == pytest.approx(loss.item(), rel=1e-6)
     assert relative_error(actual, exact) <= 1e-6
-
-
-@pytest.mark.parametrize("loss_type", sorted(LOSSES))
-def test_every_loss_can_be_split(tmp_path, loss_type):
-    settings = {"loss_type": loss_type, "label_smoothing": 0.1 if loss_type in losses.SMOOTHED else 0.0}
-    whole = dpo_trainer(tmp_path, STRESS, ref_model=other_start(), **settings)
-    split = dpo_trainer(tmp_path, STRESS, ref_model=other_start(), max_tokens_per_microbatch=20, **settings)
-    loss, exact, _ = gradients(whole)
-    split_loss, actual, num_split = gradients(split)
-    assert num_split > 2
-    assert split_loss.item() == pytest.approx(loss.item(), rel=1e-6)
-    assert relative_error(actual, exact) <= 1e-6
-
-
-def test_a_loss_that_looks_at_the_whole_batch_is_not_split(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setitem(LOSSES, "sorted", lambda s, config: seen.append(len(s.margins)) or s.margins.sort().values)
-    for module in ("config", "dpo"):
-        monkeypatch.setattr(f"fastdpo.training.{module}.BATCH_LOSSES", ("sorted",))
-    monkeypatch.setattr("fastdpo.ops.sequence_loss.max_chunk_rows", lambda *args: 1)  # else one pair at a time
-    gradients(dpo_trainer(tmp_path, STRESS, loss_type="sorted"))
-    assert seen == [len(STRESS)]
-    with pytest.raises(ValueError, match="is not a sum over pairs"):
-        DPOConfig(str(tmp_path), loss_type="sorted", use_cpu=True, max_tokens_per_microbatch=100)
 
 
 def without_times(log):

@@ -1,0 +1,134 @@
+"""Which settings a loss can be computed with, and which losses can be added: refused before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fastdpo.losses.divergence import DIVERGENCES
+from fastdpo.losses.registry import BATCH_LOSSES, DIVERGENCE_LOSSES, LOSSES, REFERENCE_FREE_LOSSES, SMOOTHED
+from fastdpo.losses.settings import LossConfig
+
+
+def check_loss_settings(loss_type: str | Sequence[str], config: Any) -> None:
+    """Raises ValueError where `loss_type` is no loss, or cannot be computed with the numbers of `config`.
+
+    Args:
+        loss_type: a name, or several whose losses are added.
+        config: with beta, label_smoothing and discopop_tau.
+    """
+    names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    for name in names:
+        if name not in LOSSES:
+            raise ValueError(f"loss_type must be one of {sorted(LOSSES)}, got {name!r}{_nearest(name, LOSSES)}")
+    if not 0 < config.beta < math.inf:
+        raise ValueError(f"beta must be > 0 and finite, got {config.beta!r}")
+    if not 0 <= config.label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {config.label_smoothing}")
+    if config.label_smoothing > 0 and not any(name in SMOOTHED for name in names):
+        raise ValueError(
+            f"label_smoothing must be 0 for loss_type {_named(names)}, which has no flipped labels,"
+            f" got {config.label_smoothing}"
+        )
+    if config.label_smoothing == 0 and "exo_pair" in names:
+        raise ValueError("label_smoothing must be > 0 for loss_type 'exo_pair' (the paper uses 1e-3), got 0")
+    if not 0 < config.discopop_tau < math.inf:
+        raise ValueError(f"discopop_tau must be > 0 and finite, got {config.discopop_tau!r}")
+
+
+def check_combination(config: LossConfig) -> None:
+    """Raises ValueError where the losses of a run cannot be added, or not with what changes their scores."""
+    names = config.loss_type
+    if not names:
+        raise ValueError("loss_type must name at least one loss, got none")
+    _check_weights(config)
+    for field in ("gamma_beta_ratio", "cpo_alpha"):
+        value = getattr(config, field)
+        if not _is_number(value) or value < 0:
+            raise ValueError(f"{field} must be a finite number >= 0, got {value!r}")
+    free = [name for name in names if name in REFERENCE_FREE_LOSSES]
+    others = [name for name in names if name not in (*REFERENCE_FREE_LOSSES, "sft")]
+    if free and others:
+        raise ValueError(
+            f"loss_type must not hold both {free[0]!r}, which has no reference, and {others[0]!r}, which compares with"
+            f" one: beta would be two different scales, got {names}"
+        )
+    if "plackett_luce" in names and len(names) > 1:
+        raise ValueError(
+            "loss_type 'plackett_luce' must stand alone: it is a mean over rankings, and the others are means over"
+            f" pairs, got {names}"
+        )
+    _check_divergence(config)
+    _check_ld_alpha(config)
+    _refuse(
+        config.use_weighting,
+        names,
+        (*BATCH_LOSSES, "orpo", "cpo", "plackett_luce"),
+        "use_weighting must be off for loss_type {name}: it weighs pairs, and this loss is none of single pairs alone,"
+        " got True",
+    )
+
+
+def _check_weights(config: LossConfig) -> None:
+    weights = config.loss_weights
+    if weights is None:
+        return
+    if len(weights) != len(config.loss_type):
+        raise ValueError(
+            f"loss_weights must have one value for each of the {len(config.loss_type)} losses, got {weights}"
+        )
+    if not all(_is_number(weight) and weight >= 0 for weight in weights):
+        raise ValueError(f"loss_weights must be finite numbers >= 0, got {weights}")
+
+
+def _check_divergence(config: LossConfig) -> None:
+    kind = config.f_divergence_type
+    if kind not in DIVERGENCES:
+        raise ValueError(
+            f"f_divergence_type must be one of {sorted(DIVERGENCES)}, got {kind!r}{_nearest(kind, DIVERGENCES)}"
+        )
+    if not _is_number(config.f_alpha_divergence_coef):
+        raise ValueError(f"f_alpha_divergence_coef must be a finite number, got {config.f_alpha_divergence_coef!r}")
+    _refuse(
+        kind != "reverse_kl",
+        config.loss_type,
+        [name for name in LOSSES if name not in DIVERGENCE_LOSSES],
+        "f_divergence_type must be 'reverse_kl' for loss_type {name}: under another divergence the reward has a term of"
+        f" the prompt that cancels only in a difference of rewards, got {kind!r}",
+    )
+
+
+def _check_ld_alpha(config: LossConfig) -> None:
+    alpha = config.ld_alpha
+    if alpha is None:
+        return
+    if not _is_number(alpha) or not 0 <= alpha <= 1:
+        raise ValueError(f"ld_alpha must be None or in [0, 1], got {alpha!r}")
+    _refuse(
+        True,
+        config.loss_type,
+        (*REFERENCE_FREE_LOSSES, "plackett_luce"),
+        "ld_alpha must be None for loss_type {name}: it weighs the tokens by which one response of a pair is longer in"
+        f" a log-ratio to the reference, got {alpha}",
+    )
+
+
+def _refuse(is_set: bool, names: Sequence[str], refused: Sequence[str], message: str) -> None:
+    for name in names:
+        if is_set and name in refused:
+            raise ValueError(message.replace("{name}", repr(name)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _named(names: Sequence[str]) -> str:
+    return repr(names[0]) if len(names) == 1 else repr(list(names))
+
+
+def _nearest(name: Any, valid: Any) -> str:
+    nearest = difflib.get_close_matches(str(name), list(valid), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

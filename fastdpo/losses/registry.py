@@ -1,0 +1,61 @@
+"""All losses by name, and what each kind of loss can be combined with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fastdpo.losses.batch import aot, aot_unpaired
+from fastdpo.losses.likelihood import cpo, orpo, sft, simpo
+from fastdpo.losses.listwise import plackett_luce
+from fastdpo.losses.pairwise import (
+    apo_down,
+    apo_zero,
+    bco_pair,
+    discopop,
+    exo_pair,
+    hinge,
+    ipo,
+    nca_pair,
+    robust,
+    sigmoid,
+    sigmoid_norm,
+    sppo_hard,
+)
+from fastdpo.types import PairScores
+
+LOSSES: dict[str, Callable[[PairScores, Any], Tensor]] = {
+    "sigmoid": sigmoid,
+    "hinge": hinge,
+    "ipo": ipo,
+    "exo_pair": exo_pair,
+    "nca_pair": nca_pair,
+    "robust": robust,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
+    "sft": sft,
+    "sigmoid_norm": sigmoid_norm,
+    "simpo": simpo,
+    "orpo": orpo,
+    "cpo": cpo,
+    "plackett_luce": plackett_luce,
+}
+# Losses in which the loss of a pair depends on the other pairs of its batch: none of these is the sum of its parts, so
+# their batches are never split, and their gradient is not made in forward.
+BATCH_LOSSES = ("aot", "aot_unpaired")
+REFERENCE_FREE_LOSSES = ("simpo", "orpo", "cpo")
+LIKELIHOOD_LOSSES = ("sft", "orpo", "cpo")  # hold a mean over the chosen tokens of the optimizer step
+PER_TOKEN_REWARDS = ("simpo", "orpo")  # losses whose reward is beta times the log-prob per token
+SMOOTHED = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired", "simpo", "cpo")  # read label_smoothing
+# compare f' of the two ratios, so that what f-DPO's reward has of the prompt cancels
+DIVERGENCE_LOSSES = (
+    *("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "plackett_luce"),
+    "sft",  # reads no ratio
+)

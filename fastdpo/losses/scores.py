@@ -1,0 +1,96 @@
+"""From summed log-probs of sequences to PairScores, and from these to the loss of a run: its losses, weighed and added.
+
+Two settings enter here, because they change what is compared and not how: `ld_alpha` (LD-DPO) and `use_weighting`
+(WPO).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdpo.losses.divergence import under_divergence
+from fastdpo.losses.listwise import rankings_of
+from fastdpo.losses.registry import BATCH_LOSSES, DIVERGENCE_LOSSES, LOSSES
+from fastdpo.losses.settings import LossConfig
+from fastdpo.types import PairScores
+
+# With ld_alpha, sequence i of a pair is followed by i + 2: the same tokens, of which only those count that both
+# responses have the length for. `fastdpo.data.loss_rows` makes such rows.
+SHARED_PARTS_AFTER = 2
+
+
+def pair_scores(
+    pairs: Tensor,
+    sums: Tensor,
+    lengths: Tensor,
+    ref_sums: Tensor,
+    config: LossConfig,
+    *,
+    mean_chosen_length: Tensor | None = None,
+    log_sum_sq_probs: Tensor | None = None,
+) -> PairScores:
+    """What the losses of `config` read of some pairs.
+
+    Args:
+        pairs: (B, 2) int64, the sequences of chosen and rejected.
+        sums, lengths, ref_sums: (S,) summed log-probs of the policy and of the reference, nats, and counted tokens.
+        mean_chosen_length: (), tokens per chosen response over the optimizer step, where a loss is a mean over tokens.
+        log_sum_sq_probs: (S,) sums over the tokens of each sequence, needed with `use_weighting`.
+    """
+    chosen, rejected = pairs.unbind(1)
+    policy, reference = _weighed(sums, config.ld_alpha), _weighed(ref_sums, config.ld_alpha)
+    weights = None
+    if config.use_weighting and log_sum_sq_probs is not None:
+        likelihoods = relative_likelihoods(sums, log_sum_sq_probs, lengths)
+        weights = likelihoods[chosen] * likelihoods[rejected]
+    return PairScores(
+        policy_chosen_logps=policy[chosen],
+        policy_rejected_logps=policy[rejected],
+        ref_chosen_logps=reference[chosen],
+        ref_rejected_logps=reference[rejected],
+        chosen_lengths=lengths[chosen],
+        rejected_lengths=lengths[rejected],
+        chosen_sums=None if config.ld_alpha is None else sums[chosen],
+        mean_chosen_length=mean_chosen_length,
+        pair_weights=weights,
+        rankings=rankings_of(pairs) if "plackett_luce" in config.loss_type else None,
+    )
+
+
+def _weighed(sums: Tensor, ld_alpha: float | None) -> Tensor:
+    """(S,) sums in which tokens beyond the shared length weigh `ld_alpha`; LD-DPO, arXiv 2409.06411.
+
+    Only sequences that are followed by their shared part have a meaning in the result.
+    """
+    if ld_alpha is None:
+        return sums
+    return ld_alpha * sums + (1 - ld_alpha) * sums.roll(-SHARED_PARTS_AFTER)
+
+
+def relative_likelihoods(sums: Tensor, log_sum_sq_probs: Tensor, lengths: Tensor) -> Tensor:
+    """(S,) how likely each sequence is beside what the policy would sample: WPO, arXiv 2406.11827, eq. 2.
+
+    The mean over tokens of `log p(token) - log sum_v p(v)^2`, as a factor; 1 is typical. Without gradient, so that the
+    weight of a pair is not what training lowers.
+    """
+    return torch.exp((sums - log_sum_sq_probs).detach() / lengths.clamp(min=1))
+
+
+def preference_losses(scores: PairScores, config: LossConfig) -> Tensor:
+    """(B,) the losses named in `config.loss_type`, added with `loss_weights`, of which the step's mean is the loss."""
+    divergent = under_divergence(scores, config)
+    total = torch.zeros_like(scores.policy_chosen_logps)
+    for name, factor in zip(config.loss_type, config.loss_weights or [1.0] * len(config.loss_type), strict=True):
+        losses = LOSSES[name](divergent if name in DIVERGENCE_LOSSES and name != "sft" else scores, config)
+        if scores.pair_weights is not None:
+            # sft is one mean over the batch and no loss of pairs: it has their mean weight, as in TRL
+            losses = losses * (scores.pair_weights.mean() if name == "sft" else scores.pair_weights)
+        total = total + factor * losses
+    return total
+
+
+def looks_at_whole_batch(config: LossConfig) -> bool:
+    """Whether the loss of a batch is not the sum of the losses of its parts."""
+    is_weighed_as_one = config.use_weighting and "sft" in config.loss_type
+    return is_weighed_as_one or any(name in BATCH_LOSSES for name in config.loss_type)

@@ -1,0 +1,122 @@
+"""The settings of the loss: which ones, how they are added, and what they are computed with. Part of DPOConfig.
+
+Names and defaults are TRL's where TRL has the setting.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastdpo.losses import (
+    DIVERGENCES,
+    LOSSES,
+    REFERENCE_FREE_LOSSES,
+    check_combination,
+    check_loss_settings,
+    looks_at_whole_batch,
+)
+from fastdpo.training.config_checks import check_choice, check_number
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class LossSettings:
+    """Fields of DPOConfig; `check_losses` raises ValueError for what cannot work."""
+
+    beta: float = field(
+        default=0.1, metadata=_help("Temperature of the implicit reward, > 0: larger stays closer to the reference.")
+    )
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata=_help(f"One or more of {', '.join(LOSSES)}; several are added, with loss_weights."),
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata=_help("What each loss of loss_type is multiplied by. Default: 1 each.")
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata=_help(
+            "Probability that a preference label is flipped, in [0, 0.5), for the losses that have it: conservative DPO"
+            " (sigmoid), exo_pair, robust, aot, aot_unpaired, simpo, cpo."
+        ),
+    )
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata=_help(f"Divergence that holds the policy to the reference: one of {', '.join(DIVERGENCES)}."),
+    )
+    f_alpha_divergence_coef: float = field(default=0.5, metadata=_help("The alpha of alpha_divergence."))
+    ld_alpha: float | None = field(
+        default=None,
+        metadata=_help(
+            "Weight, in [0, 1], of the tokens by which a response is longer than the other one of its pair: LD-DPO."
+            " Default: they weigh as much as all others."
+        ),
+    )
+    use_weighting: bool = field(
+        default=False, metadata=_help("Weigh pairs by how likely the policy is to give such responses: WPO.")
+    )
+    discopop_tau: float = field(
+        default=0.05, metadata=_help("Width of discopop's step from one loss to the other, in units of beta * margin.")
+    )
+    gamma_beta_ratio: float = field(
+        default=0.25, metadata=_help("simpo: the margin asked for, in nats per token; gamma / beta. beta is 2 to 10.")
+    )
+    cpo_alpha: float = field(default=1.0, metadata=_help("cpo: weight of the negative log-likelihood per token."))
+
+    def check_losses(self) -> None:
+        self.loss_type = _names(self.loss_type)
+        for name in self.loss_type:
+            check_choice("loss_type", name, list(LOSSES))
+        if isinstance(self.beta, str | list) or self.beta is None or not 0 < self.beta < math.inf:
+            raise ValueError(f"beta must be > 0 and finite, got {self.beta!r}")
+        check_number("label_smoothing", self.label_smoothing, least=0.0)
+        check_number("discopop_tau", self.discopop_tau, least=0.0)
+        check_loss_settings(self.loss_type, self)
+        check_combination(self)
+        self._check_splitting()
+        self._check_reference()
+
+    def _check_splitting(self) -> None:
+        budget = getattr(self, "max_tokens_per_microbatch", None)
+        if budget is not None and looks_at_whole_batch(self):
+            raise ValueError(
+                f"max_tokens_per_microbatch must be None for loss_type {self.loss_type}"
+                f"{' with use_weighting' if self.use_weighting else ''}, which is not a sum over pairs: its batch"
+                f" cannot be split, got {budget!r}"
+            )
+
+    def _check_reference(self) -> None:
+        """Losses without a reference take none; f-divergences are divergences from one."""
+        settings: Any = self
+        free = [name for name in self.loss_type if name in REFERENCE_FREE_LOSSES]
+        if free:
+            asked = {"reference": settings.reference, "precompute_ref_log_probs": settings.precompute_ref_log_probs}
+            if asked["reference"] not in ("auto", "none"):
+                raise ValueError(
+                    f"reference must be 'auto' or 'none' for loss_type {free[0]!r}, which has none, got"
+                    f" {asked['reference']!r}"
+                )
+            if asked["precompute_ref_log_probs"]:
+                raise ValueError(
+                    f"precompute_ref_log_probs must be off for loss_type {free[0]!r}, which has no reference, got True"
+                )
+            settings.reference = "none"
+        has_none = settings.reference_free or settings.reference == "none"
+        if has_none and self.f_divergence_type != "reverse_kl":
+            raise ValueError(
+                "f_divergence_type must be 'reverse_kl' where there is no reference to diverge from, got"
+                f" {self.f_divergence_type!r}"
+            )
+
+
+def _names(loss_type: str | list[str]) -> list[str]:
+    """Names from a list or from text with commas, as command lines and TRL's older configs have it."""
+    parts = [loss_type] if isinstance(loss_type, str) else loss_type
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"loss_type must be a name or a list of names, got {loss_type!r}")
+    return [name.strip() for part in parts for name in part.split(",")]

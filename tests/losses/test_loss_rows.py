@@ -1,0 +1,99 @@
+"""Rows in the form that some losses need."""
+
+import pytest
+from datasets import Dataset
+from tiny import make_rows, make_tokenizer
+
+from fastdpo import DPOConfig, TokenizedGroup, TokenizedPair, pack_pairs
+from fastdpo.data.loss_rows import ranking_of, rows_for_loss, with_shared_parts
+from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset
+from fastdpo.data.tokenization import TokenizationSettings
+
+
+def test_a_pair_gets_both_responses_up_to_their_shared_length():
+    group = with_shared_parts(TokenizedPair([1, 2], [5, 6, 7], [8]))
+    assert group.responses == [[5, 6, 7], [8], [5, 6, 7], [8]]
+    assert group.loss_masks == [[True, True, True], [True], [True, False, False], [True]]
+    assert group.preferences == ((0, 1),)
+    assert with_shared_parts(group) == group
+
+
+def test_only_counted_tokens_make_up_the_shared_length():
+    masks = [[False, True, True, True], [True, False, True, False]]
+    group = with_shared_parts(TokenizedGroup([1], [[5, 6, 7, 8], [5, 9, 9, 9]], masks))
+    assert group.loss_masks[2:] == [[False, True, True, False], [True, False, True, False]]
+    # the first token of a sequence counts for nothing, whatever its mask says
+    group = with_shared_parts(TokenizedGroup([], [[5, 6, 7], [5, 9]]))
+    assert group.loss_masks == [[False, True, True], [False, True], [False, True, False], [False, True]]
+
+
+def test_pairs_of_a_group_each_have_a_shared_length_of_their_own():
+    group = with_shared_parts(TokenizedGroup([1], [[5, 6, 7], [8, 9], [4]], preferences=((0, 1), (0, 2))))
+    assert group.preferences == ((0, 1), (4, 5))
+    assert [sum(mask) for mask in group.loss_masks] == [3, 2, 2, 2, 3, 1, 1, 1]
+
+
+def test_shared_parts_cost_no_token_and_count_none():
+    pair = TokenizedPair([1, 2], [5, 6, 7], [8])
+    plain, cut = pack_pairs([pair]), pack_pairs([with_shared_parts(pair)])
+    assert cut.input_ids.tolist() == plain.input_ids.tolist()
+    assert cut.labels.tolist() == plain.labels.tolist()
+    assert cut.num_tokens == plain.num_tokens == 8
+    assert cut.cu_seqlens.diff().tolist() == [3, 1, 1, 1]
+
+
+def test_reference_log_probs_of_whole_responses_cannot_be_cut():
+    with pytest.raises(ValueError, match="ld_alpha must be None where the dataset brings ref_chosen_logps"):
+        with_shared_parts(TokenizedPair([1], [5, 6], [7], ref_logps=[-1.0, -2.0]))
+
+
+@pytest.mark.parametrize(
+    ("preferences", "ranking"),
+    [
+        ([(0, 1)], [0, 1]),
+        ([(1, 0)], [1, 0]),
+        ([(0, 1), (1, 2)], [0, 1, 2]),
+        ([(2, 0), (2, 1), (0, 1)], [2, 0, 1]),  # every response with every other one
+    ],
+)
+def test_preferences_that_order_all_responses_are_a_ranking(preferences, ranking):
+    assert ranking_of(preferences) == ranking
+
+
+@pytest.mark.parametrize(
+    ("preferences", "why"),
+    [
+        ([(0, 1), (0, 2)], "1 or 2 comes next"),
+        ([(0, 1), (2, 3)], "0 or 2 comes next"),
+        ([(0, 1), (1, 0)], "contradict"),
+    ],
+)
+def test_preferences_that_leave_an_order_open_are_refused(preferences, why):
+    with pytest.raises(ValueError, match=why):
+        ranking_of(preferences)
+
+
+def prepared(tmp_path, rows, **settings):
+    dataset, _ = prepare_preference_dataset(rows, make_tokenizer(), TokenizationSettings())
+    return rows_for_loss(dataset, DPOConfig(str(tmp_path), use_cpu=True, **settings))
+
+
+def test_datasets_are_brought_into_the_form_that_the_loss_reads(tmp_path):
+    rows = Dataset.from_list(make_rows(3))
+    assert all(len(row["responses"]) == 2 for row in prepared(tmp_path, rows))
+    cut = prepared(tmp_path, rows, ld_alpha=0.5)
+    assert [len(row["responses"]) for row in cut] == [4, 4, 4]
+    for row in cut:
+        lengths = [sum(mask) for mask in row["loss_masks"]]
+        assert lengths[2] == lengths[3] == min(lengths[:2])
+        assert group_from_columns(row).ref_logps is None
+
+
+def test_a_row_that_is_no_ranking_is_named(tmp_path):
+    def ranked(*pairs):
+        return {"prompt_ids": [1], "responses": [[5], [6], [7]], "preferences": [list(pair) for pair in pairs]}
+
+    dataset = prepared(tmp_path, [ranked((0, 1), (0, 2), (1, 2))], loss_type="plackett_luce")
+    assert dataset[0]["preferences"] == [[0, 1], [1, 2]]
+    with pytest.raises(ValueError, match=r"1 or 2 comes next \(dataset row 1, counted from 0\)"):
+        prepared(tmp_path, [ranked((0, 1), (1, 2)), ranked((0, 1), (0, 2))], loss_type="plackett_luce")

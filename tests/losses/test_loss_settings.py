@@ -1,0 +1,83 @@
+"""What losses cannot be computed with, or together, is refused by the config."""
+
+import pytest
+
+from fastdpo import LOSSES, DPOConfig
+
+
+def config(tmp_path, **settings):
+    return DPOConfig(str(tmp_path), use_cpu=True, **settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("ipo", ["ipo"]),
+        (["ipo"], ["ipo"]),
+        ("sigmoid,sft", ["sigmoid", "sft"]),
+        (["sigmoid, sft"], ["sigmoid", "sft"]),
+        (["sigmoid", "bco_pair", "sft"], ["sigmoid", "bco_pair", "sft"]),
+    ],
+)
+def test_loss_types_are_a_name_a_list_or_text_with_commas(tmp_path, given, names):
+    assert config(tmp_path, loss_type=given).loss_type == names
+
+
+def test_the_default_is_one_sigmoid_loss(tmp_path):
+    assert config(tmp_path).loss_type == ["sigmoid"]
+    assert config(tmp_path).loss_weights is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": []}, "loss_type must name at least one loss"),
+        ({"loss_type": 3}, "loss_type must be a name or a list of names, got 3"),
+        ({"loss_type": ["sigmoid", "stf"]}, "got 'stf'; did you mean 'sft'"),
+        ({"loss_weights": [1.0, 2.0]}, r"loss_weights must have one value for each of the 1 losses, got \[1.0, 2.0\]"),
+        ({"loss_weights": [-1.0]}, r"loss_weights must be finite numbers >= 0, got \[-1.0\]"),
+        ({"loss_type": ["hinge", "ipo"], "label_smoothing": 0.1}, r"label_smoothing must be 0 for .*'hinge', 'ipo'"),
+        ({"loss_type": ["exo_pair", "sft"]}, "label_smoothing must be > 0 for loss_type 'exo_pair'"),
+        ({"f_divergence_type": "reverse"}, "f_divergence_type must be one of .* did you mean 'reverse_kl'"),
+        ({"f_alpha_divergence_coef": None}, "f_alpha_divergence_coef must be a finite number, got None"),
+        (
+            {"loss_type": ["sigmoid", "nca_pair"], "f_divergence_type": "forward_kl"},
+            "f_divergence_type must be 'reverse_kl' for loss_type 'nca_pair'",
+        ),
+        ({"f_divergence_type": "forward_kl", "reference_free": True}, "no reference to diverge from"),
+        ({"f_divergence_type": "forward_kl", "reference": "none"}, "no reference to diverge from"),
+        ({"ld_alpha": 1.5}, r"ld_alpha must be None or in \[0, 1\], got 1.5"),
+        ({"ld_alpha": 0.5, "loss_type": "orpo"}, "ld_alpha must be None for loss_type 'orpo'"),
+        ({"ld_alpha": 0.5, "loss_type": "plackett_luce"}, "ld_alpha must be None for loss_type 'plackett_luce'"),
+        ({"use_weighting": True, "loss_type": ["sigmoid", "aot"]}, "use_weighting must be off for loss_type 'aot'"),
+        ({"use_weighting": True, "loss_type": "cpo"}, "use_weighting must be off for loss_type 'cpo'"),
+        ({"loss_type": "simpo", "gamma_beta_ratio": -1.0}, "gamma_beta_ratio must be a finite number >= 0, got -1.0"),
+        ({"loss_type": "cpo", "cpo_alpha": "1"}, "cpo_alpha must be a finite number >= 0, got '1'"),
+        ({"loss_type": ["sigmoid", "simpo"]}, "must not hold both 'simpo'.* and 'sigmoid'"),
+        ({"loss_type": ["plackett_luce", "sft"]}, "'plackett_luce' must stand alone"),
+        ({"loss_type": "simpo", "reference": "frozen"}, "reference must be 'auto' or 'none' for loss_type 'simpo'"),
+        ({"loss_type": "orpo", "precompute_ref_log_probs": True}, "precompute_ref_log_probs must be off for .*'orpo'"),
+        ({"loss_type": "aot", "max_tokens_per_microbatch": 100}, "max_tokens_per_microbatch must be None .* be split"),
+        (
+            {"loss_type": ["sigmoid", "sft"], "use_weighting": True, "max_tokens_per_microbatch": 100},
+            "max_tokens_per_microbatch must be None .* with use_weighting",
+        ),
+    ],
+)
+def test_losses_that_cannot_be_combined_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **settings)
+
+
+def test_losses_without_a_reference_have_none(tmp_path):
+    for name in ("simpo", "orpo", "cpo"):
+        assert config(tmp_path, loss_type=[name, "sft"]).reference == "none"
+
+
+def test_smoothing_reaches_those_losses_of_a_list_that_have_it(tmp_path):
+    assert config(tmp_path, loss_type=["robust", "sft"], label_smoothing=0.1).label_smoothing == 0.1
+
+
+def test_every_loss_names_its_source():
+    for name, loss in LOSSES.items():
+        assert "arXiv" in loss.__doc__, name

@@ -1,0 +1,305 @@
+"""Every loss through DPOTrainer: its value, gradient and rewards against log-probs of separate, unpadded forwards with
+full logits, packed, padded, split, with each reference, and with LoRA.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny import make_llama, make_tokenizer
+
+from fastdpo import LOSSES, DPOConfig, DPOTrainer, PairScores
+from fastdpo.losses import SMOOTHED, looks_at_whole_batch, preference_losses
+from fastdpo.training.collator import microbatches_of
+
+BETA = 0.5
+SETTINGS = {
+    "per_device_train_batch_size": 6,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "beta": BETA,
+}
+
+
+def row(prompt, chosen, rejected):
+    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+
+
+ROWS = [
+    row([1, 5, 6], [7], [8]),
+    row([1], [9, 10, 11], [12, 13]),
+    row([1, 8], [9, 10, 11, 12, 13, 14], [9, 10, 11, 15]),  # a common start, and a shared length beyond it
+    row([1, 9, 9], [5, 6, 7, 8, 9], [12, 13, 14, 15, 16, 17]),
+    row([1, 5, 6], [7], [9, 10]),  # the first prompt again
+    row([1, 20, 21, 22], [23, 24], [25, 26, 27]),
+]
+
+ALONE = {
+    name: {"loss_type": name, "label_smoothing": 0.1 if name in SMOOTHED else 0.0}
+    for name in LOSSES
+    if name != "plackett_luce"  # below
+}
+CHANGED = {
+    "list": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "forward_kl": {"loss_type": ["ipo", "sft"], "f_divergence_type": "forward_kl"},
+    "js": {"f_divergence_type": "js_divergence"},
+    "alpha": {"loss_type": "hinge", "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
+    "ld": {"ld_alpha": 0.3},
+    "ld-norm-sft": {"ld_alpha": 0.3, "loss_type": ["sigmoid_norm", "sft"]},
+    "wpo": {"use_weighting": True},
+    "wpo-sft": {"use_weighting": True, "loss_type": ["sigmoid", "sft"]},
+    "wpo-ld-simple": {"use_weighting": True, "ld_alpha": 0.5, "loss_type": "apo_zero"},
+    "wpo-simpo": {"use_weighting": True, "loss_type": "simpo"},
+    "no-reference": {"reference_free": True, "loss_type": ["sigmoid", "sft"]},
+}
+CASES = {**ALONE, **CHANGED}
+
+
+def make_trainer(tmp_path, rows=ROWS, model=None, **settings):
+    keywords = {name: settings.pop(name) for name in ("ref_model", "peft_config", "eval_dataset") if name in settings}
+    args = DPOConfig(str(tmp_path), **{**SETTINGS, "ref_cache_dir": str(tmp_path / "cache"), **settings})
+    model = make_llama() if model is None else model
+    return DPOTrainer(model, args=args, train_dataset=rows, processing_class=make_tokenizer(), **keywords)
+
+
+def reference_of(settings):
+    """A model that is not the policy, where there is a reference."""
+    is_free = settings.get("reference_free") or settings.get("loss_type") in ("simpo", "orpo", "cpo")
+    return {} if is_free else {"ref_model": make_llama(seed=1)}
+
+
+def gradients(trainer):
+    """Loss and flat gradient of one step over all rows, and in how many micro-batches it ran."""
+    trainer.model.zero_grad()
+    trainer.model.train()
+    if trainer.optimizer is None:
+        trainer.create_optimizer()
+    inputs = trainer.collator(list(trainer.train_dataset))
+    loss = trainer.training_step(trainer.model, inputs)
+    return loss, flat_gradient(trainer.model), len(microbatches_of(inputs))
+
+
+def flat_gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def relative_error(actual, exact):
+    return ((actual - exact).norm() / exact.norm()).item()
+
+
+# The same loss from full logits, sequence by sequence
+
+
+def per_token(model, prompt, response):
+    """(n,) log-probs of the response's tokens, and of what is sampled there: log sum_v p_v^2."""
+    ids = torch.tensor([prompt + response])
+    logps = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return logps.gather(1, ids[0, len(prompt) :, None])[:, 0], (2 * logps).logsumexp(1)
+
+
+def plain_loss(model, reference, rows, config):
+    """Mean loss of the pairs, and the rewards of both sides."""
+    policy, ref, weights, lengths, chosen_sums = [], [], [], [], []
+    for one in rows:
+        sides = [one["chosen_ids"], one["rejected_ids"]]
+        num_shared = min(map(len, sides))
+        for side in sides:
+            logps, squares = per_token(model, one["prompt_ids"], side)
+            factor = torch.ones(len(side))
+            if config.ld_alpha is not None:
+                factor[num_shared:] = config.ld_alpha
+            policy.append((factor * logps).sum())
+            weights.append((logps - squares).mean().exp().detach())
+            lengths.append(len(side))
+            if side is sides[0]:
+                chosen_sums.append(logps.sum())
+            with torch.no_grad():
+                known = (
+                    torch.zeros(len(side)) if reference is None else per_token(reference, one["prompt_ids"], side)[0]
+                )
+                ref.append((factor * known).sum())
+    policy, ref, weights, lengths = (
+        torch.stack(list(map(torch.as_tensor, x))) for x in (policy, ref, weights, lengths)
+    )
+    scores = PairScores(
+        policy[0::2],
+        policy[1::2],
+        ref[0::2],
+        ref[1::2],
+        lengths[0::2],
+        lengths[1::2],
+        chosen_sums=torch.stack(chosen_sums),
+        pair_weights=weights[0::2] * weights[1::2] if config.use_weighting else None,
+    )
+    per = lengths if config.loss_type[0] in ("simpo", "orpo") else 1
+    rewards = BETA * (policy - ref).detach() / per
+    return preference_losses(scores, config).mean(), rewards[0::2].mean().item(), rewards[1::2].mean().item()
+
+
+def expected(settings, tmp_path):
+    config = DPOConfig(str(tmp_path), **{**SETTINGS, **settings})
+    model = make_llama()
+    reference = reference_of(settings).get("ref_model")
+    loss, *rewards = plain_loss(model, reference, ROWS, config)
+    loss.backward()
+    return loss.item(), flat_gradient(model), rewards, config
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_gradient_and_rewards_are_those_of_separate_forwards(tmp_path, case):
+    loss, exact, rewards, config = expected(CASES[case], tmp_path)
+    ways = {"packed": {}, "padded": {"packing": "padded"}}
+    if not looks_at_whole_batch(config):
+        ways["split"] = {"max_tokens_per_microbatch": 16}
+    for way, changed in ways.items():
+        trainer = make_trainer(tmp_path, **CASES[case], **reference_of(CASES[case]), **changed)
+        value, gradient, num_parts = gradients(trainer)
+        assert (num_parts > 2) == (way == "split"), way
+        assert value.item() == pytest.approx(loss, rel=1e-5), way
+        assert relative_error(gradient, exact) <= 1e-5, way
+        logged = trainer._metrics["train"].pop()
+        assert logged["rewards/chosen"] == pytest.approx(rewards[0], rel=1e-4, abs=1e-5), way
+        assert logged["rewards/rejected"] == pytest.approx(rewards[1], rel=1e-4, abs=1e-5), way
+
+
+@pytest.mark.parametrize("case", ["sigmoid", "aot", "sft", "ld", "ld-norm-sft", "wpo", "forward_kl"])
+def test_a_cached_reference_gives_the_same_loss(tmp_path, case):
+    live = make_trainer(tmp_path, **CASES[case], **reference_of(CASES[case]))
+    cached = make_trainer(tmp_path, **CASES[case], **reference_of(CASES[case]), reference="cached")
+    loss, exact, _ = gradients(live)
+    value, gradient, _ = gradients(cached)
+    assert cached.reference.mode == "cached"
+    assert value.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert relative_error(gradient, exact) <= 1e-5
+
+
+@pytest.mark.parametrize("case", [*ALONE, "list", "ld", "wpo", "js"])
+def test_every_loss_trains_a_lora_adapter(tmp_path, case):
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(tmp_path, **CASES[case], peft_config=adapter, max_steps=2)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2
+    assert losses[0] != losses[1]
+    assert trainer.reference.mode == ("none" if case in ("simpo", "orpo", "cpo") else "adapter")
+
+
+# discopop rises with the margin around 0 unless its step is wide: with 0.05 it would learn to prefer the rejected
+@pytest.mark.parametrize("case", ALONE)
+def test_every_loss_learns(tmp_path, case):
+    settings = {**ALONE[case], **({"discopop_tau": 1.0} if case == "discopop" else {})}
+    trainer = make_trainer(tmp_path, **settings, max_steps=10)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    if case not in ("sft", "nca_pair", "apo_down"):
+        assert logs[-1]["rewards/margins"] > logs[0]["rewards/margins"]
+
+
+def test_sft_is_a_mean_over_the_tokens_of_the_step_however_it_accumulates(tmp_path):
+    """6 pairs as 6, as 2 x 3 and as 4 + 2: chosen responses of uneven length, the same tokens."""
+    logs = []
+    for batch_size, accumulation in ((6, 1), (2, 3), (4, 2)):
+        settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        trainer = make_trainer(tmp_path, loss_type=["sigmoid", "sft"], max_steps=3, **settings)
+        trainer.train()
+        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(logs[0]) == 3
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+    assert logs[2] == pytest.approx(logs[0], rel=1e-5)
+
+
+def test_ld_alpha_counts_no_token_twice(tmp_path):
+    """num_tokens is TRL's: prompt and response of both sides, once."""
+    counts = []
+    for settings in ({}, {"ld_alpha": 0.5}):
+        trainer = make_trainer(tmp_path, max_steps=1, **settings)
+        trainer.train()
+        counts.append(trainer.state.log_history[0]["num_tokens"])
+    assert (
+        counts[0] == counts[1] == sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"] + r["rejected_ids"]) for r in ROWS)
+    )
+
+
+def test_rows_that_were_not_made_for_ld_alpha_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, ld_alpha=0.5)
+    with pytest.raises(ValueError, match="ld_alpha needs rows made for it"):
+        trainer.training_step(trainer.model, trainer.collator(ROWS))
+
+
+def test_sorted_losses_see_the_whole_batch_at_once(tmp_path, monkeypatch):
+    seen = []
+
+    def spy(scores, config):
+        seen.append(len(scores.margins))
+        return LOSSES["sigmoid"](scores, config)
+
+    monkeypatch.setitem(LOSSES, "aot", spy)
+    monkeypatch.setattr("fastdpo.ops.sequence_loss.max_chunk_rows", lambda *args: 1)  # else one pair at a time
+    gradients(make_trainer(tmp_path, loss_type="aot"))
+    assert seen == [len(ROWS)]
+
+
+@pytest.mark.parametrize("name", ["simpo", "orpo", "cpo"])
+def test_losses_without_a_reference_refuse_one(tmp_path, name):
+    assert make_trainer(tmp_path, loss_type=name).reference.mode == "none"
+    with pytest.raises(ValueError, match="ref_model must be None"):
+        make_trainer(tmp_path, loss_type=name, ref_model=make_llama(seed=1))
+
+
+def test_evaluation_has_the_loss_of_training(tmp_path):
+    for case in ("list", "ld", "wpo", "simpo", "aot"):
+        trainer = make_trainer(tmp_path, **CASES[case], eval_dataset=ROWS, per_device_eval_batch_size=6)
+        found = trainer.evaluate()
+        assert found["eval_loss"] == pytest.approx(gradients(trainer)[0].item(), rel=1e-5), case
+
+
+# Rankings
+
+
+RANKED = [
+    {"prompt_ids": [1, 2], "responses": [[5, 6], [7], [8, 9, 10]], "preferences": [[0, 1], [0, 2], [1, 2]]},
+    {"prompt_ids": [1, 3], "responses": [[15], [11, 12], [13], [14, 4]], "preferences": [[1, 0], [0, 3], [3, 2]]},
+    {"prompt_ids": [1, 2], "responses": [[16], [17, 18]], "preferences": [[0, 1]]},  # the first prompt again
+]
+ORDERS = [[0, 1, 2], [1, 0, 3, 2], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"packing": "padded"}, {"max_tokens_per_microbatch": 12}, {"reference": "cached"}]
+)
+def test_plackett_luce_is_the_likelihood_of_drawing_each_ranking(tmp_path, changed):
+    model, reference = make_llama(), make_llama(seed=1)
+    total = 0.0
+    for one, order in zip(RANKED, ORDERS, strict=True):
+        prompt, responses = one["prompt_ids"], one["responses"]
+        with torch.no_grad():
+            known = [per_token(reference, prompt, response)[0].sum() for response in responses]
+        ratios = [per_token(model, prompt, r)[0].sum() - k for r, k in zip(responses, known, strict=True)]
+        odds = (BETA * torch.stack(ratios)).exp()
+        for place, drawn in enumerate(order):
+            total = total - (odds[drawn] / odds[order[place:]].sum()).log()
+    (total / len(RANKED)).backward()
+    settings = {"loss_type": "plackett_luce", "ref_model": copy.deepcopy(reference), **changed}
+    trainer = make_trainer(tmp_path, RANKED, copy.deepcopy(make_llama()), **settings)
+    loss, gradient, _ = gradients(trainer)
+    assert loss.item() == pytest.approx((total / len(RANKED)).item(), rel=1e-5)
+    assert relative_error(gradient, flat_gradient(model)) <= 1e-5
+
+
+def test_plackett_luce_of_pairs_trains_as_sigmoid_does(tmp_path):
+    logs = []
+    for name in ("plackett_luce", "sigmoid"):
+        trainer = make_trainer(tmp_path, loss_type=name, max_steps=3)
+        trainer.train()
+        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+    assert logs[0][0] == pytest.approx(math.log(2), rel=1e-5)
