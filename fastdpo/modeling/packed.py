@@ -8,6 +8,7 @@ with.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,16 +102,40 @@ def _install(bare: Any) -> None:
         id(m.config): m.config for m in bare.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
     }
     state = _Prepared(
-        attentions=[_Attention(config, config._attn_implementation) for config in configs.values()],
+        attentions=[_Attention(config, _own_attention(bare, config)) for config in configs.values()],
         forward=bare.forward,
         generate=getattr(bare, "generate", None),
         own_methods={name: bare.__dict__[name] for name in ("forward", "generate") if name in bare.__dict__},
     )
     setattr(bare, _STATE, state)
     # bound methods, because a copy of the model then gets methods of its own, also inside what accelerate wraps them in
-    bare.forward = MethodType(_forward, bare)
+    bare.forward = MethodType(_forward_with_signature_of(bare.forward), bare)
     if state.generate is not None:
         bare.generate = MethodType(_generate, bare)
+
+
+def _own_attention(model: Any, config: Any) -> str:
+    """What the model runs on outside packed batches."""
+    current: str = config._attn_implementation
+    if current == PACKED_ATTENTION:  # the config object is also that of a model whose last batch was packed
+        current = model.get_correct_attn_implementation(None)
+    return current
+
+
+def _forward_with_signature_of(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`_forward`, which says of itself that it takes what the stock forward does.
+
+    transformers reads the signature: `generate` makes position_ids for left-padded prompts, and asks for the last
+    token's logits alone, only where forward names these arguments.
+    """
+
+    def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return _forward(model, *args, **kwargs)
+
+    signature = inspect.signature(stock)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])  # type: ignore[attr-defined]
+    return forward
 
 
 def unprepare_model(model: nn.Module) -> nn.Module:
