@@ -1,6 +1,7 @@
-"""The LM head of a causal LM as the arguments that the head op takes: weight, bias, logit scale, softcap.
+"""The LM head of a causal LM as the arguments that the head op takes: weight, bias, logit scale, softcap, adapter.
 
-Refuses heads that are not one plain linear layer, because their logits would be something else than the op computes.
+Refuses heads that are not one plain linear layer, alone or under a LoRA adapter, because their logits would be
+something else than the op computes.
 """
 
 from __future__ import annotations
@@ -11,14 +12,50 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdpo.ops.head import with_adapter
+
+
+class LowRank(NamedTuple):
+    """One LoRA adapter of the head: it adds `scaling * B(A(dropout(hidden)))` to the logits' argument."""
+
+    dropout: Any
+    a: Any  # linear, H to r
+    b: Any  # linear, r to V
+    scaling: float
+
+    def columns(self, rows: Tensor) -> Tensor:
+        """(T, r) what meets B's weight, from hidden states (T, H)."""
+        return (self.a(self.dropout(rows.to(self.a.weight.dtype))) * self.scaling).to(rows.dtype)
+
 
 class LMHead(NamedTuple):
-    """`softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`, without the tanh where softcap is None."""
+    """`softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`, without the tanh where softcap is None.
+
+    LoRA widens both factors of the product and leaves the weight as it is: with u = scaling * hidden @ A.T,
+    hidden @ W.T + u @ B.T = [hidden, u] @ [W, B].T.
+    """
 
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
+    low_ranks: tuple[LowRank, ...] = ()
+
+    def operands(self, rows: Tensor, *, split: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the head multiplies, from hidden states (T, H): (T, H + r), and the weight that meets it, maybe split.
+
+        Split, it is `weight` and the (V, r) columns that the adapter trains, None without an adapter; in one it is a
+        copy, (V, H + r). A weight that is trained itself comes in one.
+        """
+        if not self.low_ranks:
+            return rows, self.weight, None
+        wide = torch.cat([rows, *(low_rank.columns(rows) for low_rank in self.low_ranks)], 1)
+        adapter_weight = torch.cat([low_rank.b.weight for low_rank in self.low_ranks], 1)
+        if split and not self.weight.requires_grad:
+            return wide, self.weight, adapter_weight
+        device_type = rows.device.type
+        autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        return wide, with_adapter(self.weight, adapter_weight, autocast), None
 
 
 # config field -> the factor that it puts on the logits, with the model families that have it
@@ -30,28 +67,21 @@ _LOGIT_SCALES = {
 }
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
 _MULTIPLIES_LOGITS_SCALING = {"hyperclovax"}
+_ATTRIBUTES_OF_ADAPTERS = ("base_layer", "modules_to_save", "token_adapter")  # of the modules that PEFT puts in place
 
 
 def lm_head(model: Any) -> LMHead:
-    """The head of a bare causal LM.
+    """The head of a bare causal LM, with the adapter that is on.
 
     Raises:
-        ValueError: the output embedding is not a plain linear layer.
+        ValueError: the output embedding is not a plain linear layer, or an adapter on it is none that the op computes.
     """
     layer = model.get_output_embeddings()
-    if layer is None or getattr(layer, "weight", None) is None or layer.weight.dim() != 2:
+    weight, bias, low_ranks = _parts(layer)
+    if weight is None or weight.dim() != 2:
         raise ValueError(f"model must have an LM head with a (V, H) weight, {type(model).__name__} has {layer!r}")
-    if any(hasattr(layer, name) for name in ("base_layer", "modules_to_save", "original_module")):  # PEFT's wrappers
-        raise ValueError(
-            "peft_config must leave the LM head alone: remove 'lm_head' from target_modules and modules_to_save; an"
-            " adapter on the head is not part of the fused head op"
-        )
-    if layer.weight.dtype.itemsize < 2 or not layer.weight.dtype.is_floating_point:
-        raise ValueError(
-            f"the LM head must hold fp32, fp16 or bf16 weights, {type(model).__name__} has {layer.weight.dtype}"
-        )
-    with resident(layer):  # what it holds there stays for as long as this call's caller needs it
-        weight, bias = layer.weight, getattr(layer, "bias", None)
+    if weight.dtype.itemsize < 2 or not weight.dtype.is_floating_point:
+        raise ValueError(f"the LM head must hold fp32, fp16 or bf16 weights, {type(model).__name__} has {weight.dtype}")
     config = model.config.get_text_config()
     scale = 1.0
     for field, factor in _LOGIT_SCALES.items():
@@ -64,7 +94,59 @@ def lm_head(model: Any) -> LMHead:
         bias=bias,
         logit_scale=scale,
         softcap=next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None),
+        low_ranks=low_ranks,
     )
+
+
+def _parts(layer: Any) -> tuple[Tensor | None, Tensor | None, tuple[LowRank, ...]]:
+    """Weight, bias and LoRA adapters of the head, as PEFT's forward of the layer would use them now."""
+    if not any(hasattr(layer, name) for name in _ATTRIBUTES_OF_ADAPTERS):
+        if layer is None:
+            return None, None, ()
+        with resident(layer):  # what it holds there stays for as long as this call's caller needs it
+            return getattr(layer, "weight", None), getattr(layer, "bias", None), ()
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    names = [] if layer.disable_adapters else list(layer.active_adapters)
+    if isinstance(layer, ModulesToSaveWrapper):
+        is_on = bool(names) and names[0] in layer.modules_to_save
+        return _parts(layer.modules_to_save[names[0]] if is_on else layer.original_module)
+    if isinstance(layer, TrainableTokensWrapper):
+        layer = layer.token_adapter
+    is_tokens, is_lora = isinstance(layer, TrainableTokensLayer), isinstance(layer, LoraLinear)
+    if not (is_tokens or is_lora) or not isinstance(layer.get_base_layer(), nn.Linear):
+        raise ValueError(
+            f"peft_config must put no adapter but LoRA on the LM head, got {type(layer).__module__}: remove 'lm_head'"
+            " from target_modules, train the head whole by modules_to_save=['lm_head'], or use LoRA"
+        )
+    if layer.merged and layer.disable_adapters:
+        layer.unmerge()  # as its forward does
+    weight, bias, _ = _parts(layer.get_base_layer())
+    assert weight is not None  # a linear layer's
+    names = [] if layer.merged else names
+    if is_tokens:
+        if names and bias is not None:
+            raise ValueError(
+                "trainable_token_indices must be None where an LM head with a bias is tied to the embedding"
+            )
+        return (layer.get_merged_weights(names) if names else weight), bias, ()
+    names = [name for name in names if name in layer.lora_A]
+    variants = [name for name in names if name in layer.lora_variant]
+    if variants:
+        raise ValueError(
+            f"peft_config must put plain LoRA on the LM head, got {type(layer.lora_variant[variants[0]]).__name__}:"
+            " remove 'lm_head' from target_modules, or train the head whole by modules_to_save=['lm_head']"
+        )
+    low_ranks = tuple(
+        LowRank(layer.lora_dropout[name], layer.lora_A[name], layer.lora_B[name], layer.scaling[name]) for name in names
+    )
+    for low_rank in low_ranks:
+        if low_rank.b.bias is not None:  # lora_bias
+            added = (low_rank.b.bias * low_rank.scaling).to(weight.dtype)
+            bias = added if bias is None else bias + added
+    return weight, bias, low_ranks
 
 
 def resident(module: nn.Module) -> Any:

@@ -251,7 +251,8 @@ def _forward(
     hidden_states = model.base_model(input_ids=batch.input_ids, use_cache=False, **layout).last_hidden_state
     head = lm_head(model)
     rows = hidden_states.flatten(0, 1).index_select(0, batch.logit_rows)
-    args = (rows, head.weight, batch.labels, batch.cu_seqlens)
+    rows, weight, adapter_weight = head.operands(rows, split=loss_of is not None)
+    args = (rows, weight, batch.labels, batch.cu_seqlens)
     settings: dict[str, Any] = {
         "rows": batch.token_rows,
         "bias": head.bias,
@@ -271,7 +272,8 @@ def _forward(
             pairs = slice(pair_ends[groups.start], pair_ends[groups.stop])
             return loss_of(sums, lengths, sequences, pairs, **statistics)
 
-        loss["loss"], result = sequence_loss(*args, ends, loss_of_groups, summed=summed, **settings)
+        settings |= {"summed": summed, "adapter_weight": adapter_weight}
+        loss["loss"], result = sequence_loss(*args, ends, loss_of_groups, **settings)
     # a dict of tensors, because wrappers look for tensors to hook in mappings and not in dataclasses
     return {
         **loss,

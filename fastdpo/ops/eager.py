@@ -72,14 +72,23 @@ def hidden_grad_in_forward(
 
 
 class RowGradients:
-    """dH, dW and db, (11) and (12), summed in fp32 (fp64 for fp64) from chunks of D over the whole vocabulary."""
+    """dH, dW and db, (11) and (12), summed in fp32 (fp64 for fp64) from chunks of D over the whole vocabulary.
+
+    dW has the weight's columns from `first_column` on; those before are frozen.
+    """
 
     def __init__(
-        self, hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]
+        self,
+        hidden_states: Tensor,
+        lm_head_weight: Tensor,
+        bias: Tensor | None,
+        wanted: tuple[bool, bool, bool],
+        first_column: int = 0,
     ):
         self.hidden_states, self.lm_head_weight = hidden_states, lm_head_weight
+        self.first_column = first_column
         self.hidden = _sums_like(hidden_states) if wanted[0] else None
-        self.weight = _sums_like(lm_head_weight) if wanted[1] else None
+        self.weight = _sums_like(lm_head_weight[:, first_column:]) if wanted[1] else None
         self.bias = _sums_like(bias) if wanted[2] and bias is not None else None
         self.is_first = True
 
@@ -106,7 +115,7 @@ class RowGradients:
         """The products of these rows; their dH into `hidden`."""
         if len(scale) == 0:
             return
-        scaled = hidden_states * scale[:, None]
+        scaled = hidden_states[:, self.first_column :] * scale[:, None]
         for vocab in operand_blocks(self.lm_head_weight):
             weight = operand(self.lm_head_weight[vocab])
             d_block = d[:, vocab].to(weight.dtype)

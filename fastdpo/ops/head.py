@@ -47,6 +47,24 @@ def row_scale(grad_logps: Tensor, lse_rest: Tensor, labels: Tensor, head: Head) 
     return scale.masked_fill_(labels == IGNORE_INDEX, 0.0)
 
 
+def with_adapter(
+    lm_head_weight: Tensor,  # (V, H)
+    adapter_weight: Tensor | None,  # (V, r)
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """(V, H + r): both side by side, in `dtype` or lm_head_weight's, differentiable; alone the first as it is."""
+    dtype = lm_head_weight.dtype if dtype is None else dtype
+    if adapter_weight is None:
+        return lm_head_weight.to(dtype)
+    if torch.is_grad_enabled():
+        return torch.cat([lm_head_weight.to(dtype), adapter_weight.to(dtype)], 1)
+    (V, H), r = lm_head_weight.shape, adapter_weight.shape[1]
+    joined = torch.empty(V, H + r, dtype=dtype, device=lm_head_weight.device)  # one copy, also where dtypes differ
+    joined[:, :H].copy_(lm_head_weight)
+    joined[:, H:].copy_(adapter_weight)
+    return joined
+
+
 def padded(width: int, multiple: int) -> int:
     """`width`, or the next multiple."""
     return -(-width // multiple) * multiple

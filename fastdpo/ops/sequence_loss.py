@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from fastdpo.ops.eager import RowGradients, even_chunks, max_chunk_rows, workspace
 from fastdpo.ops.engine import engine_of, resolve_impl
-from fastdpo.ops.head import Head, row_scale
+from fastdpo.ops.head import Head, row_scale, with_adapter
 from fastdpo.ops.linear_logps import linear_logps
 from fastdpo.ops.sequence_logps import counted_tokens, segment_sums
 from fastdpo.ops.validation import check_head, check_labels, check_sequences, check_settings, operand_dtype
@@ -56,6 +56,7 @@ def sequence_loss(
     rows: Tensor | None = None,
     weights: Tensor | None = None,
     bias: Tensor | None = None,
+    adapter_weight: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     outputs: Sequence[str] = (),
@@ -71,18 +72,21 @@ def sequence_loss(
         group_ends: for each group, the numbers of rows, tokens and sequences up to its end, on the host.
         loss_of: `(sums, lengths, sequences, groups)` -> scalar, the summed loss of consecutive groups from their
             sequences' log-probs (s,) in nats and lengths (s,); the slices say which sequences and groups these are.
+        adapter_weight: (V, r), columns that follow those of lm_head_weight, for hidden_states of width H + r: a head
+            `h @ W.T + u @ B.T` whose W is frozen takes [h, u] and trains B without a gradient of W's size. Of any
+            float dtype. The two weights stand side by side in one copy while this call lasts.
         summed: statistics among `outputs` that `loss_of` takes by name as well, (s,) sums without gradient.
         workspace_bytes: for the gradients of the logits, (rows of a chunk, V); by default 256 MiB on a GPU and 32 MiB
             elsewhere. A group that does not fit alone has its logits computed twice.
     Returns:
-        The loss, () fp32 (fp64 for fp64 inputs), differentiable in hidden_states, lm_head_weight and bias; and
-        SequenceLogps without gradient. A row whose upstream gradient is below half a unit in the last place of its
-        chunk's largest gets none; on a CPU it costs none either. Differentiable once; where the inputs are fp32, all
-        gradients must be asked for in one backward.
+        The loss, () fp32 (fp64 for fp64 inputs), differentiable in hidden_states, lm_head_weight, bias and
+        adapter_weight; and SequenceLogps without gradient. A row whose upstream gradient is below half a unit in the
+        last place of its chunk's largest gets none; on a CPU it costs none either. Differentiable once; where the
+        inputs are fp32, all gradients must be asked for in one backward.
     """
     outputs = (outputs,) if isinstance(outputs, str) else tuple(dict.fromkeys(outputs))
     check_settings(logit_scale, softcap, outputs, 0.0, workspace_bytes, impl)
-    check_head(hidden_states, lm_head_weight, labels, bias)
+    check_head(_check_adapter(hidden_states, lm_head_weight, adapter_weight), lm_head_weight, labels, bias)
     check_sequences(cu_seqlens, rows, weights, labels)
     if not set(summed) <= set(outputs):
         raise ValueError(f"summed must be among outputs {outputs}, got {tuple(summed)}")
@@ -107,18 +111,21 @@ def sequence_loss(
         return loss_of(sums_of(values["logps"], chunk), lengths[sequences], sequences, chunk.groups, **statistics)
 
     everything = _Chunk(slice(0, len(group_ends)), *(slice(0, end) for end in group_ends[-1]))
-    floats = [x for x in (hidden_states, lm_head_weight, bias) if x is not None]
+    floats = [x for x in (hidden_states, lm_head_weight, bias, adapter_weight) if x is not None]
     in_forward = torch.is_grad_enabled() and any(x.requires_grad for x in floats) and not torch.compiler.is_compiling()
     if in_forward:
         dtype = operand_dtype(hidden_states, lm_head_weight, bias)
         softcap = None if softcap is None else float(softcap)
         head = Head(float(logit_scale), softcap, outputs, workspace_bytes=workspace_bytes)
         plan = _Plan(head, resolve_impl(impl, labels.device, dtype), dtype, group_ends, chunk_loss)
-        loss, logps, *statistics = _LossInForward.apply(hidden_states, lm_head_weight, bias, labels, plan)
+        loss, logps, *statistics = _LossInForward.apply(
+            hidden_states, lm_head_weight, bias, adapter_weight, labels, plan
+        )
         tokens = TokenLogps(logps, **dict(zip(outputs, statistics, strict=True)))
     else:
         settings: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap, "outputs": outputs}
         settings["workspace_bytes"] = workspace_bytes
+        lm_head_weight = with_adapter(lm_head_weight, adapter_weight)
         tokens = linear_logps(hidden_states, lm_head_weight, labels, impl=impl, **settings)
         loss = chunk_loss({name: getattr(tokens, name) for name in ("logps", *summed)}, everything)
         tokens = replace(tokens, logps=tokens.logps.detach())
@@ -140,17 +147,20 @@ class _LossInForward(torch.autograd.Function):
     """Keeps the gradients in fp32 until backward knows what the loss is multiplied by, then casts them once."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_states, lm_head_weight, bias, labels, plan):  # type: ignore[override]
-        inputs, engine = (hidden_states, lm_head_weight, bias), engine_of(plan.impl)
+    def forward(ctx: Any, hidden_states, lm_head_weight, bias, adapter_weight, labels, plan):  # type: ignore[override]
+        needs, engine = ctx.needs_input_grad, engine_of(plan.impl)
+        ctx.has_adapter = adapter_weight is not None
+        inputs = (hidden_states, adapter_weight if ctx.has_adapter else lm_head_weight, bias)
+        wanted = (needs[0], needs[3] if ctx.has_adapter else needs[1], needs[2])
         if labels.device.type == "cpu":
             check_labels(labels, lm_head_weight.shape[0])
         with torch.autocast(hidden_states.device.type, enabled=False):
             h, w, b = (
                 hidden_states.to(plan.dtype),
-                lm_head_weight.to(plan.dtype),
+                with_adapter(lm_head_weight, adapter_weight, plan.dtype),
                 None if bias is None else bias.to(plan.dtype),
             )
-            grads = RowGradients(h, w, b, ctx.needs_input_grad[:3])
+            grads = RowGradients(h, w, b, wanted, lm_head_weight.shape[1] if ctx.has_adapter else 0)
             most = max_chunk_rows(w, engine, plan.head.workspace_bytes)
             space = workspace(min(most, len(labels)), w, engine)
             losses, found = [], []
@@ -196,7 +206,24 @@ class _LossInForward(torch.autograd.Function):
                 grads.append(x.mul_(grad_loss))
             else:  # scaled and cast in one pass
                 grads.append(torch.mul(x, grad_loss, out=torch.empty_like(x, dtype=dtype)))
-        return (*grads, None, None)
+        grad_hidden, grad_weight, grad_bias = grads
+        grad_weights = (None, grad_bias, grad_weight) if ctx.has_adapter else (grad_weight, grad_bias, None)
+        return (grad_hidden, *grad_weights, None, None)
+
+
+def _check_adapter(hidden_states: Tensor, lm_head_weight: Tensor, adapter_weight: Tensor | None) -> Tensor:
+    """The columns of hidden_states that meet lm_head_weight."""
+    if adapter_weight is None:
+        return hidden_states
+    if lm_head_weight.requires_grad:
+        raise ValueError("lm_head_weight must be frozen where adapter_weight is given, got one that requires grad")
+    V, width = lm_head_weight.shape[0], hidden_states.shape[1] - lm_head_weight.shape[1]
+    if tuple(adapter_weight.shape) != (V, width):
+        raise ValueError(
+            f"adapter_weight must have shape ({V}, {width}), the columns of hidden_states beyond lm_head_weight's, got"
+            f" {tuple(adapter_weight.shape)}"
+        )
+    return hidden_states[:, : lm_head_weight.shape[1]]
 
 
 def _weigh(

@@ -6,8 +6,6 @@ call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.modeling import packed_logps
+from fastdpo.references.adapters import as_reference
 from fastdpo.types import PackedBatch
 
 REFERENCE_MODES = ("auto", "frozen", "adapter", "cached", "none")
@@ -45,7 +44,8 @@ class FrozenReference:
 
 @dataclass
 class AdapterReference:
-    """The policy without its adapter (PEFT), or with the frozen adapter `ref` where training started from one.
+    """The policy without its adapter (PEFT), or with the adapter `ref`: a frozen copy where training started from an
+    adapter, or the one that the model brought.
 
     Its rows go through the head before the policy's and not in one launch with them: the gradient is made in forward,
     where rows of the reference would take a share of the workspace, and on a GPU of the products, that only the
@@ -59,23 +59,8 @@ class AdapterReference:
 
     def sums(self, policy: nn.Module, batch: PackedBatch) -> Tensor:
         """(S,) summed log-probs of every sequence, nats, fp32, without gradient."""
-        with self._as_reference():
+        with as_reference(self.peft_model):
             return _sums(policy, batch, self.impl)
-
-    @contextmanager
-    def _as_reference(self) -> Iterator[None]:
-        model = self.peft_model
-        if "ref" not in model.peft_config:  # type: ignore[operator]
-            with model.disable_adapter():  # type: ignore[operator]
-                yield
-            return
-        active = model.active_adapter
-        model.base_model.set_adapter("ref")  # type: ignore[operator,union-attr]
-        try:
-            yield
-        finally:
-            model.base_model.set_adapter(active)  # type: ignore[operator,union-attr]
-            _freeze_reference_adapter(model)
 
 
 @dataclass
@@ -100,24 +85,6 @@ class NoReference:
 
     def sums(self, policy: nn.Module, batch: PackedBatch) -> Tensor:
         return torch.zeros(batch.num_sequences, dtype=torch.float32, device=batch.pairs.device)
-
-
-def copy_adapter_as_reference(peft_model: nn.Module) -> None:
-    """Adds a frozen adapter `ref` that is a copy of the active one, for training that starts from an adapter."""
-    active = peft_model.active_adapter
-    peft_model.add_adapter("ref", peft_model.peft_config[active])  # type: ignore[operator,index]
-    weights = dict(peft_model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in weights.items():
-            if f".{active}." in name:
-                weights[name.replace(f".{active}.", ".ref.")].copy_(parameter)
-    _freeze_reference_adapter(peft_model)
-
-
-def _freeze_reference_adapter(peft_model: nn.Module) -> None:
-    for name, parameter in peft_model.named_parameters():
-        if ".ref." in name:
-            parameter.requires_grad_(False)
 
 
 def _sums(model: nn.Module, batch: PackedBatch, impl: str) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from fastdpo.data.arrow import arrow_column
 from fastdpo.data.loss_rows import rows_for_loss
@@ -24,9 +24,15 @@ from fastdpo.losses.scores import SHARED_PARTS_AFTER
 from fastdpo.metrics import SumAndWeight, pair_metrics, token_metrics
 from fastdpo.modeling import packed_loss
 from fastdpo.references import AdapterReference, DatasetReference, NoReference, Reference
+from fastdpo.references.adapters import (
+    brings_reference,
+    copy_adapter_as_reference,
+    starts_from_adapter,
+    without_reference_adapter,
+)
 from fastdpo.references.cache import LogpsCache
 from fastdpo.references.precompute import Scorer, fill_ref_logps
-from fastdpo.references.references import copy_adapter_as_reference
+from fastdpo.training.adapters import with_adapter
 from fastdpo.training.base import PackedTrainer
 from fastdpo.training.collator import microbatches_of
 from fastdpo.training.config import DPOConfig
@@ -36,7 +42,6 @@ from fastdpo.training.reference import (
     choose_reference,
     give_memory_back,
     live_reference,
-    starts_from_adapter,
     too_large_to_hold,
 )
 from fastdpo.types import PackedBatch
@@ -57,7 +62,7 @@ class DPOTrainer(PackedTrainer):
         processing_class: the tokenizer; by default the one saved with the model.
         callbacks, optimizers: as in transformers.Trainer.
         quantization_config: how a model given by name is quantized (BitsAndBytesConfig); needs peft_config.
-        peft_config: puts a new adapter on the model; the model without it is the reference.
+        peft_config: puts a new adapter on the model; the model as it was before is the reference.
     Raises:
         ValueError: arguments that cannot work together, before any weight is changed.
     """
@@ -89,8 +94,7 @@ class DPOTrainer(PackedTrainer):
                 "ref_model must not be the model that is trained; leave it out to compare with a copy of its start"
             )
         policy, tokenizer = resolve_model(model, processing_class, args.model_init_kwargs, quantization_config)
-        if peft_config is not None:
-            policy = _with_adapter(policy, peft_config, args)
+        policy = with_adapter(policy, peft_config, args)
         super().__init__(
             policy,
             args,
@@ -106,7 +110,6 @@ class DPOTrainer(PackedTrainer):
             policy,
             ref_model,
             self._has_ref_logps(),
-            is_new_adapter=peft_config is not None,
             too_large=too_large_to_hold(args, policy, ref_model),
         )
         self.reference = self._make_reference(mode, ref_model)
@@ -132,7 +135,7 @@ class DPOTrainer(PackedTrainer):
                 give_memory_back()
             return DatasetReference()
         if mode == "adapter":
-            if starts_from_adapter(self.model):
+            if starts_from_adapter(self.model) and not brings_reference(self.model):
                 copy_adapter_as_reference(self.model)
             return AdapterReference(self.model, impl=self.args.impl)
         reference = live_reference(self.args, self.model, ref_model, self.processing_class)
@@ -168,6 +171,11 @@ class DPOTrainer(PackedTrainer):
             return prepared
         cache, scorer = self._late_rows
         return fill_ref_logps(prepared, cache, scorer, name=name)[0]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Trainer's, without the reference's adapter: it is where training started, and no part of what came out."""
+        with without_reference_adapter(self.model):
+            super()._save(output_dir, state_dict)
 
     def _prepare_dataset(self, dataset: Any) -> tuple[Any, DataReport]:
         prepared, report = prepare_preference_dataset(
@@ -253,26 +261,3 @@ class DPOTrainer(PackedTrainer):
         if everywhere and self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
         self._mean_chosen_length = counts[0] / counts[1].clamp(min=1)
-
-
-def _with_adapter(model: Any, peft_config: Any, args: DPOConfig) -> Any:
-    try:
-        from peft import PeftConfig, PeftModel, get_peft_model
-    except ImportError as error:
-        raise ValueError('peft_config needs the peft package: pip install "fastdpo[peft]"') from error
-    if not isinstance(peft_config, PeftConfig):
-        raise ValueError(f"peft_config must be a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}")
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "peft_config must be None where model already is a PeftModel; merge and unload its adapter first"
-        )
-    if peft_config.is_prompt_learning:
-        raise ValueError(
-            f"peft_config must not be {peft_config.peft_type.value}: virtual prompt tokens have no place in a"
-            " packed row; use LoRA"
-        )
-    set_seed(args.seed)  # adapters start from random weights
-    model = get_peft_model(model, peft_config)
-    if args.gradient_checkpointing:
-        model.enable_input_require_grads()
-    return model

@@ -22,6 +22,13 @@ from fastdpo.data.packing import pack_pairs, pad_pairs
 from fastdpo.modeling import prepare_model
 from fastdpo.modeling.packed import bare_model, unprepare_model
 from fastdpo.references import AdapterReference, FrozenReference
+from fastdpo.references.adapters import (
+    REFERENCE_ADAPTER,
+    brings_reference,
+    is_peft_model,
+    starts_from_adapter,
+    trained_outside_adapter,
+)
 from fastdpo.references.cache import LogpsCache
 from fastdpo.references.fingerprint import reference_facts
 from fastdpo.references.precompute import Scorer
@@ -35,19 +42,18 @@ _FACTOR_OFFLOADED = 8  # every batch reads all weights again
 
 
 def choose_reference(
-    args: DPOConfig, model: nn.Module, ref_model: Any, has_ref_logps: bool, *, is_new_adapter: bool, too_large: str = ""
+    args: DPOConfig, model: nn.Module, ref_model: Any, has_ref_logps: bool, *, too_large: str = ""
 ) -> tuple[str, str]:
     """The reference mode and the reason for it.
 
     Args:
         has_ref_logps: every row of the training and evaluation data brings reference log-probs.
-        is_new_adapter: the adapter was put on by this run.
         too_large: why a second model cannot be held, from `too_large_to_hold`.
     Raises:
         ValueError: the mode that was asked for cannot work with the model or the dataset.
     """
-    has_adapter = hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
-    outside = _trained_outside_adapter(model) if has_adapter else None
+    has_adapter = is_peft_model(model)
+    outside = trained_outside_adapter(model) if has_adapter else None
     mode = "none" if args.reference_free else args.reference
     if mode == "none" and ref_model is not None:
         raise ValueError("ref_model must be None where there is no reference (reference='none' or reference_free)")
@@ -67,18 +73,14 @@ def choose_reference(
     if outside:
         return "frozen", f"{outside} is trained beside the adapter, so the reference is a copy of the start"
     if has_adapter:
-        start = "the model without its adapter" if is_new_adapter else "the model as its adapter starts"
-        return "adapter", f"{start} is the reference, which needs no second model"
+        return "adapter", f"{_adapter_start(model)} is the reference, which needs no second model"
     return "frozen", "all weights are trained, so the reference is a copy of the start"
 
 
-def _trained_outside_adapter(model: Any) -> str | None:
-    """A trained weight that stays when the adapter is off, such as a bias under LoRA's bias='all'."""
-    adapters = {f".{name}" for name in model.peft_config}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not any(f"{adapter}." in f"{name}." for adapter in adapters):
-            return name
-    return None
+def _adapter_start(model: nn.Module) -> str:
+    if brings_reference(model):
+        return "the model with the adapter 'ref' that it brings"
+    return "the model as its adapter starts" if starts_from_adapter(model) else "the model without its adapter"
 
 
 def check_beside_policy(reference: nn.Module, policy: nn.Module) -> None:
@@ -93,14 +95,6 @@ def check_beside_policy(reference: nn.Module, policy: nn.Module) -> None:
     num_tokens = [bare_model(m).get_output_embeddings().weight.shape[0] for m in (policy, reference)]
     if num_tokens[0] != num_tokens[1]:
         raise ValueError(f"ref_model must have the policy's vocabulary of {num_tokens[0]} logits, got {num_tokens[1]}")
-
-
-def starts_from_adapter(peft_model: Any) -> bool:
-    """Whether the active adapter does something: a new LoRA's B is zero, and the model without it is the start."""
-    active = [
-        p for name, p in peft_model.named_parameters() if f".{peft_model.active_adapter}." in name and "lora_B" in name
-    ]
-    return not active or any(bool(p.any()) for p in active)
 
 
 def too_large_to_hold(args: DPOConfig, policy: nn.Module, ref_model: str | nn.Module | None) -> str:
@@ -227,7 +221,8 @@ def asked_once(
         if policy is not None:
             check_beside_policy(model, policy)
         with _on_device(args, model) as is_offloaded:
-            yield AskedOnce(FrozenReference(prepare_model(model), impl=args.impl), model, is_offloaded=is_offloaded)
+            adapter = str(model.active_adapter) if is_peft_model(model) else None
+            yield AskedOnce(FrozenReference(prepare_model(model), impl=args.impl), model, adapter, is_offloaded)
 
 
 @contextmanager
@@ -274,11 +269,12 @@ def _on_device(args: DPOConfig, model: nn.Module) -> Iterator[bool]:
 
 
 def _start_of(policy: nn.Module, args: DPOConfig) -> AskedOnce:
-    if not hasattr(policy, "peft_config"):
+    if not is_peft_model(policy):
         return AskedOnce(FrozenReference(policy, impl=args.impl), policy)
+    if brings_reference(policy):
+        return AskedOnce(AdapterReference(policy, impl=args.impl), policy, adapter=REFERENCE_ADAPTER)
     if starts_from_adapter(policy):
-        active = policy.active_adapter
-        return AskedOnce(FrozenReference(policy, impl=args.impl), policy, adapter=str(active))
+        return AskedOnce(FrozenReference(policy, impl=args.impl), policy, adapter=str(policy.active_adapter))
     return AskedOnce(AdapterReference(policy, impl=args.impl), policy)
 
 

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from fastdpo.modeling.generation import generate_ids, special_ids
 from fastdpo.references import AdapterReference, FrozenReference
+from fastdpo.references.adapters import as_reference
 
 logger = logging.get_logger(__name__)
 
@@ -159,7 +160,7 @@ class EvalSamples(TrainerCallback):
 
 @contextmanager
 def _as_reference(reference: AdapterReference) -> Any:
-    with reference._as_reference():
+    with as_reference(reference.peft_model):
         yield reference.peft_model
 
 

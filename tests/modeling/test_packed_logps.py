@@ -283,16 +283,6 @@ def test_a_head_that_is_more_than_a_linear_layer_is_refused():
         check_packing(AutoModelForCausalLM.from_config(config))
 
 
-@pytest.mark.parametrize("adapter", ["LoraConfig", "LoHaConfig", "IA3Config", "VeraConfig"])
-def test_an_adapter_on_the_head_is_refused(adapter):
-    import peft
-
-    arguments = {"feedforward_modules": []} if adapter == "IA3Config" else {}
-    config = getattr(peft, adapter)(target_modules=["lm_head"], task_type="CAUSAL_LM", **arguments)
-    with pytest.raises(ValueError, match="lm_head"):
-        prepare_model(peft.get_peft_model(build("llama"), config))
-
-
 def test_a_copy_is_a_model_of_its_own_also_inside_accelerates_wrappers():
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState

@@ -161,13 +161,6 @@ def test_sequences_longer_than_the_learned_positions_are_refused(tmp_path):
         build(tmp_path, model)
 
 
-def test_an_adapter_on_the_head_is_refused(tmp_path):
-    from peft import LoraConfig
-
-    with pytest.raises(ValueError, match="lm_head"):
-        build(tmp_path, peft_config=LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
-
-
 def test_virtual_prompt_tokens_are_refused(tmp_path):
     from peft import PromptTuningConfig
 

@@ -1,0 +1,160 @@
+"""PEFT adapters as references: the model with its adapter off, or with a frozen copy of the adapter as it started.
+
+In: a PeftModel with one active adapter, the one that is trained. The copy is an adapter named "ref"; a model that
+brings one of that name is compared with it. Refuses nothing: `fastdpo.training.adapters` does, before anything is
+trained.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+REFERENCE_ADAPTER = "ref"
+_OWN_COPY = "_fastdpo_ref_adapter"  # attribute of a model whose adapter "ref" was put there by an earlier run
+
+
+def is_peft_model(model: Any) -> bool:
+    """Whether a model is a PeftModel; layers of adapters inside a bare model do not make it one."""
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+def brings_reference(peft_model: Any) -> bool:
+    """Whether the model came with an adapter "ref", and not from an earlier run that put it there."""
+    return REFERENCE_ADAPTER in peft_model.peft_config and not hasattr(peft_model, _OWN_COPY)
+
+
+def starts_from_adapter(peft_model: Any) -> bool:
+    """Whether the active adapter changes what the model computes.
+
+    False only where that is certain: the products of plain LoRA are zero, and what is trained whole is what it was.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    name = str(peft_model.active_adapter)
+    for module in peft_model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            if name in module.modules_to_save and not _equal(module.modules_to_save[name], module.original_module):
+                return True
+        elif isinstance(module, BaseTunerLayer) and not _does_nothing(module, name):
+            return True
+    return False
+
+
+def _does_nothing(layer: Any, name: str) -> bool:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    if isinstance(layer, TrainableTokensLayer):
+        trained = layer.trainable_tokens_delta
+        return name not in trained or torch.equal(trained[name], layer.trainable_tokens_original[name])
+    if isinstance(layer, LoraLayer) and name not in layer.lora_variant:
+        if name in layer.lora_embedding_A:
+            return not (layer.lora_embedding_A[name].any() and layer.lora_embedding_B[name].any())
+        if name not in layer.lora_A:
+            return True
+        a, b = layer.lora_A[name].weight, layer.lora_B[name]
+        return not (a.any() and b.weight.any()) and (b.bias is None or not b.bias.any())
+    return not any(name in getattr(layer, weights) for weights in layer.adapter_layer_names)
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def trained_outside_adapter(peft_model: Any) -> str | None:
+    """A trained weight that stays when the adapter is off, such as a bias under LoRA's bias='all'."""
+    inside = {id(p) for entry in _entries(peft_model, str(peft_model.active_adapter)) for p in _tensors(entry)}
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in inside:
+            return name
+    return None
+
+
+def drop_own_copy(peft_model: Any) -> None:
+    """Removes the adapter "ref" that an earlier run put there: it is where that run started, not this one."""
+    if hasattr(peft_model, _OWN_COPY):
+        delattr(peft_model, _OWN_COPY)
+        peft_model.delete_adapter(REFERENCE_ADAPTER)
+
+
+def copy_adapter_as_reference(peft_model: Any) -> None:
+    """Adds a frozen adapter "ref" that is a copy of the active one.
+
+    Leaves the random state and what is trained as they were.
+    """
+    name = str(peft_model.active_adapter)
+    config = copy.deepcopy(peft_model.peft_config[name])
+    if config.peft_type == "LORA" and isinstance(config.init_lora_weights, str) and config.init_lora_weights != "mica":
+        config.init_lora_weights = False  # PiSSA and its like would change the base's weights once more
+    flags = [(p, p.requires_grad) for p in peft_model.parameters()]
+    on = next(peft_model.parameters()).device
+    with torch.random.fork_rng(devices=[on] if on.type == "cuda" else []):
+        peft_model.add_adapter(REFERENCE_ADAPTER, config)
+    for parameter, trained in flags:
+        parameter.requires_grad_(trained)
+    for ours, theirs in _pairs(peft_model, name):
+        for source, target in zip(_tensors(ours), _tensors(theirs), strict=True):
+            target.data = source.detach().clone()  # in the dtype that the active one has
+            target.requires_grad_(False)
+    for module in peft_model.modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict) and name in scaling:
+            scaling[REFERENCE_ADAPTER] = scaling[name]
+    setattr(peft_model, _OWN_COPY, True)
+
+
+@contextmanager
+def as_reference(peft_model: Any) -> Iterator[None]:
+    """The model as the reference for the length of the context: with its adapter "ref", without any where it has none.
+
+    PEFT makes weights trainable by what it switches on; here what is trained stays as it was.
+    """
+    flags = [(p, p.requires_grad) for p in peft_model.parameters()]
+    active = peft_model.base_model.active_adapter
+    try:
+        if REFERENCE_ADAPTER in peft_model.peft_config:
+            peft_model.base_model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
+            yield
+        else:
+            with peft_model.disable_adapter():
+                yield
+    finally:
+        if REFERENCE_ADAPTER in peft_model.peft_config:
+            peft_model.base_model.set_adapter(active)
+        for parameter, trained in flags:
+            parameter.requires_grad_(trained)
+
+
+@contextmanager
+def without_reference_adapter(model: Any) -> Iterator[None]:
+    """The model as one that has no adapter "ref" as far as saving goes: PEFT saves every adapter that it knows of."""
+    config = model.peft_config.pop(REFERENCE_ADAPTER, None) if is_peft_model(model) else None
+    try:
+        yield
+    finally:
+        if config is not None:
+            model.peft_config[REFERENCE_ADAPTER] = config
+
+
+def _entries(peft_model: Any, name: str) -> Iterator[Any]:
+    """What an adapter consists of: modules and tensors, each from a dict by names of adapters."""
+    for module in peft_model.modules():
+        if hasattr(module, "keys") and name in module:
+            yield module[name]
+
+
+def _pairs(peft_model: Any, name: str) -> Iterator[tuple[Any, Any]]:
+    for module in peft_model.modules():
+        if hasattr(module, "keys") and name in module and REFERENCE_ADAPTER in module:
+            yield module[name], module[REFERENCE_ADAPTER]
+
+
+def _tensors(entry: Any) -> list[Any]:
+    return [*entry.parameters(), *entry.buffers()] if isinstance(entry, nn.Module) else [entry]

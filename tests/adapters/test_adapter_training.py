@@ -1,0 +1,301 @@
+"""DPO with adapters end to end: what the reference is, what is trained, saved, resumed and merged."""
+
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft_cases import GROUPS, learned, lora, plain_sums
+from tiny import make_llama, make_rows, make_tokenizer
+
+from fastdpo import DPOConfig, DPOTrainer, pack_pairs, packed_logps
+
+
+def make_trainer(tmp_path, model=None, peft_config=None, ref_model=None, rows=8, **settings):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "beta": 0.5,
+        "ref_cache_dir": str(tmp_path / "cache"),
+    }
+    return DPOTrainer(
+        make_llama() if model is None else model,
+        ref_model,
+        DPOConfig(str(tmp_path / "out"), **{**defaults, **settings}),
+        train_dataset=Dataset.from_list(make_rows(rows)),
+        processing_class=make_tokenizer(),
+        peft_config=peft_config,
+    )
+
+
+def logged(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def under_way(*targets, seed=1, name="default", **settings):
+    """A model whose adapter was trained before."""
+    torch.manual_seed(seed)
+    return learned(get_peft_model(make_llama(), lora(*targets, **settings), adapter_name=name), seed=seed)
+
+
+def sums_of(model):
+    with torch.no_grad():
+        return packed_logps(model.eval(), pack_pairs(GROUPS)).sequences.sums
+
+
+def reference_sums(trainer, model=None):
+    return trainer.reference.sums(trainer.model if model is None else model, pack_pairs(GROUPS))
+
+
+CASES = {
+    "new": lambda: {"peft_config": lora()},
+    "new on the head": lambda: {"peft_config": lora("lm_head", "q_proj")},
+    "new, head whole": lambda: {"peft_config": lora(modules_to_save=["lm_head"])},
+    "new, tokens": lambda: {"peft_config": lora(trainable_token_indices=[3, 7]), "model": tied()},
+    "new, dora": lambda: {"peft_config": lora(use_dora=True)},
+    "new, pissa": lambda: {"peft_config": lora(init_lora_weights="pissa")},
+    "new, biases": lambda: {"peft_config": lora(bias="all"), "model": make_llama(attention_bias=True)},
+    "existing": lambda: {"model": under_way()},
+    "existing on the head": lambda: {"model": under_way("lm_head", "q_proj")},
+    "existing, head whole": lambda: {"model": under_way(modules_to_save=["lm_head"])},
+    "existing of another name": lambda: {"model": under_way(name="model")},
+    "untrained PeftModel": lambda: {"model": get_peft_model(make_llama(), lora())},
+}
+ADAPTERS_OFF = {"new", "new on the head", "new, head whole", "new, tokens", "untrained PeftModel"}
+
+
+def tied():
+    return make_llama(tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_is_where_training_starts_and_stays_there(tmp_path, case, checkpointing):
+    trainer = make_trainer(tmp_path, **CASES[case](), gradient_checkpointing=checkpointing)
+    assert trainer.reference.mode == ("frozen" if case == "new, biases" else "adapter")
+    assert ("ref" in trainer.model.peft_config) == (case not in ADAPTERS_OFF and case != "new, biases")
+    start = sums_of(trainer.model)
+    assert torch.equal(reference_sums(trainer), start)
+    trainer.train()
+    assert logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert logged(trainer)[1] != pytest.approx(math.log(2), abs=1e-4)
+    assert torch.equal(reference_sums(trainer), start)
+    assert not torch.allclose(sums_of(trainer.model), start)
+
+
+@pytest.mark.parametrize("case", ["new on the head", "existing on the head", "existing, head whole", "new, tokens"])
+def test_checkpointing_and_cached_references_change_nothing(tmp_path, case):
+    plain = make_trainer(tmp_path, **CASES[case]())
+    checkpointed = make_trainer(tmp_path, **CASES[case](), gradient_checkpointing=True)
+    reentrant = make_trainer(
+        tmp_path,
+        **CASES[case](),
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    )
+    cached = make_trainer(tmp_path, **CASES[case](), reference="cached")
+    for trainer in (plain, checkpointed, reentrant, cached):
+        trainer.train()
+    for trainer in (checkpointed, reentrant, cached):
+        assert logged(trainer) == pytest.approx(logged(plain), abs=1e-5)
+        assert logged(trainer, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-4)
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("lm_head", "q_proj")], ids=["layers", "head"])
+def test_a_given_reference_counts_and_not_the_adapters_start(tmp_path, targets):
+    reference = make_llama(seed=7)
+    trainer = make_trainer(tmp_path, peft_config=lora(*targets), ref_model=copy.deepcopy(reference))
+    assert trainer.reference.mode == "frozen"
+    assert torch.equal(reference_sums(trainer), sums_of(reference))
+    trainer.train()
+    assert logged(trainer)[0] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_a_given_reference_with_an_adapter_is_not_mistaken_for_its_base_in_the_cache(tmp_path):
+    with_adapter, without = under_way(seed=3), make_llama()
+    found = [
+        make_trainer(tmp_path, make_llama(seed=2), ref_model=reference, reference="cached").train_dataset["ref_logps"]
+        for reference in (without, with_adapter)
+    ]
+    assert found[0] != found[1]
+
+
+def test_a_model_that_brings_an_adapter_named_ref_is_compared_with_it(tmp_path):
+    model = under_way()
+    model.add_adapter("ref", lora())
+    model.set_adapter("ref")
+    learned(model, seed=6)
+    expected = sums_of(model)
+    model.set_adapter("default")
+    trainer = make_trainer(tmp_path, model)
+    assert trainer.reference_reason.startswith("the model with the adapter 'ref' that it brings")
+    assert torch.equal(reference_sums(trainer), expected)
+    cached = make_trainer(tmp_path, model, reference="cached")
+    trainer.train()
+    assert torch.equal(reference_sums(trainer), expected)
+    assert logged(trainer)[0] != pytest.approx(math.log(2), abs=1e-3)
+    assert cached.train_dataset["ref_logps"] is not None
+
+
+@pytest.mark.parametrize("reference", ["auto", "cached"])
+def test_a_second_run_on_one_model_is_compared_with_its_own_start(tmp_path, reference):
+    model = under_way()
+    make_trainer(tmp_path, model).train()
+    second = make_trainer(tmp_path, model, reference=reference)
+    second.train()
+    assert logged(second)[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_of_two_adapters_the_active_one_is_trained(tmp_path):
+    model = under_way()
+    model.add_adapter("other", lora("q_proj", "down_proj"))
+    model.set_adapter("other")
+    learned(model, seed=4)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = make_trainer(tmp_path, model)
+    trainer.train()
+    changed = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
+    assert changed
+    assert all(".other." in name for name in changed)
+    assert logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_what_the_user_froze_of_an_adapter_stays_frozen(tmp_path):
+    model = under_way("q_proj", "v_proj")
+    frozen = {}
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+            frozen[name] = parameter.clone()
+    make_trainer(tmp_path, model).train()
+    now = dict(model.named_parameters())
+    assert frozen
+    for name, weight in frozen.items():
+        assert torch.equal(now[name], weight)
+        assert not now[name].requires_grad
+
+
+def test_a_run_does_not_depend_on_where_its_adapter_was_copied(tmp_path):
+    """The order of the rows is that of a run without a copy: copying draws no number that others then miss."""
+    torch.manual_seed(3)
+    trained = make_trainer(tmp_path, under_way())
+    order = [i.tolist() for i in torch.randint(99, (4,))]
+    torch.manual_seed(3)
+    new = make_trainer(tmp_path, peft_config=lora())
+    assert [i.tolist() for i in torch.randint(99, (4,))] == order
+    assert ("ref" in trained.model.peft_config, "ref" in new.model.peft_config) == (True, False)
+
+
+SAVED = {
+    "layers": lambda: {"peft_config": lora()},
+    "existing": lambda: {"model": under_way()},
+    "head": lambda: {"peft_config": lora("lm_head", "q_proj")},
+    "head whole": lambda: {"peft_config": lora(modules_to_save=["lm_head"])},
+    "tokens": lambda: {"peft_config": lora(trainable_token_indices=[3, 7])},
+    "dora": lambda: {"peft_config": lora(use_dora=True)},
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_what_is_saved_is_the_trained_adapter_for_plain_peft(tmp_path, case):
+    trainer = make_trainer(tmp_path, **SAVED[case]())
+    trainer.train()
+    trainer.save_model()
+    folder = tmp_path / "out"
+    assert not (folder / "ref").exists()
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert ("ref" in trainer.model.peft_config) == (case in ("existing", "dora"))
+    loaded = PeftModel.from_pretrained(make_llama(), folder).eval()
+    expected = plain_sums(trainer.model.eval()).detach()
+    torch.testing.assert_close(plain_sums(loaded).detach(), expected, rtol=1e-6, atol=1e-5)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(plain_sums(merged).detach(), expected, rtol=1e-5, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(merged).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(plain_sums(again).detach(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_a_run_from_an_adapter_resumes_where_it_stopped(tmp_path, name):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(tmp_path, under_way("lm_head", "q_proj", name=name), **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path, under_way("lm_head", "q_proj", name=name), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert logged(resumed)[2:] == pytest.approx(logged(whole)[2:], abs=1e-6)
+    assert not list((tmp_path / "out").glob("checkpoint-*/ref"))
+
+
+def test_the_trained_model_merges_in_place(tmp_path):
+    trainer = make_trainer(tmp_path, under_way("lm_head", "q_proj"))
+    trainer.train()
+    expected = sums_of(trainer.model)
+    merged = trainer.model.merge_and_unload()
+    torch.testing.assert_close(sums_of(merged), expected, rtol=1e-5, atol=1e-4)
+
+
+def loaded_inside():
+    model = make_llama()
+    model.add_adapter(lora())
+    return model
+
+
+def merged():
+    model = under_way()
+    model.merge_adapter()
+    return model
+
+
+def two_active():
+    model = under_way()
+    model.add_adapter("other", lora())
+    model.base_model.set_adapter(["default", "other"])
+    return model
+
+
+def frozen_adapter(tmp_path):
+    under_way().save_pretrained(tmp_path / "adapter")
+    return PeftModel.from_pretrained(make_llama(), tmp_path / "adapter")
+
+
+def prompted():
+    return get_peft_model(make_llama(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+
+
+REFUSED = {
+    "both": (lambda _: {"model": under_way(), "peft_config": lora()}, "peft_config must be None.*merge_and_unload"),
+    "both, inside": (lambda _: {"model": loaded_inside(), "peft_config": lora()}, "peft_config must be None"),
+    "inside": (lambda _: {"model": loaded_inside()}, "model must be a PeftModel.*is_trainable=True"),
+    "merged": (lambda _: {"model": merged()}, r"merged.*unmerge_adapter\(\)"),
+    "two active": (lambda _: {"model": two_active()}, r"one active adapter.*\['default', 'other'\].*set_adapter"),
+    "frozen": (lambda tmp_path: {"model": frozen_adapter(tmp_path)}, "weights to train.*is_trainable=True"),
+    "prompt": (lambda _: {"model": prompted()}, "model's adapter must not be PROMPT_TUNING"),
+    "named ref": (lambda _: {"model": under_way(name="ref")}, "another name than 'ref'"),
+    "no config": (lambda _: {"peft_config": {"r": 4}}, "peft_config must be a peft.PeftConfig.*got dict"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_trained_is_refused_with_what_to_do(tmp_path, case):
+    build, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **build(tmp_path))
+
+
+def test_dropout_of_a_lora_config_is_off_unless_dropout_is_asked_for(tmp_path):
+    trainer = make_trainer(tmp_path, peft_config=lora("lm_head", "q_proj", lora_dropout=0.5))
+    assert all(m.p == 0.0 for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout))
+    noisy = make_trainer(tmp_path, peft_config=lora("lm_head", "q_proj", lora_dropout=0.5), disable_dropout=False)
+    noisy.train()
+    assert any(m.p == 0.5 for m in noisy.model.modules() if isinstance(m, torch.nn.Dropout))
+    assert logged(noisy)[0] == pytest.approx(math.log(2), abs=1e-5)  # the product with B = 0 is zero all the same
+    assert isinstance(noisy.model, PeftModel)
+    assert isinstance(noisy.model.peft_config["default"], LoraConfig)
