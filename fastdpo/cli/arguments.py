@@ -72,7 +72,7 @@ class AdapterArguments:
 # Options in the order in which people look for them; what no group names is shown under "everything else".
 GROUPS = {
     "model and data": "model dataset output_dir config dataset_split eval_dataset eval_split eval_fraction max_length"
-    " max_prompt_length truncation_mode on_bad_row dataset_num_proc model_init_kwargs disable_dropout",
+    " max_prompt_length truncation_mode on_bad_row dataset_format dataset_num_proc model_init_kwargs disable_dropout",
     "preference optimization": "beta loss_type label_smoothing discopop_tau reference ref_model reference_free"
     " precompute_ref_log_probs ref_cache_dir ref_max_memory ref_tokens_per_batch",
     "steps": "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps"

@@ -115,9 +115,8 @@ class StreamReport:
 
     def lines(self) -> list[str]:
         """The report for people, so far."""
-        if self.num_rows == 0:
-            return ["a stream, tokenized as it is read"]
-        return [f"kept {self.num_kept} of {self.num_rows} {self.kind} read so far{_dropped_text(self.dropped)}"]
+        kept = f"kept {self.num_kept} of the first {self.num_rows} {self.kind}{_dropped_text(self.dropped)}"
+        return ["a stream, tokenized as it is read" + (f"; {kept}" if self.num_rows else "")]
 
 
 Report = DataReport | StreamReport

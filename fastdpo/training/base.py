@@ -8,14 +8,14 @@ micro-batch inside one training step, with the gradient of the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from fastdpo.data.columns import prompt_numbers, row_lengths
-from fastdpo.data.prepare import DataReport
+from fastdpo.data.prepare import Report
 from fastdpo.data.samplers import LengthSampler, PromptSampler
 from fastdpo.metrics import MetricMeans, SumAndWeight
 from fastdpo.modeling import PackingCheck, check_packing, prepare_model
@@ -33,6 +33,7 @@ from fastdpo.training.collator import PackingCollator, microbatches_of
 from fastdpo.training.config import EngineConfig
 from fastdpo.training.memory import check_memory_settings
 from fastdpo.training.models import check_lengths, check_token_ids, disable_dropout, forget_accelerate, head_dtype
+from fastdpo.training.streams import check_stream_settings, guarded, is_stream
 from fastdpo.training.token_budget import BudgetAtStart, check_can_split, check_row_sizes
 from fastdpo.types import PackedBatch
 
@@ -59,7 +60,7 @@ class PackedTrainer(Trainer):
         callbacks: list[TrainerCallback] | None,
         **trainer_arguments: Any,
     ) -> None:
-        self.data_reports: dict[str, DataReport] = {}  # by "train", "eval" or "eval_<name>"
+        self.data_reports: dict[str, Report] = {}  # by "train", "eval" or "eval_<name>"
         self._metrics = {"train": MetricMeans(), "eval": MetricMeans()}
         self._num_train_tokens = 0  # since the last log
         tokenizer = self.processing_class = processing_class
@@ -69,6 +70,7 @@ class PackedTrainer(Trainer):
         forget_accelerate(model)
         prepare_model(model)
 
+        check_stream_settings(args, train_dataset, eval_dataset)
         train_dataset = self._prepared(train_dataset, "train", model)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._prepared(part, f"eval_{name}", model) for name, part in eval_dataset.items()}
@@ -116,7 +118,7 @@ class PackedTrainer(Trainer):
 
     # What a subclass says
 
-    def _prepare_dataset(self, dataset: Any) -> tuple[Dataset, DataReport]:
+    def _prepare_dataset(self, dataset: Any) -> tuple[Any, Report]:
         """The dataset as token columns, and what became of its rows."""
         raise TypeError(f"{type(self).__name__} must say how its dataset is tokenized")
 
@@ -140,6 +142,8 @@ class PackedTrainer(Trainer):
             return None
         with self.args.main_process_first(desc=f"tokenizing the {name} dataset"):
             prepared, self.data_reports[name] = self._prepare_dataset(dataset)
+        if is_stream(prepared):
+            return guarded(prepared, model, name)
         check_lengths(model, prepared, name)
         check_token_ids(prepared, bare_model(model).get_input_embeddings().weight.shape[0], name)
         report = self.data_reports[name]
@@ -317,7 +321,7 @@ class PackedTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Metrics on the given or the trainer's own eval dataset; raw rows are tokenized first."""
-        if isinstance(eval_dataset, Dataset | list) and not self._is_prepared(eval_dataset):
+        if isinstance(eval_dataset, Dataset | IterableDataset | list) and not self._is_prepared(eval_dataset):
             eval_dataset = self._prepared(eval_dataset, metric_key_prefix, self.model)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -328,5 +332,6 @@ class PackedTrainer(Trainer):
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     @staticmethod
-    def _is_prepared(dataset: Iterable[Any]) -> bool:
-        return isinstance(dataset, Dataset) and {"prompt_ids", "responses"} <= set(dataset.column_names)
+    def _is_prepared(dataset: Any) -> bool:
+        is_ours = isinstance(dataset, Dataset | IterableDataset)
+        return is_ours and {"prompt_ids", "responses"} <= set(dataset.column_names or ())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from fastdpo.data.formats import FORMAT_NAMES
 from fastdpo.data.tokenization import TokenizationSettings
 from fastdpo.modeling.attention import ATTENTION_BACKENDS
 from fastdpo.ops.validation import IMPLS
@@ -57,6 +58,10 @@ class EngineConfig(TrainingArguments):
     )
     on_bad_row: str = field(
         default="drop", metadata=_help("drop: leave out rows that cannot be used, count and list them. raise: stop.")
+    )
+    dataset_format: str = field(
+        default="auto",
+        metadata=_help(f"How rows are read. auto: by their columns. Else one of {', '.join(FORMAT_NAMES)}."),
     )
     dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that tokenize."))
 
@@ -163,6 +168,7 @@ class EngineConfig(TrainingArguments):
             max_prompt_length=self.max_prompt_length,
             truncation_mode=self.truncation_mode,
             on_bad_row=self.on_bad_row,
+            dataset_format=self.dataset_format,
         )
 
 

@@ -15,9 +15,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from fastdpo.data.arrow import arrow_column
 from fastdpo.data.loss_rows import rows_for_loss
-from fastdpo.data.prepare import DataReport, prepare_preference_dataset
+from fastdpo.data.prepare import Report, prepare_preference_dataset
 from fastdpo.losses import LIKELIHOOD_LOSSES, PER_TOKEN_REWARDS, looks_at_whole_batch, pair_scores, preference_losses
 from fastdpo.losses.listwise import rankings_of
 from fastdpo.losses.scores import SHARED_PARTS_AFTER
@@ -44,6 +43,7 @@ from fastdpo.training.reference import (
     live_reference,
     too_large_to_hold,
 )
+from fastdpo.training.streams import brings_ref_logps, check_not_streamed
 from fastdpo.types import PackedBatch
 
 TOKEN_METRICS = ("entropy", "mean_logits", "is_top1")
@@ -124,13 +124,14 @@ class DPOTrainer(PackedTrainer):
     def _has_ref_logps(self) -> bool:
         """Whether every row that the run will see brings reference log-probs."""
         datasets = self._datasets().values()
-        return bool(datasets) and all(arrow_column(dataset, "ref_logps").null_count == 0 for dataset in datasets)
+        return bool(datasets) and all(map(brings_ref_logps, datasets))
 
     def _make_reference(self, mode: str, ref_model: str | nn.Module | None) -> Reference:
         if mode == "none":
             return NoReference()
         if mode == "cached":
             if not self._has_ref_logps():
+                check_not_streamed(self._datasets())
                 self._cache_reference(ref_model)
                 give_memory_back()
             return DatasetReference()
@@ -169,6 +170,7 @@ class DPOTrainer(PackedTrainer):
         prepared = super()._prepared(dataset, name, model)
         if prepared is None or self._late_rows is None:
             return prepared
+        check_not_streamed({name: prepared})
         cache, scorer = self._late_rows
         return fill_ref_logps(prepared, cache, scorer, name=name)[0]
 
@@ -177,7 +179,7 @@ class DPOTrainer(PackedTrainer):
         with without_reference_adapter(self.model):
             super()._save(output_dir, state_dict)
 
-    def _prepare_dataset(self, dataset: Any) -> tuple[Any, DataReport]:
+    def _prepare_dataset(self, dataset: Any) -> tuple[Any, Report]:
         prepared, report = prepare_preference_dataset(
             dataset, self.processing_class, self.args.tokenization_settings(), num_proc=self.args.dataset_num_proc
         )

@@ -24,6 +24,7 @@ from fastdpo.ops.engine import resolve_impl
 from fastdpo.training.collator import microbatches_of
 from fastdpo.training.dry_run import RowShape, StepPeak, dry_step, fake_mode, shape_only
 from fastdpo.training.models import head_dtype
+from fastdpo.training.streams import known_rows
 from fastdpo.types import PackedBatch
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def estimate_peak_memory(trainer: PackedTrainer) -> MemoryEstimate:
 
 def largest_microbatch(trainer: PackedTrainer, num_draws: int = 200) -> RowShape:
     """The largest micro-batch of some randomly drawn batches, and of the longest row alone."""
-    dataset: Any = trainer.train_dataset
+    dataset: Any = known_rows(trainer.train_dataset)
     if dataset is None or len(dataset) == 0:
         return RowShape(((0, 1, 0, 0),), 1)
     draw = random.Random(0)

@@ -149,19 +149,25 @@ def check_lengths(model: nn.Module, dataset: Dataset, name: str) -> None:
     Raises:
         ValueError: a sequence is longer than the model has positions.
     """
+    num_positions = learned_positions(model)
+    if num_positions is None:
+        return
+    longest = int(row_lengths(dataset).sequences.max())
+    if longest > num_positions:
+        raise ValueError(
+            f"max_length must be at most {num_positions}, the positions that {type(bare_model(model)).__name__} has"
+            f" learned; the {name} dataset has a sequence of {longest} tokens"
+        )
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions the model has a table of; None where it has none."""
     tables = [
         module.num_embeddings - getattr(module, "offset", 0)
         for path, module in bare_model(model).named_modules()
         if isinstance(module, nn.Embedding) and any(part in path for part in ("wpe", "position"))
     ]
-    if not tables:
-        return
-    longest = int(row_lengths(dataset).sequences.max())
-    if longest > min(tables):
-        raise ValueError(
-            f"max_length must be at most {min(tables)}, the positions that {type(bare_model(model)).__name__} has"
-            f" learned; the {name} dataset has a sequence of {longest} tokens"
-        )
+    return min(tables) if tables else None
 
 
 def head_dtype(model: nn.Module, args: Any) -> torch.dtype:

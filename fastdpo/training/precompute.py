@@ -17,13 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from fastdpo.data.loss_rows import rows_for_loss
-from fastdpo.data.prepare import DataReport, prepare_preference_dataset
+from fastdpo.data.prepare import Report, prepare_preference_dataset
 from fastdpo.modeling import check_packing, prepare_model
 from fastdpo.modeling.packed import bare_model
 from fastdpo.references.precompute import Filled, fill_ref_logps
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.models import check_lengths, check_token_ids, load_tokenizer
 from fastdpo.training.reference import asked_once, autocast_of
+from fastdpo.training.streams import check_not_streamed
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +34,7 @@ class Precomputed:
     """What is in the cache now, by name of the dataset, and where."""
 
     counts: dict[str, Filled]
-    reports: dict[str, DataReport]
+    reports: dict[str, Report]
     folder: Path
     model: str  # class and size
 
@@ -59,10 +60,11 @@ def precompute_ref_logps(
     """
     if args.reference_free or args.reference == "none":
         raise ValueError("reference must not be 'none' here: without a reference there is nothing to compute")
+    check_not_streamed(datasets)
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     tokenizer = processing_class if processing_class is not None else load_tokenizer(name)
     counts: dict[str, Filled] = {}
-    reports: dict[str, DataReport] = {}
+    reports: dict[str, Report] = {}
     is_given = ref_model is not None
     with asked_once(
         args, None, ref_model if is_given else model, tokenizer, None if is_given else quantization_config

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from fastdpo.data.prepare import DataReport, prepare_sft_dataset
+from fastdpo.data.prepare import Report, prepare_sft_dataset
 from fastdpo.metrics import SumAndWeight
 from fastdpo.modeling import packed_loss
 from fastdpo.training.base import PackedTrainer
@@ -58,7 +58,7 @@ class SFTTrainer(PackedTrainer):
             optimizers=optimizers,
         )
 
-    def _prepare_dataset(self, dataset: Any) -> tuple[Any, DataReport]:
+    def _prepare_dataset(self, dataset: Any) -> tuple[Any, Report]:
         return prepare_sft_dataset(
             dataset, self.processing_class, self.args.tokenization_settings(), num_proc=self.args.dataset_num_proc
         )

@@ -14,6 +14,7 @@ from fastdpo.ops.engine import resolve_impl
 from fastdpo.training.base import PackedTrainer
 from fastdpo.training.memory import estimate_peak_memory
 from fastdpo.training.models import head_dtype
+from fastdpo.training.streams import is_stream
 
 
 def summary_lines(trainer: PackedTrainer) -> list[tuple[str, str]]:
@@ -51,7 +52,7 @@ def _batches(trainer: PackedTrainer) -> str:
     split = auto if limit is None else f", in micro-batches of at most {limit:,} tokens"
     if not trainer.is_packed:
         return "padded: one row per sequence" + split
-    shares = trainer.args.prefix_sharing and len(trainer.data_reports["train"].tokens) > 2
+    shares = trainer.args.prefix_sharing and trainer.data_reports["train"].kind == "pairs"
     return "packed: one row without padding" + (", what responses share computed once" if shares else "") + split
 
 
@@ -73,12 +74,13 @@ def _head_op(trainer: PackedTrainer) -> str:
 def _steps(trainer: PackedTrainer) -> str:
     args = trainer.args
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    rows = len(trainer.train_dataset) if trainer.train_dataset is not None else 0
-    per_epoch = math.ceil(rows / per_step) if rows else 0
+    is_known = trainer.train_dataset is not None and not is_stream(trainer.train_dataset)
+    per_epoch = math.ceil(len(trainer.train_dataset) / per_step) if is_known else 0
+    epoch = f"{per_epoch} an epoch" if is_known else "of a stream"
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     return (
         f"{steps} optimizer steps of {per_step} rows ({args.per_device_train_batch_size} x"
-        f" {args.gradient_accumulation_steps} accumulated x {args.world_size} processes), {per_epoch} an epoch"
+        f" {args.gradient_accumulation_steps} accumulated x {args.world_size} processes), {epoch}"
     )
 
 

@@ -39,7 +39,7 @@ def check_row_sizes(dataset: Dataset, name: str, collator: PackingCollator, on_o
         ValueError: there is such a row, and on_oversized_row is "raise".
     """
     limit = collator.max_tokens
-    if limit is None:
+    if limit is None or not isinstance(dataset, Dataset):  # the rows of a stream are not known
         return
     lengths = row_lengths(dataset)
     if collator.is_packed:

@@ -248,6 +248,7 @@ def test_every_field_can_be_set_from_the_command_line():
         "max_prompt_length": ("33", 33),
         "truncation_mode": ("keep_end", "keep_end"),
         "on_bad_row": ("raise", "raise"),
+        "dataset_format": ("shp", "shp"),
         "dataset_num_proc": ("2", 2),
         "packing": ("padded", "padded"),
         "prefix_sharing": ("false", False),
