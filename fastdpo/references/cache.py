@@ -1,4 +1,5 @@
-"""Log-probs of sequences on disk: one folder per reference, in it shards that are written whole and never changed.
+"""Log-probs of sequences on disk: one folder per reference, in it shards that are written whole and never changed,
+only put together once there are many.
 
     <root>/<key of the reference>/about.json                      the facts behind the key, for people
                                   <digest of the file>.safetensors  keys (N, 16) uint8, logps (N,) float32 in nats
@@ -10,11 +11,12 @@ bytes: one that was truncated or edited does not fit its name, and counts for no
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from fastdpo.references.fingerprint import digest, reference_key
 logger = logging.get_logger(__name__)
 
 _KEY_BYTES = 16
+_MOST_SHARDS = 32  # that are read one by one; a long precompute leaves some hundreds
 
 
 def default_cache_dir() -> Path:
@@ -65,26 +68,42 @@ class LogpsCache:
         """Log-prob by sequence, of all shards that are what they were written as.
 
         Args:
-            mend: warn once of those that are not, and remove them. One process of a run should.
+            mend: warn once of those that are not, remove them, and put the others together where they have become
+                many. One process of a run should.
         """
         found: dict[bytes, float] = {}
+        good: list[Path] = []
         damaged: list[Path] = []
-        for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                found.update(self._read_shard(path))
-            except FileNotFoundError:  # removed by the process that mends
-                continue
-            except Exception as error:  # whatever numpy, safetensors and the file system make of a damaged file
-                logger.debug(f"{path}: {error}")
-                damaged.append(path)
+        seen: set[Path] = set()
+        while new := sorted(set(self.folder.glob("*.safetensors")) - seen):  # again: others may put shards together
+            seen.update(new)
+            for path in new:
+                try:
+                    found.update(self._read_shard(path))
+                    good.append(path)
+                except FileNotFoundError:  # what it held is in a new shard, or was damaged
+                    continue
+                except Exception as error:  # whatever numpy, safetensors and the file system make of a damaged file
+                    logger.debug(f"{path}: {error}")
+                    damaged.append(path)
         if damaged and mend:
             logger.warning(
                 f"{len(damaged)} of the cached reference log-probs' files were truncated or edited, and what they held"
                 f" is computed again: {', '.join(map(str, damaged))}"
             )
-            for path in damaged:
-                path.unlink(missing_ok=True)
+            _remove(damaged)
+        if len(good) > _MOST_SHARDS and mend:
+            self._put_together(found, good)
         return found
+
+    def _put_together(self, found: Mapping[bytes, float], shards: Sequence[Path]) -> None:
+        """Writes what the shards held as one, then removes them; a folder that is only to be read stays as it is."""
+        try:
+            whole = self.write(list(found), list(found.values()))
+        except OSError as error:
+            logger.debug(f"{self.folder}: {error}")
+            return
+        _remove(path for path in shards if path != whole)
 
     def _read_shard(self, path: Path) -> dict[bytes, float]:
         from safetensors.numpy import load
@@ -110,6 +129,12 @@ class LogpsCache:
         path = self.folder / f"{digest(content, self.key.encode())}.safetensors"
         _write_whole(path, content)
         return path
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):  # another process was faster, or the folder is only to be read
+            path.unlink()
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -1,9 +1,9 @@
 """What a model computes, as a short digest: two models share one only if they give the same log-probs.
 
-In: a causal LM, bare, with an adapter, or with weights that accelerate has moved to memory or disk. Out: facts in words
-(class, config, weights, adapter, dtype, versions) and the key made of them. Every byte of every weight counts, so a
-single training step gives another key. Names of wrappers do not count, so a model has the same key with and without a
-LoRA that is switched off.
+In: a causal LM, bare, with an adapter, quantized, or with weights that accelerate has moved to memory or disk. Out:
+facts in words (class, config, weights, adapter, dtype, versions) and the key made of them. Every byte of every weight
+counts, so a single training step gives another key. Names of wrappers do not count, so a model has the same key with
+and without a LoRA that is switched off.
 """
 
 from __future__ import annotations
@@ -105,15 +105,28 @@ def _weights(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, Tenso
     adapters = {f".{name}." for name in getattr(model, "peft_config", {})}
     for path, module in bare.named_modules():
         with resident(module):
-            for name, tensor in _own_tensors(module):
+            for name, tensor in _saved_tensors(module):
                 full = f"{path}.{name}."
                 if not any(part in full and part != f".{adapter}." for part in adapters):
                     yield full.replace(".base_layer.", ".").replace(".original_module.", "."), tensor
 
 
-def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-    return [(name, tensor) for name, tensor in {**module._parameters, **buffers}.items() if tensor is not None]
+def _saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What the module itself would save: weights, buffers, and of quantized weights the scales, which are neither."""
+    saved: dict[str, Any] = {}
+    module._save_to_state_dict(saved, "", keep_vars=True)
+    for name, value in saved.items():
+        if isinstance(value, Tensor):
+            yield from _plain_tensors(name, value)
+
+
+def _plain_tensors(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensor, or those that it wraps, as torchao's quantized weights do."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from _plain_tensors(f"{name}.{part}", getattr(tensor, part))
 
 
 def _tensor_digest(tensor: Tensor, threads: Executor) -> bytes:

@@ -33,6 +33,7 @@ def test_a_reload_a_copy_and_a_prepared_model_have_the_key_of_the_model(tmp_path
     assert key(prepare_model(copy.deepcopy(model)).eval().requires_grad_(False)) == expected
     model.config.use_cache = False  # what trainers set on a model before they train it
     model.config.pad_token_id = 0
+    model.config.eos_token_id = 7
     assert key(model) == expected
 
 
@@ -89,3 +90,36 @@ def test_a_lora_that_is_on_counts_with_its_weights_and_its_scale():
             next(p for name, p in model.named_parameters() if "lora_B" in name)[0, 0] = 1.0
         keys.add(key(model, adapter="default"))
     assert len(keys) == 5
+
+
+class Quantized(torch.nn.Linear):
+    """Keeps the scale of its weight where bitsandbytes does: on the weight, saved under a name of its own."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight.absmax"] = self.weight.absmax
+
+
+def with_scale(scale):
+    model = make_llama()
+    layer = Quantized(32, 32, bias=False)
+    layer.weight.data.zero_()
+    layer.weight.absmax = torch.tensor([scale])
+    model.model.layers[0].self_attn.q_proj = layer
+    return model
+
+
+def test_scales_of_quantized_weights_count():
+    assert key(with_scale(1.0)) == key(with_scale(1.0)) != key(with_scale(2.0))
+
+
+def test_the_tensors_inside_a_wrapped_weight_count():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    def wrapped(second):
+        model = make_llama()
+        norm = model.model.norm
+        norm.weight = torch.nn.Parameter(TwoTensor(norm.weight.detach().clone(), torch.full((32,), second)))
+        return model
+
+    assert key(wrapped(1.0)) == key(wrapped(1.0)) != key(wrapped(2.0))

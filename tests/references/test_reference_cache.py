@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from fastdpo.references import cache as cache_module
 from fastdpo.references.cache import LogpsCache, default_cache_dir, sequence_key
 
 FACTS = {"model": "LlamaForCausalLM", "weights": "abc"}
@@ -98,6 +99,60 @@ def test_a_process_that_does_not_mend_leaves_damaged_files_and_says_nothing(cach
     assert cache.read(mend=False) == {}
     assert path.exists()
     assert not warnings()
+
+
+def shards_of(cache):
+    return sorted(cache.folder.glob("*.safetensors"))
+
+
+def write_one_by_one(cache, num_shards):
+    expected = {bytes([i]) * 16: -float(i) for i in range(num_shards)}
+    for sequence, logp in expected.items():
+        cache.write([sequence], [logp])
+    return expected
+
+
+def test_many_shards_are_put_together_and_few_are_not(cache, warnings, monkeypatch):
+    monkeypatch.setattr(cache_module, "_MOST_SHARDS", 4)
+    expected = write_one_by_one(cache, 4)
+    assert cache.read() == expected
+    assert len(shards_of(cache)) == 4
+    expected = write_one_by_one(cache, 6)
+    assert cache.read(mend=False) == expected
+    assert len(shards_of(cache)) == 6
+    assert cache.read() == expected
+    assert len(shards_of(cache)) == 1
+    assert cache.read() == expected
+    assert not warnings()
+
+
+def test_shards_that_are_put_together_while_they_are_read_are_not_missed(cache, monkeypatch):
+    monkeypatch.setattr(cache_module, "_MOST_SHARDS", 2)
+    expected = write_one_by_one(cache, 5)
+    reader, read_shard = LogpsCache(cache.folder.parent, FACTS), LogpsCache._read_shard
+
+    def after_another_process(self, path):
+        monkeypatch.setattr(LogpsCache, "_read_shard", read_shard)
+        cache.read()
+        return read_shard(self, path)
+
+    monkeypatch.setattr(LogpsCache, "_read_shard", after_another_process)
+    assert reader.read(mend=False) == expected
+    assert len(shards_of(cache)) == 1
+
+
+def test_a_folder_that_is_only_to_be_read_is_read(cache, monkeypatch):
+    monkeypatch.setattr(cache_module, "_MOST_SHARDS", 2)
+    expected = write_one_by_one(cache, 5)
+    damaged = cache.write([b"x" * 16], [-1.0])
+    damaged.write_bytes(b"x")
+
+    def refuses(*args, **kwargs):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(cache_module.tempfile, "mkstemp", refuses)
+    monkeypatch.setattr(cache_module.Path, "unlink", refuses)
+    assert LogpsCache(cache.folder.parent, FACTS).read() == expected
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
