@@ -10,28 +10,21 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdpo.data.varlen import varlen_layout
-from fastdpo.modeling.attention.call import AttentionCall, PackedLayout
-from fastdpo.modeling.attention.sdpa import BranchSdpa
-from fastdpo.modeling.attention.varlen import VarlenBackend
+from fastdpo.modeling.attention.call import PackedLayout
 from fastdpo.modeling.packed import bare_model, is_prepared, unprepare_model
-from fastdpo.ops.eager import max_chunk_rows
-from fastdpo.ops.engine import engine_of
-from fastdpo.ops.head import padded
-from fastdpo.ops.matmul import accumulator_dtype
+from fastdpo.training.dry_ops import dry_attention, grouped_mm, head_loss
 
 PARTS = ("casts", "gradients", "head", "activations")
 _DRY_ATTENTION = "fastdpo_dry_run"
@@ -102,7 +95,7 @@ def dry_step(
     with_grad: bool = True,
     workspace_bytes: int | None = None,
 ) -> StepPeak:
-    """What forward and backward of one micro-batch hold at their peak.
+    """What forward and backward of one micro-batch hold at their peak, or a forward alone.
 
     Args:
         model: from `shape_only`, or made under `mode`.
@@ -110,9 +103,10 @@ def dry_step(
         varlen: whether attention is one call over gathered keys, or one call per branch with its mask.
         autocast: dtype of autocast; None: off.
         accumulates: gradients of an earlier micro-batch are there already.
+        with_grad: False for a forward that keeps nothing, as in evaluation and of a reference.
     """
     bare = bare_model(model)
-    model.train()
+    model.train(with_grad)
     trained = [p for p in model.parameters() if p.requires_grad]
     with mode:
         for parameter in trained:
@@ -120,15 +114,15 @@ def dry_step(
         live = _LiveBytes([*model.parameters(), *model.buffers(), *(p.grad for p in trained if p.grad is not None)])
         context = nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
         with live:
-            with context:
+            with context, torch.set_grad_enabled(with_grad):
                 hidden_states = _hidden_states(bare, row, varlen)
                 rows = hidden_states.flatten(0, 1).index_select(0, torch.zeros(row.num_rows, dtype=torch.int64))
                 weight = bare.get_output_embeddings().weight
                 with live.tagged("head"):
-                    loss = _HeadAllocations.apply(rows, weight, autocast or weight.dtype, impl, workspace_bytes)
+                    loss: Any = head_loss(rows, weight, autocast or weight.dtype, impl, workspace_bytes)
             del hidden_states, rows
-            if with_grad and loss.requires_grad:  # type: ignore[union-attr]
-                loss.backward()  # type: ignore[union-attr]
+            if loss.requires_grad:
+                loss.backward()
         peak = live.peak([p.grad for p in trained if p.grad is not None and not accumulates])
         own = sum(p.numel() * p.element_size() for p in trained) if accumulates else 0
         for parameter in trained:
@@ -139,7 +133,7 @@ def dry_step(
 def _hidden_states(bare: Any, row: RowShape, varlen: bool) -> Tensor:
     from transformers import AttentionInterface
 
-    AttentionInterface.register(_DRY_ATTENTION, _dry_attention)
+    AttentionInterface.register(_DRY_ATTENTION, dry_attention)
     shape = row.sequences or (1, row.num_tokens)
     ids = torch.zeros(shape, dtype=torch.int64)
     layout: dict[str, Any] = {}
@@ -168,7 +162,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         is_grouped = func is torch.ops.aten._grouped_mm.default
-        result = _grouped_mm(*args, **(kwargs or {})) if is_grouped else func(*args, **(kwargs or {}))
+        result = grouped_mm(*args, **(kwargs or {})) if is_grouped else func(*args, **(kwargs or {}))
         tag = self.tag
         if not tag and func is torch.ops.aten._to_copy.default and args[0].untyped_storage() in self.weights:
             tag = "casts"
@@ -199,17 +193,6 @@ class _LiveBytes(TorchDispatchMode):
         return best
 
 
-def _grouped_mm(a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
-    """The result of experts' matmuls, whose shape PyTorch only knows in bf16; `offs` cuts the side without experts."""
-    if a.dim() == b.dim() == 2:
-        shape: tuple[int, ...] = (len(offs), a.shape[0], b.shape[1])
-    elif a.dim() == b.dim() == 3:
-        shape = (*a.shape[:2], b.shape[2])
-    else:
-        shape = (a.shape[-2], b.shape[-1])
-    return torch.empty(shape, dtype=out_dtype or a.dtype)
-
-
 class _Tag:
     def __init__(self, live: _LiveBytes, tag: str) -> None:
         self.live, self.tag = live, tag
@@ -219,100 +202,3 @@ class _Tag:
 
     def __exit__(self, *_: Any) -> None:
         self.live.tag = ""
-
-
-class _HeadAllocations(torch.autograd.Function):
-    """The allocations of `fastdpo.ops.sequence_loss`: D in the workspace, fp32 sums, casts to the operands' dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states, weight, dtype, impl, workspace_bytes):  # type: ignore[override]
-        engine = engine_of(impl)
-        h, w = hidden_states.to(dtype), weight.to(dtype)
-        acc = accumulator_dtype(dtype)
-        (R, H), V = h.shape, w.shape[0]
-        sums = [torch.empty(x.shape, dtype=acc) if x.requires_grad else None for x in (hidden_states, weight)]
-        rows = min(R, max_chunk_rows(w, engine, workspace_bytes))
-        d = torch.empty(rows, padded(V, engine.row_multiple), dtype=engine.grads_dtype(dtype))
-        scaled = torch.empty(rows, H, dtype=acc)
-        del d, scaled
-        ctx.dtypes = hidden_states.dtype, weight.dtype
-        ctx.save_for_backward(*sums)
-        return torch.empty((), dtype=acc)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        grads = [
-            None if x is None else x.mul_(grad) if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
-            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (*grads, None, None, None)
-
-
-class _Attention(torch.autograd.Function):
-    """What a memory-efficient attention keeps: queries, keys, values, the output and a log-sum for each query."""
-
-    @staticmethod
-    def forward(ctx: Any, query, key, value, mask):  # type: ignore[override]
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        lse = torch.empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, lse, mask)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return (*(torch.empty(x.shape, dtype=x.dtype) for x in ctx.saved_tensors[:3]), None)
-
-
-class _DryAttention(TorchFunctionMode):
-    """Puts `_Attention` in the place of scaled_dot_product_attention, which would look for a device to run on."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        query, key, value = args[:3]
-        if torch.is_autocast_enabled("cpu"):
-            query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-        mask = kwargs.get("attn_mask")
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.empty(mask.shape, dtype=query.dtype)  # what PyTorch makes of it
-        return _Attention.apply(query, key, value, mask)
-
-
-class _DryVarlen(VarlenBackend):
-    """Keys gathered as for flash-attn and torch's varlen_attn, and what their kernels keep."""
-
-    name = title = "dry run"
-
-    def load(self) -> Callable[..., Any] | None:
-        return None
-
-    def _run(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
-        output: Tensor = _Attention.apply(query, key, value, None)
-        return output
-
-
-def _dry_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    packed_layout: PackedLayout | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Stands in for `packed_attention`, and for a model's own over padded rows, which has a mask."""
-    with _DryAttention():
-        if packed_layout is None:
-            S, _, L, _ = query.shape
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-            mask = query.new_empty(S, 1, L, L, dtype=torch.bool)
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).contiguous(), None
-        is_limited = sliding_window is not None and sliding_window < packed_layout.varlen.max_keys
-        window = sliding_window if is_limited else None
-        call = AttentionCall(query, key, value, packed_layout, 0.0, 1.0, window, softcap, s_aux)
-        backend = _DryVarlen() if packed_layout.backend == "varlen" else BranchSdpa()
-        return backend.attend(call), None

@@ -12,6 +12,7 @@ import torch
 from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.training.base import PackedTrainer
+from fastdpo.training.largest_batch import is_measured_later
 from fastdpo.training.memory import estimate_peak_memory
 from fastdpo.training.models import head_dtype
 from fastdpo.training.streams import is_stream
@@ -86,9 +87,12 @@ def _steps(trainer: PackedTrainer) -> str:
 
 def _peak_memory(trainer: PackedTrainer) -> str:
     try:
-        return str(estimate_peak_memory(trainer))
+        estimate = estimate_peak_memory(trainer)
     except Exception as error:  # whatever a model's code does with tensors that hold no numbers, it can be trained
         return f"not estimated: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if is_measured_later(trainer):
+        return f"micro-batches grow to what is free when training starts; the longest row alone takes {estimate}"
+    return str(estimate)
 
 
 def peak_memory(device: torch.device) -> int:

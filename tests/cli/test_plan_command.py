@@ -6,10 +6,10 @@ import shlex
 import pytest
 from tiny import make_llama
 
-from fastdpo.cli import plan
+from fastdpo.cli import plan as command
 from fastdpo.cli.arguments import AdapterArguments, RunArguments, parse
 from fastdpo.cli.main import main
-from fastdpo.training import DPOConfig
+from fastdpo.training import DPOConfig, plan
 from fastdpo.training.memory import CUDA_BYTES, MIB
 
 
@@ -30,13 +30,13 @@ def run(capsys, folder, memory, *more):
 
 @pytest.fixture(scope="module")
 def plans(folder):
-    config = plan.load_config(str(folder))
+    config = command.load_config(str(folder))
     return {memory: plan.make_plans(config, memory * MIB, lora_r=8, least=256) for memory in (800, 1000)}
 
 
 @pytest.mark.slow
 def test_what_is_planned_fits_and_little_more_would(folder, plans):
-    config = plan.load_config(str(folder))
+    config = command.load_config(str(folder))
     for memory, found in plans.items():
         usable = memory * MIB * plan.USABLE_SHARE
         assert all(p.tokens > 0 for p in found)
@@ -88,6 +88,10 @@ def test_the_table_names_settings_and_what_to_type(capsys, folder):
         "--max_length 512 --bf16 true",
     ):
         assert fact in out, fact
+    lines = [line for line in out.splitlines() if "fastdpo train" in line]
+    assert ["--use_peft" in line for line in lines].count(True) == 2  # LoRA and QLoRA, and training of all weights
+    assert ["--load_in_4bit" in line for line in lines].count(True) == 1
+    assert all(("fastdpo[quant]" in line) == ("4bit" in line or "bnb" in line or "paged" in line) for line in lines)
 
 
 def test_the_options_of_every_plan_are_those_of_train(capsys, folder):
@@ -121,13 +125,13 @@ def test_settings_that_take_less_than_max_length_do_not_fit(capsys, folder):
     [("24GB", 24e9), ("24GiB", 24 * 2**30), ("24 G", 24e9), ("0.5MB", 5e5), ("80000mb", 8e10), ("1000", 1000)],
 )
 def test_amounts_of_memory(text, value):
-    assert plan.parse_bytes(text) == value
+    assert command.parse_bytes(text) == value
 
 
 @pytest.mark.parametrize("text", ["many", "24XB", "-1GB", "0GB", "", "24iB", "nanGB"])
 def test_an_amount_that_is_none_is_refused(capsys, folder, text):
     with pytest.raises(ValueError, match="gpu_memory must be an amount"):
-        plan.parse_bytes(text)
+        command.parse_bytes(text)
 
 
 def test_a_model_that_fits_in_no_way_says_what_it_would_take(capsys, folder):

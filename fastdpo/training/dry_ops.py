@@ -1,0 +1,142 @@
+"""What a dry run puts in the place of code that looks at numbers: functions that allocate what the real ones do.
+
+In: tensors without storage, under a fake mode. Out: tensors of the right shape and dtype, and for autograd what the
+real function keeps. The LM head's gradient made in forward, attention over packed and padded rows, experts' matmuls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastdpo.modeling.attention.call import AttentionCall, PackedLayout
+from fastdpo.modeling.attention.sdpa import BranchSdpa
+from fastdpo.modeling.attention.varlen import VarlenBackend
+from fastdpo.ops.eager import max_chunk_rows
+from fastdpo.ops.engine import engine_of
+from fastdpo.ops.head import padded
+from fastdpo.ops.matmul import accumulator_dtype
+
+
+def grouped_mm(a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+    """The result of experts' matmuls, whose shape PyTorch only knows in bf16; `offs` cuts the side without experts."""
+    if a.dim() == b.dim() == 2:
+        shape: tuple[int, ...] = (len(offs), a.shape[0], b.shape[1])
+    elif a.dim() == b.dim() == 3:
+        shape = (*a.shape[:2], b.shape[2])
+    else:
+        shape = (a.shape[-2], b.shape[-1])
+    return torch.empty(shape, dtype=out_dtype or a.dtype)
+
+
+def head_loss(
+    hidden_states: Tensor, weight: Tensor, dtype: torch.dtype, impl: str, workspace_bytes: int | None
+) -> Tensor:
+    """A scalar behind (R, H) rows and the (V, H) weight; where no gradient is made, operands are cast and no more."""
+    if torch.is_grad_enabled():
+        loss: Tensor = _HeadAllocations.apply(hidden_states, weight, dtype, impl, workspace_bytes)
+        return loss
+    operands = hidden_states.to(dtype), weight.to(dtype)
+    return torch.empty((), dtype=accumulator_dtype(operands[0].dtype))
+
+
+class _HeadAllocations(torch.autograd.Function):
+    """The allocations of `fastdpo.ops.sequence_loss`: D in the workspace, fp32 sums, casts to the operands' dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states, weight, dtype, impl, workspace_bytes):  # type: ignore[override]
+        engine = engine_of(impl)
+        h, w = hidden_states.to(dtype), weight.to(dtype)
+        acc = accumulator_dtype(dtype)
+        (R, H), V = h.shape, w.shape[0]
+        sums = [torch.empty(x.shape, dtype=acc) if x.requires_grad else None for x in (hidden_states, weight)]
+        rows = min(R, max_chunk_rows(w, engine, workspace_bytes))
+        d = torch.empty(rows, padded(V, engine.row_multiple), dtype=engine.grads_dtype(dtype))
+        scaled = torch.empty(rows, H, dtype=acc)
+        del d, scaled
+        ctx.dtypes = hidden_states.dtype, weight.dtype
+        ctx.save_for_backward(*sums)
+        return torch.empty((), dtype=acc)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        grads = [
+            None if x is None else x.mul_(grad) if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*grads, None, None, None)
+
+
+class _Attention(torch.autograd.Function):
+    """What a memory-efficient attention keeps: queries, keys, values, the output and a log-sum for each query."""
+
+    @staticmethod
+    def forward(ctx: Any, query, key, value, mask):  # type: ignore[override]
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        lse = torch.empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, lse, mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return (*(torch.empty(x.shape, dtype=x.dtype) for x in ctx.saved_tensors[:3]), None)
+
+
+class _DryAttention(TorchFunctionMode):
+    """Puts `_Attention` in the place of scaled_dot_product_attention, which would look for a device to run on."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, key, value = args[:3]
+        if torch.is_autocast_enabled("cpu"):
+            query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+        mask = kwargs.get("attn_mask")
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.empty(mask.shape, dtype=query.dtype)  # what PyTorch makes of it
+        return _Attention.apply(query, key, value, mask)
+
+
+class _DryVarlen(VarlenBackend):
+    """Keys gathered as for flash-attn and torch's varlen_attn, and what their kernels keep."""
+
+    name = title = "dry run"
+
+    def load(self) -> Callable[..., Any] | None:
+        return None
+
+    def _run(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+        output: Tensor = _Attention.apply(query, key, value, None)
+        return output
+
+
+def dry_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    packed_layout: PackedLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Stands in for `packed_attention`, and for a model's own over padded rows, which has a mask."""
+    with _DryAttention():
+        if packed_layout is None:
+            S, _, L, _ = query.shape
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+            mask = query.new_empty(S, 1, L, L, dtype=torch.bool)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).contiguous(), None
+        is_limited = sliding_window is not None and sliding_window < packed_layout.varlen.max_keys
+        window = sliding_window if is_limited else None
+        call = AttentionCall(query, key, value, packed_layout, 0.0, 1.0, window, softcap, s_aux)
+        backend = _DryVarlen() if packed_layout.backend == "varlen" else BranchSdpa()
+        return backend.attend(call), None

@@ -1,0 +1,99 @@
+"""What an optimizer, by transformers' name, keeps on the device and takes for a step, and which package brings it.
+
+In: the name (`optim`) and the parameters that are trained. Out: bytes, or the package that is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+
+from torch import nn
+
+# Bytes of state per parameter where they are not two moments in the parameter's dtype; the first name found counts.
+_STATE_BYTES = {
+    "paged": 0.0,  # in host memory where the device has no room
+    "adafactor": 0.0,  # a row and a column for each matrix
+    "lomo": 0.0,
+    "schedule_free_sgd": 4.0,
+    "sgd": 0.0,  # without momentum, as transformers makes it
+    "galore": 0.0,  # low-rank
+    "apollo": 0.0,
+    "ademamix_8bit": 3 + 12 / 256,  # three moments
+    "ademamix": 12.0,
+    "lion_8bit": 1 + 4 / 256,
+    "rmsprop_bnb_8bit": 1 + 4 / 256,
+    "adamw_torch_4bit": 1 + 8 / 128,
+    "8bit": 2 + 8 / 256,  # two moments of a byte, and an fp32 scale for each block of 256
+    "lion": 4.0,
+    "rmsprop": 4.0,
+    "adagrad": 4.0,
+}
+
+# Part of the name -> the module that transformers imports, and what pip installs it by; the first one found counts.
+_PACKAGES = {
+    "galore": ("galore_torch", "galore-torch"),
+    "apollo": ("apollo_torch", "apollo-torch"),
+    "lomo": ("lomo_optim", "lomo-optim"),
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "schedule_free": ("schedulefree", "schedulefree"),
+    "stable_adamw": ("optimi", "torch-optimi"),
+    "adamw_torch_4bit": ("torchao", "torchao"),
+    "adamw_torch_8bit": ("torchao", "torchao"),
+    "bnb": ("bitsandbytes", "fastdpo[quant]"),
+    "paged": ("bitsandbytes", "fastdpo[quant]"),
+    "lion": ("bitsandbytes", "fastdpo[quant]"),
+    "ademamix": ("bitsandbytes", "fastdpo[quant]"),
+    "adamw_8bit": ("bitsandbytes", "fastdpo[quant]"),
+}
+
+
+def check_optimizer_package(name: str) -> None:
+    """Raises:
+    ValueError: `optim=name` needs a package that is not installed.
+    """
+    module, package = next((found for part, found in _PACKAGES.items() if part in name), (None, ""))
+    if module is not None and importlib.util.find_spec(module) is None:
+        raise ValueError(f'optim={name!r} needs {module}, which is not installed: pip install "{package}"')
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
+    """What the optimizer is given, and whether each is an embedding."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    return [(p, id(p) in embeddings) for p in model.parameters() if p.requires_grad]
+
+
+def optimizer_state_bytes(name: str, trained: Iterable[tuple[nn.Parameter, bool]]) -> int:
+    """What `optim=name` keeps on the device once it has stepped.
+
+    Args:
+        trained: the parameters, and whether each is an embedding, whose moments bitsandbytes keeps in fp32.
+    """
+    per_parameter = next((size for part, size in _STATE_BYTES.items() if part in name), None)
+    total = 0.0
+    for parameter, is_embedding in trained:
+        if per_parameter is None:
+            total += 2 * parameter.numel() * parameter.element_size()
+        elif name == "adafactor" and parameter.dim() >= 2:
+            total += 4 * (parameter.numel() // parameter.shape[-1] + parameter.numel() // parameter.shape[-2])
+        elif name == "adafactor":
+            total += 4 * parameter.numel()
+        elif "8bit" in name and "paged" not in name and "torch" not in name and (is_embedding or _is_small(parameter)):
+            total += (12 if "ademamix" in name else 8 if "adam" in name else 4) * parameter.numel()
+        else:
+            total += per_parameter * parameter.numel()
+    return int(total)
+
+
+def _is_small(parameter: nn.Parameter) -> bool:
+    return parameter.numel() < 4096  # bitsandbytes' min_8bit_size
+
+
+def optimizer_step_bytes(name: str, trained: Iterable[nn.Parameter], on_gpu: bool) -> int:
+    """What the optimizer's step takes for its length: the loop over all parameters at once that torch takes on a GPU
+    keeps a root for each (`adamw_torch`), Adafactor the update of one parameter at a time, twice."""
+    sizes = [4 * p.numel() for p in trained]
+    if name == "adafactor":
+        return 2 * max(sizes, default=0)
+    is_foreach = on_gpu and name in ("adamw_torch", "adagrad", "rmsprop")
+    return sum(sizes) if is_foreach else 0 if "fused" in name or "bnb" in name else max(sizes, default=0)
