@@ -109,6 +109,7 @@ def train_and_compare(
         console.print(
             f"{metrics['train_runtime']:.1f} s, {metrics['train_samples_per_second']:.2f} rows/s,"
             f" peak memory {peak_memory(trainer.args.device) / MIB:,.0f} MiB"
+            + (" (of the whole process)" if trainer.args.device.type == "cpu" else "")
         )
         console.print(
             f"saved in {trainer.args.output_dir}: the model and its tokenizer, trainer_state.json (all logs),"

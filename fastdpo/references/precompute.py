@@ -89,7 +89,7 @@ def fill_ref_logps(
     _wait_for_all()  # nobody writes before everybody has read
     if scorer is not None:
         index, num_processes = _process()
-        own = [row for row in missing if infos[row].prompt[0] % num_processes == index]
+        own = [row for row in missing if int.from_bytes(infos[row].prompt, "big") % num_processes == index]
         found.update(_compute(dataset, infos, own, found, cache, scorer, name))
         _wait_for_all()
         if num_processes > 1:

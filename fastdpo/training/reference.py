@@ -89,7 +89,7 @@ def check_beside_policy(reference: nn.Module, policy: nn.Module) -> None:
     Raises:
         ValueError: it shares weights with the policy, or has another vocabulary.
     """
-    trained = {p.data_ptr() for p in policy.parameters()}
+    trained = {p.data_ptr() for p in policy.parameters()} - {0}  # of weights that are elsewhere
     if any(p.data_ptr() in trained for p in reference.parameters()):
         raise ValueError("ref_model must not share weights with the model that is trained; give it a copy")
     num_tokens = [bare_model(m).get_output_embeddings().weight.shape[0] for m in (policy, reference)]
@@ -100,14 +100,26 @@ def check_beside_policy(reference: nn.Module, policy: nn.Module) -> None:
 def too_large_to_hold(args: DPOConfig, policy: nn.Module, ref_model: str | nn.Module | None) -> str:
     """Why the reference's weights do not fit `ref_max_memory` on the training device; empty where they do."""
     device = args.device
-    limits: Any = args.ref_max_memory or {}
-    limit = limits.get((device.index or 0) if device.type == "cuda" else device.type)
+    limit = _own_limits(args).get((device.index or 0) if device.type == "cuda" else device.type)
     if limit is None:
         return ""
     num_bytes = weight_bytes(policy if ref_model is None else ref_model, _init_kwargs(args))
     if num_bytes <= limit:
         return ""
     return f"the reference's weights ({num_bytes:,} bytes) exceed ref_max_memory ({limit:,} bytes on {device})"
+
+
+def _own_limits(args: DPOConfig) -> dict[Any, int]:
+    """`ref_max_memory` for this process, which has one GPU. Of several, all have the smallest limit that a GPU was
+    given, so that all decide alike."""
+    limits: Any = args.ref_max_memory or {}
+    of_gpus = {device: amount for device, amount in limits.items() if isinstance(device, int)}
+    others = {device: amount for device, amount in limits.items() if not isinstance(device, int)}
+    if args.device.type != "cuda" or not of_gpus:
+        return others
+    own = args.device.index or 0
+    amount = min(of_gpus.values()) if args.world_size > 1 else of_gpus.get(own)
+    return others if amount is None else {own: amount, **others}
 
 
 def weight_bytes(model: str | nn.Module, model_init_kwargs: dict[str, Any] | None = None) -> int:
@@ -284,8 +296,5 @@ def _loaded(args: DPOConfig, ref_model: str | nn.Module, folder: str, quantizati
     check_model_folder(ref_model)
     options: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
     if args.ref_max_memory is not None:
-        own = args.device.index if args.device.type == "cuda" else None  # each process has a GPU of its own
-        given: Any = args.ref_max_memory
-        limits = {d: amount for d, amount in given.items() if not isinstance(d, int) or d == own}
-        options |= {"device_map": "auto", "max_memory": limits, "offload_folder": folder}
+        options |= {"device_map": "auto", "max_memory": _own_limits(args), "offload_folder": folder}
     return load_model(ref_model, _init_kwargs(args), **options)

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from fastdpo.data.columns import row_lengths
 from fastdpo.data.prepare import group_from_columns
 from fastdpo.training.collator import PackingCollator
-from fastdpo.training.memory import optimizer_state_bytes, trained_parameters
+from fastdpo.training.optimizers import optimizer_state_bytes, trained_parameters
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)

@@ -1,6 +1,7 @@
 """A reference that is larger than the memory it may take: its weights come from disk, its log-probs stay the same."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,6 +122,24 @@ def test_the_size_of_a_named_model_is_known_without_loading_it(large):
 
 def test_a_limit_on_another_device_limits_nothing_here(tmp_path, large):
     assert too_large_to_hold(config(tmp_path, ref_max_memory={0: "1KB"}), make_llama(), large[1]) == ""
+
+
+@pytest.mark.parametrize(
+    ("index", "num_processes", "expected"),
+    [
+        (0, 1, {0: 100, "cpu": 9}),
+        (1, 1, {1: 50, "cpu": 9}),
+        (2, 1, {"cpu": 9}),
+        (0, 4, {0: 50, "cpu": 9}),
+        (3, 4, {3: 50, "cpu": 9}),
+    ],
+)
+def test_every_process_has_the_same_limit_for_its_own_gpu(index, num_processes, expected):
+    limits = {0: 100, 1: 50, "cpu": 9}
+    args = SimpleNamespace(ref_max_memory=limits, device=torch.device("cuda", index), world_size=num_processes)
+    assert reference_module._own_limits(args) == expected
+    on_cpu = SimpleNamespace(ref_max_memory=limits, device=torch.device("cpu"), world_size=num_processes)
+    assert reference_module._own_limits(on_cpu) == {"cpu": 9}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
