@@ -229,3 +229,15 @@ def test_real_files_become_tokens_that_decode_to_their_text(shared_data, bos_tok
     assert text in (f"{chosen}</s>", f"{chosen}<|im_end|>\n") or (
         chosen == bos_tokenizer.decode(group.prompt_ids).removeprefix("<s>") + text.removesuffix("</s>")
     )
+
+
+def test_every_row_of_a_chinese_file_decodes_to_its_text(shared_data, bos_tokenizer):
+    dataset = load_preference_dataset(shared_data / "llama-factory-dpo-zh-demo.json")
+    prepared, report = prepare_preference_dataset(dataset, bos_tokenizer, TokenizationSettings(max_length=None))
+    assert report.num_kept == len(dataset)
+    for example, row in zip(dataset, prepared, strict=True):
+        group = group_from_columns(row)
+        prompt = bos_tokenizer.decode(group.prompt_ids)
+        assert all(message["value"] in prompt for message in example["conversations"])
+        for side, response in zip(("chosen", "rejected"), group.responses, strict=True):
+            assert bos_tokenizer.decode(response) == f"{example[side]['value']}<|im_end|>\n"

@@ -1,5 +1,6 @@
 """Tokens against TRL's own preparation and collator, on rows where TRL's result is right."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,19 @@ CHAT = [
 IMPLICIT_CHAT = [{"chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + row["rejected"]} for row in CHAT]
 
 
+TOOL = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"x": "int"}}}
+SYSTEM = {"role": "system", "content": "a good answer is short"}
+WITH_TOOLS = [{**row, "tools": [TOOL]} for row in CHAT]
+WITH_TOOLS_AS_JSON = [{**row, "tools": json.dumps([TOOL])} for row in CHAT]
+WITH_KWARGS = [{**row, "chat_template_kwargs": {"mood": "kind"}} for row in CHAT]
+SEVERAL_TURNS_BEFORE = [
+    {**row, "prompt": [SYSTEM, *row["prompt"], {"role": "assistant", "content": "Paris"}, *row["prompt"]]}
+    for row in CHAT
+]
+SYSTEM_ONLY = [{**row, "prompt": [SYSTEM]} for row in CHAT]
+READS_COLUMNS = "{% if tools %}{{ tools | tojson }}{% endif %}{{ mood | default('') }}" + CHATML
+
+
 def trl_batch(rows, tokenizer, settings):
     """Sequences and completion masks, chosen half first, as TRL's trainer would feed its model."""
     args = SimpleNamespace(
@@ -56,6 +70,32 @@ def our_batch(rows, tokenizer, settings):
             mask = [True] * len(response) if group.loss_masks is None else group.loss_masks[side]
             batch.append((prompt + response, [False] * len(prompt) + list(mask)))
     return batch
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [WITH_TOOLS, WITH_TOOLS_AS_JSON, WITH_KWARGS, SEVERAL_TURNS_BEFORE, SYSTEM_ONLY],
+    ids=["tools", "tools_as_json", "chat_template_kwargs", "several_turns_before", "system_only"],
+)
+def test_columns_and_prompts_of_conversations_give_the_tokens_of_trl(rows):
+    tokenizer = byte_level_tokenizer(special=["<|im_start|>", "<|im_end|>"], chat_template=READS_COLUMNS)
+    settings = TokenizationSettings(max_length=None)
+    ours = our_batch(rows, tokenizer, settings)
+    assert ours == trl_batch(rows, tokenizer, settings)
+    plain = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in CHAT]
+    assert ours != our_batch(plain, tokenizer, settings)  # or the column would not have been read
+
+
+def test_only_masks_differ_from_trl_in_a_response_of_several_turns():
+    more = [{"role": "user", "content": "and a dog?"}, {"role": "assistant", "content": "ran"}]
+    rows = [{**row, "chosen": [*row["chosen"], *more]} for row in CHAT]
+    tokenizer = byte_level_tokenizer(special=["<|im_start|>", "<|im_end|>"], chat_template=CHATML)
+    settings = TokenizationSettings(max_length=None)
+    ours, theirs = our_batch(rows, tokenizer, settings), trl_batch(rows, tokenizer, settings)
+    assert [ids for ids, _ in ours] == [ids for ids, _ in theirs]
+    for (ids, counts), (_, is_response) in zip(ours[: len(rows)], theirs, strict=False):
+        left_out = tokenizer.decode([i for i, a, b in zip(ids, counts, is_response, strict=True) if b and not a])
+        assert left_out == "<|im_start|>user\nand a dog?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(

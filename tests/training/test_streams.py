@@ -152,6 +152,12 @@ def test_micro_batches_and_the_summary_work_on_a_stream(tmp_path):
     assert "not estimated" not in facts["peak memory"]
 
 
+@pytest.mark.parametrize("settings", [{"ld_alpha": 0.5}, {"loss_type": "plackett_luce"}])
+def test_losses_that_change_rows_change_those_of_a_stream(tmp_path, settings):
+    expected = losses(trainer(tmp_path, Dataset.from_list(ROWS), **settings))
+    assert losses(trainer(tmp_path, stream(ROWS), **settings)) == expected
+
+
 def test_supervised_fine_tuning_takes_streams(tmp_path):
     settings = {"trainer_class": SFTTrainer, "config_class": SFTConfig}
     expected = losses(trainer(tmp_path, Dataset.from_list(ROWS), **settings))
