@@ -1,8 +1,8 @@
 """Which groups of a collated batch run together: groups in, layouts in micro-batches of at most so many tokens out.
 
-Groups that repeat a prompt become one group where that saves tokens: six pairs of a prompt with seven ranked answers
-compute the prompt and each answer once. Groups are then packed whole, by first-fit decreasing, which needs at most
-11/9 of the fewest possible micro-batches, and one more (Dosa 2007). A group above the limit has one of its own.
+Groups that repeat a prompt become one group where that saves enough tokens: six pairs of a prompt with seven ranked
+answers compute the prompt and each answer once. Groups are then packed whole, by first-fit decreasing, which needs at
+most 11/9 of the fewest possible micro-batches, and one more (Dosa 2007). A group above the limit has one of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from collections.abc import Callable, Sequence
 
 from fastdpo.data.layout import GroupLayout, lay_out
 from fastdpo.types import TokenizedGroup
+
+# Of the tokens of separate groups, what one group must save: the rows of a group go through the head together, twice
+# where they do not fit, and its branches copy keys. Prompts that are a BOS alone would make one group of all rows.
+MIN_SAVED_SHARE = 1 / 50
 
 
 def lay_out_batch(
@@ -61,7 +65,8 @@ def _saves(merged: GroupLayout, separate: Sequence[GroupLayout], max_tokens: int
     """Responses of one pair may have more in common with each other than with those of another pair."""
     if max_tokens is not None and merged.num_tokens > max_tokens:
         return False
-    return merged.num_tokens < sum(layout.num_tokens for layout in separate)
+    num_separate = sum(layout.num_tokens for layout in separate)
+    return num_separate - merged.num_tokens >= MIN_SAVED_SHARE * num_separate
 
 
 def _joined(layouts: Sequence[GroupLayout]) -> GroupLayout:

@@ -2,28 +2,27 @@
 length in one step.
 
 An order is a function of seed and epoch alone, so that every process has the same one, and a resumed run goes on in it.
+The epoch is asked for and not set from outside: what sets it, accelerate, does not get through to the sampler of a
+run that is resumed on several processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 
 import numpy as np
 from torch.utils.data import Sampler
 
 
 class _EpochSampler(Sampler[int]):
-    """Subclasses say the order of an epoch; whoever iterates sets the epoch."""
+    """Subclasses say the order of an epoch; `epoch_of` says, whenever an iteration begins, which epoch that is."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, epoch_of: Callable[[], int]) -> None:
         self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch_of = epoch_of
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.order(np.random.default_rng((self.seed, self.epoch))).tolist())
+        return iter(self.order(np.random.default_rng((self.seed, self.epoch_of()))).tolist())
 
     def order(self, rng: np.random.Generator) -> np.ndarray:
         raise NotImplementedError
@@ -36,8 +35,8 @@ class PromptSampler(_EpochSampler, Sized):
         prompts: (N,) int64, equal for rows of equal prompts.
     """
 
-    def __init__(self, prompts: np.ndarray, seed: int) -> None:
-        super().__init__(seed)
+    def __init__(self, prompts: np.ndarray, seed: int, epoch_of: Callable[[], int]) -> None:
+        super().__init__(seed, epoch_of)
         self.prompts = prompts
 
     def __len__(self) -> int:
@@ -61,8 +60,8 @@ class LengthSampler(_EpochSampler, Sized):
 
     STEPS_PER_BLOCK = 50
 
-    def __init__(self, lengths: np.ndarray, step_size: int, seed: int) -> None:
-        super().__init__(seed)
+    def __init__(self, lengths: np.ndarray, step_size: int, seed: int, epoch_of: Callable[[], int]) -> None:
+        super().__init__(seed, epoch_of)
         self.lengths = lengths
         self.step_size = step_size
 

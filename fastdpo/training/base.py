@@ -8,6 +8,7 @@ micro-batch inside one training step, with the gradient of the whole.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,10 +32,11 @@ from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.training.collator import PackingCollator, microbatches_of
 from fastdpo.training.config import EngineConfig
+from fastdpo.training.layer_kernels import use_layer_kernels
 from fastdpo.training.memory import check_memory_settings
 from fastdpo.training.models import check_lengths, check_token_ids, disable_dropout, forget_accelerate, head_dtype
 from fastdpo.training.streams import check_stream_settings, guarded, is_stream
-from fastdpo.training.token_budget import BudgetAtStart, check_can_split, check_row_sizes
+from fastdpo.training.token_budget import BudgetAtStart, check_can_split, check_row_sizes, steps_in_backward
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -63,11 +65,13 @@ class PackedTrainer(Trainer):
         self.data_reports: dict[str, Report] = {}  # by "train", "eval" or "eval_<name>"
         self._metrics = {"train": MetricMeans(), "eval": MetricMeans()}
         self._num_train_tokens = 0  # since the last log
+        self._unchecked: list[tuple[Tensor, dict[str, Any]]] = []  # loss and inputs of micro-batches of this step
         tokenizer = self.processing_class = processing_class
         self.args = args
         if trainer_arguments.get("optimizers", (None, None))[0] is None:
             check_memory_settings(args)
         forget_accelerate(model)
+        use_layer_kernels(model, args)
         prepare_model(model)
 
         check_stream_settings(args, train_dataset, eval_dataset)
@@ -158,7 +162,7 @@ class PackedTrainer(Trainer):
             ValueError: packing was asked for and cannot be had, or the model's head is none that can be trained here.
         """
         prepare_model(model, attention_backend=self.args.attention_backend if self.is_packed else "auto")
-        check = check_packing(model, autocast=self.accelerator.autocast)
+        check = check_packing(model, impl=self.args.impl, autocast=self.accelerator.autocast)
         if self.is_packed and not check.ok:
             if self.args.packing == "packed":
                 raise ValueError(f"packing must be 'auto' or 'padded' for this model, got 'packed': {check.reason}")
@@ -177,12 +181,16 @@ class PackedTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         args, seed = self.args, self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+        def epoch_of() -> int:
+            return int(self.state.epoch or 0)
+
         if args.regroup_dataset:
-            return PromptSampler(prompt_numbers(dataset), seed)
+            return PromptSampler(prompt_numbers(dataset), seed, epoch_of)
         if args.length_bucketing:
             lengths = row_lengths(dataset)
             step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            return LengthSampler(lengths.per_row(lengths.sequences), step_size, seed)
+            return LengthSampler(lengths.per_row(lengths.sequences), step_size, seed, epoch_of)
         return super()._get_train_sampler(train_dataset)
 
     # The loss
@@ -190,7 +198,8 @@ class PackedTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Items of all micro-batches of one optimizer step, on all processes."""
         parts = [part for inputs in batch_samples for part in microbatches_of(inputs)]
-        count = torch.tensor(sum(self._num_items(part) for part in parts), device=device)
+        num_items = sum(self._num_items(part) for part in parts)
+        count = torch.full((), num_items, device=device)  # a fill: a copy from the host would wait for the device
         if self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count
@@ -200,8 +209,6 @@ class PackedTrainer(Trainer):
     ) -> Tensor:
         """Trainer's, once for each micro-batch of the batch; gradients are reduced after the last one."""
         parts = self._in_step(microbatches_of(inputs))
-        if len(parts) == 1:
-            return super().training_step(model, parts[0], num_items_in_batch)
         if num_items_in_batch is None:  # called from outside the loop: the mean over this batch
             num_items_in_batch = sum(self._num_items(part) for part in parts) * self.accelerator.num_processes
         losses = []
@@ -209,6 +216,8 @@ class PackedTrainer(Trainer):
             with nullcontext() if self._shards_weights() else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, part, num_items_in_batch))
         losses.append(super().training_step(model, parts[-1], num_items_in_batch))
+        if self.accelerator.sync_gradients:  # the optimizer steps next
+            self._stop_if_not_finite()
         return torch.stack(losses).sum()
 
     def _shards_weights(self) -> bool:
@@ -254,7 +263,9 @@ class PackedTrainer(Trainer):
         means.add(metrics)
         if model.training:
             self._num_train_tokens += batch.num_tokens
-            self._stop_if_not_finite(loss_sum, part)
+            self._unchecked.append((loss_sum.detach(), part))
+            if steps_in_backward(self):
+                self._stop_if_not_finite()
         else:
             means.add({"loss": (loss_sum.detach(), self._num_items(part))})
         return loss_sum
@@ -267,18 +278,30 @@ class PackedTrainer(Trainer):
         num_rows = self.args.eval_batch_size
         return self._first_rows(inputs, min(max(state.remainder - self.args.process_index * num_rows, 0), num_rows))
 
-    def _stop_if_not_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
-        if torch.isfinite(loss):
+    def _stop_if_not_finite(self) -> None:
+        """Looks at the losses since the last call, all at once, because reading one waits for the device."""
+        unchecked, self._unchecked = self._unchecked, []
+        losses = torch.stack([loss for loss, _ in unchecked]).tolist() if unchecked else []
+        where = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if where is None:
             return
         path = Path(self.args.output_dir) / f"nonfinite_batch_rank{self.args.process_index}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"inputs": inputs, "step": self.state.global_step}, path)
+        torch.save({"inputs": unchecked[where][1], "step": self.state.global_step}, path)
         raise FloatingPointError(
-            f"the loss is {loss.item()} at step {self.state.global_step}; no weight was changed by this batch,"
+            f"the loss is {losses[where]} at step {self.state.global_step}; no weight was changed by this batch,"
             f" which is saved in {path}"
         )
 
     # Logging and evaluation
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Trainer's, which looks for one attention mask: packed rows have none, micro-batches one each."""
+        if self.args.include_num_input_tokens_seen == "non_padding":
+            masks = [(part["input_ids"], part.get("attention_mask")) for part in microbatches_of(inputs)]
+            flat = [(torch.ones_like(ids) if mask is None else mask).flatten() for ids, mask in masks]
+            inputs = {**inputs, "attention_mask": torch.cat(flat)}
+        super()._track_num_input_tokens(inputs)
 
     def _reduce(self, table: Tensor) -> Tensor:
         return self.accelerator.reduce(table, "sum") if self.args.world_size > 1 else table

@@ -158,6 +158,11 @@ def _optimizer_name(args: TrainingArguments) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
+def steps_in_backward(trainer: Trainer) -> bool:
+    """Whether weights change before the whole gradient is there: DeepSpeed's engine, and LOMO."""
+    return trainer.is_deepspeed_enabled or "lomo" in _optimizer_name(trainer.args)
+
+
 def check_can_split(trainer: Trainer) -> None:
     """Refuses what cannot run a batch in micro-batches.
 
@@ -166,7 +171,7 @@ def check_can_split(trainer: Trainer) -> None:
     """
     budget = trainer.args.max_tokens_per_microbatch
     optim = _optimizer_name(trainer.args)
-    if trainer.is_deepspeed_enabled or "lomo" in optim:
+    if steps_in_backward(trainer):
         what = "DeepSpeed" if trainer.is_deepspeed_enabled else f"optim {optim!r}"
         raise ValueError(f"max_tokens_per_microbatch must be None under {what}, which ends a step itself, got {budget}")
     if budget == "auto" and trainer.is_fsdp_enabled:

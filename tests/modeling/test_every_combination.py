@@ -27,9 +27,8 @@ PAIRS = [
     ([50, 51, 52, 53, 54, 55, 56, 57], [58, 59, 60, 61], [62, 63]),  # more tokens than a micro-batch may have
     ([40, 41, 42, 43], [44, 45, 52], [49, 50, 51]),
 ]
-WEIGHTS = torch.linspace(-1.0, 1.3, 2 * len(PAIRS)).reshape(
-    -1, 2
-)  # of each response, so that none can be swapped unseen
+# of each response one of its own, so that no two can be swapped unseen
+WEIGHTS = torch.linspace(-1.0, 1.3, 2 * len(PAIRS)).reshape(-1, 2)
 ROWS = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in PAIRS]
 LAYOUTS = {  # rows -> batches, and the tokens that run
     "unshared": (lambda: PackingCollator(prefix_sharing=False)(ROWS), 111),
@@ -62,7 +61,7 @@ def gradients(model):
 
 @pytest.fixture(scope="module")
 def separate():
-    """By adapter or not: the model, the log-probs of its own forwards, (pairs, 2), and their weighted sum's gradients."""
+    """By adapter or not: the model, log-probs (pairs, 2) of its own forwards, and gradients of their weighted sum."""
     found = {}
     for has_adapter in (False, True):
         model = make_model(has_adapter)

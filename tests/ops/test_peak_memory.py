@@ -1,14 +1,19 @@
 """Peak memory of the head op by measurement: it grows with T and with V, never with their product."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+import torch.nn.functional as F
 from head_cases import BF16, FP32, NAMES, plain_logps
 
 from fastdpo import linear_logps
 from fastdpo.evidence.memory import peak_live_bytes
+from fastdpo.ops.sequence_loss import GroupEnd, sequence_loss
 
 CUDA = torch.cuda.is_available()
-SIZES = [(1024, 16384), (1024, 32768), (2048, 16384), (2048, 32768)]  # T, V
+SIZES = [(1024, 16384), (1024, 32768), (2048, 16384), (4096, 32768)]  # T, V
+LENGTHS = (1024, 2048, 4096)
 GPU_SIZES = [(8192, 65536), (8192, 131072), (16384, 65536), (16384, 131072)]
 HIDDEN = 16
 
@@ -63,6 +68,36 @@ def bound(impl, T, V, dtype, *, frozen_head):
 def test_tiled_stays_within_workspace_accumulators_and_outputs(T, V, dtype, frozen_head):
     peak = peak_live_bytes(step(by("tiled"), T, V, dtype, frozen_head=frozen_head))
     assert peak <= bound("tiled", T, V, dtype, frozen_head=frozen_head)
+
+
+def loss_step(T, V, workspace_bytes):
+    """The loss of the trainers, pairs of 2 x 32 tokens, with its gradients."""
+    g = torch.Generator().manual_seed(0)
+    hidden_states, weight = (torch.randn(n, HIDDEN, generator=g).requires_grad_() for n in (T, V))
+    labels, cu_seqlens = torch.randint(V, (T,), generator=g), torch.arange(0, T + 1, 32)
+    ends = [GroupEnd(64 * i, 64 * i, 2 * i) for i in range(1, T // 64 + 1)]
+
+    def loss_of(sums, *_):
+        return -F.logsigmoid(sums.view(-1, 2).diff(dim=1)).sum()
+
+    def run():
+        args = (hidden_states, weight, labels, cu_seqlens, ends, loss_of)
+        loss, _ = sequence_loss(*args, workspace_bytes=workspace_bytes)
+        return torch.autograd.grad(loss, [hidden_states, weight])
+
+    return run
+
+
+def test_the_peak_of_a_loss_grows_with_the_workspace_and_not_with_tokens_times_vocabulary():
+    V, sizes = 8192, (2**22, 2**23)
+    small, large = ([peak_live_bytes(loss_step(T, V, size)) for T in LENGTHS] for size in sizes)
+    per_token = 4 * (2 * HIDDEN + 40)  # dH, what it is summed in, and numbers of a row
+    assert 20 * per_token < 4 * V  # its logits, were they kept
+    for peaks in (small, large):
+        for (T, peak), (more, higher) in pairwise(zip(LENGTHS, peaks, strict=True)):
+            assert 0 < higher - peak <= per_token * (more - T)
+    for low, high in zip(small, large, strict=True):
+        assert high - low == pytest.approx(sizes[1] - sizes[0], rel=0.2)
 
 
 @pytest.mark.parametrize("frozen_head", [False, True], ids=["full", "frozen_head"])

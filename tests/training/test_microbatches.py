@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_distributed import launch
 from tiny import make_llama, make_rows, make_tokenizer
+from transformers import TrainerCallback
 
 from fastdpo import DPOConfig, DPOTrainer, PackedBatch, SFTConfig, SFTTrainer, TokenizedGroup
 from fastdpo.data.microbatches import first_fit_decreasing, lay_out_batch
-from fastdpo.data.samplers import LengthSampler, PromptSampler
 from fastdpo.training.collator import PackingCollator, microbatches_of
 from fastdpo.training.memory import largest_microbatch
 from fastdpo.training.summary import summary_lines
@@ -145,6 +145,11 @@ def test_groups_are_not_merged_where_that_would_cost_tokens_or_exceed_the_limit(
     assert len(lay_out_batch(ranked, prefix_sharing=False)) == 6
 
 
+def test_rows_that_share_no_more_than_a_bos_stay_groups_of_their_own():
+    groups = [TokenizedGroup([1], [list(range(10 * i, 10 * i + 40)), [i] * 30]) for i in range(2, 8)]
+    assert len(lay_out_batch(groups)) == 6
+
+
 def test_responses_without_a_common_prompt_are_left_alone():
     group = TokenizedGroup([], [[1, 2, 3], [4, 5, 6]], [[False, True, True]] * 2)
     assert len(lay_out_batch([group, group])) == 2
@@ -227,16 +232,71 @@ def test_fine_tuning_is_split_too(tmp_path):
 
 
 def test_a_micro_batch_whose_loss_is_not_finite_stops_the_run(tmp_path):
-    rows = [*STRESS, token_row([1, 6], [31], [30])]
+    rows = [*STRESS, token_row([1, 31], [6], [30])]
     model = make_llama()
     trainer = dpo_trainer(tmp_path, rows, model, max_tokens_per_microbatch=16)
     with torch.no_grad():
         model.model.embed_tokens.weight[31] = float("inf")
-        model.lm_head.weight[31] = float("nan")
     before = model.model.layers[0].mlp.up_proj.weight.clone()
     with pytest.raises(FloatingPointError, match="nonfinite_batch"):
         trainer.train()
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+    saved = torch.load(tmp_path / "nonfinite_batch_rank0.pt", weights_only=False)["inputs"]
+    assert 31 in saved["input_ids"]
+    assert saved["input_ids"].numel() <= 16  # the one micro-batch
+
+
+def test_losses_are_read_back_once_a_step_and_before_weights_change(tmp_path, monkeypatch):
+    """Reading one waits for the device; a step has 2 batches of several micro-batches here."""
+    looks, steps = [], []
+    trainer = dpo_trainer(
+        tmp_path,
+        STRESS,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        max_tokens_per_microbatch=16,
+    )
+    look = trainer._stop_if_not_finite
+    monkeypatch.setattr(trainer, "_stop_if_not_finite", lambda: looks.append(len(trainer._unchecked)) or look())
+
+    class Steps(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            steps.append(len(looks))
+
+    trainer.add_callback(Steps())
+    trainer.train()
+    assert steps == [1, 2, 3]
+    assert min(looks) > 4
+    assert not trainer._unchecked
+
+
+def test_an_optimizer_that_steps_in_backward_has_its_losses_read_before(tmp_path, monkeypatch):
+    trainer = dpo_trainer(tmp_path, STRESS)
+    monkeypatch.setattr("fastdpo.training.base.steps_in_backward", lambda trainer: True)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[7] = float("nan")
+    with pytest.raises(FloatingPointError):
+        trainer.compute_loss(trainer.model.train(), trainer.collator(list(trainer.train_dataset)))
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_input_tokens_without_padding_can_be_counted(tmp_path, packing):
+    seen = {}
+    for budget in (None, 45):
+        trainer = dpo_trainer(
+            tmp_path,
+            STRESS,
+            packing=packing,
+            max_steps=1,
+            max_tokens_per_microbatch=budget,
+            include_num_input_tokens_seen="non_padding",
+        )
+        trainer.train()
+        seen[budget] = trainer.state.num_input_tokens_seen
+    whole = [len(r["prompt_ids"]) + len(r[side]) for r in STRESS for side in ("chosen_ids", "rejected_ids")]
+    packed = PackingCollator()(STRESS)["input_ids"].numel()
+    assert seen == dict.fromkeys((None, 45), packed if packing == "packed" else sum(whole))
 
 
 # Rows that exceed the budget
@@ -368,71 +428,6 @@ def test_the_line_through_two_measurements_is_followed_to_the_free_memory():
         fit_line([1000, 3000], [1_500_000, 1_500_000], 6e9)
 
 
-# Orders
-
-
-def test_rows_of_a_prompt_are_visited_together_in_a_new_order_each_epoch():
-    prompts = np.array([0, 1, 2, 0, 1, 3, 0, 4, 4])
-    sampler = PromptSampler(prompts, seed=3)
-    first = list(sampler)
-    sampler.set_epoch(1)
-    second = list(sampler)
-    assert list(PromptSampler(prompts, seed=3)) == first != second
-    for order in (first, second):
-        assert sorted(order) == list(range(9))
-        visited = prompts[order]
-        assert (np.diff(visited) != 0).sum() == 4  # five prompts, never left and come back to
-
-
-def test_length_bucketing_makes_steps_of_similar_length_and_visits_every_row():
-    lengths = np.random.default_rng(0).integers(1, 1000, size=803)
-    sampler = LengthSampler(lengths, 8, seed=0)
-    order = list(sampler)
-    assert sorted(order) == list(range(803))
-    assert len(sampler) == 803
-    steps = lengths[np.array(order[:800]).reshape(-1, 8)]
-    uniform = lengths[np.random.default_rng(1).permutation(803)[:800].reshape(-1, 8)]
-    assert np.ptp(steps, axis=1).mean() < 0.1 * np.ptp(uniform, axis=1).mean()
-    assert abs(np.corrcoef(np.arange(100), steps.mean(1))[0, 1]) < 0.3  # steps do not come by length
-
-
-def test_regrouping_makes_a_prompt_run_once(tmp_path):
-    """Four prompts with six pairs each, far apart in the dataset: batches of six are one group each."""
-    prompts = [[1, 5 + i, 6 + i] for i in range(4)]
-    rows = [{**row, "prompt_ids": prompt} for row in ranked_rows() for prompt in prompts]
-    trainer = dpo_trainer(tmp_path, rows, per_device_train_batch_size=6, regroup_dataset=True, num_train_epochs=1)
-    sizes = []
-    trainer.data_collator = lambda examples: sizes.append(inputs := trainer.collator(examples)) or inputs
-    trainer.train()
-    assert [inputs["input_ids"].numel() for inputs in sizes] == [3 + 7 * 3] * 4
-    assert trainer.state.global_step == 4
-
-
-def test_length_bucketing_reaches_the_batches(tmp_path):
-    trainer = dpo_trainer(tmp_path, make_rows(64), per_device_train_batch_size=4, length_bucketing=True, max_steps=16)
-    spreads = []
-
-    def collate(examples):
-        lengths = [2 * len(e["prompt_ids"]) + sum(map(len, e["responses"])) for e in examples]
-        spreads.append(max(lengths) - min(lengths))
-        return trainer.collator(examples)
-
-    trainer.data_collator = collate
-    trainer.train()
-    assert len(spreads) == 16
-    assert sum(spreads) / 16 <= 2
-
-
-def test_orders_that_contradict_each_other_are_refused(tmp_path):
-    for settings in (
-        {"regroup_dataset": True, "length_bucketing": True},
-        {"regroup_dataset": True, "train_sampling_strategy": "sequential"},
-        {"train_sampling_strategy": "group_by_length"},
-    ):
-        with pytest.raises(ValueError, match=r"must not both|train_sampling_strategy must be"):
-            DPOConfig(str(tmp_path), use_cpu=True, **settings)
-
-
 # Two processes
 
 SCRIPT = """
@@ -444,13 +439,13 @@ from tiny import make_rows
 from fastdpo.training.base import PackedTrainer
 
 torch.set_num_threads(1)
-out, batch_size, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+out, batch_size, accumulation, mode = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 if mode == "sharded":  # what sharded weights need: as many forwards on every process
     PackedTrainer._shards_weights = lambda self: True
 settings = {{}} if mode == "whole" else {{"max_tokens_per_microbatch": 16}}
 trainer = dpo_trainer(
     out, STRESS, ref_model=other_start(), per_device_train_batch_size=batch_size, max_steps=3, eval_dataset=STRESS[:5],
-    per_device_eval_batch_size=batch_size, **settings,
+    per_device_eval_batch_size=batch_size, gradient_accumulation_steps=accumulation, **settings,
 )
 counts, forwards = [], [0]
 collate = trainer.collator.__call__
@@ -472,12 +467,12 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("mode", ["replicated", "sharded"])
-def test_two_processes_with_different_numbers_of_micro_batches_train_like_one(tmp_path, mode):
+@pytest.mark.parametrize(("mode", "accumulation"), [("replicated", 2), ("sharded", 1)])
+def test_two_processes_with_different_numbers_of_micro_batches_train_like_one(tmp_path, mode, accumulation):
     """`sharded` runs on replicated weights: it shows that forwards are made equal in number and change nothing."""
-    one = launch(tmp_path, SCRIPT, "one", 1, [8, "whole"])[0]
-    two = launch(tmp_path, SCRIPT, "two", 2, [4, mode])
-    counts = [process["counts"][:3] for process in two]
+    one = launch(tmp_path, SCRIPT, "one", 1, [8, 1, "whole"])[0]
+    two = launch(tmp_path, SCRIPT, "two", 2, [4 // accumulation, accumulation, mode])
+    counts = [process["counts"][: 3 * accumulation] for process in two]
     assert len(one["logs"]) == 3
     assert any(a != b for a, b in zip(*counts, strict=True)), counts
     if mode == "sharded":
@@ -488,6 +483,6 @@ def test_two_processes_with_different_numbers_of_micro_batches_train_like_one(tm
     assert one["logs"][0]["loss"] != one["logs"][-1]["loss"]
     for process in two:
         assert process["weights"] == pytest.approx(one["weights"], rel=1e-4, abs=1e-4)
-        # 5 rows on 2 x 4: rows are repeated, in micro-batches too, and must not count twice
+        # 5 rows on two processes: rows are repeated, in micro-batches too, and must not count twice
         for key in ("eval_loss", "eval_rewards/margins", "eval_logps/rejected"):
             assert process["eval"][key] == pytest.approx(one["eval"][key], abs=1e-5), key
