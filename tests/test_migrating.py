@@ -1,0 +1,121 @@
+"""The migration page's Python runs as it stands, with a tiny model in place of the ones that would be downloaded; its
+commands name options that exist, its links lead somewhere, and its figures are those of the results.
+"""
+
+import json
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from peers import peer
+from tiny import make_byte_tokenizer, make_llama, make_rows
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "migrating.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+COMMANDS = "".join(re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)).replace("\\\n", " ").split("\n")
+HUB_NAMES = ("Qwen/Qwen2.5-0.5B-Instruct", "EleutherAI/pythia-2.8b")
+
+
+@pytest.fixture
+def model_dir(tmp_path, monkeypatch):
+    """A model, and the files that the page reads, in the working folder."""
+    make_llama(vocab_size=260).save_pretrained(tmp_path / "model")
+    make_byte_tokenizer().save_pretrained(tmp_path / "model")
+    rows = make_rows(8)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    transcripts = [
+        {side: f"\n\nHuman: {row['prompt']}\n\nAssistant: {row[side]}" for side in ("chosen", "rejected")}
+        for row in rows
+    ]
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in transcripts))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "model"
+
+
+def with_tiny_model(text, model_dir):
+    for name in HUB_NAMES:
+        text = text.replace(name, str(model_dir))
+    return text
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["trl", "seat", "liger", "original"])
+def test_python_blocks_run(block, model_dir):
+    if "from trl" in block:
+        peer("trl")
+        if not torch.cuda.is_available():  # TRL asks for bf16 on a GPU unless it is told
+            block = block.replace("beta=0.1", "beta=0.1, use_cpu=True")
+    exec(with_tiny_model(block, model_dir), {})
+
+
+def test_the_commands_run_one_after_the_other(model_dir):
+    from fastdpo.cli.main import main
+
+    commands = [shlex.split(with_tiny_model(line, model_dir)) for line in COMMANDS if line.strip()]
+    assert [command[:2] for command in commands] == [["fastdpo", "sft"], ["fastdpo", "train"]]
+    for command in commands:
+        assert main([*command[1:], "--use_cpu", "true"]) == 0
+    assert (model_dir.parent / "dpo" / "model.safetensors").exists()
+
+
+def test_settings_that_the_page_names_in_its_right_column_exist():
+    from fastdpo import DPOConfig
+    from fastdpo.losses import LOSSES
+
+    known = {field.name for field in fields(DPOConfig)} | set(LOSSES)
+    rows = [line.strip("|").split("|") for line in PAGE.splitlines() if line.startswith("| `loss") or "lr`" in line]
+    named = re.findall(r"`([a-z_]+)`", " ".join(cells[1] for cells in rows))
+    assert len(named) >= 6
+    assert set(named) <= known
+
+
+def test_links_lead_somewhere():
+    headings = {title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", PAGE, flags=re.MULTILINE)}
+    for target in re.findall(r"\]\(([^)]+)\)", PAGE):
+        path, _, anchor = target.partition("#")
+        assert target.startswith("https://") or not path or (ROOT / "docs" / path).exists(), target
+        assert not anchor or anchor in headings, target
+
+
+def newest(name, key):
+    """Of each `key` of a results file, the last record that has a figure."""
+    lines = (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {tuple(r[k] for k in key): r for r in records if r.get("num_threads") == 2 and "peak_mib" in r}
+
+
+def figures(table, *first_cells):
+    """The numbers of the line that begins with these cells, in the table whose first cell is `table`."""
+    start = "".join(f"| {cell} " for cell in first_cells)
+    lines = PAGE.split(f"| {table} |")[1].splitlines()
+    line = next(line for line in lines if line.startswith(start))
+    return [float(x) for x in line.strip("|").split("|")[len(first_cells) :]]
+
+
+@pytest.mark.parametrize(("reference", "suffix"), [("live", ""), ("cached", ", cached")])
+def test_figures_of_training_steps_are_those_of_the_results(reference, suffix):
+    """To a tenth: machines are not alike from one day to the next."""
+    measured = newest("training_step", ("workload", "method"))
+    for title, method in (("TRL 1.16", "TRL"), ("fastdpo", "fastdpo")):
+        expected = []
+        for workload in ("short", "long"):
+            own, base = measured[workload, method + suffix], measured[workload, "TRL" + suffix]
+            expected += [own["pairs_per_s"] / base["pairs_per_s"], own["peak_mib"]]
+        assert figures("trainer", title, reference) == pytest.approx(expected, rel=0.1)
+
+
+def test_figures_of_the_head_op_are_those_of_the_results():
+    measured = newest("linear_logps", ("pass", "method"))
+    base = measured["dpo loss", "plain, response rows"]
+    for title, method in (
+        ("plain PyTorch with full logits", "plain, response rows"),
+        ("TRL 1.16", "TRL"),
+        ("Liger 0.8.5", "Liger"),
+        ("fastdpo", "fastdpo"),
+    ):
+        own = measured["dpo loss", method]
+        expected = [base["ms"] / own["ms"], own["peak_mib"]]
+        assert figures("head op", title) == pytest.approx(expected, rel=0.1)
