@@ -104,9 +104,12 @@ def pack_pairs(groups: Sequence[TokenizedGroup], *, prefix_sharing: bool = True)
     )
 
 
-def pack_layouts(layouts: Sequence[GroupLayout]) -> PackedBatch:
+def pack_layouts(layouts: Sequence[GroupLayout], *, pad_token_id: int = 0, multiple_of: int = 1) -> PackedBatch:
     """The groups of `layouts` in one row.
 
+    Args:
+        multiple_of: of how many tokens the row's length is to be a multiple. What is missing is padding at its end, a
+            branch of its own that nothing reads.
     Raises:
         ValueError: there is no group.
     """
@@ -139,6 +142,10 @@ def pack_layouts(layouts: Sequence[GroupLayout]) -> PackedBatch:
         for sequence, index, num_uses in zip(layout.sequences, layout.branch_of, _uses(layout.group), strict=True):
             batch.add_sequence(rows_of[index][sequence.is_counted], len(sequence.tokens) if num_uses else 0)
         batch.end_group()
+    if num_padding := -end % multiple_of:
+        tokens.append(np.full(num_padding, pad_token_id))
+        positions.append(np.arange(num_padding))
+        segments.append((end, end + num_padding, 0, 0))
     packed = {"segments": tuple(segments), "varlen": varlen_layout(segments)}
     return batch.build(_concatenate(tokens)[None], _concatenate(positions)[None], **packed)
 
@@ -151,11 +158,16 @@ def _uses(group: TokenizedGroup) -> np.ndarray:
 
 
 def pad_pairs(
-    groups: Sequence[TokenizedGroup], *, pad_token_id: int = 0, example_ids: Sequence[int] | None = None
+    groups: Sequence[TokenizedGroup],
+    *,
+    pad_token_id: int = 0,
+    multiple_of: int = 1,
+    example_ids: Sequence[int] | None = None,
 ) -> PackedBatch:
     """Lays every sequence out in a right-padded row of its own, for models whose attention cannot be packed.
 
     Args:
+        multiple_of: of how many tokens the rows' length is to be a multiple.
         example_ids: which example of the batch each group is; by default they are counted from 0.
     Raises:
         ValueError: there is no group.
@@ -164,6 +176,7 @@ def pad_pairs(
         raise ValueError("groups must hold at least one group, got none")
     sequences_of_groups = [counted_sequences(group) for group in groups]
     width = max(len(s.tokens) for sequences in sequences_of_groups for s in sequences)
+    width += -width % multiple_of
     batch = _BatchBuilder()
     rows: list[np.ndarray] = []  # of input_ids
     masks: list[np.ndarray] = []

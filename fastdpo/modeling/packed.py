@@ -39,6 +39,8 @@ class _Prepared:
     generate: Callable[..., Any] | None
     own_methods: dict[str, Any]  # those of the two that were instance attributes
     attention_backend: str = "auto"
+    skip_tolerance: float = 0.0  # of the head op, as the next one
+    workspace_bytes: int | None = None
 
 
 @dataclass
@@ -66,12 +68,20 @@ def is_prepared(model: nn.Module) -> bool:
     return hasattr(bare_model(model), _STATE)
 
 
-def prepare_model(model: nn.Module, *, attention_backend: str | None = None) -> nn.Module:
+def prepare_model(
+    model: nn.Module,
+    *,
+    attention_backend: str | None = None,
+    skip_tolerance: float | None = None,
+    workspace_bytes: int | None = None,
+) -> nn.Module:
     """Installs the packed branch inside `model.forward` and returns the same model. Idempotent.
 
     Args:
         attention_backend: one of ATTENTION_BACKENDS, see `fastdpo.modeling.attention.backends`; None leaves what was
             set before, at first "auto".
+        skip_tolerance, workspace_bytes: of the head op, see `fastdpo.linear_logps`; None leaves what was set before, at
+            first exact and in the op's own workspace.
     Raises:
         ValueError: the model is not a causal LM with a plain linear LM head, or there is no such backend.
     """
@@ -80,15 +90,27 @@ def prepare_model(model: nn.Module, *, attention_backend: str | None = None) -> 
     bare = bare_model(model)
     if not is_prepared(bare):
         _install(bare)
-    if attention_backend is not None:
-        getattr(bare, _STATE).attention_backend = attention_backend
+    settings = {
+        "attention_backend": attention_backend,
+        "skip_tolerance": skip_tolerance,
+        "workspace_bytes": workspace_bytes,
+    }
+    for name, value in settings.items():
+        if value is not None:
+            setattr(getattr(bare, _STATE), name, value)
     return model
+
+
+def prepared_state(model: nn.Module) -> _Prepared:
+    """What a model has been prepared with; one that is not is prepared."""
+    prepare_model(model)
+    state: _Prepared = getattr(bare_model(model), _STATE)
+    return state
 
 
 def attention_backend(model: nn.Module) -> str:
     """The setting of a prepared model."""
-    state: _Prepared = getattr(bare_model(model), _STATE)
-    return state.attention_backend
+    return prepared_state(model).attention_backend
 
 
 def _install(bare: Any) -> None:
@@ -187,7 +209,8 @@ def packed_loss(
         The loss, () and differentiable in the model's parameters; PairLogps, differentiable only where the gradient is
         not made in forward.
     """
-    if grad_in_forward and torch.is_grad_enabled() and impl != "reference":
+    in_forward = grad_in_forward and torch.is_grad_enabled() and impl != "reference"
+    if in_forward and prepared_state(model).skip_tolerance == 0:  # skipping needs the whole forward's masses first
         loss, logps = _run(model, batch, impl, outputs, loss_of, summed)
         assert loss is not None
         return loss, logps
@@ -260,10 +283,11 @@ def _forward(
         "softcap": head.softcap,
         "impl": impl,
         "outputs": outputs,
+        "workspace_bytes": state.workspace_bytes,
     }
     loss = {}
     if loss_of is None:
-        result = sequence_logps(*args, **settings)
+        result = sequence_logps(*args, skip_tolerance=state.skip_tolerance, **settings)
     else:
         ends = [GroupEnd(*end[:3]) for end in batch.group_ends]
         pair_ends = [0, *(end[3] for end in batch.group_ends)]

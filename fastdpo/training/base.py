@@ -93,9 +93,11 @@ class PackedTrainer(Trainer):
             raise ValueError(
                 f"data_collator must be None where max_tokens_per_microbatch is set, which splits batches, got {budget}"
             )
+        multiple = args.pad_to_multiple_of
         self.collator = PackingCollator(
             prefix_sharing=args.prefix_sharing,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            pad_to_multiple_of=multiple if isinstance(multiple, int) else None,
             max_tokens=budget if isinstance(budget, int) else None,
         )
         super().__init__(
@@ -161,7 +163,12 @@ class PackedTrainer(Trainer):
         Raises:
             ValueError: packing was asked for and cannot be had, or the model's head is none that can be trained here.
         """
-        prepare_model(model, attention_backend=self.args.attention_backend if self.is_packed else "auto")
+        prepare_model(
+            model,
+            attention_backend=self.args.attention_backend if self.is_packed else "auto",
+            skip_tolerance=self.args.skip_tolerance,
+            workspace_bytes=self.args.workspace_bytes,
+        )
         check = check_packing(model, impl=self.args.impl, autocast=self.accelerator.autocast)
         if self.is_packed and not check.ok:
             if self.args.packing == "packed":

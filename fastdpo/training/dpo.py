@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.utils import logging
 
 from fastdpo.data.loss_rows import rows_for_loss
 from fastdpo.data.prepare import Report, prepare_preference_dataset
@@ -35,7 +36,7 @@ from fastdpo.training.adapters import with_adapter
 from fastdpo.training.base import PackedTrainer
 from fastdpo.training.collator import microbatches_of
 from fastdpo.training.config import DPOConfig
-from fastdpo.training.models import resolve_model
+from fastdpo.training.models import model_name, resolve_model
 from fastdpo.training.reference import (
     asked_once,
     choose_reference,
@@ -44,7 +45,10 @@ from fastdpo.training.reference import (
     too_large_to_hold,
 )
 from fastdpo.training.streams import brings_ref_logps, check_not_streamed
+from fastdpo.training.trl_names import is_trls_config, settings_of, tokenizer_given_as
 from fastdpo.types import PackedBatch
+
+logger = logging.get_logger(__name__)
 
 TOKEN_METRICS = ("entropy", "mean_logits", "is_top1")
 
@@ -55,7 +59,7 @@ class DPOTrainer(PackedTrainer):
     Args:
         model: the policy, as a model, a PeftModel, or a name or path that is loaded in fp32.
         ref_model: the reference; by default the policy's own start.
-        args: DPOConfig.
+        args: DPOConfig; TRL's is taken over as far as it differs from its defaults.
         data_collator: in place of the packing collator; must return `PackedBatch.asdict()`.
         train_dataset, eval_dataset: `datasets.Dataset` or list of dicts in any form that fastdpo reads, or already
             tokenized; eval_dataset may be a dict of them.
@@ -80,20 +84,21 @@ class DPOTrainer(PackedTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        *,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: Any = None,
+        **renamed: Any,
     ) -> None:
-        args = args if args is not None else DPOConfig("dpo_output")
-        if not isinstance(args, DPOConfig):
-            raise ValueError(f"args must be a DPOConfig, got {type(args).__name__}")
+        args = _as_config(args, model)
+        if renamed:
+            processing_class = tokenizer_given_as(renamed, processing_class, DPOConfig)
         if ref_model is model and ref_model is not None and not isinstance(model, str):
             raise ValueError(
                 "ref_model must not be the model that is trained; leave it out to compare with a copy of its start"
             )
-        policy, tokenizer = resolve_model(model, processing_class, args.model_init_kwargs, quantization_config)
+        policy, tokenizer = resolve_model(model, processing_class, args, quantization_config)
         policy = with_adapter(policy, peft_config, args)
         super().__init__(
             policy,
@@ -103,6 +108,7 @@ class DPOTrainer(PackedTrainer):
             eval_dataset,
             tokenizer,
             callbacks,
+            compute_metrics=compute_metrics,
             optimizers=optimizers,
         )
         mode, self.reference_reason = choose_reference(
@@ -263,3 +269,22 @@ class DPOTrainer(PackedTrainer):
         if everywhere and self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
         self._mean_chosen_length = counts[0] / counts[1].clamp(min=1)
+
+
+def _as_config(args: Any, model: Any) -> DPOConfig:
+    """The settings as DPOConfig: those given, TRL's taken over, or the defaults.
+
+    Raises:
+        ValueError: neither of them.
+    """
+    if args is None:
+        return DPOConfig(f"{model_name(model).rstrip('/').split('/')[-1]}-DPO")
+    if isinstance(args, DPOConfig):
+        return args
+    if is_trls_config(args):
+        logger.warning("args is TRL's DPOConfig: what differs from its defaults is taken over into fastdpo's.")
+        return DPOConfig(**settings_of(args))
+    raise ValueError(
+        f"args must be a DPOConfig, got {type(args).__name__}; write args=fastdpo.DPOConfig(...), which has all that"
+        " TrainingArguments has"
+    )
