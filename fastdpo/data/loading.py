@@ -1,8 +1,9 @@
-"""From a path or the name of a dataset to a `datasets.Dataset` of raw examples.
+"""From a path or the name of a dataset to a `datasets.Dataset` of raw examples, or to a stream of them.
 
 In: JSON (an array, or one object per line), JSON Lines, either also gzipped, Parquet; a directory of such files or one
 saved by `Dataset.save_to_disk`; else a name for `datasets.load_dataset`. Out: one row per example, untouched.
-JSON is parsed here, so that a fault is reported with its line and rows of different shape can stand in one file.
+JSON is parsed here, so that a fault is reported with its line and rows of different shape can stand in one file. A
+stream reads files as it goes: JSON by the line, an array of objects at once.
 Refused with ValueError: what is missing, malformed or empty.
 """
 
@@ -11,17 +12,36 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 OTHER_SPLITS = ("test", "valid", "eval", "dev")
 ROW_JSON = "row_json"  # the only column of a dataset whose rows do not fit into common columns: each row as JSON text
+
+
+def stream_preference_dataset(path_or_name: str | Path, split: str = "train") -> IterableDataset:
+    """As `load_preference_dataset`, as a stream in the order of the files: nothing is held, and faults come when read.
+
+    Raises:
+        ValueError: nothing is there.
+    """
+    from datasets import Dataset, IterableDataset, load_dataset
+
+    path = Path(path_or_name).expanduser()
+    found = _local_files(path, split, path_or_name)
+    if found is None:
+        return _load_published(str(path_or_name), split, streaming=True)
+    if isinstance(found, Dataset):
+        return found.to_iterable_dataset()
+    if _are_parquet(found):
+        return load_dataset("parquet", data_files=[str(file) for file in found], split="train", streaming=True)
+    return IterableDataset.from_generator(_stream_json, gen_kwargs={"paths": found})
 
 
 def load_preference_dataset(path_or_name: str | Path, split: str = "train") -> Dataset:
@@ -33,14 +53,13 @@ def load_preference_dataset(path_or_name: str | Path, split: str = "train") -> D
     Raises:
         ValueError: nothing is there, a line is malformed, the file is empty or holds something else than objects.
     """
+    from datasets import Dataset
+
     path = Path(path_or_name).expanduser()
-    if path.is_dir():
-        return _load_directory(path, split)
-    if path.exists():
-        return _load_files([path])
-    if path.name.lower().endswith(SUFFIXES) or str(path_or_name).startswith((".", "/", "~")):
-        raise ValueError(f"dataset file does not exist: {path_or_name}")
-    return _load_published(str(path_or_name), split)
+    found = _local_files(path, split, path_or_name)
+    if found is None:
+        return _load_published(str(path_or_name), split)
+    return found if isinstance(found, Dataset) else _load_files(found)
 
 
 def dataset_from_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
@@ -81,6 +100,38 @@ def read_json_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _stream_json(paths: Sequence[Path]) -> Iterator[dict[str, str]]:
+    """Each object as JSON text; see `raw_example`."""
+    for path in paths:
+        try:
+            with _open_text(path) as lines:
+                is_array = next((line for line in lines if line.strip()), "").lstrip().startswith("[")
+            if is_array:
+                yield from ({ROW_JSON: json.dumps(row)} for row in read_json_rows(path))
+                continue
+            with _open_text(path) as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield {ROW_JSON: json.dumps(_object_of(line, path, number))}
+        except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise ValueError(f"dataset file cannot be read: {path} ({error})") from None
+
+
+def _open_text(path: Path) -> Any:
+    opened = gzip.open if path.name.lower().endswith(".gz") else open
+    return opened(path, "rt", encoding="utf-8-sig", newline="\n")
+
+
+def _object_of(line: str, path: str | Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"malformed JSON in {path}, line {number}, column {error.colno}: {error.msg}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{path} must hold one object per line, got {_shown(line)} in line {number}")
+    return row
+
+
 def _read_text(path: Path) -> str:
     try:
         data = gzip.decompress(path.read_bytes()) if path.name.lower().endswith(".gz") else path.read_bytes()
@@ -111,16 +162,13 @@ def _read_lines(text: str, path: str | Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if _is_json(text):
+            rows.append(_object_of(line, path, number))
+        except ValueError:
+            if "\n" in text.strip() and _is_json(text):
                 raise ValueError(
                     f"{path} must hold a list of objects or one object per line, got {_shown(text)}"
                 ) from None
-            raise ValueError(f"malformed JSON in {path}, line {number}, column {error.colno}: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path} must hold one object per line, got {_shown(line)} in line {number}")
-        rows.append(row)
+            raise
     return rows
 
 
@@ -137,11 +185,32 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
+def _local_files(path: Path, split: str, given: str | Path) -> list[Path] | Dataset | None:
+    """The files of a path, or the dataset that was saved there; None where it is a name and no path."""
+    if path.is_dir():
+        return _directory_files(path, split)
+    if path.exists():
+        return _checked_suffixes([path])
+    if path.name.lower().endswith(SUFFIXES) or str(given).startswith((".", "/", "~")):
+        raise ValueError(f"dataset file does not exist: {given}")
+    return None
+
+
+def _are_parquet(paths: Sequence[Path]) -> bool:
+    return all(path.name.lower().endswith(".parquet") for path in paths)
+
+
+def _checked_suffixes(paths: list[Path]) -> list[Path]:
+    for path in paths:
+        if not (_are_parquet(paths) or path.name.lower().endswith(JSON_SUFFIXES)):
+            raise ValueError(f"dataset file must end in one of {', '.join(SUFFIXES)}, all files alike, got {path}")
+    return paths
+
+
 def _load_files(paths: Sequence[Path]) -> Dataset:
     from datasets import Dataset
 
-    names = [path.name.lower() for path in paths]
-    if all(name.endswith(".parquet") for name in names):
+    if _are_parquet(paths):
         try:
             dataset = Dataset.from_parquet([str(path) for path in paths])
         except Exception as error:  # pyarrow's and datasets' own, wrapped in one another
@@ -151,13 +220,10 @@ def _load_files(paths: Sequence[Path]) -> Dataset:
         if len(dataset) == 0:
             raise ValueError(f"dataset file must hold at least one row: {paths[0]}")
         return dataset
-    for path, name in zip(paths, names, strict=True):
-        if not name.endswith(JSON_SUFFIXES):
-            raise ValueError(f"dataset file must end in one of {', '.join(SUFFIXES)}, all files alike, got {path}")
     return dataset_from_rows([row for path in paths for row in read_json_rows(path)])
 
 
-def _load_directory(path: Path, split: str) -> Dataset:
+def _directory_files(path: Path, split: str) -> list[Path] | Dataset:
     from datasets import DatasetDict, load_from_disk
 
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -176,14 +242,14 @@ def _load_directory(path: Path, split: str) -> Dataset:
         raise ValueError(
             f"{path} must hold files of the split {split!r} ending in {', '.join(SUFFIXES)}, found: {found}"
         )
-    return _load_files(of_split)
+    return _checked_suffixes(of_split)
 
 
-def _load_published(name: str, split: str) -> Dataset:
+def _load_published(name: str, split: str, *, streaming: bool = False) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(name, split=split)
+        return load_dataset(name, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"dataset must be a local path or a dataset that can be loaded by name, got {name!r}: {error}"

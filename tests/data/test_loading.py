@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from fastdpo.data.formats import preference_row
-from fastdpo.data.loading import load_preference_dataset, raw_example
+from fastdpo.data.loading import load_preference_dataset, raw_example, stream_preference_dataset
 
 ROWS = [{"prompt": f"Q{i}?", "chosen": f" é{i}", "rejected": "\u2028否"} for i in range(3)]  # U+2028 ends no line
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -111,3 +111,33 @@ def test_real_files_load_and_every_row_has_a_prompt_and_two_responses(shared_dat
         if row.is_conversational:
             assert row.prompt[-1]["role"] in ("user", "tool")
             assert [message["role"] for response in row.responses for message in response] == ["assistant"] * 2
+
+
+def test_streams_give_the_rows_of_the_files_in_order(tmp_path):
+    (tmp_path / "array.json").write_text(json.dumps(ROWS, indent=1))
+    (tmp_path / "lines.jsonl").write_text(LINES.replace("\n", "\r\n\r\n"), newline="")
+    (tmp_path / "zipped.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    for name in ("array.json", "lines.jsonl", "zipped.jsonl.gz", "rows.parquet", "saved"):
+        stream = stream_preference_dataset(tmp_path / name)
+        for _ in range(2):  # and again, as another epoch would
+            assert [raw_example(example) for example in stream] == ROWS, name
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i in (0, 1):
+        (folder / f"{i}.jsonl").write_text(json.dumps(ROWS[i]))
+    assert [raw_example(example) for example in stream_preference_dataset(folder)] == ROWS[:2]
+
+
+def test_a_fault_in_a_streamed_file_is_told_when_it_is_reached(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2,}\n')
+    rows = iter(stream_preference_dataset(tmp_path / "a.jsonl"))
+    assert raw_example(next(rows)) == {"a": 1}
+    with pytest.raises(ValueError, match=r"malformed JSON in .*a.jsonl, line 3, column"):
+        next(rows)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES.encode())[:-12])
+    with pytest.raises(ValueError, match=r"cannot be read: .*b.jsonl.gz"):
+        list(stream_preference_dataset(tmp_path / "b.jsonl.gz"))
+    with pytest.raises(ValueError, match="dataset file does not exist"):
+        stream_preference_dataset("./nothing.jsonl")
