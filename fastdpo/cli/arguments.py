@@ -11,10 +11,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from fastdpo.training.trl_names import line_instead
 
 
 def _help(text: str) -> dict[str, str]:
@@ -46,12 +48,9 @@ class RunArguments:
 
 
 @dataclass
-class AdapterArguments:
+class LoraArguments:
     """LoRA and quantization of the base model."""
 
-    ref_model: str | None = field(
-        default=None, metadata=_help("Reference model; default: the start of the trained one.")
-    )
     use_peft: bool = field(default=False, metadata=_help("Train a LoRA adapter in place of the model's weights."))
     lora_r: int = field(default=16, metadata=_help("Rank of the adapter."))
     lora_alpha: int = field(default=32, metadata=_help("Scale of the adapter: its product is multiplied by alpha / r."))
@@ -69,20 +68,33 @@ class AdapterArguments:
             raise ValueError(f"{changed[0]} must go with use_peft: without it all weights are trained")
 
 
+@dataclass
+class AdapterArguments(LoraArguments):
+    """What a preference run may have beside the trained model: an adapter on it, and another reference."""
+
+    ref_model: str | None = field(
+        default=None, metadata=_help("Reference model; default: the start of the trained one.")
+    )
+
+
 # Options in the order in which people look for them; what no group names is shown under "everything else".
 GROUPS = {
     "model and data": "model dataset output_dir config dataset_split eval_dataset eval_split eval_fraction max_length"
-    " max_prompt_length truncation_mode on_bad_row dataset_format dataset_num_proc model_init_kwargs disable_dropout",
-    "preference optimization": "beta loss_type label_smoothing discopop_tau reference ref_model reference_free"
-    " precompute_ref_log_probs ref_cache_dir ref_max_memory ref_tokens_per_batch",
+    " max_prompt_length truncation_mode on_bad_row dataset_format dataset_num_proc pad_token model_init_kwargs"
+    " trust_remote_code disable_dropout",
+    "preference optimization": "beta loss_type loss_weights label_smoothing f_divergence_type f_alpha_divergence_coef"
+    " ld_alpha use_weighting discopop_tau gamma_beta_ratio cpo_alpha router_aux_loss_coef",
+    "reference": "reference ref_model reference_free precompute_ref_log_probs precompute_ref_batch_size ref_cache_dir"
+    " ref_max_memory ref_tokens_per_batch sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
     "steps": "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps"
     " lr_scheduler_type warmup_steps weight_decay max_grad_norm optim seed regroup_dataset"
     " length_bucketing",
-    "engine and memory": "max_tokens_per_microbatch on_oversized_row packing prefix_sharing attention_backend impl"
-    " token_metrics bf16 fp16 gradient_checkpointing use_peft lora_r lora_alpha lora_dropout lora_target_modules"
+    "engine and memory": "max_tokens_per_microbatch on_oversized_row packing padding_free pad_to_multiple_of"
+    " prefix_sharing attention_backend impl skip_tolerance workspace_bytes token_metrics bf16 fp16"
+    " gradient_checkpointing activation_offloading use_peft lora_r lora_alpha lora_dropout lora_target_modules"
     " load_in_4bit use_cpu",
     "evaluation and logging": "eval_strategy eval_steps per_device_eval_batch_size report_to run_name logging_steps"
-    " disable_tqdm",
+    " num_eval_samples eval_sample_tokens eval_sample_temperature training_warnings disable_tqdm",
     "saving": "save_strategy save_steps save_total_limit resume_from_checkpoint overwrite_output_dir",
 }
 
@@ -124,26 +136,41 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         raise ValueError(f"{message} (all options: {self.prog} --help)")
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """argparse's; the items of a list may also be parted by commas."""
+        if action.nargs == "+":
+            arg_strings = [item.strip() for text in arg_strings for item in text.split(",") if item.strip()]
+        return super()._get_values(action, arg_strings)  # type: ignore[misc]
+
 
 def _improve(actions: Sequence[argparse.Action]) -> None:
-    """What HfArgumentParser leaves open: a required output_dir, `none` as a number, the meaning of --no_... options."""
+    """What HfArgumentParser leaves open: a required output_dir, none as a number, JSON, what --no_... options mean."""
     for action in actions:
         if action.dest == "output_dir":
             action.required = True
             action.help = "Where checkpoints and the trained model are saved. Required."
         if (action.type in (int, float) and action.default is None) or action.dest == "max_length":
-            action.type = _number_or_none(action.type)
+            action.type = _or_none(action.type)
+        if get_origin(action.type) is dict:
+            action.type = _or_none(_json_object)
         if action.option_strings[0].startswith("--no_"):
             action.help = f"Turns --{action.dest} off, which is on by default."
             action.default = argparse.SUPPRESS
 
 
-def _number_or_none(number: Any) -> Any:
+def _or_none(kind: Any) -> Any:
     def convert(text: str) -> Any:
-        return None if text.lower() in ("none", "null") else number(text)
+        return None if text.lower() in ("none", "null") else kind(text)
 
-    convert.__name__ = getattr(number, "__name__", "number")
+    convert.__name__ = getattr(kind, "__name__", "number").strip("_").replace("_", " ")  # argparse: invalid ... value
     return convert
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
 
 
 def _group(parser: argparse.ArgumentParser, actions: Sequence[argparse.Action]) -> None:
@@ -202,7 +229,7 @@ def _as_if_typed(name: str, value: Any, action: argparse.Action) -> Any:
     if value is None:
         return None
     if action.nargs in ("+", "*"):
-        return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        return _items(name, value, action.type or str)
     if isinstance(value, dict):
         return json.dumps(value)
     if isinstance(value, list):
@@ -210,8 +237,20 @@ def _as_if_typed(name: str, value: Any, action: argparse.Action) -> Any:
     return str(value)
 
 
+def _items(name: str, value: Any, kind: Any) -> list[Any]:
+    """A list as YAML or a command line writes it; argparse leaves the items of defaults as they are."""
+    items = value if isinstance(value, list) else str(value).split(",")
+    try:
+        return [kind(str(item).strip()) for item in items]
+    except ValueError as error:
+        raise ValueError(f"config: {name} must be a list of {kind.__name__}, got {value!r}") from error
+
+
 def _unknown(name: str, valid: Sequence[str], kind: str) -> str:
     plain = name.split("=")[0].lstrip("-").replace("-", "_")
     nearest = difflib.get_close_matches(plain, valid, n=1)
     prefix = "--" if kind == "option" else ""
+    instead = line_instead(plain)
+    if instead is not None:
+        return f"{kind} {name!r} is not there any more; instead, as Python has it: {instead}"
     return f"unknown {kind} {name!r}" + (f"; did you mean '{prefix}{nearest[0]}'?" if nearest else "")

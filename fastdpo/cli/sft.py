@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fastdpo.cli.arguments import RunArguments, parse
+from fastdpo.cli.arguments import LoraArguments, RunArguments, parse
 from fastdpo.cli.console import make_console
 from fastdpo.cli.run import check_output_dir, load_datasets, print_summary, train_and_compare
+from fastdpo.cli.train import check_dropout, lora_config, quantization_config
 from fastdpo.training import SFTConfig, SFTTrainer
 
 COLUMNS = [
@@ -20,12 +21,20 @@ def main(argv: list[str]) -> None:
     Raises:
         ValueError: anything that the user can mend, before a weight is changed.
     """
-    run, args = parse("sft", [RunArguments, SFTConfig], argv)
+    run, adapter, args = parse("sft", [RunArguments, LoraArguments, SFTConfig], argv)
+    check_dropout(adapter, args)
     console = make_console()
     resume_from = check_output_dir(args, overwrite=run.overwrite_output_dir)
     train_dataset, eval_dataset = load_datasets(run, args.seed)
-    trainer = SFTTrainer(run.model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
+    trainer = SFTTrainer(
+        run.model,
+        args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=quantization_config() if adapter.load_in_4bit else None,
+        peft_config=lora_config(adapter) if adapter.use_peft else None,
+    )
     if trainer.is_world_process_zero():
         print_summary(console, trainer, run)
-    options = {"command": ["fastdpo", "sft", *argv], **vars(run), **args.to_dict()}
+    options = {"command": ["fastdpo", "sft", *argv], **vars(run), **vars(adapter), **args.to_dict()}
     train_and_compare(console, trainer, resume_from, options, COLUMNS)

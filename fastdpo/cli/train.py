@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastdpo.cli.arguments import AdapterArguments, RunArguments, parse
+from fastdpo.cli.arguments import AdapterArguments, LoraArguments, RunArguments, parse
 from fastdpo.cli.console import make_console
 from fastdpo.cli.run import check_output_dir, load_datasets, print_summary, train_and_compare
 from fastdpo.training import DPOConfig, DPOTrainer
+from fastdpo.training.config import EngineConfig
 
 COLUMNS = [
     ("loss", "loss"),
@@ -28,8 +29,7 @@ def main(argv: list[str]) -> None:
         ValueError: anything that the user can mend, before a weight is changed.
     """
     run, adapter, args = parse("train", [RunArguments, AdapterArguments, DPOConfig], argv)
-    if adapter.lora_dropout > 0 and args.disable_dropout:
-        raise ValueError("lora_dropout needs --no_disable_dropout: otherwise every dropout is set to 0")
+    check_dropout(adapter, args)
     console = make_console()
     resume_from = check_output_dir(args, overwrite=run.overwrite_output_dir)
     train_dataset, eval_dataset = load_datasets(run, args.seed)
@@ -40,12 +40,17 @@ def main(argv: list[str]) -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         quantization_config=quantization_config() if adapter.load_in_4bit else None,
-        peft_config=_peft_config(adapter) if adapter.use_peft else None,
+        peft_config=lora_config(adapter) if adapter.use_peft else None,
     )
     if trainer.is_world_process_zero():
         print_summary(console, trainer, run)
     options = {"command": ["fastdpo", "train", *argv], **vars(run), **vars(adapter), **args.to_dict()}
     train_and_compare(console, trainer, resume_from, options, COLUMNS)
+
+
+def check_dropout(adapter: LoraArguments, args: EngineConfig) -> None:
+    if adapter.lora_dropout > 0 and args.disable_dropout:
+        raise ValueError("lora_dropout needs --no_disable_dropout: otherwise every dropout is set to 0")
 
 
 def quantization_config() -> Any:
@@ -59,15 +64,16 @@ def quantization_config() -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
-def _peft_config(adapter: AdapterArguments) -> Any:
+def lora_config(adapter: LoraArguments) -> Any:
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise ValueError('use_peft needs the peft package: pip install "fastdpo[peft]"') from error
+    layers = adapter.lora_target_modules or ["all-linear"]
     return LoraConfig(
         r=adapter.lora_r,
         lora_alpha=adapter.lora_alpha,
         lora_dropout=adapter.lora_dropout,
-        target_modules=adapter.lora_target_modules or "all-linear",
+        target_modules="all-linear" if layers == ["all-linear"] else layers,
         task_type="CAUSAL_LM",
     )

@@ -42,6 +42,7 @@ class Scorer:
     is_packed: bool  # what `collate` makes: one row for all, or one padded row for each sequence
     tokens_per_batch: int
     show_progress: bool = True
+    prompts_per_batch: int | None = None  # at most
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _compute(
     try:
         with bar:
             while start < len(units):
-                batch = next_batch(units, start, budget, scorer.is_packed)
+                batch = next_batch(units, start, budget, scorer.is_packed, scorer.prompts_per_batch)
                 try:
                     sums = scorer.score(scorer.collate(read_units(dataset, batch))).tolist()
                 except torch.OutOfMemoryError:

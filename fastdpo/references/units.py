@@ -77,11 +77,14 @@ def num_tokens(batch: Sequence[Unit], is_packed: bool) -> int:
     return max(unit.longest for unit in batch) * sum(len(unit.members) for unit in batch)
 
 
-def next_batch(units: Sequence[Unit], start: int, budget: int, is_packed: bool) -> list[Unit]:
+def next_batch(
+    units: Sequence[Unit], start: int, budget: int, is_packed: bool, most_units: int | None = None
+) -> list[Unit]:
     """The units from `start` on that fit `budget` tokens, and at least one. They come longest first."""
     width = units[start].longest
     batch, total = [units[start]], num_tokens([units[start]], is_packed)
-    for position in range(start + 1, len(units)):
+    end = len(units) if most_units is None else min(start + most_units, len(units))
+    for position in range(start + 1, end):
         unit = units[position]
         total += unit.num_packed if is_packed else width * len(unit.members)
         if total > budget:

@@ -24,7 +24,8 @@ class PackingCollator:
 
     is_packed: bool = True
     prefix_sharing: bool = True
-    pad_token_id: int = 0  # padded batches only
+    pad_token_id: int = 0
+    pad_to_multiple_of: int | None = None  # tokens of a row; what this adds is not counted in max_tokens
     max_tokens: int | None = None  # of a micro-batch, as it runs: shared prefixes once, padding too; None for no limit
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -46,17 +47,19 @@ class PackingCollator:
 
     def _packed(self, groups: Sequence[TokenizedGroup]) -> list[PackedBatch]:
         layouts = lay_out_batch(groups, prefix_sharing=self.prefix_sharing, max_tokens=self.max_tokens)
-        if self.max_tokens is None:
-            return [pack_layouts(layouts)]
-        return [pack_layouts(some) for some in packed_microbatches(layouts, self.max_tokens)]
+        parts = [layouts] if self.max_tokens is None else packed_microbatches(layouts, self.max_tokens)
+        return [pack_layouts(some, **self._padding()) for some in parts]
 
     def _padded(self, groups: Sequence[TokenizedGroup]) -> list[PackedBatch]:
         if self.max_tokens is None:
-            return [pad_pairs(groups, pad_token_id=self.pad_token_id)]
+            return [pad_pairs(groups, **self._padding())]
         return [
-            pad_pairs([groups[i] for i in items], pad_token_id=self.pad_token_id, example_ids=items)
+            pad_pairs([groups[i] for i in items], example_ids=items, **self._padding())
             for items in padded_microbatches(groups, self.max_tokens)
         ]
+
+    def _padding(self) -> dict[str, Any]:
+        return {"pad_token_id": self.pad_token_id, "multiple_of": self.pad_to_multiple_of or 1}
 
 
 def microbatches_of(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,10 +14,21 @@ from transformers import TrainingArguments
 from fastdpo.data.formats import FORMAT_NAMES
 from fastdpo.data.tokenization import TokenizationSettings
 from fastdpo.modeling.attention import ATTENTION_BACKENDS
-from fastdpo.ops.validation import IMPLS
+from fastdpo.ops.validation import IMPLS, check_settings
 from fastdpo.references import REFERENCE_MODES
-from fastdpo.training.config_checks import as_dict, check_choice, check_number, parse_max_memory, token_budget
+from fastdpo.training.config_checks import (
+    as_dict,
+    check_choice,
+    check_number,
+    check_packing_settings,
+    offload_checkpoints,
+    parse_max_memory,
+    row_multiple,
+    token_budget,
+)
+from fastdpo.training.feature_settings import FeatureSettings
 from fastdpo.training.loss_settings import LossSettings
+from fastdpo.training.trl_names import takes_trl_names
 
 PACKING_MODES = ("auto", "packed", "padded")
 OVERSIZED_ROWS = ("alone", "raise")
@@ -39,7 +50,9 @@ class EngineConfig(TrainingArguments):
     bf16: bool | None = field(
         default=None, metadata=_help("bf16 autocast. Default: on where a GPU supports it and fp16 is off, else off.")
     )
-    remove_unused_columns: bool = field(default=False, metadata=_help("The collator reads its columns by name."))
+    remove_unused_columns: bool = field(
+        default=False, metadata=_help("Needless: columns that nothing reads are gone once the data is tokenized.")
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata=_help("Must stay off: a loss that is not finite stops the run and saves its batch.")
     )
@@ -47,6 +60,9 @@ class EngineConfig(TrainingArguments):
     # Model
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata=_help("Keyword arguments of from_pretrained, where the model is given by name (JSON).")
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata=_help("Run code that models and tokenizers bring along from the Hub.")
     )
     disable_dropout: bool = field(default=True, metadata=_help("Set every dropout of policy and reference to 0."))
 
@@ -64,6 +80,10 @@ class EngineConfig(TrainingArguments):
         metadata=_help(f"How rows are read. auto: by their columns. Else one of {', '.join(FORMAT_NAMES)}."),
     )
     dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that tokenize."))
+    pad_token: str | None = field(
+        default=None,
+        metadata=_help("A token of the vocabulary to make the tokenizer's pad_token, also when saved."),
+    )
 
     # Engine
     packing: str = field(
@@ -71,6 +91,19 @@ class EngineConfig(TrainingArguments):
         metadata=_help(
             "packed: one row without padding. padded: one row per sequence. auto: packed where a check on this model"
             " shows that it is exact, else padded with a warning."
+        ),
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata=_help(
+            "TRL's name for rows without padding. They are the default here (packing), so it asks for nothing."
+        ),
+    )
+    pad_to_multiple_of: int | str | None = field(
+        default="auto",
+        metadata=_help(
+            "Pad every row of a batch, packed or padded, to a multiple of so many tokens, for compilers that want few"
+            " shapes; it changes no number. auto and None: do not."
         ),
     )
     prefix_sharing: bool = field(
@@ -115,6 +148,26 @@ class EngineConfig(TrainingArguments):
         ),
     )
     impl: str = field(default="auto", metadata=_help("Head op: triton, tiled, reference, or auto (triton on CUDA)."))
+    skip_tolerance: float = field(
+        default=0.0,
+        metadata=_help(
+            "Probability mass in [0, 1) that backward may leave out of any token's softmax in the head: what a trained"
+            " model rules out is skipped. 0 is exact. Above 0 logits are computed a second time in backward."
+        ),
+    )
+    workspace_bytes: int | None = field(
+        default=None,
+        metadata=_help(
+            "Most bytes that a pass of the head op takes beyond gradients. Default: 256 MiB on a GPU, 32 MiB elsewhere."
+        ),
+    )
+    activation_offloading: bool = field(
+        default=False,
+        metadata=_help(
+            "Move what gradient checkpointing keeps to host memory; GPU only. The same as offload in"
+            " activation_checkpointing_kwargs."
+        ),
+    )
 
     def __post_init__(self) -> None:
         check_choice("packing", self.packing, PACKING_MODES)
@@ -124,6 +177,10 @@ class EngineConfig(TrainingArguments):
         self.max_tokens_per_microbatch = token_budget(self.max_tokens_per_microbatch)
         self._check_order()
         self.tokenization_settings()
+        self.remove_unused_columns = False  # prepared datasets have no others
+        check_packing_settings(self)
+        self.pad_to_multiple_of = row_multiple(self.pad_to_multiple_of)
+        check_settings(1.0, None, (), self.skip_tolerance, self.workspace_bytes, self.impl)
         self.model_init_kwargs = as_dict("model_init_kwargs", self.model_init_kwargs)
         if self.logging_nan_inf_filter:
             raise ValueError("logging_nan_inf_filter must be False: it would hide a loss that is not finite, got True")
@@ -145,6 +202,8 @@ class EngineConfig(TrainingArguments):
         self.gradient_checkpointing = next((value for value in asked if value is not None), on_gpu)
         if hasattr(self, "activation_checkpointing"):
             self.activation_checkpointing = self.gradient_checkpointing
+        if self.activation_offloading:
+            offload_checkpoints(self, on_gpu)
         if not on_gpu:
             self.dataloader_pin_memory = False
         super().__post_init__()
@@ -162,6 +221,11 @@ class EngineConfig(TrainingArguments):
             name = "regroup_dataset" if self.regroup_dataset else "length_bucketing"
             raise ValueError(f"train_sampling_strategy must be 'random' where {name} is set, got {strategy!r}")
 
+    def init_kwargs(self) -> dict[str, Any]:
+        """What from_pretrained is given where a model is loaded by name."""
+        given: Any = self.model_init_kwargs or {}  # a dict once __post_init__ has parsed it
+        return {**({"trust_remote_code": True} if self.trust_remote_code else {}), **given}
+
     def tokenization_settings(self) -> TokenizationSettings:
         return TokenizationSettings(
             max_length=self.max_length,
@@ -172,8 +236,9 @@ class EngineConfig(TrainingArguments):
         )
 
 
+@takes_trl_names
 @dataclass
-class DPOConfig(LossSettings, EngineConfig):
+class DPOConfig(FeatureSettings, LossSettings, EngineConfig):
     """Settings of DPOTrainer. Everything else is transformers.TrainingArguments.
 
     Raises:
@@ -206,6 +271,12 @@ class DPOConfig(LossSettings, EngineConfig):
             ' "60GiB"}). A larger reference is cached, its weights read from memory and disk layer by layer.'
         ),
     )
+    precompute_ref_batch_size: int | None = field(
+        default=None,
+        metadata=_help(
+            "Most prompts of a batch while references are cached. Default: as many as ref_tokens_per_batch holds."
+        ),
+    )
     ref_tokens_per_batch: int | None = field(
         default=None,
         metadata=_help(
@@ -222,8 +293,10 @@ class DPOConfig(LossSettings, EngineConfig):
         check_choice("reference", self.reference, REFERENCE_MODES)
         self.check_losses()
         self.ref_max_memory = parse_max_memory(self.ref_max_memory)
-        if self.ref_tokens_per_batch is not None and self.ref_tokens_per_batch < 1:
-            raise ValueError(f"ref_tokens_per_batch must be at least 1, got {self.ref_tokens_per_batch}")
+        for name in ("ref_tokens_per_batch", "precompute_ref_batch_size"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")
         if self.precompute_ref_log_probs:
             if self.reference not in ("auto", "cached") or self.reference_free:
                 asked = "reference_free" if self.reference_free else f"reference={self.reference!r}"
@@ -231,6 +304,7 @@ class DPOConfig(LossSettings, EngineConfig):
             self.reference = "cached"
         if self.reference_free and self.reference not in ("auto", "none"):
             raise ValueError(f"reference must be 'none' or 'auto' where reference_free is set, got {self.reference!r}")
+        self.check_features()
         super().__post_init__()
 
 

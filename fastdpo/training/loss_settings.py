@@ -18,6 +18,7 @@ from fastdpo.losses import (
     looks_at_whole_batch,
 )
 from fastdpo.training.config_checks import check_choice, check_number
+from fastdpo.training.trl_names import RENAMED_LOSSES
 
 
 def _help(text: str) -> dict[str, str]:
@@ -58,7 +59,7 @@ class LossSettings:
         ),
     )
     use_weighting: bool = field(
-        default=False, metadata=_help("Weigh pairs by how likely the policy is to give such responses: WPO.")
+        default=False, metadata=_help("Weigh pairs, not sft, by how typical of the policy both are: WPO.")
     )
     discopop_tau: float = field(
         default=0.05, metadata=_help("Width of discopop's step from one loss to the other, in units of beta * margin.")
@@ -71,6 +72,8 @@ class LossSettings:
     def check_losses(self) -> None:
         self.loss_type = _names(self.loss_type)
         for name in self.loss_type:
+            if name in RENAMED_LOSSES:
+                raise ValueError(f"loss_type has no {name!r} any more; instead: {RENAMED_LOSSES[name]}")
             check_choice("loss_type", name, list(LOSSES))
         if isinstance(self.beta, str | list) or self.beta is None or not 0 < self.beta < math.inf:
             raise ValueError(f"beta must be > 0 and finite, got {self.beta!r}")
@@ -85,9 +88,8 @@ class LossSettings:
         budget = getattr(self, "max_tokens_per_microbatch", None)
         if budget is not None and looks_at_whole_batch(self):
             raise ValueError(
-                f"max_tokens_per_microbatch must be None for loss_type {self.loss_type}"
-                f"{' with use_weighting' if self.use_weighting else ''}, which is not a sum over pairs: its batch"
-                f" cannot be split, got {budget!r}"
+                f"max_tokens_per_microbatch must be None for loss_type {self.loss_type}, which is not a sum over pairs:"
+                f" its batch cannot be split, got {budget!r}"
             )
 
     def _check_reference(self) -> None:

@@ -10,20 +10,28 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from fastdpo.data.arrow import arrow_column
 from fastdpo.data.columns import row_lengths
 from fastdpo.modeling.packed import bare_model
+from fastdpo.training.config import EngineConfig
+
+logger = logging.get_logger(__name__)
+
+_WHERE_FROM = ("revision", "trust_remote_code", "token", "cache_dir")  # of from_pretrained: for tokenizers too
 
 
 def resolve_model(
     model: str | nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
-    model_init_kwargs: Any = None,  # a dict; as text only until the config has parsed it
+    args: EngineConfig,
     quantization_config: Any = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model and tokenizer as objects, loaded where they are given by name, and checked against each other.
 
+    Args:
+        args: model_init_kwargs, trust_remote_code and pad_token are read.
     Raises:
         ValueError: one of them cannot be found, or they cannot be trained together.
     """
@@ -31,18 +39,43 @@ def resolve_model(
         raise ValueError(f"model must be a model or the name of one, got {model!r}")
     if isinstance(model, str):
         check_model_folder(model)
-    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
-    if tokenizer is None:
-        tokenizer = load_tokenizer(name)
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(f"processing_class must be a text tokenizer, got {type(tokenizer).__name__}")
+    init_kwargs = args.init_kwargs()
+    tokenizer = resolve_tokenizer(model, tokenizer, args)
     if isinstance(model, str):
+        if quantization_config is not None and "quantization_config" in init_kwargs:
+            raise ValueError("quantization_config must not be given twice, as an argument and in model_init_kwargs")
         options = {} if quantization_config is None else {"quantization_config": quantization_config}
-        model = load_model(model, model_init_kwargs, **options)
-    elif model_init_kwargs is not None or quantization_config is not None:
-        raise ValueError("model_init_kwargs and quantization_config must be None where model is a model and not a name")
+        model = load_model(model, init_kwargs, **options)
+    elif quantization_config is not None:
+        raise ValueError("quantization_config must be None where model is a model and not a name")
+    elif args.model_init_kwargs is not None:
+        logger.warning("model_init_kwargs changes nothing about the model, which is given as an object.")
     check_model_and_tokenizer(model, tokenizer)
     return model, tokenizer
+
+
+def resolve_tokenizer(
+    model: str | nn.Module, tokenizer: PreTrainedTokenizerBase | None, args: EngineConfig
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that was given, or the one that is saved with the model; with `args.pad_token`, if there is one.
+
+    Raises:
+        ValueError: there is none, it is none for text, or pad_token is not in its vocabulary.
+    """
+    if tokenizer is None:
+        tokenizer = load_tokenizer(model_name(model), args.init_kwargs())
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"processing_class must be a text tokenizer, got {type(tokenizer).__name__}")
+    if args.pad_token is not None:
+        if args.pad_token not in tokenizer.get_vocab():
+            raise ValueError(f"pad_token must be in the tokenizer's vocabulary, got {args.pad_token!r}")
+        tokenizer.pad_token = args.pad_token
+    return tokenizer
+
+
+def model_name(model: str | nn.Module) -> str:
+    """Where a model was loaded from; empty where it does not say."""
+    return model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
 
 
 def check_model_folder(name: str) -> None:
@@ -54,8 +87,8 @@ def check_model_folder(name: str) -> None:
         raise ValueError(f"model must be a whole model, {name} holds an adapter; merge it into its base model first")
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that is saved with a model.
+def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that is saved with a model, found as `init_kwargs` say that the model is.
 
     Raises:
         ValueError: there is none.
@@ -63,11 +96,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if not name:
         raise ValueError("processing_class must be given: the model does not say where its tokenizer is")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, **where_from(init_kwargs))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the model must come with a tokenizer, or processing_class be given: there is none in {name!r}: {error}"
         ) from error
+
+
+def where_from(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Those arguments of from_pretrained that configs and tokenizers take too."""
+    return {key: value for key, value in (init_kwargs or {}).items() if key in _WHERE_FROM}
 
 
 def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
@@ -77,9 +115,8 @@ def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = Non
         ValueError: there is no such model, or it is not a text-only causal LM.
     """
     options: dict[str, Any] = {"dtype": torch.float32, **(model_init_kwargs or {}), **kwargs}
-    loading = {key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options}
     try:
-        refuse_vision(AutoConfig.from_pretrained(name_or_path, **loading), str(name_or_path))
+        refuse_vision(AutoConfig.from_pretrained(name_or_path, **where_from(options)), str(name_or_path))
         return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     except TypeError as error:
         raise ValueError(
@@ -105,8 +142,8 @@ def check_model_and_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBa
     """Refuses what would fail late or train nonsense.
 
     Raises:
-        ValueError: the model also takes images, wants an auxiliary loss, its embedding is smaller than the tokenizer,
-        or the tokenizer has no EOS.
+        ValueError: the model also takes images, its embedding is smaller than the tokenizer, or the tokenizer has no
+            EOS.
     """
     bare = bare_model(model)
     refuse_vision(bare.config, type(bare).__name__)

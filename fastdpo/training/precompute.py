@@ -22,7 +22,7 @@ from fastdpo.modeling import check_packing, prepare_model
 from fastdpo.modeling.packed import bare_model
 from fastdpo.references.precompute import Filled, fill_ref_logps
 from fastdpo.training.config import DPOConfig
-from fastdpo.training.models import check_lengths, check_token_ids, load_tokenizer
+from fastdpo.training.models import check_lengths, check_token_ids, resolve_tokenizer
 from fastdpo.training.reference import asked_once, autocast_of
 from fastdpo.training.streams import check_not_streamed
 
@@ -61,8 +61,7 @@ def precompute_ref_logps(
     if args.reference_free or args.reference == "none":
         raise ValueError("reference must not be 'none' here: without a reference there is nothing to compute")
     check_not_streamed(datasets)
-    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
-    tokenizer = processing_class if processing_class is not None else load_tokenizer(name)
+    tokenizer = resolve_tokenizer(model, processing_class, args)
     counts: dict[str, Filled] = {}
     reports: dict[str, Report] = {}
     is_given = ref_model is not None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.data.packing import pack_pairs, pad_pairs
+from fastdpo.losses import REFERENCE_FREE_LOSSES
 from fastdpo.modeling import prepare_model
 from fastdpo.modeling.packed import bare_model, unprepare_model
 from fastdpo.references import AdapterReference, FrozenReference
@@ -33,7 +34,7 @@ from fastdpo.references.cache import LogpsCache
 from fastdpo.references.fingerprint import reference_facts
 from fastdpo.references.precompute import Scorer
 from fastdpo.training.config import DPOConfig
-from fastdpo.training.models import check_model_and_tokenizer, check_model_folder, load_model
+from fastdpo.training.models import check_model_and_tokenizer, check_model_folder, load_model, where_from
 from fastdpo.types import PackedBatch, TokenizedGroup
 
 _TOKENS_PER_BATCH = {"cuda": 16384}  # forward only: a few times what a training step could hold
@@ -55,15 +56,17 @@ def choose_reference(
     has_adapter = is_peft_model(model)
     outside = trained_outside_adapter(model) if has_adapter else None
     mode = "none" if args.reference_free else args.reference
+    free = next((name for name in args.loss_type if name in REFERENCE_FREE_LOSSES), None)
     if mode == "none" and ref_model is not None:
-        raise ValueError("ref_model must be None where there is no reference (reference='none' or reference_free)")
+        why = f"loss_type={free!r}" if free else "reference='none' or reference_free"
+        raise ValueError(f"ref_model must be None where there is no reference ({why})")
     if mode == "adapter" and (not has_adapter or ref_model is not None or outside):
         why = f"{outside} is trained too" if outside else "ref_model is given" if has_adapter else "there is no adapter"
         raise ValueError(f"reference must not be 'adapter' here: {why}")
     if mode == "frozen" and too_large:
         raise ValueError(f"reference must be 'cached' or 'auto' here, got 'frozen': {too_large}")
     if mode != "auto":
-        return mode, "asked for"
+        return mode, f"loss_type {free!r} has none" if free else "asked for"
     if ref_model is not None:
         return ("cached", too_large) if too_large else ("frozen", "ref_model was given")
     if has_ref_logps:
@@ -103,7 +106,7 @@ def too_large_to_hold(args: DPOConfig, policy: nn.Module, ref_model: str | nn.Mo
     limit = _own_limits(args).get((device.index or 0) if device.type == "cuda" else device.type)
     if limit is None:
         return ""
-    num_bytes = weight_bytes(policy if ref_model is None else ref_model, _init_kwargs(args))
+    num_bytes = weight_bytes(policy if ref_model is None else ref_model, args.init_kwargs())
     if num_bytes <= limit:
         return ""
     return f"the reference's weights ({num_bytes:,} bytes) exceed ref_max_memory ({limit:,} bytes on {device})"
@@ -128,9 +131,7 @@ def weight_bytes(model: str | nn.Module, model_init_kwargs: dict[str, Any] | Non
         from transformers import AutoConfig, AutoModelForCausalLM
 
         options = {"dtype": torch.float32, **(model_init_kwargs or {})}
-        loading = {
-            key: options[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in options
-        }
+        loading = where_from(options)
         trust = {key: loading[key] for key in ("trust_remote_code",) if key in loading}
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(model, **loading)
@@ -140,11 +141,6 @@ def weight_bytes(model: str | nn.Module, model_init_kwargs: dict[str, Any] | Non
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def _init_kwargs(args: DPOConfig) -> Any:
-    """A dict or None; the field is text only until the config has parsed it."""
-    return args.model_init_kwargs
-
-
 def live_reference(
     args: DPOConfig, policy: nn.Module, ref_model: str | nn.Module | None, tokenizer: Any
 ) -> FrozenReference:
@@ -152,7 +148,7 @@ def live_reference(
     if ref_model is None:
         frozen = copy.deepcopy(policy)
     else:
-        frozen = load_model(ref_model, _init_kwargs(args)) if isinstance(ref_model, str) else ref_model
+        frozen = load_model(ref_model, args.init_kwargs()) if isinstance(ref_model, str) else ref_model
         check_model_and_tokenizer(frozen, tokenizer)
         check_beside_policy(frozen, policy)
     prepare_model(frozen).requires_grad_(False)
@@ -194,7 +190,8 @@ class AskedOnce:
         if tokens is None:
             tokens = _TOKENS_PER_BATCH.get(device.type, _TOKENS_PER_BATCH_ELSEWHERE)
             tokens *= _FACTOR_OFFLOADED if self.is_offloaded else 1
-        return Scorer(score, collate, is_packed, tokens, show_progress=not args.disable_tqdm)
+        most_prompts = args.precompute_ref_batch_size
+        return Scorer(score, collate, is_packed, tokens, not args.disable_tqdm, most_prompts)
 
 
 def autocast_of(args: DPOConfig) -> Any:
@@ -297,4 +294,4 @@ def _loaded(args: DPOConfig, ref_model: str | nn.Module, folder: str, quantizati
     options: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
     if args.ref_max_memory is not None:
         options |= {"device_map": "auto", "max_memory": _own_limits(args), "offload_folder": folder}
-    return load_model(ref_model, _init_kwargs(args), **options)
+    return load_model(ref_model, args.init_kwargs(), **options)

@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from fastdpo.data.prepare import Report, prepare_sft_dataset
 from fastdpo.metrics import SumAndWeight
 from fastdpo.modeling import packed_loss
+from fastdpo.modeling.packed import bare_model
+from fastdpo.training.adapters import with_adapter
 from fastdpo.training.base import PackedTrainer
 from fastdpo.training.config import SFTConfig
 from fastdpo.training.models import resolve_model
@@ -29,6 +31,7 @@ class SFTTrainer(PackedTrainer):
     DPOTrainer.
     """
 
+    method = "sft"
     args: SFTConfig
 
     def __init__(
@@ -42,11 +45,19 @@ class SFTTrainer(PackedTrainer):
         *,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
     ) -> None:
         args = args if args is not None else SFTConfig("sft_output")
         if not isinstance(args, SFTConfig):
             raise ValueError(f"args must be an SFTConfig, got {type(args).__name__}")
-        policy, tokenizer = resolve_model(model, processing_class, args.model_init_kwargs)
+        policy, tokenizer = resolve_model(model, processing_class, args, quantization_config)
+        if getattr(bare_model(policy).config.get_text_config(), "output_router_logits", False):
+            raise ValueError(
+                "model.config.output_router_logits must be False: the load-balancing loss of mixture-of-experts models"
+                " is part of DPOTrainer's loss and not of this one, got True"
+            )
+        policy = with_adapter(policy, peft_config, args)
         super().__init__(
             policy,
             args,

@@ -231,14 +231,22 @@ def test_every_field_can_be_set_from_the_command_line():
     ours = {f.name for f in fields(DPOConfig)} - {f.name for f in fields(TrainingArguments)}
     given = {
         "beta": ("0.7", 0.7),
-        "loss_type": ("ipo", ["ipo"]),
-        "loss_weights": ("0.5", [0.5]),
+        "loss_type": ("ipo, sft", ["ipo", "sft"]),
+        "loss_weights": ("1,0.5", [1.0, 0.5]),
         "f_divergence_type": ("js_divergence", "js_divergence"),
         "f_alpha_divergence_coef": ("0.25", 0.25),
         "ld_alpha": ("0.5", 0.5),
         "use_weighting": ("true", True),
         "gamma_beta_ratio": ("0.5", 0.5),
         "cpo_alpha": ("0.5", 0.5),
+        "sync_ref_model": ("true", True),
+        "ref_model_mixup_alpha": ("0.5", 0.5),
+        "ref_model_sync_steps": ("7", 7),
+        "router_aux_loss_coef": ("0.01", 0.01),
+        "num_eval_samples": ("3", 3),
+        "eval_sample_tokens": ("9", 9),
+        "eval_sample_temperature": ("0.5", 0.5),
+        "training_warnings": ("false", False),
         "label_smoothing": ("0.25", 0.25),
         "discopop_tau": ("0.5", 0.5),
         "reference": ("frozen", "frozen"),
@@ -249,11 +257,16 @@ def test_every_field_can_be_set_from_the_command_line():
         "truncation_mode": ("keep_end", "keep_end"),
         "on_bad_row": ("raise", "raise"),
         "dataset_format": ("shp", "shp"),
+        "pad_token": ("<pad>", "<pad>"),
         "dataset_num_proc": ("2", 2),
         "packing": ("padded", "padded"),
         "prefix_sharing": ("false", False),
         "attention_backend": ("sdpa", "sdpa"),
         "impl": ("tiled", "tiled"),
+        "skip_tolerance": ("1e-3", 1e-3),
+        "workspace_bytes": ("1000000", 1_000_000),
+        "padding_free": ("true", True),
+        "pad_to_multiple_of": ("64", 64),
         "max_tokens_per_microbatch": ("4096", 4096),
         "on_oversized_row": ("raise", "raise"),
         "regroup_dataset": ("true", True),
@@ -262,13 +275,73 @@ def test_every_field_can_be_set_from_the_command_line():
         "ref_max_memory": ('{"cpu": "1KiB"}', {"cpu": 1024}),
         "ref_cache_dir": ("somewhere", "somewhere"),
         "precompute_ref_log_probs": ("true", True),
+        "precompute_ref_batch_size": ("16", 16),
         "disable_dropout": ("false", False),
         "model_init_kwargs": ('{"a": 1}', {"a": 1}),
+        "trust_remote_code": ("true", True),
+        # of transformers.TrainingArguments, one for each kind of value
+        "lr_scheduler_kwargs": ('{"num_cycles": 2}', {"num_cycles": 2}),
+        "liger_kernel_config": ('{"rope": true}', {"rope": True}),
+        "report_to": ("tensorboard", ["tensorboard"]),
+        "include_for_metrics": ("inputs,loss", ["inputs", "loss"]),
+        "eval_accumulation_steps": ("none", None),
+        "eval_steps": ("0.5", 0.5),
     }
-    assert given.keys() == ours
+    only_on_gpus = {"activation_offloading"}
+    assert given.keys() - ours <= {f.name for f in fields(TrainingArguments)}
+    assert ours - given.keys() == only_on_gpus
+    beside = {"loss_weights": ["--loss_type", "ipo", "sft"], "f_divergence_type": ["--loss_type", "sigmoid"]}
     for name, (text, value) in given.items():
-        *_, args = parse("train", [RunArguments, AdapterArguments, DPOConfig], [*needed, f"--{name}", text])
+        options = [*needed, *beside.get(name, []), f"--{name}", text]
+        *_, args = parse("train", [RunArguments, AdapterArguments, DPOConfig], options)
         assert getattr(args, name) == value, name
+
+
+def test_a_list_is_written_with_spaces_or_commas():
+    from fastdpo.cli.arguments import AdapterArguments, RunArguments, parse
+
+    needed = ["--model", "m", "--dataset", "d", "--output_dir", "o", "--use_cpu", "true", "--use_peft"]
+    for text in (["q_proj", "v_proj"], ["q_proj,v_proj"], ["q_proj,", "v_proj"]):
+        _, adapter, _ = parse(
+            "train", [RunArguments, AdapterArguments, DPOConfig], [*needed, "--lora_target_modules", *text]
+        )
+        assert adapter.lora_target_modules == ["q_proj", "v_proj"], text
+
+
+def test_a_list_in_a_config_has_the_kinds_that_its_option_has(tmp_path):
+    from fastdpo.cli.arguments import AdapterArguments, RunArguments, parse
+
+    lines = "model: x\ndataset: y\noutput_dir: z\nuse_cpu: true\nuse_peft: true\n"
+    for losses, weights in (("[ipo, sft]", "[1, 0.5]"), ("ipo,sft", "1,0.5")):
+        config = broken(tmp_path, "run.yaml", f"{lines}loss_type: {losses}\nloss_weights: {weights}\n")
+        *_, args = parse("train", [RunArguments, AdapterArguments, DPOConfig], ["--config", str(config)])
+        assert (args.loss_type, args.loss_weights) == (["ipo", "sft"], [1.0, 0.5])
+    config = broken(tmp_path, "run.yaml", f"{lines}loss_weights: [much]\n")
+    with pytest.raises(ValueError, match="loss_weights must be a list of float"):
+        parse("train", [RunArguments, AdapterArguments, DPOConfig], ["--config", str(config)])
+
+
+def test_an_option_that_trl_has_removed_is_answered_with_the_line_to_write(capsys, model_dir, data, tmp_path):
+    code, _, err = run(capsys, *quick(model_dir, data, tmp_path / "out", "--max_completion_length", 7))
+    assert code == 2
+    assert "max_length=..., which limits prompt and response together" in err
+
+
+def test_a_setting_that_is_no_json_object_is_refused(capsys, model_dir, data, tmp_path):
+    code, _, err = run(capsys, *quick(model_dir, data, tmp_path / "out", "--liger_kernel_config", "[1]"))
+    assert code == 2
+    assert "invalid json object value: '[1]'" in err
+
+
+def test_sft_trains_an_adapter_too(capsys, model_dir, data, tmp_path):
+    arguments = quick(model_dir, data, tmp_path / "out", "--use_peft", "--lora_target_modules", "all-linear")
+    code, _, err = run(capsys, "sft", *arguments[1:])
+    assert code == 0, err
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    code, _, err = run(capsys, "sft", *quick(model_dir, data, tmp_path / "new", "--lora_r", 4)[1:])
+    assert "lora_r must go with use_peft" in err
+    assert code == 2
 
 
 def test_help_groups_the_options_and_reaches_every_field(capsys):
