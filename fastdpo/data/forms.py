@@ -201,7 +201,7 @@ def _last_answer(messages: list[Message]) -> PreferenceRow:
 
 FORMS = (  # after the adapters; the first whose columns are all there wins
     RowFormat("explicit", ("prompt", "chosen", "rejected"), explicit_prompt),
-    RowFormat("ranked", ("prompt", "responses", "scores"), ranked),
+    RowFormat("ranked", ("prompt", "responses", "scores"), ranked, may_be_transcript=True),
     RowFormat("implicit", ("chosen", "rejected"), implicit_prompt),
 )
 SFT_FORMS = (

@@ -26,7 +26,7 @@ from fastdpo.data.tokenization import TokenizationSettings
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-__all__ = ["Report", "group_from_columns", "prepare_preference_dataset", "prepare_sft_dataset"]
+__all__ = ["Report", "group_from_columns", "one_prompt_a_row", "prepare_preference_dataset", "prepare_sft_dataset"]
 
 MEDIA_FEATURES = ("Image(", "Video(", "Audio(")  # refused before a row is read, which would decode them
 
@@ -83,7 +83,8 @@ def _prepare(
     if isinstance(dataset, IterableDataset):
         _refuse_media(dataset)
         return prepare_stream(dataset, tokenizer, settings, is_sft=is_sft)
-    dataset, settings = _one_prompt_a_row(_checked_dataset(dataset), settings, is_sft)
+    dataset, name = one_prompt_a_row(_checked_dataset(dataset), settings.dataset_format, is_sft=is_sft)
+    settings = replace(settings, dataset_format=name)
     fingerprint = tokens_fingerprint(dataset, tokenizer, settings=settings, is_sft=is_sft)
     prepared = dataset.map(
         prepare_example,
@@ -129,18 +130,22 @@ def _refuse_media(dataset: Dataset | IterableDataset) -> None:
         raise ValueError(f"dataset must hold text only, got the columns {media}; vision and audio are not supported")
 
 
-def _one_prompt_a_row(
-    dataset: Dataset, settings: TokenizationSettings, is_sft: bool
-) -> tuple[Dataset, TokenizationSettings]:
-    """Trees and single answers as rows of ranked answers; any other dataset as it is."""
+def one_prompt_a_row(dataset: Dataset, dataset_format: str, *, is_sft: bool) -> tuple[Dataset, str]:
+    """Trees and single answers as rows of ranked answers; any other dataset as it is. With the format to read it by.
+
+    To be called before a dataset is divided, or the answers to a prompt would fall into several parts.
+
+    Raises:
+        ValueError: there are no ranked answers.
+    """
     examples = (raw_example(example) for example in dataset)
-    rows = regrouped(examples, raw_example(dataset[0]), settings.dataset_format, is_sft=is_sft)
+    rows = regrouped(examples, raw_example(dataset[0]), dataset_format, is_sft=is_sft)
     if rows is None:
-        return dataset, settings
+        return dataset, dataset_format
     grouped, name = list(rows[0]), rows[1]
     if not grouped:
         raise ValueError(f"dataset must hold at least one prompt with ranked answers, {len(dataset)} rows hold none")
-    return dataset_from_rows(grouped), replace(settings, dataset_format=name)
+    return dataset_from_rows(grouped), name
 
 
 def _report(states: Dataset, kind: str) -> DataReport:

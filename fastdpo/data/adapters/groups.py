@@ -8,7 +8,6 @@ rows of the form `ranked` first. Refused with BadRow: a prompt of which no answe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby
 from typing import Any
 
 from fastdpo.data.adapters.building import assistant, html_text, ranked_answers, transcript_messages, user
@@ -99,7 +98,7 @@ def _answered(message: Any, before: list[Message]) -> Iterator[Example]:
 def open_assistant_messages(rows: Iterable[Example]) -> Iterator[Example]:
     """OpenAssistant/oasst1 and oasst2 have one message a row, which here become trees again."""
     messages = {row["message_id"]: {**row, "replies": []} for row in rows}
-    roots = []
+    roots: list[dict[str, Any]] = []
     for message in messages.values():
         parent = messages.get(message["parent_id"])
         (roots if parent is None else parent["replies"]).append(message)
@@ -107,9 +106,11 @@ def open_assistant_messages(rows: Iterable[Example]) -> Iterator[Example]:
 
 
 def helpsteer_answers(rows: Iterable[Example]) -> Iterator[Example]:
-    """nvidia/HelpSteer and HelpSteer2: one answer a row, those of a prompt in succession, ranked by `helpfulness`."""
-    for prompt, same in groupby(rows, key=lambda row: row["prompt"]):
-        answers = list(same)
+    """nvidia/HelpSteer and HelpSteer2: one answer a row, several rows a prompt, ranked by `helpfulness`."""
+    answers_of: dict[Any, list[Example]] = {}
+    for row in rows:
+        answers_of.setdefault(row["prompt"], []).append(row)
+    for prompt, answers in answers_of.items():
         yield {
             "prompt": helpsteer_prompt(prompt) if isinstance(prompt, str) else prompt,
             "responses": [answer["response"] for answer in answers],
