@@ -83,14 +83,12 @@ def preference_losses(scores: PairScores, config: LossConfig) -> Tensor:
     total = torch.zeros_like(scores.policy_chosen_logps)
     for name, factor in zip(config.loss_type, config.loss_weights or [1.0] * len(config.loss_type), strict=True):
         losses = LOSSES[name](divergent if name in DIVERGENCE_LOSSES and name != "sft" else scores, config)
-        if scores.pair_weights is not None:
-            # sft is one mean over the batch and no loss of pairs: it has their mean weight, as in TRL
-            losses = losses * (scores.pair_weights.mean() if name == "sft" else scores.pair_weights)
+        if scores.pair_weights is not None and name != "sft":  # a mean over tokens is none of pairs
+            losses = losses * scores.pair_weights
         total = total + factor * losses
     return total
 
 
 def looks_at_whole_batch(config: LossConfig) -> bool:
     """Whether the loss of a batch is not the sum of the losses of its parts."""
-    is_weighed_as_one = config.use_weighting and "sft" in config.loss_type
-    return is_weighed_as_one or any(name in BATCH_LOSSES for name in config.loss_type)
+    return any(name in BATCH_LOSSES for name in config.loss_type)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -18,7 +17,7 @@ from transformers.utils import logging
 
 from fastdpo.data.loss_rows import rows_for_loss
 from fastdpo.data.prepare import Report, prepare_preference_dataset
-from fastdpo.losses import LIKELIHOOD_LOSSES, PER_TOKEN_REWARDS, looks_at_whole_batch, pair_scores, preference_losses
+from fastdpo.losses import PER_TOKEN_REWARDS, looks_at_whole_batch, pair_scores, preference_losses
 from fastdpo.losses.listwise import rankings_of
 from fastdpo.losses.scores import SHARED_PARTS_AFTER
 from fastdpo.metrics import SumAndWeight, pair_metrics, token_metrics
@@ -34,7 +33,6 @@ from fastdpo.references.cache import LogpsCache
 from fastdpo.references.precompute import Scorer, fill_ref_logps
 from fastdpo.training.adapters import with_adapter
 from fastdpo.training.base import PackedTrainer
-from fastdpo.training.collator import microbatches_of
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.models import model_name, resolve_model
 from fastdpo.training.reference import (
@@ -45,6 +43,7 @@ from fastdpo.training.reference import (
     too_large_to_hold,
 )
 from fastdpo.training.streams import brings_ref_logps, check_not_streamed
+from fastdpo.training.token_means import TokenMeans
 from fastdpo.training.trl_names import is_trls_config, settings_of, tokenizer_given_as
 from fastdpo.types import PackedBatch
 
@@ -53,7 +52,7 @@ logger = logging.get_logger(__name__)
 TOKEN_METRICS = ("entropy", "mean_logits", "is_top1")
 
 
-class DPOTrainer(PackedTrainer):
+class DPOTrainer(TokenMeans, PackedTrainer):
     """Direct Preference Optimization of a causal LM.
 
     Args:
@@ -72,7 +71,6 @@ class DPOTrainer(PackedTrainer):
     """
 
     args: DPOConfig
-    _mean_chosen_length: Tensor | None = None  # counted tokens per chosen response of the current optimizer step
     _late_rows: tuple[LogpsCache, Scorer | None] | None = None  # for datasets that come later, once it is cached
 
     def __init__(
@@ -212,7 +210,7 @@ class DPOTrainer(PackedTrainer):
 
         def loss_of(sums: Tensor, lengths: Tensor, sequences: slice, pairs: slice, **statistics: Tensor) -> Tensor:
             some, reference = batch.pairs[pairs] - sequences.start, ref_sums[sequences]
-            mean_length = {"mean_chosen_length": self._mean_chosen_length}
+            mean_length = {"mean_chosen_length": self.mean_chosen_length}
             scores = pair_scores(some, sums, lengths, reference, args, **mean_length, **statistics)
             return preference_losses(scores, args).sum()
 
@@ -230,45 +228,6 @@ class DPOTrainer(PackedTrainer):
         metrics = pair_metrics(scores, args.beta, per_token=per_token)
         metrics.update(token_metrics(policy, batch.token_rows, batch.cu_seqlens, batch.pairs))
         return loss, metrics
-
-    # Means over the tokens of an optimizer step
-
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        self._count_chosen(batch_samples, everywhere=True)
-        return super()._get_num_items_in_batch(batch_samples, device)
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        if num_items_in_batch is None:  # called from outside the loop
-            self._count_chosen([inputs])
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        if num_items_in_batch is None or not model.training:
-            self._count_chosen([inputs])
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def _count_chosen(self, batches: list[dict[str, Any]], *, everywhere: bool = False) -> None:
-        """Sets `mean_chosen_length` to that of these batches, of all processes where `everywhere`.
-
-        An evaluation has it batch by batch, so that there the likelihood term of a loss depends on the batch size.
-        """
-        if not any(name in LIKELIHOOD_LOSSES for name in self.args.loss_type):
-            return
-        parts = [part for inputs in batches for part in microbatches_of(inputs)]
-        num_tokens = torch.stack([part["cu_seqlens"].diff()[part["pairs"][:, 0]].sum() for part in parts]).sum()
-        counts = torch.stack([num_tokens, num_tokens.new_tensor(sum(len(part["pairs"]) for part in parts))])
-        counts = counts.to(self.args.device)
-        if everywhere and self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, "sum")
-        self._mean_chosen_length = counts[0] / counts[1].clamp(min=1)
 
 
 def _as_config(args: Any, model: Any) -> DPOConfig:

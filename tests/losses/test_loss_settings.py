@@ -58,10 +58,6 @@ def test_the_default_is_one_sigmoid_loss(tmp_path):
         ({"loss_type": "simpo", "reference": "frozen"}, "reference must be 'auto' or 'none' for loss_type 'simpo'"),
         ({"loss_type": "orpo", "precompute_ref_log_probs": True}, "precompute_ref_log_probs must be off for .*'orpo'"),
         ({"loss_type": "aot", "max_tokens_per_microbatch": 100}, "max_tokens_per_microbatch must be None .* be split"),
-        (
-            {"loss_type": ["sigmoid", "sft"], "use_weighting": True, "max_tokens_per_microbatch": 100},
-            "max_tokens_per_microbatch must be None .* with use_weighting",
-        ),
     ],
 )
 def test_losses_that_cannot_be_combined_are_refused(tmp_path, settings, message):

@@ -197,14 +197,14 @@ def test_a_response_is_as_typical_as_its_probabilities_beside_those_of_samples()
     assert not typical.requires_grad
 
 
-def test_pairs_are_weighed_by_both_responses_and_sft_by_the_mean_weight():
-    """Weights 1 and 2 * 3 = 6: each pair's own for sigmoid; (1 + 6) / 2 for sft."""
+def test_pairs_are_weighed_by_both_responses_and_sft_is_not():
+    """Weights 1 and 2 * 3 = 6."""
     sums = torch.tensor([-1.0, -1.0, -2.0, -2.0])
     squares = sums - torch.tensor([0.0, 0.0, math.log(2), math.log(3)])
     pairs, ones = torch.tensor([[0, 1], [2, 3]]), torch.ones(4, dtype=torch.int64)
     config = settings(use_weighting=True, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 10.0])
     scores = pair_scores(pairs, sums, ones, torch.zeros(4), config, log_sum_sq_probs=squares)
-    by_hand = [math.log(2) + 10 * 1 * 3.5, 6 * math.log(2) + 10 * 2 * 3.5]
+    by_hand = [math.log(2) + 10 * 1, 6 * math.log(2) + 10 * 2]
     assert preference_losses(scores, config).tolist() == pytest.approx(by_hand, rel=1e-5)
 
 

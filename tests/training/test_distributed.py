@@ -26,6 +26,7 @@ args = DPOConfig(
     out, use_cpu=True, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, max_steps=4,
     logging_steps=1, learning_rate=1e-2 if adapter else 1e-3, save_strategy="no", disable_tqdm=True, report_to="none",
     beta=0.5, reference_free=sys.argv[4] == "none", per_device_eval_batch_size=batch_size,
+    loss_type=["sigmoid", "sft"] if sys.argv[4] == "none" else "sigmoid",  # sft: a mean over the tokens of both
 )
 trainer = DPOTrainer(
     make_llama(), args=args, train_dataset=Dataset.from_list(make_rows(16)), processing_class=make_tokenizer(),
