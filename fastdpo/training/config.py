@@ -25,6 +25,7 @@ from fastdpo.training.config_checks import (
     parse_max_memory,
     row_multiple,
     token_budget,
+    with_torch_dtype,
 )
 from fastdpo.training.feature_settings import FeatureSettings
 from fastdpo.training.loss_settings import LossSettings
@@ -182,6 +183,7 @@ class EngineConfig(TrainingArguments):
         self.pad_to_multiple_of = row_multiple(self.pad_to_multiple_of)
         check_settings(1.0, None, (), self.skip_tolerance, self.workspace_bytes, self.impl)
         self.model_init_kwargs = as_dict("model_init_kwargs", self.model_init_kwargs)
+        self.init_kwargs()
         if self.logging_nan_inf_filter:
             raise ValueError("logging_nan_inf_filter must be False: it would hide a loss that is not finite, got True")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -223,8 +225,8 @@ class EngineConfig(TrainingArguments):
 
     def init_kwargs(self) -> dict[str, Any]:
         """What from_pretrained is given where a model is loaded by name."""
-        given: Any = self.model_init_kwargs or {}  # a dict once __post_init__ has parsed it
-        return {**({"trust_remote_code": True} if self.trust_remote_code else {}), **given}
+        trust = {"trust_remote_code": True} if self.trust_remote_code else {}
+        return {**trust, **with_torch_dtype(self.model_init_kwargs)}
 
     def tokenization_settings(self) -> TokenizationSettings:
         return TokenizationSettings(

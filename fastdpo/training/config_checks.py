@@ -11,6 +11,8 @@ import json
 import math
 from typing import Any
 
+import torch
+
 
 def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
     """Raises ValueError with the nearest valid name."""
@@ -29,6 +31,25 @@ def as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | N
     if parsed is not None and not isinstance(parsed, dict):
         raise ValueError(f"{name} must be a JSON object, got {value!r}")
     return parsed
+
+
+def with_torch_dtype(model_init_kwargs: Any) -> dict[str, Any]:
+    """Arguments of from_pretrained with `dtype` as torch has it, whether it came as text or by its older name.
+
+    Raises:
+        ValueError: there is no such dtype, or it came by both names.
+    """
+    options = dict(model_init_kwargs or {})
+    if "torch_dtype" in options:
+        if "dtype" in options:
+            raise ValueError("model_init_kwargs must hold dtype or torch_dtype, its older name, got both")
+        options["dtype"] = options.pop("torch_dtype")
+    dtype = options.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto":
+        options["dtype"] = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(options["dtype"], torch.dtype):
+            raise ValueError(f"model_init_kwargs must hold a dtype of torch, or 'auto', got {dtype!r}")
+    return options
 
 
 def parse_max_memory(value: dict[Any, Any] | str | None) -> dict[Any, Any] | None:

@@ -156,6 +156,16 @@ def test_code_from_the_hub_is_run_where_that_is_allowed(tmp_path, monkeypatch):
     assert not any(seen)
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["bfloat16", "torch.bfloat16", torch.bfloat16], ids=str)
+def test_policy_and_reference_are_loaded_in_the_dtype_asked_for_by_either_name(tmp_path, name, value):
+    make_llama().save_pretrained(tmp_path / "model")
+    folder = str(tmp_path / "model")
+    fast = trainer(tmp_path, model=folder, ref_model=folder, model_init_kwargs={name: value})
+    dtypes = {p.dtype for model in (fast.model, fast.reference.model) for p in model.parameters()}
+    assert dtypes == {torch.bfloat16}
+
+
 def test_model_init_kwargs_beside_a_loaded_model_are_said_to_do_nothing(tmp_path, caplog):
     trainer(tmp_path, model_init_kwargs={"dtype": "bfloat16"})
     assert "model_init_kwargs changes nothing about the model" in caplog.text
@@ -173,6 +183,8 @@ def test_model_init_kwargs_beside_a_loaded_model_are_said_to_do_nothing(tmp_path
         ({"workspace_bytes": 0}, "workspace_bytes must be a positive int"),
         ({"activation_offloading": True}, "activation_offloading must be False on a CPU"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must go with packing='padded'"),
+        ({"model_init_kwargs": {"dtype": "bfloat17"}}, "model_init_kwargs must hold a dtype of torch, or 'auto', got"),
+        ({"model_init_kwargs": {"dtype": "auto", "torch_dtype": "auto"}}, "got both"),
         ({"loss_type": "aot_pair"}, "instead: 'aot_unpaired'"),
     ],
     ids=str,
