@@ -32,6 +32,9 @@ class RunArguments:
         metadata=_help("Training data: a .json, .jsonl (also .gz) or .parquet file, a directory, or a name. Required.")
     )
     dataset_split: str = field(default="train", metadata=_help("Split of a named dataset."))
+    dataset_streaming: bool = field(
+        default=False, metadata=_help("Read the data as the run goes, in its own order; max_steps is needed.")
+    )
     eval_dataset: str | None = field(default=None, metadata=_help("Evaluation data, in the same forms."))
     eval_split: str = field(default="test", metadata=_help("Split of a named evaluation dataset."))
     eval_fraction: float = field(
@@ -79,9 +82,9 @@ class AdapterArguments(LoraArguments):
 
 # Options in the order in which people look for them; what no group names is shown under "everything else".
 GROUPS = {
-    "model and data": "model dataset output_dir config dataset_split eval_dataset eval_split eval_fraction max_length"
-    " max_prompt_length truncation_mode on_bad_row dataset_format dataset_num_proc pad_token model_init_kwargs"
-    " trust_remote_code disable_dropout",
+    "model and data": "model dataset output_dir config dataset_split dataset_streaming eval_dataset eval_split"
+    " eval_fraction max_length max_prompt_length truncation_mode on_bad_row dataset_format dataset_num_proc pad_token"
+    " model_init_kwargs trust_remote_code disable_dropout",
     "preference optimization": "beta loss_type loss_weights label_smoothing f_divergence_type f_alpha_divergence_coef"
     " ld_alpha use_weighting discopop_tau gamma_beta_ratio cpo_alpha router_aux_loss_coef",
     "reference": "reference ref_model reference_free precompute_ref_log_probs precompute_ref_batch_size ref_cache_dir"

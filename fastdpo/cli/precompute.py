@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
         "precompute", [RunArguments, AdapterArguments, DPOConfig], ["--output_dir", "not_used", *argv]
     )
     console = make_console()
-    train, evaluated = load_datasets(run, args.seed)
+    train, evaluated = load_datasets(run, args)
     started = time.perf_counter()
     done = precompute_ref_logps(
         run.model,

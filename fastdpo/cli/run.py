@@ -13,10 +13,12 @@ from rich.table import Table
 from transformers.trainer_utils import get_last_checkpoint
 
 from fastdpo.cli.arguments import RunArguments
-from fastdpo.data.loading import load_preference_dataset
+from fastdpo.data.loading import load_preference_dataset, stream_preference_dataset
+from fastdpo.data.prepare import one_prompt_a_row
 from fastdpo.training.base import PackedTrainer
-from fastdpo.training.config import EngineConfig
+from fastdpo.training.config import EngineConfig, SFTConfig
 from fastdpo.training.memory import MIB
+from fastdpo.training.streams import is_stream
 from fastdpo.training.summary import peak_memory, summary_lines
 
 RUN_FILE = "fastdpo_run.json"  # marks a directory as the output of a run, with the options it had
@@ -50,15 +52,19 @@ def check_output_dir(args: EngineConfig, *, overwrite: bool) -> str | None:
     return None
 
 
-def load_datasets(run: RunArguments, seed: int) -> tuple[Any, Any]:
-    """Training and evaluation rows; the latter held out of the former where no file is given."""
-    train = load_preference_dataset(run.dataset, run.dataset_split)
+def load_datasets(run: RunArguments, args: EngineConfig) -> tuple[Any, Any]:
+    """Training and evaluation rows; the latter held out of the former where no file is given, but not of a stream."""
+    load = stream_preference_dataset if run.dataset_streaming else load_preference_dataset
+    train: Any = load(run.dataset, run.dataset_split)
     if run.eval_dataset is not None:
-        return train, load_preference_dataset(run.eval_dataset, run.eval_split)
+        return train, load(run.eval_dataset, run.eval_split)
+    if run.dataset_streaming:
+        return train, None
+    train, _ = one_prompt_a_row(train, args.dataset_format, is_sft=isinstance(args, SFTConfig))
     num_eval = min(round(len(train) * run.eval_fraction), len(train) - 1)
     if num_eval < 1:
         return train, None
-    parts = train.train_test_split(test_size=num_eval, seed=seed)
+    parts = train.train_test_split(test_size=num_eval, seed=args.seed)
     return parts["train"], parts["test"]
 
 
@@ -135,8 +141,9 @@ def _comparison(
 ) -> Table:
     """On the evaluation data, or where there is none on the first and the last logged training steps."""
     if before:
+        data: Any = trainer.eval_dataset
         rows = [(label, before.get(f"eval_{key}"), after.get(f"eval_{key}")) for key, label in columns]
-        where = f"{len(trainer.eval_dataset):,} evaluation rows"
+        where = "the evaluation rows" if is_stream(data) else f"{len(data):,} evaluation rows"
     else:
         logs = [entry for entry in trainer.state.log_history if "loss" in entry] or [{}]
         rows = [(label, logs[0].get(key), logs[-1].get(key)) for key, label in columns]

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     check_dropout(adapter, args)
     console = make_console()
     resume_from = check_output_dir(args, overwrite=run.overwrite_output_dir)
-    train_dataset, eval_dataset = load_datasets(run, args.seed)
+    train_dataset, eval_dataset = load_datasets(run, args)
     trainer = SFTTrainer(
         run.model,
         args,

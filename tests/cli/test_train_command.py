@@ -76,6 +76,30 @@ def test_a_run_says_what_it_will_do_and_what_it_did(capsys, model_dir, data, tmp
     assert json.loads((tmp_path / "out" / "fastdpo_run.json").read_text())["beta"] == 0.1
 
 
+def test_a_streamed_run_trains_and_reports(capsys, model_dir, data, tmp_path):
+    streamed = ("--dataset_streaming", "true", "--eval_dataset", data)
+    code, out, _ = run(capsys, *quick(model_dir, data, tmp_path / "out", *streamed))
+    assert code == 0
+    text = out.replace("\n", " ")
+    for fact in ("a stream, tokenized as it is read", "of a stream", "on the evaluation rows", "accuracy"):
+        assert fact in text, fact
+
+
+def test_answers_to_a_prompt_stay_together_when_rows_are_held_out(capsys, model_dir, tmp_path):
+    scores = {"correctness": 1, "coherence": 1, "complexity": 1, "verbosity": 1}
+    rows = [
+        {"prompt": f"the {noun}", "response": text, "helpfulness": rank, **scores}
+        for rank, text in enumerate(("sees", "likes", "eats"))
+        for noun in ("cat", "dog", "bird", "house", "tree", "river", "big cat", "old dog")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = run(capsys, *quick(model_dir, tmp_path / "rows.jsonl", tmp_path / "out"))
+    assert code == 0
+    text = " ".join(out.split())
+    assert "kept 6 of 6 prompts with 18 pairs of answers" in text
+    assert "kept 2 of 2 prompts with 6 pairs of answers" in text
+
+
 def test_flags_override_a_yaml_config(capsys, model_dir, data, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
