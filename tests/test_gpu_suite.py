@@ -106,10 +106,12 @@ def test_the_benchmarks_know_the_options_that_they_are_given(tmp_path, monkeypat
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     seen = []
     for part in gpu_suite.gpu_parts(tmp_path, {"missing": []}):
-        if part.script is not None and part.script.name in ("bench_linear_logps.py", "bench_skipping.py"):
-            options = importlib.import_module(part.script.stem).parse_args(part.command[1:])
-            seen.append(Path(options.out).name)
-    assert seen == ["linear_logps.jsonl", "skipping.jsonl"]
+        if part.script is not None and part.script.name.startswith("bench_"):
+            words = [word.replace("{seconds}", "7") for word in part.command[1:]]
+            options = importlib.import_module(part.script.stem).parse_args(words)
+            seen.append((Path(options.out).name, getattr(options, "max_seconds", None)))
+            assert Path(options.out).name == part.output
+    assert seen == [("linear_logps.jsonl", 7.0), ("training_step.jsonl", 7.0), ("skipping.jsonl", seen[2][1])]
 
 
 def test_tuning_knows_the_options_that_it_is_given(tmp_path):
@@ -131,7 +133,7 @@ def suite(tmp_path):
 
 
 def part(code, seconds=30, **more):
-    return gpu_suite.Part("a part", ["-c", code], seconds, **more)
+    return gpu_suite.Part("key", "a part", ["-c", code], seconds, **more)
 
 
 def test_a_part_that_fails_is_in_the_summary_with_the_end_of_its_log(suite):
@@ -171,8 +173,68 @@ def test_no_part_starts_when_the_time_is_used_up(tmp_path):
     assert suite.run(part("raise SystemExit(1)")).verdict == "left out: no time was left"
 
 
+def named(key, code="pass", seconds=30, **more):
+    return gpu_suite.Part(key, f"part {key}", ["-c", code], seconds, output=f"{key}.jsonl", **more)
+
+
+def verdicts(suite):
+    return {result.name.removeprefix("part "): result.verdict for result in suite.results}
+
+
+def test_what_was_not_finished_goes_on_and_what_was_is_not_run_again(tmp_path):
+    leaves = "import sys; open(sys.argv[1], 'a').write('{}\\n'); sys.exit(int(sys.argv[2]))"
+    parts = [named("fine"), named("broken", "raise SystemExit(1)"), named("long", leaves, goes_on=True)]
+    first = gpu_suite.Suite(tmp_path, 60.0, tmp_path)
+    first.facts = {"missing": []}
+    parts[2].command.extend([str(tmp_path / "long.jsonl"), "3"])
+    for one in first.begin(parts, None, resume=False):
+        first.run(one)
+    assert verdicts(first) == {"fine": "ok", "broken": "FAILED", "long": "unfinished"}
+    (tmp_path / "fine.jsonl").write_text("{}\n")
+    (tmp_path / "broken.jsonl").write_text("{}\n")
+    second = gpu_suite.Suite(tmp_path, 60.0, tmp_path)
+    second.facts = {"missing": []}
+    parts[2].command[-1] = "0"
+    left = second.begin(parts, None, resume=True)
+    assert [one.key for one in left] == ["broken", "long"]
+    assert not (tmp_path / "broken.jsonl").exists()
+    for one in left:
+        second.run(one)
+    assert verdicts(second) == {"fine": "ok", "broken": "FAILED", "long": "ok"}
+    assert (tmp_path / "fine.jsonl").exists()
+    assert len((tmp_path / "long.jsonl").read_text().splitlines()) == 2
+    assert "| part fine | ok |" in (tmp_path / "SUMMARY.md").read_text()
+
+
+def test_one_part_alone_replaces_its_own_results_only(tmp_path):
+    parts = [named("one"), named("other", goes_on=True)]
+    suite = gpu_suite.Suite(tmp_path, 60.0, tmp_path)
+    suite.facts = {"missing": []}
+    for one in suite.begin(parts, None, resume=False):
+        suite.run(one)
+    for one in parts:
+        (tmp_path / one.output).write_text("{}\n")
+    again = gpu_suite.Suite(tmp_path, 60.0, tmp_path)
+    assert [one.key for one in again.begin(parts, ["other"], resume=False)] == ["other"]
+    assert not (tmp_path / "other.jsonl").exists()
+    assert (tmp_path / "one.jsonl").exists()
+    assert verdicts(again) == {"one": "ok", "other": "ok"}
+
+
+def test_a_part_may_take_the_time_that_those_after_it_do_not_need(tmp_path):
+    says = "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"
+    told = tmp_path / "told"
+    for seconds, reserved, expected in ((1000, 100, 870), (1000, 990, 60), (200, 0, 170)):
+        suite = gpu_suite.Suite(tmp_path, seconds, tmp_path)
+        suite.facts = {"missing": []}
+        one = named("a", says, seconds=90, takes_the_rest=True)
+        one.command.extend([str(told), "{seconds}"])
+        assert suite.run(one, reserved=reserved).verdict == "ok"
+        assert int(told.read_text()) == pytest.approx(expected, abs=2)
+
+
 def test_output_that_is_a_result_goes_to_its_own_file(suite):
-    suite.run(part("import sys; print('{}'); print('noise', file=sys.stderr)", stdout="result.json"))
+    suite.run(part("import sys; print('{}'); print('noise', file=sys.stderr)", output="result.json", stdout=True))
     assert (suite.out / "result.json").read_text() == "{}\n"
     assert "noise" in suite.log.read_text()
 

@@ -222,6 +222,44 @@ def test_no_method_is_started_after_the_time_is_up(capsys):
     assert "left out: fastdpo (out of time)" in capsys.readouterr().out
 
 
+def test_a_run_that_ran_out_of_time_goes_on_with_what_it_has(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "lines.jsonl"
+    turn = {"step_s": [1.0], "losses": [math.log(2), 0.7, 0.71], "work": vars(Work()), "num_backbone_weights": 1}
+    turn |= {"data_s": 0.0, "collate_s": 0.0, "micro_batch": 4, "attention": "sdpa", "peak_mib": 1.0}
+    measured = []
+
+    def run(self, job, *, in_new_process):
+        measured.append(job.method)
+        losses = [math.log(2), 0.7, 0.8 if job.method == "fastdpo, cached" else 0.71]
+        return {**turn, "losses": losses}
+
+    monkeypatch.setattr(bench.Worker, "run", run)
+    names = ["fastdpo", "plain, response rows"]
+    command = ["--quick", "--out", str(out), "--resume", "--methods"]
+    assert bench.main([*command, "fastdpo"]) == 0
+    assert bench.main([*command, *names, "--max-seconds", "-1"]) == bench.UNFINISHED
+    assert "left out: plain, response rows (out of time)" in capsys.readouterr().out
+    assert bench.main([*command, *names, "fastdpo, cached"]) == 0
+    assert measured == ["fastdpo", "plain, response rows", "fastdpo, cached"]
+    printed = capsys.readouterr().out
+    assert "| fastdpo | 4 |" in printed  # what is known is in the table
+    assert "off by 9.0e-02" in printed  # and what is new is compared with it
+    assert [json.loads(line)["method"] for line in out.read_text().splitlines()] == measured
+    assert bench.main([*command, *names]) == 0
+    assert len(measured) == 3
+
+
+def test_the_qlora_check_waits_for_time_and_is_not_repeated(tmp_path, monkeypatch):
+    out = tmp_path / "lines.jsonl"
+    calls = []
+    monkeypatch.setattr(step_qlora, "measure", lambda: calls.append(1) or {"error": "not run: no bitsandbytes"})
+    command = ["--workloads", "7B QLoRA", "--out", str(out), "--resume"]
+    assert bench.main([*command, "--max-seconds", "-1"]) == bench.UNFINISHED
+    assert not out.exists()
+    assert bench.main(command) == bench.main(command) == 0
+    assert calls == [1]
+
+
 def test_the_qlora_check_is_left_out_without_its_packages(monkeypatch):
     import sys
 
