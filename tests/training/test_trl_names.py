@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from peers import peer
 from tiny import make_llama, make_rows, make_tokenizer
 
 from fastdpo import DPOConfig, DPOTrainer
@@ -79,7 +80,7 @@ def test_a_default_that_is_not_trls_stands_in_the_table():
 
 
 def test_the_written_out_fields_are_those_of_the_installed_trl():
-    trl = pytest.importorskip("trl")
+    trl = peer("trl")
     from transformers import TrainingArguments
 
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
@@ -91,7 +92,7 @@ def test_the_written_out_fields_are_those_of_the_installed_trl():
 
 
 def test_the_trainers_arguments_come_in_trls_order():
-    trl = pytest.importorskip("trl")
+    trl = peer("trl")
     parameters = inspect.signature(DPOTrainer.__init__).parameters.values()
     ours = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
     assert ours == list(inspect.signature(trl.DPOTrainer.__init__).parameters)
@@ -196,8 +197,20 @@ def test_settings_given_to_the_trainer_are_refused_with_the_line_to_write(tmp_pa
         DPOTrainer(make_llama(), args=config(tmp_path), train_datasets=[], **parts())
 
 
+def test_trls_parser_of_command_lines_takes_our_config(tmp_path):
+    trl = peer("trl")
+    line = f"--model_name_or_path tiny --dataset_name pairs --output_dir {tmp_path} --use_cpu true --lora_r 4"
+    line += " --loss_type sigmoid sft --loss_weights 1 0.5 --max_length 64 --bf16 true --pad_to_multiple_of 8"
+    line += ' --model_init_kwargs {"dtype":"bfloat16"}'
+    parser = trl.TrlParser((trl.ScriptArguments, DPOConfig, trl.ModelConfig))
+    _, args, model = parser.parse_args_and_config(line.split())
+    assert (args.loss_type, args.loss_weights, args.pad_to_multiple_of) == (["sigmoid", "sft"], [1.0, 0.5], 8)
+    assert args.model_init_kwargs == {"dtype": "bfloat16"}
+    assert model.lora_r == 4
+
+
 def test_trls_own_config_is_taken_over(tmp_path):
-    trl = pytest.importorskip("trl")
+    trl = peer("trl")
     settings = {
         "beta": 0.3,
         "max_length": 64,
