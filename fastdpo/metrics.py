@@ -1,7 +1,8 @@
 """Metrics of a batch as (sum, weight) pairs, and their exact weighted means over any number of batches.
 
-Keys are TRL's, plus `rewards/weight`. A mean over pairs weighs every pair alike and a mean over tokens every token,
-however the batches were cut, because sums and weights are kept apart until `MetricMeans.pop`.
+Keys are TRL's, plus `rewards/weight`, and `lengths/chosen` and `lengths/rejected`, the counted tokens of a response. A
+mean over pairs weighs every pair alike and a mean over tokens every token, however the batches were cut, because sums
+and weights are kept apart until `MetricMeans.pop`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,16 @@ from fastdpo.types import PairLogps, PairScores
 SumAndWeight = tuple[Tensor, Tensor | float]
 
 
+def implicit_rewards(scores: PairScores, beta: float, *, per_token: bool = False) -> tuple[Tensor, Tensor]:
+    """(B,) rewards of chosen and rejected, without gradient; `per_token` as in `pair_metrics`."""
+    rewards = beta * scores.chosen_logratios.detach(), beta * scores.rejected_logratios.detach()
+    if not per_token:
+        return rewards
+    assert scores.chosen_lengths is not None
+    assert scores.rejected_lengths is not None
+    return rewards[0] / scores.chosen_lengths.clamp(min=1), rewards[1] / scores.rejected_lengths.clamp(min=1)
+
+
 def pair_metrics(scores: PairScores, beta: float, *, per_token: bool = False) -> dict[str, SumAndWeight]:
     """Sums over the B pairs of what TRL logs, and of the gradient weight `sigmoid(-beta * margin)`.
 
@@ -24,13 +35,7 @@ def pair_metrics(scores: PairScores, beta: float, *, per_token: bool = False) ->
     Args:
         per_token: rewards are those of SimPO and ORPO, beta times the mean over tokens, for scores with lengths.
     """
-    chosen_rewards = beta * scores.chosen_logratios.detach()
-    rejected_rewards = beta * scores.rejected_logratios.detach()
-    if per_token:
-        assert scores.chosen_lengths is not None
-        assert scores.rejected_lengths is not None
-        chosen_rewards = chosen_rewards / scores.chosen_lengths.clamp(min=1)
-        rejected_rewards = rejected_rewards / scores.rejected_lengths.clamp(min=1)
+    chosen_rewards, rejected_rewards = implicit_rewards(scores, beta, per_token=per_token)
     values = {
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
@@ -40,6 +45,9 @@ def pair_metrics(scores: PairScores, beta: float, *, per_token: bool = False) ->
         "logps/chosen": scores.policy_chosen_logps.detach(),
         "logps/rejected": scores.policy_rejected_logps.detach(),
     }
+    for side, lengths in (("chosen", scores.chosen_lengths), ("rejected", scores.rejected_lengths)):
+        if lengths is not None:
+            values[f"lengths/{side}"] = lengths
     return {key: (value.sum(), float(value.numel())) for key, value in values.items()}
 
 
@@ -86,6 +94,10 @@ class MetricMeans:
         for key, (value, weight) in metrics.items():
             pair = torch.stack([value.double(), torch.as_tensor(weight, dtype=torch.float64, device=value.device)])
             self._sums[key] = self._sums[key] + pair if key in self._sums else pair
+
+    def peek(self) -> dict[str, float]:
+        """The mean of each key since the last `pop` on this process, left where it is."""
+        return {key: (pair[0] / pair[1]).item() for key, pair in self._sums.items()}
 
     def pop(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """The mean of each key since the last `pop`. `reduce` sums the (K, 2) table of sums, weights over processes."""

@@ -118,7 +118,8 @@ class PackedBatch:
     """B pairs over S sequences, laid out for one forward of the model. Made by `fastdpo.data.packing`.
 
     Packed (`attention_mask` is None): one row of T tokens, every group as `[shared prefix | branch | branch ...]`.
-    Padded (`segments` is empty): one right-padded row per sequence, for models whose attention cannot be packed.
+    Padded (`segments` is empty): one right-padded row per sequence, or for several of equal tokens, for models whose
+    attention cannot be packed.
     Hidden states are viewed as (input_ids.numel(), H) in both cases, and `logit_rows` points into that view.
     """
 
@@ -138,6 +139,7 @@ class PackedBatch:
     group_ends: tuple[tuple[int, int, int, int], ...] = ()  # per group: rows r, counted tokens, sequences, pairs so far
     example_ids: Tensor | None = None  # (S,) int64, which of the collated examples brought the sequence
     varlen: VarlenLayout | None = None  # packed only
+    uses: Tensor | None = None  # like input_ids: sides of pairs that the position is part of; 0 is padding
 
     def __post_init__(self) -> None:
         if isinstance(self.varlen, dict):  # as `asdict` has it
@@ -209,6 +211,7 @@ class PairLogps:
     chosen_lengths: Tensor  # (B,) int64
     rejected_lengths: Tensor  # (B,)
     sequences: SequenceLogps
+    aux_loss: Tensor | None = None  # (), the load-balancing loss of experts, where it was asked for
 
 
 @dataclass(frozen=True)

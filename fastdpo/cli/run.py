@@ -15,9 +15,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from fastdpo.cli.arguments import RunArguments
 from fastdpo.data.loading import load_preference_dataset, stream_preference_dataset
 from fastdpo.data.prepare import one_prompt_a_row
+from fastdpo.report.run import write_run_report
 from fastdpo.training.base import PackedTrainer
 from fastdpo.training.config import EngineConfig, SFTConfig
 from fastdpo.training.memory import MIB
+from fastdpo.training.model_card import training_facts
 from fastdpo.training.streams import is_stream
 from fastdpo.training.summary import peak_memory, summary_lines
 
@@ -97,10 +99,13 @@ def train_and_compare(
     if resume_from is None and trainer.is_world_process_zero():  # what --overwrite_output_dir replaces
         for checkpoint in Path(trainer.args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+    data = str(options["dataset"])
+    trainer.dataset_name = Path(data).name if Path(data).exists() else data
     before = trainer.evaluate() if trainer.eval_dataset is not None else {}
     metrics = trainer.train(resume_from_checkpoint=resume_from).metrics
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     _save(trainer, metrics, after, options)
+    report = _report(trainer, options) if trainer.is_world_process_zero() else None
     trainer.accelerator.end_training()
     if trainer.is_world_process_zero():
         if resume_from is not None:
@@ -118,8 +123,8 @@ def train_and_compare(
             + (" (of the whole process)" if trainer.args.device.type == "cpu" else "")
         )
         console.print(
-            f"saved in {trainer.args.output_dir}: the model and its tokenizer, trainer_state.json (all logs),"
-            f" {RUN_FILE} (options)"
+            f"saved in {trainer.args.output_dir}: the model, its tokenizer and its card (README.md), trainer_state.json"
+            f" (all logs), {RUN_FILE} (options), {report} (curves, warnings, samples)"
         )
 
 
@@ -134,6 +139,12 @@ def _save(
     if trainer.is_world_process_zero():
         path = Path(trainer.args.output_dir) / RUN_FILE
         path.write_text(json.dumps(options, indent=2, default=str) + "\n")
+
+
+def _report(trainer: PackedTrainer, options: Mapping[str, Any]) -> str:
+    """Writes the HTML report and returns its name."""
+    settings = {"command": " ".join(options["command"]), **dict(training_facts(trainer))}
+    return write_run_report(trainer.args.output_dir, settings).name
 
 
 def _comparison(

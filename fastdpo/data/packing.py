@@ -11,6 +11,7 @@ Two pairs, prompts [1 2] and [6], responses [3 4] / [5] and [7] / [8 9]:
     cu_seqlens    0 2 3 4 6                   token_rows is 0 1 2 3 4 5 here: no response token is shared
     group_ends    (3, 3, 2, 1) (6, 6, 4, 2)   rows, tokens, sequences and pairs up to the end of each group
     example_ids   0 0 1 1                     which row of the dataset, counted within the batch, brought each sequence
+    uses          2 2 1 1 1 2 1 1 1           sides of pairs that each position is part of
 
 The first sequence of a group is computed whole. Every other one that differs is a branch: it shares the longest common
 start with the first one, response tokens included, and keeps at least one token of its own. Sequences of equal tokens
@@ -119,9 +120,11 @@ def pack_layouts(layouts: Sequence[GroupLayout], *, pad_token_id: int = 0, multi
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     segments: list[tuple[int, int, int, int]] = []
+    uses: list[np.ndarray] = []
     end = 0  # T so far
     for layout in layouts:
         batch.add_group(layout.group, layout.example_ids)
+        uses.append(_uses_of_positions(layout))
         first_start = end
         rows_of: list[np.ndarray] = []  # per branch, the head row of each of its tokens; -1 where none is needed
         for branch in layout.branches:
@@ -146,7 +149,8 @@ def pack_layouts(layouts: Sequence[GroupLayout], *, pad_token_id: int = 0, multi
         tokens.append(np.full(num_padding, pad_token_id))
         positions.append(np.arange(num_padding))
         segments.append((end, end + num_padding, 0, 0))
-    packed = {"segments": tuple(segments), "varlen": varlen_layout(segments)}
+        uses.append(np.zeros(num_padding))
+    packed = {"segments": tuple(segments), "varlen": varlen_layout(segments), "uses": _concatenate(uses)[None]}
     return batch.build(_concatenate(tokens)[None], _concatenate(positions)[None], **packed)
 
 
@@ -155,6 +159,15 @@ def _uses(group: TokenizedGroup) -> np.ndarray:
     if not group.preferences:
         return np.ones(len(group.responses), dtype=np.int64)
     return np.bincount(np.asarray(group.preferences).ravel(), minlength=len(group.responses))
+
+
+def _uses_of_positions(layout: GroupLayout) -> np.ndarray:
+    """Sides of pairs that each position of the packed group is part of."""
+    per_branch = np.bincount(layout.branch_of, weights=_uses(layout.group))
+    parts = [np.full(len(b.tokens) - b.num_shared, n) for b, n in zip(layout.branches, per_branch, strict=True)]
+    for branch, num_uses in zip(layout.branches[1:], per_branch[1:], strict=True):
+        parts[0][: branch.num_shared] += num_uses
+    return np.concatenate(parts)
 
 
 def pad_pairs(
@@ -180,6 +193,7 @@ def pad_pairs(
     batch = _BatchBuilder()
     rows: list[np.ndarray] = []  # of input_ids
     masks: list[np.ndarray] = []
+    uses: list[np.ndarray] = []
     example_ids = range(len(groups)) if example_ids is None else example_ids
     for example, group, sequences in zip(example_ids, groups, sequences_of_groups, strict=True):
         batch.add_group(group, [example] * len(sequences))
@@ -191,9 +205,11 @@ def pad_pairs(
             batch.add_sequence(head_rows, len(sequence.tokens) if num_uses else 0)
             rows.append(np.pad(sequence.tokens, (0, num_padding), constant_values=pad_token_id))
             masks.append(np.pad(np.ones_like(sequence.tokens), (0, num_padding)))
+            uses.append(num_uses * masks[-1])
         batch.end_group()
     return batch.build(
         torch.from_numpy(np.stack(rows)),
         torch.arange(width).expand(len(rows), width),
         attention_mask=torch.from_numpy(np.stack(masks)),
+        uses=torch.from_numpy(np.stack(uses)),
     )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastdpo.modeling.attention import ATTENTION_BACKENDS, PACKED_ATTENTION, PackedLayout, register
 from fastdpo.modeling.head import lm_head
+from fastdpo.modeling.router import load_balancing_loss
 from fastdpo.ops import sequence_logps
 from fastdpo.ops.sequence_logps import segment_sums
 from fastdpo.ops.sequence_loss import GroupEnd, sequence_loss
@@ -172,7 +173,14 @@ def unprepare_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def packed_logps(model: nn.Module, batch: PackedBatch, *, impl: str = "auto", outputs: Sequence[str] = ()) -> PairLogps:
+def packed_logps(
+    model: nn.Module,
+    batch: PackedBatch,
+    *,
+    impl: str = "auto",
+    outputs: Sequence[str] = (),
+    router_aux_loss: bool = False,
+) -> PairLogps:
     """Summed log-probs of every pair of the batch, from one forward of the model.
 
     Args:
@@ -180,10 +188,11 @@ def packed_logps(model: nn.Module, batch: PackedBatch, *, impl: str = "auto", ou
         batch: from `pack_pairs` or `pad_pairs`, on the model's device.
         impl: implementation of the head op, see `linear_logps`.
         outputs: per-token statistics to return in `.sequences.tokens`, see `linear_logps`.
+        router_aux_loss: return `.aux_loss`, see `fastdpo.modeling.router`.
     Returns:
         PairLogps, differentiable in the model's parameters.
     """
-    return _run(model, batch, impl, outputs)[1]
+    return _run(model, batch, impl, outputs, router_aux_loss=router_aux_loss)[1]
 
 
 def packed_loss(
@@ -195,11 +204,12 @@ def packed_loss(
     outputs: Sequence[str] = (),
     summed: Sequence[str] = (),
     grad_in_forward: bool = True,
+    router_aux_loss: bool = False,
 ) -> tuple[Tensor, PairLogps]:
     """A loss that is a sum over the batch's groups, and the log-probs behind it.
 
     Args:
-        model, batch, impl, outputs: as in `packed_logps`.
+        model, batch, impl, outputs, router_aux_loss: as in `packed_logps`; the loss does not contain the latter.
         loss_of: `(sums, lengths, sequences, pairs)` -> scalar, the summed loss of consecutive groups from the log-probs
             (s,) in nats and lengths (s,) of their sequences; the slices say which sequences and pairs of the batch.
         summed: statistics among `outputs` that `loss_of` takes by name as well, (s,) sums without gradient.
@@ -211,10 +221,10 @@ def packed_loss(
     """
     in_forward = grad_in_forward and torch.is_grad_enabled() and impl != "reference"
     if in_forward and prepared_state(model).skip_tolerance == 0:  # skipping needs the whole forward's masses first
-        loss, logps = _run(model, batch, impl, outputs, loss_of, summed)
+        loss, logps = _run(model, batch, impl, outputs, loss_of, summed, router_aux_loss=router_aux_loss)
         assert loss is not None
         return loss, logps
-    logps = packed_logps(model, batch, impl=impl, outputs=outputs)
+    logps = packed_logps(model, batch, impl=impl, outputs=outputs, router_aux_loss=router_aux_loss)
     sums, tokens = logps.sequences.sums, logps.sequences.tokens
     statistics = {
         name: segment_sums(getattr(tokens, name)[batch.token_rows], batch.cu_seqlens).to(sums.dtype) for name in summed
@@ -230,9 +240,11 @@ def _run(
     outputs: Sequence[str],
     loss_of: LossOfSums | None = None,
     summed: Sequence[str] = (),
+    *,
+    router_aux_loss: bool = False,
 ) -> tuple[Tensor | None, PairLogps]:
     prepare_model(model)
-    settings = {"impl": impl, "outputs": tuple(outputs)}
+    settings = {"impl": impl, "outputs": tuple(outputs), "router_aux_loss": router_aux_loss}
     result = model(input_ids=batch.input_ids, packed_batch=batch, loss_of=loss_of, summed=tuple(summed), **settings)
     tokens = TokenLogps(result["logps"], **{name: result[name] for name in outputs})
     sequences = SequenceLogps(result["sums"], result["lengths"], tokens)
@@ -243,6 +255,7 @@ def _run(
         chosen_lengths=sequences.lengths[chosen],
         rejected_lengths=sequences.lengths[rejected],
         sequences=sequences,
+        aux_loss=result.get("aux_loss"),
     )
 
 
@@ -254,6 +267,7 @@ def _forward(
     outputs: tuple[str, ...] = (),
     loss_of: LossOfSums | None = None,
     summed: tuple[str, ...] = (),
+    router_aux_loss: bool = False,
     **kwargs: Any,
 ) -> Any:
     """What `model.forward` is once prepared: the model's own forward unless a packed batch is given."""
@@ -271,7 +285,10 @@ def _forward(
             layout["attention_mask"] = packed_layout.row_mask(None)[None, None]
     else:
         layout = {"attention_mask": batch.attention_mask}
-    hidden_states = model.base_model(input_ids=batch.input_ids, use_cache=False, **layout).last_hidden_state
+    if router_aux_loss:
+        layout["output_router_logits"] = True
+    backbone = model.base_model(input_ids=batch.input_ids, use_cache=False, **layout)
+    hidden_states = backbone.last_hidden_state
     head = lm_head(model)
     rows = hidden_states.flatten(0, 1).index_select(0, batch.logit_rows)
     rows, weight, adapter_weight = head.operands(rows, split=loss_of is not None)
@@ -286,6 +303,9 @@ def _forward(
         "workspace_bytes": state.workspace_bytes,
     }
     loss = {}
+    if router_aux_loss:
+        assert batch.uses is not None
+        loss["aux_loss"] = load_balancing_loss(backbone.router_logits, batch.uses.flatten(), model.num_experts_per_tok)
     if loss_of is None:
         result = sequence_logps(*args, skip_tolerance=state.skip_tolerance, **settings)
     else:

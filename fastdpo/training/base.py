@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -34,6 +34,7 @@ from fastdpo.training.collator import PackingCollator, microbatches_of
 from fastdpo.training.config import EngineConfig
 from fastdpo.training.layer_kernels import use_layer_kernels
 from fastdpo.training.memory import check_memory_settings
+from fastdpo.training.model_card import CardTrainer
 from fastdpo.training.models import check_lengths, check_token_ids, disable_dropout, forget_accelerate, head_dtype
 from fastdpo.training.streams import check_stream_settings, guarded, is_stream
 from fastdpo.training.token_budget import BudgetAtStart, check_can_split, check_row_sizes, steps_in_backward
@@ -44,7 +45,7 @@ logger = logging.get_logger(__name__)
 FOR_NOTHING = "for_nothing"  # key of a micro-batch that only takes part in what all processes do together
 
 
-class PackedTrainer(Trainer):
+class PackedTrainer(CardTrainer):
     """Base of DPOTrainer and SFTTrainer; see there."""
 
     args: EngineConfig

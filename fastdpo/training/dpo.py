@@ -32,9 +32,10 @@ from fastdpo.references.adapters import (
 from fastdpo.references.cache import LogpsCache
 from fastdpo.references.precompute import Scorer, fill_ref_logps
 from fastdpo.training.adapters import with_adapter
-from fastdpo.training.base import PackedTrainer
 from fastdpo.training.config import DPOConfig
+from fastdpo.training.features import FeaturedTrainer
 from fastdpo.training.models import model_name, resolve_model
+from fastdpo.training.predictions import pair_values
 from fastdpo.training.reference import (
     asked_once,
     choose_reference,
@@ -52,7 +53,7 @@ logger = logging.get_logger(__name__)
 TOKEN_METRICS = ("entropy", "mean_logits", "is_top1")
 
 
-class DPOTrainer(TokenMeans, PackedTrainer):
+class DPOTrainer(TokenMeans, FeaturedTrainer):
     """Direct Preference Optimization of a causal LM.
 
     Args:
@@ -63,6 +64,7 @@ class DPOTrainer(TokenMeans, PackedTrainer):
         train_dataset, eval_dataset: `datasets.Dataset` or list of dicts in any form that fastdpo reads, or already
             tokenized; eval_dataset may be a dict of them.
         processing_class: the tokenizer; by default the one saved with the model.
+        compute_metrics: gets numbers of every pair and no logits, see `predictions.py`.
         callbacks, optimizers: as in transformers.Trainer.
         quantization_config: how a model given by name is quantized (BitsAndBytesConfig); needs peft_config.
         peft_config: puts a new adapter on the model; the model as it was before is the reference.
@@ -117,6 +119,7 @@ class DPOTrainer(TokenMeans, PackedTrainer):
             too_large=too_large_to_hold(args, policy, ref_model),
         )
         self.reference = self._make_reference(mode, ref_model)
+        self.add_features()
 
     def _datasets(self) -> dict[str, Dataset]:
         """What the run will see, by "train", "eval" or "eval_<name>"."""
@@ -140,7 +143,8 @@ class DPOTrainer(TokenMeans, PackedTrainer):
                 give_memory_back()
             return DatasetReference()
         if mode == "adapter":
-            if starts_from_adapter(self.model) and not brings_reference(self.model):
+            moves = starts_from_adapter(self.model) or self.args.sync_ref_model
+            if moves and not brings_reference(self.model):
                 copy_adapter_as_reference(self.model)
             return AdapterReference(self.model, impl=self.args.impl)
         reference = live_reference(self.args, self.model, ref_model, self.processing_class)
@@ -220,6 +224,7 @@ class DPOTrainer(TokenMeans, PackedTrainer):
             "outputs": (*(TOKEN_METRICS if args.token_metrics else ()), *summed),
             "summed": summed,
             "grad_in_forward": not args.torch_compile and not looks_at_whole_batch(args),
+            "router_aux_loss": self.router_aux_loss_coef > 0,
         }
         loss, policy = packed_loss(model, batch, loss_of, **settings)
         found = policy.sequences
@@ -227,6 +232,12 @@ class DPOTrainer(TokenMeans, PackedTrainer):
         per_token = any(name in PER_TOKEN_REWARDS for name in args.loss_type)
         metrics = pair_metrics(scores, args.beta, per_token=per_token)
         metrics.update(token_metrics(policy, batch.token_rows, batch.cu_seqlens, batch.pairs))
+        if policy.aux_loss is not None:  # its mean over batches weighs each by its items
+            num_items = float(self._num_items({"pairs": batch.pairs}))
+            loss = loss + self.router_aux_loss_coef * num_items * policy.aux_loss
+            metrics["aux_loss"] = (policy.aux_loss.detach() * num_items, num_items)
+        if self._predictions is not None:
+            self._pair_values = pair_values(scores, batch, args.beta, per_token=per_token)
         return loss, metrics
 
 

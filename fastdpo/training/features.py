@@ -73,7 +73,7 @@ class FeaturedTrainer(PackedTrainer):
             self._predictions.end_batch()
         return result
 
-    def evaluation_loop(
+    def evaluation_loop(  # type: ignore[override]  # names what the base hands through
         self,
         dataloader: Any,
         description: str,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import Trainer
 
 from fastdpo.modeling.packed import bare_model
+from fastdpo.training.loss_settings import LossSettings
 
 PACKAGES = ("fastdpo", "transformers", "torch", "triton", "datasets", "tokenizers", "peft")
 PAPERS = {"dpo": "https://arxiv.org/abs/2305.18290"}
@@ -125,18 +127,11 @@ def model_card(
 
 def training_facts(trainer: Any) -> list[tuple[str, str]]:
     """(what, fact) of the run, in reading order."""
-    args, facts = trainer.args, []
+    args, model, state = trainer.args, trainer.model, trainer.state
+    facts = []
     if hasattr(args, "loss_type"):
-        losses = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
-        weights = getattr(args, "loss_weights", None) or [1.0] * len(losses)
-        words = (
-            losses[0] if len(losses) == 1 else " + ".join(f"{w:g} {n}" for w, n in zip(weights, losses, strict=True))
-        )
-        facts += [("loss", words), ("beta", f"{args.beta:g}")]
-        facts.append(("reference", f"{trainer.reference.mode}: {trainer.reference_reason}"))
-    for name, report in trainer.data_reports.items():
-        facts.append((f"{name} data", report.lines()[0]))
-    model = trainer.model
+        facts += [*_loss_facts(args), ("reference", f"{trainer.reference.mode}: {trainer.reference_reason}")]
+    facts += [(f"{name} data", report.lines()[0]) for name, report in trainer.data_reports.items()]
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts.append(("trained parameters", f"{num_trained:,} of {sum(p.numel() for p in model.parameters()):,}"))
     config = next(iter(getattr(model, "peft_config", {}).values()), None)
@@ -145,33 +140,36 @@ def training_facts(trainer: Any) -> list[tuple[str, str]]:
         rank = f", r = {config.r}, alpha = {config.lora_alpha}" if hasattr(config, "lora_alpha") else ""
         facts.append(("adapter", kind + rank))
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    facts += [
-        (
-            "optimizer steps",
-            f"{trainer.state.global_step:,} of {rows} rows each, {trainer.state.epoch or 0:.2f} epochs",
-        ),
+    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return [
+        *facts,
+        ("optimizer steps", f"{state.global_step:,} of {rows} rows each, {state.epoch or 0:.2f} epochs"),
         ("optimizer", str(getattr(args.optim, "value", args.optim))),
-        (
-            "learning rate",
-            f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
-        ),
+        ("learning rate", f"{args.learning_rate:g}, {schedule}"),
         ("max_length", str(args.max_length)),
-        (
-            "precision",
-            "bf16 autocast"
-            if args.bf16
-            else "fp16 autocast"
-            if args.fp16
-            else str(next(iter(model.parameters())).dtype),
-        ),
+        ("precision", "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else dtype),
         ("seed", str(args.seed)),
     ]
+
+
+def _loss_facts(args: Any) -> list[tuple[str, str]]:
+    losses = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
+    weights = getattr(args, "loss_weights", None) or [1.0] * len(losses)
+    words = " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, losses, strict=True))
+    facts = [("loss", losses[0] if words == f"1 {losses[0]}" else words), ("beta", f"{args.beta:g}")]
+    for setting in fields(LossSettings):
+        value = getattr(args, setting.name)
+        if setting.name not in ("loss_type", "loss_weights", "beta") and value != setting.default:
+            facts.append((setting.name, str(value)))
     return facts
 
 
 def _results(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    trained = next((entry for entry in reversed(history) if "loss" in entry), {})
-    evaluated = next((entry for entry in reversed(history) if any(key.startswith("eval_") for key in entry)), {})
+    def last(key: str) -> Mapping[str, Any]:
+        return next((entry for entry in reversed(history) if key in entry), {})
+
+    trained, evaluated = last("loss"), last("eval_loss")
 
     def cell(entry: Mapping[str, Any], key: str) -> str:
         return f"{entry[key]:.4f}" if key in entry else ""
@@ -183,10 +181,11 @@ def _results(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]
 def _usage(trainer: CardTrainer, is_adapter: bool) -> str:
     where = trainer.hub_model_id or "path/to/this/folder"
     package, kind = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
-    lines = [f"from {package} import {kind}", "from transformers import AutoTokenizer", ""]
-    return "\n".join(
-        [*lines, f'model = {kind}.from_pretrained("{where}")', f'tokenizer = AutoTokenizer.from_pretrained("{where}")']
-    )
+    imports = [f"from {package} import {kind}", "from transformers import AutoTokenizer"]
+    if not is_adapter:
+        imports = [f"from {package} import {kind}, AutoTokenizer"]
+    loads = [f'model = {kind}.from_pretrained("{where}")', f'tokenizer = AutoTokenizer.from_pretrained("{where}")']
+    return "\n".join([*imports, "", *loads])
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -153,11 +153,6 @@ def check_model_and_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBa
             f"processing_class must not have more tokens than the model has embeddings ({num_embeddings}), got"
             f" {len(tokenizer)}; call model.resize_token_embeddings(len(tokenizer)) first"
         )
-    if getattr(bare.config.get_text_config(), "output_router_logits", False):
-        raise ValueError(
-            "model.config.output_router_logits must be False: the auxiliary loss of mixture-of-experts models is not"
-            " part of the loss yet, got True"
-        )
     if tokenizer.eos_token_id is None:
         raise ValueError("processing_class must have an EOS token: without one no response would learn to end")
 

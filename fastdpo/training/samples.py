@@ -9,7 +9,7 @@ FSDP and DeepSpeed, which hold weights in parts. Generation runs on the model's 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,7 +112,7 @@ class EvalSamples(TrainerCallback):
         if isinstance(reference, FrozenReference):
             return nullcontext(reference.model)
         if isinstance(reference, AdapterReference):
-            return _as_reference(reference)
+            return _asked(reference)
         return None
 
     def _generate(self, model: nn.Module) -> list[str]:
@@ -159,7 +159,7 @@ class EvalSamples(TrainerCallback):
 
 
 @contextmanager
-def _as_reference(reference: AdapterReference) -> Any:
+def _asked(reference: AdapterReference) -> Iterator[nn.Module]:
     with as_reference(reference.peft_model):
         yield reference.peft_model
 

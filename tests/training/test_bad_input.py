@@ -85,16 +85,6 @@ def test_a_vision_model_is_refused(tmp_path):
         build(tmp_path, model)
 
 
-def test_an_auxiliary_loss_that_would_be_left_out_is_refused(tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    settings = {**sizes, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1, "vocab_size": 32}
-    with pytest.raises(ValueError, match="output_router_logits must be False"):
-        build(tmp_path, MixtralForCausalLM(MixtralConfig(**settings, output_router_logits=True)))
-    build(tmp_path, MixtralForCausalLM(MixtralConfig(**settings))).train()
-
-
 def test_image_columns_are_refused(tmp_path):
     rows = [{**row, "images": ["a.png"]} for row in make_rows(3)]
     with pytest.raises(ValueError, match="image"):

@@ -1,0 +1,134 @@
+"""Samples of policy and reference at evaluation: what they are, where they go, and that they change nothing else."""
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from tiny import make_llama, make_rows, make_tokenizer
+from tiny_runs import logged, make_lora, tiny_trainer
+
+from fastdpo.training.samples import SAMPLES_FILE
+
+ROWS = make_rows(6, seed=1)
+EVERY_2 = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "learning_rate": 3e-2}
+SAMPLING = {"num_eval_samples": 3, "eval_sample_tokens": 6}
+
+
+@pytest.fixture(autouse=True)
+def _cache_in_tmp(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
+def greedy(model, prompts):
+    """What transformers' own generate answers to each prompt alone."""
+    tokenizer, answers = make_tokenizer(), []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        output = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        answers.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    return answers
+
+
+@pytest.mark.parametrize("mode", ["frozen", "adapter", "cached"])
+def test_policy_and_reference_answer_the_first_prompts(tmp_path, mode):
+    """In cached mode there is no reference to ask any more: the policy before training answers for it."""
+    settings = {"peft_config": make_lora()} if mode == "adapter" else {}
+    fast = tiny_trainer(tmp_path, eval_dataset=ROWS, reference=mode, **SAMPLING, **EVERY_2, **settings)
+    prompts = [row["prompt"] for row in ROWS[:3]]
+    start = greedy(make_llama(), prompts)
+    fast.train()
+    answered = fast.eval_samples.answered
+    assert [entry.step for entry in answered] == [2, 2, 2, 4, 4, 4]
+    assert [entry.prompt.split() for entry in answered[:3]] == [prompt.split() for prompt in prompts]
+    assert [entry.reference for entry in answered] == [*start, *start]
+    assert answered[0].reference_name == ("before training" if mode == "cached" else "reference")
+    assert [entry.policy for entry in answered[3:]] == greedy(fast.model, prompts)
+    if mode != "adapter":  # whose few weights move too little here to change a greedy answer
+        assert [entry.policy for entry in answered[3:]] != start
+    lines = [json.loads(line) for line in (tmp_path / SAMPLES_FILE).read_text().splitlines()]
+    assert [line["policy"] for line in lines] == [entry.policy for entry in answered]
+
+
+def test_a_reference_that_moves_is_asked_again(tmp_path):
+    fast = tiny_trainer(
+        tmp_path,
+        eval_dataset=ROWS,
+        sync_ref_model=True,
+        ref_model_sync_steps=4,
+        ref_model_mixup_alpha=1.0,
+        **SAMPLING,
+        **EVERY_2,
+    )
+    fast.train()
+    first, last = fast.eval_samples.answered[:3], fast.eval_samples.answered[3:]
+    assert [entry.reference for entry in last] == [entry.policy for entry in last]
+    assert [entry.reference for entry in last] != [entry.reference for entry in first]
+
+
+def test_they_change_neither_losses_nor_order(tmp_path):
+    settings = {"eval_dataset": ROWS, **EVERY_2}
+    plain = tiny_trainer(tmp_path / "plain", **settings)
+    sampling = tiny_trainer(tmp_path / "sampling", eval_sample_temperature=1.0, **SAMPLING, **settings)
+    plain.train()
+    sampling.train()
+    assert logged(sampling) == logged(plain)
+    assert logged(sampling, "eval_loss") == logged(plain, "eval_loss")
+    assert len({entry.policy for entry in sampling.eval_samples.answered}) > 3
+
+
+def test_a_table_goes_to_the_console_and_brackets_are_no_markup(tmp_path, capsys):
+    fast = tiny_trainer(tmp_path, eval_dataset=ROWS, **SAMPLING)
+    fast.eval_samples._decoded = lambda rows: ["[red]not markup[/red] | a"] * len(rows)
+    fast.evaluate()
+    shown = capsys.readouterr().out
+    assert "samples at step 0" in shown
+    assert "[red]not" in shown
+    assert "reference" in shown
+
+
+def test_tensorboard_and_wandb_get_tables(tmp_path, monkeypatch):
+    from transformers.integrations import TensorBoardCallback, WandbCallback
+
+    fast = tiny_trainer(tmp_path, eval_dataset=ROWS, **SAMPLING)
+    texts, tables = [], []
+    fake = ModuleType("wandb")
+    fake.Table = lambda columns, data: (columns, data)
+    fake.log = lambda values: tables.append(values)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    board = TensorBoardCallback(tb_writer=SimpleNamespace(add_text=lambda *a: texts.append(a)))
+    monkeypatch.setattr(board, "on_log", lambda *a, **k: None)
+    bias = WandbCallback.__new__(WandbCallback)
+    bias._wandb = fake
+    monkeypatch.setattr(WandbCallback, "on_log", lambda *a, **k: None)
+    fast.callback_handler.callbacks += [board, bias]
+    fast.evaluate()
+    [(tag, text, step)] = texts
+    assert (tag, step) == ("eval/samples", 0)
+    assert text.startswith("| prompt | policy | reference |\n| --- | --- | --- |\n")
+    assert text.count("\n") == 4
+    [table] = tables
+    columns, rows = table["eval/samples"]
+    assert columns == ["prompt", "policy", "reference"]
+    assert len(rows) == 3
+    assert table["train/global_step"] == 0
+
+
+def test_a_resumed_run_goes_on_with_its_samples(tmp_path):
+    settings = {"eval_dataset": ROWS, "reference": "cached", **SAMPLING, **EVERY_2}
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, **settings).train()
+    before = (tmp_path / SAMPLES_FILE).read_text().splitlines()[:3]
+    (tmp_path / SAMPLES_FILE).write_text("\n".join(before) + "\n")  # as a run that was killed after step 2 left it
+    again = tiny_trainer(tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    answered = again.eval_samples.answered
+    assert [entry.step for entry in answered] == [2, 2, 2, 4, 4, 4]
+    assert [entry.reference for entry in answered[3:]] == [entry.reference for entry in answered[:3]]
+
+
+def test_samples_without_evaluation_data_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="num_eval_samples must be 0 without eval_dataset, got 3"):
+        tiny_trainer(tmp_path, num_eval_samples=3)
+    with pytest.raises(ValueError, match="num_eval_samples must be an integer >= 0, got -1"):
+        tiny_trainer(tmp_path, num_eval_samples=-1)

@@ -1,0 +1,127 @@
+"""The card of a trained model: its facts, where it is written, and that it goes along to the hub (a fake one)."""
+
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from tiny import make_llama, make_rows, make_tokenizer
+from tiny_runs import make_lora, tiny_trainer
+
+from fastdpo import SFTConfig, SFTTrainer
+
+ROWS = make_rows(5, seed=1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "my-model"
+    model = make_llama()
+    model.config._name_or_path = "someone/base"
+    fast = tiny_trainer(
+        folder,
+        model,
+        ref_model=make_llama(seed=7),
+        eval_dataset=ROWS,
+        label_smoothing=0.1,
+        save_strategy="steps",
+        save_steps=3,
+    )
+    fast.train()
+    fast.evaluate()
+    fast.save_model()
+    return fast
+
+
+def test_its_metadata_and_facts_are_those_of_the_run(trained):
+    card = ModelCard.load(f"{trained.args.output_dir}/README.md")
+    assert card.data.base_model == "someone/base"
+    assert card.data.library_name == "transformers"
+    assert card.data.tags == ["fastdpo", "dpo"]
+    assert card.data.model_name == "my-model"
+    for fact in (
+        "| loss | sigmoid |",
+        "| beta | 0.5 |",
+        "| label_smoothing | 0.1 |",
+        "| reference | frozen: ref_model was given |",
+        "| train data | kept 16 of 16 pairs |",
+        "| optimizer steps | 3 of 4 rows each, 0.75 epochs |",
+        "| precision | float32 |",
+        "- transformers ",
+    ):
+        assert fact in card.text, fact
+    last = [entry for entry in trained.state.log_history if "eval_loss" in entry][-1]
+    assert f" {last['eval_loss']:.4f} |" in card.text
+    assert "## What training warned of" in card.text
+    assert trained.watch.given["reference_is_not_the_start"] in card.text
+
+
+def test_the_code_that_it_shows_loads_the_model(trained, monkeypatch):
+    text = ModelCard.load(f"{trained.args.output_dir}/README.md").text
+    code = text.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", trained.args.output_dir)
+    names = {}
+    exec(code, names)
+    assert names["model"].num_parameters() == trained.model.num_parameters()
+
+
+def test_it_is_written_with_every_checkpoint_and_where_the_model_is_saved(tmp_path):
+    fast = tiny_trainer(tmp_path / "run", save_strategy="steps", save_steps=1, max_steps=1)
+    fast.train()
+    assert (tmp_path / "run" / "README.md").exists()
+    fast.save_model(str(tmp_path / "elsewhere"))
+    assert "# elsewhere" in (tmp_path / "elsewhere" / "README.md").read_text()
+
+
+def test_arguments_of_create_model_card_are_trls(trained):
+    trained.create_model_card("A name", "someone/pairs", ["extra"], license="mit")
+    card = ModelCard.load(f"{trained.args.output_dir}/README.md")
+    assert card.data.model_name == "A name"
+    assert card.data.datasets == "someone/pairs"
+    assert card.data.tags == ["fastdpo", "dpo", "extra"]
+    assert card.data.license == "mit"
+    assert "on someone/pairs with fastdpo" in card.text
+
+
+def test_an_adapters_card_says_so(tmp_path):
+    fast = tiny_trainer(tmp_path, peft_config=make_lora())
+    fast.save_model()
+    card = ModelCard.load(str(tmp_path / "README.md"))
+    assert card.data.library_name == "peft"
+    assert "lora" in card.data.tags
+    assert "AutoPeftModelForCausalLM" in card.text
+    assert "| adapter | LORA, r = 4, alpha = 8 |" in card.text
+
+
+def test_sft_has_a_card_too(tmp_path):
+    arguments = {"report_to": "none", "use_cpu": True, "max_steps": 1, "disable_tqdm": True}
+    dataset = Dataset.from_list(make_rows(4))
+    SFTTrainer(
+        make_llama(),
+        SFTConfig(str(tmp_path), **arguments),
+        train_dataset=dataset,
+        processing_class=make_tokenizer(),
+    ).save_model()
+    assert ModelCard.load(str(tmp_path / "README.md")).data.tags == ["fastdpo", "sft"]
+
+
+def test_push_to_hub_uploads_model_and_card(tmp_path, monkeypatch):
+    uploads = []
+
+    def upload_folder(**arguments):
+        files = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+        uploads.append((arguments, files))
+
+    hub = SimpleNamespace(
+        create_repo=lambda name, **_: SimpleNamespace(repo_id=f"someone/{name}"), upload_folder=upload_folder
+    )
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    fast = tiny_trainer(tmp_path / "run", max_steps=1)
+    fast.train()
+    fast.push_to_hub(dataset_name="someone/pairs", tags="extra")
+    [(arguments, files)] = uploads
+    assert arguments["repo_id"] == "someone/run"
+    assert arguments["folder_path"] == str(tmp_path / "run")
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(files)
+    text = files["README.md"].decode()
+    assert 'from_pretrained("someone/run")' in text
+    assert "- extra" in text

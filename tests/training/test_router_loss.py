@@ -1,0 +1,185 @@
+"""The load-balancing loss of mixture-of-experts models: transformers' number, on packed rows too."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import make_rows, make_tokenizer
+from tiny_runs import logged, tiny_trainer
+
+from fastdpo import SFTConfig, SFTTrainer, TokenizedGroup, TokenizedPair, pack_pairs
+from fastdpo.data.packing import pad_pairs
+from fastdpo.modeling import packed_logps
+from fastdpo.modeling.router import load_balancing_loss
+from fastdpo.types import PackedBatch
+
+PAIRS = [TokenizedPair([5, 6, 7, 8], [9, 10], [9, 11, 12]), TokenizedPair([13, 14], [15], [16, 17, 18, 19])]
+
+
+def make_moe(kind, seed=0, **overrides):
+    import transformers
+
+    config_class, model_class, experts = {
+        "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM, "num_local_experts"),
+        "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, "num_experts"),
+    }[kind]
+    settings = {
+        "vocab_size": 32,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 256,
+        experts: 4,
+        "router_aux_loss_coef": 0.1,
+        **({"moe_intermediate_size": 32, "head_dim": 8} if kind == "qwen3_moe" else {}),
+    }
+    torch.manual_seed(seed)
+    model = model_class(config_class(**{**settings, **overrides}))
+    with torch.no_grad():  # routers that send most tokens to few experts
+        for name, parameter in model.named_parameters():
+            if "gate.weight" in name:
+                parameter.mul_(100)
+    return model
+
+
+def transformers_aux_loss(model, pairs):
+    """Of the stock forward on right-padded rows, chosen and rejected apart."""
+    rows = [[*p.prompt_ids, *r] for p in pairs for r in p.responses]
+    ids, mask = torch.zeros(2, len(rows), max(map(len, rows)), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+    return model(input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False).aux_loss
+
+
+def grads_of(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_formula_by_hand():
+    """2 tokens, 2 experts, 1 expert a token, probabilities (3/4, 1/4) and (1/4, 3/4); the first token counts twice.
+
+    f = (2/3, 1/3), P = ((2 * 3/4 + 1/4) / 3, (2 * 1/4 + 3/4) / 3) = (7/12, 5/12): 2 * (14/36 + 5/36) = 19/18.
+    """
+    odds = torch.log(torch.tensor([[3.0, 1.0], [1.0, 3.0]]))
+    assert load_balancing_loss((odds,), torch.tensor([2, 1]), 1).item() == pytest.approx(19 / 18)
+    assert load_balancing_loss((odds, odds), torch.tensor([1, 1]), 1).item() == pytest.approx(1.0)  # balanced
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("collate", [pack_pairs, lambda p: pack_pairs(p, prefix_sharing=False), pad_pairs])
+def test_the_loss_and_its_gradients_are_transformers_own(kind, collate):
+    """Shared prompts are computed once and count for both responses; padding counts for nothing."""
+    stock, model = make_moe(kind), make_moe(kind)
+    expected = transformers_aux_loss(stock, PAIRS)
+    found = packed_logps(model, collate(PAIRS), router_aux_loss=True).aux_loss
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert abs(expected - 2) > 0.01  # 2 would be balanced
+    expected_grads, found_grads = grads_of(stock, expected), grads_of(model, found)
+    assert any("gate" in name for name in expected_grads)
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(found_grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_response_of_two_pairs_counts_twice_and_one_of_none_not_at_all():
+    group = TokenizedGroup([5, 6], [[7, 8], [9], [10], [11, 12]], preferences=((0, 1), (0, 2)))
+    batch = pack_pairs([group])
+    uses = dict(zip(batch.input_ids[0].tolist(), batch.uses[0].tolist(), strict=True))
+    assert uses == {5: 4, 6: 4, 7: 2, 8: 2, 9: 1, 10: 1, 11: 0, 12: 0}
+    padded = pad_pairs([group])
+    assert padded.uses.tolist() == [[2, 2, 2, 2], [1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+    assert PackedBatch(**batch.asdict()).uses is batch.uses
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_training_adds_it_with_the_weight_of_the_config(tmp_path, checkpointing):
+    fast = tiny_trainer(tmp_path, make_moe("mixtral"), max_steps=1, gradient_checkpointing=checkpointing)
+    model = copy.deepcopy(fast.model)
+    fast.train()
+    aux_loss = logged(fast, "aux_loss")[0]
+    assert logged(fast)[0] == pytest.approx(0.693147 + 0.1 * aux_loss, abs=1e-5)
+    assert aux_loss > 2.05
+    moved = dict(fast.model.named_parameters())["model.layers.0.mlp.gate.weight"]
+    assert not torch.equal(moved, dict(model.named_parameters())["model.layers.0.mlp.gate.weight"])
+
+
+def test_its_mean_over_batches_weighs_each_by_its_pairs(tmp_path):
+    """5 rows as 4 + 1 in evaluation."""
+    rows = make_rows(5, seed=1)
+    results = [
+        tiny_trainer(
+            tmp_path, make_moe("mixtral"), eval_dataset=part, per_device_eval_batch_size=4, router_aux_loss_coef=0.5
+        ).evaluate()
+        for part in (rows, rows[:4], rows[4:])
+    ]
+    whole, first, last = (result["eval_aux_loss"] for result in results)
+    assert first != pytest.approx(last, rel=1e-3)
+    assert whole == pytest.approx((4 * first + last) / 5, rel=1e-5)
+    assert results[0]["eval_loss"] == pytest.approx(0.693147 + 0.5 * whole, abs=1e-5)
+
+
+def test_coefficient_0_turns_it_off(tmp_path):
+    fast = tiny_trainer(tmp_path, make_moe("mixtral"), max_steps=1, router_aux_loss_coef=0.0)
+    fast.train()
+    assert logged(fast)[0] == pytest.approx(0.693147, abs=1e-5)
+    assert logged(fast, "aux_loss") == []
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "match"),
+    [
+        (None, {"router_aux_loss_coef": 0.1}, "router_aux_loss_coef must be None or 0 for LlamaForCausalLM"),
+        (
+            "mixtral",
+            {"max_tokens_per_microbatch": 64},
+            "max_tokens_per_microbatch must be None with the load-balancing",
+        ),
+        ("mixtral", {"router_aux_loss_coef": -1.0}, "router_aux_loss_coef must be a finite number >= 0"),
+    ],
+    ids=["no experts", "split", "negative"],
+)
+def test_what_has_no_such_loss_is_refused(tmp_path, make, settings, match):
+    with pytest.raises(ValueError, match=match):
+        tiny_trainer(tmp_path, make and make_moe(make), **settings)
+
+
+def test_supervised_training_refuses_a_model_that_asks_for_it(tmp_path):
+    model = make_moe("mixtral", output_router_logits=True)
+    settings = {"train_dataset": make_rows(4), "processing_class": make_tokenizer()}
+    with pytest.raises(ValueError, match="output_router_logits must be False"):
+        SFTTrainer(model, SFTConfig(str(tmp_path), use_cpu=True, report_to="none"), **settings)
+
+
+def test_losses_and_metrics_are_trls(tmp_path):
+    trl = pytest.importorskip("trl")
+    model = make_moe("qwen3_moe")
+    fast = tiny_trainer(tmp_path / "ours", copy.deepcopy(model))
+    fast.train()
+    theirs = trl.DPOTrainer(
+        copy.deepcopy(model),
+        copy.deepcopy(model),
+        trl.DPOConfig(
+            str(tmp_path / "theirs"),
+            per_device_train_batch_size=4,
+            learning_rate=1e-3,
+            max_steps=3,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            beta=0.5,
+        ),
+        train_dataset=Dataset.from_list(make_rows(16)),
+        processing_class=make_tokenizer(),
+    )
+    theirs.train()
+    for key in ("loss", "aux_loss"):
+        assert logged(fast, key) == pytest.approx(logged(theirs, key), abs=1e-4), key
