@@ -9,7 +9,7 @@ from fastdpo.data.arrow import arrow_column
 from fastdpo.data.columns import row_lengths
 from fastdpo.data.rows import column_features
 from fastdpo.training.collator import PackingCollator
-from fastdpo.training.memory import largest_microbatch
+from fastdpo.training.largest_batch import largest_microbatch
 from fastdpo.training.models import check_lengths, check_token_ids
 
 
@@ -74,7 +74,8 @@ def test_checks_look_at_the_selected_rows_only():
     ],
 )
 def test_the_largest_micro_batch_is_that_of_the_largest_rows(is_packed, sharing, expected):
-    args = SimpleNamespace(per_device_train_batch_size=2, prefix_sharing=sharing)
+    settings = {"per_device_train_batch_size": 2, "length_bucketing": False, "max_tokens_per_microbatch": None}
+    args = SimpleNamespace(prefix_sharing=sharing, **settings)
     collator = PackingCollator(is_packed=is_packed, prefix_sharing=sharing)
     trainer = SimpleNamespace(train_dataset=WHOLE, args=args, is_packed=is_packed, collator=collator)
     assert largest_microbatch(trainer).num_tokens == expected
