@@ -57,7 +57,8 @@ class DPOTrainer(TokenMeans, FeaturedTrainer):
     """Direct Preference Optimization of a causal LM.
 
     Args:
-        model: the policy, as a model, a PeftModel, or a name or path that is loaded in fp32.
+        model: the policy, as a model, a PeftModel, or a name or path that is loaded in fp32; the path of a saved
+            adapter loads its base model and goes on with the adapter.
         ref_model: the reference; by default the policy's own start.
         args: DPOConfig; TRL's is taken over as far as it differs from its defaults.
         data_collator: in place of the packing collator; must return `PackedBatch.asdict()`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,21 @@ def check_model_folder(name: str) -> None:
     path = Path(name).expanduser()
     if name.startswith((".", "/", "~")) and not path.is_dir():
         raise ValueError(f"model must be a local directory or a model name on the Hub, there is no directory {name}")
-    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise ValueError(f"model must be a whole model, {name} holds an adapter; merge it into its base model first")
+
+
+def adapter_base(name: str) -> str | None:
+    """The model that a folder with an adapter was trained on; None where the folder holds a model, or is none.
+
+    Raises:
+        ValueError: the adapter does not say what it was trained on.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return None
+    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{name}/adapter_config.json must name the adapter's base_model_name_or_path, got {base!r}")
+    return str(base)
 
 
 def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
@@ -98,6 +112,9 @@ def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None = None) -> PreT
     try:
         return AutoTokenizer.from_pretrained(name, **where_from(init_kwargs))
     except (OSError, ValueError) as error:
+        base = adapter_base(name)
+        if base is not None:  # whose tokenizer was not saved beside it
+            return load_tokenizer(base, init_kwargs)
         raise ValueError(
             f"the model must come with a tokenizer, or processing_class be given: there is none in {name!r}: {error}"
         ) from error
@@ -111,9 +128,18 @@ def where_from(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
 def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
     """A causal LM by name or path, in fp32 unless `model_init_kwargs` names a dtype.
 
+    A folder that holds an adapter gives its base model with the adapter on, a PeftModel that can be trained on.
+
     Raises:
         ValueError: there is no such model, or it is not a text-only causal LM.
     """
+    base = adapter_base(name_or_path)
+    if base is not None:
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            raise ValueError('loading an adapter needs the peft package: pip install "fastdpo[peft]"') from error
+        return PeftModel.from_pretrained(load_model(base, model_init_kwargs, **kwargs), name_or_path, is_trainable=True)
     options: dict[str, Any] = {"dtype": torch.float32, **(model_init_kwargs or {}), **kwargs}
     try:
         refuse_vision(AutoConfig.from_pretrained(name_or_path, **where_from(options)), str(name_or_path))

@@ -34,7 +34,13 @@ from fastdpo.references.cache import LogpsCache
 from fastdpo.references.fingerprint import reference_facts
 from fastdpo.references.precompute import Scorer
 from fastdpo.training.config import DPOConfig
-from fastdpo.training.models import check_model_and_tokenizer, check_model_folder, load_model, where_from
+from fastdpo.training.models import (
+    adapter_base,
+    check_model_and_tokenizer,
+    check_model_folder,
+    load_model,
+    where_from,
+)
 from fastdpo.types import PackedBatch, TokenizedGroup
 
 _TOKENS_PER_BATCH = {"cuda": 16384}  # forward only: a few times what a training step could hold
@@ -131,7 +137,7 @@ def weight_bytes(model: str | nn.Module, model_init_kwargs: dict[str, Any] | Non
         from transformers import AutoConfig, AutoModelForCausalLM
 
         options = {"dtype": torch.float32, **(model_init_kwargs or {})}
-        loading = where_from(options)
+        loading, model = where_from(options), adapter_base(model) or model
         trust = {key: loading[key] for key in ("trust_remote_code",) if key in loading}
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(model, **loading)

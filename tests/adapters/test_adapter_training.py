@@ -11,6 +11,7 @@ from peft_cases import GROUPS, learned, lora, plain_sums
 from tiny import make_llama, make_rows, make_tokenizer
 
 from fastdpo import DPOConfig, DPOTrainer, pack_pairs, packed_logps
+from fastdpo.data.prepare import group_from_columns
 
 
 def make_trainer(tmp_path, model=None, peft_config=None, ref_model=None, rows=8, **settings):
@@ -299,3 +300,45 @@ def test_dropout_of_a_lora_config_is_off_unless_dropout_is_asked_for(tmp_path):
     assert logged(noisy)[0] == pytest.approx(math.log(2), abs=1e-5)  # the product with B = 0 is zero all the same
     assert isinstance(noisy.model, PeftModel)
     assert isinstance(noisy.model.peft_config["default"], LoraConfig)
+
+
+def saved_adapter(tmp_path, with_tokenizer):
+    """A folder with an adapter, as an SFT stage with LoRA leaves it, and the model that it holds."""
+    make_llama().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / ("adapter" if with_tokenizer else "base"))
+    base = type(make_llama()).from_pretrained(tmp_path / "base")
+    model = learned(get_peft_model(base, lora("lm_head", "q_proj")))
+    model.save_pretrained(tmp_path / "adapter")
+    return str(tmp_path / "adapter"), model
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_the_folder_of_an_adapter_is_a_model_that_is_trained_on(tmp_path, with_tokenizer):
+    folder, model = saved_adapter(tmp_path, with_tokenizer)
+    arguments = DPOConfig(str(tmp_path / "out"), use_cpu=True, max_steps=1, report_to="none", save_strategy="no")
+    trainer = DPOTrainer(folder, args=arguments, train_dataset=make_rows(4))
+    assert torch.equal(sums_of(trainer.model), sums_of(model))
+    assert trainer.reference.mode == "adapter"
+    trainer.train()
+    trainer.save_model()
+    again = PeftModel.from_pretrained(make_llama(), tmp_path / "out")
+    assert torch.equal(sums_of(again), sums_of(trainer.model))
+
+
+@pytest.mark.parametrize("reference", ["auto", "cached"])
+def test_the_folder_of_an_adapter_is_a_reference(tmp_path, reference):
+    folder, model = saved_adapter(tmp_path, True)
+    limit = {"ref_max_memory": {"cpu": 10**6}} if reference == "cached" else {}
+    trainer = make_trainer(tmp_path, peft_config=lora(), ref_model=folder, reference=reference, **limit)
+    expected = logps_of_rows(model, trainer.train_dataset)
+    if reference == "cached":
+        found = torch.tensor(trainer.train_dataset["ref_logps"])
+    else:
+        found = logps_of_rows(trainer.reference.model, trainer.train_dataset)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def logps_of_rows(model, dataset):
+    """(rows, 2) by the model's own forward."""
+    with torch.no_grad():
+        return torch.stack([plain_sums(model.eval(), [group_from_columns(row)]) for row in dataset])

@@ -1,0 +1,80 @@
+"""QLoRA: a 4-bit base under an adapter trains, is saved and is loaded again. Runs where bitsandbytes is installed."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from peft_cases import GROUPS, lora, plain_sums
+from tiny import make_llama, make_rows, make_tokenizer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from fastdpo import DPOConfig, DPOTrainer, pack_pairs, packed_logps
+
+CASES = {
+    "layers": lambda: lora(),
+    "head": lambda: lora("q_proj", "lm_head"),
+    "head whole": lambda: lora("q_proj", modules_to_save=["lm_head"]),
+    "dora": lambda: lora("q_proj", use_dora=True),
+}
+
+
+@pytest.fixture
+def base(tmp_path):
+    make_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def four_bits():
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+def make_trainer(tmp_path, base, peft_config, **settings):
+    defaults = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-2, "beta": 0.5, "report_to": "none"}
+    defaults |= {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "ref_cache_dir": str(tmp_path / "cache")}
+    return DPOTrainer(
+        base,
+        args=DPOConfig(str(tmp_path / "out"), **{**defaults, **settings}),
+        train_dataset=Dataset.from_list(make_rows(8)),
+        quantization_config=four_bits(),
+        peft_config=peft_config,
+    )
+
+
+@pytest.fixture
+def bitsandbytes(monkeypatch):
+    """On CPUs with bf16 instructions it repacks weights in the first forward without gradient, and has no backward of
+    those; training on a CPU needs them as they were."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"reference": "cached"}], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_a_4_bit_base_trains_under_an_adapter(tmp_path, base, bitsandbytes, case, settings):
+    trainer = make_trainer(tmp_path, base, CASES[case](), **settings)
+    assert trainer.reference.mode == settings.get("reference", "adapter")
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[-1] < math.log(2) - 1e-4
+    with torch.no_grad():
+        expected = plain_sums(trainer.model.eval())
+        torch.testing.assert_close(packed_logps(trainer.model, pack_pairs(GROUPS)).sequences.sums, expected)
+        trainer.save_model()
+        again = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bits(), dtype=torch.float32)
+        again = PeftModel.from_pretrained(again, tmp_path / "out").eval()
+        torch.testing.assert_close(plain_sums(again), expected)
+
+
+def test_a_4_bit_base_without_an_adapter_is_refused(tmp_path, base, bitsandbytes):
+    with pytest.raises(ValueError, match="purely quantized"):
+        make_trainer(tmp_path, base, None)
+
+
+def test_without_bitsandbytes_the_error_says_what_is_missing(tmp_path, base, monkeypatch):
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ValueError, match=r"needs a package that is not installed.*bitsandbytes"):
+        make_trainer(tmp_path, base, lora())
