@@ -125,7 +125,12 @@ def packed_microbatches(layouts: Sequence[GroupLayout], max_tokens: int) -> list
     return [[layouts[i] for i in items] for items in bins]
 
 
+def num_padded_rows(group: TokenizedGroup) -> int:
+    """Rows of the group in a padded batch: equal responses share one."""
+    return len({tuple(response) for response in group.responses})
+
+
 def padded_microbatches(groups: Sequence[TokenizedGroup], max_tokens: int) -> list[list[int]]:
     """Indices of groups in right-padded batches of at most `max_tokens`, padding included."""
     widths = [len(group.prompt_ids) + max(map(len, group.responses)) for group in groups]
-    return first_fit_decreasing(widths, max_tokens, lambda first, item: widths[first] * len(groups[item].responses))
+    return first_fit_decreasing(widths, max_tokens, lambda first, item: widths[first] * num_padded_rows(groups[item]))

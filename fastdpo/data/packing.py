@@ -177,7 +177,7 @@ def pad_pairs(
     multiple_of: int = 1,
     example_ids: Sequence[int] | None = None,
 ) -> PackedBatch:
-    """Lays every sequence out in a right-padded row of its own, for models whose attention cannot be packed.
+    """Lays sequences out in right-padded rows, for models whose attention cannot be packed; equal ones share a row.
 
     Args:
         multiple_of: of how many tokens the rows' length is to be a multiple.
@@ -197,15 +197,20 @@ def pad_pairs(
     example_ids = range(len(groups)) if example_ids is None else example_ids
     for example, group, sequences in zip(example_ids, groups, sequences_of_groups, strict=True):
         batch.add_group(group, [example] * len(sequences))
+        places: dict[bytes, tuple[int, np.ndarray]] = {}  # of equal tokens: their row, and the head row of each token
         for sequence, num_uses in zip(sequences, _uses(group), strict=True):
-            num_padding = width - len(sequence.tokens)
-            counted = np.flatnonzero(sequence.is_counted)
-            predicted_from = len(rows) * width + counted - 1
-            head_rows = batch.add_rows(predicted_from, sequence.tokens[counted])
-            batch.add_sequence(head_rows, len(sequence.tokens) if num_uses else 0)
-            rows.append(np.pad(sequence.tokens, (0, num_padding), constant_values=pad_token_id))
-            masks.append(np.pad(np.ones_like(sequence.tokens), (0, num_padding)))
-            uses.append(num_uses * masks[-1])
+            tokens = sequence.tokens
+            if tokens.tobytes() not in places:
+                places[tokens.tobytes()] = (len(rows), np.full(len(tokens), -1))
+                num_padding = width - len(tokens)
+                rows.append(np.pad(tokens, (0, num_padding), constant_values=pad_token_id))
+                masks.append(np.pad(np.ones_like(tokens), (0, num_padding)))
+                uses.append(np.zeros_like(masks[-1]))
+            row, head_rows = places[tokens.tobytes()]
+            uses[row] += num_uses * masks[row]
+            needed = np.flatnonzero(sequence.is_counted & (head_rows < 0))
+            head_rows[needed] = batch.add_rows(row * width + needed - 1, tokens[needed])
+            batch.add_sequence(head_rows[sequence.is_counted], len(tokens) if num_uses else 0)
         batch.end_group()
     return batch.build(
         torch.from_numpy(np.stack(rows)),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastdpo.data.microbatches import lay_out_batch, packed_microbatches, padded_microbatches
+from fastdpo.data.microbatches import lay_out_batch, num_padded_rows, packed_microbatches, padded_microbatches
 from fastdpo.data.packing import pack_layouts, pad_pairs
 from fastdpo.data.prepare import group_from_columns
 from fastdpo.types import PackedBatch, TokenizedGroup
@@ -43,7 +43,7 @@ class PackingCollator:
         """Tokens that a group takes in a micro-batch of its own."""
         if self.is_packed:
             return sum(layout.num_tokens for layout in lay_out_batch([group], prefix_sharing=self.prefix_sharing))
-        return len(group.responses) * (len(group.prompt_ids) + max(map(len, group.responses)))
+        return num_padded_rows(group) * (len(group.prompt_ids) + max(map(len, group.responses)))
 
     def _packed(self, groups: Sequence[TokenizedGroup]) -> list[PackedBatch]:
         layouts = lay_out_batch(groups, prefix_sharing=self.prefix_sharing, max_tokens=self.max_tokens)

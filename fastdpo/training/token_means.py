@@ -77,9 +77,10 @@ class TokenMeans(Base):
         if not self._reads_mean():
             return
         parts = [part for inputs in batches for part in microbatches_of(inputs)]
-        num_tokens = torch.stack([part["cu_seqlens"].diff()[part["pairs"][:, 0]].sum() for part in parts]).sum()
-        counts = torch.stack([num_tokens, num_tokens.new_tensor(sum(len(part["pairs"]) for part in parts))])
-        counts = counts.to(self.args.device)
+        counts = torch.zeros(2, dtype=torch.int64, device=self.args.device)  # tokens, pairs; a stream may have ended
+        for part in parts:
+            counts[0] += part["cu_seqlens"].diff()[part["pairs"][:, 0]].sum().to(counts.device)
+            counts[1] += len(part["pairs"])
         if everywhere and self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
         self.mean_chosen_length = counts[0] / counts[1].clamp(min=1)

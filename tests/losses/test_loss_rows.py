@@ -4,8 +4,9 @@ import pytest
 from datasets import Dataset
 from tiny import make_rows, make_tokenizer
 
-from fastdpo import DPOConfig, TokenizedGroup, TokenizedPair, pack_pairs
+from fastdpo import DPOConfig, TokenizedGroup, TokenizedPair, pack_pairs, pad_pairs
 from fastdpo.data.loss_rows import ranking_of, rows_for_loss, with_shared_parts
+from fastdpo.data.microbatches import padded_microbatches
 from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset
 from fastdpo.data.tokenization import TokenizationSettings
 
@@ -40,6 +41,16 @@ def test_shared_parts_cost_no_token_and_count_none():
     assert cut.labels.tolist() == plain.labels.tolist()
     assert cut.num_tokens == plain.num_tokens == 8
     assert cut.cu_seqlens.diff().tolist() == [3, 1, 1, 1]
+
+
+def test_shared_parts_cost_no_row_of_a_padded_batch_and_no_row_of_the_head():
+    pair = TokenizedPair([1, 2], [5, 6, 7], [8])
+    plain, cut = pad_pairs([pair]), pad_pairs([with_shared_parts(pair)])
+    assert cut.input_ids.tolist() == plain.input_ids.tolist()
+    assert cut.labels.tolist() == plain.labels.tolist()
+    assert cut.num_tokens == plain.num_tokens == 8
+    assert cut.token_rows.tolist() == [0, 1, 2, 3, 0, 3]
+    assert padded_microbatches([with_shared_parts(pair)] * 2, 20) == [[0, 1]]  # 2 rows of 5 tokens each
 
 
 def test_reference_log_probs_of_whole_responses_cannot_be_cut():

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny import make_llama, make_tokenizer
 
 from fastdpo import LOSSES, DPOConfig, DPOTrainer, PairScores
@@ -218,6 +219,19 @@ def test_ld_alpha_counts_no_token_twice(tmp_path):
     assert (
         counts[0] == counts[1] == sum(2 * len(r["prompt_ids"]) + len(r["chosen_ids"] + r["rejected_ids"]) for r in ROWS)
     )
+
+
+@pytest.mark.parametrize("settings", [{"ld_alpha": 0.3}, {"loss_type": "plackett_luce"}, CHANGED["wpo-sft"]])
+def test_streams_of_rows_train_as_datasets_do(tmp_path, settings):
+    stream = Dataset.from_list(ROWS).to_iterable_dataset()
+    logs = []
+    for rows in (ROWS, stream):
+        trainer = make_trainer(tmp_path, rows, **settings, max_steps=2)
+        trainer.train()
+        logs.append(
+            [entry[key] for entry in trainer.state.log_history for key in ("loss", "num_tokens") if "loss" in entry]
+        )
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
 
 
 def test_rows_that_were_not_made_for_ld_alpha_are_refused(tmp_path):
