@@ -177,6 +177,10 @@ class EngineConfig(TrainingArguments):
         check_choice("on_oversized_row", self.on_oversized_row, OVERSIZED_ROWS)
         self.max_tokens_per_microbatch = token_budget(self.max_tokens_per_microbatch)
         self._check_order()
+        for name in ("max_length", "max_prompt_length", "dataset_num_proc"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise ValueError(f"{name} must be an integer or None, got {value!r}")
         self.tokenization_settings()
         self.remove_unused_columns = False  # prepared datasets have no others
         check_packing_settings(self)

@@ -185,6 +185,7 @@ def test_model_init_kwargs_beside_a_loaded_model_are_said_to_do_nothing(tmp_path
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must go with packing='padded'"),
         ({"model_init_kwargs": {"dtype": "bfloat17"}}, "model_init_kwargs must hold a dtype of torch, or 'auto', got"),
         ({"model_init_kwargs": {"dtype": "auto", "torch_dtype": "auto"}}, "got both"),
+        ({"max_length": "512"}, "max_length must be an integer or None, got '512'"),
         ({"loss_type": "aot_pair"}, "instead: 'aot_unpaired'"),
     ],
     ids=str,
