@@ -99,13 +99,12 @@ class VarlenLayout:
     """
 
     key_rows: Tensor  # (K,) int64, the row that each key is
-    own_keys: Tensor  # (T,) int64, the key of each row in the branch that it belongs to
-    copied_keys: Tensor  # (K - T,) int64, all other keys, round by round; no row occurs twice in a round
+    row_keys: Tensor  # (K,) int64, the keys once more, row by row
+    row_ends: Tensor  # (T + 1,) int64, delimits the rows in row_keys
     cu_queries: Tensor  # (N + 1,) int32, delimits the branches in the rows
     cu_keys: Tensor  # (N + 1,) int32, delimits the branches in key_rows
     max_queries: int  # of a branch
     max_keys: int
-    copy_ends: tuple[int, ...] = ()  # end of each round in copied_keys
 
     def to(self, device: torch.device | str) -> VarlenLayout:
         """The same layout with every tensor on `device`."""

@@ -5,13 +5,11 @@ A branch's keys are its prefix's rows, then its own. The first pair of `packing.
 
     rows          0 1 2 3 4
     key_rows      0 1 2 3 | 0 1 4         what the branch does not have itself is there once more
-    own_keys      0 1 2 3 6               row 4 is key 6
-    copied_keys   4 5                     keys 4 and 5 are further copies of rows 0 and 1
-    copy_ends     (2,)                    one round: every row is copied at most once in it
+    row_keys      0 4 | 1 5 | 2 | 3 | 6   rows 0 and 1 are two keys each, row 4 is key 6
+    row_ends      0 2 4 5 6 7
     cu_queries    0 4 5    cu_keys  0 4 7
 
-The gradient of a row is that of its own key plus those of its copies. Within a round no row occurs twice, so that a
-sum round by round always adds in the same order.
+The gradient of a row is the sum over its keys, in this order.
 """
 
 from __future__ import annotations
@@ -31,30 +29,14 @@ def varlen_layout(segments: Sequence[tuple[int, int, int, int]]) -> VarlenLayout
     run_starts, run_lengths = table[:, [2, 0]].ravel(), lengths.ravel()  # prefix, own rows, prefix, own rows, ...
     within_run = np.arange(run_lengths.sum()) - np.repeat(run_lengths.cumsum() - run_lengths, run_lengths)
     key_rows = within_run + np.repeat(run_starts, run_lengths)
-    is_own = np.repeat(np.tile([False, True], len(table)), run_lengths)
-
-    rounds = _rounds(table[:, 2], lengths[:, 0])
-    round_of_copy = np.repeat(rounds, lengths[:, 0])
-    copied_keys = np.flatnonzero(~is_own)[np.argsort(round_of_copy, kind="stable")]
     num_keys = lengths.sum(1)
+    keys_of_rows = np.bincount(key_rows, minlength=lengths[:, 1].sum())
     return VarlenLayout(
         key_rows=torch.from_numpy(key_rows),
-        own_keys=torch.from_numpy(np.flatnonzero(is_own)),
-        copied_keys=torch.from_numpy(copied_keys),
+        row_keys=torch.from_numpy(np.argsort(key_rows, kind="stable")),
+        row_ends=torch.from_numpy(np.concatenate([[0], keys_of_rows.cumsum()])),
         cu_queries=torch.from_numpy(np.concatenate([[0], lengths[:, 1].cumsum()]).astype(np.int32)),
         cu_keys=torch.from_numpy(np.concatenate([[0], num_keys.cumsum()]).astype(np.int32)),
         max_queries=int(lengths[:, 1].max(initial=0)),
         max_keys=int(num_keys.max(initial=0)),
-        copy_ends=tuple(np.bincount(round_of_copy).cumsum().tolist()),
     )
-
-
-def _rounds(prefix_starts: np.ndarray, prefix_lengths: np.ndarray) -> np.ndarray:
-    """(N,) how many branches before this one have the same prefix; 0 for those without."""
-    seen: dict[int, int] = {}
-    rounds = np.zeros(len(prefix_starts), dtype=np.int64)
-    for index, (start, length) in enumerate(zip(prefix_starts.tolist(), prefix_lengths.tolist(), strict=True)):
-        if length:
-            rounds[index] = seen.get(start, 0)
-            seen[start] = seen.get(start, 0) + 1
-    return rounds

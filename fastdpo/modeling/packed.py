@@ -244,7 +244,10 @@ def _run(
     router_aux_loss: bool = False,
 ) -> tuple[Tensor | None, PairLogps]:
     prepare_model(model)
-    settings = {"impl": impl, "outputs": tuple(outputs), "router_aux_loss": router_aux_loss}
+    layout = None
+    if batch.varlen is not None:  # made out here, where torch.compile does not look into the branches of a batch
+        layout = PackedLayout(batch.segments, batch.varlen, attention_backend(model))
+    settings = {"packed_layout": layout, "impl": impl, "outputs": tuple(outputs), "router_aux_loss": router_aux_loss}
     result = model(input_ids=batch.input_ids, packed_batch=batch, loss_of=loss_of, summed=tuple(summed), **settings)
     tokens = TokenLogps(result["logps"], **{name: result[name] for name in outputs})
     sequences = SequenceLogps(result["sums"], result["lengths"], tokens)
@@ -263,6 +266,7 @@ def _forward(
     model: Any,
     *args: Any,
     packed_batch: PackedBatch | None = None,
+    packed_layout: PackedLayout | None = None,
     impl: str = "auto",
     outputs: tuple[str, ...] = (),
     loss_of: LossOfSums | None = None,
@@ -278,8 +282,7 @@ def _forward(
     batch = packed_batch
     _set_attention(state, packed=batch.is_packed)
     layout: dict[str, Any]
-    if batch.is_packed:
-        packed_layout = _packed_layout(batch, state)
+    if packed_layout is not None:
         layout = {"position_ids": batch.position_ids, "packed_layout": packed_layout}
         if state.attention_backend == "mask":  # for models that hand nothing else to their attention
             layout["attention_mask"] = packed_layout.row_mask(None)[None, None]
@@ -326,12 +329,6 @@ def _forward(
         "logps": result.tokens.logps,
         **{name: getattr(result.tokens, name) for name in outputs},
     }
-
-
-@torch.compiler.disable  # the branches differ from batch to batch
-def _packed_layout(batch: PackedBatch, state: _Prepared) -> PackedLayout:
-    assert batch.varlen is not None
-    return PackedLayout(batch.segments, batch.varlen, state.attention_backend)
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:

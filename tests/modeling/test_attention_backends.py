@@ -274,8 +274,9 @@ def test_gradients_of_copied_rows_are_summed_in_fp32():
 
 
 def test_rows_are_not_copied_where_no_prefix_is_shared():
-    rows = torch.zeros(3, 1)
-    assert gather_keys(rows, pack_pairs(GROUPS, prefix_sharing=False).varlen) is rows
+    batch = pack_pairs(GROUPS, prefix_sharing=False)
+    rows = torch.zeros(batch.input_ids.shape[1], 1)
+    assert gather_keys(rows, batch.varlen) is rows
 
 
 def test_the_mask_of_a_row_lets_every_branch_see_its_prefix_and_itself():

@@ -77,7 +77,7 @@ class PackedLayout:
         """(T, T) bool on the row's device, True where row i may see row j. Made without asking the device anything."""
         if window not in self._row_masks:
             varlen = self.varlen
-            row = torch.arange(len(varlen.own_keys), device=varlen.own_keys.device)
+            row = torch.arange(len(varlen.row_ends) - 1, device=varlen.row_ends.device)
             branch = torch.bucketize(row, varlen.cu_queries[1:].long(), right=True)  # of each row
             own_start = varlen.cu_queries[:-1].long()[branch]
             prefix_lengths = varlen.cu_keys.diff().long() - varlen.cu_queries.diff().long()
