@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Of pytest-xdist: tests run on one thread each; the tests of a module stay together, for what they share.
+PROCESSES ?= --numprocesses 2 --dist loadfile
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-all aot lint format clean
@@ -23,10 +25,10 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	FASTDPO_PEERS=required $(BIN)/python -m pytest -m "not slow"
+	FASTDPO_PEERS=required $(BIN)/python -m pytest -m "not slow" $(PROCESSES)
 
 test-all: $(STAMP)
-	FASTDPO_PEERS=required $(BIN)/python -m pytest
+	FASTDPO_PEERS=required $(BIN)/python -m pytest $(PROCESSES)
 
 # What the kernels compile to, with three releases of Triton in folders of their own; no GPU needed.
 aot: $(STAMP)
