@@ -1,8 +1,12 @@
 """What losses cannot be computed with, or together, is refused by the config."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from fastdpo import LOSSES, DPOConfig
+from fastdpo.losses import DIVERGENCES
 
 
 def config(tmp_path, **settings):
@@ -72,6 +76,11 @@ def test_losses_without_a_reference_have_none(tmp_path):
 
 def test_smoothing_reaches_those_losses_of_a_list_that_have_it(tmp_path):
     assert config(tmp_path, loss_type=["robust", "sft"], label_smoothing=0.1).label_smoothing == 0.1
+
+
+def test_the_readme_names_every_loss_and_divergence():
+    section = (Path(__file__).parents[2] / "README.md").read_text().split("### Losses")[1].split("###")[0]
+    assert {*LOSSES, *DIVERGENCES} <= set(re.findall(r"`([a-z_]+)`", section))
 
 
 def test_every_loss_names_its_source():
