@@ -110,6 +110,12 @@ def copy_adapter_as_reference(peft_model: Any) -> None:
     setattr(peft_model, _OWN_COPY, True)
 
 
+def reference_and_policy_weights(peft_model: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The weights of the adapter "ref", each with its like in the active adapter."""
+    for ours, theirs in _pairs(peft_model, str(peft_model.active_adapter)):
+        yield from zip(_tensors(theirs), _tensors(ours), strict=True)
+
+
 @contextmanager
 def as_reference(peft_model: Any) -> Iterator[None]:
     """The model as the reference for the length of the context: with its adapter "ref", without any where it has none.

@@ -26,6 +26,7 @@ class FeaturedTrainer(PackedTrainer):
     method = "dpo"
     args: DPOConfig
     reference: Reference
+    reference_reason: str
     router_aux_loss_coef = 0.0
     eval_samples: EvalSamples | None = None  # what policy and reference answered at each evaluation
     watch: TrainingWatch | None = None  # the warnings of this run
@@ -49,6 +50,7 @@ class FeaturedTrainer(PackedTrainer):
         if args.sync_ref_model:
             self._synced = SyncReference(self)
             self.add_callback(self._synced)
+            self.reference_reason += f"; it moves towards the policy every {args.ref_model_sync_steps} steps"
         if args.training_warnings:
             self.watch = TrainingWatch(self)
             self.add_callback(self.watch)

@@ -20,9 +20,14 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from fastdpo.references import AdapterReference, FrozenReference, Reference
+from fastdpo.references.adapters import reference_and_policy_weights
 
 logger = logging.get_logger(__name__)
 
+_OTHERWISE = (
+    "sync_ref_model must be off where the reference is built otherwise than the policy: weights of equal names and"
+    " shapes are mixed"
+)
 REFERENCE_FILE = "synced_reference.safetensors"  # in every checkpoint of such a run
 
 
@@ -34,21 +39,18 @@ def mixed_weights(reference: Reference, policy: nn.Module) -> dict[str, tuple[Te
     """
     if isinstance(reference, FrozenReference):
         theirs, ours = dict(reference.model.named_parameters()), dict(policy.named_parameters())
-        shapes = [{name: weight.shape for name, weight in weights.items()} for weights in (theirs, ours)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                "sync_ref_model must be off where ref_model is built otherwise than the model: weights of equal names"
-                " and shapes are mixed"
-            )
-        return {name: (weight, ours[name]) for name, weight in theirs.items() if weight.is_floating_point()}
-    if isinstance(reference, AdapterReference):
-        weights, active = dict(policy.named_parameters()), policy.active_adapter
-        return {
-            name: (weight, weights[name.replace(".ref.", f".{active}.")])
-            for name, weight in weights.items()
-            if ".ref." in name
-        }
-    raise ValueError(f"sync_ref_model must be off with the reference {reference.mode!r}, which has no weights to mix")
+        if theirs.keys() != ours.keys():
+            raise ValueError(_OTHERWISE)
+        mixed = {name: (theirs[name], ours[name]) for name in theirs}
+    elif isinstance(reference, AdapterReference):
+        names = {id(weight): name for name, weight in policy.named_parameters()}
+        pairs = reference_and_policy_weights(policy)
+        mixed = {names[id(theirs)]: (theirs, ours) for theirs, ours in pairs if id(theirs) in names}
+    else:
+        raise ValueError(f"sync_ref_model must be off with the reference {reference.mode!r}: it has no weights to mix")
+    if any(theirs.shape != ours.shape for theirs, ours in mixed.values()):
+        raise ValueError(_OTHERWISE)
+    return {name: weights for name, weights in mixed.items() if weights[0].is_floating_point()}
 
 
 @torch.no_grad()

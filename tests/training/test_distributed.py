@@ -27,10 +27,19 @@ args = DPOConfig(
     logging_steps=1, learning_rate=1e-2 if adapter else 1e-3, save_strategy="no", disable_tqdm=True, report_to="none",
     beta=0.5, reference_free=sys.argv[4] == "none", per_device_eval_batch_size=batch_size,
     loss_type=["sigmoid", "sft"] if sys.argv[4] == "none" else "sigmoid",  # sft: a mean over the tokens of both
+    sync_ref_model=adapter, ref_model_sync_steps=2,
 )
+seen = []
+
+
+def compute_metrics(prediction):
+    seen.append(prediction.predictions["chosen_logps"].tolist())
+    return {{"first_length": int(prediction.label_ids[0, 0])}}
+
+
 trainer = DPOTrainer(
     make_llama(), args=args, train_dataset=Dataset.from_list(make_rows(16)), processing_class=make_tokenizer(),
-    eval_dataset=Dataset.from_list(make_rows(5, seed=1)), peft_config=peft_config,
+    eval_dataset=Dataset.from_list(make_rows(5, seed=1)), peft_config=peft_config, compute_metrics=compute_metrics,
 )
 before = trainer.evaluate()  # must not leave the model unwrapped
 trainer.train()
@@ -38,7 +47,7 @@ evaluated = trainer.evaluate()
 logs = [entry for entry in trainer.state.log_history if "loss" in entry]
 weights = {{name: p.double().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}}
 with open(out + f".{{trainer.args.process_index}}.json", "w") as file:
-    json.dump({{"logs": logs, "weights": weights, "eval": evaluated}}, file)
+    json.dump({{"logs": logs, "weights": weights, "eval": evaluated, "predictions": seen[-1]}}, file)
 trainer.accelerator.end_training()
 os._exit(0)  # threads of the process group may still be ending, and would abort an ordinary exit
 """
@@ -75,6 +84,8 @@ def test_two_processes_train_like_one(tmp_path, mode, accumulation):
             assert double[key] == pytest.approx(single[key], rel=1e-4, abs=1e-5), key
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-4, abs=1e-4)
     # 5 rows on two processes: the last step repeats rows, which must not count twice
-    for key in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
+    assert len(one["predictions"]) == 5
+    assert two["predictions"] == pytest.approx(one["predictions"], rel=1e-4)  # in the order of the rows
+    for key in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_first_length"):
         assert two["eval"][key] == pytest.approx(one["eval"][key], abs=1e-5), key
     assert one["logs"][0]["loss"] != one["logs"][-1]["loss"]

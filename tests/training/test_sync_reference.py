@@ -37,10 +37,19 @@ def test_the_reference_moves_by_the_mixture_after_every_so_many_steps(tmp_path):
     assert any(not torch.equal(start[name], moved) for name, moved in weights_of(fast.reference.model).items())
 
 
-@pytest.mark.parametrize("has_adapter", [False, True], ids=["all weights", "LoRA"])
-def test_at_alpha_1_the_loss_starts_again_at_ln_2_after_each_move(tmp_path, has_adapter):
+ADAPTERS = {
+    "all weights": None,
+    "LoRA": {},
+    "LoRA on embeddings and head": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "DoRA": {"use_dora": True},
+    "a module that is trained whole": {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("lora", ADAPTERS.values(), ids=ADAPTERS)
+def test_at_alpha_1_the_loss_starts_again_at_ln_2_after_each_move(tmp_path, lora):
     """The reference is then the policy: with LoRA too, which starts from an adapter that does nothing."""
-    settings = {"peft_config": make_lora()} if has_adapter else {}
+    settings = {} if lora is None else {"peft_config": make_lora(**lora)}
     fast = tiny_trainer(
         tmp_path,
         sync_ref_model=True,
@@ -50,7 +59,7 @@ def test_at_alpha_1_the_loss_starts_again_at_ln_2_after_each_move(tmp_path, has_
         learning_rate=1e-2,
         **settings,
     )
-    assert fast.reference.mode == ("adapter" if has_adapter else "frozen")
+    assert fast.reference.mode == ("frozen" if lora is None else "adapter")
     fast.train()
     losses = logged(fast)
     for step in range(6):
@@ -122,7 +131,7 @@ def test_what_cannot_be_synced_is_refused(tmp_path, settings, match):
 
 def test_a_reference_of_another_shape_is_refused(tmp_path):
     other = make_llama(intermediate_size=48)
-    with pytest.raises(ValueError, match="sync_ref_model must be off where ref_model is built otherwise"):
+    with pytest.raises(ValueError, match="sync_ref_model must be off where the reference is built otherwise"):
         tiny_trainer(tmp_path, ref_model=other, sync_ref_model=True)
 
 
