@@ -13,6 +13,7 @@ from tiny import make_llama, make_tokenizer
 from fastdpo import LOSSES, DPOConfig, DPOTrainer, PairScores
 from fastdpo.losses import SMOOTHED, looks_at_whole_batch, preference_losses
 from fastdpo.training.collator import microbatches_of
+from fastdpo.training.precompute import precompute_ref_logps
 
 BETA = 0.5
 SETTINGS = {
@@ -180,11 +181,22 @@ def test_a_cached_reference_gives_the_same_loss(tmp_path, case):
     assert relative_error(gradient, exact) <= 1e-5
 
 
-# discopop rises with the margin around 0 unless its step is wide: with 0.05 it would learn to prefer the rejected
+def test_precomputed_log_probs_are_found_by_a_run_with_ld_alpha(tmp_path):
+    settings = {"ld_alpha": 0.3, "reference": "cached"}
+    make_llama(seed=1).save_pretrained(tmp_path / "reference")
+    make_tokenizer().save_pretrained(tmp_path / "reference")
+    args = DPOConfig(str(tmp_path), **{**SETTINGS, "ref_cache_dir": str(tmp_path / "cache"), **settings})
+    done = precompute_ref_logps(str(tmp_path / "reference"), args, {"train": ROWS})
+    assert done.counts["train"].num_computed == len(ROWS)
+    trainer = make_trainer(tmp_path, **settings, ref_model=make_llama(seed=1))
+    assert f"{len(ROWS)} rows: {len(ROWS)} found" in trainer.reference_reason
+
+
 @pytest.mark.parametrize("case", [*ALONE, "list", "ld", "wpo", "js"])
 def test_every_loss_is_learned_by_a_lora_adapter(tmp_path, case):
     from peft import LoraConfig
 
+    # discopop rises with the margin around 0 unless its step is wide: with 0.05 it would learn to prefer the rejected
     settings = {**CASES[case], **({"discopop_tau": 1.0} if case == "discopop" else {})}
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     trainer = make_trainer(tmp_path, **settings, peft_config=adapter, max_steps=6, learning_rate=1e-2)
