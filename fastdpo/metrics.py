@@ -92,7 +92,9 @@ class MetricMeans:
 
     def add(self, metrics: dict[str, SumAndWeight]) -> None:
         for key, (value, weight) in metrics.items():
-            pair = torch.stack([value.double(), torch.as_tensor(weight, dtype=torch.float64, device=value.device)])
+            if not isinstance(weight, Tensor):  # filled in on the device: a copy from the host would wait for it
+                weight = torch.full((), weight, dtype=torch.float64, device=value.device)
+            pair = torch.stack([value.double(), weight.double()])
             self._sums[key] = self._sums[key] + pair if key in self._sums else pair
 
     def peek(self) -> dict[str, float]:
