@@ -1,5 +1,6 @@
 """One training run through TRL's DPOTrainer and one through ours, from the same settings, and what both have logged."""
 
+import torch
 from datasets import Dataset
 from tiny import make_rows
 
@@ -24,6 +25,16 @@ NOT_NUMBERS |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_secon
 def rows():
     """12 pairs; the responses of a pair differ in length, and none would be dropped."""
     return Dataset.from_list(make_rows(12, seed=3))
+
+
+def mixtral(seed=0):
+    """Four experts in each of two layers, two of them for a token."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=32, router_aux_loss_coef=0.1, **sizes, **experts))
 
 
 def trained(package, folder, model, tokenizer, keywords, settings):

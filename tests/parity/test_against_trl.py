@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peers import peer
-from side_by_side import assert_same_logs, logged, trained
+from side_by_side import assert_same_logs, logged, mixtral, trained
 from tiny import make_llama, make_rows, make_tokenizer
 
 import fastdpo
@@ -47,6 +47,7 @@ CASES = {
     "WPO": {"use_weighting": True},
     "WPO, several losses": {"use_weighting": True, "loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0, 0.5]},
     "WPO, ld_alpha": {"use_weighting": True, "ld_alpha": 0.3},
+    "sync_ref_model": {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.7},
     "precompute": {"precompute_ref_log_probs": True},
     "truncated": {"max_length": 12},
     "clipped, decayed": {"max_grad_norm": 0.1, "weight_decay": 0.1, "warmup_steps": 1},
@@ -65,9 +66,8 @@ def tiny_llama(seed=0):
 
 def both(tmp_path, model, keywords=None, **settings):
     """Our trainer and TRL's, each trained from a model (or a name of one) that `model` makes."""
-    settings.setdefault("ref_cache_dir", str(tmp_path / "cache"))
-    ours = trained(fastdpo, tmp_path / "ours", model(), make_tokenizer(), (keywords or dict)(), settings)
-    del settings["ref_cache_dir"]
+    own = {"ref_cache_dir": str(tmp_path / "cache"), "packing": settings.pop("packing", "packed")}
+    ours = trained(fastdpo, tmp_path / "ours", model(), make_tokenizer(), (keywords or dict)(), {**settings, **own})
     theirs = trained(trl, tmp_path / "trl", model(), make_tokenizer(), (keywords or dict)(), settings)
     return ours, theirs
 
@@ -128,6 +128,17 @@ def test_an_adapter_that_is_trained_further_is_compared_with_its_start(tmp_path)
     ours, theirs = both(tmp_path, with_adapter)
     assert_same_logs(logged(ours), logged(theirs))
     assert logged(ours)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_lora_with_precomputed_log_probs_logs_what_trl_logs(tmp_path):
+    ours, theirs = both(tmp_path, tiny_llama, lora, precompute_ref_log_probs=True)
+    assert_same_logs(logged(ours), logged(theirs))
+
+
+def test_experts_and_their_auxiliary_loss_log_what_trl_logs(tmp_path):
+    ours, theirs = both(tmp_path, mixtral, lambda: {"ref_model": mixtral(seed=1)}, packing="padded")
+    assert_same_logs(logged(ours), logged(theirs))
+    assert all(entry["aux_loss"] > 0 for entry in logged(ours))
 
 
 def test_evaluation_logs_what_trl_logs(tmp_path, model_dir):

@@ -1,12 +1,16 @@
 """`accelerate(trainer)`: TRL's own trainer with our head op logs the same numbers and takes the same steps."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from peers import peer
-from side_by_side import SETTINGS, assert_same_logs, logged, rows
+from side_by_side import SETTINGS, assert_same_logs, logged, mixtral, rows
 from tiny import make_llama, make_rows, make_tokenizer
 
 from fastdpo.integrations import trl as seat
@@ -33,15 +37,6 @@ def lora():
     from peft import LoraConfig
 
     return {"peft_config": LoraConfig(r=4, target_modules="all-linear")}
-
-
-def mixtral():
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
-    return MixtralForCausalLM(MixtralConfig(vocab_size=32, router_aux_loss_coef=0.1, **sizes, **experts))
 
 
 MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
@@ -154,6 +149,46 @@ def test_a_batch_without_response_tokens_gives_zeros_with_a_gradient(tmp_path, m
     output = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
     assert output.log_probs.tolist() == [[0.0, 0.0]]
     output.log_probs.sum().backward()
+
+
+TWO_PROCESSES = """
+import os, sys
+sys.path[:0] = {paths!r}
+import torch, trl
+from side_by_side import SETTINGS, assert_same_logs, logged, rows
+from tiny import make_llama, make_tokenizer
+from fastdpo.integrations.trl import accelerate
+
+torch.set_num_threads(1)
+trainers = []
+for seat in (lambda trainer: trainer, accelerate):
+    args = trl.DPOConfig({folder!r}, **{{**SETTINGS, "per_device_train_batch_size": 2}})
+    trainer = trl.DPOTrainer(
+        make_llama(), ref_model=make_llama(seed=1), args=args, train_dataset=rows(), processing_class=make_tokenizer()
+    )
+    seat(trainer).train()
+    trainers.append(trainer)
+assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+before, after = trainers
+assert_same_logs(logged(after), logged(before), tolerance=1e-5)
+for was, now in zip(before.model.parameters(), after.model.parameters()):
+    torch.testing.assert_close(now, was, rtol=1e-4, atol=1e-5)
+open({folder!r} + "/same" + str(args.process_index), "w").close()
+os._exit(0)  # threads of the process group may still be ending, and would abort an ordinary exit
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stay_as_they_were(tmp_path):
+    """Under DDP our op runs inside the wrapped forward, so that gradients are reduced."""
+    here = Path(__file__).parent
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES.format(paths=[str(here), str(here.parent)], folder=str(tmp_path)))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(start, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {path.name for path in tmp_path.glob("same*")} == {"same0", "same1"}
 
 
 # What is refused
