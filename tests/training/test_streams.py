@@ -1,6 +1,6 @@
 """Streams of rows (`datasets.IterableDataset`) for training and evaluation."""
 
-import logging
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -8,6 +8,7 @@ from tiny import make_llama, make_rows, make_tokenizer
 
 from fastdpo import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from fastdpo.data.prepare import group_from_columns
+from fastdpo.training.streams import check_stream_settings
 from fastdpo.training.summary import summary_lines
 
 ROWS = make_rows(12)
@@ -67,6 +68,24 @@ def test_a_stream_begins_again_where_steps_outlast_it(tmp_path):
     assert streamed == losses(trainer(tmp_path, Dataset.from_list(ROWS), max_steps=5))
 
 
+def test_a_streamed_run_goes_on_from_a_checkpoint(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    expected = losses(trainer(tmp_path, stream(ROWS), **saving))
+    run = trainer(tmp_path, stream(ROWS), **saving)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [entry["loss"] for entry in run.state.log_history if "loss" in entry] == expected
+
+
+def test_a_streamed_evaluation_on_several_processes_is_warned_of(caplog):
+    args = DPOConfig("unused", use_cpu=True)
+    with caplog.at_level("WARNING"):
+        check_stream_settings(args, None, {"a": Dataset.from_list(ROWS)})
+        assert not caplog.records
+        several = SimpleNamespace(**{**vars(args), "world_size": 2})
+        check_stream_settings(several, None, {"a": stream(ROWS)})
+    assert "repeats rows" in caplog.text
+
+
 def test_streamed_evaluation_has_the_metrics_of_the_same_rows(tmp_path):
     evaluated = {"a": stream(ROWS[:5]), "b": Dataset.from_list(ROWS[:5])}
     run = trainer(tmp_path, stream(ROWS), eval_dataset=evaluated)
@@ -79,7 +98,6 @@ def test_streamed_evaluation_has_the_metrics_of_the_same_rows(tmp_path):
 
 def test_rows_that_cannot_be_used_are_left_out_told_once_and_counted(tmp_path, caplog):
     rows = [ROWS[0], EQUAL, *ROWS[1:6], EQUAL, *ROWS[6:]]
-    logging.getLogger("transformers").propagate = logging.getLogger("fastdpo").propagate = True
     with caplog.at_level("WARNING"):
         run = trainer(tmp_path, stream(rows))
         assert losses(run) == losses(trainer(tmp_path, Dataset.from_list(ROWS)))
