@@ -19,8 +19,8 @@ from fastdpo.modeling.attention.sdpa import BranchSdpa
 from fastdpo.modeling.attention.varlen import VarlenBackend
 from fastdpo.ops.eager import max_chunk_rows
 from fastdpo.ops.engine import engine_of
-from fastdpo.ops.head import padded
-from fastdpo.ops.matmul import accumulator_dtype
+from fastdpo.ops.head import padded, with_adapter
+from fastdpo.ops.matmul import MAX_CAST_ELEMENTS, accumulator_dtype
 
 
 def grouped_mm(a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
@@ -35,13 +35,19 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dty
 
 
 def head_loss(
-    hidden_states: Tensor, weight: Tensor, dtype: torch.dtype, impl: str, workspace_bytes: int | None
+    hidden_states: Tensor,
+    weight: Tensor,
+    adapter_weight: Tensor | None,
+    dtype: torch.dtype,
+    impl: str,
+    workspace_bytes: int | None,
 ) -> Tensor:
-    """A scalar behind (R, H) rows and the (V, H) weight; where no gradient is made, operands are cast and no more."""
+    """A scalar behind (R, H + r) rows, the (V, H) weight and the (V, r) adapter, if there is one; where no gradient is
+    made, operands are cast and no more."""
     if torch.is_grad_enabled():
-        loss: Tensor = _HeadAllocations.apply(hidden_states, weight, dtype, impl, workspace_bytes)
+        loss: Tensor = _HeadAllocations.apply(hidden_states, weight, adapter_weight, dtype, impl, workspace_bytes)
         return loss
-    operands = hidden_states.to(dtype), weight.to(dtype)
+    operands = hidden_states.to(dtype), with_adapter(weight, adapter_weight, dtype)
     return torch.empty((), dtype=accumulator_dtype(operands[0].dtype))
 
 
@@ -49,16 +55,19 @@ class _HeadAllocations(torch.autograd.Function):
     """The allocations of `fastdpo.ops.sequence_loss`: D in the workspace, fp32 sums, casts to the operands' dtype."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_states, weight, dtype, impl, workspace_bytes):  # type: ignore[override]
+    def forward(ctx: Any, hidden_states, weight, adapter_weight, dtype, impl, workspace_bytes):  # type: ignore[override]
         engine = engine_of(impl)
-        h, w = hidden_states.to(dtype), weight.to(dtype)
+        h, w = hidden_states.to(dtype), with_adapter(weight, adapter_weight, dtype)
+        ctx.has_adapter = adapter_weight is not None
+        weight = adapter_weight if ctx.has_adapter else weight
         acc = accumulator_dtype(dtype)
         (R, H), V = h.shape, w.shape[0]
         sums = [torch.empty(x.shape, dtype=acc) if x.requires_grad else None for x in (hidden_states, weight)]
         rows = min(R, max_chunk_rows(w, engine, workspace_bytes))
         d = torch.empty(rows, padded(V, engine.row_multiple), dtype=engine.grads_dtype(dtype))
         scaled = torch.empty(rows, H, dtype=acc)
-        del d, scaled
+        upcast = torch.empty(min(V, MAX_CAST_ELEMENTS // H) if impl == "tiled" and dtype != acc else 0, H, dtype=acc)
+        del d, scaled, upcast
         ctx.dtypes = hidden_states.dtype, weight.dtype
         ctx.save_for_backward(*sums)
         return torch.empty((), dtype=acc)
@@ -69,7 +78,7 @@ class _HeadAllocations(torch.autograd.Function):
             None if x is None else x.mul_(grad) if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
             for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*grads, None, None, None)
+        return (grads[0], *((None, grads[1]) if ctx.has_adapter else (grads[1], None)), None, None, None)
 
 
 class _Attention(torch.autograd.Function):

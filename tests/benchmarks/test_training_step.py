@@ -113,6 +113,22 @@ def test_a_method_with_other_losses_gets_no_speed():
     assert fine.record(100, 1.0)["pairs_per_s"] == TINY.pairs_per_step
 
 
+@pytest.mark.parametrize(
+    ("losses", "is_right"),
+    [
+        ([math.log(2), 1.60, 0.72], True),  # weights that have moved further are off by more
+        ([math.log(2), 1.69, 0.72], True),
+        ([math.log(2), 1.90, 0.72], False),
+        ([math.log(2), 1.60, 0.75], False),
+        ([math.log(2) + 0.02, 1.60, 0.72], False),  # nothing has moved yet
+    ],
+)
+def test_losses_in_bf16_may_differ_by_a_share_of_what_they_moved(losses, is_right):
+    measurement = bench.Measurement(Job("1B long", "fastdpo", 2, 5))
+    measurement.add({"losses": losses}, [math.log(2), 1.60, 0.72])
+    assert (measurement.error is None) == is_right
+
+
 @pytest.mark.parametrize("losses", [[0.70, 0.6], [math.nan, math.nan]])
 def test_the_first_method_must_begin_at_ln_2(losses):
     measurement = bench.Measurement(job("fastdpo"))

@@ -18,7 +18,7 @@ from fastdpo.training.memory import estimate_peak_memory, model_bytes, optimizer
 from fastdpo.training.models import disable_dropout
 from fastdpo.training.summary import summary_lines
 
-TOLERANCE = 0.15  # what the summary promises; packed fp32 steps are within 1%, bf16 autocast up to 11% too low
+TOLERANCE = 0.15  # what the summary promises; packed steps were within 4%, in fp32 and under bf16 autocast within 2%
 MODELS = {
     "small": {"vocab_size": 1000, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6},
     "wide": {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2},
@@ -87,13 +87,37 @@ def test_a_step_takes_what_was_estimated(name, lora, checkpointing, lengths):
     assert estimated.total == pytest.approx(measured, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("whole", [False, True], ids=["lora", "modules_to_save"])
+def test_an_adapter_on_the_head_takes_what_was_estimated(whole, autocast):
+    """LoRA a copy of the head's weight, a head that is trained whole its gradient."""
+    settings = {"modules_to_save": ["lm_head"]} if whole else {}
+    targets = ["q_proj"] if whole else ["lm_head", "q_proj"]
+    config = LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM", **settings)
+    model = prepare_model(get_peft_model(make_model("large-head", lora=False, checkpointing=False), config)).train()
+    batch = make_batch(2, 100, 50, MODELS["large-head"]["vocab_size"])
+    measured, estimated = measured_and_estimated(model, batch, autocast)
+    assert estimated.total == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["wide", "large-head"])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_copies_of_weights_in_the_dtype_of_autocast_are_counted(lora, checkpointing):
-    model = make_model("wide", lora, checkpointing)
-    measured, estimated = measured_and_estimated(model, make_batch(2, 100, 50, 2000), autocast=torch.bfloat16)
-    assert estimated.total == pytest.approx(measured, rel=TOLERANCE)
+def test_copies_of_weights_in_the_dtype_of_autocast_are_counted(name, lora, checkpointing):
+    model, vocab_size = make_model(name, lora, checkpointing), MODELS[name]["vocab_size"]
+    measured, estimated = measured_and_estimated(model, make_batch(2, 100, 50, vocab_size), autocast=torch.bfloat16)
+    assert estimated.total == pytest.approx(measured, rel=0.05)
     assert estimated.casts > 0
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_base_in_bf16_takes_what_was_estimated(lora):
+    model = make_model("large-head", lora, checkpointing=True)
+    for parameter in model.parameters():
+        if not (lora and parameter.requires_grad):  # adapters stay in fp32
+            parameter.data = parameter.data.bfloat16()
+    measured, estimated = measured_and_estimated(model, make_batch(2, 100, 50, 20011), autocast=torch.bfloat16)
+    assert estimated.total == pytest.approx(measured, rel=0.05)
 
 
 def test_gradients_of_earlier_micro_batches_are_counted():
