@@ -104,7 +104,7 @@ def model_card(
         tags=list(dict.fromkeys(["fastdpo", trainer.method, *(["lora"] if is_adapter else []), *tags])),
         **{**{key: value for key, value in on_hub.items() if value}, **metadata},
     )
-    start = f"[{base}](https://huggingface.co/{base})" if on_hub["base_model"] else f"`{base}`" if base else "a model"
+    start = f"[{base}](https://huggingface.co/{base})" if on_hub["base_model"] else f"`{base}`" if base else "A model"
     method = trainer.method.upper()
     method = f"[{method}]({PAPERS[trainer.method]})" if trainer.method in PAPERS else method
     data_words = f" on {dataset_name}" if dataset_name else ""

@@ -67,15 +67,19 @@ class EvalSamples(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir) / SAMPLES_FILE
-        if state.global_step == 0:
-            self.answered = []
+        if state.global_step == 0:  # what stands there is of another run, but for an evaluation before this one
             path.unlink(missing_ok=True)
+            self.answered = [entry for entry in self.answered if entry.step == 0]
+            self._write(self.answered)
             if self._live_reference() is None:
                 self._of_reference = self._generate(self.trainer.model)
         elif path.is_file():
             self.answered = [Answered(**json.loads(line)) for line in path.read_text().splitlines()]
-            if self.answered and self._live_reference() is None:
-                self._of_reference = [entry.reference for entry in self.answered[: len(self.prompt_ids)]]  # type: ignore[misc]
+            of_reference = [
+                entry.reference for entry in self.answered[: len(self.prompt_ids)] if entry.reference is not None
+            ]
+            if len(of_reference) == len(self.prompt_ids) and self._live_reference() is None:
+                self._of_reference = of_reference
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         is_new = not self.answered or self.answered[-1].step != state.global_step  # several datasets: once
@@ -93,18 +97,25 @@ class EvalSamples(TrainerCallback):
                 references = self._generate(model)
             if not self.trainer.args.sync_ref_model:
                 self._of_reference = list(references)  # type: ignore[arg-type]
+        if references is None and step == 0:
+            references = self._of_reference = policy
         name = "before training" if live is None else "reference"
         new = [
             Answered(step, prompt, ours, theirs, name)
             for prompt, ours, theirs in zip(prompts, policy, references or [None] * len(prompts), strict=True)
         ]
         self.answered.extend(new)
+        self._write(new)
+        self._show(new)
+        return new
+
+    def _write(self, entries: Sequence[Answered]) -> None:
+        if not entries:
+            return
         path = Path(self.trainer.args.output_dir) / SAMPLES_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in new)
-        self._show(new)
-        return new
+            file.writelines(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in entries)
 
     def _live_reference(self) -> Any:
         """A context that gives the model to ask, or None."""

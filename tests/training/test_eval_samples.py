@@ -51,6 +51,18 @@ def test_policy_and_reference_answer_the_first_prompts(tmp_path, mode):
     assert [line["policy"] for line in lines] == [entry.policy for entry in answered]
 
 
+@pytest.mark.parametrize("mode", ["frozen", "cached"])
+def test_an_evaluation_before_training_is_kept_and_another_runs_are_not(tmp_path, mode):
+    tmp_path.joinpath(SAMPLES_FILE).write_text('{"of": "another run"}\n')
+    fast = tiny_trainer(tmp_path, eval_dataset=ROWS, reference=mode, **SAMPLING, **EVERY_2)
+    fast.evaluate()
+    fast.train()
+    lines = [json.loads(line) for line in (tmp_path / SAMPLES_FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 0, 0, 2, 2, 2, 4, 4, 4]
+    assert [line["policy"] for line in lines[:3]] == [line["reference"] for line in lines[:3]]
+    assert [entry.step for entry in fast.eval_samples.answered] == [line["step"] for line in lines]
+
+
 def test_a_reference_that_moves_is_asked_again(tmp_path):
     fast = tiny_trainer(
         tmp_path,
