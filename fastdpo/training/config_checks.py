@@ -116,15 +116,17 @@ def offload_checkpoints(args: Any, on_gpu: bool) -> None:
     """TRL's activation_offloading as transformers' `offload` of what gradient checkpointing keeps.
 
     Raises:
-        ValueError: there is no other memory to move it to, or nothing is kept that could be moved.
+        ValueError: there is no other memory to move it to, nothing is kept that could be moved, or transformers is
+            older than 5.23.
     """
+    if not hasattr(args, "activation_checkpointing_kwargs"):
+        raise ValueError("activation_offloading must be False with transformers before 5.23, which cannot do it")
     if not on_gpu:
         raise ValueError("activation_offloading must be False on a CPU, in whose memory activations are, got True")
     if not args.gradient_checkpointing:
         raise ValueError(
             "activation_offloading must go with gradient_checkpointing: what checkpointing keeps is what is moved"
         )
-    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the first since transformers 5.23
-    name = next(name for name in names if hasattr(args, name))
-    given = next((value for name in names if (value := getattr(args, name, None)) is not None), None)
-    setattr(args, name, {**(as_dict(name, given) or {}), "offload": True})
+    name = "activation_checkpointing_kwargs"  # of which gradient_checkpointing_kwargs is the older one
+    given = args.gradient_checkpointing_kwargs if getattr(args, name) is None else getattr(args, name)
+    args.activation_checkpointing_kwargs = {**(as_dict(name, given) or {}), "offload": True}
