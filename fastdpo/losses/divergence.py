@@ -1,7 +1,7 @@
 """f-divergences in place of the KL divergence to the reference: PairScores in, PairScores out whose log-ratios are f'.
 
 Where DPO's reward is `beta log u` of the ratio `u = policy / reference`, f-DPO's is `beta f'(u)` and a term of the
-prompt alone (arXiv 2309.16240, eq. 7), which cancels in a difference: only losses that compare the two sides have it.
+prompt alone (arXiv 2309.16240, theorem 1), which cancels in a difference: only losses that compare both sides have it.
 Names and constants are TRL's.
 """
 

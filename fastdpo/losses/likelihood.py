@@ -22,7 +22,7 @@ def sft(scores: PairScores, config: LossConfig) -> Tensor:
     """Negative log-prob per token of the chosen responses: the mean over pairs is that over tokens.
 
     The Preferred-FT baseline of DPO (arXiv 2305.18290, sec. 6), and the term that keeps chosen log-probs from falling
-    (RPO, arXiv 2404.19733, eq. 4): `loss_type=["sigmoid", "sft"]`.
+    (RPO, arXiv 2404.19733): `loss_type=["sigmoid", "sft"]`.
     """
     if scores.chosen_lengths is None:
         raise ValueError("this loss is a mean over tokens: PairScores must carry chosen_lengths")
@@ -59,7 +59,7 @@ def orpo(scores: PairScores, config: LossConfig) -> Tensor:
 
 
 def cpo(scores: PairScores, config: LossConfig) -> Tensor:
-    """`-log s(beta (log-prob of chosen - of rejected)) + cpo_alpha * sft`. CPO, arXiv 2401.08417, eq. 3 and 4.
+    """`-log s(beta (log-prob of chosen - of rejected)) + cpo_alpha * sft`. CPO, arXiv 2401.08417, eq. 3.
 
     `label_smoothing` as in `sigmoid`; the likelihood term is a mean over tokens, as in TRL's CPOTrainer.
     """

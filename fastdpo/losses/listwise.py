@@ -14,7 +14,7 @@ from fastdpo.types import PairScores
 
 
 def plackett_luce(scores: PairScores, config: LossConfig) -> Tensor:
-    """Negative log-likelihood of a ranking, by stages. DPO, arXiv 2305.18290, appendix A.3, eq. 20.
+    """Negative log-likelihood of a ranking, by stages. DPO, arXiv 2305.18290, appendix A.3.
 
     With rewards `w_k = beta * log-ratio` of the responses in order, stage k is `log sum_{j >= k} exp(w_j) - w_k`; the
     sum over a ranking's stages is its loss, and for K = 2 that is `sigmoid`.

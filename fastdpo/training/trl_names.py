@@ -49,6 +49,11 @@ _SELECT = "activate the adapter before: model.set_adapter({value!r})"
 # Of DPOConfig, and some of DPOTrainer before that.
 SETTINGS: Mapping[str, Gone] = {
     "rpo_alpha": Gone("loss_type=['sigmoid', 'sft'], loss_weights=[1.0, {value}]", _with_sft, off=(None,)),
+    "simpo_gamma": Gone(  # of CPOConfig
+        "gamma_beta_ratio={value} / beta",
+        lambda value, settings: {"gamma_beta_ratio": value / settings.get("beta", 0.1)},
+        off=(None,),
+    ),
     "use_liger_loss": _needless("the head op never makes logits"),
     "use_logits_to_keep": _needless("only response positions reach the LM head"),
     "use_num_logits_to_keep": _needless("only response positions reach the LM head"),

@@ -86,3 +86,10 @@ def test_the_readme_names_every_loss_and_divergence():
 def test_every_loss_names_its_source():
     for name, loss in LOSSES.items():
         assert "arXiv" in loss.__doc__, name
+
+
+def test_simpo_takes_the_margin_under_the_name_of_trls_cpo_trainer(tmp_path):
+    """There it is gamma, here gamma / beta."""
+    with pytest.warns(FutureWarning, match="gamma_beta_ratio"):
+        translated = config(tmp_path, loss_type="simpo", beta=2.0, simpo_gamma=0.5)
+    assert translated.gamma_beta_ratio == 0.25
