@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastdpo.data.varlen import varlen_layout
 from fastdpo.modeling.attention.call import PackedLayout
+from fastdpo.modeling.head import lm_head
 from fastdpo.modeling.packed import bare_model, is_prepared, unprepare_model
 from fastdpo.training.dry_ops import dry_attention, grouped_mm, head_loss
 
@@ -117,9 +118,10 @@ def dry_step(
             with context, torch.set_grad_enabled(with_grad):
                 hidden_states = _hidden_states(bare, row, varlen)
                 rows = hidden_states.flatten(0, 1).index_select(0, torch.zeros(row.num_rows, dtype=torch.int64))
-                weight = bare.get_output_embeddings().weight
                 with live.tagged("head"):
-                    loss: Any = head_loss(rows, weight, autocast or weight.dtype, impl, workspace_bytes)
+                    rows, weight, adapter_weight = lm_head(bare).operands(rows, split=with_grad)
+                    dtype = autocast or weight.dtype
+                    loss: Any = head_loss(rows, weight, adapter_weight, dtype, impl, workspace_bytes)
             del hidden_states, rows
             if loss.requires_grad:
                 loss.backward()
