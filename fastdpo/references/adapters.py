@@ -77,6 +77,13 @@ def trained_outside_adapter(peft_model: Any) -> str | None:
     return None
 
 
+def freeze_reference(peft_model: Any) -> None:
+    """Takes the adapter "ref" out of training, which PEFT would put it in where it was loaded as trainable."""
+    for entry in _entries(peft_model, REFERENCE_ADAPTER):
+        for tensor in _tensors(entry):
+            tensor.requires_grad_(False)
+
+
 def drop_own_copy(peft_model: Any) -> None:
     """Removes the adapter "ref" that an earlier run put there: it is where that run started, not this one."""
     if hasattr(peft_model, _OWN_COPY):
@@ -102,7 +109,7 @@ def copy_adapter_as_reference(peft_model: Any) -> None:
     for ours, theirs in _pairs(peft_model, name):
         for source, target in zip(_tensors(ours), _tensors(theirs), strict=True):
             target.data = source.detach().clone()  # in the dtype that the active one has
-            target.requires_grad_(False)
+    freeze_reference(peft_model)
     for module in peft_model.modules():
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, dict) and name in scaling:

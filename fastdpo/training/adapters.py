@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import set_seed
 
-from fastdpo.references.adapters import REFERENCE_ADAPTER, drop_own_copy, is_peft_model
+from fastdpo.references.adapters import REFERENCE_ADAPTER, drop_own_copy, freeze_reference, is_peft_model
 
 # Methods that the tests hold to the model's own forward; all work on single layers and see one token at a time
 PEFT_TYPES = frozenset(
@@ -43,6 +43,7 @@ def with_adapter(model: Any, peft_config: Any, args: Any) -> Any:
         model = _with_new_adapter(model, peft_config, args.seed)
     if is_peft_model(model):
         drop_own_copy(model)
+        freeze_reference(model)
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
     return model

@@ -66,7 +66,7 @@ SETTINGS: Mapping[str, Gone] = {
     "is_encoder_decoder": Gone("a causal LM: encoder-decoder models are not trained here"),
     "generate_during_eval": Gone("num_eval_samples=8", lambda value, settings: {"num_eval_samples": 8}),
     "model_adapter_name": Gone(_SELECT),
-    "ref_adapter_name": Gone("ref_model=..., a second model that has the adapter {value!r} loaded"),
+    "ref_adapter_name": Gone('model.load_adapter(path, "ref"), whose adapter is then the reference, or ref_model=...'),
     "ref_model_init_kwargs": Gone("ref_model=AutoModelForCausalLM.from_pretrained(..., **{value!r})"),
     "tools": Gone("a column `tools` in the dataset: dataset.map(lambda row: {{'tools': tools}})"),
     # of transformers.TrainingArguments, gone from it by now

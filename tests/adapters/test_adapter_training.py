@@ -12,6 +12,7 @@ from tiny import make_llama, make_rows, make_tokenizer
 
 from fastdpo import DPOConfig, DPOTrainer, pack_pairs, packed_logps
 from fastdpo.data.prepare import group_from_columns
+from fastdpo.training.precompute import precompute_ref_logps
 
 
 def make_trainer(tmp_path, model=None, peft_config=None, ref_model=None, rows=8, **settings):
@@ -130,12 +131,10 @@ def test_a_given_reference_with_an_adapter_is_not_mistaken_for_its_base_in_the_c
 
 
 def test_a_model_that_brings_an_adapter_named_ref_is_compared_with_it(tmp_path):
+    under_way(seed=6).save_pretrained(tmp_path / "adapter")
+    expected = sums_of(PeftModel.from_pretrained(make_llama(), tmp_path / "adapter"))
     model = under_way()
-    model.add_adapter("ref", lora())
-    model.set_adapter("ref")
-    learned(model, seed=6)
-    expected = sums_of(model)
-    model.set_adapter("default")
+    model.load_adapter(tmp_path / "adapter", "ref", is_trainable=True)
     trainer = make_trainer(tmp_path, model)
     assert trainer.reference_reason.startswith("the model with the adapter 'ref' that it brings")
     assert torch.equal(reference_sums(trainer), expected)
@@ -323,6 +322,16 @@ def test_the_folder_of_an_adapter_is_a_model_that_is_trained_on(tmp_path, with_t
     trainer.save_model()
     again = PeftModel.from_pretrained(make_llama(), tmp_path / "out")
     assert torch.equal(sums_of(again), sums_of(trainer.model))
+
+
+def test_what_is_precomputed_of_an_adapters_folder_is_found_by_a_run_from_it(tmp_path):
+    folder, _ = saved_adapter(tmp_path, True)
+    settings = {"reference": "cached", "ref_cache_dir": str(tmp_path / "cache"), "use_cpu": True, "report_to": "none"}
+    arguments = DPOConfig(str(tmp_path / "out"), **settings)
+    done = precompute_ref_logps(folder, arguments, {"train": Dataset.from_list(make_rows(4))})
+    assert done.counts["train"].num_computed == 4
+    trainer = DPOTrainer(folder, args=arguments, train_dataset=Dataset.from_list(make_rows(4)))
+    assert "0 computed" in trainer.reference_reason or "4 found" in trainer.reference_reason
 
 
 @pytest.mark.parametrize("reference", ["auto", "cached"])
