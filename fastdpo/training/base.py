@@ -36,6 +36,7 @@ from fastdpo.training.layer_kernels import use_layer_kernels
 from fastdpo.training.memory import check_memory_settings
 from fastdpo.training.model_card import CardTrainer
 from fastdpo.training.models import check_lengths, check_token_ids, disable_dropout, forget_accelerate, head_dtype
+from fastdpo.training.rotary import warn_of_mixed_lengths
 from fastdpo.training.streams import check_stream_settings, guarded, is_stream
 from fastdpo.training.token_budget import BudgetAtStart, check_can_split, check_row_sizes, steps_in_backward
 from fastdpo.types import PackedBatch
@@ -152,6 +153,7 @@ class PackedTrainer(CardTrainer):
         if is_stream(prepared):
             return guarded(prepared, model, name)
         check_lengths(model, prepared, name)
+        warn_of_mixed_lengths(model, prepared, name)
         check_token_ids(prepared, bare_model(model).get_input_embeddings().weight.shape[0], name)
         report = self.data_reports[name]
         if report.num_kept < report.num_rows:
