@@ -17,7 +17,7 @@ from typing import Any
 
 from fastdpo.data.formats import AUTO, check_format_name
 from fastdpo.data.forms import is_empty
-from fastdpo.data.turns import assistant_mask, marks_assistant
+from fastdpo.data.turns import assistant_mask, has_several_turns, marks_assistant, transcript_mask
 from fastdpo.data.values import BadRow, common_prefix_length
 from fastdpo.types import Message, PreferenceRow, TokenizedGroup
 
@@ -82,7 +82,7 @@ def encode_row(
     if row.is_conversational:
         prompt_ids, sequences, masks = _encode_messages(row, tokenizer, template_kwargs or {})
     else:
-        prompt_ids, sequences = _encode_text(row, tokenizer)
+        prompt_ids, sequences, masks = _encode_text(row, tokenizer)
     num_prompt = min(common_prefix_length(prompt_ids, sequence) for sequence in sequences)
     responses = [sequence[num_prompt:] for sequence in sequences]
     if any(len(response) == 0 for response in responses):  # a template that leaves the response out
@@ -170,13 +170,24 @@ def _different(
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def _encode_text(row: PreferenceRow, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    """Prompt and whole sequences, each with the tokens that the tokenizer puts first; sequences end in one EOS."""
+def _encode_text(row: PreferenceRow, tokenizer: Any) -> tuple[list[int], list[list[int]], list[list[bool]] | None]:
+    """Prompt and whole sequences, each with the tokens that the tokenizer puts first; sequences end in one EOS.
+
+    Masks of the sequences where the user speaks in a response, as in HH transcripts that part early.
+    """
     texts = [str(row.prompt), *(f"{row.prompt}{response}" for response in row.responses)]
     bare, *texts_ids = tokenizer([_EXAMPLE, *texts], add_special_tokens=False, verbose=False)["input_ids"]
     first = _leading_special_ids(bare, tokenizer)
     prompt, *sequences = (_begin_once(first, list(ids), tokenizer) for ids in texts_ids)
-    return prompt, [_end_once(sequence, tokenizer) for sequence in sequences]
+    sequences = [_end_once(sequence, tokenizer) for sequence in sequences]
+    if not has_several_turns(row):
+        return prompt, sequences, None
+
+    def encode(text: str) -> list[int]:
+        return _begin_once(first, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer)
+
+    pairs = zip(row.responses, sequences, strict=True)
+    return prompt, sequences, [transcript_mask(str(row.prompt), str(text), ids, encode) for text, ids in pairs]
 
 
 def _leading_special_ids(bare: list[int], tokenizer: Any) -> list[int]:
@@ -229,7 +240,7 @@ def _encode_messages(
         return _templated(messages, tokenizer, add_generation_prompt=add_generation_prompt, **template_kwargs)[0]
 
     prompt = render(row.prompt, add_generation_prompt=True)  # type: ignore[arg-type]
-    has_turns = any(len(response) > 1 for response in row.responses)
+    has_turns = has_several_turns(row)
     is_marked = has_turns and marks_assistant(tokenizer, template_kwargs)
     sequences, masks = [], []
     for response in row.responses:

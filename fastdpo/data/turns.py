@@ -3,7 +3,8 @@ between has no place in a log-prob.
 
 In: the messages, their tokens, and how the chat template renders. Out: a mask of tokens. Where the template marks the
 assistant's parts (`{% generation %}`), it decides; else a turn begins where the conversation before it, rendered with
-the generation prompt, ends, and ends where the conversation up to it does, and both are checked.
+the generation prompt, ends, and ends where the conversation up to it does, and both are checked. Transcripts of HH show
+their turns in the text.
 Refused with BadRow: a template of which neither can be told.
 """
 
@@ -13,10 +14,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastdpo.data.forms import ASSISTANT_TURN, HUMAN_TURN
 from fastdpo.data.values import BadRow, common_prefix_length
-from fastdpo.types import Message
+from fastdpo.types import Message, PreferenceRow
 
 _MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_USER_AGAIN = re.compile(rf"({HUMAN_TURN}(?:.*?{ASSISTANT_TURN}|.*\Z))", re.DOTALL)
 _UNCLEAR = "the chat template does not show which tokens of several turns are the assistant's"
 _TAIL = 16  # last characters of a turn that must be found in its tokens
 
@@ -50,6 +53,34 @@ def assistant_mask(
         if turn < len(messages) - 1:
             end = start + _num_tokens(render(messages[: turn + 1])[start:], ids[start:], messages[turn], decode)
         mask[start:end] = [True] * (end - start)
+    return mask
+
+
+def has_several_turns(row: PreferenceRow) -> bool:
+    """Whether a response has several messages, or is a transcript in which the user speaks again."""
+    if row.is_conversational:
+        return any(len(response) > 1 for response in row.responses)
+    prompt = str(row.prompt)
+    is_transcript = prompt.lstrip().startswith(HUMAN_TURN.lstrip()) and prompt.endswith(ASSISTANT_TURN)
+    return is_transcript and any(HUMAN_TURN in response for response in row.responses)
+
+
+def transcript_mask(prompt: str, response: str, ids: Sequence[int], encode: Callable[[str], list[int]]) -> list[bool]:
+    """(L,) True for the tokens that the assistant says in a response of "...\n\nHuman: ... \n\nAssistant: ..." text.
+
+    Args:
+        ids: (L,) tokens of prompt and response; what stands behind the last turn of the assistant belongs to it.
+        encode: gives the tokens of a text from its beginning on, without an EOS.
+    """
+    mask = [False] * len(ids)
+    pieces = _USER_AGAIN.split(response)  # what the assistant says, and every second one what the user does
+    text = prompt
+    for number, piece in enumerate(pieces):
+        if number % 2 == 0 and piece:
+            start = common_prefix_length(encode(text), ids)
+            end = len(ids) if number == len(pieces) - 1 else common_prefix_length(encode(text + piece), ids)
+            mask[start:end] = [True] * (end - start)
+        text += piece
     return mask
 
 

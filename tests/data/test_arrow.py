@@ -70,7 +70,7 @@ def test_checks_look_at_the_selected_rows_only():
     [
         (True, True, (1 + 9) + (2 + 10) - 1),  # rows 1 and 3, each prompt once, and a token that responses share
         (True, False, (2 * 5 + 4) + (2 * 2 + 10)),  # rows 2 and 3
-        (False, True, (3 + 2) * 11),  # rows 1 and 3: five sequences as long as the longest
+        (False, True, (2 + 2) * 11),  # rows 1 and 3: four sequences that differ, as long as the longest
     ],
 )
 def test_the_largest_micro_batch_is_that_of_the_largest_rows(is_packed, sharing, expected):

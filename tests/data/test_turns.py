@@ -133,3 +133,26 @@ def test_masks_are_cut_with_a_response_of_several_turns():
     prepared, report = prepare_preference_dataset(rows, tokenizer, TokenizationSettings(max_length=length))
     assert report.num_truncated == 1
     assert prepared[0]["loss_masks"][0] == group.loss_masks[0][:-2]
+
+
+@pytest.mark.parametrize("bos", [None, "<s>"])
+def test_what_the_human_says_in_a_transcript_does_not_count(bos):
+    around = {"bos": bos, "prefix": [bos]} if bos else {}
+    tokenizer = byte_level_tokenizer(**around)
+    start = "\n\nHuman: the cat?\n\nAssistant:"
+    row = {
+        "chosen": f"{start} sat\n\nHuman: and a dog?\n\nAssistant: ran\n\nHuman: on?\n\nAssistant: the mat",
+        "rejected": f"{start} no\n\nHuman: why?",
+    }
+    prepared, _ = prepare_preference_dataset([row], tokenizer, TokenizationSettings(max_length=None))
+    group = group_from_columns(prepared[0])
+    assert tokenizer.decode(group.prompt_ids).endswith(start)
+    assert counted_text(group, 0, tokenizer) == " sat ran the mat</s>"
+    assert counted_text(group, 1, tokenizer) == " no"
+
+
+def test_a_transcript_of_one_turn_needs_no_masks_and_other_text_is_no_transcript(plain_tokenizer):
+    start = "\n\nHuman: the cat?\n\nAssistant:"
+    for prompt, chosen in ((start, " sat"), ("Write:", " a\n\nHuman: b\n\nAssistant: c")):
+        group, _ = encode_row(PreferenceRow(prompt, (chosen, " no")), plain_tokenizer)
+        assert group.loss_masks is None
