@@ -147,9 +147,10 @@ def _scored(
     head = lm_head(model)
     shift_labels = shift_labels.to(head.weight.device)  # the last layer may lie on another device than the head
     mask = shift_labels != IGNORE_INDEX
+    rows, weight, _ = head.operands(hidden_states.to(head.weight.device)[mask], split=False)
     tokens = linear_logps(
-        hidden_states.to(head.weight.device)[mask],
-        head.weight,
+        rows,
+        weight,
         shift_labels[mask],
         bias=head.bias,
         logit_scale=head.logit_scale,

@@ -66,7 +66,7 @@ def tiny_llama(seed=0):
 
 def both(tmp_path, model, keywords=None, **settings):
     """Our trainer and TRL's, each trained from a model (or a name of one) that `model` makes."""
-    own = {"ref_cache_dir": str(tmp_path / "cache"), "packing": settings.pop("packing", "packed")}
+    own = {"ref_cache_dir": str(tmp_path / "cache"), "packing": "packed"}
     ours = trained(fastdpo, tmp_path / "ours", model(), make_tokenizer(), (keywords or dict)(), {**settings, **own})
     theirs = trained(trl, tmp_path / "trl", model(), make_tokenizer(), (keywords or dict)(), settings)
     return ours, theirs
@@ -101,15 +101,20 @@ def _listed(value):
     return [value] if isinstance(value, str) else value
 
 
-def lora():
+def lora(**more):
     from peft import LoraConfig
 
-    return {"peft_config": LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")}
+    return {"peft_config": LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": "all-linear", **more})}
 
 
-def test_lora_logs_what_trl_logs(tmp_path):
+def trained_head():
+    return lora(target_modules=["q_proj"], modules_to_save=["lm_head"])
+
+
+@pytest.mark.parametrize("adapter", [lora, trained_head])
+def test_lora_logs_what_trl_logs(adapter, tmp_path):
     """Adapters start from the same random numbers; the reference is the model without them."""
-    ours, theirs = both(tmp_path, tiny_llama, lora)
+    ours, theirs = both(tmp_path, tiny_llama, adapter)
     assert_same_logs(logged(ours), logged(theirs))
 
 
@@ -136,7 +141,7 @@ def test_lora_with_precomputed_log_probs_logs_what_trl_logs(tmp_path):
 
 
 def test_experts_and_their_auxiliary_loss_log_what_trl_logs(tmp_path):
-    ours, theirs = both(tmp_path, mixtral, lambda: {"ref_model": mixtral(seed=1)}, packing="padded")
+    ours, theirs = both(tmp_path, mixtral, lambda: {"ref_model": mixtral(seed=1)})
     assert_same_logs(logged(ours), logged(theirs))
     assert all(entry["aux_loss"] > 0 for entry in logged(ours))
 

@@ -33,10 +33,14 @@ def both(tmp_path, model, **settings):
     return theirs, accelerate(trl_trainer(tmp_path / "after", model(), **settings))
 
 
-def lora():
+def lora(**more):
     from peft import LoraConfig
 
-    return {"peft_config": LoraConfig(r=4, target_modules="all-linear")}
+    return {"peft_config": LoraConfig(**{"r": 4, "target_modules": "all-linear", **more})}
+
+
+def trained_head():
+    return lora(target_modules=["q_proj"], modules_to_save=["lm_head"])
 
 
 MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
@@ -68,8 +72,9 @@ def test_losses_metrics_and_weights_stay_as_they_were(case, tmp_path, model_dir)
     assert_same(*both(tmp_path, lambda: model_dir, **CASES[case]))
 
 
-def test_lora_stays_as_it_was(tmp_path):
-    assert_same(*both(tmp_path, lambda: make_llama(hidden_size=16, intermediate_size=32), keywords=lora))
+@pytest.mark.parametrize("adapter", [lora, trained_head])
+def test_lora_stays_as_it_was(adapter, tmp_path):
+    assert_same(*both(tmp_path, lambda: make_llama(hidden_size=16, intermediate_size=32), keywords=adapter))
 
 
 def test_the_auxiliary_loss_of_experts_stays_as_it_was(tmp_path):
