@@ -71,13 +71,12 @@ def shape_only(model: nn.Module, mode: Any) -> nn.Module:
             empty: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
             is_weight = isinstance(tensor, nn.Parameter) and tensor.dtype.is_floating_point
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_weight else empty
+        for module in model.modules():
+            given: Any = module
+            if type(module).__name__ == "Linear4bit" and not hasattr(module, "base_layer"):  # bitsandbytes', not PEFT's
+                linear = nn.Linear(given.in_features, given.out_features, given.bias is not None, dtype=torch.bfloat16)
+                memo[id(module)] = linear.requires_grad_(False)
         dry: nn.Module = copy.deepcopy(model, memo)
-        for parent in list(dry.modules()):
-            for name, child in parent.named_children():
-                if type(child).__name__ == "Linear4bit":  # of bitsandbytes
-                    given: Any = child
-                    sizes = (given.in_features, given.out_features, given.bias is not None)
-                    setattr(parent, name, nn.Linear(*sizes, dtype=torch.bfloat16).requires_grad_(False))
         bare = bare_model(dry)
         if is_prepared(bare):
             unprepare_model(bare)

@@ -1,6 +1,7 @@
 """The estimate of peak memory against what a step on the CPU allocates; optimizers against the state they make."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -281,15 +282,33 @@ def test_offloaded_checkpoints_are_refused_where_they_cannot_be(tmp_path):
 
 
 class Linear4bit(torch.nn.Linear):
-    """Stands in for bitsandbytes' layer, which is known by its name: two weights in a byte, in one column."""
+    """Stands in for bitsandbytes' layer, which is known by its name: two weights in a byte, in one column, and scales
+    that belong to the weight and are no tensors of the module."""
 
     def __init__(self, layer):
         super().__init__(layer.in_features, layer.out_features, bias=False)
         packed = torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8)
         self.weight = torch.nn.Parameter(packed, requires_grad=False)
+        self.quant_state = self.weight.quant_state = SimpleNamespace(absmax=torch.zeros(layer.weight.numel() // 64))
 
     def forward(self, x):
         raise AssertionError("a dry run must not reach bitsandbytes")
+
+
+def as_peft_wraps_it(layer):
+    """PEFT's layer around bitsandbytes' has the same name."""
+
+    class Linear4bit(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_layer, self.in_features, self.out_features = layer, layer.in_features, layer.out_features
+            self.lora_A = torch.nn.Linear(layer.in_features, 4, bias=False)
+            self.lora_B = torch.nn.Linear(4, layer.out_features, bias=False)
+
+        def forward(self, x):
+            return self.base_layer(x) + self.lora_B(self.lora_A(x.float())).to(x.dtype)
+
+    return Linear4bit()
 
 
 def test_4_bit_layers_are_stored_packed_and_run_in_bf16():
@@ -301,7 +320,7 @@ def test_4_bit_layers_are_stored_packed_and_run_in_bf16():
             if isinstance(linear, torch.nn.Linear):
                 num_packed += linear.weight.numel()
                 setattr(layer.mlp, name, Linear4bit(linear))
-    assert model_bytes(model) == before - num_packed * 2 + num_packed // 2
+    assert model_bytes(model) == before - num_packed * 2 + num_packed // 2 + num_packed // 64 * 4
     mode = fake_mode()
     dry = shape_only(model, mode)
     assert [(n, p.shape, p.dtype) for n, p in dry.named_parameters()] == [
@@ -310,3 +329,16 @@ def test_4_bit_layers_are_stored_packed_and_run_in_bf16():
     dry.get_input_embeddings().requires_grad_(True)
     row = RowShape(((0, 100, 0, 0),), 50)
     assert dry_step(dry, row, mode, impl="tiled", varlen=False, autocast=torch.bfloat16).activations > 0
+
+
+def test_adapters_around_4_bit_layers_stay_in_a_dry_run():
+    model = make_llama(**MODELS["wide"]).to(torch.bfloat16).requires_grad_(False)
+    for layer in model.model.layers:
+        layer.mlp.down_proj = as_peft_wraps_it(Linear4bit(layer.mlp.down_proj))
+    mode = fake_mode()
+    dry = shape_only(model, mode)
+    assert [n for n, p in dry.named_parameters() if p.requires_grad] == [
+        n for n, p in model.named_parameters() if p.requires_grad
+    ]
+    found = dry_step(dry, RowShape(((0, 100, 0, 0),), 50), mode, impl="tiled", varlen=False, autocast=torch.bfloat16)
+    assert found.casts > 0  # of the adapters alone
