@@ -127,22 +127,27 @@ def reference_and_policy_weights(peft_model: Any) -> Iterator[tuple[torch.Tensor
 def as_reference(peft_model: Any) -> Iterator[None]:
     """The model as the reference for the length of the context: with its adapter "ref", without any where it has none.
 
-    PEFT makes weights trainable by what it switches on; here what is trained stays as it was.
+    Sets what PEFT's layers read in their forward. PEFT's own switches also walk through all weights to freeze and
+    unfreeze them: 80 ms a step for 32 layers with LoRA on every linear layer, where this takes 8, and what the user
+    had frozen would be trained from then on.
     """
-    flags = [(p, p.requires_grad) for p in peft_model.parameters()]
-    active = peft_model.base_model.active_adapter
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    has_copy = REFERENCE_ADAPTER in peft_model.peft_config
+    layers = [m for m in peft_model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     try:
-        if REFERENCE_ADAPTER in peft_model.peft_config:
-            peft_model.base_model.set_adapter(REFERENCE_ADAPTER, inference_mode=True)
-            yield
-        else:
-            with peft_model.disable_adapter():
-                yield
+        for layer in layers:
+            if has_copy:
+                is_whole = isinstance(layer, AuxiliaryTrainingWrapper) and REFERENCE_ADAPTER not in layer._adapters
+                layer._active_adapter = [] if is_whole else [REFERENCE_ADAPTER]
+            else:
+                layer._disable_adapters = True
+        yield
     finally:
-        if REFERENCE_ADAPTER in peft_model.peft_config:
-            peft_model.base_model.set_adapter(active)
-        for parameter, trained in flags:
-            parameter.requires_grad_(trained)
+        for layer, (active, disabled) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, disabled
 
 
 @contextmanager
