@@ -241,7 +241,7 @@ def _encode_messages(
 
     prompt = render(row.prompt, add_generation_prompt=True)  # type: ignore[arg-type]
     has_turns = has_several_turns(row)
-    is_marked = has_turns and marks_assistant(tokenizer, template_kwargs)
+    is_marked = has_turns and tokenizer.is_fast and marks_assistant(tokenizer, template_kwargs)  # else no offsets
     sequences, masks = [], []
     for response in row.responses:
         messages: list[Message] = [*row.prompt, *_without_final_eos(response, tokenizer)]  # type: ignore[list-item]

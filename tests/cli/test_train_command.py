@@ -395,6 +395,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
         ("llama-factory-dpo-en-demo.json", 300, 300),
         ("llama-factory-v1-dpo-demo.jsonl", 10, 10),
         ("hh-rlhf-harmless-test-benign44.jsonl", 44, 44),
+        ("open-assistant-en-100-tree.jsonl.gz", 212, 212),  # prompts with 754 pairs of answers
     ],
 )
 def test_real_files_train_as_they_are(capsys, tmp_path, name, kept, rows):
@@ -408,7 +409,9 @@ def test_real_files_train_as_they_are(capsys, tmp_path, name, kept, rows):
         *("--save_strategy", "no", "--eval_fraction", 0, "--disable_tqdm", "true", "--logging_steps", 1),
     )
     assert code == 0, err
-    counts = re.search(r"kept ([\d]+) of ([\d]+) pairs", out)
+    counts = re.search(r"kept ([\d]+) of ([\d]+) (pairs|prompts with 754 pairs)", out)
+    loss = re.search(r"'loss': '([\d.]+)'", out)
+    assert float(loss[1]) == pytest.approx(0.6931, abs=1e-4)
     assert int(counts[2]) == rows
     assert int(counts[1]) == kept
 
