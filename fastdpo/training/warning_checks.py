@@ -13,6 +13,7 @@ SATURATED_ACCURACY = 0.99  # 2 or 3 of 256 pairs are still wrong: what is left t
 WORTHY_MARGIN = 0.5  # a pair is then preferred with probability 0.62; below it, margins move by chance
 COLLAPSED_SHARE = 0.5  # of the best margin that training has had
 LOGRATIO_PER_TOKEN = 1.0  # nats: the average token is e times as likely as under the reference, or as unlikely
+LOGRATIO_NATS = 20.0  # and whole responses by e^20: a few tokens may move that much without harm
 LENGTH_RATIO = 1.5  # of one side's mean length to the other's: beyond what an annotator's taste for detail explains
 START_SHARE = 1e-3  # of a log-prob: above what bf16 rounds off a sum over some hundred tokens
 START_NATS = 1e-2
@@ -75,7 +76,7 @@ def logratio_blowup(run: Progress) -> str | None:
     lengths = {side: max(run.now[f"lengths/{side}"], 1.0) for side in ("chosen", "rejected")}
     side = max(lengths, key=lambda side: abs(run.logratio(side)) / lengths[side])
     logratio = run.logratio(side)
-    if abs(logratio) <= LOGRATIO_PER_TOKEN * lengths[side]:
+    if abs(logratio) <= max(LOGRATIO_PER_TOKEN * lengths[side], LOGRATIO_NATS):
         return None
     return (
         f"the policy has left the reference: {side} responses differ by {logratio / lengths[side]:+.2f} nats a token,"

@@ -82,6 +82,7 @@ def test_it_fires_once_with_its_number(name, tmp_path, caplog):
         {"rewards__accuracies": 0.98},
         {"rewards__margins": 0.01},  # margins were never worth a warning
         {"rewards__rejected": -4.0},  # 40 nats over 45 tokens
+        {"rewards__rejected": -1.9, "lengths__rejected": 5.0, "lengths__chosen": 5.0},  # 19 nats over 5 tokens
         {"lengths__chosen": 60.0},
     ],
     ids=lambda logs: " ".join(logs) or "healthy",
