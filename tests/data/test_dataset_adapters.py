@@ -374,10 +374,12 @@ def test_files_at_hand_give_the_pairs_that_are_known_to_be_in_them(shared_data, 
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     dataset = load_preference_dataset(shared_data / file)
-    for dataset_format in (name, "auto"):
-        settings = TokenizationSettings(max_length=None, dataset_format=dataset_format)
-        _, report = prepare_preference_dataset(dataset, tokenizer, settings)
-        assert (report.num_kept, report.num_pairs) == (num_prompts, num_pairs)
+    named = TokenizationSettings(max_length=None, dataset_format=name)
+    _, report = prepare_preference_dataset(dataset, tokenizer, named)
+    assert (report.num_kept, report.num_pairs) == (num_prompts, num_pairs)
+    few = dataset.select(range(5))
+    unnamed, _ = prepare_preference_dataset(few, tokenizer, WHOLE)
+    assert list(unnamed) == list(prepare_preference_dataset(few, tokenizer, named)[0])
 
 
 def test_open_assistant_answers_are_in_the_order_of_their_ranks(shared_data):
