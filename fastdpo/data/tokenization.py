@@ -35,6 +35,8 @@ class TokenizationSettings:
     truncation_mode: str = "keep_start"  # which end survives: "keep_start" or "keep_end"
     on_bad_row: str = "drop"  # "drop" counts and reports it, "raise" stops at the first
     dataset_format: str = AUTO  # a name of `formats.FORMAT_NAMES`; "auto" goes by the columns
+    rankings: bool = False  # preferences become the neighbouring pairs of a ranking, see `loss_rows`
+    shared_parts: bool = False  # each pair also brings both responses up to the length that they share
 
     def __post_init__(self) -> None:
         check_format_name(self.dataset_format)
@@ -263,7 +265,7 @@ def _templated(messages: Any, tokenizer: Any, **kwargs: Any) -> tuple[list[int],
         encoded = tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, tokenizer_kwargs={"verbose": False}, **kwargs
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # TypeError: the template's own expressions, as "text" + a dict
         raise BadRow(f"the chat template refuses the messages ({error})") from None
     ids = list(encoded["input_ids"])
     marked = [bool(mark) for mark in encoded.get("assistant_masks", ())]

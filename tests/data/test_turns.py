@@ -1,6 +1,9 @@
 """Responses of several turns: only what the assistant says counts."""
 
+from pathlib import Path
+
 import pytest
+from peers import peer
 from tiny_tokenizers import CHATML, byte_level_tokenizer
 
 from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset
@@ -78,6 +81,21 @@ def test_an_eos_that_was_added_counts_after_the_assistants_turn():
         assert counted_text(group, 0, tokenizer).replace("\n", "") == "satran</s>"
 
 
+@pytest.mark.parametrize(
+    "family", ["cohere2", "gemma", "gemma3", "llama3", "lfm2", "phi3_5", "qwen3_instruct_2507", "qwen2_5_vl"]
+)
+def test_prefixes_find_the_turns_that_trl_has_marked_in_the_templates_of_known_models(family):
+    folder = Path(peer("trl").__file__).parent / "chat_templates"
+    counted = []
+    for name in (f"{family}.jinja", f"{family}_training.jinja"):
+        tokenizer = tokenizer_with((folder / name).read_text())
+        group, _ = encode_row(TURNS, tokenizer)
+        counted.append([counted_text(group, i, tokenizer) for i in (0, 1)])
+    assert counted[0] == counted[1]
+    assert counted[0][0].startswith("sat")
+    assert "dog" not in counted[0][0]
+
+
 def test_what_a_template_puts_into_the_last_turn_only_is_told_from_the_turn():
     tokenizer = tokenizer_with(THOUGHT_IN_THE_LAST_TURN)
     call = {"name": "add", "arguments": "the cat sat on the mat"}
@@ -100,6 +118,14 @@ def test_a_response_that_ends_with_the_user_counts_up_to_there():
     tokenizer = tokenizer_with(CHATML)
     group, _ = encode_row(PreferenceRow([USER], ([said("sat"), MORE], [said("no")])), tokenizer)
     assert counted_text(group, 0, tokenizer) == "sat<|im_end|>\n"
+
+
+def test_a_template_that_fails_on_a_row_leaves_out_that_row():
+    tokenizer = tokenizer_with(CHATML.replace("{{ m.content }}", "{{ m.content + (m.tool_calls or '') }}"))
+    encode_row(TURNS, tokenizer)
+    call = said("", tool_calls=[{"name": "add"}])
+    with pytest.raises(BadRow, match="the chat template refuses the messages"):
+        encode_row(PreferenceRow([USER], ([call], [said("no")])), tokenizer)
 
 
 def test_a_response_without_the_assistant_cannot_be_used():
