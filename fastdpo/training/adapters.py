@@ -26,19 +26,23 @@ _REASONS = {
     "ADAPTION_PROMPT": "its prompt tokens have no place in a packed row",
 }
 # fields of LoraConfig that switch on a variant which the tests do not cover
-_LORA_VARIANTS = ("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config")
+_LORA_VARIANTS = (
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+    *("use_bdlora", "use_qalora"),
+)
 
 
-def with_adapter(model: Any, peft_config: Any, args: Any) -> Any:
+def with_adapter(model: Any, peft_config: Any, args: Any, *, trains: bool = True) -> Any:
     """The model that is trained: `model` itself, or with a new adapter on it where there is a `peft_config`.
 
     Args:
         args: seed and gradient_checkpointing count.
+        trains: False where the model is only evaluated, which a frozen adapter may be.
     Raises:
         ValueError: the adapter, or the two together, cannot be trained here.
     """
     if peft_config is None:
-        _check_given(model)
+        _check_given(model, trains)
     else:
         model = _with_new_adapter(model, peft_config, args.seed)
     if is_peft_model(model):
@@ -66,7 +70,7 @@ def _with_new_adapter(model: nn.Module, peft_config: Any, seed: int) -> Any:
     return get_peft_model(model, peft_config)
 
 
-def _check_given(model: Any) -> None:
+def _check_given(model: Any, trains: bool) -> None:
     if not is_peft_model(model):
         if _has_adapter_inside(model):
             raise ValueError(
@@ -74,8 +78,11 @@ def _check_given(model: Any) -> None:
                 " PeftModel.from_pretrained(base_model, adapter, is_trainable=True)"
             )
         return
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"model must be a PeftModel where it has an adapter, got {type(model).__name__}")
     _check_method(model.peft_config[model.active_adapter], "the model's adapter")
     active = model.base_model.active_adapters
     if len(active) != 1:
@@ -86,7 +93,7 @@ def _check_given(model: Any) -> None:
         )
     if any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer)):
         raise ValueError("model must not have its adapter merged, which would not be trained: call unmerge_adapter()")
-    if not any(p.requires_grad for p in model.parameters()):
+    if trains and not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "model must have weights to train, its adapter is frozen: load it with"
             " PeftModel.from_pretrained(..., is_trainable=True)"

@@ -100,7 +100,7 @@ class DPOTrainer(TokenMeans, FeaturedTrainer):
                 "ref_model must not be the model that is trained; leave it out to compare with a copy of its start"
             )
         policy, tokenizer = resolve_model(model, processing_class, args, quantization_config)
-        policy = with_adapter(policy, peft_config, args)
+        policy = with_adapter(policy, peft_config, args, trains=train_dataset is not None)
         super().__init__(
             policy,
             args,

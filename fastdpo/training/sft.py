@@ -57,7 +57,7 @@ class SFTTrainer(PackedTrainer):
                 "model.config.output_router_logits must be False: the load-balancing loss of mixture-of-experts models"
                 " is part of DPOTrainer's loss and not of this one, got True"
             )
-        policy = with_adapter(policy, peft_config, args)
+        policy = with_adapter(policy, peft_config, args, trains=train_dataset is not None)
         super().__init__(
             policy,
             args,

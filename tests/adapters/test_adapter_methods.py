@@ -44,6 +44,7 @@ LORA = {
     "olora": {"init_lora_weights": "olora"},
     "orthogonal": {"init_lora_weights": "orthogonal", "r": 4},
     "random": {"init_lora_weights": False},
+    "mica": {"init_lora_weights": "mica"},
     "patterns": {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 3}},
     "all-linear": {"target_modules": "all-linear"},
     "bias": {"bias": "lora_only", "target_modules": ["c_attn"]},

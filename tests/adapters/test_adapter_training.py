@@ -266,6 +266,10 @@ def frozen_adapter(tmp_path):
     return PeftModel.from_pretrained(make_llama(), tmp_path / "adapter")
 
 
+def mixed():
+    return get_peft_model(make_llama(), lora(), mixed=True)
+
+
 def prompted():
     return get_peft_model(make_llama(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
 
@@ -277,6 +281,7 @@ REFUSED = {
     "merged": (lambda _: {"model": merged()}, r"merged.*unmerge_adapter\(\)"),
     "two active": (lambda _: {"model": two_active()}, r"one active adapter.*\['default', 'other'\].*set_adapter"),
     "frozen": (lambda tmp_path: {"model": frozen_adapter(tmp_path)}, "weights to train.*is_trainable=True"),
+    "mixed": (lambda _: {"model": mixed()}, "must be a PeftModel.*got PeftMixedModel"),
     "prompt": (lambda _: {"model": prompted()}, "model's adapter must not be PROMPT_TUNING"),
     "named ref": (lambda _: {"model": under_way(name="ref")}, "another name than 'ref'"),
     "no config": (lambda _: {"peft_config": {"r": 4}}, "peft_config must be a peft.PeftConfig.*got dict"),
@@ -288,6 +293,16 @@ def test_what_cannot_be_trained_is_refused_with_what_to_do(tmp_path, case):
     build, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, **build(tmp_path))
+
+
+def test_a_frozen_adapter_is_evaluated(tmp_path):
+    trainer = DPOTrainer(
+        frozen_adapter(tmp_path),
+        args=DPOConfig(str(tmp_path / "out"), use_cpu=True, report_to="none"),
+        eval_dataset=Dataset.from_list(make_rows(4)),
+        processing_class=make_tokenizer(),
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_dropout_of_a_lora_config_is_off_unless_dropout_is_asked_for(tmp_path):
