@@ -97,7 +97,7 @@ def test_a_config_file_of_a_run_serves_both(capsys, paths):
         (("--reference_free", "true"), "nothing to compute"),
         (("--ref_model", "/nowhere"), "there is no directory /nowhere"),
         (("--ref_max_memory", "[1]"), "ref_max_memory must be a JSON object"),
-        (("--ref_tokens_per_batch", "0"), "ref_tokens_per_batch must be at least 1"),
+        (("--ref_tokens_per_batch", "0"), "ref_tokens_per_batch must be an integer >= 1"),
     ],
 )
 def test_mistakes_are_named(capsys, paths, options, message):
