@@ -49,6 +49,6 @@ def load_balancing_loss(router_logits: Sequence[Tensor], uses: Tensor, num_exper
         probs = logits.to(weights.device).float().softmax(-1)  # (N, E)
         chosen = probs.topk(num_experts_per_token, dim=-1).indices  # (N, k)
         assigned = assigned.index_add(0, chosen.flatten(), weights.repeat_interleave(num_experts_per_token))
-        probability = probability + weights @ probs
+        probability = probability + (weights[:, None] * probs).sum(0)  # a matmul would be in autocast's dtype
     num_tokens = (weights.sum() * len(router_logits)).clamp(min=1)
     return num_experts * ((assigned / num_tokens) * (probability / num_tokens)).sum()

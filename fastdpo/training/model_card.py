@@ -23,6 +23,7 @@ from fastdpo.training.loss_settings import LossSettings
 
 PACKAGES = ("fastdpo", "transformers", "torch", "triton", "datasets", "tokenizers", "peft")
 PAPERS = {"dpo": "https://arxiv.org/abs/2305.18290"}
+_NAMES_IN_TRANSFORMERS = {"finetuned_from": "base_model", "dataset": "datasets", "tasks": "pipeline_tag"}
 # what of the last logs is shown, by key of the log
 RESULTS = {
     "loss": "loss",
@@ -55,8 +56,11 @@ class CardTrainer(Trainer):
             model_name: the title; by default that of the repository or of the output directory.
             dataset_name: on the Hub, or in words.
             tags: besides those of fastdpo and of the method.
-            metadata: more of the card's metadata, such as license or language.
+            metadata: more of the card's metadata, such as license or language; transformers' names for it are taken.
         """
+        for name, name_on_card in _NAMES_IN_TRANSFORMERS.items():
+            if name in metadata:
+                metadata[name_on_card] = metadata.pop(name)
         self._write_card(self.args.output_dir, model_name, dataset_name, tags, **metadata)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -96,15 +100,19 @@ def model_card(
     """The text of README.md."""
     is_adapter = hasattr(trainer.model, "peft_config")
     base = getattr(bare_model(trainer.model).config, "_name_or_path", "") or None
-    on_hub = {"base_model": _if_on_hub(base), "datasets": _if_on_hub(dataset_name)}
-    data = ModelCardData(
-        model_name=name,
-        library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=list(dict.fromkeys(["fastdpo", trainer.method, *(["lora"] if is_adapter else []), *tags])),
-        **{**{key: value for key, value in on_hub.items() if value}, **metadata},
-    )
-    start = f"[{base}](https://huggingface.co/{base})" if on_hub["base_model"] else f"`{base}`" if base else "A model"
+    on_hub = {"base_model": base if base and not _is_local(base) else None}
+    if dataset_name and dataset_name.count("/") == 1 and not _is_local(dataset_name):
+        on_hub["datasets"] = dataset_name
+    known = {
+        "model_name": name,
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": list(dict.fromkeys(["fastdpo", trainer.method, *(["lora"] if is_adapter else []), *tags])),
+    }
+    data = ModelCardData(**{**known, **{key: value for key, value in on_hub.items() if value}, **metadata})
+    start = f"`{Path(base).name}`" if base else "A model"  # of a local one its name and not where it lies
+    if on_hub["base_model"]:
+        start = f"[{base}](https://huggingface.co/{base})"
     method = trainer.method.upper()
     method = f"[{method}]({PAPERS[trainer.method]})" if trainer.method in PAPERS else method
     data_words = f" on {dataset_name}" if dataset_name else ""
@@ -130,7 +138,8 @@ def training_facts(trainer: Any) -> list[tuple[str, str]]:
     args, model, state = trainer.args, trainer.model, trainer.state
     facts = []
     if hasattr(args, "loss_type"):
-        facts += [*_loss_facts(args), ("reference", f"{trainer.reference.mode}: {trainer.reference_reason}")]
+        reason = "; ".join(part for part in trainer.reference_reason.split("; ") if not part.startswith("in "))
+        facts += [*_loss_facts(args), ("reference", f"{trainer.reference.mode}: {reason}")]  # not in which folder
     facts += [(f"{name} data", report.lines()[0]) for name, report in trainer.data_reports.items()]
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts.append(("trained parameters", f"{num_trained:,} of {sum(p.numel() for p in model.parameters()):,}"))
@@ -203,7 +212,6 @@ def _versions() -> str:
     return "\n".join(found)
 
 
-def _if_on_hub(name: str | None) -> str | None:
-    """A name that can be one of a repository: not a path, and no words."""
-    is_name = name is not None and name.count("/") <= 1 and " " not in name and not Path(name).exists()
-    return name if is_name and not str(name).startswith((".", "/", "~")) else None
+def _is_local(name: str) -> bool:
+    """Whether a name is a path, or none that a repository on the Hub could have."""
+    return name.count("/") > 1 or " " in name or name.startswith((".", "/", "~")) or Path(name).exists()

@@ -37,6 +37,7 @@ def mixed_weights(reference: Reference, policy: nn.Module) -> dict[str, tuple[Te
     Raises:
         ValueError: there are no two sets of weights of the same names and shapes.
     """
+    mixed: dict[str, tuple[Tensor, Tensor]]
     if isinstance(reference, FrozenReference):
         theirs, ours = dict(reference.model.named_parameters()), dict(policy.named_parameters())
         if theirs.keys() != ours.keys():
@@ -45,10 +46,10 @@ def mixed_weights(reference: Reference, policy: nn.Module) -> dict[str, tuple[Te
     elif isinstance(reference, AdapterReference):
         names = {id(weight): name for name, weight in policy.named_parameters()}
         pairs = reference_and_policy_weights(policy)
-        mixed = {names[id(theirs)]: (theirs, ours) for theirs, ours in pairs if id(theirs) in names}
+        mixed = {names[id(frozen)]: (frozen, trained) for frozen, trained in pairs if id(frozen) in names}
     else:
         raise ValueError(f"sync_ref_model must be off with the reference {reference.mode!r}: it has no weights to mix")
-    if any(theirs.shape != ours.shape for theirs, ours in mixed.values()):
+    if any(frozen.shape != trained.shape for frozen, trained in mixed.values()):
         raise ValueError(_OTHERWISE)
     return {name: weights for name, weights in mixed.items() if weights[0].is_floating_point()}
 

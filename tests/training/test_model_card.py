@@ -82,6 +82,29 @@ def test_arguments_of_create_model_card_are_trls(trained):
     assert "on someone/pairs with fastdpo" in card.text
 
 
+def test_transformers_names_of_metadata_are_taken(trained):
+    trained.create_model_card(finetuned_from="someone/else", dataset="someone/pairs", language="en")
+    card = ModelCard.load(f"{trained.args.output_dir}/README.md")
+    assert card.data.base_model == "someone/else"
+    assert card.data.datasets == "someone/pairs"
+    assert card.data.language == "en"
+
+
+def test_paths_of_this_machine_stay_out_of_it(tmp_path):
+    model = make_llama()
+    model.config._name_or_path = str(tmp_path / "models" / "base")
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    fast = tiny_trainer(tmp_path / "run", model, reference="cached", ref_cache_dir=str(tmp_path / "cache"))
+    fast.dataset_name = "pairs.jsonl"
+    fast.save_model()
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert str(tmp_path) not in text
+    assert "`base`, trained by" in text
+    assert "| reference | cached: asked for; train" in text
+    assert ModelCard.load(str(tmp_path / "run" / "README.md")).data.base_model is None
+    assert "datasets:" not in text
+
+
 def test_an_adapters_card_says_so(tmp_path):
     fast = tiny_trainer(tmp_path, peft_config=make_lora())
     fast.save_model()

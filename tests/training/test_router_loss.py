@@ -96,16 +96,35 @@ def test_a_response_of_two_pairs_counts_twice_and_one_of_none_not_at_all():
     assert PackedBatch(**batch.asdict()).uses is batch.uses
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-def test_training_adds_it_with_the_weight_of_the_config(tmp_path, checkpointing):
-    fast = tiny_trainer(tmp_path, make_moe("mixtral"), max_steps=1, gradient_checkpointing=checkpointing)
-    model = copy.deepcopy(fast.model)
+def test_training_adds_it_with_the_weight_of_the_config(tmp_path):
+    fast = tiny_trainer(tmp_path, make_moe("mixtral"), max_steps=1)
     fast.train()
     aux_loss = logged(fast, "aux_loss")[0]
     assert logged(fast)[0] == pytest.approx(0.693147 + 0.1 * aux_loss, abs=1e-5)
     assert aux_loss > 2.05
-    moved = dict(fast.model.named_parameters())["model.layers.0.mlp.gate.weight"]
-    assert not torch.equal(moved, dict(model.named_parameters())["model.layers.0.mlp.gate.weight"])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"gradient_checkpointing": True}, {"packing": "padded"}, {"prefix_sharing": False}], ids=str
+)
+def test_its_gradient_is_the_same_however_it_is_computed(tmp_path, settings):
+    def gates(coefficient=10.0, **some):
+        sgd = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 100.0, "max_steps": 2}
+        fast = tiny_trainer(tmp_path, make_moe("mixtral"), router_aux_loss_coef=coefficient, **sgd, **some)
+        fast.train()
+        return {name: p.detach() for name, p in fast.model.named_parameters() if "gate.weight" in name}
+
+    plain, other, without = gates(), gates(**settings), gates(coefficient=0.0)
+    for name in plain:
+        torch.testing.assert_close(other[name], plain[name], rtol=1e-5, atol=1e-6)
+        assert (plain[name] - without[name]).abs().max() > 1e-3
+
+
+def test_autocast_does_not_round_it():
+    logits, uses = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)), torch.ones(64)
+    exact = load_balancing_loss((logits,), uses, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(load_balancing_loss((logits,), uses, 2), exact)
 
 
 def test_its_mean_over_batches_weighs_each_by_its_pairs(tmp_path):
