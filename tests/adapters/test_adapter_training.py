@@ -366,3 +366,27 @@ def logps_of_rows(model, dataset):
     """(rows, 2) by the model's own forward."""
     with torch.no_grad():
         return torch.stack([plain_sums(model.eval(), [group_from_columns(row)]) for row in dataset])
+
+
+@pytest.mark.parametrize("case", ["new on the head", "existing on the head", "existing, head whole", "new, tokens"])
+def test_losses_are_those_of_a_plain_loop(tmp_path, case):
+    """PEFT's own forward, full logits, the start as a copy, AdamW."""
+    settings = {"max_steps": 8, "per_device_train_batch_size": 6, "lr_scheduler_type": "constant", "rows": 6}
+    trainer = make_trainer(tmp_path, **CASES[case](), **settings)
+    model = copy.deepcopy(trainer.model)
+    groups = [group_from_columns(row) for row in trainer.train_dataset]
+    trainer.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    start, losses = None, []
+    for _ in range(8):
+        sums = plain_sums(model, groups).unflatten(0, (-1, 2))
+        start = sums.detach() if start is None else start
+        chosen, rejected = (sums - start).unbind(1)
+        loss = -torch.nn.functional.logsigmoid(0.5 * (chosen - rejected)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert max(losses) - min(losses) > 0.1
+    assert logged(trainer) == pytest.approx(losses, abs=2e-5)
