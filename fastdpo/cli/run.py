@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from fastdpo.cli.arguments import RunArguments
 from fastdpo.data.loading import load_preference_dataset, stream_preference_dataset
 from fastdpo.data.prepare import one_prompt_a_row
+from fastdpo.data.report import StreamReport
 from fastdpo.report.run import write_run_report
 from fastdpo.training.base import PackedTrainer
 from fastdpo.training.config import EngineConfig, SFTConfig
@@ -110,6 +111,9 @@ def train_and_compare(
     if trainer.is_world_process_zero():
         if resume_from is not None:
             console.print(f"resumed from {resume_from}")
+        for name, data_report in trainer.data_reports.items():
+            if isinstance(data_report, StreamReport):  # known only now
+                console.print(f"{name} data: {data_report.lines()[0]}")
         comparison = _comparison(trainer, before, after, columns)
         if comparison.row_count > 0:
             console.print(comparison)

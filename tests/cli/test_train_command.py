@@ -83,6 +83,8 @@ def test_a_streamed_run_trains_and_reports(capsys, model_dir, data, tmp_path):
     text = out.replace("\n", " ")
     for fact in ("a stream, tokenized as it is read", "of a stream", "on the evaluation rows", "accuracy"):
         assert fact in text, fact
+    dropped = "kept 19 of the first 20 pairs; dropped 1: empty response (1: row 3)"
+    assert f"eval data: a stream, tokenized as it is read; {dropped}" in " ".join(out.split())
 
 
 def test_answers_to_a_prompt_stay_together_when_rows_are_held_out(capsys, model_dir, tmp_path):
