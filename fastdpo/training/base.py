@@ -8,10 +8,8 @@ micro-batch inside one training step, with the gradient of the whole.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.training.collator import PackingCollator, microbatches_of
 from fastdpo.training.config import EngineConfig
+from fastdpo.training.finite import FiniteLosses
 from fastdpo.training.layer_kernels import use_layer_kernels
 from fastdpo.training.memory import check_memory_settings
 from fastdpo.training.model_card import CardTrainer
@@ -67,7 +66,7 @@ class PackedTrainer(CardTrainer):
         self.data_reports: dict[str, Report] = {}  # by "train", "eval" or "eval_<name>"
         self._metrics = {"train": MetricMeans(), "eval": MetricMeans()}
         self._num_train_tokens = 0  # since the last log
-        self._unchecked: list[tuple[Tensor, dict[str, Any]]] = []  # loss and inputs of micro-batches of this step
+        self._losses = FiniteLosses()
         tokenizer = self.processing_class = processing_class
         self.args = args
         if trainer_arguments.get("optimizers", (None, None))[0] is None:
@@ -218,16 +217,16 @@ class PackedTrainer(CardTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Trainer's, once for each micro-batch of the batch; gradients are reduced after the last one."""
-        parts = self._in_step(microbatches_of(inputs))
+        parts = microbatches_of(inputs)
         if num_items_in_batch is None:  # called from outside the loop: the mean over this batch
             num_items_in_batch = sum(self._num_items(part) for part in parts) * self.accelerator.num_processes
-        losses = []
+        parts, losses = self._in_step(parts), []
         for part in parts[:-1]:
             with nullcontext() if self._shards_weights() else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, part, num_items_in_batch))
         losses.append(super().training_step(model, parts[-1], num_items_in_batch))
         if self.accelerator.sync_gradients:  # the optimizer steps next
-            self._stop_if_not_finite()
+            self._losses.check(self)
         return torch.stack(losses).sum()
 
     def _shards_weights(self) -> bool:
@@ -273,9 +272,9 @@ class PackedTrainer(CardTrainer):
         means.add(metrics)
         if model.training:
             self._num_train_tokens += batch.num_tokens
-            self._unchecked.append((loss_sum.detach(), part))
+            self._losses.add(loss_sum, part)
             if steps_in_backward(self):
-                self._stop_if_not_finite()
+                self._losses.check(self)
         else:
             means.add({"loss": (loss_sum.detach(), self._num_items(part))})
         return loss_sum
@@ -287,21 +286,6 @@ class PackedTrainer(CardTrainer):
             return inputs
         num_rows = self.args.eval_batch_size
         return self._first_rows(inputs, min(max(state.remainder - self.args.process_index * num_rows, 0), num_rows))
-
-    def _stop_if_not_finite(self) -> None:
-        """Looks at the losses since the last call, all at once, because reading one waits for the device."""
-        unchecked, self._unchecked = self._unchecked, []
-        losses = torch.stack([loss for loss, _ in unchecked]).tolist() if unchecked else []
-        where = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        if where is None:
-            return
-        path = Path(self.args.output_dir) / f"nonfinite_batch_rank{self.args.process_index}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"inputs": unchecked[where][1], "step": self.state.global_step}, path)
-        raise FloatingPointError(
-            f"the loss is {losses[where]} at step {self.state.global_step}; no weight was changed by this batch,"
-            f" which is saved in {path}"
-        )
 
     # Logging and evaluation
 

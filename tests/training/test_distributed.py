@@ -89,3 +89,39 @@ def test_two_processes_train_like_one(tmp_path, mode, accumulation):
     for key in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_first_length"):
         assert two["eval"][key] == pytest.approx(one["eval"][key], abs=1e-5), key
     assert one["logs"][0]["loss"] != one["logs"][-1]["loss"]
+
+
+STOPPING = """
+import json, os, sys
+import torch
+sys.path.insert(0, {tests!r})
+from tiny import make_llama, make_tokenizer
+from fastdpo import DPOConfig, DPOTrainer
+
+torch.set_num_threads(1)
+out = sys.argv[1]
+args = DPOConfig(out, use_cpu=True, per_device_train_batch_size=2, max_steps=3, save_strategy="no", report_to="none")
+rows = [dict(prompt_ids=[1, 5 + i], chosen_ids=[6], rejected_ids=[7]) for i in range(3)]
+rows.append(dict(prompt_ids=[1, 31], chosen_ids=[6], rejected_ids=[7]))
+model = make_llama()
+with torch.no_grad():
+    model.model.embed_tokens.weight[31] = float("inf")
+trainer = DPOTrainer(model, args=args, train_dataset=rows, processing_class=make_tokenizer())
+before = model.lm_head.weight.clone()
+try:
+    trainer.train()
+    message = "went on"
+except FloatingPointError as error:
+    message = str(error)
+with open(out + f".{{trainer.args.process_index}}.json", "w") as file:
+    json.dump({{"message": message, "is_unchanged": torch.equal(before, model.lm_head.weight)}}, file)
+os._exit(0)
+"""
+
+
+def test_a_loss_that_is_not_finite_stops_all_processes_before_any_steps(tmp_path):
+    found = launch(tmp_path, STOPPING, "two", 2, [])
+    messages = sorted(process["message"] for process in found)
+    assert "the loss is nan at step 0" in messages[0]
+    assert "another process" in messages[1]
+    assert all(process["is_unchanged"] for process in found)

@@ -257,8 +257,8 @@ def test_losses_are_read_back_once_a_step_and_before_weights_change(tmp_path, mo
         max_steps=3,
         max_tokens_per_microbatch=16,
     )
-    look = trainer._stop_if_not_finite
-    monkeypatch.setattr(trainer, "_stop_if_not_finite", lambda: looks.append(len(trainer._unchecked)) or look())
+    look = trainer._losses.check
+    monkeypatch.setattr(trainer._losses, "check", lambda of: looks.append(len(trainer._losses.unchecked)) or look(of))
 
     class Steps(TrainerCallback):
         def on_pre_optimizer_step(self, *args, **kwargs):
@@ -268,7 +268,7 @@ def test_losses_are_read_back_once_a_step_and_before_weights_change(tmp_path, mo
     trainer.train()
     assert steps == [1, 2, 3]
     assert min(looks) > 4
-    assert not trainer._unchecked
+    assert not trainer._losses.unchecked
 
 
 def test_an_optimizer_that_steps_in_backward_has_its_losses_read_before(tmp_path, monkeypatch):
