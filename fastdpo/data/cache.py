@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # from an example to its columns
 MODULES = (
-    *("formats", "forms", "loading", "prepare", "rows", "tokenization", "turns", "values"),
+    *("formats", "forms", "loading", "loss_rows", "prepare", "rows", "tokenization", "turns", "values"),
     *("adapters/__init__", "adapters/building", "adapters/groups", "adapters/pairs"),
 )
 FOLDER = "fastdpo"  # in datasets' cache folder, for rows that datasets itself keeps in memory only

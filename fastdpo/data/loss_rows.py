@@ -1,46 +1,25 @@
-"""Rows in the form that some losses need: a prepared dataset in, the same rows with other responses or preferences out.
+"""Groups in the form that some losses need: a tokenized group in, one with other responses or preferences out.
 
 With `ld_alpha` each pair also brings both responses cut to the length that they share: the same tokens, of which fewer
-count. Tokens that are the same are computed once in a packed row, and whatever knows sequences by their tokens and
-loss masks, such as the cache of reference log-probs, knows the parts too.
+count. Tokens that are the same are computed once, and whatever knows sequences by their tokens and loss masks, such as
+the cache of reference log-probs, knows the parts too.
 
 For a listwise loss the preferences of a row become the neighbouring pairs of one ranking, best first.
 
 Refuses reference log-probs that came with the dataset where they would have to be split, and preferences that are no
-ranking.
+ranking, which make a bad row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.layout import counted_sequences
-from fastdpo.data.prepare import group_from_columns
-from fastdpo.losses import LossConfig
+from fastdpo.data.values import BadRow
 from fastdpo.losses.scores import SHARED_PARTS_AFTER
 from fastdpo.types import TokenizedGroup
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-
-def rows_for_loss(dataset: Dataset, config: LossConfig) -> Dataset:
-    """The dataset as the losses of `config` read it; most read it as it is.
-
-    Args:
-        dataset: with the columns of `fastdpo.data.prepare`.
-    Raises:
-        ValueError: a row cannot be brought into that form.
-    """
-    is_cut, is_ranked = config.ld_alpha is not None, "plackett_luce" in config.loss_type
-    if not (is_cut or is_ranked):
-        return dataset
-    change = _cut_columns if is_cut else _ranked_columns
-    prepared: Dataset = dataset.map(change, with_indices=True, features=dataset.features)
-    return prepared
 
 
 def with_shared_parts(group: TokenizedGroup) -> TokenizedGroup:
@@ -71,11 +50,20 @@ def with_shared_parts(group: TokenizedGroup) -> TokenizedGroup:
     return TokenizedGroup(group.prompt_ids, responses, masks, None, preferences)
 
 
+def as_ranking(group: TokenizedGroup) -> TokenizedGroup:
+    """The group with the neighbouring pairs of its ranking as preferences.
+
+    Raises:
+        BadRow: its preferences are no ranking.
+    """
+    return replace(group, preferences=tuple(pairwise(ranking_of(group.preferences))))
+
+
 def ranking_of(preferences: Sequence[Sequence[int]]) -> list[int]:
     """The responses that are compared, best first.
 
     Raises:
-        ValueError: some are better than each other, or it is not known which of two is.
+        BadRow: some are better than each other, or it is not known which of two is.
     """
     better_than: dict[int, set[int]] = {side: set() for pair in preferences for side in pair}
     for chosen, rejected in preferences:
@@ -84,31 +72,7 @@ def ranking_of(preferences: Sequence[Sequence[int]]) -> list[int]:
     while better_than:
         best = [response for response, better in better_than.items() if better <= set(ranking)]
         if len(best) != 1:
-            why = f"{best[0]} or {best[1]} comes next" if best else "they contradict each other"
-            raise ValueError(
-                f"preferences must be those of one ranking for loss_type 'plackett_luce', got {preferences}: {why}"
-            )
+            raise BadRow("no ranking: a tie" if best else "no ranking: preferences contradict each other")
         ranking.append(best[0])
         del better_than[best[0]]
     return ranking
-
-
-def _cut_columns(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-    try:
-        group = with_shared_parts(group_from_columns(row))
-    except ValueError as error:
-        raise ValueError(f"{error} (dataset row {index}, counted from 0)") from None
-    return {
-        "responses": [list(response) for response in group.responses],
-        "loss_masks": group.loss_masks,
-        "ref_logps": group.ref_logps,
-        "preferences": [list(pair) for pair in group.preferences],
-    }
-
-
-def _ranked_columns(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-    try:
-        ranking = ranking_of(group_from_columns(row).preferences)
-    except ValueError as error:
-        raise ValueError(f"{error} (dataset row {index}, counted from 0)") from None
-    return {"preferences": [list(pair) for pair in pairwise(ranking)]}

@@ -14,6 +14,7 @@ from typing import Any
 from fastdpo.data.formats import read_row, template_kwargs
 from fastdpo.data.forms import as_transcript
 from fastdpo.data.loading import raw_example
+from fastdpo.data.loss_rows import as_ranking, with_shared_parts
 from fastdpo.data.tokenization import TokenizationSettings, encode_row, truncate
 from fastdpo.data.values import BadRow
 from fastdpo.types import PreferenceRow, TokenizedGroup
@@ -81,6 +82,8 @@ def prepare_example(
     try:
         whole, is_merged, is_transcript = _encode(raw_example(example), tokenizer, settings.dataset_format, is_sft)
         group = truncate(whole, settings)
+        group = as_ranking(group) if settings.rankings else group
+        stored = with_shared_parts(group) if settings.shared_parts else group
     except BadRow as error:
         if settings.on_bad_row == "raise":
             raise ValueError(f"dataset row {row} (counted from 0) cannot be used: {error.reason}") from None
@@ -91,10 +94,10 @@ def prepare_example(
     lengths = [len(r) - n for r, n in zip(group.responses, num_context, strict=True)]
     return {
         "prompt_ids": group.prompt_ids,
-        "responses": group.responses,
-        "loss_masks": group.loss_masks,
-        "ref_logps": group.ref_logps,
-        "preferences": group.preferences,
+        "responses": stored.responses,
+        "loss_masks": stored.loss_masks,
+        "ref_logps": stored.ref_logps,
+        "preferences": stored.preferences,
         "bad_row": None,
         "is_truncated": _num_tokens(group) < _num_tokens(whole),
         "is_merged": is_merged,

@@ -5,7 +5,7 @@ Names are TRL's wherever TRL has the setting. What a type cannot check, `__post_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -312,6 +312,10 @@ class DPOConfig(FeatureSettings, LossSettings, EngineConfig):
             raise ValueError(f"reference must be 'none' or 'auto' where reference_free is set, got {self.reference!r}")
         self.check_features()
         super().__post_init__()
+
+    def tokenization_settings(self) -> TokenizationSettings:
+        is_ranked, is_cut = "plackett_luce" in self.loss_type, self.ld_alpha is not None
+        return replace(super().tokenization_settings(), rankings=is_ranked, shared_parts=is_cut)
 
 
 @dataclass

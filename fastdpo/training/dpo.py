@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
-from fastdpo.data.loss_rows import rows_for_loss
 from fastdpo.data.prepare import Report, prepare_preference_dataset
 from fastdpo.losses import PER_TOKEN_REWARDS, looks_at_whole_batch, pair_scores, preference_losses
 from fastdpo.losses.listwise import rankings_of
@@ -62,8 +61,8 @@ class DPOTrainer(TokenMeans, FeaturedTrainer):
         ref_model: the reference; by default the policy's own start.
         args: DPOConfig; TRL's is taken over as far as it differs from its defaults.
         data_collator: in place of the packing collator; must return `PackedBatch.asdict()`.
-        train_dataset, eval_dataset: `datasets.Dataset` or list of dicts in any form that fastdpo reads, or already
-            tokenized; eval_dataset may be a dict of them.
+        train_dataset, eval_dataset: `datasets.Dataset`, stream or list of dicts in any form that fastdpo reads, or
+            already tokenized; eval_dataset may be a dict of them.
         processing_class: the tokenizer; by default the one saved with the model.
         compute_metrics: gets numbers of every pair and no logits, see `predictions.py`.
         callbacks, optimizers: as in transformers.Trainer.
@@ -189,10 +188,9 @@ class DPOTrainer(TokenMeans, FeaturedTrainer):
             super()._save(output_dir, state_dict)
 
     def _prepare_dataset(self, dataset: Any) -> tuple[Any, Report]:
-        prepared, report = prepare_preference_dataset(
+        return prepare_preference_dataset(
             dataset, self.processing_class, self.args.tokenization_settings(), num_proc=self.args.dataset_num_proc
         )
-        return rows_for_loss(prepared, self.args), report
 
     def _num_items(self, inputs: dict[str, Any]) -> int:
         """Pairs, or rankings where the loss is one of rankings."""

@@ -16,7 +16,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from fastdpo.data.loss_rows import rows_for_loss
 from fastdpo.data.prepare import Report, prepare_preference_dataset
 from fastdpo.modeling import check_packing, prepare_model
 from fastdpo.modeling.packed import bare_model
@@ -82,7 +81,6 @@ def precompute_ref_logps(
                 prepared, reports[part] = prepare_preference_dataset(
                     rows, tokenizer, args.tokenization_settings(), num_proc=args.dataset_num_proc
                 )
-            prepared = rows_for_loss(prepared, args)
             check_lengths(asked.model, prepared, part)
             check_token_ids(prepared, bare.get_input_embeddings().weight.shape[0], part)
             _, counts[part] = fill_ref_logps(prepared, cache, scorer, name=part)

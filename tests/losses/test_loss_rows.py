@@ -5,10 +5,10 @@ from datasets import Dataset
 from tiny import make_rows, make_tokenizer
 
 from fastdpo import DPOConfig, TokenizedGroup, TokenizedPair, pack_pairs, pad_pairs
-from fastdpo.data.loss_rows import ranking_of, rows_for_loss, with_shared_parts
+from fastdpo.data.loss_rows import ranking_of, with_shared_parts
 from fastdpo.data.microbatches import padded_microbatches
-from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset
-from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.data.prepare import prepare_preference_dataset
+from fastdpo.data.values import BadRow
 
 
 def test_a_pair_gets_both_responses_up_to_their_shared_length():
@@ -74,37 +74,52 @@ def test_preferences_that_order_all_responses_are_a_ranking(preferences, ranking
 @pytest.mark.parametrize(
     ("preferences", "why"),
     [
-        ([(0, 1), (0, 2)], "1 or 2 comes next"),
-        ([(0, 1), (2, 3)], "0 or 2 comes next"),
-        ([(0, 1), (1, 0)], "contradict"),
+        ([(0, 1), (0, 2)], "a tie"),
+        ([(0, 1), (2, 3)], "a tie"),
+        ([(0, 1), (1, 0)], "contradict each other"),
     ],
 )
 def test_preferences_that_leave_an_order_open_are_refused(preferences, why):
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises(BadRow, match=why):
         ranking_of(preferences)
 
 
 def prepared(tmp_path, rows, **settings):
-    dataset, _ = prepare_preference_dataset(rows, make_tokenizer(), TokenizationSettings())
-    return rows_for_loss(dataset, DPOConfig(str(tmp_path), use_cpu=True, **settings))
+    config = DPOConfig(str(tmp_path), use_cpu=True, **settings)
+    return prepare_preference_dataset(rows, make_tokenizer(), config.tokenization_settings())
 
 
 def test_datasets_are_brought_into_the_form_that_the_loss_reads(tmp_path):
     rows = Dataset.from_list(make_rows(3))
-    assert all(len(row["responses"]) == 2 for row in prepared(tmp_path, rows))
-    cut = prepared(tmp_path, rows, ld_alpha=0.5)
+    plain, report = prepared(tmp_path, rows)
+    assert [len(row["responses"]) for row in plain] == [2, 2, 2]
+    cut, report_of_cut = prepared(tmp_path, rows, ld_alpha=0.5)
     assert [len(row["responses"]) for row in cut] == [4, 4, 4]
     for row in cut:
         lengths = [sum(mask) for mask in row["loss_masks"]]
         assert lengths[2] == lengths[3] == min(lengths[:2])
-        assert group_from_columns(row).ref_logps is None
+    assert report_of_cut == report
+    again, _ = prepared(tmp_path, cut, ld_alpha=0.5)
+    assert again.to_list() == cut.to_list()
 
 
-def test_a_row_that_is_no_ranking_is_named(tmp_path):
-    def ranked(*pairs):
-        return {"prompt_ids": [1], "responses": [[5], [6], [7]], "preferences": [list(pair) for pair in pairs]}
+def test_rows_that_bring_reference_log_probs_are_named(tmp_path):
+    row = {"prompt_ids": [1], "chosen_ids": [5], "rejected_ids": [6, 7]}
+    brought = {**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    with pytest.raises(ValueError, match=r"ld_alpha must be None .* \(dataset row 1, counted from 0\)"):
+        prepared(tmp_path, [{**row, "ref_chosen_logps": None, "ref_rejected_logps": None}, brought], ld_alpha=0.5)
 
-    dataset = prepared(tmp_path, [ranked((0, 1), (0, 2), (1, 2))], loss_type="plackett_luce")
-    assert dataset[0]["preferences"] == [[0, 1], [1, 2]]
-    with pytest.raises(ValueError, match=r"1 or 2 comes next \(dataset row 1, counted from 0\)"):
-        prepared(tmp_path, [ranked((0, 1), (1, 2)), ranked((0, 1), (0, 2))], loss_type="plackett_luce")
+
+def test_rows_that_are_no_ranking_are_counted_or_stop_the_run(tmp_path):
+    """Scores of three answers: two that are equal leave their order open."""
+    rows = [
+        {"prompt": "the cat ", "responses": ["sees", "finds", "likes"], "scores": scores}
+        for scores in ([1.0, 3.0, 2.0], [1.0, 2.0, 2.0])
+    ]
+    dataset, report = prepared(tmp_path, rows, loss_type="plackett_luce")
+    assert [row["preferences"] for row in dataset] == [[[0, 1], [1, 2]]]
+    assert report.num_pairs == 2
+    assert report.dropped == {"no ranking: a tie": (1,)}
+    assert len(prepared(tmp_path, rows)[0]) == 2
+    with pytest.raises(ValueError, match=r"dataset row 1 \(counted from 0\) cannot be used: no ranking: a tie"):
+        prepared(tmp_path, rows, loss_type="plackett_luce", on_bad_row="raise")
