@@ -23,7 +23,7 @@ from fastdpo.losses.registry import (
     SMOOTHED,
 )
 from fastdpo.losses.release import preference_loss
-from fastdpo.losses.scores import looks_at_whole_batch, pair_scores, preference_losses
+from fastdpo.losses.scores import is_listwise, looks_at_whole_batch, pair_scores, preference_losses
 from fastdpo.losses.settings import LossConfig
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "LossConfig",
     "check_combination",
     "check_loss_settings",
+    "is_listwise",
     "looks_at_whole_batch",
     "pair_scores",
     "preference_loss",

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastdpo.losses.divergence import DIVERGENCES
-from fastdpo.losses.registry import BATCH_LOSSES, DIVERGENCE_LOSSES, LOSSES, REFERENCE_FREE_LOSSES, SMOOTHED
+from fastdpo.losses.registry import (
+    BATCH_LOSSES,
+    DIVERGENCE_LOSSES,
+    LIKELIHOOD_LOSSES,
+    LISTWISE_LOSSES,
+    LOSSES,
+    REFERENCE_FREE_LOSSES,
+    SMOOTHED,
+    TOKEN_LOSSES,
+)
 from fastdpo.losses.settings import LossConfig
 
 
@@ -49,15 +58,16 @@ def check_combination(config: LossConfig) -> None:
         if not _is_number(value) or value < 0:
             raise ValueError(f"{field} must be a finite number >= 0, got {value!r}")
     free = [name for name in names if name in REFERENCE_FREE_LOSSES]
-    others = [name for name in names if name not in (*REFERENCE_FREE_LOSSES, "sft")]
+    others = [name for name in names if name not in (*REFERENCE_FREE_LOSSES, *TOKEN_LOSSES)]
     if free and others:
         raise ValueError(
             f"loss_type must not hold both {free[0]!r}, which has no reference, and {others[0]!r}, which compares with"
             f" one: beta would be two different scales, got {names}"
         )
-    if "plackett_luce" in names and len(names) > 1:
+    listwise = [name for name in names if name in LISTWISE_LOSSES]
+    if listwise and len(names) > 1:
         raise ValueError(
-            "loss_type 'plackett_luce' must stand alone: it is a mean over rankings, and the others are means over"
+            f"loss_type {listwise[0]!r} must stand alone: it is a mean over rankings, and the others are means over"
             f" pairs, got {names}"
         )
     _check_divergence(config)
@@ -65,7 +75,7 @@ def check_combination(config: LossConfig) -> None:
     _refuse(
         config.use_weighting,
         names,
-        (*BATCH_LOSSES, "orpo", "cpo", "plackett_luce"),
+        (*BATCH_LOSSES, *LISTWISE_LOSSES, *(name for name in LIKELIHOOD_LOSSES if name not in TOKEN_LOSSES)),
         "use_weighting must be off for loss_type {name}: it weighs pairs, and this loss is none of single pairs alone,"
         " got True",
     )
@@ -94,7 +104,7 @@ def _check_divergence(config: LossConfig) -> None:
     _refuse(
         kind != "reverse_kl",
         config.loss_type,
-        [name for name in LOSSES if name not in DIVERGENCE_LOSSES],
+        [name for name in LOSSES if name not in (*DIVERGENCE_LOSSES, *TOKEN_LOSSES)],
         "f_divergence_type must be 'reverse_kl' for loss_type {name}: under another divergence the reward has a term of"
         f" the prompt that cancels only in a difference of rewards, got {kind!r}",
     )
@@ -109,7 +119,7 @@ def _check_ld_alpha(config: LossConfig) -> None:
     _refuse(
         True,
         config.loss_type,
-        (*REFERENCE_FREE_LOSSES, "plackett_luce"),
+        (*REFERENCE_FREE_LOSSES, *LISTWISE_LOSSES),
         "ld_alpha must be None for loss_type {name}: it weighs the tokens by which one response of a pair is longer in"
         f" a log-ratio to the reference, got {alpha}",
     )

@@ -51,11 +51,10 @@ LOSSES: dict[str, Callable[[PairScores, Any], Tensor]] = {
 # their batches are never split, and their gradient is not made in forward.
 BATCH_LOSSES = ("aot", "aot_unpaired")
 REFERENCE_FREE_LOSSES = ("simpo", "orpo", "cpo")
-LIKELIHOOD_LOSSES = ("sft", "orpo", "cpo")  # hold a mean over the chosen tokens of the optimizer step
+LISTWISE_LOSSES = ("plackett_luce",)  # means over rankings, whose stages are the pairs
+TOKEN_LOSSES = ("sft",)  # means over tokens and nothing else: no comparison, so no reference, divergence or pair weight
+LIKELIHOOD_LOSSES = (*TOKEN_LOSSES, "orpo", "cpo")  # hold a mean over the chosen tokens of the optimizer step
 PER_TOKEN_REWARDS = ("simpo", "orpo")  # losses whose reward is beta times the log-prob per token
 SMOOTHED = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired", "simpo", "cpo")  # read label_smoothing
-# compare f' of the two ratios, so that what f-DPO's reward has of the prompt cancels
-DIVERGENCE_LOSSES = (
-    *("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "plackett_luce"),
-    "sft",  # reads no ratio
-)
+# compare the two ratios alone, so that what f-DPO's reward has of the prompt cancels
+DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", *LISTWISE_LOSSES)

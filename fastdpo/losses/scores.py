@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdpo.losses.divergence import under_divergence
 from fastdpo.losses.listwise import rankings_of
-from fastdpo.losses.registry import BATCH_LOSSES, DIVERGENCE_LOSSES, LOSSES
+from fastdpo.losses.registry import BATCH_LOSSES, DIVERGENCE_LOSSES, LISTWISE_LOSSES, LOSSES, TOKEN_LOSSES
 from fastdpo.losses.settings import LossConfig
 from fastdpo.types import PairScores
 
@@ -54,7 +54,7 @@ def pair_scores(
         chosen_sums=None if config.ld_alpha is None else sums[chosen],
         mean_chosen_length=mean_chosen_length,
         pair_weights=weights,
-        rankings=rankings_of(pairs) if "plackett_luce" in config.loss_type else None,
+        rankings=rankings_of(pairs) if is_listwise(config) else None,
     )
 
 
@@ -82,11 +82,16 @@ def preference_losses(scores: PairScores, config: LossConfig) -> Tensor:
     divergent = under_divergence(scores, config)
     total = torch.zeros_like(scores.policy_chosen_logps)
     for name, factor in zip(config.loss_type, config.loss_weights or [1.0] * len(config.loss_type), strict=True):
-        losses = LOSSES[name](divergent if name in DIVERGENCE_LOSSES and name != "sft" else scores, config)
-        if scores.pair_weights is not None and name != "sft":  # a mean over tokens is none of pairs
+        losses = LOSSES[name](divergent if name in DIVERGENCE_LOSSES else scores, config)
+        if scores.pair_weights is not None and name not in TOKEN_LOSSES:
             losses = losses * scores.pair_weights
         total = total + factor * losses
     return total
+
+
+def is_listwise(config: LossConfig) -> bool:
+    """Whether the loss is a mean over rankings."""
+    return any(name in LISTWISE_LOSSES for name in config.loss_type)
 
 
 def looks_at_whole_batch(config: LossConfig) -> bool:

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from fastdpo.data.formats import FORMAT_NAMES
 from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.losses import is_listwise
 from fastdpo.modeling.attention import ATTENTION_BACKENDS
 from fastdpo.ops.validation import IMPLS, check_settings
 from fastdpo.references import REFERENCE_MODES
@@ -314,8 +315,8 @@ class DPOConfig(FeatureSettings, LossSettings, EngineConfig):
         super().__post_init__()
 
     def tokenization_settings(self) -> TokenizationSettings:
-        is_ranked, is_cut = "plackett_luce" in self.loss_type, self.ld_alpha is not None
-        return replace(super().tokenization_settings(), rankings=is_ranked, shared_parts=is_cut)
+        is_cut = self.ld_alpha is not None
+        return replace(super().tokenization_settings(), rankings=is_listwise(self), shared_parts=is_cut)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
 from fastdpo.data.prepare import Report, prepare_preference_dataset
-from fastdpo.losses import PER_TOKEN_REWARDS, looks_at_whole_batch, pair_scores, preference_losses
+from fastdpo.losses import PER_TOKEN_REWARDS, is_listwise, looks_at_whole_batch, pair_scores, preference_losses
 from fastdpo.losses.listwise import rankings_of
 from fastdpo.losses.scores import SHARED_PARTS_AFTER
 from fastdpo.metrics import SumAndWeight, pair_metrics, token_metrics
@@ -195,7 +195,7 @@ class DPOTrainer(TokenMeans, FeaturedTrainer):
     def _num_items(self, inputs: dict[str, Any]) -> int:
         """Pairs, or rankings where the loss is one of rankings."""
         pairs = inputs["pairs"]
-        if "plackett_luce" in self.args.loss_type and len(pairs):
+        if is_listwise(self.args) and len(pairs):
             return int(rankings_of(pairs)[-1]) + 1
         return len(pairs)
 
