@@ -1,5 +1,8 @@
+import json
+
 import pytest
 from datasets import Dataset
+from tiny_tokenizers import byte_level_tokenizer
 
 from fastdpo.data.loading import load_preference_dataset
 from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset, prepare_sft_dataset
@@ -241,3 +244,21 @@ def test_every_row_of_a_chinese_file_decodes_to_its_text(shared_data, bos_tokeni
         assert all(message["value"] in prompt for message in example["conversations"])
         for side, response in zip(("chosen", "rejected"), group.responses, strict=True):
             assert bos_tokenizer.decode(response) == f"{example[side]['value']}<|im_end|>\n"
+
+
+def test_tools_of_different_keys_reach_the_template_without_what_arrow_fills_in():
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + turns
+    tokenizer = byte_level_tokenizer(chat_template=template)
+    tools = [[{"name": "add", "parameters": {"x": "int"}}], [{"name": "find", "parameters": {"text": "str"}}]]
+    row = {
+        "prompt": [{"role": "user", "content": "the cat"}],
+        "chosen": [{"role": "assistant", "content": "sat"}],
+        "rejected": [{"role": "assistant", "content": "ran"}],
+    }
+    columns = Dataset.from_list([{**row, "tools": some} for some in tools])
+    assert None in columns[0]["tools"][0]["parameters"].values()  # or there is nothing to leave out
+    whole = TokenizationSettings(max_length=None)
+    prepared, _ = prepare_preference_dataset(columns, tokenizer, whole)
+    as_text = Dataset.from_list([{**row, "tools": json.dumps(some)} for some in tools])
+    assert list(prepared) == list(prepare_preference_dataset(as_text, tokenizer, whole)[0])
