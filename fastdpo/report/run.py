@@ -124,7 +124,12 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> SampleList:
     for prompt, entries in by_prompt.items():
         end = entries[-1]
         known = end["reference"] is not None
-        responses = [Response(end["reference_name"], end["reference"], "")] if known else []
-        responses += [Response("policy", entry["policy"], str(entry["step"])) for entry in entries]
+        reference = (end["reference_name"], end["reference"], str(end["reference_tokens"]))
+        responses = [Response(*reference)] if known else []
+        responses += [
+            Response(f"policy, step {entry['step']}", entry["policy"], str(entry["policy_tokens"])) for entry in entries
+        ]
         samples.append(Sample(prompt, responses))
-    return SampleList("Samples", samples, "Step", note="What policy and reference answer to prompts of the evaluation.")
+    return SampleList(
+        "Samples", samples, "Tokens", note="What policy and reference answer to prompts of the evaluation."
+    )

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from torch import nn
@@ -24,6 +24,7 @@ from transformers.utils import logging
 from fastdpo.modeling.generation import generate_ids, special_ids
 from fastdpo.references import AdapterReference, FrozenReference
 from fastdpo.references.adapters import as_reference
+from fastdpo.training.warning_checks import samples_grow
 
 logger = logging.get_logger(__name__)
 
@@ -38,8 +39,17 @@ class Answered:
     step: int
     prompt: str
     policy: str
+    policy_tokens: int
     reference: str | None  # None where nothing is known of it
+    reference_tokens: int | None
     reference_name: str  # "reference", or "before training"
+
+
+class Response(NamedTuple):
+    """What a model answered to one prompt."""
+
+    text: str
+    num_tokens: int
 
 
 class EvalSamples(TrainerCallback):
@@ -61,7 +71,7 @@ class EvalSamples(TrainerCallback):
         if not self.prompt_ids:
             raise ValueError("num_eval_samples must be 0: no row of eval_dataset has a prompt of its own")
         self.answered: list[Answered] = []
-        self._of_reference: list[str] | None = None  # once it is known and stays as it is
+        self._of_reference: list[Response] | None = None  # once it is known and stays as it is
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -75,11 +85,10 @@ class EvalSamples(TrainerCallback):
                 self._of_reference = self._generate(self.trainer.model)
         elif path.is_file():
             self.answered = [Answered(**json.loads(line)) for line in path.read_text().splitlines()]
-            of_reference = [
-                entry.reference for entry in self.answered[: len(self.prompt_ids)] if entry.reference is not None
-            ]
-            if len(of_reference) == len(self.prompt_ids) and self._live_reference() is None:
-                self._of_reference = of_reference
+            first = self.answered[: len(self.prompt_ids)]
+            known = [Response(e.reference, e.reference_tokens or 0) for e in first if e.reference is not None]
+            if len(known) == len(self.prompt_ids) and self._live_reference() is None:
+                self._of_reference = known
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         is_new = not self.answered or self.answered[-1].step != state.global_step  # several datasets: once
@@ -88,25 +97,28 @@ class EvalSamples(TrainerCallback):
 
     def take(self, step: int) -> list[Answered]:
         """Generates, shows and keeps the samples of this moment."""
-        prompts = self._decoded(self.prompt_ids)
         policy = self._generate(self.trainer.model)
-        live = self._live_reference()
-        references: Sequence[str | None] | None = self._of_reference
+        references, live = self._of_reference, self._live_reference()
         if references is None and live is not None:
             with live as model:
                 references = self._generate(model)
-            if not self.trainer.args.sync_ref_model:
-                self._of_reference = list(references)  # type: ignore[arg-type]
-        if references is None and step == 0:
-            references = self._of_reference = policy
+        elif references is None and step == 0:
+            references = policy
+        if not self.trainer.args.sync_ref_model:
+            self._of_reference = references
         name = "before training" if live is None else "reference"
+        prompts = self._decoded(self.prompt_ids)
+        unknown = [(None, None)] * len(prompts)
         new = [
-            Answered(step, prompt, ours, theirs, name)
-            for prompt, ours, theirs in zip(prompts, policy, references or [None] * len(prompts), strict=True)
+            Answered(step, prompt, ours.text, ours.num_tokens, *theirs, name)
+            for prompt, ours, theirs in zip(prompts, policy, references or unknown, strict=True)
         ]
         self.answered.extend(new)
         self._write(new)
         self._show(new)
+        if self.trainer.watch is not None and references is not None:
+            lengths = [[response.num_tokens for response in responses] for responses in (policy, references)]
+            self.trainer.watch.say("samples_grow", samples_grow(*lengths), self.trainer.args, step)
         return new
 
     def _write(self, entries: Sequence[Answered]) -> None:
@@ -126,7 +138,7 @@ class EvalSamples(TrainerCallback):
             return _asked(reference)
         return None
 
-    def _generate(self, model: nn.Module) -> list[str]:
+    def _generate(self, model: nn.Module) -> list[Response]:
         args, tokenizer = self.trainer.args, self.trainer.processing_class
         pad_id, eos_ids = special_ids(model, tokenizer)
         with self.trainer.accelerator.autocast():
@@ -140,7 +152,7 @@ class EvalSamples(TrainerCallback):
                 batch_size=BATCH_SIZE,
                 seed=args.seed,
             )
-        return self._decoded(ids)
+        return [Response(text, len(row)) for text, row in zip(self._decoded(ids), ids, strict=True)]
 
     def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
         tokenizer = self.trainer.processing_class

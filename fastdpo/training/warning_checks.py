@@ -5,7 +5,7 @@ The thresholds are judgements, not theorems; the reason of each stands beside it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 CHOSEN_FALL = 10.0  # nats of a whole response: e^10, so 22,000 times less likely than it was
@@ -15,6 +15,7 @@ COLLAPSED_SHARE = 0.5  # of the best margin that training has had
 LOGRATIO_PER_TOKEN = 1.0  # nats: the average token is e times as likely as under the reference, or as unlikely
 LOGRATIO_NATS = 20.0  # and whole responses by e^20: a few tokens may move that much without harm
 LENGTH_RATIO = 1.5  # of one side's mean length to the other's: beyond what an annotator's taste for detail explains
+SAMPLED_PROMPTS = 8  # of fewer, the mean length is one of chance
 START_SHARE = 1e-3  # of a log-prob: above what bf16 rounds off a sum over some hundred tokens
 START_NATS = 1e-2
 
@@ -104,6 +105,18 @@ CHECKS: dict[str, Callable[[Progress], str | None]] = {
     "logratio_blowup": logratio_blowup,
     "length_drift": length_drift,
 }
+
+
+def samples_grow(policy_tokens: Sequence[int], reference_tokens: Sequence[int]) -> str | None:
+    """From the lengths of what policy and reference answer to the same prompts."""
+    policy, reference = (sum(lengths) / max(len(lengths), 1) for lengths in (policy_tokens, reference_tokens))
+    if len(policy_tokens) < SAMPLED_PROMPTS or policy <= LENGTH_RATIO * reference:
+        return None
+    return (
+        f"the policy's samples have grown to {policy:.0f} tokens on average, where the reference's have {reference:.0f}"
+        f" ({len(policy_tokens)} prompts): it may have learned that longer is better. ld_alpha < 1, or the losses"
+        " sigmoid_norm and simpo, take length out; a larger beta holds it closer to the reference"
+    )
 
 
 def reference_is_not_the_start(means: Mapping[str, float], beta: float, *, has_dropout: bool) -> str | None:

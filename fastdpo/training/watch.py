@@ -52,7 +52,7 @@ class TrainingWatch(TrainerCallback):
         if is_first and state.is_world_process_zero and self.trainer.reference.mode != "none":
             means = self.trainer._metrics["train"].peek()
             message = reference_is_not_the_start(means, args.beta, has_dropout=not args.disable_dropout)
-            self._say("reference_is_not_the_start", message, args, state.global_step)
+            self.say("reference_is_not_the_start", message, args, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or "rewards/chosen" not in (logs or {}):
@@ -71,9 +71,10 @@ class TrainingWatch(TrainerCallback):
         has_reference = self.trainer.reference.mode != "none"
         progress = Progress(means, self._first, self._best_margin, args.beta, has_reference)
         for name, check in CHECKS.items():
-            self._say(name, check(progress), args, state.global_step)
+            self.say(name, check(progress), args, state.global_step)
 
-    def _say(self, name: str, message: str | None, args: Any, step: int) -> None:
+    def say(self, name: str, message: str | None, args: Any, step: int) -> None:
+        """Gives a warning, if there is a message and it is the first of its name."""
         if message is None or name in self.given:
             return
         self.given[name] = message

@@ -22,8 +22,8 @@ STATE = {"log_history": HISTORY, "global_step": 2, "epoch": 0.5}
 
 def sample(step, policy, reference="as it was"):
     return {
-        "step": step, "prompt": "a <b>prompt</b>", "policy": policy, "reference": reference,
-        "reference_name": "reference",
+        "step": step, "prompt": "a <b>prompt</b>", "policy": policy, "policy_tokens": 40 + step,
+        "reference": reference, "reference_tokens": 77, "reference_name": "reference",
     }  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_it_shows_result_warnings_samples_and_settings(tmp_path):
     assert "Log-prob, chosen" not in text  # nothing was logged of it
     assert "90 tokens against 45." in text
     assert "a &lt;b&gt;prompt&lt;/b&gt;" in text
-    for word in ("before", "after", "as it was"):
+    for word in ("before", "after", "as it was", "policy, step 2", "|42|", "|77|"):
         assert word in text, word
     assert "midway" not in text  # the first and the last evaluation are shown
     assert "sigmoid" in text

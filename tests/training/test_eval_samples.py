@@ -9,7 +9,7 @@ import torch
 from tiny import make_llama, make_rows, make_tokenizer
 from tiny_runs import logged, make_lora, tiny_trainer
 
-from fastdpo.training.samples import SAMPLES_FILE
+from fastdpo.training.samples import SAMPLES_FILE, Response
 
 ROWS = make_rows(6, seed=1)
 EVERY_2 = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "learning_rate": 3e-2}
@@ -49,6 +49,7 @@ def test_policy_and_reference_answer_the_first_prompts(tmp_path, mode):
         assert [entry.policy for entry in answered[3:]] != start
     lines = [json.loads(line) for line in (tmp_path / SAMPLES_FILE).read_text().splitlines()]
     assert [line["policy"] for line in lines] == [entry.policy for entry in answered]
+    assert all(0 < entry.policy_tokens <= 6 and 0 < entry.reference_tokens <= 6 for entry in answered)
 
 
 @pytest.mark.parametrize("mode", ["frozen", "cached"])
@@ -77,6 +78,17 @@ def test_a_reference_that_moves_is_asked_again(tmp_path):
     first, last = fast.eval_samples.answered[:3], fast.eval_samples.answered[3:]
     assert [entry.reference for entry in last] == [entry.policy for entry in last]
     assert [entry.reference for entry in last] != [entry.reference for entry in first]
+
+
+def test_samples_that_grow_are_warned_of(tmp_path):
+    fast = tiny_trainer(tmp_path, num_rows=16, eval_dataset=make_rows(12, seed=1), num_eval_samples=8)
+    for num_tokens, is_warned in ((30, False), (31, True)):
+        fast.eval_samples._generate = lambda model, n=num_tokens: [
+            Response("words", n if model is fast.model else 20) for _ in range(8)
+        ]
+        fast.eval_samples.take(1)
+        assert ("samples_grow" in fast.watch.given) == is_warned
+    assert "31 tokens on average, where the reference's have 20 (8 prompts)" in fast.watch.given["samples_grow"]
 
 
 def test_they_change_neither_losses_nor_order(tmp_path):
