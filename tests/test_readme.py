@@ -57,6 +57,7 @@ def test_every_path_and_option_that_the_readme_names_exists():
 
     known = {f.name for cls in (DPOConfig, AdapterArguments, RunArguments) for f in fields(cls)} | {"config", "help"}
     known |= options_of("verify") | options_of("plan")
+    known |= set(re.findall(r"--([a-z_0-9]+)", (Path(__file__).parents[1] / "benchmarks/gpu_suite.py").read_text()))
     for option in re.findall(r"--([a-z_0-9]+)", README):
         assert option in known, option
     headings = {title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", README, flags=re.MULTILINE)}
