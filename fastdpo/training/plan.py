@@ -7,6 +7,7 @@ In: a config and bytes. Out: a Plan for every candidate, those that do not fit a
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -179,7 +180,9 @@ def _build(config: Any, full: bool, lora_r: int) -> tuple[nn.Module, int, int, i
         except ImportError as error:
             raise ValueError('a plan with LoRA needs the peft package: pip install "fastdpo[peft]"') from error
         lora = LoraConfig(r=lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora, low_cpu_mem_usage=True)
+        with warnings.catch_warnings():  # of transformers about a name that PEFT still uses
+            warnings.simplefilter("ignore", FutureWarning)
+            model = get_peft_model(model, lora, low_cpu_mem_usage=True)
         model.enable_input_require_grads()
     plain = model_bytes(model)
     saved = sum(w.numel() * (w.element_size() - BYTES_IN_4_BIT) for w in linear)
