@@ -233,9 +233,8 @@ def test_ld_alpha_counts_no_token_twice(tmp_path):
     )
 
 
-@pytest.mark.parametrize("settings", [{"ld_alpha": 0.3}, {"loss_type": "plackett_luce"}, CHANGED["wpo-sft"]])
-def test_streams_of_rows_train_as_datasets_do(tmp_path, settings):
-    stream = Dataset.from_list(ROWS).to_iterable_dataset()
+def test_a_stream_gives_the_tokens_of_each_step_to_sft(tmp_path):
+    stream, settings = Dataset.from_list(ROWS).to_iterable_dataset(), CASES["wpo-sft"]
     logs = []
     for rows in (ROWS, stream):
         trainer = make_trainer(tmp_path, rows, **settings, max_steps=2)
