@@ -100,8 +100,9 @@ def discopop(scores: PairScores, config: LossConfig) -> Tensor:
     larger at 0, so a narrow step is a rise: below 0.1, as at TRL's default of 0.05, the loss grows with margins near 0.
     """
     logits = config.beta * scores.margins
-    exponential = torch.sigmoid(logits / config.discopop_tau)
-    return torch.exp(-logits) * exponential - F.logsigmoid(logits) * (1 - exponential)
+    step = logits / config.discopop_tau
+    exponential = torch.exp(F.logsigmoid(step) - logits)  # exp(-logits) s(step), which alone would be inf * 0
+    return exponential - F.logsigmoid(logits) * torch.sigmoid(-step)
 
 
 def smoothed_logistic(logits: Tensor, flipped: float) -> Tensor:
