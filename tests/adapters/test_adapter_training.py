@@ -9,37 +9,16 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft_cases import GROUPS, learned, lora, plain_sums
 from tiny import make_llama, make_rows, make_tokenizer
+from tiny_runs import logged, tiny_trainer
 
 from fastdpo import DPOConfig, DPOTrainer, pack_pairs, packed_logps
 from fastdpo.data.prepare import group_from_columns
 from fastdpo.training.precompute import precompute_ref_logps
 
 
-def make_trainer(tmp_path, model=None, peft_config=None, ref_model=None, rows=8, **settings):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "beta": 0.5,
-        "ref_cache_dir": str(tmp_path / "cache"),
-    }
-    return DPOTrainer(
-        make_llama() if model is None else model,
-        ref_model,
-        DPOConfig(str(tmp_path / "out"), **{**defaults, **settings}),
-        train_dataset=Dataset.from_list(make_rows(rows)),
-        processing_class=make_tokenizer(),
-        peft_config=peft_config,
-    )
-
-
-def logged(trainer, key="loss"):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
+def make_trainer(tmp_path, model=None, rows=8, **settings):
+    settings = {"learning_rate": 1e-2, "max_steps": 2, "ref_cache_dir": str(tmp_path / "cache"), **settings}
+    return tiny_trainer(tmp_path / "out", model, rows, **settings)
 
 
 def under_way(*targets, seed=1, name="default", **settings):

@@ -12,40 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from tiny import make_llama, make_rows, make_tokenizer
+from tiny import make_llama, make_rows
+from tiny_runs import losses, make_lora, tiny_trainer
 
-from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.references import precompute
 from fastdpo.training import reference as reference_module
 
 
-def make_trainer(tmp_path, model=None, ref_model=None, rows=None, peft_config=None, eval_dataset=None, **settings):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "num_train_epochs": 2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "beta": 0.5,
-        "ref_cache_dir": str(tmp_path / "cache"),
-    }
-    return DPOTrainer(
-        make_llama() if model is None else model,
-        ref_model,
-        DPOConfig(str(tmp_path / "out"), **{**defaults, **settings}),
-        train_dataset=Dataset.from_list(make_rows(18) if rows is None else rows),
-        eval_dataset=eval_dataset,
-        processing_class=make_tokenizer(),
-        peft_config=peft_config,
-    )
-
-
-def losses(trainer):
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+def make_trainer(tmp_path, model=None, rows=None, **settings):
+    """Two epochs over 18 rows; runs of one test share a cache."""
+    rows = make_rows(18) if rows is None else rows
+    settings = {"num_train_epochs": 2, "max_steps": -1, "ref_cache_dir": str(tmp_path / "cache"), **settings}
+    return tiny_trainer(tmp_path / "out", model, train_dataset=Dataset.from_list(rows), **settings)
 
 
 @pytest.fixture
@@ -64,18 +42,12 @@ def computed(monkeypatch):
     return counts
 
 
-def lora():
-    from peft import LoraConfig
-
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-
-
 def lora_model_under_way():
     """A PeftModel whose adapter has been trained before: its start is the reference, not its base."""
     from peft import get_peft_model
 
     torch.manual_seed(1)
-    model = get_peft_model(make_llama(), lora())
+    model = get_peft_model(make_llama(), make_lora())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -103,7 +75,7 @@ def ranked_rows(num_rows=8):
 CASES = {
     "full": dict,
     "given": lambda: {"ref_model": make_llama(seed=4)},
-    "lora": lambda: {"peft_config": lora(), "learning_rate": 3e-2},
+    "lora": lambda: {"peft_config": make_lora(), "learning_rate": 3e-2},
     "lora under way": lambda: {"model": lora_model_under_way()},
     "padded": lambda: {"packing": "padded"},
     "bf16": lambda: {"bf16": True},
@@ -148,7 +120,7 @@ def test_a_second_run_computes_nothing_and_says_where_it_found_it(tmp_path, comp
 
 def test_a_lora_run_finds_what_a_full_run_computed_and_another_model_does_not(tmp_path, computed):
     make_trainer(tmp_path, reference="cached")
-    make_trainer(tmp_path, reference="cached", peft_config=lora())
+    make_trainer(tmp_path, reference="cached", peft_config=make_lora())
     make_trainer(tmp_path, make_llama(seed=1), reference="cached")
     make_trainer(tmp_path, reference="cached", bf16=True)
     assert computed == [18, 0, 18, 18]
@@ -204,7 +176,7 @@ def test_rows_that_come_after_training_are_found_or_refused(tmp_path):
 
 def test_with_an_adapter_rows_that_come_after_training_are_computed(tmp_path):
     rows = Dataset.from_list(make_rows(5, seed=1))
-    live, cached = (make_trainer(tmp_path, peft_config=lora(), reference=mode) for mode in ("auto", "cached"))
+    live, cached = (make_trainer(tmp_path, peft_config=make_lora(), reference=mode) for mode in ("auto", "cached"))
     live.train()
     cached.train()
     expected = live.evaluate(rows)["eval_loss"]

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
-from tiny import make_llama, make_rows, make_tokenizer
+from tiny import make_llama, make_tokenizer
+from tiny_runs import losses, tiny_config, tiny_trainer
 
-from fastdpo import DPOConfig, DPOTrainer, TokenizedPair, pack_pairs, packed_logps
+from fastdpo import TokenizedPair, pack_pairs, packed_logps
 from fastdpo.modeling import check_packing
 from fastdpo.references.fingerprint import reference_facts
 from fastdpo.training import reference as reference_module
@@ -24,33 +24,11 @@ def large(tmp_path):
 
 
 def config(tmp_path, **settings):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "ref_cache_dir": str(tmp_path / "cache"),
-    }
-    return DPOConfig(str(tmp_path / "out"), **{**defaults, **settings})
+    return tiny_config(tmp_path / "out", ref_cache_dir=str(tmp_path / "cache"), **settings)
 
 
 def trainer(tmp_path, ref_model, **settings):
-    return DPOTrainer(
-        make_llama(),
-        ref_model,
-        config(tmp_path, **settings),
-        train_dataset=Dataset.from_list(make_rows(16)),
-        processing_class=make_tokenizer(),
-    )
-
-
-def losses(trainer):
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return tiny_trainer(tmp_path / "out", ref_model=ref_model, ref_cache_dir=str(tmp_path / "cache"), **settings)
 
 
 def resident_bytes(model):

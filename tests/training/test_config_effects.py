@@ -2,37 +2,15 @@
 
 import pytest
 import torch
-from datasets import Dataset
-from tiny import make_llama, make_rows, make_tokenizer
+from tiny import make_llama, make_tokenizer
+from tiny_runs import tiny_trainer
 
-from fastdpo import DPOConfig, DPOTrainer, PackedBatch, TokenizedPair, pack_pairs
+from fastdpo import DPOConfig, PackedBatch, TokenizedPair, pack_pairs
 from fastdpo.training.collator import PackingCollator
 
 
-def trainer(tmp_path, model=None, **settings):
-    keywords = {
-        k: settings.pop(k) for k in ("eval_dataset", "callbacks", "ref_model", "processing_class") if k in settings
-    }
-    defaults = {
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "max_steps": 3,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 4,
-        "beta": 0.5,
-    }
-    return DPOTrainer(
-        make_llama() if model is None else model,
-        args=DPOConfig(str(tmp_path), **{**defaults, **settings}),
-        train_dataset=Dataset.from_list(make_rows(12)),
-        **{"processing_class": make_tokenizer(), **keywords},
-    )
-
-
 def trained(tmp_path, **settings):
-    fast = trainer(tmp_path, **settings)
+    fast = tiny_trainer(tmp_path, **settings)
     fast.train()
     return [entry for entry in fast.state.log_history if "loss" in entry]
 
@@ -57,8 +35,7 @@ def plain(tmp_path_factory):
     ],
     ids=str,
 )
-def test_how_it_is_computed_changes_no_loss_and_no_metric(tmp_path, plain, settings, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_how_it_is_computed_changes_no_loss_and_no_metric(tmp_path, plain, settings):
     logs = trained(tmp_path, **settings)
     assert len(logs) == 3
     for found, expected in zip(logs, plain, strict=True):
@@ -100,10 +77,10 @@ def test_the_head_op_gets_the_settings_that_are_its_own(tmp_path, monkeypatch):
             return _real(*args, **settings)
 
         monkeypatch.setattr(packed, name, spy)
-    trainer(tmp_path, max_steps=1, workspace_bytes=12345).train()
+    tiny_trainer(tmp_path, max_steps=1, workspace_bytes=12345).train()
     assert {workspace for *_, workspace in seen[-2:]} == {12345}  # the reference, and then the policy
     assert seen[-1][0] == "sequence_loss"
-    trainer(tmp_path, max_steps=1, skip_tolerance=0.25).train()
+    tiny_trainer(tmp_path, max_steps=1, skip_tolerance=0.25).train()
     assert seen[-1] == ("sequence_logps", 0.25, None)
 
 
@@ -119,19 +96,18 @@ def test_references_are_cached_in_batches_of_as_many_prompts(tmp_path, monkeypat
         return batch
 
     monkeypatch.setattr(precompute, "next_batch", spy)
-    settings = {"reference": "cached", "ref_cache_dir": str(tmp_path / "a"), "precompute_ref_batch_size": 5}
-    trainer(tmp_path, **settings)
+    tiny_trainer(tmp_path, num_rows=12, reference="cached", precompute_ref_batch_size=5)
     assert sizes == [5, 5, 2]
 
 
 def test_the_pad_token_is_set_and_saved(tmp_path):
-    fast = trainer(tmp_path, pad_token="<unk>")
+    fast = tiny_trainer(tmp_path, pad_token="<unk>")
     assert fast.processing_class.pad_token == "<unk>"
     assert fast.collator.pad_token_id == fast.processing_class.unk_token_id
     fast.save_model()
     assert '"pad_token": "<unk>"' in (tmp_path / "tokenizer_config.json").read_text()
     with pytest.raises(ValueError, match="pad_token must be in the tokenizer's vocabulary, got '<nowhere>'"):
-        trainer(tmp_path, pad_token="<nowhere>")
+        tiny_trainer(tmp_path, pad_token="<nowhere>")
 
 
 def test_code_from_the_hub_is_run_where_that_is_allowed(tmp_path, monkeypatch):
@@ -148,11 +124,11 @@ def test_code_from_the_hub_is_run_where_that_is_allowed(tmp_path, monkeypatch):
             lambda *a, _real=real, **kw: (seen.append(kw.get("trust_remote_code")), _real(*a, **kw))[1],
         )
     both = {"model": str(tmp_path / "model"), "ref_model": str(tmp_path / "model"), "processing_class": None}
-    trainer(tmp_path, **both, trust_remote_code=True)
+    tiny_trainer(tmp_path, **both, trust_remote_code=True)
     assert seen
     assert all(seen)
     seen.clear()
-    trainer(tmp_path, **both, model_init_kwargs={"revision": "main"})
+    tiny_trainer(tmp_path, **both, model_init_kwargs={"revision": "main"})
     assert not any(seen)
 
 
@@ -161,13 +137,13 @@ def test_code_from_the_hub_is_run_where_that_is_allowed(tmp_path, monkeypatch):
 def test_policy_and_reference_are_loaded_in_the_dtype_asked_for_by_either_name(tmp_path, name, value):
     make_llama().save_pretrained(tmp_path / "model")
     folder = str(tmp_path / "model")
-    fast = trainer(tmp_path, model=folder, ref_model=folder, model_init_kwargs={name: value})
+    fast = tiny_trainer(tmp_path, model=folder, ref_model=folder, model_init_kwargs={name: value})
     dtypes = {p.dtype for model in (fast.model, fast.reference.model) for p in model.parameters()}
     assert dtypes == {torch.bfloat16}
 
 
 def test_model_init_kwargs_beside_a_loaded_model_are_said_to_do_nothing(tmp_path, caplog):
-    trainer(tmp_path, model_init_kwargs={"dtype": "bfloat16"})
+    tiny_trainer(tmp_path, model_init_kwargs={"dtype": "bfloat16"})
     assert "model_init_kwargs changes nothing about the model" in caplog.text
 
 

@@ -8,43 +8,13 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from tiny import make_llama, make_rows, make_tokenizer
+from tiny_runs import logged, tiny_config, tiny_trainer
 from transformers import Trainer, TrainingArguments
 
-from fastdpo import DPOConfig, DPOTrainer
+from fastdpo import DPOTrainer
 from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset
 from fastdpo.data.tokenization import TokenizationSettings
 from fastdpo.modeling.packed import unprepare_model
-
-
-def config(tmp_path, **settings):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "beta": 0.5,
-    }
-    return DPOConfig(str(tmp_path), **{**defaults, **settings})
-
-
-def trainer(tmp_path, num_rows=16, model=None, **settings):
-    keywords = {k: settings.pop(k) for k in ("ref_model", "peft_config", "eval_dataset") if k in settings}
-    return DPOTrainer(
-        make_llama() if model is None else model,
-        args=config(tmp_path, **settings),
-        train_dataset=Dataset.from_list(make_rows(num_rows)),
-        processing_class=make_tokenizer(),
-        **keywords,
-    )
-
-
-def logged(trainer, key="loss"):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
 
 # A plain loop: padded, full logits, no packing, written without fastdpo's engine
 
@@ -131,9 +101,9 @@ def visited_rows(trainer):
 )
 def test_thirty_steps_give_the_losses_of_a_plain_loop(tmp_path, batch_size, accumulation, num_rows):
     """5 pairs as 2 + 2 + 1 are one optimizer step: the loss is the mean over the five, not the mean of three means."""
-    fast = trainer(
+    fast = tiny_trainer(
         tmp_path,
-        num_rows,
+        num_rows=num_rows,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
         max_steps=30,
@@ -154,7 +124,7 @@ def test_thirty_steps_give_the_losses_of_a_plain_loop(tmp_path, batch_size, accu
 
 
 def test_the_rows_come_in_plain_trainers_order(tmp_path):
-    fast = trainer(tmp_path, 16, num_train_epochs=2, max_steps=-1)
+    fast = tiny_trainer(tmp_path, num_rows=16, num_train_epochs=2, max_steps=-1)
     visited = visited_rows(fast)
     fast.train()
     assert [i for batch in visited for i in batch] == stock_trainer_order(tmp_path, 16, 2)
@@ -178,7 +148,7 @@ def test_the_loss_at_step_0_is_ln_2(tmp_path, reference, packing):
     if reference == "cached":
         fast = cached_trainer(tmp_path, model, **keywords)
     else:
-        fast = trainer(tmp_path, 8, model, **keywords)
+        fast = tiny_trainer(tmp_path, model, 8, **keywords)
     fast.train()
     log = fast.state.log_history[0]
     assert log["loss"] == pytest.approx(math.log(2), abs=step0_tolerance(log, 0.5))
@@ -204,7 +174,7 @@ def cached_trainer(tmp_path, model, **settings):
     ]
     fast = DPOTrainer(
         model,
-        args=config(tmp_path, **settings),
+        args=tiny_config(tmp_path, **settings),
         train_dataset=Dataset.from_list(rows),
         processing_class=make_tokenizer(),
     )
@@ -213,7 +183,7 @@ def cached_trainer(tmp_path, model, **settings):
 
 
 def test_reference_free_training_compares_with_nothing(tmp_path):
-    fast = trainer(tmp_path, 8, reference_free=True, max_steps=1, beta=0.1, per_device_train_batch_size=8)
+    fast = tiny_trainer(tmp_path, num_rows=8, reference_free=True, max_steps=1, beta=0.1, per_device_train_batch_size=8)
     assert fast.reference.mode == "none"
     groups = [group_from_columns(row) for row in fast.train_dataset]
     with torch.no_grad():
@@ -226,8 +196,8 @@ def test_training_with_an_adapter_changes_the_adapter_only(tmp_path):
     from peft import LoraConfig
 
     start = make_llama()
-    fast = trainer(
-        tmp_path, 8, copy.deepcopy(start), peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    fast = tiny_trainer(
+        tmp_path, copy.deepcopy(start), 8, peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     )
     assert fast.reference.mode == "adapter"
     fast.train()
@@ -246,7 +216,7 @@ def test_a_model_that_comes_with_an_adapter_is_compared_with_its_start(tmp_path)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.5)
-    fast = trainer(tmp_path, 8, model, learning_rate=1e-2)
+    fast = tiny_trainer(tmp_path, model, 8, learning_rate=1e-2)
     fast.train()
     assert logged(fast)[0] == pytest.approx(math.log(2), abs=1e-5)
     assert logged(fast)[-1] < math.log(2) - 1e-3
@@ -256,7 +226,7 @@ def test_a_model_that_comes_with_an_adapter_is_compared_with_its_start(tmp_path)
 
 
 def test_dropout_in_the_config_does_not_reach_the_loss(tmp_path):
-    fast = trainer(tmp_path, 8, make_llama(attention_dropout=0.5), max_steps=1)
+    fast = tiny_trainer(tmp_path, make_llama(attention_dropout=0.5), 8, max_steps=1)
     fast.train()
     assert logged(fast)[0] == pytest.approx(math.log(2), abs=1e-5)
 
@@ -277,7 +247,7 @@ TRL_KEYS = {
 
 def test_metrics_have_trls_keys_in_train_and_eval(tmp_path):
     rows = Dataset.from_list(make_rows(5, seed=1))
-    fast = trainer(tmp_path, 8, eval_dataset=rows, eval_strategy="steps", eval_steps=3)
+    fast = tiny_trainer(tmp_path, num_rows=8, eval_dataset=rows, eval_strategy="steps", eval_steps=3)
     fast.train()
     assert {*TRL_KEYS, "num_tokens", "rewards/weight", "loss"} <= fast.state.log_history[0].keys()
     evaluated = next(entry for entry in fast.state.log_history if "eval_loss" in entry)
@@ -290,8 +260,12 @@ def test_eval_metrics_are_means_over_pairs_whatever_the_batch_size(tmp_path):
     reference = make_llama(seed=7)
     results = []
     for batch_size in (2, 5):
-        fast = trainer(
-            tmp_path, 8, ref_model=copy.deepcopy(reference), eval_dataset=rows, per_device_eval_batch_size=batch_size
+        fast = tiny_trainer(
+            tmp_path,
+            num_rows=8,
+            ref_model=copy.deepcopy(reference),
+            eval_dataset=rows,
+            per_device_eval_batch_size=batch_size,
         )
         results.append(fast.evaluate())
     for key in ["eval_loss", *(f"eval_{key}" for key in TRL_KEYS)]:
@@ -300,7 +274,7 @@ def test_eval_metrics_are_means_over_pairs_whatever_the_batch_size(tmp_path):
 
 
 def test_num_tokens_counts_the_prompt_once_for_each_response(tmp_path):
-    fast = trainer(tmp_path, 4, max_steps=1, per_device_train_batch_size=4)
+    fast = tiny_trainer(tmp_path, num_rows=4, max_steps=1, per_device_train_batch_size=4)
     fast.train()
     expected = sum(2 * len(r["prompt_ids"]) + sum(map(len, r["responses"])) for r in fast.train_dataset)
     assert logged(fast, "num_tokens") == [expected]
@@ -310,14 +284,14 @@ def test_num_tokens_counts_the_prompt_once_for_each_response(tmp_path):
     "setting", [{"gradient_checkpointing": True}, {"prefix_sharing": False}, {"packing": "padded"}], ids=str
 )
 def test_how_it_is_computed_does_not_change_the_losses(tmp_path, setting):
-    plain, changed = trainer(tmp_path, max_steps=5), trainer(tmp_path, max_steps=5, **setting)
+    plain, changed = tiny_trainer(tmp_path, max_steps=5), tiny_trainer(tmp_path, max_steps=5, **setting)
     plain.train()
     changed.train()
     assert logged(changed) == pytest.approx(logged(plain), abs=1e-5)
 
 
 def test_bf16_autocast_stays_close_to_fp32(tmp_path):
-    exact, rounded = trainer(tmp_path), trainer(tmp_path, bf16=True)
+    exact, rounded = tiny_trainer(tmp_path), tiny_trainer(tmp_path, bf16=True)
     exact.train()
     rounded.train()
     assert logged(rounded)[0] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference round alike
@@ -326,11 +300,11 @@ def test_bf16_autocast_stays_close_to_fp32(tmp_path):
 
 
 def test_a_run_resumes_where_its_checkpoint_was(tmp_path):
-    whole = trainer(tmp_path / "whole", max_steps=6)
+    whole = tiny_trainer(tmp_path / "whole", max_steps=6)
     whole.train()
-    first = trainer(tmp_path / "cut", max_steps=6, save_strategy="steps", save_steps=3)
+    first = tiny_trainer(tmp_path / "cut", max_steps=6, save_strategy="steps", save_steps=3)
     first.train()
-    again = trainer(tmp_path / "cut", max_steps=6)
+    again = tiny_trainer(tmp_path / "cut", max_steps=6)
     again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
     assert logged(again)[-3:] == pytest.approx(logged(whole)[-3:], abs=1e-6)
 
@@ -338,7 +312,7 @@ def test_a_run_resumes_where_its_checkpoint_was(tmp_path):
 def test_a_saved_model_loads_in_transformers_and_gives_the_same_logits(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    fast = trainer(tmp_path, 8)
+    fast = tiny_trainer(tmp_path, num_rows=8)
     fast.train()
     fast.save_model(str(tmp_path / "saved"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
@@ -348,13 +322,13 @@ def test_a_saved_model_loads_in_transformers_and_gives_the_same_logits(tmp_path)
 
 def test_training_writes_tensorboard_events(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
-    trainer(tmp_path, 8, report_to="tensorboard").train()
+    tiny_trainer(tmp_path, num_rows=8, report_to="tensorboard").train()
     assert list((tmp_path / "tb").rglob("events.out.tfevents.*"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_its_batch(tmp_path):
     model = make_llama()
-    fast = trainer(tmp_path, 8, model)
+    fast = tiny_trainer(tmp_path, model, 8)
     with torch.no_grad():
         model.lm_head.weight[5, 0] = float("nan")
     before = model.model.layers[0].mlp.up_proj.weight.clone()
@@ -369,7 +343,7 @@ def test_two_bf16_stages_on_one_model_train_both(tmp_path):
     """The reference of the second stage is a copy of its start, not the policy itself in accelerate's wrapper."""
     model = make_llama()
     for stage in ("first", "second"):
-        fast = trainer(tmp_path / stage, 8, model, bf16=True, max_steps=4)
+        fast = tiny_trainer(tmp_path / stage, model, 8, bf16=True, max_steps=4)
         fast.train()
         assert logged(fast)[0] == pytest.approx(math.log(2), abs=1e-6)
         assert logged(fast)[-1] < math.log(2) - 0.02
@@ -377,9 +351,9 @@ def test_two_bf16_stages_on_one_model_train_both(tmp_path):
 
 def test_a_bf16_stage_leaves_no_autocast_behind(tmp_path):
     model = make_llama()
-    trainer(tmp_path / "first", 8, model, bf16=True, max_steps=1).train()
+    tiny_trainer(tmp_path / "first", model, 8, bf16=True, max_steps=1).train()
     start = copy.deepcopy(model)
-    fast = trainer(tmp_path / "second", 8, model, max_steps=3, per_device_train_batch_size=8)
+    fast = tiny_trainer(tmp_path / "second", model, 8, max_steps=3, per_device_train_batch_size=8)
     fast.train()
     groups = [group_from_columns(row) for row in fast.train_dataset]
     assert logged(fast) == pytest.approx(plain_dpo(unprepare_model(start), [groups] * 3, 1e-3, 0.5), abs=1e-5)
@@ -389,18 +363,21 @@ def test_weights_trained_beside_the_adapter_are_not_part_of_the_reference(tmp_pa
     from peft import LoraConfig
 
     lora = LoraConfig(r=4, target_modules=["q_proj"], bias="all", task_type="CAUSAL_LM")
-    fast = trainer(tmp_path, 8, make_llama(attention_bias=True), peft_config=lora)
+    fast = tiny_trainer(tmp_path, make_llama(attention_bias=True), 8, peft_config=lora)
     assert fast.reference.mode == "frozen"
     assert "bias" in fast.reference_reason
     with pytest.raises(ValueError, match="is trained too"):
-        trainer(tmp_path, 8, make_llama(attention_bias=True), peft_config=lora, reference="adapter")
+        tiny_trainer(tmp_path, make_llama(attention_bias=True), 8, peft_config=lora, reference="adapter")
 
 
 def test_reference_logps_of_text_rows_and_lists_are_used(tmp_path):
     rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in make_rows(4)]
     for dataset in (rows, Dataset.from_list(rows)):
         fast = DPOTrainer(
-            make_llama(), args=config(tmp_path, max_steps=1), train_dataset=dataset, processing_class=make_tokenizer()
+            make_llama(),
+            args=tiny_config(tmp_path, max_steps=1),
+            train_dataset=dataset,
+            processing_class=make_tokenizer(),
         )
         assert fast.reference.mode == "cached"
         fast.train()
@@ -411,25 +388,25 @@ def test_reference_logps_of_text_rows_and_lists_are_used(tmp_path):
 def test_reference_logps_that_the_eval_data_lacks_are_not_relied_on(tmp_path):
     rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in make_rows(4)]
     arguments = {"train_dataset": rows, "eval_dataset": make_rows(2, seed=1), "processing_class": make_tokenizer()}
-    assert DPOTrainer(make_llama(), args=config(tmp_path), **arguments).reference.mode == "frozen"
+    assert DPOTrainer(make_llama(), args=tiny_config(tmp_path), **arguments).reference.mode == "frozen"
     cached = DPOTrainer(
-        make_llama(), args=config(tmp_path, reference="cached", ref_cache_dir=str(tmp_path / "cache")), **arguments
+        make_llama(), args=tiny_config(tmp_path, reference="cached", ref_cache_dir=str(tmp_path / "cache")), **arguments
     )
     assert cached.train_dataset["ref_logps"][0] == [-1.0, -2.0]
     assert cached.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_num_tokens_goes_on_after_a_resume(tmp_path):
-    whole = trainer(tmp_path / "whole", max_steps=4)
+    whole = tiny_trainer(tmp_path / "whole", max_steps=4)
     whole.train()
-    trainer(tmp_path / "cut", max_steps=4, save_strategy="steps", save_steps=2).train()
-    again = trainer(tmp_path / "cut", max_steps=4)
+    tiny_trainer(tmp_path / "cut", max_steps=4, save_strategy="steps", save_steps=2).train()
+    again = tiny_trainer(tmp_path / "cut", max_steps=4)
     again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
     assert logged(again, "num_tokens") == logged(whole, "num_tokens")
 
 
 def test_predict_takes_raw_rows_too(tmp_path):
-    fast = trainer(tmp_path, 8)
+    fast = tiny_trainer(tmp_path, num_rows=8)
     output = fast.predict(Dataset.from_list(make_rows(3, seed=1)))
     assert output.metrics["test_loss"] == pytest.approx(math.log(2), abs=1e-5)
 
@@ -440,8 +417,8 @@ def test_predict_takes_raw_rows_too(tmp_path):
     "settings", [{"bf16": False}, {"bf16": True}, {"bf16": False, "gradient_checkpointing": True}], ids=str
 )
 def test_training_on_a_gpu_follows_the_cpu(tmp_path, settings):
-    on_gpu = trainer(tmp_path / "gpu", max_steps=8, use_cpu=False, **settings)
-    on_cpu = trainer(tmp_path / "cpu", max_steps=8)
+    on_gpu = tiny_trainer(tmp_path / "gpu", max_steps=8, use_cpu=False, **settings)
+    on_cpu = tiny_trainer(tmp_path / "cpu", max_steps=8)
     on_gpu.train()
     on_cpu.train()
     assert on_gpu.model.device.type == "cuda"

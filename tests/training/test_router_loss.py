@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from datasets import Dataset
 from tiny import make_rows, make_tokenizer
-from tiny_runs import logged, tiny_trainer
+from tiny_runs import logged, tiny_trainer, trl_trainer
 
 from fastdpo import SFTConfig, SFTTrainer, TokenizedGroup, TokenizedPair, pack_pairs
 from fastdpo.data.packing import pad_pairs
@@ -175,30 +174,11 @@ def test_supervised_training_refuses_a_model_that_asks_for_it(tmp_path):
 
 
 def test_losses_and_metrics_are_trls(tmp_path):
-    trl = pytest.importorskip("trl")
+    pytest.importorskip("trl")
     model = make_moe("qwen3_moe")
     fast = tiny_trainer(tmp_path / "ours", copy.deepcopy(model))
     fast.train()
-    theirs = trl.DPOTrainer(
-        copy.deepcopy(model),
-        copy.deepcopy(model),
-        trl.DPOConfig(
-            str(tmp_path / "theirs"),
-            per_device_train_batch_size=4,
-            learning_rate=1e-3,
-            max_steps=3,
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            beta=0.5,
-        ),
-        train_dataset=Dataset.from_list(make_rows(16)),
-        processing_class=make_tokenizer(),
-    )
+    theirs = trl_trainer(tmp_path / "theirs", copy.deepcopy(model), copy.deepcopy(model))
     theirs.train()
     for key in ("loss", "aux_loss"):
         assert logged(fast, key) == pytest.approx(logged(theirs, key), abs=1e-4), key

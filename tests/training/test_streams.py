@@ -3,8 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+import tiny_runs
 from datasets import Dataset, IterableDataset
 from tiny import make_llama, make_rows, make_tokenizer
+from tiny_runs import losses
 
 from fastdpo import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from fastdpo.data.prepare import group_from_columns
@@ -13,18 +15,7 @@ from fastdpo.training.summary import summary_lines
 
 ROWS = make_rows(12)
 EQUAL = {"prompt": "the cat", "chosen": "sat", "rejected": "sat"}
-SETTINGS = {
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-3,
-    "max_steps": 3,
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "beta": 0.5,
-    "train_sampling_strategy": "sequential",
-}
+SETTINGS = {**tiny_runs.SETTINGS, "train_sampling_strategy": "sequential"}
 
 
 def stream(rows):
@@ -50,11 +41,6 @@ def trainer(tmp_path, train_dataset, trainer_class=DPOTrainer, config_class=DPOC
         processing_class=make_tokenizer(),
         **arguments,
     )
-
-
-def losses(run):
-    run.train()
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize("make_stream", [stream, generated])

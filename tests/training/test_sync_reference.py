@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from tiny import make_llama
-from tiny_runs import logged, make_lora, tiny_trainer
+from tiny_runs import logged, make_lora, tiny_trainer, trl_trainer
 
 from fastdpo import DPOConfig
 
@@ -138,36 +138,13 @@ def test_a_reference_of_another_shape_is_refused(tmp_path):
 @pytest.mark.parametrize("alpha", [0.6, 1.0])
 def test_losses_are_trls(tmp_path, alpha):
     """Same model, rows and order; TRL's tokens of these rows are ours."""
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-    from tiny import make_rows, make_tokenizer
-
+    pytest.importorskip("trl")
     settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": alpha}
     model, other = make_llama(), make_llama(seed=1)
     fast = tiny_trainer(
         tmp_path / "ours", copy.deepcopy(model), ref_model=copy.deepcopy(other), max_steps=5, **settings
     )
     fast.train()
-    theirs = trl.DPOTrainer(
-        copy.deepcopy(model),
-        copy.deepcopy(other),
-        trl.DPOConfig(
-            str(tmp_path / "theirs"),
-            per_device_train_batch_size=4,
-            learning_rate=1e-3,
-            max_steps=5,
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            beta=0.5,
-            **settings,
-        ),
-        train_dataset=Dataset.from_list(make_rows(16)),
-        processing_class=make_tokenizer(),
-    )
+    theirs = trl_trainer(tmp_path / "theirs", copy.deepcopy(model), copy.deepcopy(other), max_steps=5, **settings)
     theirs.train()
     assert logged(fast) == pytest.approx(logged(theirs), abs=1e-4)

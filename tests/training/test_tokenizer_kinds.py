@@ -1,32 +1,15 @@
 """Tokenizers that pad on the left or have no token to pad with: neither changes what is learned."""
 
 import pytest
-from datasets import Dataset
-from tiny import make_llama, make_rows, make_tokenizer
-
-from fastdpo import DPOConfig, DPOTrainer
-
-SETTINGS = {
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-3,
-    "max_steps": 2,
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
+import tiny_runs
+from tiny import make_tokenizer
+from tiny_runs import tiny_trainer
 
 
 def losses(tmp_path, tokenizer, packing):
-    trainer = DPOTrainer(
-        make_llama(),
-        args=DPOConfig(str(tmp_path), packing=packing, **SETTINGS),
-        train_dataset=Dataset.from_list(make_rows(8)),
-        processing_class=tokenizer,
+    return tiny_runs.losses(
+        tiny_trainer(tmp_path, num_rows=8, processing_class=tokenizer, packing=packing, max_steps=2)
     )
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.fixture(scope="module")
