@@ -29,18 +29,26 @@ class Gone:
 
 
 def _renamed(name: str) -> Gone:
-    return Gone(f"{name}={{value!r}}", lambda value, settings: {name: value}, off=())
+    return Gone(f"{name}={{value!r}}", lambda value, settings: {name: value})
 
 
 def _needless(why: str) -> Gone:
-    return Gone(f"nothing, because {why}", lambda value, settings: {}, off=())
+    return Gone(f"nothing, because {why}", lambda value, settings: {})
 
 
-def _with_sft(alpha: float, settings: Settings) -> Settings:
+def _with_sft(alpha: Any, settings: Settings) -> Settings:
     losses = settings.get("loss_type", "sigmoid")
     losses = [loss.strip() for loss in losses.split(",")] if isinstance(losses, str) else list(losses)
     weights = settings.get("loss_weights") or [1.0] * len(losses)
     return {"loss_type": [*losses, "sft"], "loss_weights": [*weights, alpha]}
+
+
+def _gamma_beta_ratio(gamma: Any, settings: Settings) -> Settings:
+    beta = settings.get("beta", 0.1)
+    try:
+        return {"gamma_beta_ratio": gamma / beta}
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"simpo_gamma must be a number, and beta one > 0, got {gamma!r} and {beta!r}") from error
 
 
 _PADDING = "padding is masked out and labels are made here, so its value changes no number"
@@ -48,12 +56,8 @@ _SELECT = "activate the adapter before: model.set_adapter({value!r})"
 
 # Of DPOConfig, and some of DPOTrainer before that.
 SETTINGS: Mapping[str, Gone] = {
-    "rpo_alpha": Gone("loss_type=['sigmoid', 'sft'], loss_weights=[1.0, {value}]", _with_sft, off=(None,)),
-    "simpo_gamma": Gone(  # of CPOConfig
-        "gamma_beta_ratio={value} / beta",
-        lambda value, settings: {"gamma_beta_ratio": value / settings.get("beta", 0.1)},
-        off=(None,),
-    ),
+    "rpo_alpha": Gone("loss_type=['sigmoid', 'sft'], loss_weights=[1.0, {value}]", _with_sft),
+    "simpo_gamma": Gone("gamma_beta_ratio={value} / beta", _gamma_beta_ratio),  # of CPOConfig
     "use_liger_loss": _needless("the head op never makes logits"),
     "use_logits_to_keep": _needless("only response positions reach the LM head"),
     "use_num_logits_to_keep": _needless("only response positions reach the LM head"),
@@ -80,6 +84,7 @@ SETTINGS: Mapping[str, Gone] = {
     "per_gpu_eval_batch_size": _renamed("per_device_eval_batch_size"),
     "overwrite_output_dir": _needless("output_dir may hold files of another run, which are replaced"),
     "save_safetensors": Gone("nothing, because models are always saved as safetensors", off=(None, True)),
+    "logging_dir": Gone("the environment variable TENSORBOARD_LOGGING_DIR={value!r}"),
 }
 
 RENAMED_LOSSES: Mapping[str, str] = {
@@ -112,12 +117,15 @@ def line_instead(name: str) -> str | None:
     return SETTINGS[name].instead.replace("!r", "").format(value="...") if name in SETTINGS else None
 
 
-def translated(owner: str, given: Settings, known: Collection[str], gone: Mapping[str, Gone]) -> Settings:
+def translated(
+    owner: str, given: Settings, known: Collection[str], gone: Mapping[str, Gone], *, stacklevel: int
+) -> Settings:
     """Keyword arguments as fastdpo names them.
 
     Args:
         owner: the class they were given to, for messages.
         known: the names that it has.
+        stacklevel: of the warnings, so that they name the user's line: 2 is the caller's.
     Raises:
         ValueError: a name that TRL had and that has no translation, or one that says what another argument says.
         TypeError: a name that neither has.
@@ -129,16 +137,17 @@ def translated(owner: str, given: Settings, known: Collection[str], gone: Mappin
         value, entry = given[name], gone[name]
         if any(value is off for off in entry.off):
             continue
-        instead = entry.instead.format(value=value)
         if entry.becomes is None:
+            instead = entry.instead.format(value=value)
             raise ValueError(f"{owner} has no argument {name!r}, got {value!r}; instead: {instead}")
         new = entry.becomes(value, settings)
         twice = [key for key in new.keys() & settings.keys() if key not in ("loss_type", "loss_weights")]
         if twice:
             raise ValueError(f"{name} must not be given beside {twice[0]}, its name here, got {value!r}")
         settings.update(new)
+        instead = ", ".join(f"{key}={setting!r}" for key, setting in new.items()) or entry.instead
         message = f"{owner} has no argument {name!r} any more; instead: {instead}"
-        warnings.warn(message, FutureWarning, stacklevel=4)
+        warnings.warn(message, FutureWarning, stacklevel=stacklevel)
     return settings
 
 
@@ -149,7 +158,7 @@ def takes_trl_names(cls: ConfigClass) -> ConfigClass:
 
     @functools.wraps(made)
     def __init__(self: Any, *args: Any, **settings: Any) -> None:
-        made(self, *args, **translated(cls.__name__, settings, known, SETTINGS))
+        made(self, *args, **translated(cls.__name__, settings, known, SETTINGS, stacklevel=3))
 
     cls.__init__ = __init__  # type: ignore[misc]
     return cls
@@ -172,7 +181,8 @@ def tokenizer_given_as(given: Settings, processing_class: Any, config: type) -> 
             f" got {given[name]!r} as an argument of DPOTrainer"
         )
     own = {} if processing_class is None else {"processing_class": processing_class}
-    return translated("DPOTrainer", {**own, **given}, TRAINER_ARGUMENTS, ARGUMENTS).get("processing_class")
+    taken = translated("DPOTrainer", {**own, **given}, TRAINER_ARGUMENTS, ARGUMENTS, stacklevel=4)
+    return taken.get("processing_class")
 
 
 def is_trls_config(args: Any) -> bool:

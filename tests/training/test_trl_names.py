@@ -106,22 +106,28 @@ def test_the_trainers_arguments_come_in_trls_order():
         ({"warmup_ratio": 0.1}, {"warmup_steps": 0.1}),
         ({"group_by_length": True}, {"length_bucketing": True}),
         ({"generate_during_eval": True}, {"num_eval_samples": 8}),
+        ({"simpo_gamma": 1.0, "beta": 2.0}, {"gamma_beta_ratio": 0.5}),
     ],
     ids=str,
 )
 def test_a_removed_name_is_translated_with_one_warning(old, settings):
     known = {f.name for f in dataclasses.fields(DPOConfig)}
     with pytest.warns(FutureWarning, match=rf"{next(iter(old))}.*instead: {next(iter(settings))}") as caught:
-        assert trl_names.translated("DPOConfig", old, known, trl_names.SETTINGS) == settings
+        found = trl_names.translated("DPOConfig", old, known, trl_names.SETTINGS, stacklevel=2)
+    assert found == {name: value for name, value in old.items() if name in known} | settings
     assert len(caught) == 1
+    for name, value in settings.items():
+        assert f"{name}={value!r}" in str(caught[0].message)
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize(
     "name", ["use_liger_loss", "use_logits_to_keep", "force_use_ref_model", "label_pad_token_id", "padding_value"]
 )
 def test_a_name_with_nothing_to_do_here_says_why(tmp_path, name):
-    with pytest.warns(FutureWarning, match=f"{name}.*instead: nothing, because"):
-        assert not hasattr(config(tmp_path, **{name: True}), name)
+    with pytest.warns(FutureWarning, match=f"{name}.*instead: nothing, because") as caught:
+        assert not hasattr(DPOConfig(str(tmp_path), use_cpu=True, **{name: True}), name)
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize(
@@ -133,6 +139,8 @@ def test_a_name_with_nothing_to_do_here_says_why(tmp_path, name):
         ({"ref_model_init_kwargs": {"dtype": "bfloat16"}}, "from_pretrained(..., **{'dtype': 'bfloat16'})"),
         ({"is_encoder_decoder": True}, "causal LM"),
         ({"tools": [str]}, "'tools': tools"),
+        ({"logging_dir": "logs"}, "TENSORBOARD_LOGGING_DIR='logs'"),
+        ({"simpo_gamma": 1.0, "beta": 0}, "simpo_gamma must be a number, and beta one > 0, got 1.0 and 0"),
     ],
     ids=str,
 )
@@ -145,6 +153,7 @@ def test_a_removed_name_that_was_off_is_taken_without_a_word(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config(tmp_path, model_adapter_name=None, generate_during_eval=False, is_encoder_decoder=False, rpo_alpha=None)
+        config(tmp_path, per_gpu_train_batch_size=None, no_cuda=False, push_to_hub_token=None, use_liger_loss=False)
 
 
 def test_the_page_names_every_removed_name():
@@ -178,9 +187,10 @@ def test_the_config_can_still_be_copied_and_subclassed(tmp_path):
 def test_the_trainer_takes_its_tokenizer_under_the_old_name(tmp_path):
     given = parts()
     tokenizer = given.pop("processing_class")
-    with pytest.warns(FutureWarning, match="tokenizer.*processing_class"):
+    with pytest.warns(FutureWarning, match="tokenizer.*processing_class") as caught:
         trainer = DPOTrainer(make_llama(), args=config(tmp_path), tokenizer=tokenizer, **given)
     assert trainer.processing_class is tokenizer
+    assert caught[0].filename == __file__
 
 
 def test_settings_given_to_the_trainer_are_refused_with_the_line_to_write(tmp_path):
