@@ -140,6 +140,8 @@ def _tokenized_group(example: Mapping[str, Any], is_sft: bool) -> TokenizedGroup
         raise BadRow("empty response")
     group = group_from_columns(example)
     if not is_sft:
+        if not group.preferences:
+            raise BadRow("no response is better than another")
         return group
     chosen = group.preferences[0][0] if group.preferences else 0
     masks = None if group.loss_masks is None else [group.loss_masks[chosen]]

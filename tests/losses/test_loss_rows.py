@@ -110,6 +110,14 @@ def test_rows_that_bring_reference_log_probs_are_named(tmp_path):
         prepared(tmp_path, [{**row, "ref_chosen_logps": None, "ref_rejected_logps": None}, brought], ld_alpha=0.5)
 
 
+def test_tokenized_rows_that_compare_nothing_are_counted(tmp_path):
+    row = {"prompt_ids": [1], "responses": [[5], [6]], "preferences": [[0, 1]]}
+    alone = {**row, "responses": [[5]], "preferences": []}
+    dataset, report = prepared(tmp_path, [row, {**row, "preferences": []}, alone])
+    assert len(dataset) == report.num_pairs == 1
+    assert report.dropped == {"no response is better than another": (1, 2)}
+
+
 def test_rows_that_are_no_ranking_are_counted_or_stop_the_run(tmp_path):
     """Scores of three answers: two that are equal leave their order open."""
     rows = [
