@@ -1,50 +1,57 @@
 """Two processes train adapters like one: on the head, from an existing adapter, with a whole head beside it."""
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
-from test_distributed import launch
-
-SCRIPT = """
-import json, os, sys
 import torch
-sys.path[:0] = [{tests!r}, {tests!r} + "/adapters"]
-from datasets import Dataset
 from peft import get_peft_model
-from peft_cases import learned, lora
-from tiny import make_llama, make_rows, make_tokenizer
-from fastdpo import DPOConfig, DPOTrainer
+from processes import on_processes
+from tiny import make_llama
+from tiny_runs import tiny_trainer
 
-torch.set_num_threads(1)
-out, batch_size, case = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-config = lora("q_proj", modules_to_save=["lm_head"]) if case == "head whole" else lora("lm_head", "q_proj")
-model, peft_config = make_llama(), config
-if case == "existing":
-    torch.manual_seed(1)
-    model, peft_config = learned(get_peft_model(model, config)), None
-args = DPOConfig(
-    out, use_cpu=True, per_device_train_batch_size=batch_size, max_steps=3, logging_steps=1, learning_rate=1e-2,
-    save_strategy="no", disable_tqdm=True, report_to="none", beta=0.5, gradient_checkpointing=case == "head whole",
-)
-trainer = DPOTrainer(
-    model, args=args, train_dataset=Dataset.from_list(make_rows(12)), processing_class=make_tokenizer(),
-    peft_config=peft_config,
-)
-trainer.train()
-trainer.save_model()
-logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-weights = {{name: p.double().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}}
-files = sorted(os.listdir(out)) if trainer.args.process_index == 0 else []
-with open(out + f".{{trainer.args.process_index}}.json", "w") as file:
-    json.dump({{"logs": logs, "weights": weights, "mode": trainer.reference.mode, "files": files}}, file)
-trainer.accelerator.end_training()
-os._exit(0)
-"""
+sys.path.append(str(Path(__file__).parents[1] / "adapters"))
+from peft_cases import learned, lora
+
+CASES = ["head", "head whole", "existing"]
+
+
+def train(folder, case, batch_size):
+    """What a process has seen of a run."""
+    config = lora("q_proj", modules_to_save=["lm_head"]) if case == "head whole" else lora("lm_head", "q_proj")
+    model, settings = make_llama(), {"peft_config": config}
+    if case == "existing":
+        torch.manual_seed(1)
+        model, settings = learned(get_peft_model(model, config)), {}
+    trainer = tiny_trainer(
+        folder,
+        model,
+        num_rows=12,
+        per_device_train_batch_size=batch_size,
+        learning_rate=1e-2,
+        gradient_checkpointing=case == "head whole",
+        **settings,
+    )
+    trainer.train()
+    trainer.save_model()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    weights = {name: p.double().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    files = sorted(os.listdir(folder)) if trainer.args.process_index == 0 else []
+    return {"logs": logs, "weights": weights, "mode": trainer.reference.mode, "files": files}
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """By case, what each of two processes has seen."""
+    cases = [{"case": case, "batch_size": 2} for case in CASES]
+    return dict(zip(CASES, on_processes(train, cases, tmp_path_factory.mktemp("two")), strict=True))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["head", "head whole", "existing"])
-def test_two_processes_train_like_one(tmp_path, case):
-    (one,) = launch(tmp_path, SCRIPT, "one", 1, [4, case])
-    first, second = launch(tmp_path, SCRIPT, "two", 2, [2, case])
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_adapters_like_one(tmp_path, of_two, case):
+    one, (first, second) = train(tmp_path, case, 4), of_two[case]
     assert one["mode"] == first["mode"] == "adapter"
     for single, double in zip(one["logs"], first["logs"], strict=True):
         for key in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):

@@ -1,83 +1,78 @@
 """Two processes give the losses and the weights of one: gradients are reduced, the mean is over the pairs of both."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-SCRIPT = """
-import json, os, sys
 import torch
-sys.path.insert(0, {tests!r})
-from tiny import make_llama, make_rows, make_tokenizer
-from datasets import Dataset
-from fastdpo import DPOConfig, DPOTrainer
+from processes import on_processes
+from tiny import make_llama, make_rows
+from tiny_runs import make_lora, tiny_trainer
 
-torch.set_num_threads(1)
-out, batch_size, accumulation, adapter = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "lora"
-peft_config = None
-if adapter:
-    from peft import LoraConfig
-    peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-args = DPOConfig(
-    out, use_cpu=True, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, max_steps=4,
-    logging_steps=1, learning_rate=1e-2 if adapter else 1e-3, save_strategy="no", disable_tqdm=True, report_to="none",
-    beta=0.5, reference_free=sys.argv[4] == "none", per_device_eval_batch_size=batch_size,
-    loss_type=["sigmoid", "sft"] if sys.argv[4] == "none" else "sigmoid",  # sft: a mean over the tokens of both
-    sync_ref_model=adapter, ref_model_sync_steps=2,
-)
-seen = []
+CASES = {  # of each of two processes
+    "full": {"mode": "full", "batch_size": 1, "accumulation": 2},
+    "lora": {"mode": "lora", "batch_size": 2},
+    "none": {"mode": "none", "batch_size": 2},
+    "not finite": {"mode": "not finite", "batch_size": 2},
+}
 
 
-def compute_metrics(prediction):
-    seen.append(prediction.predictions["chosen_logps"].tolist())
-    return {{"first_length": int(prediction.label_ids[0, 0])}}
+def train(folder, mode, batch_size, accumulation=1):
+    """What a process has seen of a run, whose evaluation before training must not leave the model unwrapped."""
+    if mode == "not finite":
+        return train_into_infinity(folder, batch_size)
+    settings = {
+        "full": {},
+        "lora": {"peft_config": make_lora(), "learning_rate": 1e-2, "sync_ref_model": True, "ref_model_sync_steps": 2},
+        "none": {"reference_free": True, "loss_type": ["sigmoid", "sft"]},  # sft: a mean over the tokens of both
+    }[mode]
+    predictions = []
 
+    def compute_metrics(prediction):
+        predictions.append(prediction.predictions["chosen_logps"].tolist())
+        return {"first_length": int(prediction.label_ids[0, 0])}
 
-trainer = DPOTrainer(
-    make_llama(), args=args, train_dataset=Dataset.from_list(make_rows(16)), processing_class=make_tokenizer(),
-    eval_dataset=Dataset.from_list(make_rows(5, seed=1)), peft_config=peft_config, compute_metrics=compute_metrics,
-)
-before = trainer.evaluate()  # must not leave the model unwrapped
-trainer.train()
-evaluated = trainer.evaluate()
-logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-weights = {{name: p.double().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}}
-with open(out + f".{{trainer.args.process_index}}.json", "w") as file:
-    json.dump({{"logs": logs, "weights": weights, "eval": evaluated, "predictions": seen[-1]}}, file)
-trainer.accelerator.end_training()
-os._exit(0)  # threads of the process group may still be ending, and would abort an ordinary exit
-"""
-
-
-def launch(tmp_path, script, name, num_processes, arguments):
-    """What each process of a script has written to its first argument + `.RANK.json`."""
-    path = tmp_path / "script.py"
-    path.write_text(script.format(tests=str(Path(__file__).parents[1]), here=str(Path(__file__).parent)))
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    command = [*(start if num_processes > 1 else [sys.executable]), str(path), str(tmp_path / name)]
-    result = subprocess.run(
-        [*command, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
+    trainer = tiny_trainer(
+        folder,
+        max_steps=4,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        eval_dataset=make_rows(5, seed=1),
+        compute_metrics=compute_metrics,
+        **settings,
     )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads((tmp_path / f"{name}.{rank}.json").read_text()) for rank in range(num_processes)]
+    trainer.evaluate()
+    trainer.train()
+    evaluated = trainer.evaluate()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    weights = {name: p.double().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {"logs": logs, "weights": weights, "eval": evaluated, "predictions": predictions[-1]}
 
 
-def run(tmp_path, name, num_processes, batch_size, accumulation, mode):
-    return launch(tmp_path, SCRIPT, name, num_processes, [batch_size, accumulation, mode])[0]
+def train_into_infinity(folder, batch_size):
+    """One row of four has a token whose embedding is infinite: one process meets it."""
+    rows = [{"prompt_ids": [1, first], "chosen_ids": [6], "rejected_ids": [7]} for first in (5, 6, 7, 31)]
+    model = make_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[31] = float("inf")
+    trainer = tiny_trainer(folder, model, train_dataset=rows, per_device_train_batch_size=batch_size)
+    before = model.lm_head.weight.clone()
+    try:
+        trainer.train()
+        message = "went on"
+    except FloatingPointError as error:
+        message = str(error)
+    return {"message": message, "is_unchanged": torch.equal(before, model.lm_head.weight)}
 
 
-@pytest.mark.parametrize(("mode", "accumulation"), [("full", 2), ("lora", 1), ("none", 1)])
-def test_two_processes_train_like_one(tmp_path, mode, accumulation):
-    one = run(tmp_path, "one", 1, 4, 1, mode)
-    two = run(tmp_path, "two", 2, 2 // accumulation, accumulation, mode)
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """By case, what each of two processes has seen."""
+    found = on_processes(train, list(CASES.values()), tmp_path_factory.mktemp("two"))
+    return dict(zip(CASES, found, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "none"])
+def test_two_processes_train_like_one(tmp_path, of_two, mode):
+    one, two = train(tmp_path, mode, 4), of_two[mode][0]
     assert len(one["logs"]) == 4
     for single, double in zip(one["logs"], two["logs"], strict=True):
         for key in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "entropy", "num_tokens"):
@@ -91,36 +86,8 @@ def test_two_processes_train_like_one(tmp_path, mode, accumulation):
     assert one["logs"][0]["loss"] != one["logs"][-1]["loss"]
 
 
-STOPPING = """
-import json, os, sys
-import torch
-sys.path.insert(0, {tests!r})
-from tiny import make_llama, make_tokenizer
-from fastdpo import DPOConfig, DPOTrainer
-
-torch.set_num_threads(1)
-out = sys.argv[1]
-args = DPOConfig(out, use_cpu=True, per_device_train_batch_size=2, max_steps=3, save_strategy="no", report_to="none")
-rows = [dict(prompt_ids=[1, 5 + i], chosen_ids=[6], rejected_ids=[7]) for i in range(3)]
-rows.append(dict(prompt_ids=[1, 31], chosen_ids=[6], rejected_ids=[7]))
-model = make_llama()
-with torch.no_grad():
-    model.model.embed_tokens.weight[31] = float("inf")
-trainer = DPOTrainer(model, args=args, train_dataset=rows, processing_class=make_tokenizer())
-before = model.lm_head.weight.clone()
-try:
-    trainer.train()
-    message = "went on"
-except FloatingPointError as error:
-    message = str(error)
-with open(out + f".{{trainer.args.process_index}}.json", "w") as file:
-    json.dump({{"message": message, "is_unchanged": torch.equal(before, model.lm_head.weight)}}, file)
-os._exit(0)
-"""
-
-
-def test_a_loss_that_is_not_finite_stops_all_processes_before_any_steps(tmp_path):
-    found = launch(tmp_path, STOPPING, "two", 2, [])
+def test_a_loss_that_is_not_finite_stops_all_processes_before_any_steps(of_two):
+    found = of_two["not finite"]
     messages = sorted(process["message"] for process in found)
     assert "the loss is nan at step 0" in messages[0]
     assert "another process" in messages[1]

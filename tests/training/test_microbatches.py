@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from test_distributed import launch
+from processes import on_processes
 from tiny import make_llama, make_rows, make_tokenizer
 from transformers import TrainerCallback
 
@@ -430,48 +430,51 @@ def test_the_line_through_two_measurements_is_followed_to_the_free_memory():
 
 # Two processes
 
-SCRIPT = """
-import json, os, sys
-import torch
-sys.path[:0] = [{tests!r}, {here!r}]
-from test_microbatches import STRESS, dpo_trainer, microbatches_of, other_start
-from tiny import make_rows
-from fastdpo.training.base import PackedTrainer
-
-torch.set_num_threads(1)
-out, batch_size, accumulation, mode = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-if mode == "sharded":  # what sharded weights need: as many forwards on every process
-    PackedTrainer._shards_weights = lambda self: True
-settings = {{}} if mode == "whole" else {{"max_tokens_per_microbatch": 16}}
-trainer = dpo_trainer(
-    out, STRESS, ref_model=other_start(), per_device_train_batch_size=batch_size, max_steps=3, eval_dataset=STRESS[:5],
-    per_device_eval_batch_size=batch_size, gradient_accumulation_steps=accumulation, **settings,
-)
-counts, forwards = [], [0]
-collate = trainer.collator.__call__
-trainer.data_collator = lambda rows: counts.append(len(microbatches_of(inputs := collate(rows)))) or inputs
-loss_sum = trainer._loss_sum
-def counted(*args):
-    forwards[0] += 1
-    return loss_sum(*args)
-trainer._loss_sum = counted
-trainer.train()
-in_training = forwards[0]
-evaluated = trainer.evaluate()
-weights = {{name: p.double().sum().item() for name, p in trainer.model.named_parameters()}}
-logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-with open(out + f".{{trainer.args.process_index}}.json", "w") as file:
-    json.dump({{"logs": logs, "weights": weights, "eval": evaluated, "counts": counts, "forwards": in_training}}, file)
-trainer.accelerator.end_training()
-os._exit(0)
-"""
+TWO = {  # of each of two processes
+    "replicated": {"batch_size": 2, "accumulation": 2, "budget": 16},
+    "sharded": {"batch_size": 4, "budget": 16, "shards_weights": True},
+}
 
 
-@pytest.mark.parametrize(("mode", "accumulation"), [("replicated", 2), ("sharded", 1)])
-def test_two_processes_with_different_numbers_of_micro_batches_train_like_one(tmp_path, mode, accumulation):
+def train(folder, batch_size, accumulation=1, budget=None, shards_weights=False):
+    """What a process has seen of a run; `shards_weights`: with as many forwards on every process, as sharding needs."""
+    trainer = dpo_trainer(
+        folder,
+        STRESS,
+        ref_model=other_start(),
+        per_device_train_batch_size=batch_size,
+        max_steps=3,
+        eval_dataset=STRESS[:5],
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_tokens_per_microbatch=budget,
+    )
+    if shards_weights:
+        trainer._shards_weights = lambda: True
+    counts, forwards = [], []
+    collate, loss_sum = trainer.collator.__call__, trainer._loss_sum
+    trainer.data_collator = lambda rows: counts.append(len(microbatches_of(inputs := collate(rows)))) or inputs
+    trainer._loss_sum = lambda *args: forwards.append(1) or loss_sum(*args)
+    trainer.train()
+    in_training = len(forwards)
+    evaluated = trainer.evaluate()
+    weights = {name: p.double().sum().item() for name, p in trainer.model.named_parameters()}
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {"logs": logs, "weights": weights, "eval": evaluated, "counts": counts, "forwards": in_training}
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """By case, what each of two processes has seen."""
+    found = on_processes(train, list(TWO.values()), tmp_path_factory.mktemp("two"))
+    return dict(zip(TWO, found, strict=True))
+
+
+@pytest.mark.parametrize("mode", TWO)
+def test_two_processes_with_different_numbers_of_micro_batches_train_like_one(tmp_path, of_two, mode):
     """`sharded` runs on replicated weights: it shows that forwards are made equal in number and change nothing."""
-    one = launch(tmp_path, SCRIPT, "one", 1, [8, 1, "whole"])[0]
-    two = launch(tmp_path, SCRIPT, "two", 2, [4 // accumulation, accumulation, mode])
+    one, two = train(tmp_path, 8), of_two[mode]
+    accumulation = TWO[mode].get("accumulation", 1)
     counts = [process["counts"][: 3 * accumulation] for process in two]
     assert len(one["logs"]) == 3
     assert any(a != b for a, b in zip(*counts, strict=True)), counts
