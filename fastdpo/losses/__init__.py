@@ -5,10 +5,10 @@ log-probs. `config` is anything with the fields that the loss reads (`beta`, `la
 DPOConfig. A reference-free run is one whose reference log-probs are zero; no loss needs to know. Names and formulas
 are TRL's where TRL has the loss, so that configs carry over.
 
-    pairwise     losses of one pair against a reference      batch       losses of sorted batches
-    likelihood   losses of the policy alone                  listwise    losses of rankings
-    divergence   f-divergences in place of the KL            release     the original release's function
-    scores       what losses read, and the sum of a run's    registry, checks   names, and what can be combined
+    pairwise     losses of one pair against a reference      batch       losses of sorted batches and of rankings
+    likelihood   losses of the policy alone                  divergence  f-divergences in place of the KL
+    scores       what losses read, and the sum of a run's    release     the original release's function
+    registry, checks, settings   names, what can be combined, what losses read of the config
 """
 
 from fastdpo.losses.checks import check_combination, check_loss_settings

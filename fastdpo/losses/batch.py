@@ -1,13 +1,16 @@
-"""Losses that compare distributions over a batch: sorted numbers of all pairs in, one loss per rank out.
+"""Losses of several pairs together: PairScores in, one loss per rank of a batch or per stage of a ranking out.
 
-The loss of a pair depends on the other pairs of its batch, so a batch cannot be split, and the same pairs in other
-batches are another loss. AOT, arXiv 2406.05882: with sorted samples, stochastic dominance of one distribution over
-another is a comparison rank by rank, here under the logistic loss. The i-th number returned belongs to rank i and to no
-pair.
+AOT (arXiv 2406.05882) compares distributions: with sorted samples, stochastic dominance of one over another is a
+comparison rank by rank, here under the logistic loss. The i-th number returned belongs to rank i and to no pair, a
+batch cannot be split, and the same pairs in other batches are another loss.
+
+A ranking of K responses, best first, comes as its K - 1 neighbouring pairs in order: stage k chooses response k among
+those that are left. `PairScores.rankings` says which ranking a pair belongs to. Rankings do not see each other.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastdpo.losses.pairwise import smoothed_logistic
@@ -33,3 +36,28 @@ def aot_unpaired(scores: PairScores, config: LossConfig) -> Tensor:
     """
     chosen, rejected = scores.chosen_logratios.sort().values, scores.rejected_logratios.sort().values
     return smoothed_logistic(config.beta * (chosen - rejected), config.label_smoothing)
+
+
+def plackett_luce(scores: PairScores, config: LossConfig) -> Tensor:
+    """Negative log-likelihood of a ranking, by stages. DPO, arXiv 2305.18290, appendix A.3.
+
+    With rewards `w_k = beta * log-ratio` of the responses in order, stage k is `log sum_{j >= k} exp(w_j) - w_k`; the
+    sum over a ranking's stages is its loss, and for K = 2 that is `sigmoid`.
+    """
+    chosen, rejected = config.beta * scores.chosen_logratios, config.beta * scores.rejected_logratios
+    num_pairs = len(chosen)
+    place = torch.arange(num_pairs, device=chosen.device)
+    rankings = place if scores.rankings is None else scores.rankings
+    is_left = (rankings[:, None] == rankings) & (place >= place[:, None])  # (B, B): j is below stage i in its ranking
+    left = rejected.expand(num_pairs, num_pairs).masked_fill(~is_left, -torch.inf).logsumexp(1)
+    return torch.logaddexp(chosen, left) - chosen
+
+
+def rankings_of(pairs: Tensor) -> Tensor:
+    """(B,) int64: the ranking that each of (B, 2) pairs of sequences is a stage of, counted from 0.
+
+    A pair goes on where the one before it ended: (0, 1) (1, 2) is a ranking of three, (3, 4) the next one.
+    """
+    starts = torch.ones(len(pairs), dtype=torch.int64, device=pairs.device)
+    starts[1:] = pairs[1:, 0] != pairs[:-1, 1]
+    return starts.cumsum(0) - 1

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.losses.pairwise import margins_per_token, smoothed_logistic
+from fastdpo.losses.pairwise import per_token, smoothed_logistic
 from fastdpo.losses.settings import LossConfig
 from fastdpo.types import PairScores
 
@@ -39,8 +39,8 @@ def simpo(scores: PairScores, config: LossConfig) -> Tensor:
     `gamma_beta_ratio` is gamma / beta, as in the authors' code, the margin per token that is asked for. The paper uses
     beta from 2 to 10, and `label_smoothing` is their code's.
     """
-    margins = margins_per_token(_without_reference(scores), "simpo")
-    return smoothed_logistic(config.beta * (margins - config.gamma_beta_ratio), config.label_smoothing)
+    chosen, rejected = per_token(scores, scores.policy_chosen_logps, scores.policy_rejected_logps)
+    return smoothed_logistic(config.beta * (chosen - rejected - config.gamma_beta_ratio), config.label_smoothing)
 
 
 def orpo(scores: PairScores, config: LossConfig) -> Tensor:
@@ -49,34 +49,17 @@ def orpo(scores: PairScores, config: LossConfig) -> Tensor:
     The odds of a response are P / (1 - P) for `P = exp(log-prob per token)`; beta is the paper's lambda, as in TRL's
     ORPOConfig. The likelihood term counts response tokens, as in the paper; TRL's counts the prompt's too.
     """
-    if scores.chosen_lengths is None or scores.rejected_lengths is None:
-        raise ValueError(
-            "loss_type 'orpo' averages per token: PairScores must carry chosen_lengths and rejected_lengths"
-        )
-    chosen = _log_odds(scores.policy_chosen_logps / scores.chosen_lengths.clamp(min=1))
-    rejected = _log_odds(scores.policy_rejected_logps / scores.rejected_lengths.clamp(min=1))
-    return sft(scores, config) - config.beta * F.logsigmoid(chosen - rejected)
+    chosen, rejected = per_token(scores, scores.policy_chosen_logps, scores.policy_rejected_logps)
+    return sft(scores, config) - config.beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
 def cpo(scores: PairScores, config: LossConfig) -> Tensor:
-    """`-log s(beta (log-prob of chosen - of rejected)) + cpo_alpha * sft`. CPO, arXiv 2401.08417, eq. 3.
+    """`-log s(beta (log-prob of chosen - of rejected)) + cpo_alpha * sft`. CPO, arXiv 2401.08417.
 
     `label_smoothing` as in `sigmoid`; the likelihood term is a mean over tokens, as in TRL's CPOTrainer.
     """
     logits = config.beta * (scores.policy_chosen_logps - scores.policy_rejected_logps)
     return smoothed_logistic(logits, config.label_smoothing) + config.cpo_alpha * sft(scores, config)
-
-
-def _without_reference(scores: PairScores) -> PairScores:
-    zeros = torch.zeros_like(scores.ref_chosen_logps)
-    return PairScores(
-        scores.policy_chosen_logps,
-        scores.policy_rejected_logps,
-        zeros,
-        zeros,
-        scores.chosen_lengths,
-        scores.rejected_lengths,
-    )
 
 
 def _log_odds(logps: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ def sigmoid(scores: PairScores, config: LossConfig) -> Tensor:
 
 def sigmoid_norm(scores: PairScores, config: LossConfig) -> Tensor:
     """`sigmoid` on log-ratios averaged over the tokens of each response. Tulu 3, arXiv 2411.15124, its DPO-norm."""
-    return -F.logsigmoid(config.beta * margins_per_token(scores, "sigmoid_norm"))
+    chosen, rejected = per_token(scores, scores.chosen_logratios, scores.rejected_logratios)
+    return -F.logsigmoid(config.beta * (chosen - rejected))
 
 
 def hinge(scores: PairScores, config: LossConfig) -> Tensor:
@@ -41,7 +42,8 @@ def ipo(scores: PairScores, config: LossConfig) -> Tensor:
     Log-ratios are averaged over tokens, as TRL does after asking the paper's authors; `preference_loss` keeps the
     sums of the original DPO release.
     """
-    return (margins_per_token(scores, "ipo") - 1 / (2 * config.beta)) ** 2
+    chosen, rejected = per_token(scores, scores.chosen_logratios, scores.rejected_logratios)
+    return (chosen - rejected - 1 / (2 * config.beta)) ** 2
 
 
 def exo_pair(scores: PairScores, config: LossConfig) -> Tensor:
@@ -110,15 +112,12 @@ def smoothed_logistic(logits: Tensor, flipped: float) -> Tensor:
     return -F.logsigmoid(logits) * (1 - flipped) - F.logsigmoid(-logits) * flipped
 
 
-def margins_per_token(scores: PairScores, loss_type: str) -> Tensor:
-    """Log-ratio per token of the chosen response less that of the rejected one; a response without tokens counts 0.
+def per_token(scores: PairScores, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums (B,) over chosen and over rejected responses as means over tokens; a response without tokens counts 0.
 
     Raises:
         ValueError: the scores have no lengths.
     """
     if scores.chosen_lengths is None or scores.rejected_lengths is None:
-        raise ValueError(
-            f"loss_type {loss_type!r} averages per token: PairScores must carry chosen_lengths and rejected_lengths"
-        )
-    chosen = scores.chosen_logratios / scores.chosen_lengths.clamp(min=1)
-    return chosen - scores.rejected_logratios / scores.rejected_lengths.clamp(min=1)
+        raise ValueError("this loss averages per token: PairScores must carry chosen_lengths and rejected_lengths")
+    return chosen / scores.chosen_lengths.clamp(min=1), rejected / scores.rejected_lengths.clamp(min=1)

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdpo.losses.batch import aot, aot_unpaired
+from fastdpo.losses.batch import aot, aot_unpaired, plackett_luce
 from fastdpo.losses.likelihood import cpo, orpo, sft, simpo
-from fastdpo.losses.listwise import plackett_luce
 from fastdpo.losses.pairwise import (
     apo_down,
     apo_zero,

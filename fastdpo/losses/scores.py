@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdpo.losses.batch import rankings_of
 from fastdpo.losses.divergence import under_divergence
-from fastdpo.losses.listwise import rankings_of
 from fastdpo.losses.registry import BATCH_LOSSES, DIVERGENCE_LOSSES, LISTWISE_LOSSES, LOSSES, TOKEN_LOSSES
 from fastdpo.losses.settings import LossConfig
 from fastdpo.types import PairScores

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from fastdpo.data.prepare import Report, prepare_preference_dataset
 from fastdpo.losses import PER_TOKEN_REWARDS, is_listwise, looks_at_whole_batch, pair_scores, preference_losses
-from fastdpo.losses.listwise import rankings_of
+from fastdpo.losses.batch import rankings_of
 from fastdpo.losses.scores import SHARED_PARTS_AFTER
 from fastdpo.metrics import SumAndWeight, pair_metrics, token_metrics
 from fastdpo.modeling import packed_loss

@@ -8,7 +8,7 @@ import torch
 
 from fastdpo import LOSSES, PairScores
 from fastdpo.losses import DIVERGENCES, LIKELIHOOD_LOSSES, pair_scores, preference_losses
-from fastdpo.losses.listwise import rankings_of
+from fastdpo.losses.batch import rankings_of
 from fastdpo.losses.scores import relative_likelihoods
 
 
