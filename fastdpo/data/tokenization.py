@@ -40,10 +40,10 @@ class TokenizationSettings:
 
     def __post_init__(self) -> None:
         check_format_name(self.dataset_format)
-        if self.max_length is not None and self.max_length < 2:  # one token alone has nothing that predicts it
-            raise ValueError(f"max_length must be None or at least 2, got {self.max_length}")
-        if self.max_prompt_length is not None and self.max_prompt_length < 1:
-            raise ValueError(f"max_prompt_length must be None or at least 1, got {self.max_prompt_length}")
+        for name, least in (("max_length", 2), ("max_prompt_length", 1)):  # one token alone has nothing to predict it
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < least):
+                raise ValueError(f"{name} must be an integer >= {least} or None, got {value!r}")
         if self.truncation_mode not in TRUNCATION_MODES:
             raise ValueError(f"truncation_mode must be one of {TRUNCATION_MODES}, got {self.truncation_mode!r}")
         if self.on_bad_row not in BAD_ROW_POLICIES:

@@ -20,12 +20,15 @@ from fastdpo.references import REFERENCE_MODES
 from fastdpo.training.config_checks import (
     as_dict,
     check_choice,
+    check_count,
     check_number,
+    check_order_of_rows,
     check_packing_settings,
+    check_trainer_settings,
+    count_or_auto,
     offload_checkpoints,
     parse_max_memory,
-    row_multiple,
-    token_budget,
+    resolve_checkpointing,
     with_torch_dtype,
 )
 from fastdpo.training.feature_settings import FeatureSettings
@@ -176,57 +179,33 @@ class EngineConfig(TrainingArguments):
         check_choice("impl", self.impl, IMPLS)
         check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         check_choice("on_oversized_row", self.on_oversized_row, OVERSIZED_ROWS)
-        self.max_tokens_per_microbatch = token_budget(self.max_tokens_per_microbatch)
-        self._check_order()
-        for name in ("max_length", "max_prompt_length", "dataset_num_proc"):
-            value = getattr(self, name)
-            if value is not None and type(value) is not int:
-                raise ValueError(f"{name} must be an integer or None, got {value!r}")
-        self.tokenization_settings()
-        self.remove_unused_columns = False  # prepared datasets have no others
-        check_packing_settings(self)
-        self.pad_to_multiple_of = row_multiple(self.pad_to_multiple_of)
-        check_settings(1.0, None, (), self.skip_tolerance, self.workspace_bytes, self.impl)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_count(name, getattr(self, name))
+        check_count("dataset_num_proc", self.dataset_num_proc, optional=True)
+        check_number("learning_rate", self.learning_rate, least=0.0)
+        self.max_tokens_per_microbatch = count_or_auto("max_tokens_per_microbatch", self.max_tokens_per_microbatch)
+        self.pad_to_multiple_of = count_or_auto("pad_to_multiple_of", self.pad_to_multiple_of)
         self.model_init_kwargs = as_dict("model_init_kwargs", self.model_init_kwargs)
         self.init_kwargs()
-        if self.logging_nan_inf_filter:
-            raise ValueError("logging_nan_inf_filter must be False: it would hide a loss that is not finite, got True")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        check_number("learning_rate", self.learning_rate, least=0.0)
-        if self.label_smoothing_factor != 0:
-            raise ValueError(
-                "label_smoothing_factor must be 0: it is Trainer's smoothing of tokens, which the head op does not do;"
-                f" for flipped preference labels use label_smoothing, got {self.label_smoothing_factor}"
-            )
+        self.tokenization_settings()
+        check_settings(1.0, None, (), self.skip_tolerance, self.workspace_bytes, self.impl)
+        check_order_of_rows(self)
+        check_packing_settings(self)
+        check_trainer_settings(self)
+        self.remove_unused_columns = False  # prepared datasets have no others
+        self._follow_device()
+        super().__post_init__()
+
+    def _follow_device(self) -> None:
+        """Gives the settings that have a default of their own on a GPU the one of this machine."""
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
-        # transformers 5.23 renamed the setting; both names are taken, and set so that neither warns
-        asked = [getattr(self, name, None) for name in ("activation_checkpointing", "gradient_checkpointing")]
-        self.gradient_checkpointing = next((value for value in asked if value is not None), on_gpu)
-        if hasattr(self, "activation_checkpointing"):
-            self.activation_checkpointing = self.gradient_checkpointing
+        resolve_checkpointing(self, on_gpu)
         if self.activation_offloading:
             offload_checkpoints(self, on_gpu)
         if not on_gpu:
             self.dataloader_pin_memory = False
-        super().__post_init__()
-
-    def _check_order(self) -> None:
-        if self.regroup_dataset and self.length_bucketing:
-            raise ValueError("regroup_dataset and length_bucketing must not both be set: each is an order of its own")
-        strategy = getattr(self, "train_sampling_strategy", "random")
-        if strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"train_sampling_strategy must be 'random' or 'sequential', got {strategy!r}; for steps of rows of"
-                " similar length set length_bucketing"
-            )
-        if strategy != "random" and (self.regroup_dataset or self.length_bucketing):
-            name = "regroup_dataset" if self.regroup_dataset else "length_bucketing"
-            raise ValueError(f"train_sampling_strategy must be 'random' where {name} is set, got {strategy!r}")
 
     def init_kwargs(self) -> dict[str, Any]:
         """What from_pretrained is given where a model is loaded by name."""
@@ -301,9 +280,7 @@ class DPOConfig(FeatureSettings, LossSettings, EngineConfig):
         self.check_losses()
         self.ref_max_memory = parse_max_memory(self.ref_max_memory)
         for name in ("ref_tokens_per_batch", "precompute_ref_batch_size"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")
+            check_count(name, getattr(self, name), optional=True)
         if self.precompute_ref_log_probs:
             if self.reference not in ("auto", "cached") or self.reference_free:
                 asked = "reference_free" if self.reference_free else f"reference={self.reference!r}"

@@ -75,15 +75,21 @@ def parse_max_memory(value: dict[Any, Any] | str | None) -> dict[Any, Any] | Non
     return parsed
 
 
-def token_budget(value: int | str | None) -> int | str | None:
+def count_or_auto(name: str, value: int | str | None) -> int | str | None:
     """A number of tokens, "auto" or None, also as the text of a command line."""
     if isinstance(value, str) and value.lower() in ("none", "null", "auto"):
         return "auto" if value.lower() == "auto" else None
     if isinstance(value, str) and value.isdigit():
         value = int(value)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"max_tokens_per_microbatch must be an integer >= 1, 'auto' or None, got {value!r}")
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"{name} must be an integer >= 1, 'auto' or None, got {value!r}")
     return value
+
+
+def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:
+    """Raises ValueError where `value` is not an integer >= `least`, nor None where it is optional."""
+    if not (optional and value is None) and (type(value) is not int or value < least):
+        raise ValueError(f"{name} must be an integer >= {least}{' or None' if optional else ''}, got {value!r}")
 
 
 def check_number(name: str, value: Any, *, least: float) -> None:
@@ -92,13 +98,19 @@ def check_number(name: str, value: Any, *, least: float) -> None:
         raise ValueError(f"{name} must be a finite number >= {least}, got {value!r}")
 
 
-def row_multiple(value: int | str | None) -> int | None:
-    """The number of tokens whose multiple rows are padded to, or None; "auto" and None are None."""
-    if isinstance(value, str):
-        value = None if value.lower() in ("none", "null", "auto") else int(value) if value.isdigit() else value
-    if value is not None and (type(value) is not int or value < 1):
-        raise ValueError(f"pad_to_multiple_of must be an integer >= 1, 'auto' or None, got {value!r}")
-    return value
+def check_order_of_rows(args: Any) -> None:
+    """Raises ValueError for orders that exclude each other, and for the one that fastdpo has another name for."""
+    if args.regroup_dataset and args.length_bucketing:
+        raise ValueError("regroup_dataset and length_bucketing must not both be set: each is an order of its own")
+    strategy = args.train_sampling_strategy
+    if strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"train_sampling_strategy must be 'random' or 'sequential', got {strategy!r}; for steps of rows of"
+            " similar length set length_bucketing"
+        )
+    if strategy != "random" and (args.regroup_dataset or args.length_bucketing):
+        name = "regroup_dataset" if args.regroup_dataset else "length_bucketing"
+        raise ValueError(f"train_sampling_strategy must be 'random' where {name} is set, got {strategy!r}")
 
 
 def check_packing_settings(args: Any) -> None:
@@ -110,6 +122,36 @@ def check_packing_settings(args: Any) -> None:
             "neftune_noise_alpha must go with packing='padded': its noise is scaled by the length of a row, and a"
             f" packed row holds many sequences, got {args.neftune_noise_alpha}"
         )
+
+
+def check_trainer_settings(args: Any) -> None:
+    """Raises ValueError for settings of transformers' Trainer that nothing here could honour."""
+    if args.logging_nan_inf_filter:
+        raise ValueError("logging_nan_inf_filter must be False: it would hide a loss that is not finite, got True")
+    if args.label_smoothing_factor != 0:
+        raise ValueError(
+            "label_smoothing_factor must be 0: it is Trainer's smoothing of tokens, which the head op does not do;"
+            f" for flipped preference labels use label_smoothing, got {args.label_smoothing_factor}"
+        )
+
+
+def resolve_checkpointing(args: Any, default: bool) -> None:
+    """Sets gradient_checkpointing, and activation_checkpointing, its name since transformers 5.23, to what was asked.
+
+    Both then have a value, so that transformers warns of neither.
+
+    Raises:
+        ValueError: the two names ask for different things.
+    """
+    names = [name for name in ("gradient_checkpointing", "activation_checkpointing") if hasattr(args, name)]
+    asked = {getattr(args, name) for name in names} - {None}
+    if len(asked) > 1:
+        raise ValueError(
+            "gradient_checkpointing and activation_checkpointing must not differ, they are two names of one setting,"
+            f" got {args.gradient_checkpointing!r} and {args.activation_checkpointing!r}"
+        )
+    for name in names:
+        setattr(args, name, asked.copy().pop() if asked else default)
 
 
 def offload_checkpoints(args: Any, on_gpu: bool) -> None:

@@ -46,7 +46,7 @@ def build(tmp_path, model=None, rows=None, tokenizer=None, **settings):
         ({"impl": "cuda"}, "impl must be one of"),
         ({"attention_backend": "flash_attn"}, "attention_backend must be one of"),
         ({"truncation_mode": "middle"}, "truncation_mode must be one of"),
-        ({"max_length": 1}, "max_length must be None or at least 2, got 1"),
+        ({"max_length": 1}, "max_length must be an integer >= 2 or None, got 1"),
         ({"on_bad_row": "ignore"}, "on_bad_row must be one of"),
         ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
     ],

@@ -1,5 +1,7 @@
 """What the settings that TRL has too do here: each changes what it says, and no number that it should not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import make_llama, make_tokenizer
@@ -161,7 +163,10 @@ def test_model_init_kwargs_beside_a_loaded_model_are_said_to_do_nothing(tmp_path
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must go with packing='padded'"),
         ({"model_init_kwargs": {"dtype": "bfloat17"}}, "model_init_kwargs must hold a dtype of torch, or 'auto', got"),
         ({"model_init_kwargs": {"dtype": "auto", "torch_dtype": "auto"}}, "got both"),
-        ({"max_length": "512"}, "max_length must be an integer or None, got '512'"),
+        ({"max_length": "512"}, "max_length must be an integer >= 2 or None, got '512'"),
+        ({"max_prompt_length": True}, "max_prompt_length must be an integer >= 1 or None, got True"),
+        ({"dataset_num_proc": 0}, "dataset_num_proc must be an integer >= 1 or None, got 0"),
+        ({"gradient_checkpointing": True, "activation_checkpointing": False}, "must not differ.*got True and False"),
         ({"loss_type": "aot_pair"}, "instead: 'aot_unpaired'"),
     ],
     ids=str,
@@ -169,6 +174,15 @@ def test_model_init_kwargs_beside_a_loaded_model_are_said_to_do_nothing(tmp_path
 def test_a_setting_that_cannot_do_what_it_says_is_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         DPOConfig(str(tmp_path), use_cpu=True, **settings)
+
+
+def test_checkpointing_has_one_value_under_both_names(tmp_path):
+    for settings, value in (({}, False), *(({name: True}, True) for name in ("gradient_", "activation_"))):
+        named = {f"{name}checkpointing": asked for name, asked in settings.items()}
+        args = DPOConfig(str(tmp_path), use_cpu=True, **named)
+        assert (args.gradient_checkpointing, args.activation_checkpointing) == (value, value)
+    with pytest.raises(ValueError, match="must not differ"):  # a copy has a value under the other name already
+        replace(args, gradient_checkpointing=False)
 
 
 def test_offloaded_activations_are_checkpoints_kept_in_host_memory(tmp_path, monkeypatch):
