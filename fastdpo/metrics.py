@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastdpo.ops.sequence_logps import segment_sums
 from fastdpo.types import PairLogps, PairScores
 
 SumAndWeight = tuple[Tensor, Tensor | float]
@@ -60,16 +61,11 @@ def token_metrics(logps: PairLogps, token_rows: Tensor, cu_seqlens: Tensor, pair
     """
     tokens = logps.sequences.tokens
     lengths = cu_seqlens.diff()
-    num_sequences = lengths.shape[0]
-    sequence_of_token = torch.repeat_interleave(
-        torch.arange(num_sequences, device=lengths.device), lengths, output_size=token_rows.shape[0]
-    )
 
     def per_sequence(statistic: Tensor) -> Tensor:  # (R,) -> (S,)
-        sums = torch.zeros(num_sequences, dtype=torch.float32, device=statistic.device)
-        return sums.index_add_(0, sequence_of_token, statistic.float()[token_rows])
+        return segment_sums(statistic[token_rows], cu_seqlens)
 
-    chosen, rejected = pairs[:, 0], pairs[:, 1]
+    chosen, rejected = pairs.unbind(1)
     num_chosen, num_rejected = lengths[chosen].sum(), lengths[rejected].sum()
     metrics: dict[str, SumAndWeight] = {}
     if tokens.entropy is not None:
