@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from fastdpo.losses.divergence import DIVERGENCES
@@ -32,10 +33,10 @@ def check_loss_settings(loss_type: str | Sequence[str], config: Any) -> None:
     for name in names:
         if name not in LOSSES:
             raise ValueError(f"loss_type must be one of {sorted(LOSSES)}, got {name!r}{_nearest(name, LOSSES)}")
-    if not 0 < config.beta < math.inf:
+    if not _is_number(config.beta) or config.beta <= 0:
         raise ValueError(f"beta must be > 0 and finite, got {config.beta!r}")
-    if not 0 <= config.label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), got {config.label_smoothing}")
+    if not _is_number(config.label_smoothing) or not 0 <= config.label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {config.label_smoothing!r}")
     if config.label_smoothing > 0 and not any(name in SMOOTHED for name in names):
         raise ValueError(
             f"label_smoothing must be 0 for loss_type {_named(names)}, which has no flipped labels,"
@@ -43,7 +44,7 @@ def check_loss_settings(loss_type: str | Sequence[str], config: Any) -> None:
         )
     if config.label_smoothing == 0 and "exo_pair" in names:
         raise ValueError("label_smoothing must be > 0 for loss_type 'exo_pair' (the paper uses 1e-3), got 0")
-    if not 0 < config.discopop_tau < math.inf:
+    if not _is_number(config.discopop_tau) or config.discopop_tau <= 0:
         raise ValueError(f"discopop_tau must be > 0 and finite, got {config.discopop_tau!r}")
 
 
@@ -85,7 +86,7 @@ def _check_weights(config: LossConfig) -> None:
     weights = config.loss_weights
     if weights is None:
         return
-    if len(weights) != len(config.loss_type):
+    if not isinstance(weights, list | tuple) or len(weights) != len(config.loss_type):
         raise ValueError(
             f"loss_weights must have one value for each of the {len(config.loss_type)} losses, got {weights}"
         )
@@ -132,7 +133,7 @@ def _refuse(is_set: bool, names: Sequence[str], refused: Sequence[str], message:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _named(names: Sequence[str]) -> str:

@@ -39,6 +39,7 @@ def test_the_default_is_one_sigmoid_loss(tmp_path):
         ({"loss_type": 3}, "loss_type must be a name or a list of names, got 3"),
         ({"loss_type": ["sigmoid", "stf"]}, "got 'stf'; did you mean 'sft'"),
         ({"loss_weights": [1.0, 2.0]}, r"loss_weights must have one value for each of the 1 losses, got \[1.0, 2.0\]"),
+        ({"loss_weights": 1.0}, "loss_weights must have one value for each of the 1 losses, got 1.0"),
         ({"loss_weights": [-1.0]}, r"loss_weights must be finite numbers >= 0, got \[-1.0\]"),
         ({"loss_type": ["hinge", "ipo"], "label_smoothing": 0.1}, r"label_smoothing must be 0 for .*'hinge', 'ipo'"),
         ({"loss_type": ["exo_pair", "sft"]}, "label_smoothing must be > 0 for loss_type 'exo_pair'"),
