@@ -41,13 +41,18 @@ def with_adapter(model: Any, peft_config: Any, args: Any, *, trains: bool = True
     Raises:
         ValueError: the adapter, or the two together, cannot be trained here.
     """
-    if peft_config is None:
-        _check_given(model, trains)
-    else:
+    if peft_config is not None:
         model = _with_new_adapter(model, peft_config, args.seed)
+    elif _has_adapter(model):
+        _check_given(model)
     if is_peft_model(model):
         drop_own_copy(model)
         freeze_reference(model)
+        if trains and not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                "model must have weights to train, its adapter is frozen: load it with"
+                " PeftModel.from_pretrained(..., is_trainable=True)"
+            )
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
     return model
@@ -60,24 +65,23 @@ def _with_new_adapter(model: nn.Module, peft_config: Any, seed: int) -> Any:
         raise ValueError('peft_config needs the peft package: pip install "fastdpo[peft]"') from error
     if not isinstance(peft_config, PeftConfig):
         raise ValueError(f"peft_config must be a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}")
-    if is_peft_model(model) or _has_adapter_inside(model):
+    if _has_adapter(model):
         raise ValueError(
             "peft_config must be None where the model already has an adapter: leave it out to train that one on, or"
-            " put the new one on model.merge_and_unload()"
+            " put the new one on model.merge_and_unload(), or on model.unload() to forget the old one"
         )
     _check_method(peft_config, "peft_config")
     set_seed(seed)  # adapters start from random weights
     return get_peft_model(model, peft_config)
 
 
-def _check_given(model: Any, trains: bool) -> None:
+def _check_given(model: Any) -> None:
     if not is_peft_model(model):
-        if _has_adapter_inside(model):
-            raise ValueError(
-                "model must be a PeftModel where it has an adapter, got one with the adapter loaded into it: use"
-                " PeftModel.from_pretrained(base_model, adapter, is_trainable=True)"
-            )
-        return
+        raise ValueError(
+            f"model must be a PeftModel where it has an adapter, got a {type(model).__name__} with the adapter inside:"
+            " use PeftModel.from_pretrained(base_model, adapter, is_trainable=True), or, where an earlier run put it"
+            " there, what unload() of that run's model gives"
+        )
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -93,15 +97,11 @@ def _check_given(model: Any, trains: bool) -> None:
         )
     if any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer)):
         raise ValueError("model must not have its adapter merged, which would not be trained: call unmerge_adapter()")
-    if trains and not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(
-            "model must have weights to train, its adapter is frozen: load it with"
-            " PeftModel.from_pretrained(..., is_trainable=True)"
-        )
 
 
-def _has_adapter_inside(model: Any) -> bool:
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
+def _has_adapter(model: Any) -> bool:
+    """Whether adapter layers are in the model; PEFT leaves its configs on the bare model too, until it is unloaded."""
+    return bool(getattr(model, "peft_config", None))
 
 
 def _check_method(config: Any, name: str) -> None:

@@ -80,7 +80,7 @@ def choose_reference(
     if too_large and (outside or not has_adapter):
         return "cached", too_large
     if outside:
-        return "frozen", f"{outside} is trained beside the adapter, so the reference is a copy of the start"
+        return "frozen", f"{outside} is trained beside the adapter, so the reference is a copy: {_adapter_start(model)}"
     if has_adapter:
         return "adapter", f"{_adapter_start(model)} is the reference, which needs no second model"
     return "frozen", "all weights are trained, so the reference is a copy of the start"
@@ -150,9 +150,12 @@ def weight_bytes(model: str | nn.Module, model_init_kwargs: dict[str, Any] | Non
 def live_reference(
     args: DPOConfig, policy: nn.Module, ref_model: str | nn.Module | None, tokenizer: Any
 ) -> FrozenReference:
-    """A model beside the policy, held for the whole run: a copy of its start, or the one that was given."""
+    """A model beside the policy, held for the whole run: a copy of its start, with the adapter "ref" on where it brings
+    one, or the model that was given."""
     if ref_model is None:
-        frozen = copy.deepcopy(policy)
+        frozen: Any = copy.deepcopy(policy)
+        if is_peft_model(frozen) and brings_reference(frozen):
+            frozen.set_adapter(REFERENCE_ADAPTER)
     else:
         frozen = load_model(ref_model, args.init_kwargs()) if isinstance(ref_model, str) else ref_model
         check_model_and_tokenizer(frozen, tokenizer)

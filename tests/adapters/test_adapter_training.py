@@ -21,10 +21,11 @@ def make_trainer(tmp_path, model=None, rows=8, **settings):
     return tiny_trainer(tmp_path / "out", model, rows, **settings)
 
 
-def under_way(*targets, seed=1, name="default", **settings):
+def under_way(*targets, seed=1, name="default", model=None, **settings):
     """A model whose adapter was trained before."""
     torch.manual_seed(seed)
-    return learned(get_peft_model(make_llama(), lora(*targets, **settings), adapter_name=name), seed=seed)
+    model = make_llama() if model is None else model
+    return learned(get_peft_model(model, lora(*targets, **settings), adapter_name=name), seed=seed)
 
 
 def sums_of(model):
@@ -122,6 +123,22 @@ def test_a_model_that_brings_an_adapter_named_ref_is_compared_with_it(tmp_path):
     assert torch.equal(reference_sums(trainer), expected)
     assert logged(trainer)[0] != pytest.approx(math.log(2), abs=1e-3)
     assert cached.train_dataset["ref_logps"] is not None
+
+
+@pytest.mark.parametrize("settings", [{}, {"bias": "all"}], ids=str)
+def test_a_copy_of_a_model_that_brings_ref_is_a_copy_with_it(tmp_path, settings):
+    model = under_way(model=make_llama(attention_bias=True), **settings)
+    model.add_adapter("ref", lora())  # does nothing: the reference is the base
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("default" in name or (bool(settings) and name.endswith("bias")))
+    with model.disable_adapter():
+        expected = sums_of(model)
+    trainer = make_trainer(tmp_path, model, reference="auto" if settings else "frozen")
+    assert trainer.reference.mode == "frozen"
+    assert torch.equal(reference_sums(trainer), expected)
+    assert trainer.model.active_adapter == "default"
+    trainer.train()
+    assert torch.equal(reference_sums(trainer), expected)
 
 
 @pytest.mark.parametrize("reference", ["auto", "cached"])
@@ -240,9 +257,18 @@ def two_active():
     return model
 
 
-def frozen_adapter(tmp_path):
+def base_of_a_run():
+    base = make_llama()
+    get_peft_model(base, lora())
+    return base
+
+
+def frozen_adapter(tmp_path, *others):
     under_way().save_pretrained(tmp_path / "adapter")
-    return PeftModel.from_pretrained(make_llama(), tmp_path / "adapter")
+    model = PeftModel.from_pretrained(make_llama(), tmp_path / "adapter")
+    for name in others:
+        model.load_adapter(tmp_path / "adapter", name, is_trainable=True)
+    return model
 
 
 def mixed():
@@ -259,7 +285,10 @@ REFUSED = {
     "inside": (lambda _: {"model": loaded_inside()}, "model must be a PeftModel.*is_trainable=True"),
     "merged": (lambda _: {"model": merged()}, r"merged.*unmerge_adapter\(\)"),
     "two active": (lambda _: {"model": two_active()}, r"one active adapter.*\['default', 'other'\].*set_adapter"),
+    "left inside": (lambda _: {"model": base_of_a_run()}, r"model must be a PeftModel.*unload\(\)"),
+    "both, left inside": (lambda _: {"model": base_of_a_run(), "peft_config": lora()}, "peft_config must be None"),
     "frozen": (lambda tmp_path: {"model": frozen_adapter(tmp_path)}, "weights to train.*is_trainable=True"),
+    "frozen but ref": (lambda tmp_path: {"model": frozen_adapter(tmp_path, "ref")}, "weights to train"),
     "mixed": (lambda _: {"model": mixed()}, "must be a PeftModel.*got PeftMixedModel"),
     "prompt": (lambda _: {"model": prompted()}, "model's adapter must not be PROMPT_TUNING"),
     "named ref": (lambda _: {"model": under_way(name="ref")}, "another name than 'ref'"),
