@@ -63,6 +63,11 @@ class FeaturedTrainer(PackedTrainer):
         if self._synced is not None:
             self._synced.load(resume_from_checkpoint)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._synced is not None:  # what makes it the best was measured against the reference of that step
+            self._synced.load(self.state.best_model_checkpoint)
+
     def _part_loss_sum(self, model: nn.Module, part: dict[str, Any]) -> Tensor:
         loss_sum = super()._part_loss_sum(model, part)
         if self._predictions is not None and FOR_NOTHING not in part:

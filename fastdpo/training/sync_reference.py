@@ -56,9 +56,12 @@ def mixed_weights(reference: Reference, policy: nn.Module) -> dict[str, tuple[Te
 
 @torch.no_grad()
 def mix(weights: dict[str, tuple[Tensor, Tensor]], alpha: float) -> None:
-    """Moves each reference weight, in place, the share `alpha` of the way to the policy's."""
+    """Moves each reference weight, in place, the share `alpha` of the way to the policy's.
+
+    Rounded once, and not at all where both are equal: in bf16, weights that are not trained would drift otherwise.
+    """
     for reference, policy in weights.values():
-        reference.mul_(1 - alpha).add_(policy.to(reference.dtype), alpha=alpha)
+        reference.lerp_(policy.to(reference), alpha)
 
 
 class SyncReference(TrainerCallback):

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
-from tiny import make_llama
+from tiny import make_llama, make_rows
 from tiny_runs import logged, make_lora, tiny_trainer, trl_trainer
 
 from fastdpo import DPOConfig
+from fastdpo.training.sync_reference import mix
 
 LN2 = math.log(2)
 
@@ -103,6 +104,37 @@ def test_a_resumed_run_has_the_moved_reference(tmp_path, has_adapter):
     again = build("cut")
     again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
     assert logged(again)[-2:] == pytest.approx(logged(whole)[-2:], abs=1e-6)
+
+
+@pytest.mark.parametrize("has_adapter", [False, True], ids=["all weights", "LoRA"])
+def test_the_best_model_comes_back_with_its_reference(tmp_path, has_adapter):
+    """The worst step counts as the best here, so that it is not the last one."""
+    fast = tiny_trainer(
+        tmp_path,
+        sync_ref_model=True,
+        ref_model_sync_steps=1,
+        ref_model_mixup_alpha=0.5,
+        max_steps=4,
+        learning_rate=1e-2,
+        eval_dataset=make_rows(5, seed=1),
+        load_best_model_at_end=True,
+        metric_for_best_model="rewards/chosen",
+        greater_is_better=False,
+        **dict.fromkeys(("eval_strategy", "save_strategy"), "steps"),
+        **dict.fromkeys(("eval_steps", "save_steps"), 1),
+        **({"peft_config": make_lora()} if has_adapter else {}),
+    )
+    fast.train()
+    values = logged(fast, "eval_rewards/chosen")
+    assert min(values) != values[-1]
+    assert fast.evaluate()["eval_rewards/chosen"] == pytest.approx(min(values), abs=1e-6)
+
+
+def test_mixing_leaves_equal_weights_as_they_are():
+    weight = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    reference = weight.clone()
+    mix({"weight": (reference, weight)}, 0.6)
+    assert torch.equal(reference, weight)
 
 
 def test_a_checkpoint_without_the_reference_is_warned_of(tmp_path, caplog):
