@@ -59,11 +59,10 @@ def check_combination(config: LossConfig) -> None:
         if not _is_number(value) or value < 0:
             raise ValueError(f"{field} must be a finite number >= 0, got {value!r}")
     free = [name for name in names if name in REFERENCE_FREE_LOSSES]
-    others = [name for name in names if name not in (*REFERENCE_FREE_LOSSES, *TOKEN_LOSSES)]
+    others = [name for name in names if name not in (*free[:1], *TOKEN_LOSSES)]
     if free and others:
         raise ValueError(
-            f"loss_type must not hold both {free[0]!r}, which has no reference, and {others[0]!r}, which compares with"
-            f" one: beta would be two different scales, got {names}"
+            f"loss_type must not hold both {free[0]!r} and {others[0]!r}: beta is of another scale in each, got {names}"
         )
     listwise = [name for name in names if name in LISTWISE_LOSSES]
     if listwise and len(names) > 1:

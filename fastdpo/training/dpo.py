@@ -212,9 +212,15 @@ class DPOTrainer(TokenMeans, FeaturedTrainer):
         ref_sums = self.reference.sums(model, batch)  # first: then the policy's head knows the weight of each pair
 
         def loss_of(sums: Tensor, lengths: Tensor, sequences: slice, pairs: slice, **statistics: Tensor) -> Tensor:
-            some, reference = batch.pairs[pairs] - sequences.start, ref_sums[sequences]
-            mean_length = {"mean_chosen_length": self.mean_chosen_length}
-            scores = pair_scores(some, sums, lengths, reference, args, **mean_length, **statistics)
+            scores = pair_scores(
+                batch.pairs[pairs] - sequences.start,
+                sums,
+                lengths,
+                ref_sums[sequences],
+                args,
+                mean_chosen_length=self.mean_chosen_length,
+                **statistics,
+            )
             return preference_losses(scores, args).sum()
 
         summed = ("log_sum_sq_probs",) if args.use_weighting else ()

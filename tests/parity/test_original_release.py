@@ -61,6 +61,8 @@ def test_losses_rewards_and_gradients_are_those_of_the_original_release(name):
     losses.mean().backward()
 
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+    assert not chosen.requires_grad
+    assert not rejected.requires_grad
     for rewards, side in ((chosen, 0), (rejected, 1)):
         logratios = [pi[side].item() - ref[side].item() for pi, ref in zip(policy_logps, ref_logps, strict=True)]
         assert rewards.tolist() == pytest.approx([BETA * x for x in logratios], abs=1e-5)
