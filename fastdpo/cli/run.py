@@ -63,7 +63,7 @@ def load_datasets(run: RunArguments, args: EngineConfig) -> tuple[Any, Any]:
         return train, load(run.eval_dataset, run.eval_split)
     if run.dataset_streaming:
         return train, None
-    train, _ = one_prompt_a_row(train, args.dataset_format, is_sft=isinstance(args, SFTConfig))
+    train = one_prompt_a_row(train, args.dataset_format, is_sft=isinstance(args, SFTConfig))
     num_eval = min(round(len(train) * run.eval_fraction), len(train) - 1)
     if num_eval < 1:
         return train, None

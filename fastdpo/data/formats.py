@@ -19,12 +19,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fastdpo.data.adapters import ADAPTERS
-from fastdpo.data.forms import FORMS, SFT_FORMS
-from fastdpo.data.values import BadRow, Example, RowFormat, without_nones
+from fastdpo.data.forms import EXPLICIT, FORMS, RANKED, SFT_FORMS
+from fastdpo.data.values import BadRow, Example, RowFormat, best_response, without_nones
 from fastdpo.types import PreferenceRow
 
 AUTO = "auto"
-FORMATS = (*ADAPTERS, *FORMS)
+FORMATS = (EXPLICIT, *ADAPTERS, *FORMS)  # the first that fits: a prompt that somebody added to a dataset counts
 FORMAT_NAMES = tuple(dict.fromkeys(row_format.name for row_format in (*FORMATS, *SFT_FORMS)))
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 QUESTION_COLUMNS = ("question", "query", "input", "instruction", "history", "context")  # never read by `implicit`
@@ -64,12 +64,11 @@ def read_row(example: Example, dataset_format: str, *, is_sft: bool) -> tuple[Pr
             f"dataset must hold text only, got the columns {media}; vision and audio models are not supported"
         )
     row_format = choose_format(example, dataset_format, is_sft=is_sft)
-    row = row_format.read(example)
+    row = _read(row_format, example)
     if dataset_format == AUTO and row_format.name == "implicit":
         _check_question(example, row)
     if is_sft:
-        chosen = row.preferences[0][0] if row.preferences else 0
-        row = PreferenceRow(row.prompt, (row.responses[chosen],), preferences=())
+        row = PreferenceRow(row.prompt, (row.responses[best_response(row.preferences)],), preferences=())
     return row, row_format
 
 
@@ -85,17 +84,18 @@ def choose_format(example: Example, dataset_format: str, *, is_sft: bool) -> Row
     named = [row_format for row_format in formats if row_format.name == dataset_format]
     if not named:
         raise ValueError(f"dataset_format must be a format of preferences, got {dataset_format!r}, which has none")
-    for row_format in named:
+    regrouped_form = (RANKED,) if any(row_format.regroup for row_format in named) else ()
+    for row_format in (*named, *regrouped_form):
         if row_format.fits(example):
             return row_format
-    needed = " or ".join(", ".join(f.columns) for f in named if f.regroup is not None or not _is_regrouped(f, named))
+    needed = " or ".join(", ".join(row_format.columns) for row_format in named)
     raise ValueError(f"dataset_format {dataset_format!r} needs the columns {needed}, got {sorted(example)}")
 
 
 def regrouped(
     examples: Iterable[Example], first: Example, dataset_format: str, *, is_sft: bool
-) -> tuple[Iterator[Example], str] | None:
-    """Rows that are one prompt each and the name of their format, where those of the dataset are not; else None.
+) -> Iterator[Example] | None:
+    """Rows of the form `ranked`, one for each prompt, where those of the dataset are something else; or None.
 
     Args:
         examples: all rows of the dataset.
@@ -105,7 +105,7 @@ def regrouped(
         row_format = choose_format(first, dataset_format, is_sft=is_sft)
     except ValueError:  # told with its row when it is read
         return None
-    return None if row_format.regroup is None else (row_format.regroup(examples), row_format.name)
+    return None if row_format.regroup is None else row_format.regroup(examples)
 
 
 def template_kwargs(example: Example) -> dict[str, Any]:
@@ -133,9 +133,12 @@ def _from_json(text: str, column: str) -> Any:
         raise BadRow(f"{column} is not JSON") from None
 
 
-def _is_regrouped(row_format: RowFormat, formats: list[RowFormat]) -> bool:
-    """Whether its rows are made here, so that no dataset has its columns under that name."""
-    return row_format.by_name_only and any(other.regroup is not None for other in formats)
+def _read(row_format: RowFormat, example: Example) -> PreferenceRow:
+    """The row; one whose columns hold something else than the format's, as None for a list, is a bad row."""
+    try:
+        return row_format.read(example)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise BadRow(f"not a row of {row_format.name} ({type(error).__name__}: {error})") from error
 
 
 def _is_filled(value: Any) -> bool:

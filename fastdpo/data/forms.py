@@ -36,10 +36,19 @@ def explicit_prompt(example: Example) -> PreferenceRow:
     if not any(holds_messages(value) for value in (prompt, *responses)):
         return PreferenceRow(as_text(prompt, "prompt"), tuple(as_text(r, "response") for r in responses))
     question = as_messages(prompt, "user", "prompt")
-    answers = [as_messages(response, "assistant", "response") for response in responses]
+    return answered(question, *responses, may_repeat=isinstance(prompt, str))
+
+
+def answered(question: list[Message], chosen: Any, rejected: Any, *, may_repeat: bool) -> PreferenceRow:
+    """A question in messages and two answers, in text, messages or whole conversations that begin with the question.
+
+    Args:
+        may_repeat: conversations that begin otherwise, as with a system message, hold the question too.
+    """
+    answers = [as_messages(answer, "assistant", "response") for answer in (chosen, rejected)]
     if all(answer[: len(question)] == question for answer in answers):
         return PreferenceRow(question, tuple(answer[len(question) :] for answer in answers))
-    if isinstance(prompt, str) and all(answer and answer[0]["role"] in ("system", "user") for answer in answers):
+    if may_repeat and all(answer and answer[0]["role"] in ("system", "user") for answer in answers):
         return split_conversations(*answers)
     return PreferenceRow(question, tuple(answers))
 
@@ -134,10 +143,19 @@ def text_sft(example: Example) -> PreferenceRow:
 
 
 def task_prompt(example: Example) -> str:
-    """Alpaca's headings, without its preamble: the same words before every task would only cost tokens."""
+    """Alpaca's headings, without its preamble: the same words before every task would only cost tokens. A system prompt
+    stands in front without a name.
+
+    Raises:
+        BadRow: earlier turns, LLaMA-Factory's `history`, for which there is no heading.
+    """
+    if example.get("history"):
+        raise BadRow("earlier turns beside an instruction")
+    system = as_text(example.get("system") or "", "prompt")
     task, task_input = as_text(example["instruction"], "prompt"), as_text(example.get("input") or "", "prompt")
     middle = f"### Input:\n{task_input}\n\n" if task_input else ""
-    return f"### Instruction:\n{task}\n\n{middle}### Response:\n"
+    start = f"{system}\n\n" if system else ""
+    return f"{start}### Instruction:\n{task}\n\n{middle}### Response:\n"
 
 
 def as_transcript(row: PreferenceRow) -> PreferenceRow:
@@ -161,7 +179,8 @@ def _common_text(chosen: str, rejected: str) -> str:
     """
     start = chosen[: common_prefix_length(chosen, rejected)]
     if len(start) == min(len(chosen), len(rejected)):
-        start = start.rstrip().rpartition(" ")[0]
+        start = start.rstrip()
+        start = start[: len(start) - len(start.split()[-1])] if start else ""
     return start[:-1] if start.endswith(" ") else start
 
 
@@ -199,11 +218,9 @@ def _last_answer(messages: list[Message]) -> PreferenceRow:
     return PreferenceRow(messages[:-1], (messages[-1:],), preferences=())
 
 
-FORMS = (  # after the adapters; the first whose columns are all there wins
-    RowFormat("explicit", ("prompt", "chosen", "rejected"), explicit_prompt),
-    RowFormat("ranked", ("prompt", "responses", "scores"), ranked, may_be_transcript=True),
-    RowFormat("implicit", ("chosen", "rejected"), implicit_prompt),
-)
+EXPLICIT = RowFormat("explicit", ("prompt", "chosen", "rejected"), explicit_prompt)
+RANKED = RowFormat("ranked", ("prompt", "responses", "scores"), ranked, may_be_transcript=True)
+FORMS = (RANKED, RowFormat("implicit", ("chosen", "rejected"), implicit_prompt))
 SFT_FORMS = (
     RowFormat("prompt_completion", ("prompt", "completion"), prompt_completion),
     RowFormat("messages", ("messages",), messages_sft),

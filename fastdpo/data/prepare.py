@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.arrow import arrow_column
@@ -83,8 +82,7 @@ def _prepare(
     if isinstance(dataset, IterableDataset):
         _refuse_media(dataset)
         return prepare_stream(dataset, tokenizer, settings, is_sft=is_sft)
-    dataset, name = one_prompt_a_row(_checked_dataset(dataset), settings.dataset_format, is_sft=is_sft)
-    settings = replace(settings, dataset_format=name)
+    dataset = one_prompt_a_row(_checked_dataset(dataset), settings.dataset_format, is_sft=is_sft)
     fingerprint = tokens_fingerprint(dataset, tokenizer, settings=settings, is_sft=is_sft)
     prepared = dataset.map(
         prepare_example,
@@ -130,8 +128,8 @@ def _refuse_media(dataset: Dataset | IterableDataset) -> None:
         raise ValueError(f"dataset must hold text only, got the columns {media}; vision and audio are not supported")
 
 
-def one_prompt_a_row(dataset: Dataset, dataset_format: str, *, is_sft: bool) -> tuple[Dataset, str]:
-    """Trees and single answers as rows of ranked answers; any other dataset as it is. With the format to read it by.
+def one_prompt_a_row(dataset: Dataset, dataset_format: str, *, is_sft: bool) -> Dataset:
+    """Trees and single answers as rows of ranked answers; any other dataset as it is.
 
     To be called before a dataset is divided, or the answers to a prompt would fall into several parts.
 
@@ -141,11 +139,11 @@ def one_prompt_a_row(dataset: Dataset, dataset_format: str, *, is_sft: bool) -> 
     examples = (raw_example(example) for example in dataset)
     rows = regrouped(examples, raw_example(dataset[0]), dataset_format, is_sft=is_sft)
     if rows is None:
-        return dataset, dataset_format
-    grouped, name = list(rows[0]), rows[1]
+        return dataset
+    grouped = list(rows)
     if not grouped:
         raise ValueError(f"dataset must hold at least one prompt with ranked answers, {len(dataset)} rows hold none")
-    return dataset_from_rows(grouped), name
+    return dataset_from_rows(grouped)
 
 
 def _report(states: Dataset, kind: str) -> DataReport:

@@ -16,7 +16,7 @@ from fastdpo.data.forms import as_transcript
 from fastdpo.data.loading import raw_example
 from fastdpo.data.loss_rows import as_ranking, with_shared_parts
 from fastdpo.data.tokenization import TokenizationSettings, encode_row, truncate
-from fastdpo.data.values import BadRow
+from fastdpo.data.values import BadRow, best_response
 from fastdpo.types import PreferenceRow, TokenizedGroup
 
 GROUP_COLUMNS = ("prompt_ids", "responses", "loss_masks", "ref_logps", "preferences")
@@ -143,7 +143,7 @@ def _tokenized_group(example: Mapping[str, Any], is_sft: bool) -> TokenizedGroup
         if not group.preferences:
             raise BadRow("no response is better than another")
         return group
-    chosen = group.preferences[0][0] if group.preferences else 0
+    chosen = best_response(group.preferences)
     masks = None if group.loss_masks is None else [group.loss_masks[chosen]]
     return TokenizedGroup(group.prompt_ids, [group.responses[chosen]], masks, preferences=())
 

@@ -74,6 +74,15 @@ def without_nones(value: Any) -> Any:
     return [without_nones(item) for item in value] if isinstance(value, list) else value
 
 
+def best_response(preferences: Sequence[Sequence[int]]) -> int:
+    """The response with the most comparisons won beyond those lost, the first of several; 0 where none is compared."""
+    lead: dict[int, int] = {}
+    for chosen, rejected in preferences:
+        lead[chosen] = lead.get(chosen, 0) + 1
+        lead[rejected] = lead.get(rejected, 0) - 1
+    return max(sorted(lead), key=lambda response: lead[response], default=0)
+
+
 def common_prefix_length(items: Sequence[Any], other: Sequence[Any]) -> int:
     """Number of leading characters, messages or tokens that both share."""
     for position, (a, b) in enumerate(zip(items, other, strict=False)):

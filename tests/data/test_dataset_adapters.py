@@ -71,6 +71,19 @@ HELPSTEER3 = {
 }
 ORCA = {"system": "Be kind.", "question": "Hi?", "chosen": "Hello!", "rejected": "Go."}
 DISTILABEL_ORCA = {"system": "", "input": "Hi?", "chosen": "Hello!", "rejected": "Go.", "rating": [9, 4], "status": "x"}
+BE_KIND = {"role": "system", "content": "Be kind."}
+ORCA_IN_MESSAGES = {**ORCA, "chosen": [said("Hello!")], "rejected": [said("Go.")]}
+ORCA_IN_CONVERSATIONS = {
+    **ORCA,
+    "chosen": [BE_KIND, user("Hi?"), said("Hello!")],
+    "rejected": [BE_KIND, user("Hi?"), said("Go.")],
+}
+ALPACA = {"instruction": "Add.", "input": "1", "system": "Be kind.", "history": [], "chosen": "2", "rejected": "3"}
+SHARE_GPT = {
+    "conversations": [{"from": "human", "value": "Hi?"}],
+    "chosen": [user("Hi?"), said("Hello!")],  # where it says the question again, it is not asked twice
+    "rejected": [user("Hi?"), said("Go.")],
+}
 BINARIZED = {
     "prompt": "Hi?",
     "prompt_id": "0f",
@@ -88,8 +101,12 @@ PAIRS = [
     ("tldr", TLDR, "SUBREDDIT: r/tifu\n\nTITLE: Me\n\nPOST: I like it.\n\nTL;DR:", " Short.", " Dull."),
     ("helpsteer", HELPSTEER2, [user("c#"), said("Yes?"), user("more")], [said("One.")], [said("Two.")]),
     ("helpsteer", HELPSTEER3, [user("Hi?")], [said("Two.")], [said("One.")]),
-    ("orca", ORCA, [{"role": "system", "content": "Be kind."}, user("Hi?")], [said("Hello!")], [said("Go.")]),
+    ("orca", ORCA, [BE_KIND, user("Hi?")], [said("Hello!")], [said("Go.")]),
     ("orca", DISTILABEL_ORCA, [user("Hi?")], [said("Hello!")], [said("Go.")]),
+    ("orca", ORCA_IN_CONVERSATIONS, [BE_KIND, user("Hi?")], [said("Hello!")], [said("Go.")]),
+    ("orca", ORCA_IN_MESSAGES, [BE_KIND, user("Hi?")], [said("Hello!")], [said("Go.")]),
+    ("llms_from_scratch", ALPACA, "Be kind.\n\n### Instruction:\nAdd.\n\n### Input:\n1\n\n### Response:\n", "2", "3"),
+    ("llama_factory", SHARE_GPT, [user("Hi?")], [said("Hello!")], [said("Go.")]),
     ("ultrafeedback_binarized", BINARIZED, [user("Hi?")], [said("Hello!")], [said("Go.")]),
     ("explicit", EXPLICIT, "Hi?", "Hello!", "Go."),
 ]
@@ -124,6 +141,8 @@ def test_articles_of_the_tldr_evaluation_have_no_subreddit():
         ({**HELPSTEER2, "preference_strength": 0}, "no response is better than another"),
         ({**HELPSTEER3, "overall_preference": 0}, "no response is better than another"),
         ({**TLDR, "choice": None}, "choice is not one of two summaries"),
+        ({**SHP, "labels": None}, "no response is better than another"),
+        ({**ALPACA, "history": [["Hi?", "Yes?"]]}, "earlier turns beside an instruction"),
     ],
 )
 def test_ties_and_nearly_equal_scores_are_left_out_with_a_reason(example, reason):
@@ -165,6 +184,14 @@ NECTAR = {
     "source": ["lmsys-chat-1m"],
     "good_natured": True,
 }
+FINE_GRAINED = {
+    "question": "Why?",
+    "passages": [["It", "It rained.", "It poured."]],
+    "gold": "g",
+    **{f"prediction {i}": text for i, text in enumerate(("one", "two", "three", "four"), start=1)},
+    "feedback": {},
+    "preference": [2, 0, 1, 0, 1, 0],  # 2 before 1, 1 before 4, 2 before 4
+}
 STACK = {
     "qid": 5,
     "question": "<p>What is <code>x</code> &amp; y?</p>",
@@ -182,6 +209,24 @@ STACK = {
     "date": "2010",
     "metadata": [],
 }
+
+
+@pytest.mark.parametrize(
+    ("example", "reason"),
+    [
+        ({**STACK, "answers": None}, "not a row of stack_exchange (TypeError: 'NoneType' object is not iterable)"),
+        (
+            {**ULTRAFEEDBACK, "completions": [{"response": "a"}]},
+            "not a row of ultrafeedback (KeyError: 'fine-grained_score')",
+        ),
+        ({**NECTAR, "answers": [{"answer": "a", "rank": None}]}, "not a row of nectar (TypeError: bad operand"),
+        ({**TLDR, "info": None}, "not a row of tldr (AttributeError: 'NoneType' object has no attribute 'get')"),
+    ],
+)
+def test_a_row_that_holds_something_else_than_its_format_is_bad_and_the_others_are_not(example, reason):
+    with pytest.raises(BadRow) as caught:
+        preference_row(example)
+    assert caught.value.reason.startswith(reason)
 
 
 def test_ultrafeedback_is_one_group_ranked_by_the_mean_of_its_ratings():
@@ -205,8 +250,26 @@ def test_stack_exchange_answers_are_ranked_by_votes_and_equal_votes_make_no_pair
     assert row.preferences == ((0, 1), (0, 2))
 
 
+def test_many_answers_of_a_question_are_thinned_out_to_five_from_the_best_to_the_worst():
+    answers = [{**STACK["answers"][0], "pm_score": score, "text": f"<p>{score}</p>"} for score in range(30)]
+    row = preference_row({**STACK, "answers": answers})
+    assert [response[0]["content"] for response in row.responses] == ["29", "22", "15", "7", "0"]
+    assert row.preferences == tuple((i, j) for i in range(5) for j in range(i + 1, 5))
+    assert len(preference_row({**STACK, "answers": answers[:5]}).preferences) == 10
+
+
+def test_the_choice_of_each_two_predictions_is_kept_as_it_was_made():
+    row = preference_row(FINE_GRAINED)
+    assert row.prompt == [user("It rained. It poured.\n\nWhy?")]
+    assert row.responses == tuple([said(text)] for text in ("one", "two", "four"))
+    assert row.preferences == ((1, 0), (0, 2), (1, 2))
+    with pytest.raises(BadRow, match="not a choice for each two"):
+        preference_row({**FINE_GRAINED, "preference": [1, 2]})
+
+
 def test_sft_takes_the_best_answer_of_a_group():
     assert sft_row(NECTAR).responses == ([said("la1")],)
+    assert sft_row(FINE_GRAINED).responses == ([said("two")],)
 
 
 def test_html_becomes_text():
@@ -318,6 +381,11 @@ def test_a_question_that_nobody_would_read_is_an_error_with_a_way_out():
     assert preference_row(example, "implicit").responses == ("So.", "No.")
     repeated = {"question": "Why?", "chosen": [user("Why?"), said("So.")], "rejected": [user("Why?"), said("No.")]}
     assert preference_row(repeated).prompt == [user("Why?")]
+
+
+@pytest.mark.parametrize("example", [ORCA, SHP, ALPACA, SHARE_GPT, STACK, NECTAR])
+def test_columns_that_somebody_added_for_trl_count_more_than_those_of_the_dataset(example):
+    assert preference_row({**example, **EXPLICIT}).prompt == "Hi?"
 
 
 def test_squad_like_rows_are_not_taken_for_stack_exchange():

@@ -26,6 +26,7 @@ def test_text_with_explicit_prompt_is_taken_as_it_is():
         ("Q?\nyes", "Q?\nno", ("Q?\n", "yes", "no")),
         ("A: yes", "A: yes, sir", ("A:", " yes", " yes, sir")),  # one side is the start of the other
         ("A: yes, sir", "A: yes", ("A:", " yes, sir", " yes")),
+        ("Q?\nyes", "Q?\nyes, sir", ("Q?\n", "yes", "yes, sir")),
         ("問:是", "問:否", ("問:", "是", "否")),
         ("ab", "xy", ("", "ab", "xy")),
     ],

@@ -7,7 +7,7 @@ rows of the form `ranked` first. Refused with BadRow: a prompt of which no answe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from fastdpo.data.adapters.building import assistant, html_text, ranked_answers, transcript_messages, user
@@ -16,17 +16,26 @@ from fastdpo.data.forms import ranked
 from fastdpo.data.values import BadRow, Example, RowFormat, as_text
 from fastdpo.types import Message, PreferenceRow
 
+STACK_EXCHANGE_ANSWERS = 5  # most answers to a question
 _FINE_GRAINED_PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # the order of its column `preference`
 
 
 def stack_exchange(example: Example) -> PreferenceRow:
-    """HuggingFaceH4/stack-exchange-preferences: answers as HTML, ranked by `pm_score`, a logarithm of their votes."""
+    """HuggingFaceH4/stack-exchange-preferences: answers as HTML, ranked by `pm_score`, a logarithm of their votes.
+
+    Of a question with more, five answers, evenly spread from the best to the worst, make at most ten pairs: as many as
+    StackLLaMA (Beeching et al. 2023) takes of a question. All pairs of thirty answers would be 435.
+    """
     answers = example["answers"]
-    return ranked_answers(
+    row = ranked_answers(
         [user(html_text(example["question"]))],
         [html_text(answer["text"]) for answer in answers],
         [answer["pm_score"] for answer in answers],
     )
+    last = len(row.responses) - 1
+    if last < STACK_EXCHANGE_ANSWERS:
+        return row
+    return _with_only(row, [round(i * last / (STACK_EXCHANGE_ANSWERS - 1)) for i in range(STACK_EXCHANGE_ANSWERS)])
 
 
 def ultrafeedback(example: Example) -> PreferenceRow:
@@ -56,17 +65,26 @@ def fine_grained_rlhf(example: Example) -> PreferenceRow:
     The prompt is the question after the passages that it is to be answered from.
     """
     passages = [" ".join(_without_title(passage)) for passage in example["passages"]]
-    responses = [assistant(example[f"prediction {i}"]) for i in (1, 2, 3, 4)]
+    responses = tuple(assistant(example[f"prediction {i}"]) for i in (1, 2, 3, 4))
+    choices = example["preference"]
+    if len(choices) != len(_FINE_GRAINED_PAIRS):
+        raise BadRow("preference is not a choice for each two of four predictions")
     pairs = []
-    for (first, second), choice in zip(_FINE_GRAINED_PAIRS, example["preference"], strict=True):
+    for (first, second), choice in zip(_FINE_GRAINED_PAIRS, choices, strict=True):
         if choice in (1, 2) and responses[first] != responses[second]:
             pairs.append((first, second) if choice == 1 else (second, first))
     if not pairs:
         raise BadRow("no response is better than another")
-    place = {old: new for new, old in enumerate(sorted({index for pair in pairs for index in pair}))}
     prompt = "\n\n".join([*passages, as_text(example["question"], "prompt")])
-    compared = tuple(responses[index] for index in place)
-    return PreferenceRow([user(prompt)], compared, tuple((place[better], place[worse]) for better, worse in pairs))
+    row = PreferenceRow([user(prompt)], responses, tuple(pairs))
+    return _with_only(row, sorted({index for pair in pairs for index in pair}))
+
+
+def _with_only(row: PreferenceRow, kept: Sequence[int]) -> PreferenceRow:
+    """The group with these of its responses, in this order, and the preferences between them."""
+    place = {old: new for new, old in enumerate(kept)}
+    preferences = tuple((place[a], place[b]) for a, b in row.preferences if a in place and b in place)
+    return PreferenceRow(row.prompt, tuple(row.responses[index] for index in kept), preferences)
 
 
 def _without_title(passage: list[str]) -> list[str]:
@@ -118,12 +136,6 @@ def helpsteer_answers(rows: Iterable[Example]) -> Iterator[Example]:
         }
 
 
-def _regrouped(name: str, columns: tuple[str, ...], regroup: Any, signature: tuple[str, ...] = ()) -> list[RowFormat]:
-    """The format of the file, and that of the rows that `regroup` makes of it."""
-    rows = RowFormat(name, ("prompt", "responses", "scores"), ranked, by_name_only=True, may_be_transcript=True)
-    return [RowFormat(name, columns, ranked, signature=signature, regroup=regroup), rows]
-
-
 GROUPS = (
     RowFormat("stack_exchange", ("question", "answers"), stack_exchange, signature=("qid",), may_be_transcript=True),
     RowFormat("ultrafeedback", ("instruction", "completions"), ultrafeedback, may_be_transcript=True),
@@ -134,12 +146,24 @@ GROUPS = (
         fine_grained_rlhf,
         may_be_transcript=True,
     ),
-    *_regrouped("open_assistant", ("message_tree_id", "prompt"), open_assistant_trees, signature=("tree_state",)),
-    *_regrouped("open_assistant", ("message_id", "parent_id", "text", "role", "rank"), open_assistant_messages),
-    *_regrouped(
+    RowFormat(
+        "open_assistant",
+        ("message_tree_id", "prompt"),
+        ranked,
+        signature=("tree_state",),
+        regroup=open_assistant_trees,
+    ),
+    RowFormat(
+        "open_assistant",
+        ("message_id", "parent_id", "text", "role", "rank"),
+        ranked,
+        regroup=open_assistant_messages,
+    ),
+    RowFormat(
         "helpsteer",
         ("prompt", "response", "helpfulness"),
-        helpsteer_answers,
+        ranked,
         signature=("correctness", "coherence", "complexity", "verbosity"),
+        regroup=helpsteer_answers,
     ),
 )

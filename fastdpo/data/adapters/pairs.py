@@ -8,13 +8,14 @@ from __future__ import annotations
 from fastdpo.data.adapters.building import assistant, better_first, system, transcript_messages, user
 from fastdpo.data.forms import (
     HUMAN_TURN,
+    answered,
     explicit_prompt,
     implicit_prompt,
     share_gpt_prompt,
     split_conversations,
     task_prompt,
 )
-from fastdpo.data.values import BadRow, Example, RowFormat, as_messages, as_text
+from fastdpo.data.values import BadRow, Example, RowFormat, as_messages, as_text, holds_messages
 from fastdpo.types import PreferenceRow
 
 SHP_LEAST_RATIO = 2.0  # of the scores of two comments: what the DPO release and SHP's authors train on
@@ -37,7 +38,7 @@ def shp(example: Example) -> PreferenceRow:
     scores = [max(float(example[name] or 0), 1.0) for name in ("score_A", "score_B")]
     if max(scores) / min(scores) < SHP_LEAST_RATIO:
         raise BadRow("score ratio below 2")
-    lead = 1 if example["labels"] == 1 else -1
+    lead = {1: 1, 0: -1}.get(example["labels"], 0)
     return better_first([user(example["history"])], example["human_ref_A"], example["human_ref_B"], lead)
 
 
@@ -90,18 +91,16 @@ def helpsteer_prompt(prompt: object) -> list[dict[str, object]]:
 
 
 def orca(example: Example) -> PreferenceRow:
-    """Intel/orca_dpo_pairs; argilla's distilabel version of it calls the question `input`."""
+    """Intel/orca_dpo_pairs; argilla's distilabel version calls the question `input`, HuggingFaceH4's answers in whole
+    conversations."""
     question = example["question"] if "question" in example else example["input"]
     prompt = [*system(example.get("system")), user(question)]
-    return PreferenceRow(prompt, (assistant(example["chosen"]), assistant(example["rejected"])))
+    return answered(prompt, example["chosen"], example["rejected"], may_repeat=True)
 
 
 def llama_factory(example: Example) -> PreferenceRow:
     """LLaMA-Factory's ShareGPT-like pairs: messages of `from` and `value`, one answer per side."""
-    prompt = share_gpt_prompt(example)
-    return PreferenceRow(
-        prompt, tuple(as_messages(example[side], "assistant", "response") for side in ("chosen", "rejected"))
-    )
+    return answered(share_gpt_prompt(example), example["chosen"], example["rejected"], may_repeat=True)
 
 
 def llama_factory_v1(example: Example) -> PreferenceRow:
@@ -113,9 +112,10 @@ def llama_factory_v1(example: Example) -> PreferenceRow:
 
 def llms_from_scratch(example: Example) -> PreferenceRow:
     """Raschka's "LLMs from scratch", and Alpaca-like pairs: a task, optionally its input. `output` is ignored."""
-    return PreferenceRow(
-        task_prompt(example), tuple(as_text(example[side], "response") for side in ("chosen", "rejected"))
-    )
+    chosen, rejected = example["chosen"], example["rejected"]
+    if holds_messages(chosen) or holds_messages(rejected):
+        return answered([user(task_prompt(example))], chosen, rejected, may_repeat=True)
+    return PreferenceRow(task_prompt(example), (as_text(chosen, "response"), as_text(rejected, "response")))
 
 
 PAIRS = (
@@ -140,10 +140,10 @@ PAIRS = (
     RowFormat(
         "helpsteer", ("context", "response1", "response2", "overall_preference"), helpsteer3, may_be_transcript=True
     ),
+    RowFormat("llms_from_scratch", ("instruction", "chosen", "rejected"), llms_from_scratch),
     RowFormat("orca", ("question", "chosen", "rejected"), orca, signature=("system",), may_be_transcript=True),
     RowFormat("orca", ("input", "chosen", "rejected"), orca, signature=("system",), may_be_transcript=True),
     RowFormat("ultrafeedback_binarized", ("prompt", "chosen", "rejected"), explicit_prompt, by_name_only=True),
     RowFormat("llama_factory", ("chosen_messages", "rejected_messages"), llama_factory_v1),
     RowFormat("llama_factory", ("conversations", "chosen", "rejected"), llama_factory),
-    RowFormat("llms_from_scratch", ("instruction", "chosen", "rejected"), llms_from_scratch),
 )
