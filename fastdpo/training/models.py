@@ -81,8 +81,7 @@ def model_name(model: str | nn.Module) -> str:
 
 def check_model_folder(name: str) -> None:
     """What a local path must be, said before libraries take it for a name on the Hub."""
-    path = Path(name).expanduser()
-    if name.startswith((".", "/", "~")) and not path.is_dir():
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise ValueError(f"model must be a local directory or a model name on the Hub, there is no directory {name}")
 
 
@@ -92,7 +91,7 @@ def adapter_base(name: str) -> str | None:
     Raises:
         ValueError: the adapter does not say what it was trained on.
     """
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         return None
     base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
@@ -248,10 +247,10 @@ def forget_accelerate(model: nn.Module) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability to 0: modules, and the plain attributes that attention layers read."""
+    """Sets every dropout probability to 0: modules, and the plain attributes that layers read."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout", "attn_dropout"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)

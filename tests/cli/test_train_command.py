@@ -187,6 +187,7 @@ def test_bad_data_is_refused_and_nothing_is_written(capsys, model_dir, tmp_path,
         (("--beta", "much"), "invalid float value"),
         (("--dataset", "missing.json"), "does not exist: missing.json"),
         (("--model", "/no/such/model"), "there is no directory /no/such/model"),
+        (("--model", "~"), "there is no directory ~"),  # which shells expand, and nothing else
         (("--lora_r", "8"), "lora_r must go with use_peft"),
         (("--report_to", "no_such_logger"), "no_such_logger"),
         (("--config", "missing.yaml"), "config must be an existing file"),

@@ -9,6 +9,7 @@ from tiny_runs import tiny_trainer
 
 from fastdpo import DPOConfig, PackedBatch, TokenizedPair, pack_pairs
 from fastdpo.training.collator import PackingCollator
+from fastdpo.training.models import disable_dropout
 
 
 def trained(tmp_path, **settings):
@@ -142,6 +143,20 @@ def test_policy_and_reference_are_loaded_in_the_dtype_asked_for_by_either_name(t
     fast = tiny_trainer(tmp_path, model=folder, ref_model=folder, model_init_kwargs={name: value})
     dtypes = {p.dtype for model in (fast.model, fast.reference.model) for p in model.parameters()}
     assert dtypes == {torch.bfloat16}
+
+
+def test_no_dropout_is_left_wherever_a_model_keeps_its_probability():
+    from transformers import BloomConfig, BloomForCausalLM, XGLMConfig, XGLMForCausalLM
+
+    sizes = {"vocab_size": 32, "d_model": 16, "ffn_dim": 32, "num_layers": 1, "attention_heads": 2}
+    everywhere = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.5)
+    bloom = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2, hidden_dropout=0.5, attention_dropout=0.5)
+    for model in (XGLMForCausalLM(XGLMConfig(**sizes, **everywhere)), BloomForCausalLM(bloom)):
+        ids = torch.arange(5)[None]
+        expected = model.eval()(ids).logits
+        assert not torch.equal(model.train()(ids).logits, expected)
+        disable_dropout(model)
+        assert torch.equal(model(ids).logits, expected)
 
 
 def test_model_init_kwargs_beside_a_loaded_model_are_said_to_do_nothing(tmp_path, caplog):
