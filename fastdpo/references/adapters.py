@@ -161,6 +161,12 @@ def without_reference_adapter(model: Any) -> Iterator[None]:
             model.peft_config[REFERENCE_ADAPTER] = config
 
 
+def without_reference_weights(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state without the weights of "ref": PEFT leaves out those of adapters that it knows of, and saves others."""
+    end = f".{REFERENCE_ADAPTER}"
+    return {name: weight for name, weight in state_dict.items() if not (f"{end}." in name or name.endswith(end))}
+
+
 def _entries(peft_model: Any, name: str) -> Iterator[Any]:
     """What an adapter consists of: modules and tensors, each from a dict by names of adapters."""
     for module in peft_model.modules():

@@ -23,10 +23,13 @@ from fastdpo.metrics import SumAndWeight, pair_metrics, token_metrics
 from fastdpo.modeling import packed_loss
 from fastdpo.references import AdapterReference, DatasetReference, NoReference, Reference
 from fastdpo.references.adapters import (
+    REFERENCE_ADAPTER,
     brings_reference,
     copy_adapter_as_reference,
+    is_peft_model,
     starts_from_adapter,
     without_reference_adapter,
+    without_reference_weights,
 )
 from fastdpo.references.cache import LogpsCache
 from fastdpo.references.precompute import Scorer, fill_ref_logps
@@ -184,6 +187,8 @@ class DPOTrainer(TokenMeans, FeaturedTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Trainer's, without the reference's adapter: it is where training started, and no part of what came out."""
+        if is_peft_model(self.model) and REFERENCE_ADAPTER in self.model.peft_config:
+            state_dict = without_reference_weights(self.model.state_dict() if state_dict is None else state_dict)
         with without_reference_adapter(self.model):
             super()._save(output_dir, state_dict)
 
