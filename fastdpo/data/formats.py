@@ -79,8 +79,13 @@ def choose_format(example: Example, dataset_format: str, *, is_sft: bool) -> Row
         for row_format in formats:
             if row_format.is_unmistakable(example):
                 return row_format
-        known = "; ".join(f"{f.name}: {', '.join(f.columns)}" for f in formats if not f.by_name_only)
-        raise ValueError(f"dataset must have the columns of a known format ({known}), got {sorted(example)}")
+        forms = (EXPLICIT, *FORMS, *(SFT_FORMS if is_sft else ()))
+        known = "; ".join(f"{form.name}: {', '.join(form.columns)}" for form in forms)
+        published = ", ".join(dict.fromkeys(adapter.name for adapter in ADAPTERS if not adapter.by_name_only))
+        raise ValueError(
+            f"dataset must have the columns of a known format ({known}; or those of a dataset as it is published:"
+            f" {published}), got {sorted(example)}"
+        )
     named = [row_format for row_format in formats if row_format.name == dataset_format]
     if not named:
         raise ValueError(f"dataset_format must be a format of preferences, got {dataset_format!r}, which has none")

@@ -100,9 +100,15 @@ def call_compute_metrics(
         in_batches: `batch_eval_metrics` is set: the function takes `compute_result`, which is True in the one call
             over all pairs.
     Raises:
-        ValueError: it returned something else than a dict.
+        ValueError: it could not use what it got, as functions written for logits cannot, or returned no dict.
     """
-    metrics = compute_metrics(prediction, compute_result=True) if in_batches else compute_metrics(prediction)
+    try:
+        metrics = compute_metrics(prediction, compute_result=True) if in_batches else compute_metrics(prediction)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"compute_metrics must take predictions as a dict of (N,) arrays ({', '.join(PAIR_VALUES)}) and label_ids"
+            f" as (N, 2) counts of tokens; no logits exist. It raised {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(metrics, dict):
         raise ValueError(f"compute_metrics must return a dict of metrics by name, got {type(metrics).__name__}")
     return {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value for name, value in metrics.items()}

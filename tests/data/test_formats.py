@@ -132,8 +132,12 @@ def test_sft_rows_have_one_response_and_no_preference(example, prompt, response)
 
 
 def test_missing_columns_are_an_error_that_names_what_was_found_and_what_is_known():
-    with pytest.raises(ValueError, match=r"prompt, chosen, rejected.*got \['answer', 'question'\]"):
+    with pytest.raises(
+        ValueError, match=r"\(explicit: prompt, chosen, rejected.*got \['answer', 'question'\]"
+    ) as error:
         preference_row({"question": "a", "answer": "b"})
+    assert "nectar" in str(error.value)
+    assert "score_A" not in str(error.value)  # of published datasets the names only: their columns drown all else
     with pytest.raises(ValueError, match=r"prompt, completion"):
         sft_row({"question": "a"})
 

@@ -135,6 +135,16 @@ def test_what_needs_inputs_or_returns_no_dict_is_refused(tmp_path):
         fast.evaluate()
 
 
+def test_a_function_that_reads_logits_is_told_what_there_is(tmp_path):
+    def accuracy_of_tokens(prediction):
+        logits, labels = prediction
+        return {"accuracy": (logits.argmax(-1) == labels).mean()}
+
+    fast = tiny_trainer(tmp_path, eval_dataset=ROWS, compute_metrics=accuracy_of_tokens)
+    with pytest.raises(ValueError, match=r"chosen_logps.*no logits exist.*AttributeError: 'dict' object"):
+        fast.evaluate()
+
+
 def test_an_evaluation_before_training_is_one_of_the_start(tmp_path):
     model = make_llama()
     expected = tiny_trainer(tmp_path, copy.deepcopy(model), eval_dataset=ROWS).evaluate()
