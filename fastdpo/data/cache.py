@@ -14,11 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# from an example to its columns
-MODULES = (
-    *("formats", "forms", "loading", "loss_rows", "prepare", "rows", "tokenization", "turns", "values"),
-    *("adapters/__init__", "adapters/building", "adapters/groups", "adapters/pairs"),
-)
 FOLDER = "fastdpo"  # in datasets' cache folder, for rows that datasets itself keeps in memory only
 
 
@@ -63,6 +58,7 @@ def _tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:
         f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
         Hasher.hash(tokenizer) if backend is None else backend.to_str(),
         sorted((name, str(token)) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()),
+        getattr(tokenizer, "split_special_tokens", None),  # no part of the backend's text
         template,
         date.today().isoformat() if "strftime_now" in template else None,  # templates that print the day
     )
@@ -72,4 +68,5 @@ def _tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:
 def _code_hash() -> str:
     from datasets.fingerprint import Hasher
 
-    return Hasher.hash([(Path(__file__).parent / f"{name}.py").read_text() for name in MODULES])
+    package = Path(__file__).parent
+    return Hasher.hash([file.read_text() for file in (package.parent / "types.py", *sorted(package.rglob("*.py")))])

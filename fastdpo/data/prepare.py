@@ -81,7 +81,7 @@ def _prepare(
         raise ValueError(f"tokenizer must be a text tokenizer, got {type(tokenizer).__name__}")
     if isinstance(dataset, IterableDataset):
         _refuse_media(dataset)
-        return prepare_stream(dataset, tokenizer, settings, is_sft=is_sft)
+        return prepare_stream(dataset.with_format(None), tokenizer, settings, is_sft=is_sft)
     dataset = one_prompt_a_row(_checked_dataset(dataset), settings.dataset_format, is_sft=is_sft)
     fingerprint = tokens_fingerprint(dataset, tokenizer, settings=settings, is_sft=is_sft)
     prepared = dataset.map(
@@ -95,6 +95,7 @@ def _prepare(
         new_fingerprint=fingerprint,
         cache_file_name=cache_file(dataset, fingerprint),
     )
+    prepared = prepared.with_format(None)  # a transform of the raw rows stays with them in `map`
     report = _report(prepared.select_columns(list(STATE_COLUMNS)), "examples" if is_sft else "pairs")
     if report.num_kept == 0:
         raise ValueError("dataset must hold at least one usable row: " + " ".join(report.lines()))
@@ -118,7 +119,8 @@ def _checked_dataset(dataset: Any) -> Dataset:
     _refuse_media(dataset)
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one row, got none")
-    return dataset
+    has_values_of_python = dataset.format["type"] in (None, "custom")  # custom: a transform, which makes the rows
+    return dataset if has_values_of_python else dataset.with_format(None)
 
 
 def _refuse_media(dataset: Dataset | IterableDataset) -> None:

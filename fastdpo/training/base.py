@@ -36,7 +36,7 @@ from fastdpo.training.memory import check_memory_settings
 from fastdpo.training.model_card import CardTrainer
 from fastdpo.training.models import check_lengths, check_token_ids, disable_dropout, forget_accelerate, head_dtype
 from fastdpo.training.rotary import warn_of_mixed_lengths
-from fastdpo.training.streams import check_stream_settings, guarded, is_stream
+from fastdpo.training.streams import check_stream_settings, guarded, is_stream, read_whole
 from fastdpo.training.token_budget import BudgetAtStart, check_can_split, check_row_sizes, steps_in_backward
 from fastdpo.types import PackedBatch
 
@@ -147,6 +147,8 @@ class PackedTrainer(CardTrainer):
         """Tokenized and reported, or None where there is none; a dataset that already is comes back as it is."""
         if dataset is None:
             return None
+        if is_stream(dataset) and name != "train" and self.args.world_size > 1:
+            dataset = read_whole(dataset)
         with self.args.main_process_first(desc=f"tokenizing the {name} dataset"):
             prepared, self.data_reports[name] = self._prepare_dataset(dataset)
         if is_stream(prepared):

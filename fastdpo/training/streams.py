@@ -12,16 +12,14 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers.utils import logging
 
 from fastdpo.data.arrow import arrow_column
+from fastdpo.data.loading import dataset_from_rows
 from fastdpo.data.rows import column_features
 from fastdpo.data.streaming import checked_stream
 from fastdpo.modeling.packed import bare_model
 from fastdpo.training.models import learned_positions
 from fastdpo.types import TokenizedGroup
-
-logger = logging.get_logger(__name__)
 
 _KNOWN_ROWS = 64
 
@@ -47,14 +45,15 @@ def check_stream_settings(args: Any, train_dataset: Any, eval_dataset: Any) -> N
         for name in ("regroup_dataset", "length_bucketing"):
             if getattr(args, name):
                 raise ValueError(f"{name} must be off where train_dataset is streamed: the order is the stream's")
-    if args.world_size > 1 and any(map(is_stream, evaluated)):
-        logger.warning(
-            "A streamed evaluation on several processes repeats rows to fill its last batches, and its metrics count"
-            " them: a dataset that is not streamed has exact ones."
-        )
     has_limit = args.max_tokens_per_microbatch is not None and args.on_oversized_row == "raise"
     if has_limit and any(map(is_stream, [train_dataset, *evaluated])):
         raise ValueError("on_oversized_row must be 'alone' with streamed data, whose rows are not known beforehand")
+
+
+def read_whole(stream: IterableDataset) -> Dataset:
+    """The rows of a stream that several processes evaluate: of a dataset it is known which rows are repeated so that
+    all have as many batches, and these do not count."""
+    return dataset_from_rows(list(stream.with_format(None)))
 
 
 def guarded(stream: IterableDataset, model: nn.Module, name: str) -> IterableDataset:

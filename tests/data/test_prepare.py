@@ -152,6 +152,25 @@ def test_preparing_a_prepared_dataset_changes_nothing(plain_tokenizer):
     assert second.tokens == first.tokens
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+def test_a_format_that_the_dataset_shows_its_rows_in_makes_no_difference(plain_tokenizer, kind):
+    expected, report = prepare_preference_dataset(ROWS, plain_tokenizer, SETTINGS)
+    shown = Dataset.from_list(ROWS).with_format(kind)
+    prepared, other = prepare_preference_dataset(shown, plain_tokenizer, SETTINGS)
+    assert (list(prepared), other) == (list(expected), report)
+    stream, _ = prepare_preference_dataset(shown.to_iterable_dataset(), plain_tokenizer, SETTINGS)
+    assert list(map(group_from_columns, stream)) == list(map(group_from_columns, expected))
+
+
+def test_a_transform_of_raw_rows_is_applied_to_them_alone(plain_tokenizer):
+    def answered(rows):
+        return {"prompt": rows["question"], "chosen": [" sat"] * len(rows["question"]), "rejected": rows["answer"]}
+
+    raw = Dataset.from_dict({"question": ["the cat"], "answer": [" ran"]}).with_transform(answered)
+    prepared, _ = prepare_preference_dataset(raw, plain_tokenizer, SETTINGS)
+    assert list(prepared) == list(prepare_preference_dataset(ROWS[:1], plain_tokenizer, SETTINGS)[0])
+
+
 def test_the_same_input_has_the_same_fingerprint_and_other_settings_another(plain_tokenizer):
     def fingerprint(settings):
         return prepare_preference_dataset(Dataset.from_list(ROWS), plain_tokenizer, settings)[0]._fingerprint

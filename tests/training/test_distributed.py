@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from processes import on_processes
 from tiny import make_llama, make_rows
 from tiny_runs import make_lora, tiny_trainer
@@ -23,6 +24,7 @@ def train(folder, mode, batch_size, accumulation=1):
         "lora": {"peft_config": make_lora(), "learning_rate": 1e-2, "sync_ref_model": True, "ref_model_sync_steps": 2},
         "none": {"reference_free": True, "loss_type": ["sigmoid", "sft"]},  # sft: a mean over the tokens of both
     }[mode]
+    evaluated = Dataset.from_list(make_rows(5, seed=1))
     predictions = []
 
     def compute_metrics(prediction):
@@ -35,7 +37,7 @@ def train(folder, mode, batch_size, accumulation=1):
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
-        eval_dataset=make_rows(5, seed=1),
+        eval_dataset=evaluated.to_iterable_dataset() if mode == "lora" else evaluated,
         compute_metrics=compute_metrics,
         **settings,
     )

@@ -1,7 +1,5 @@
 """Streams of rows (`datasets.IterableDataset`) for training and evaluation."""
 
-from types import SimpleNamespace
-
 import pytest
 import tiny_runs
 from datasets import Dataset, IterableDataset
@@ -10,7 +8,6 @@ from tiny_runs import losses
 
 from fastdpo import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from fastdpo.data.prepare import group_from_columns
-from fastdpo.training.streams import check_stream_settings
 from fastdpo.training.summary import summary_lines
 
 ROWS = make_rows(12)
@@ -60,16 +57,6 @@ def test_a_streamed_run_goes_on_from_a_checkpoint(tmp_path):
     run = trainer(tmp_path, stream(ROWS), **saving)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert [entry["loss"] for entry in run.state.log_history if "loss" in entry] == expected
-
-
-def test_a_streamed_evaluation_on_several_processes_is_warned_of(caplog):
-    args = DPOConfig("unused", use_cpu=True)
-    with caplog.at_level("WARNING"):
-        check_stream_settings(args, None, {"a": Dataset.from_list(ROWS)})
-        assert not caplog.records
-        several = SimpleNamespace(**{**vars(args), "world_size": 2})
-        check_stream_settings(several, None, {"a": stream(ROWS)})
-    assert "repeats rows" in caplog.text
 
 
 def test_streamed_evaluation_has_the_metrics_of_the_same_rows(tmp_path):
