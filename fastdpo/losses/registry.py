@@ -53,6 +53,7 @@ REFERENCE_FREE_LOSSES = ("simpo", "orpo", "cpo")
 LISTWISE_LOSSES = ("plackett_luce",)  # means over rankings, whose stages are the pairs
 TOKEN_LOSSES = ("sft",)  # means over tokens and nothing else: no comparison, so no reference, divergence or pair weight
 LIKELIHOOD_LOSSES = (*TOKEN_LOSSES, "orpo", "cpo")  # hold a mean over the chosen tokens of the optimizer step
+LENGTH_NORMALIZED = ("ipo", "sigmoid_norm", "simpo", "orpo")  # compare means over tokens: length itself earns nothing
 PER_TOKEN_REWARDS = ("simpo", "orpo")  # losses whose reward is beta times the log-prob per token
 SMOOTHED = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired", "simpo", "cpo")  # read label_smoothing
 # compare the two ratios alone, so that what f-DPO's reward has of the prompt cancels

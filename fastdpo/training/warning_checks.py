@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from fastdpo.losses.registry import LENGTH_NORMALIZED, LIKELIHOOD_LOSSES, LISTWISE_LOSSES, TOKEN_LOSSES
 
 CHOSEN_FALL = 10.0  # nats of a whole response: e^10, so 22,000 times less likely than it was
 SATURATED_ACCURACY = 0.99  # 2 or 3 of 256 pairs are still wrong: what is left to learn is noise of the labels
@@ -18,6 +21,7 @@ LENGTH_RATIO = 1.5  # of one side's mean length to the other's: beyond what an a
 SAMPLED_PROMPTS = 8  # of fewer, the mean length is one of chance
 START_SHARE = 1e-3  # of a log-prob: above what bf16 rounds off a sum over some hundred tokens
 START_NATS = 1e-2
+SFT_WEIGHT = 0.2  # of the supervised term that is suggested: felt where chosen log-probs fall, else below the main loss
 
 
 @dataclass(frozen=True)
@@ -26,14 +30,14 @@ class Progress:
 
     now: Mapping[str, float]  # over the last pairs
     first: Mapping[str, float]  # over the first as many pairs
-    best_margin: float  # of all such means so far
-    beta: float
+    best_margin: float  # of all such means so far; -inf where the reference moves, which makes margins small again
     has_reference: bool
+    args: Any  # the run's DPOConfig: what its loss is
 
     def logratio(self, side: str) -> float:
         """Policy against reference, nats per response; against the run's beginning where there is no reference."""
         if self.has_reference:
-            return self.now[f"rewards/{side}"] / self.beta
+            return self.now[f"rewards/{side}"] / self.args.beta
         return self.now[f"logps/{side}"] - self.first[f"logps/{side}"]
 
 
@@ -45,9 +49,20 @@ def chosen_falls(run: Progress) -> str | None:
     return (
         f"chosen responses have become less likely, by {fall:.1f} nats on average than {than}, while reward margins"
         f" have risen to {margin:.3f}. Training pushes both responses down and moves probability to texts that nobody"
-        ' chose. A term of supervised loss on the chosen ones holds them: loss_type=["sigmoid", "sft"],'
-        " loss_weights=[1.0, 0.2]; a larger beta or a lower learning rate help too"
+        f" chose. {_held_by(run.args)}; a larger beta or a lower learning rate help too"
     )
+
+
+def _held_by(args: Any) -> str:
+    """What keeps chosen responses likely, as settings of this run."""
+    names = args.loss_type
+    if any(name in LIKELIHOOD_LOSSES for name in names):
+        return "Give the term of the chosen responses' likelihood more weight (loss_weights, cpo_alpha)"
+    if any(name in LISTWISE_LOSSES for name in names):
+        return "A loss of pairs can be held by a term of supervised loss; this one stands alone"
+    losses, weights = [*names, "sft"], [*(args.loss_weights or [1.0] * len(names)), SFT_WEIGHT]
+    as_written = ", ".join(f'"{name}"' for name in losses)
+    return f"A term of supervised loss on the chosen ones holds them: loss_type=[{as_written}], loss_weights={weights}"
 
 
 def accuracy_saturated(run: Progress) -> str | None:
@@ -89,13 +104,18 @@ def logratio_blowup(run: Progress) -> str | None:
 def length_drift(run: Progress) -> str | None:
     chosen, rejected = run.now["lengths/chosen"], run.now["lengths/rejected"]
     ratio = chosen / max(rejected, 1.0)
-    if 1 / LENGTH_RATIO <= ratio <= LENGTH_RATIO:
+    if 1 / LENGTH_RATIO <= ratio <= LENGTH_RATIO or _takes_length_out(run.args):
         return None
     return (
         f"chosen responses have {chosen:.0f} tokens on average and rejected ones {rejected:.0f}, {ratio:.2f} times as"
         f" many: summed log-probs teach that length itself is {'good' if ratio > 1 else 'bad'}. ld_alpha < 1, or the"
         " losses sigmoid_norm and simpo, which average over tokens, take length out"
     )
+
+
+def _takes_length_out(args: Any) -> bool:
+    compares = [name for name in args.loss_type if name not in TOKEN_LOSSES]
+    return all(name in LENGTH_NORMALIZED for name in compares) or (args.ld_alpha is not None and args.ld_alpha < 1)
 
 
 CHECKS: dict[str, Callable[[Progress], str | None]] = {

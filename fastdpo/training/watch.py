@@ -67,9 +67,10 @@ class TrainingWatch(TrainerCallback):
         means = _means(self._window)
         if self._first is None:
             self._first = means
-        self._best_margin = max(self._best_margin, means["rewards/margins"])
+        if not args.sync_ref_model:
+            self._best_margin = max(self._best_margin, means["rewards/margins"])
         has_reference = self.trainer.reference.mode != "none"
-        progress = Progress(means, self._first, self._best_margin, args.beta, has_reference)
+        progress = Progress(means, self._first, self._best_margin, has_reference, args)
         for name, check in CHECKS.items():
             self.say(name, check(progress), args, state.global_step)
 

@@ -27,10 +27,15 @@ HEALTHY = {
 class Run:
     """Feeds a watch logs of 32 pairs a step, by default of as many steps as the watch takes means over."""
 
-    def __init__(self, output_dir, mode="frozen", step=0):
+    def __init__(self, output_dir, mode="frozen", step=0, **settings):
         self.watch = TrainingWatch(SimpleNamespace(reference=SimpleNamespace(mode=mode)))
         self.args = SimpleNamespace(
-            output_dir=str(output_dir), train_batch_size=8, gradient_accumulation_steps=2, world_size=2, beta=0.1
+            output_dir=str(output_dir),
+            train_batch_size=8,
+            gradient_accumulation_steps=2,
+            world_size=2,
+            beta=0.1,
+            **{"loss_type": ["sigmoid"], "loss_weights": None, "ld_alpha": None, "sync_ref_model": False, **settings},
         )
         self.state = SimpleNamespace(global_step=step, is_world_process_zero=True)
         self.watch.on_train_begin(self.args, self.state, None)
@@ -92,6 +97,40 @@ def test_it_does_not_fire_below_its_threshold(tmp_path, logs):
     run.log(rewards__margins=0.4)
     assert run.log(**logs) == {}
     assert not (tmp_path / WARNINGS_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("margin_collapse", {"sync_ref_model": True}),  # each move of the reference takes margins away
+        ("length_drift", {"loss_type": ["sigmoid_norm", "sft"]}),
+        ("length_drift", {"ld_alpha": 0.5}),
+    ],
+    ids=str,
+)
+def test_it_does_not_fire_where_the_run_means_it(tmp_path, name, settings):
+    run = Run(tmp_path, **settings)
+    run.log(rewards__margins=2.0 if name == "margin_collapse" else 0.5)
+    assert run.log(**BAD[name][0]) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"loss_type": ["ipo"]}, 'loss_type=["ipo", "sft"], loss_weights=[1.0, 0.2]'),
+        (
+            {"loss_type": ["hinge", "robust"], "loss_weights": [2.0, 0.5]},
+            'loss_type=["hinge", "robust", "sft"], loss_weights=[2.0, 0.5, 0.2]',
+        ),
+        ({"loss_type": ["sigmoid", "sft"]}, "likelihood more weight"),
+        ({"loss_type": ["plackett_luce"]}, "this one stands alone"),
+    ],
+    ids=str,
+)
+def test_what_holds_chosen_responses_is_said_in_settings_of_the_run(tmp_path, settings, words):
+    run = Run(tmp_path, **settings)
+    run.log()
+    assert words in run.log(**BAD["chosen_falls"][0])["chosen_falls"]
 
 
 def test_a_few_pairs_are_not_enough(tmp_path):
