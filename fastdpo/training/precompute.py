@@ -67,7 +67,8 @@ def precompute_ref_logps(
     with asked_once(
         args, None, ref_model if is_given else model, tokenizer, None if is_given else quantization_config
     ) as asked:
-        prepare_model(asked.model, attention_backend=args.attention_backend if args.packing != "padded" else "auto")
+        attention_backend = args.attention_backend if args.packing != "padded" else "auto"
+        prepare_model(asked.model, attention_backend=attention_backend, workspace_bytes=args.workspace_bytes)
         check = check_packing(asked.model, autocast=lambda: autocast_of(args))
         is_packed = args.packing != "padded" and check.ok
         if not check.ok and args.packing == "packed":

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import make_llama, make_tokenizer
+from tiny import make_llama, make_rows, make_tokenizer
 from tiny_runs import tiny_trainer
 
 from fastdpo import DPOConfig, PackedBatch, TokenizedPair, pack_pairs
 from fastdpo.training.collator import PackingCollator
 from fastdpo.training.models import disable_dropout
+from fastdpo.training.precompute import precompute_ref_logps
 
 
 def trained(tmp_path, **settings):
@@ -85,6 +86,10 @@ def test_the_head_op_gets_the_settings_that_are_its_own(tmp_path, monkeypatch):
     assert seen[-1][0] == "sequence_loss"
     tiny_trainer(tmp_path, max_steps=1, skip_tolerance=0.25).train()
     assert seen[-1] == ("sequence_logps", 0.25, None)
+    args = DPOConfig(str(tmp_path), use_cpu=True, ref_cache_dir=str(tmp_path / "cache"), workspace_bytes=54321)
+    rows = {"train": make_rows(4)}
+    precompute_ref_logps(make_llama(), args, rows, processing_class=make_tokenizer())
+    assert seen[-1] == ("sequence_logps", 0.0, 54321)
 
 
 def test_references_are_cached_in_batches_of_as_many_prompts(tmp_path, monkeypatch):
