@@ -1,4 +1,4 @@
-"""Settings of every test: offline, one thread, a cache of datasets that nothing outlives, and without a GPU the Triton
+"""Settings of every test: offline, one thread, caches of its own that nothing outlives, and without a GPU the Triton
 kernels in Triton's interpreter.
 """
 
@@ -9,7 +9,9 @@ import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="fastdpo-tests-")
+# of this process alone: log-probs of references, unless a test names a folder, and datasets
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fastdpo-tests-")
+os.environ["HF_DATASETS_CACHE"] = os.path.join(os.environ["XDG_CACHE_HOME"], "datasets")
 
 import pytest
 import torch
@@ -25,8 +27,9 @@ def _one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_cache_outlives_the_tests():
+    folder = os.environ["XDG_CACHE_HOME"]
     yield
-    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -175,7 +175,7 @@ def test_nothing_kept_gives_zeros(wanted):
 @pytest.mark.parametrize("wanted", [(1, 1, 1), (1, 0, 0)], ids=["all", "dH"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_size_and_old_contents_of_the_workspace_change_no_bit(dtype, wanted, monkeypatch):
-    case = Case(67, 40, 1021, dtype, has_bias=True, softcap=4.0)
+    case = Case(67, 40, 521, dtype, has_bias=True, softcap=4.0)
     leaves, labels, upstream = make_inputs(case, 0, DEVICE)
     kept = kept_of(leaves["hidden_states"], leaves["lm_head_weight"], 0.6)
     as_it_is = sparse_gradients(case, leaves, labels, upstream, kept, wanted)
