@@ -105,6 +105,14 @@ def test_orpo_stays_finite_for_responses_that_are_certain_or_hopeless():
         assert logps.grad.isfinite().all()
 
 
+def test_orpo_keeps_the_digits_of_odds_near_certainty_in_fp32():
+    """Chosen at odds of 1; rejected at a log-prob of -1e-6, whose odds are 1 / (exp(1e-6) - 1), about a million."""
+    logps = torch.tensor([-math.log(2), -1e-6, 0.0, 0.0])
+    ones = torch.tensor([1])
+    loss = LOSSES["orpo"](PairScores(*logps[:, None], ones, ones), settings(beta=1.0))
+    assert loss.item() == pytest.approx(math.log(2) + softplus(6 * math.log(10)), rel=1e-6)
+
+
 # Rankings
 
 
