@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")
-OTHER_SPLITS = ("test", "valid", "eval", "dev")
+OTHER_SPLITS = ("test", "valid", "validation", "val", "eval", "evaluation", "dev")
 ROW_JSON = "row_json"  # the only column of a dataset whose rows do not fit into common columns: each row as JSON text
 
 
@@ -234,15 +235,28 @@ def _directory_files(path: Path, split: str) -> list[Path] | Dataset:
             raise ValueError(f"split must be one of {sorted(dataset)} in {path}, got {split!r}")
         return dataset[split]
     files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SUFFIXES))
-    of_split = [file for file in files if split in file.relative_to(path).as_posix()]
+    parts_of = {file: file.relative_to(path).parts for file in files}
+    exact = (
+        rf"{re.escape(split)}([-.]\d.*|(\.\w+)*)"  # train.jsonl, train-00000-of-00002.parquet, but not train_sft-...
+    )
+    of_split = [file for file in files if any(re.fullmatch(exact, part) for part in parts_of[file])]
+    if not of_split:
+        word = _word(split)
+        of_split = [file for file in files if any(word.search(part) for part in parts_of[file])]
     if not of_split and split == "train":
-        of_split = [file for file in files if not any(other in file.name.lower() for other in OTHER_SPLITS)]
+        others = [_word(other) for other in OTHER_SPLITS]
+        of_split = [file for file in files if not any(other.search(file.name) for other in others)]
     if not of_split:
         found = ", ".join(file.name for file in files) or "none"
         raise ValueError(
             f"{path} must hold files of the split {split!r} ending in {', '.join(SUFFIXES)}, found: {found}"
         )
     return _checked_suffixes(of_split)
+
+
+def _word(name: str) -> re.Pattern[str]:
+    """Finds `name` where no letter stands before or behind: "test" in "my-test_1.json", but not in "latest.json"."""
+    return re.compile(rf"(?<![a-z]){re.escape(name)}(?![a-z])", re.IGNORECASE)
 
 
 def _load_published(name: str, split: str, *, streaming: bool = False) -> Any:

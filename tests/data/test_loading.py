@@ -49,6 +49,29 @@ def test_a_directory_gives_the_files_of_the_split(tmp_path):
         load_preference_dataset(tmp_path, split="eval")
 
 
+@pytest.mark.parametrize(
+    ("names", "split", "expected"),
+    [
+        (
+            ["train_sft-00000-of-00001.jsonl", "train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"],
+            "train",
+            [1, 2],
+        ),
+        (["train_prefs-0.jsonl", "train_sft-0.jsonl"], "train_prefs", [0]),
+        (["constraints/test.jsonl", "helpful/train.jsonl.gz", "train/a.jsonl"], "train", [1, 2]),
+        (["my_train_1.jsonl", "my_test_1.jsonl"], "train", [0]),
+        (["latest.jsonl", "developers.jsonl", "validation.jsonl"], "train", [0, 1]),
+    ],
+)
+def test_a_split_is_a_word_in_the_names_of_files(tmp_path, names, split, expected):
+    for number, name in enumerate(names):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        data = json.dumps({"number": number}).encode()
+        file.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert sorted(load_preference_dataset(tmp_path, split)["number"]) == expected
+
+
 def test_rows_that_no_common_columns_hold_come_back_as_they_were(tmp_path):
     rows = [
         {"prompt": "Q", "chosen": "a", "rejected": "b"},
