@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.modeling.packed import bare_model
+
 
 @torch.no_grad()
 def generate_ids(
@@ -43,18 +45,23 @@ def generate_ids(
         **sampling, max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=eos_ids, use_cache=True
     )
     response_ids: list[list[int]] = []
-    was_training = model.training
+    was_training, bare = model.training, bare_model(model)
     model.eval()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in range(0, len(prompt_ids), batch_size):
-            chunk = prompt_ids[start : start + batch_size]
-            input_ids, attention_mask = pad_rows(chunk, pad_id, model.device, left=True)  # (B, P)
-            output = model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config
-            )
-            response_ids += [_until_eos(row, eos_ids) for row in output[:, input_ids.shape[1] :].tolist()]
-    model.train(was_training)
+    # settings that ours leaves open, such as a penalty on repetition, would be taken from the model's own
+    of_model, bare.generation_config = bare.generation_config, GenerationConfig()
+    try:
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for start in range(0, len(prompt_ids), batch_size):
+                chunk = prompt_ids[start : start + batch_size]
+                input_ids, attention_mask = pad_rows(chunk, pad_id, model.device, left=True)  # (B, P)
+                output = model.generate(
+                    input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config
+                )
+                response_ids += [_until_eos(row, eos_ids) for row in output[:, input_ids.shape[1] :].tolist()]
+    finally:
+        bare.generation_config = of_model
+        model.train(was_training)
     return response_ids
 
 

@@ -9,6 +9,7 @@ FSDP and DeepSpeed, which hold weights in parts. Generation runs on the model's 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from transformers.utils import logging
 from fastdpo.modeling.generation import generate_ids, special_ids
 from fastdpo.references import AdapterReference, FrozenReference
 from fastdpo.references.adapters import as_reference
+from fastdpo.training.models import learned_positions
 from fastdpo.training.warning_checks import samples_grow
 
 logger = logging.get_logger(__name__)
@@ -67,9 +69,14 @@ class EvalSamples(TrainerCallback):
         if trainer.eval_dataset is None:
             raise ValueError(f"num_eval_samples must be 0 without eval_dataset, got {trainer.args.num_eval_samples}")
         self.trainer = trainer
-        self.prompt_ids = _prompts(trainer.eval_dataset, trainer.args.num_eval_samples)
+        num_positions = learned_positions(trainer.model) or math.inf
+        longest = num_positions - trainer.args.eval_sample_tokens
+        self.prompt_ids = _prompts(trainer.eval_dataset, trainer.args.num_eval_samples, longest)
         if not self.prompt_ids:
-            raise ValueError("num_eval_samples must be 0: no row of eval_dataset has a prompt of its own")
+            raise ValueError(
+                "num_eval_samples must be 0: no row of eval_dataset has a prompt of its own"
+                + (f" of at most {longest} tokens, which leave eval_sample_tokens" if longest < math.inf else "")
+            )
         self.answered: list[Answered] = []
         self._of_reference: list[Response] | None = None  # once it is known and stays as it is
 
@@ -84,7 +91,10 @@ class EvalSamples(TrainerCallback):
             if self._live_reference() is None:
                 self._of_reference = self._generate(self.trainer.model)
         elif path.is_file():
-            self.answered = [Answered(**json.loads(line)) for line in path.read_text().splitlines()]
+            found = [Answered(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+            self.answered = [entry for entry in found if entry.step <= state.global_step]  # those after it come again
+            path.unlink()
+            self._write(self.answered)
             first = self.answered[: len(self.prompt_ids)]
             known = [Response(e.reference, e.reference_tokens or 0) for e in first if e.reference is not None]
             if len(known) == len(self.prompt_ids) and self._live_reference() is None:
@@ -176,9 +186,11 @@ class EvalSamples(TrainerCallback):
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_text("eval/samples", _markdown(columns, rows), step)
-            if isinstance(callback, WandbCallback) and getattr(callback, "_wandb", None) is not None:
-                wandb = callback._wandb
-                wandb.log({"eval/samples": wandb.Table(columns=columns, data=rows), "train/global_step": step})
+            if isinstance(callback, WandbCallback):
+                import wandb  # type: ignore[import-not-found]
+
+                if wandb.run is not None:
+                    wandb.log({"eval/samples": wandb.Table(columns=columns, data=rows), "train/global_step": step})
 
 
 @contextmanager
@@ -187,14 +199,15 @@ def _asked(reference: AdapterReference) -> Iterator[nn.Module]:
         yield reference.peft_model
 
 
-def _prompts(eval_dataset: Any, num_prompts: int) -> list[list[int]]:
-    """The first prompts that differ, of the first dataset where there are several."""
+def _prompts(eval_dataset: Any, num_prompts: int, longest: float) -> list[list[int]]:
+    """The first prompts of at most `longest` tokens that differ, of the first dataset where there are several."""
     dataset = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
     prompts: dict[tuple[int, ...], None] = {}
     for row in dataset.select_columns(["prompt_ids"]) if isinstance(dataset, Dataset) else dataset:
         if len(prompts) == num_prompts:
             break
-        if len(row["prompt_ids"]):  # a prompt that truncation cut differently for each response is in none of them
+        # a prompt that truncation cut differently for each response is in none of them
+        if 0 < len(row["prompt_ids"]) <= longest:
             prompts[tuple(row["prompt_ids"])] = None
     return [list(prompt) for prompt in prompts]
 

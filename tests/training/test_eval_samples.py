@@ -119,12 +119,12 @@ def test_tensorboard_and_wandb_get_tables(tmp_path, monkeypatch):
     texts, tables = [], []
     fake = ModuleType("wandb")
     fake.Table = lambda columns, data: (columns, data)
+    fake.run = object()
     fake.log = lambda values: tables.append(values)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     board = TensorBoardCallback(tb_writer=SimpleNamespace(add_text=lambda *a: texts.append(a)))
     monkeypatch.setattr(board, "on_log", lambda *a, **k: None)
     bias = WandbCallback.__new__(WandbCallback)
-    bias._wandb = fake
     monkeypatch.setattr(WandbCallback, "on_log", lambda *a, **k: None)
     fast.callback_handler.callbacks += [board, bias]
     fast.evaluate()
@@ -142,13 +142,27 @@ def test_tensorboard_and_wandb_get_tables(tmp_path, monkeypatch):
 def test_a_resumed_run_goes_on_with_its_samples(tmp_path):
     settings = {"eval_dataset": ROWS, "reference": "cached", **SAMPLING, **EVERY_2}
     tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, **settings).train()
-    before = (tmp_path / SAMPLES_FILE).read_text().splitlines()[:3]
-    (tmp_path / SAMPLES_FILE).write_text("\n".join(before) + "\n")  # as a run that was killed after step 2 left it
     again = tiny_trainer(tmp_path, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     answered = again.eval_samples.answered
     assert [entry.step for entry in answered] == [2, 2, 2, 4, 4, 4]
     assert [entry.reference for entry in answered[3:]] == [entry.reference for entry in answered[:3]]
+    lines = [json.loads(line) for line in (tmp_path / SAMPLES_FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 2, 2, 4, 4, 4]  # those of step 4 as they came again
+
+
+def test_prompts_leave_room_for_answers_where_positions_are_learned(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=32, n_positions=24, n_embd=16, n_layer=1, n_head=2)
+    lengths = [len(make_tokenizer()(row["prompt"])["input_ids"]) for row in ROWS]
+    assert min(lengths) <= 6 < max(lengths)
+    settings = {"eval_dataset": ROWS, "num_eval_samples": 6, "reference": "none"}
+    fast = tiny_trainer(tmp_path, GPT2LMHeadModel(config), eval_sample_tokens=18, **settings)
+    assert [len(ids) for ids in fast.eval_samples.prompt_ids] == [n for n in lengths if n <= 6]
+    fast.evaluate()
+    with pytest.raises(ValueError, match="no row of eval_dataset has a prompt of its own of at most 1 tokens"):
+        tiny_trainer(tmp_path, GPT2LMHeadModel(config), eval_sample_tokens=23, **settings)
 
 
 def test_samples_without_evaluation_data_are_refused(tmp_path):
