@@ -50,7 +50,10 @@ def main(argv: list[str]) -> None:
 
 def check_dropout(adapter: LoraArguments, args: EngineConfig) -> None:
     if adapter.lora_dropout > 0 and args.disable_dropout:
-        raise ValueError("lora_dropout needs --no_disable_dropout: otherwise every dropout is set to 0")
+        raise ValueError(
+            "lora_dropout must go with --no_disable_dropout, without which every dropout is set to 0, got"
+            f" {adapter.lora_dropout}"
+        )
 
 
 def quantization_config() -> Any:

@@ -69,7 +69,9 @@ class EngineConfig(TrainingArguments):
     trust_remote_code: bool = field(
         default=False, metadata=_help("Run code that models and tokenizers bring along from the Hub.")
     )
-    disable_dropout: bool = field(default=True, metadata=_help("Set every dropout of policy and reference to 0."))
+    disable_dropout: bool = field(
+        default=True, metadata=_help("Set every dropout of policy and reference to 0, LoRA's too.")
+    )
 
     # Data
     max_length: int | None = field(default=1024, metadata=_help("Tokens kept of prompt + response. None keeps all."))

@@ -20,7 +20,8 @@ from fastdpo.training.config import EngineConfig
 
 logger = logging.get_logger(__name__)
 
-_WHERE_FROM = ("revision", "trust_remote_code", "token", "cache_dir")  # of from_pretrained: for tokenizers too
+# of from_pretrained: for configs and tokenizers too
+_WHERE_FROM = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "local_files_only")
 
 
 def resolve_model(

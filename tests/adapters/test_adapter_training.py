@@ -113,7 +113,8 @@ def test_a_given_reference_with_an_adapter_is_not_mistaken_for_its_base_in_the_c
 
 def test_a_model_that_brings_an_adapter_named_ref_is_compared_with_it(tmp_path):
     under_way(seed=6).save_pretrained(tmp_path / "adapter")
-    expected = sums_of(PeftModel.from_pretrained(make_llama(), tmp_path / "adapter"))
+    reference = PeftModel.from_pretrained(make_llama(), tmp_path / "adapter")
+    expected = sums_of(reference)
     model = under_way()
     model.load_adapter(tmp_path / "adapter", "ref", is_trainable=True)
     trainer = make_trainer(tmp_path, model)
@@ -123,7 +124,8 @@ def test_a_model_that_brings_an_adapter_named_ref_is_compared_with_it(tmp_path):
     trainer.train()
     assert torch.equal(reference_sums(trainer), expected)
     assert logged(trainer)[0] != pytest.approx(math.log(2), abs=1e-3)
-    assert cached.train_dataset["ref_logps"] is not None
+    found = torch.tensor(cached.train_dataset["ref_logps"])
+    torch.testing.assert_close(found, logps_of_rows(reference, cached.train_dataset), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"bias": "all"}], ids=str)

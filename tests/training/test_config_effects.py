@@ -9,7 +9,7 @@ from tiny_runs import tiny_trainer
 
 from fastdpo import DPOConfig, PackedBatch, TokenizedPair, pack_pairs
 from fastdpo.training.collator import PackingCollator
-from fastdpo.training.models import disable_dropout
+from fastdpo.training.models import disable_dropout, resolve_model
 from fastdpo.training.precompute import precompute_ref_logps
 
 
@@ -162,6 +162,15 @@ def test_no_dropout_is_left_wherever_a_model_keeps_its_probability():
         assert not torch.equal(model.train()(ids).logits, expected)
         disable_dropout(model)
         assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_model_and_its_tokenizer_may_be_in_a_subfolder(tmp_path):
+    make_llama().save_pretrained(tmp_path / "repository" / "last")
+    make_tokenizer().save_pretrained(tmp_path / "repository" / "last")
+    args = DPOConfig(str(tmp_path), use_cpu=True, model_init_kwargs={"subfolder": "last"})
+    model, tokenizer = resolve_model(str(tmp_path / "repository"), None, args)
+    assert torch.equal(model.lm_head.weight, make_llama().lm_head.weight)
+    assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
 
 
 def test_model_init_kwargs_beside_a_loaded_model_are_said_to_do_nothing(tmp_path, caplog):
