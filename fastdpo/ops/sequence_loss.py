@@ -72,10 +72,10 @@ def sequence_loss(
         group_ends: for each group, the numbers of rows, tokens and sequences up to its end, on the host.
         loss_of: `(sums, lengths, sequences, groups)` -> scalar, the summed loss of consecutive groups from their
             sequences' log-probs (s,) in nats and lengths (s,); the slices say which sequences and groups these are.
+        summed: statistics among `outputs` that `loss_of` takes by name as well, (s,) sums without gradient.
         adapter_weight: (V, r), columns that follow those of lm_head_weight, for hidden_states of width H + r: a head
             `h @ W.T + u @ B.T` whose W is frozen takes [h, u] and trains B without a gradient of W's size. Of any
             float dtype. The two weights stand side by side in one copy while this call lasts.
-        summed: statistics among `outputs` that `loss_of` takes by name as well, (s,) sums without gradient.
         workspace_bytes: for the gradients of the logits, (rows of a chunk, V); by default 256 MiB on a GPU and 32 MiB
             elsewhere. A group that does not fit alone has its logits computed twice.
     Returns:
