@@ -41,7 +41,8 @@ class TokenizedGroup:
     """One prompt and K responses as token ids.
 
     `loss_masks` keeps (True) the response tokens that count; None keeps all. Where truncation has left every response
-    with a prompt of its own, `prompt_ids` is empty and each response starts with its own prompt, masked out.
+    with a prompt of its own, `prompt_ids` is empty and each response starts with its own prompt, masked out. Where
+    there is no prompt at all, nothing predicts the first token of a response, which then does not count.
     """
 
     prompt_ids: Sequence[int]

@@ -40,8 +40,8 @@ class RunArguments:
     eval_fraction: float = field(
         default=0.05,
         metadata=_help(
-            "Share of the training data held out for evaluation where no eval_dataset is given and the data is no stream;"
-            " 0 for none."
+            "Share of the training data held out for evaluation where no eval_dataset is given and the data is no"
+            " stream; 0 for none."
         ),
     )
     overwrite_output_dir: bool = field(default=False, metadata=_help("Let output_dir hold another run already."))
