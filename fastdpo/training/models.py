@@ -248,10 +248,12 @@ def forget_accelerate(model: nn.Module) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability to 0: modules, and the plain attributes that layers read."""
+    """Sets every dropout probability to 0: modules, and the attributes that layers read, PEFT's by name of adapter."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+            elif "dropout" in name and isinstance(value, dict):
+                value.update({key: 0.0 for key, p in value.items() if isinstance(p, float)})

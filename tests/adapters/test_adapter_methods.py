@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft_cases import GROUPS, adapted, assert_like_plain, learned, lora
+from peft_cases import GROUPS, adapted, assert_like_plain, learned, lora, plain_sums
 from tiny import make_llama
 
 from fastdpo import pack_pairs, packed_logps, pad_pairs
@@ -19,6 +19,7 @@ from fastdpo.references.adapters import (
     trained_outside_adapter,
 )
 from fastdpo.training.adapters import PEFT_TYPES, with_adapter
+from fastdpo.training.models import disable_dropout
 
 LAYERS = ["q_proj", "v_proj", "down_proj"]
 SETTINGS = {  # beyond target_modules, where a method needs more or its default is too large for a tiny model
@@ -99,6 +100,19 @@ def test_every_other_method_is_refused_by_name(method):
     config.peft_type = PeftType(method)
     with pytest.raises(ValueError, match=rf"peft_config must .*{method}"):
         with_adapter(make_llama(), config, Arguments)
+
+
+@pytest.mark.parametrize("method", ["LOHA", "LOKR", "LORA", "VERA"])
+def test_dropout_inside_a_method_is_switched_off_with_all_other(method):
+    config = config_of(method)
+    fields = {"rank_dropout", "module_dropout", "lora_dropout", "vera_dropout"} & set(vars(config))
+    for name in fields:
+        setattr(config, name, 0.5)
+    model = learned(with_adapter(make_llama(), config, Arguments)).train()
+    assert fields
+    assert len({plain_sums(model).sum().item() for _ in range(5)}) > 1
+    disable_dropout(model)
+    assert len({plain_sums(model).sum().item() for _ in range(5)}) == 1
 
 
 def test_a_variant_of_lora_that_looks_at_the_whole_row_is_refused():
