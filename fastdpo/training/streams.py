@@ -56,11 +56,23 @@ def read_whole(stream: IterableDataset) -> Dataset:
     return dataset_from_rows(list(stream.with_format(None)))
 
 
+class _ReadByAll(IterableDataset):
+    """A stream that every process reads, to take its part of each batch.
+
+    accelerate would give each process files of its own where there are enough. Then one ends before the others, in the
+    middle of an accumulated step or not, and waits for them for ever.
+    """
+
+    n_shards = 1
+
+
 def guarded(stream: IterableDataset, model: nn.Module, name: str) -> IterableDataset:
-    """The stream of token columns, in which a group raises ValueError that the model cannot read."""
+    """The stream of token columns for all processes, in which a group raises ValueError that the model cannot read."""
     num_embeddings = bare_model(model).get_input_embeddings().weight.shape[0]
     check = partial(_check_group, num_embeddings=num_embeddings, num_positions=learned_positions(model), name=name)
-    return checked_stream(stream, check)
+    checked = checked_stream(stream, check)
+    checked.__class__ = _ReadByAll
+    return checked
 
 
 def first_rows(stream: IterableDataset, num_rows: int) -> Dataset:

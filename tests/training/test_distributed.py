@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from processes import on_processes
 from tiny import make_llama, make_rows
 from tiny_runs import make_lora, tiny_trainer
@@ -22,7 +22,11 @@ def train(folder, mode, batch_size, accumulation=1):
     settings = {
         "full": {},
         "lora": {"peft_config": make_lora(), "learning_rate": 1e-2, "sync_ref_model": True, "ref_model_sync_steps": 2},
-        "none": {"reference_free": True, "loss_type": ["sigmoid", "sft"]},  # sft: a mean over the tokens of both
+        "none": {
+            "reference_free": True,
+            "loss_type": ["sigmoid", "sft"],  # sft: a mean over the tokens of both
+            "train_dataset": IterableDataset.from_generator(_rows_of_files, gen_kwargs={"sizes": [3, 13]}),
+        },
     }[mode]
     evaluated = Dataset.from_list(make_rows(5, seed=1))
     predictions = []
@@ -47,6 +51,12 @@ def train(folder, mode, batch_size, accumulation=1):
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     weights = {name: p.double().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}
     return {"logs": logs, "weights": weights, "eval": evaluated, "predictions": predictions[-1]}
+
+
+def _rows_of_files(sizes):
+    """A stream of two files, so that each process could read one: the shorter would end in the first step."""
+    for size in sizes:
+        yield from make_rows(size, seed=size)
 
 
 def train_into_infinity(folder, batch_size):
