@@ -47,7 +47,7 @@ from fastdpo.training.reference import (
 )
 from fastdpo.training.streams import brings_ref_logps, check_not_streamed
 from fastdpo.training.token_means import TokenMeans
-from fastdpo.training.trl_names import is_trls_config, settings_of, tokenizer_given_as
+from fastdpo.training.trl_names import check_methods, is_trls_config, settings_of, tokenizer_given_as
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -77,6 +77,10 @@ class DPOTrainer(TokenMeans, FeaturedTrainer):
 
     args: DPOConfig
     _late_rows: tuple[LogpsCache, Scorer | None] | None = None  # for datasets that come later, once it is cached
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_methods(cls)
 
     def __init__(
         self,

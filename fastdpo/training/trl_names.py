@@ -105,6 +105,22 @@ ARGUMENTS: Mapping[str, Gone] = {
     "preprocess_logits_for_metrics": Gone("nothing, because there are no logits to preprocess"),
 }
 
+# Of TRL's DPOTrainer, in 1.16 and before: what subclasses override to change the loss or the data.
+METHODS = (
+    *("_compute_loss", "compute_ref_log_probs", "_precompute_ref_logps"),
+    *("dpo_loss", "get_batch_loss_metrics", "concatenated_forward", "concatenated_inputs", "tokenize_row"),
+)
+
+
+def check_methods(trainer: type) -> None:
+    """Raises ValueError where a trainer has methods of TRL's: nothing would call them, and it would train without."""
+    found = [name for name in METHODS if hasattr(trainer, name)]
+    if found:
+        raise ValueError(
+            f"{trainer.__name__} must not override methods of TRL's trainer, which nothing calls here, got {found};"
+            " override compute_loss, or keep TRL's trainer with fastdpo.integrations.trl.accelerate(trainer)"
+        )
+
 
 def unknown_name(name: str, known: Collection[str]) -> str:
     """The nearest names, as the end of a sentence."""

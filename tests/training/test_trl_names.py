@@ -245,3 +245,18 @@ def test_without_args_the_output_goes_where_trls_does(tmp_path, monkeypatch):
     model = make_llama()
     model.config._name_or_path = "someone/tiny-model"
     assert Path(DPOTrainer(model, **parts()).args.output_dir).name == "tiny-model-DPO"
+
+
+def test_a_subclass_that_overrides_what_only_trl_calls_is_refused_instead_of_training_without_it():
+    with pytest.raises(
+        ValueError, match=r"Mine must not override .* got \['_compute_loss', 'dpo_loss'\]; .*accelerate"
+    ):
+        type("Mine", (DPOTrainer,), {"_compute_loss": None, "dpo_loss": None})
+    with pytest.raises(ValueError, match="tokenize_row"):
+        type("Mine", (type("Mixin", (), {"tokenize_row": None}), DPOTrainer), {})
+    type("Mine", (DPOTrainer,), {"compute_loss": None})
+
+
+def test_the_methods_that_subclasses_of_trls_trainer_override_are_those_that_it_has():
+    own = vars(peer("trl").DPOTrainer)
+    assert [name for name in trl_names.METHODS[:3] if name not in own] == []
