@@ -2,7 +2,8 @@
 
 Under rope types "longrope" (Phi-3 with 128k tokens) and "dynamic", transformers takes other frequencies as soon as one
 position of a batch lies beyond the length that the model was first trained on, for every sequence of the batch, packed
-or padded. A sequence then has other log-probs than by itself, which no self-check of short rows can see.
+or padded: "longrope" one other set, "dynamic" one for each longest length, kept until a short batch comes. A sequence
+then has other log-probs than by itself, which no self-check of short rows can see.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ FOLLOW_LENGTH = ("longrope", "dynamic")
 
 
 def warn_of_mixed_lengths(model: nn.Module, dataset: Dataset, name: str) -> None:
-    """Warns where some sequences of a prepared dataset are longer than that length and others are not."""
-    limit = first_length(bare_model(model).config.get_text_config())
-    if limit is None:
+    """Warns where sequences of a prepared dataset would not all have the same frequencies, whatever the batch."""
+    found = length_dependent_rope(bare_model(model).config.get_text_config())
+    if found is None:
         return
+    rope_type, limit = found
     lengths = row_lengths(dataset).sequences
     num_longer = int((lengths > limit).sum())
-    if 0 < num_longer < len(lengths):
+    if num_longer > 0 and (rope_type == "dynamic" or num_longer < len(lengths)):
         logger.warning(
             f"{num_longer} of {len(lengths)} sequences of the {name} dataset are longer than {limit} tokens, where this"
             " model's rotary positions change for all sequences of a batch: log-probs of shorter ones depend on which"
@@ -36,12 +38,13 @@ def warn_of_mixed_lengths(model: nn.Module, dataset: Dataset, name: str) -> None
         )
 
 
-def first_length(config: Any) -> int | None:
-    """Tokens up to which the frequencies are those of the first training; None where they never change."""
+def length_dependent_rope(config: Any) -> tuple[str, int] | None:
+    """Rope type, and tokens up to which frequencies are those of the first training; None where they never change."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # some have one for each layer type
     for kind in kinds:
         if kind.get("rope_type") in FOLLOW_LENGTH:
             original = kind.get("original_max_position_embeddings")
-            return int(original or getattr(config, "original_max_position_embeddings", config.max_position_embeddings))
+            limit = original or getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
+            return kind["rope_type"], int(limit)
     return None

@@ -6,16 +6,25 @@ from tiny import make_llama, make_tokenizer
 
 from fastdpo import DPOConfig, DPOTrainer, TokenizedPair, pack_pairs, packed_logps
 from fastdpo.training import rotary
-from fastdpo.training.rotary import first_length
+from fastdpo.training.rotary import length_dependent_rope
 
 DYNAMIC = {"max_position_embeddings": 8, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}
+FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 8}
+LONGROPE = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **FACTORS}}
 SHORT, LONG = ([1, 5, 6], [7, 8], [9]), ([1, 5, 6], [7, 8, 9, 10, 11, 12], [9])
+LONGER = ([1, 5, 6], [7, 8, 9, 10, 11, 12], [9, 4, 5, 6, 7, 8, 9])
 
 
-def test_a_short_sequence_has_other_log_probs_beside_a_long_one():
+@pytest.mark.parametrize(
+    ("limit", "settings"),
+    [(8, DYNAMIC), (8, LONGROPE), (4, {**DYNAMIC, "max_position_embeddings": 4})],
+    ids=["dynamic", "longrope", "dynamic, both long"],
+)
+def test_a_sequence_has_other_log_probs_beside_a_longer_one(limit, settings):
     """What the warning is about; if transformers stops doing this, the warning can go."""
     torch.manual_seed(0)
-    model = make_llama(**DYNAMIC).eval()
+    model = make_llama(**settings).eval()
+    assert length_dependent_rope(model.config)[1] == limit
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -31,9 +40,20 @@ def long():
     return TokenizedPair(*LONG)
 
 
-@pytest.mark.parametrize(("rows", "is_warned"), [((SHORT, LONG), True), ((SHORT, SHORT), False)])
-@pytest.mark.parametrize("model_settings", [DYNAMIC, {}], ids=["dynamic", "default"])
-def test_rows_on_both_sides_of_the_length_are_warned_of(tmp_path, monkeypatch, rows, is_warned, model_settings):
+@pytest.mark.parametrize(
+    ("model_settings", "rows", "num_longer"),
+    [
+        (DYNAMIC, (SHORT, LONG), 1),
+        (DYNAMIC, (SHORT, SHORT), 0),
+        (DYNAMIC, (LONGER, LONGER), 4),
+        (LONGROPE, (SHORT, LONG), 1),
+        (LONGROPE, (LONGER, LONGER), 0),  # all of them have the long factors
+        ({}, (SHORT, LONG), 0),
+    ],
+)
+def test_rows_whose_positions_depend_on_their_batch_are_warned_of(
+    tmp_path, monkeypatch, model_settings, rows, num_longer
+):
     warned = []
     monkeypatch.setattr(rotary.logger, "warning", warned.append)
     DPOTrainer(
@@ -42,9 +62,9 @@ def test_rows_on_both_sides_of_the_length_are_warned_of(tmp_path, monkeypatch, r
         train_dataset=[{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, c, r in rows],
         processing_class=make_tokenizer(),
     )
-    assert len(warned) == (is_warned and bool(model_settings))
+    assert len(warned) == (num_longer > 0)
     if warned:
-        assert "1 of 4 sequences of the train dataset are longer than 8 tokens" in warned[0]
+        assert f"{num_longer} of 4 sequences of the train dataset are longer than 8 tokens" in warned[0]
 
 
 def test_the_length_is_the_one_that_the_model_was_first_trained_on():
@@ -52,6 +72,10 @@ def test_the_length_is_the_one_that_the_model_was_first_trained_on():
 
     factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48, "rope_theta": 1e4}
     longrope = {"rope_type": "longrope", "original_max_position_embeddings": 4096, **factors}
-    assert first_length(Phi3Config(max_position_embeddings=131072, rope_parameters=longrope, pad_token_id=0)) == 4096
-    assert first_length(LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0})) is None
-    assert first_length(Gemma3TextConfig()) is None
+    phi3 = Phi3Config(max_position_embeddings=131072, rope_parameters=longrope, pad_token_id=0)
+    assert length_dependent_rope(phi3) == ("longrope", 4096)
+    assert (
+        length_dependent_rope(LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}))
+        is None
+    )
+    assert length_dependent_rope(Gemma3TextConfig()) is None
