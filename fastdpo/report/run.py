@@ -19,25 +19,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from fastdpo.report.html import write_report
 from fastdpo.report.plots import training_curves
 from fastdpo.report.sections import Figure, Response, Sample, SampleList, Section, Table, Text
+from fastdpo.training.log_history import RESULTS, logs_by_source
 from fastdpo.training.samples import SAMPLES_FILE
 from fastdpo.training.watch import WARNINGS_FILE
 
 REPORT_FILE = "report.html"
 STATE_FILE = "trainer_state.json"
-# rows of the result, by key of the log; what a run does not have is left out
-RESULTS = {
-    "loss": "Loss",
-    "rewards/accuracies": "Accuracy of pairs",
-    "rewards/margins": "Reward margin",
-    "rewards/chosen": "Reward, chosen",
-    "rewards/rejected": "Reward, rejected",
-    "rewards/weight": "Gradient weight",
-    "logps/chosen": "Log-prob, chosen",
-    "logps/rejected": "Log-prob, rejected",
-    "aux_loss": "Load-balancing loss",
-    "entropy": "Entropy per token",
-    "mean_token_accuracy": "Accuracy of tokens",
-}
 _PREFERENCE_CURVES = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
 _CURVES = ("loss", "entropy", "mean_token_accuracy")
 
@@ -86,11 +73,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _result(history: Sequence[Mapping[str, Any]]) -> Section:
     """First and last values: of evaluation where there is one, and of training."""
     columns, cells = [""], []
-    for name, prefix in (("training", ""), ("evaluation", "eval_")):
-        entries = [entry for entry in history if f"{prefix}loss" in entry]
-        for place, entry in [("first", entries[0]), ("last", entries[-1])] if entries else []:
-            columns.append(f"{name}, {place} (step {entry['step']})")
-            cells.append([f"{entry[prefix + key]:.4f}" if prefix + key in entry else "" for key in RESULTS])
+    for source, entries in logs_by_source(history).items():
+        for place, entry in (("first", entries[0]), ("last", entries[-1])):
+            columns.append(f"{source}, {place} (step {entry['step']})")
+            cells.append([f"{entry[key]:.4f}" if key in entry else "" for key in RESULTS])
     rows = [
         [words, *(column[index] for column in cells)]
         for index, words in enumerate(RESULTS.values())

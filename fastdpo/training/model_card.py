@@ -19,22 +19,12 @@ from torch import nn
 from transformers import Trainer
 
 from fastdpo.modeling.packed import bare_model
+from fastdpo.training.log_history import RESULTS, logs_by_source
 from fastdpo.training.loss_settings import LossSettings
 
 PACKAGES = ("fastdpo", "transformers", "torch", "triton", "datasets", "tokenizers", "peft")
 PAPERS = {"dpo": "https://arxiv.org/abs/2305.18290"}
 _NAMES_IN_TRANSFORMERS = {"finetuned_from": "base_model", "dataset": "datasets", "tasks": "pipeline_tag"}
-# what of the last logs is shown, by key of the log
-RESULTS = {
-    "loss": "loss",
-    "rewards/accuracies": "accuracy of rewards",
-    "rewards/margins": "reward margin",
-    "rewards/chosen": "reward, chosen",
-    "rewards/rejected": "reward, rejected",
-    "logps/chosen": "log-prob, chosen (nats)",
-    "logps/rejected": "log-prob, rejected (nats)",
-    "mean_token_accuracy": "accuracy of tokens",
-}
 
 
 class CardTrainer(Trainer):
@@ -125,7 +115,7 @@ def model_card(
     ]
     results = _results(trainer.state.log_history)
     if results:
-        parts.append(f"## Results\n\n{_table(('at the last log', 'training', 'evaluation'), results)}")
+        parts.append(f"## Results\n\n{_table(results[0], results[1:])}\n\nRewards and log-probs are in nats.")
     watch = getattr(trainer, "watch", None)
     if watch is not None and watch.given:
         parts.append("## What training warned of\n\n" + "\n".join(f"- {text}." for text in watch.given.values()))
@@ -141,8 +131,9 @@ def training_facts(trainer: Any) -> list[tuple[str, str]]:
         reason = "; ".join(part for part in trainer.reference_reason.split("; ") if not part.startswith("in "))
         facts += [*_loss_facts(args), ("reference", f"{trainer.reference.mode}: {reason}")]  # not in which folder
     facts += [(f"{name} data", report.lines()[0]) for name, report in trainer.data_reports.items()]
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    facts.append(("trained parameters", f"{num_trained:,} of {sum(p.numel() for p in model.parameters()):,}"))
+    bare = bare_model(model)  # whose own count knows how many a 4-bit weight packs into one
+    num_trained = bare.num_parameters(only_trainable=True)
+    facts.append(("trained parameters", f"{num_trained:,} of {bare.num_parameters():,}"))
     config = next(iter(getattr(model, "peft_config", {}).values()), None)
     if config is not None:
         kind = getattr(config.peft_type, "value", str(config.peft_type))
@@ -174,17 +165,15 @@ def _loss_facts(args: Any) -> list[tuple[str, str]]:
     return facts
 
 
-def _results(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    def last(key: str) -> Mapping[str, Any]:
-        return next((entry for entry in reversed(history) if key in entry), {})
-
-    trained, evaluated = last("loss"), last("eval_loss")
-
-    def cell(entry: Mapping[str, Any], key: str) -> str:
-        return f"{entry[key]:.4f}" if key in entry else ""
-
-    rows = [(words, cell(trained, key), cell(evaluated, f"eval_{key}")) for key, words in RESULTS.items()]
-    return [row for row in rows if row[1] or row[2]]
+def _results(history: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Rows of the table of results, its head first; empty where nothing was logged."""
+    last = {source: entries[-1] for source, entries in logs_by_source(history).items()}
+    rows = [
+        [words, *(f"{entry[key]:.4f}" if key in entry else "" for entry in last.values())]
+        for key, words in RESULTS.items()
+        if any(key in entry for entry in last.values())
+    ]
+    return [["at the last log", *last], *rows] if rows else []
 
 
 def _usage(trainer: CardTrainer, is_adapter: bool) -> str:

@@ -36,13 +36,12 @@ def summary_lines(trainer: PackedTrainer) -> list[tuple[str, str]]:
 
 
 def _model(trainer: PackedTrainer) -> str:
-    parameters = list(trainer.model.parameters())
-    total, trained = (sum(p.numel() for p in ps) for ps in (parameters, [p for p in parameters if p.requires_grad]))
-    dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+    model = bare_model(trainer.model)  # whose own count knows how many a 4-bit weight packs into one
+    total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
     share = "all trained" if trained == total else f"{trained:,} trained"
     autocast = "bf16 autocast" if trainer.args.bf16 else "fp16 autocast" if trainer.args.fp16 else "no autocast"
-    name = type(bare_model(trainer.model)).__name__
-    return f"{name}, {total:,} parameters ({share}), {dtypes}, {autocast}, {trainer.args.device}"
+    return f"{type(model).__name__}, {total:,} parameters ({share}), {dtypes}, {autocast}, {trainer.args.device}"
 
 
 def _batches(trainer: PackedTrainer) -> str:

@@ -11,6 +11,8 @@ from tiny import make_llama, make_rows, make_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastdpo import DPOConfig, DPOTrainer, pack_pairs, packed_logps
+from fastdpo.training.model_card import training_facts
+from fastdpo.training.summary import summary_lines
 
 CASES = {
     "layers": lambda: lora(),
@@ -78,3 +80,12 @@ def test_without_bitsandbytes_the_error_says_what_is_missing(tmp_path, base, mon
     monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ValueError, match=r"needs a package that is not installed.*bitsandbytes"):
         make_trainer(tmp_path, base, lora())
+
+
+def test_the_run_counts_weights_and_not_the_bytes_that_hold_them(tmp_path, base, bitsandbytes):
+    trainer = make_trainer(tmp_path, base, lora())
+    full = make_llama(hidden_size=64, intermediate_size=128).num_parameters()
+    num_trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    facts = dict(training_facts(trainer))
+    assert facts["trained parameters"] == f"{num_trained:,} of {full + num_trained:,}"
+    assert f"{full + num_trained:,} parameters ({num_trained:,} trained)" in dict(summary_lines(trainer))["model"]

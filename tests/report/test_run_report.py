@@ -11,12 +11,19 @@ from fastdpo.training.samples import SAMPLES_FILE
 from fastdpo.training.watch import WARNINGS_FILE
 
 HISTORY = [
-    {"step": 0, "eval_loss": 0.6931, "eval_rewards/margins": 0.0, "eval_rewards/accuracies": 0.0},
+    {"step": 0, "eval_loss": 0.6931, "eval_rewards/margins": 0.0, "eval_rewards/accuracies": 0.0, "eval_runtime": 1.0},
     {"step": 1, "loss": 0.6931, "rewards/margins": 0.0, "rewards/accuracies": 0.5, "grad_norm": 3.0},
     {"step": 2, "loss": 0.6511, "rewards/margins": 0.0875, "rewards/accuracies": 0.75, "grad_norm": 2.0},
-    {"step": 2, "eval_loss": 0.6622, "eval_rewards/margins": 0.0644, "eval_rewards/accuracies": 0.6},
+    {
+        "step": 2,
+        "eval_loss": 0.6622,
+        "eval_rewards/margins": 0.0644,
+        "eval_rewards/accuracies": 0.6,
+        "eval_runtime": 1.0,
+    },
     {"step": 2, "train_loss": 0.67, "train_runtime": 1.0},
 ]
+NAMED = [("seen", 0.5125), ("aux", 0.6125)]
 STATE = {"log_history": HISTORY, "global_step": 2, "epoch": 0.5}
 
 
@@ -64,6 +71,17 @@ def test_it_shows_result_warnings_samples_and_settings(tmp_path):
     assert "nothing" not in text
     if importlib.util.find_spec("matplotlib") is not None:
         assert "data:image/svg+xml;base64," in path.read_text()
+
+
+def test_several_evaluation_datasets_have_columns_each(tmp_path):
+    evaluated = [
+        {"step": 2, f"eval_{n}_loss": v, f"eval_{n}_aux_loss": 2.0, f"eval_{n}_runtime": 1.0} for n, v in NAMED
+    ]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({**STATE, "log_history": [*HISTORY[1:3], *evaluated]}))
+    text = text_of(write_run_report(tmp_path))
+    for name, value in NAMED:
+        assert f"evaluation, {name}, last (step 2)" in text
+        assert f"{value}" in text
 
 
 def test_without_matplotlib_it_says_what_is_missing(tmp_path, monkeypatch):
