@@ -142,7 +142,13 @@ def one_prompt_a_row(dataset: Dataset, dataset_format: str, *, is_sft: bool) -> 
     rows = regrouped(examples, raw_example(dataset[0]), dataset_format, is_sft=is_sft)
     if rows is None:
         return dataset
-    grouped = list(rows)
+    try:
+        grouped = list(rows)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            "dataset rows must all be like the first, as their answers are put together by prompt, got one that is not"
+            f" ({type(error).__name__}: {error})"
+        ) from error
     if not grouped:
         raise ValueError(f"dataset must hold at least one prompt with ranked answers, {len(dataset)} rows hold none")
     return dataset_from_rows(grouped)

@@ -333,6 +333,12 @@ def test_answers_and_trees_become_one_group_for_each_prompt(bos_tokenizer, rows,
         assert [bos_tokenizer.decode(ids) for ids in group.responses] == ["Hello!<|im_end|>\n", "Go.<|im_end|>\n"]
 
 
+@pytest.mark.parametrize("rows", [[*HELPSTEER, {"prompt": "Hi?"}], [TREE, {**TREE, "prompt": None}]])
+def test_answers_that_cannot_be_put_together_by_prompt_are_refused(plain_tokenizer, rows):
+    with pytest.raises(ValueError, match="dataset rows must all be like the first"):
+        prepare_preference_dataset(rows, plain_tokenizer, WHOLE)
+
+
 def test_ranked_rows_of_ones_own_are_a_group():
     row = preference_row({"prompt": "Q", "responses": ["c", "a", "b"], "scores": [0.1, 3, 2]})
     assert (row.prompt, row.responses, row.preferences) == ("Q", ("a", "b", "c"), ((0, 1), (0, 2), (1, 2)))

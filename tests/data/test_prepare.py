@@ -233,7 +233,6 @@ def test_a_processor_of_images_is_no_tokenizer(plain_tokenizer):
     [
         ("llms-from-scratch-preference.json", 1094, {"chosen equals rejected": (122, 226, 400, 566, 628, 676)}),
         ("llama-factory-dpo-en-demo.json", 300, {}),
-        ("llama-factory-dpo-zh-demo.json", 300, {}),
         ("llama-factory-v1-dpo-demo.jsonl", 10, {}),
         ("hh-rlhf-harmless-test-benign44.jsonl", 44, {}),
         ("torchtune-hh-rlhf-tiny.json", 1, {}),
