@@ -90,6 +90,10 @@ class PackedTrainer(CardTrainer):
             )
             args._n_gpu = 1
         budget = args.max_tokens_per_microbatch
+        if type(data_collator).__module__.partition(".")[0] == "trl":
+            raise ValueError(
+                f"data_collator must return PackedBatch.asdict(), got TRL's {type(data_collator).__name__}; give none"
+            )
         if data_collator is not None and budget is not None:
             raise ValueError(
                 f"data_collator must be None where max_tokens_per_microbatch is set, which splits batches, got {budget}"

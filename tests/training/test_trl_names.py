@@ -260,3 +260,9 @@ def test_a_subclass_that_overrides_what_only_trl_calls_is_refused_instead_of_tra
 def test_the_methods_that_subclasses_of_trls_trainer_override_are_those_that_it_has():
     own = vars(peer("trl").DPOTrainer)
     assert [name for name in trl_names.METHODS[:3] if name not in own] == []
+
+
+def test_a_collator_of_trls_is_refused():
+    collator = type("DataCollatorForPreference", (), {"__module__": "trl.trainer.dpo_trainer"})()
+    with pytest.raises(ValueError, match=r"PackedBatch.asdict\(\), got TRL's DataCollatorForPreference; give none"):
+        DPOTrainer(make_llama(), args=DPOConfig("out", use_cpu=True), data_collator=collator, **parts())
