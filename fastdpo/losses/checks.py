@@ -72,6 +72,7 @@ def check_combination(config: LossConfig) -> None:
         )
     _check_divergence(config)
     _check_ld_alpha(config)
+    _check_something_is_compared(config)
     _refuse(
         config.use_weighting,
         names,
@@ -123,6 +124,22 @@ def _check_ld_alpha(config: LossConfig) -> None:
         "ld_alpha must be None for loss_type {name}: it weighs the tokens by which one response of a pair is longer in"
         f" a log-ratio to the reference, got {alpha}",
     )
+
+
+def _check_something_is_compared(config: LossConfig) -> None:
+    """Settings of how responses are compared, where no loss compares any."""
+    if any(name not in TOKEN_LOSSES for name in config.loss_type):
+        return
+    for field, off, is_set in (
+        ("f_divergence_type", "'reverse_kl'", config.f_divergence_type != "reverse_kl"),
+        ("ld_alpha", "None", config.ld_alpha is not None),
+        ("use_weighting", "off", config.use_weighting),
+    ):
+        if is_set:
+            raise ValueError(
+                f"{field} must be {off} for loss_type {_named(config.loss_type)} alone, which compares no responses and"
+                f" does not read it, got {getattr(config, field)!r}"
+            )
 
 
 def _refuse(is_set: bool, names: Sequence[str], refused: Sequence[str], message: str) -> None:

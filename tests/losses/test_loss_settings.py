@@ -57,6 +57,12 @@ def test_the_default_is_one_sigmoid_loss(tmp_path):
         ({"ld_alpha": 0.5, "loss_type": "plackett_luce"}, "ld_alpha must be None for loss_type 'plackett_luce'"),
         ({"use_weighting": True, "loss_type": ["sigmoid", "aot"]}, "use_weighting must be off for loss_type 'aot'"),
         ({"use_weighting": True, "loss_type": "cpo"}, "use_weighting must be off for loss_type 'cpo'"),
+        (
+            {"loss_type": "sft", "f_divergence_type": "forward_kl"},
+            "f_divergence_type must be 'reverse_kl' .* 'sft' alone",
+        ),
+        ({"loss_type": "sft", "use_weighting": True}, "use_weighting must be off for loss_type 'sft' alone.* got True"),
+        ({"loss_type": "sft", "ld_alpha": 0.5}, "ld_alpha must be None for loss_type 'sft' alone.* got 0.5"),
         ({"loss_type": "simpo", "gamma_beta_ratio": -1.0}, "gamma_beta_ratio must be a finite number >= 0, got -1.0"),
         ({"loss_type": "cpo", "cpo_alpha": "1"}, "cpo_alpha must be a finite number >= 0, got '1'"),
         ({"loss_type": ["sigmoid", "simpo"]}, "must not hold both 'simpo' and 'sigmoid'"),
