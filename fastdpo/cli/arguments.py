@@ -31,6 +31,10 @@ class RunArguments:
     dataset: str = field(
         metadata=_help("Training data: a .json, .jsonl (also .gz) or .parquet file, a directory, or a name. Required.")
     )
+    dataset_config: str | None = field(
+        default=None,
+        metadata=_help("Configuration (subset) of a named dataset; also of eval_dataset where that has the same name."),
+    )
     dataset_split: str = field(default="train", metadata=_help("Split of a named dataset."))
     dataset_streaming: bool = field(
         default=False, metadata=_help("Read the data as the run goes, in its own order; max_steps is needed.")
@@ -62,7 +66,7 @@ class LoraArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata=_help("Layers that get an adapter. Default: every linear layer but the head.")
     )
-    load_in_4bit: bool = field(default=False, metadata=_help("QLoRA: base weights in 4 bits (bitsandbytes, GPU)."))
+    load_in_4bit: bool = field(default=False, metadata=_help("QLoRA: base weights in 4 bits (bitsandbytes)."))
 
     def __post_init__(self) -> None:
         if self.load_in_4bit and not self.use_peft:
@@ -83,15 +87,15 @@ class AdapterArguments(LoraArguments):
 
 # Options in the order in which people look for them; what no group names is shown under "everything else".
 GROUPS = {
-    "model and data": "model dataset output_dir config dataset_split dataset_streaming eval_dataset eval_split"
+    "model and data": "model dataset output_dir config dataset_config dataset_split dataset_streaming eval_dataset eval_split"
     " eval_fraction max_length max_prompt_length truncation_mode on_bad_row dataset_format dataset_num_proc pad_token"
     " model_init_kwargs trust_remote_code disable_dropout",
     "preference optimization": "beta loss_type loss_weights label_smoothing f_divergence_type f_alpha_divergence_coef"
-    " ld_alpha use_weighting discopop_tau gamma_beta_ratio cpo_alpha router_aux_loss_coef",
+    " ld_alpha use_weighting discopop_tau gamma_beta_ratio cpo_alpha",
     "reference": "reference ref_model reference_free precompute_ref_log_probs precompute_ref_batch_size ref_cache_dir"
     " ref_max_memory ref_tokens_per_batch sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
     "steps": "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps"
-    " lr_scheduler_type warmup_steps weight_decay max_grad_norm optim seed regroup_dataset"
+    " lr_scheduler_type warmup_steps weight_decay max_grad_norm optim seed router_aux_loss_coef regroup_dataset"
     " length_bucketing",
     "engine and memory": "max_tokens_per_microbatch on_oversized_row packing padding_free pad_to_multiple_of"
     " prefix_sharing attention_backend impl skip_tolerance workspace_bytes token_metrics bf16 fp16"

@@ -30,6 +30,7 @@ from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.training.collator import PackingCollator, microbatches_of
 from fastdpo.training.config import EngineConfig
+from fastdpo.training.experts import router_coefficient
 from fastdpo.training.finite import FiniteLosses
 from fastdpo.training.layer_kernels import use_layer_kernels
 from fastdpo.training.memory import check_memory_settings
@@ -117,6 +118,7 @@ class PackedTrainer(CardTrainer):
         )
         self.model_accepts_loss_kwargs = True  # Trainer then counts items through _get_num_items_in_batch
         resolve_impl(args.impl, args.device, head_dtype(self.model, args))  # a named impl that cannot run raises here
+        self.router_aux_loss_coef = router_coefficient(args, self.model)
         self.is_packed = args.packing != "padded"
         self.packing_check = self._check_packing(self.model)
         if budget is not None:

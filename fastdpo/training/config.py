@@ -72,6 +72,13 @@ class EngineConfig(TrainingArguments):
     disable_dropout: bool = field(
         default=True, metadata=_help("Set every dropout of policy and reference to 0, LoRA's too.")
     )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata=_help(
+            "Weight of the load-balancing loss of mixture-of-experts models. Default: the one in the model's config;"
+            " 0 turns it off."
+        ),
+    )
 
     # Data
     max_length: int | None = field(default=1024, metadata=_help("Tokens kept of prompt + response. None keeps all."))
@@ -185,6 +192,8 @@ class EngineConfig(TrainingArguments):
             check_count(name, getattr(self, name))
         check_count("dataset_num_proc", self.dataset_num_proc, optional=True)
         check_number("learning_rate", self.learning_rate, least=0.0)
+        if self.router_aux_loss_coef is not None:
+            check_number("router_aux_loss_coef", self.router_aux_loss_coef, least=0.0)
         self.max_tokens_per_microbatch = count_or_auto("max_tokens_per_microbatch", self.max_tokens_per_microbatch)
         self.pad_to_multiple_of = count_or_auto("pad_to_multiple_of", self.pad_to_multiple_of)
         self.model_init_kwargs = as_dict("model_init_kwargs", self.model_init_kwargs)

@@ -35,6 +35,7 @@ from fastdpo.references.cache import LogpsCache
 from fastdpo.references.precompute import Scorer, fill_ref_logps
 from fastdpo.training.adapters import with_adapter
 from fastdpo.training.config import DPOConfig
+from fastdpo.training.experts import with_load_balancing
 from fastdpo.training.features import FeaturedTrainer
 from fastdpo.training.models import model_name, resolve_model
 from fastdpo.training.predictions import pair_values
@@ -246,10 +247,9 @@ class DPOTrainer(TokenMeans, FeaturedTrainer):
         per_token = any(name in PER_TOKEN_REWARDS for name in args.loss_type)
         metrics = pair_metrics(scores, args.beta, per_token=per_token)
         metrics.update(token_metrics(policy, batch.token_rows, batch.cu_seqlens, batch.pairs))
-        if policy.aux_loss is not None:  # its mean over batches weighs each by its items
-            num_items = float(self._num_items({"pairs": batch.pairs}))
-            loss = loss + self.router_aux_loss_coef * num_items * policy.aux_loss
-            metrics["aux_loss"] = (policy.aux_loss.detach() * num_items, num_items)
+        num_items = self._num_items({"pairs": batch.pairs})
+        loss, balance = with_load_balancing(loss, policy.aux_loss, self.router_aux_loss_coef, num_items)
+        metrics.update(balance)
         if self._predictions is not None:
             self._pair_values = pair_values(scores, batch, args.beta, per_token=per_token)
         return loss, metrics

@@ -1,11 +1,14 @@
-"""Which weight the load-balancing loss of a mixture-of-experts model has in a run, as in TRL 1.16."""
+"""The load-balancing loss of a mixture-of-experts model in a run: which weight it has, as in TRL 1.16, and how it joins
+a loss that is a sum over a batch's items.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from fastdpo.metrics import SumAndWeight
 from fastdpo.modeling.packed import bare_model
 from fastdpo.modeling.router import has_load_balancing
 
@@ -31,7 +34,20 @@ def router_coefficient(args: Any, model: nn.Module) -> float:
     if coefficient and args.max_tokens_per_microbatch is not None:
         raise ValueError(
             f"max_tokens_per_microbatch must be None with the load-balancing loss of {type(bare).__name__}, which is"
-            f" no sum over pairs: its batch cannot be split, got {args.max_tokens_per_microbatch!r}; use"
+            f" no sum over its items: its batch cannot be split, got {args.max_tokens_per_microbatch!r}; use"
             " gradient_accumulation_steps, which means it over batches, or router_aux_loss_coef=0"
         )
     return coefficient
+
+
+def with_load_balancing(
+    loss: Tensor, aux_loss: Tensor | None, coefficient: float, num_items: int
+) -> tuple[Tensor, dict[str, SumAndWeight]]:
+    """A batch's summed loss and metrics with the load-balancing loss, () each, or as they are where there is none.
+
+    Its mean over the batches of a step weighs each by its items, pairs or tokens.
+    """
+    if aux_loss is None:
+        return loss, {}
+    metrics: dict[str, SumAndWeight] = {"aux_loss": (aux_loss.detach() * num_items, float(num_items))}
+    return loss + coefficient * num_items * aux_loss, metrics

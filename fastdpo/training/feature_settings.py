@@ -1,4 +1,4 @@
-"""The settings of what DPOTrainer does beside the loss: a reference that follows, experts' balance, samples, warnings.
+"""The settings of what DPOTrainer does beside the loss: a reference that follows, samples, warnings.
 
 Part of DPOConfig. Names and defaults are TRL's where TRL has the setting.
 """
@@ -29,13 +29,6 @@ class FeatureSettings:
     ref_model_sync_steps: int = field(
         default=512, metadata=_help("Optimizer steps between two moves of the reference, under sync_ref_model.")
     )
-    router_aux_loss_coef: float | None = field(
-        default=None,
-        metadata=_help(
-            "Weight of the load-balancing loss of mixture-of-experts models. Default: the one in the model's config;"
-            " 0 turns it off."
-        ),
-    )
     num_eval_samples: int = field(
         default=0,
         metadata=_help("Prompts of the evaluation data that policy and reference answer at every evaluation."),
@@ -57,8 +50,6 @@ class FeatureSettings:
         if not 0 < self.ref_model_mixup_alpha <= 1:
             raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
         _check_count("ref_model_sync_steps", self.ref_model_sync_steps, least=1)
-        if self.router_aux_loss_coef is not None:
-            check_number("router_aux_loss_coef", self.router_aux_loss_coef, least=0.0)
         _check_count("num_eval_samples", self.num_eval_samples, least=0)
         _check_count("eval_sample_tokens", self.eval_sample_tokens, least=1)
         check_number("eval_sample_temperature", self.eval_sample_temperature, least=0.0)

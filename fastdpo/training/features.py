@@ -13,7 +13,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from fastdpo.references import Reference
 from fastdpo.training.base import FOR_NOTHING, PackedTrainer
 from fastdpo.training.config import DPOConfig
-from fastdpo.training.experts import router_coefficient
 from fastdpo.training.predictions import Predictions, call_compute_metrics
 from fastdpo.training.samples import EvalSamples
 from fastdpo.training.sync_reference import SyncReference
@@ -27,7 +26,6 @@ class FeaturedTrainer(PackedTrainer):
     args: DPOConfig
     reference: Reference
     reference_reason: str
-    router_aux_loss_coef = 0.0
     eval_samples: EvalSamples | None = None  # what policy and reference answered at each evaluation
     watch: TrainingWatch | None = None  # the warnings of this run
     _synced: SyncReference | None = None
@@ -46,7 +44,6 @@ class FeaturedTrainer(PackedTrainer):
                 "include_for_metrics must be empty: compute_metrics gets the numbers of every pair and no inputs, got"
                 f" {args.include_for_metrics}"
             )
-        self.router_aux_loss_coef = router_coefficient(args, self.model)
         if args.sync_ref_model:
             self._synced = SyncReference(self)
             self.add_callback(self._synced)

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from fastdpo.data.prepare import Report, prepare_sft_dataset
 from fastdpo.metrics import SumAndWeight
 from fastdpo.modeling import packed_loss
-from fastdpo.modeling.packed import bare_model
 from fastdpo.training.adapters import with_adapter
 from fastdpo.training.base import PackedTrainer
 from fastdpo.training.config import SFTConfig
+from fastdpo.training.experts import with_load_balancing
 from fastdpo.training.models import resolve_model
 from fastdpo.types import PackedBatch
 
@@ -27,8 +27,8 @@ from fastdpo.types import PackedBatch
 class SFTTrainer(PackedTrainer):
     """Next-token training on responses; prompts are read and not learned.
 
-    The loss is the mean negative log-prob per response token, in nats, over the whole optimizer step. Arguments as in
-    DPOTrainer.
+    The loss is the mean negative log-prob per response token, in nats, over the whole optimizer step; mixtures of
+    experts add their load-balancing loss, see `router_aux_loss_coef`. Arguments as in DPOTrainer.
     """
 
     method = "sft"
@@ -52,11 +52,6 @@ class SFTTrainer(PackedTrainer):
         if not isinstance(args, SFTConfig):
             raise ValueError(f"args must be an SFTConfig, got {type(args).__name__}")
         policy, tokenizer = resolve_model(model, processing_class, args, quantization_config)
-        if getattr(bare_model(policy).config.get_text_config(), "output_router_logits", False):
-            raise ValueError(
-                "model.config.output_router_logits must be False: the load-balancing loss of mixture-of-experts models"
-                " is part of DPOTrainer's loss and not of this one, got True"
-            )
         policy = with_adapter(policy, peft_config, args, trains=train_dataset is not None)
         super().__init__(
             policy,
@@ -87,10 +82,13 @@ class SFTTrainer(PackedTrainer):
         def loss_of(sums: Tensor, lengths: Tensor, sequences: slice, pairs: slice) -> Tensor:
             return -sums.sum()
 
-        outputs, grad_in_forward = ("entropy", "is_top1"), not self.args.torch_compile
-        loss, logps = packed_loss(
-            model, batch, loss_of, impl=self.args.impl, outputs=outputs, grad_in_forward=grad_in_forward
-        )
+        settings: dict[str, Any] = {
+            "impl": self.args.impl,
+            "outputs": ("entropy", "is_top1"),
+            "grad_in_forward": not self.args.torch_compile,
+            "router_aux_loss": self.router_aux_loss_coef > 0,
+        }
+        loss, logps = packed_loss(model, batch, loss_of, **settings)
         sequences = logps.sequences
         entropy, is_top1 = sequences.tokens.entropy, sequences.tokens.is_top1
         assert entropy is not None
@@ -100,4 +98,5 @@ class SFTTrainer(PackedTrainer):
             "entropy": (entropy[rows].sum(), float(rows.numel())),
             "mean_token_accuracy": (is_top1[rows].float().sum(), float(rows.numel())),
         }
-        return loss, metrics
+        loss, balance = with_load_balancing(loss, logps.aux_loss, self.router_aux_loss_coef, rows.numel())
+        return loss, {**metrics, **balance}

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from tiny import make_rows, make_tokenizer
-from tiny_runs import logged, tiny_trainer, trl_trainer
+from tiny import make_llama, make_rows, make_tokenizer
+from tiny_runs import SILENT, logged, tiny_trainer, trl_trainer
 
 from fastdpo import SFTConfig, SFTTrainer, TokenizedGroup, TokenizedPair, pack_pairs
 from fastdpo.data.packing import pad_pairs
@@ -166,11 +166,82 @@ def test_what_has_no_such_loss_is_refused(tmp_path, make, settings, match):
         tiny_trainer(tmp_path, make and make_moe(make), **settings)
 
 
-def test_supervised_training_refuses_a_model_that_asks_for_it(tmp_path):
-    model = make_moe("mixtral", output_router_logits=True)
-    settings = {"train_dataset": make_rows(4), "processing_class": make_tokenizer()}
-    with pytest.raises(ValueError, match="output_router_logits must be False"):
-        SFTTrainer(model, SFTConfig(str(tmp_path), use_cpu=True, report_to="none"), **settings)
+def sft_trainer(output_dir, model, rows=None, **settings):
+    args = SFTConfig(
+        str(output_dir),
+        **{**SILENT, "max_steps": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 4, **settings},
+    )
+    return SFTTrainer(model, args, train_dataset=rows or make_rows(4), processing_class=make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("settings", "asks_for_it"),
+    [({}, False), ({"prefix_sharing": False}, True), ({"packing": "padded"}, True)],
+    ids=["shared", "packed", "padded"],
+)
+def test_supervised_training_has_the_loss_and_gradient_of_transformers(tmp_path, settings, asks_for_it):
+    """On its own forward of right-padded rows with labels; two rows have one prompt, which is computed once."""
+    sequences = [([5, 6, 7, 8], [9, 10]), ([5, 6, 7, 8], [11, 12, 13]), ([13, 14], [15])]
+    ids, mask = torch.zeros(2, 3, 7, dtype=torch.int64)
+    labels = torch.full((3, 7), -100)
+    for row, (prompt, response) in enumerate(sequences):
+        length = len(prompt) + len(response)
+        ids[row, :length], mask[row, :length] = torch.tensor([*prompt, *response]), 1
+        labels[row, len(prompt) : length] = torch.tensor(response)
+    stock = make_moe("mixtral")
+    found = stock(input_ids=ids, attention_mask=mask, labels=labels, output_router_logits=True, use_cache=False)
+    plain = found.loss - 0.1 * found.aux_loss
+    assert found.aux_loss > 2.05
+    expected = grads_of(stock, found.loss)
+
+    rows = [{"prompt_ids": prompt, "responses": [response], "preferences": []} for prompt, response in sequences]
+    model = make_moe("mixtral", output_router_logits=asks_for_it)
+    fast = sft_trainer(tmp_path, model, rows, max_grad_norm=0, **settings)
+    fast.create_optimizer()
+    loss = fast.training_step(model, fast.collator(list(fast.train_dataset)))
+    torch.testing.assert_close(loss, found.loss.detach(), rtol=1e-5, atol=0)
+    for name, grad in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, grad, rtol=1e-4, atol=1e-6, msg=name)
+    off = sft_trainer(tmp_path, make_moe("mixtral"), rows, router_aux_loss_coef=0.0, **settings)
+    inputs = off.collator(list(off.train_dataset))
+    torch.testing.assert_close(off.compute_loss(off.model, inputs).detach(), plain.detach(), rtol=1e-5, atol=0)
+
+
+def test_supervised_training_logs_it_weighed_by_tokens(tmp_path):
+    """A step of 3 + 1 rows; with coefficient 1 the loss is that without plus the mean of the two batches' numbers."""
+    rows = make_rows(4)
+    with_it, without = (
+        sft_trainer(tmp_path, make_moe("mixtral"), rows, train_sampling_strategy="sequential", **settings)
+        for settings in (
+            {"router_aux_loss_coef": 1.0, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
+            {"router_aux_loss_coef": 0.0},
+        )
+    )
+    batches = [with_it.collator([with_it.train_dataset[i] for i in part]) for part in ([0, 1, 2], [3])]
+    found = [
+        packed_logps(make_moe("mixtral"), PackedBatch(**batch), router_aux_loss=True).aux_loss for batch in batches
+    ]
+    num_tokens = [len(batch["token_rows"]) for batch in batches]
+    mean = sum(n * aux.item() for n, aux in zip(num_tokens, found, strict=True)) / sum(num_tokens)
+    for trainer in (with_it, without):
+        trainer.train()
+    assert logged(with_it, "aux_loss") == [pytest.approx(mean, rel=1e-5)]
+    assert logged(with_it)[0] == pytest.approx(logged(without)[0] + mean, rel=1e-5)
+    assert logged(without, "aux_loss") == []
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "match"),
+    [
+        (make_llama, {"router_aux_loss_coef": 0.1}, "must be None or 0 for LlamaForCausalLM"),
+        (make_moe, {"max_tokens_per_microbatch": 64}, "max_tokens_per_microbatch must be None with the load-balancing"),
+        (make_moe, {"router_aux_loss_coef": float("nan")}, "router_aux_loss_coef must be a finite number >= 0"),
+    ],
+    ids=["no experts", "split", "no number"],
+)
+def test_supervised_training_refuses_the_same(tmp_path, make, settings, match):
+    with pytest.raises(ValueError, match=match):
+        sft_trainer(tmp_path, make() if make is make_llama else make("mixtral"), **settings)
 
 
 def test_losses_and_metrics_are_trls(tmp_path):
