@@ -46,7 +46,8 @@ def test_its_settings_and_names_exist():
         f"{warning_checks.CHOSEN_FALL:g} nats less likely",
         f"{100 * warning_checks.SATURATED_ACCURACY:g} % of the training pairs",
         f"at least {warning_checks.WORTHY_MARGIN:g}",
-        f"exceed {warning_checks.LOGRATIO_PER_TOKEN:g} nat a token and {warning_checks.LOGRATIO_NATS:g} nats a response",
+        f"exceed {warning_checks.LOGRATIO_PER_TOKEN:g} nat a token"
+        f" and {warning_checks.LOGRATIO_NATS:g} nats a response",
         f"{warning_checks.LENGTH_RATIO:g} times as long",
         f"last {WINDOW_PAIRS} pairs",
     ):
