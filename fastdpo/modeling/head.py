@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdpo.ops.head import with_adapter
+from fastdpo.ops.head import joined_weight
 
 
 class LowRank(NamedTuple):
@@ -55,7 +55,7 @@ class LMHead(NamedTuple):
             return wide, self.weight, adapter_weight
         device_type = rows.device.type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-        return wide, with_adapter(self.weight, adapter_weight, autocast), None
+        return wide, joined_weight(self.weight, adapter_weight, autocast), None
 
 
 # config field -> the factor that it puts on the logits, with the model families that have it

@@ -47,7 +47,7 @@ def row_scale(grad_logps: Tensor, lse_rest: Tensor, labels: Tensor, head: Head) 
     return scale.masked_fill_(labels == IGNORE_INDEX, 0.0)
 
 
-def with_adapter(
+def joined_weight(
     lm_head_weight: Tensor,  # (V, H)
     adapter_weight: Tensor | None,  # (V, r)
     dtype: torch.dtype | None = None,

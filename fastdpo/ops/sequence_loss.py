@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from fastdpo.ops.eager import RowGradients, even_chunks, max_chunk_rows, workspace
 from fastdpo.ops.engine import engine_of, resolve_impl
-from fastdpo.ops.head import Head, row_scale, with_adapter
+from fastdpo.ops.head import Head, joined_weight, row_scale
 from fastdpo.ops.linear_logps import linear_logps
 from fastdpo.ops.sequence_logps import counted_tokens, segment_sums
 from fastdpo.ops.validation import check_head, check_labels, check_sequences, check_settings, operand_dtype
@@ -125,7 +125,7 @@ def sequence_loss(
     else:
         settings: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap, "outputs": outputs}
         settings["workspace_bytes"] = workspace_bytes
-        lm_head_weight = with_adapter(lm_head_weight, adapter_weight)
+        lm_head_weight = joined_weight(lm_head_weight, adapter_weight)
         tokens = linear_logps(hidden_states, lm_head_weight, labels, impl=impl, **settings)
         loss = chunk_loss({name: getattr(tokens, name) for name in ("logps", *summed)}, everything)
         tokens = replace(tokens, logps=tokens.logps.detach())
@@ -157,7 +157,7 @@ class _LossInForward(torch.autograd.Function):
         with torch.autocast(hidden_states.device.type, enabled=False):
             h, w, b = (
                 hidden_states.to(plan.dtype),
-                with_adapter(lm_head_weight, adapter_weight, plan.dtype),
+                joined_weight(lm_head_weight, adapter_weight, plan.dtype),
                 None if bias is None else bias.to(plan.dtype),
             )
             grads = RowGradients(h, w, b, wanted, lm_head_weight.shape[1] if ctx.has_adapter else 0)

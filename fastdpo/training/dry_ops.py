@@ -19,7 +19,7 @@ from fastdpo.modeling.attention.sdpa import BranchSdpa
 from fastdpo.modeling.attention.varlen import VarlenBackend
 from fastdpo.ops.eager import max_chunk_rows
 from fastdpo.ops.engine import engine_of
-from fastdpo.ops.head import padded, with_adapter
+from fastdpo.ops.head import joined_weight, padded
 from fastdpo.ops.matmul import MAX_CAST_ELEMENTS, accumulator_dtype
 
 
@@ -47,7 +47,7 @@ def head_loss(
     if torch.is_grad_enabled():
         loss: Tensor = _HeadAllocations.apply(hidden_states, weight, adapter_weight, dtype, impl, workspace_bytes)
         return loss
-    operands = hidden_states.to(dtype), with_adapter(weight, adapter_weight, dtype)
+    operands = hidden_states.to(dtype), joined_weight(weight, adapter_weight, dtype)
     return torch.empty((), dtype=accumulator_dtype(operands[0].dtype))
 
 
@@ -57,7 +57,7 @@ class _HeadAllocations(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states, weight, adapter_weight, dtype, impl, workspace_bytes):  # type: ignore[override]
         engine = engine_of(impl)
-        h, w = hidden_states.to(dtype), with_adapter(weight, adapter_weight, dtype)
+        h, w = hidden_states.to(dtype), joined_weight(weight, adapter_weight, dtype)
         ctx.has_adapter = adapter_weight is not None
         weight = adapter_weight if ctx.has_adapter else weight
         acc = accumulator_dtype(dtype)
