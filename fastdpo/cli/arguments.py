@@ -16,39 +16,40 @@ from typing import Any, get_origin
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from fastdpo.training.config_checks import help_text
 from fastdpo.training.trl_names import line_instead
-
-
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
 
 
 @dataclass
 class RunArguments:
     """Which model on which data: what a config of the trainer does not say."""
 
-    model: str = field(metadata=_help("Model to train: a local directory or a name on the Hub. Required."))
+    model: str = field(metadata=help_text("Model to train: a local directory or a name on the Hub. Required."))
     dataset: str = field(
-        metadata=_help("Training data: a .json, .jsonl (also .gz) or .parquet file, a directory, or a name. Required.")
+        metadata=help_text(
+            "Training data: a .json, .jsonl (also .gz) or .parquet file, a directory, or a name. Required."
+        )
     )
     dataset_config: str | None = field(
         default=None,
-        metadata=_help("Configuration (subset) of a named dataset; also of eval_dataset where that has the same name."),
+        metadata=help_text(
+            "Configuration (subset) of a named dataset; also of eval_dataset where that has the same name."
+        ),
     )
-    dataset_split: str = field(default="train", metadata=_help("Split of a named dataset."))
+    dataset_split: str = field(default="train", metadata=help_text("Split of a named dataset."))
     dataset_streaming: bool = field(
-        default=False, metadata=_help("Read the data as the run goes, in its own order; max_steps is needed.")
+        default=False, metadata=help_text("Read the data as the run goes, in its own order; max_steps is needed.")
     )
-    eval_dataset: str | None = field(default=None, metadata=_help("Evaluation data, in the same forms."))
-    eval_split: str = field(default="test", metadata=_help("Split of a named evaluation dataset."))
+    eval_dataset: str | None = field(default=None, metadata=help_text("Evaluation data, in the same forms."))
+    eval_split: str = field(default="test", metadata=help_text("Split of a named evaluation dataset."))
     eval_fraction: float = field(
         default=0.05,
-        metadata=_help(
+        metadata=help_text(
             "Share of the training data held out for evaluation where no eval_dataset is given and the data is no"
             " stream; 0 for none."
         ),
     )
-    overwrite_output_dir: bool = field(default=False, metadata=_help("Let output_dir hold another run already."))
+    overwrite_output_dir: bool = field(default=False, metadata=help_text("Let output_dir hold another run already."))
 
     def __post_init__(self) -> None:
         if not 0 <= self.eval_fraction < 1:
@@ -59,14 +60,16 @@ class RunArguments:
 class LoraArguments:
     """LoRA and quantization of the base model."""
 
-    use_peft: bool = field(default=False, metadata=_help("Train a LoRA adapter in place of the model's weights."))
-    lora_r: int = field(default=16, metadata=_help("Rank of the adapter."))
-    lora_alpha: int = field(default=32, metadata=_help("Scale of the adapter: its product is multiplied by alpha / r."))
-    lora_dropout: float = field(default=0.0, metadata=_help("Dropout on the adapter's input."))
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata=_help("Layers that get an adapter. Default: every linear layer but the head.")
+    use_peft: bool = field(default=False, metadata=help_text("Train a LoRA adapter in place of the model's weights."))
+    lora_r: int = field(default=16, metadata=help_text("Rank of the adapter."))
+    lora_alpha: int = field(
+        default=32, metadata=help_text("Scale of the adapter: its product is multiplied by alpha / r.")
     )
-    load_in_4bit: bool = field(default=False, metadata=_help("QLoRA: base weights in 4 bits (bitsandbytes)."))
+    lora_dropout: float = field(default=0.0, metadata=help_text("Dropout on the adapter's input."))
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata=help_text("Layers that get an adapter. Default: every linear layer but the head.")
+    )
+    load_in_4bit: bool = field(default=False, metadata=help_text("QLoRA: base weights in 4 bits (bitsandbytes)."))
 
     def __post_init__(self) -> None:
         if self.load_in_4bit and not self.use_peft:
@@ -81,15 +84,15 @@ class AdapterArguments(LoraArguments):
     """What a preference run may have beside the trained model: an adapter on it, and another reference."""
 
     ref_model: str | None = field(
-        default=None, metadata=_help("Reference model; default: the start of the trained one.")
+        default=None, metadata=help_text("Reference model; default: the start of the trained one.")
     )
 
 
 # Options in the order in which people look for them; what no group names is shown under "everything else".
 GROUPS = {
-    "model and data": "model dataset output_dir config dataset_config dataset_split dataset_streaming eval_dataset eval_split"
-    " eval_fraction max_length max_prompt_length truncation_mode on_bad_row dataset_format dataset_num_proc pad_token"
-    " model_init_kwargs trust_remote_code disable_dropout",
+    "model and data": "model dataset output_dir config dataset_config dataset_split dataset_streaming eval_dataset"
+    " eval_split eval_fraction max_length max_prompt_length truncation_mode on_bad_row dataset_format dataset_num_proc"
+    " pad_token model_init_kwargs trust_remote_code disable_dropout",
     "preference optimization": "beta loss_type loss_weights label_smoothing f_divergence_type f_alpha_divergence_coef"
     " ld_alpha use_weighting discopop_tau gamma_beta_ratio cpo_alpha",
     "reference": "reference ref_model reference_free precompute_ref_log_probs precompute_ref_batch_size ref_cache_dir"
@@ -107,18 +110,27 @@ GROUPS = {
 }
 
 
-def parse(command: str, dataclass_types: Sequence[type], argv: Sequence[str]) -> list[Any]:
+def parse(
+    command: str, dataclass_types: Sequence[type], argv: Sequence[str], *, shown: Sequence[str] | None = None
+) -> list[Any]:
     """One object for each dataclass, from `--config FILE.yaml` (or .json) and flags, which override it.
 
+    Args:
+        shown: the options that --help lists, of a command that takes those of `fastdpo train` and reads some of them.
     Raises:
         ValueError: an unknown option or key (with the nearest valid name), a missing one, or an unreadable file.
     """
-    usage = f"fastdpo {command} --model MODEL --dataset DATASET --output_dir DIR [--config FILE] [options]"
+    output = "" if shown else " --output_dir DIR"
+    usage = f"fastdpo {command} --model MODEL --dataset DATASET{output} [--config FILE] [options]"
     parser = _Parser(dataclass_types, prog=f"fastdpo {command}", usage=usage, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it.")
     actions = [action for action in parser._actions if action.dest != "help"]
     _improve(actions)
     _group(parser, actions)
+    if shown is not None:
+        parser.epilog = "all options of `fastdpo train` are taken, also in FILE; those not listed here have no effect"
+        for action in actions:
+            action.help = action.help if action.dest in shown else argparse.SUPPRESS
     names = sorted({action.dest for action in actions})
     for argument in argv:
         option = argument.split("=", 1)[0]

@@ -1,7 +1,7 @@
 """`fastdpo precompute`: reference log-probs ahead of training, from the command line.
 
 Takes the options of `fastdpo train`, so that one YAML file serves both; output_dir is not needed, and what only
-training reads has no effect.
+training reads has no effect and is not shown by --help.
 """
 
 from __future__ import annotations
@@ -17,6 +17,14 @@ from fastdpo.cli.train import quantization_config
 from fastdpo.training import DPOConfig
 from fastdpo.training.precompute import precompute_ref_logps
 
+OPTIONS = (  # what is read here, of those of `fastdpo train`
+    "model dataset config dataset_config dataset_split eval_dataset eval_split eval_fraction max_length"
+    " max_prompt_length truncation_mode on_bad_row dataset_format dataset_num_proc pad_token model_init_kwargs"
+    " trust_remote_code loss_type ld_alpha ref_model precompute_ref_batch_size ref_cache_dir ref_max_memory"
+    " ref_tokens_per_batch packing attention_backend impl prefix_sharing workspace_bytes bf16 fp16 use_peft"
+    " load_in_4bit use_cpu disable_tqdm"
+)
+
 
 def main(argv: list[str]) -> None:
     """Parses, computes what the cache lacks, and says where it is.
@@ -25,7 +33,10 @@ def main(argv: list[str]) -> None:
         ValueError: anything that the user can mend.
     """
     run, adapter, args = parse(
-        "precompute", [RunArguments, AdapterArguments, DPOConfig], ["--output_dir", "not_used", *argv]
+        "precompute",
+        [RunArguments, AdapterArguments, DPOConfig],
+        ["--output_dir", "not_used", *argv],
+        shown=OPTIONS.split(),
     )
     console = make_console()
     train, evaluated = load_datasets(run, args)

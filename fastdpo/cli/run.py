@@ -58,9 +58,10 @@ def check_output_dir(args: EngineConfig, *, overwrite: bool) -> str | None:
 def load_datasets(run: RunArguments, args: EngineConfig) -> tuple[Any, Any]:
     """Training and evaluation rows; the latter held out of the former where no file is given, but not of a stream."""
     load = stream_preference_dataset if run.dataset_streaming else load_preference_dataset
-    train: Any = load(run.dataset, run.dataset_split)
+    train: Any = load(run.dataset, run.dataset_split, run.dataset_config)
     if run.eval_dataset is not None:
-        return train, load(run.eval_dataset, run.eval_split)
+        config = run.dataset_config if run.eval_dataset == run.dataset else None
+        return train, load(run.eval_dataset, run.eval_split, config)
     if run.dataset_streaming:
         return train, None
     train = one_prompt_a_row(train, args.dataset_format, is_sft=isinstance(args, SFTConfig))
@@ -118,9 +119,8 @@ def train_and_compare(
         if comparison.row_count > 0:
             console.print(comparison)
         else:
-            console.print(
-                "no before/after table: no evaluation rows (--eval_dataset, --eval_fraction) and no logged steps"
-            )
+            options_for_rows = "--eval_dataset" if options["dataset_streaming"] else "--eval_dataset, --eval_fraction"
+            console.print(f"no before/after table: no evaluation rows ({options_for_rows}) and no logged steps")
         console.print(
             f"{metrics['train_runtime']:.1f} s, {metrics['train_samples_per_second']:.2f} rows/s,"
             f" peak memory {peak_memory(trainer.args.device) / MIB:,.0f} MiB"

@@ -26,7 +26,9 @@ OTHER_SPLITS = ("test", "valid", "validation", "val", "eval", "evaluation", "dev
 ROW_JSON = "row_json"  # the only column of a dataset whose rows do not fit into common columns: each row as JSON text
 
 
-def stream_preference_dataset(path_or_name: str | Path, split: str = "train") -> IterableDataset:
+def stream_preference_dataset(
+    path_or_name: str | Path, split: str = "train", config_name: str | None = None
+) -> IterableDataset:
     """As `load_preference_dataset`, as a stream in the order of the files: nothing is held, and faults come when read.
 
     Raises:
@@ -37,7 +39,8 @@ def stream_preference_dataset(path_or_name: str | Path, split: str = "train") ->
     path = Path(path_or_name).expanduser()
     found = _local_files(path, split, path_or_name)
     if found is None:
-        return _load_published(str(path_or_name), split, streaming=True)
+        return _load_published(str(path_or_name), split, config_name, streaming=True)
+    _check_no_config(config_name, path)
     if isinstance(found, Dataset):
         return found.to_iterable_dataset()
     if _are_parquet(found):
@@ -45,21 +48,24 @@ def stream_preference_dataset(path_or_name: str | Path, split: str = "train") ->
     return IterableDataset.from_generator(_stream_json, gen_kwargs={"paths": found})
 
 
-def load_preference_dataset(path_or_name: str | Path, split: str = "train") -> Dataset:
+def load_preference_dataset(path_or_name: str | Path, split: str = "train", config_name: str | None = None) -> Dataset:
     """The raw examples of a file, a directory or a published dataset; the file forms are in the module's docstring.
 
     Args:
         path_or_name: a local path, or a name that `datasets.load_dataset` knows.
         split: which split of a directory or a published dataset; a single file is one split, whatever it is called.
+        config_name: which configuration ("subset" on the Hub) of a published dataset that has several.
     Raises:
-        ValueError: nothing is there, a line is malformed, the file is empty or holds something else than objects.
+        ValueError: nothing is there, a line is malformed, the file is empty or holds something else than objects; a
+            configuration of a local path.
     """
     from datasets import Dataset
 
     path = Path(path_or_name).expanduser()
     found = _local_files(path, split, path_or_name)
     if found is None:
-        return _load_published(str(path_or_name), split)
+        return _load_published(str(path_or_name), split, config_name)
+    _check_no_config(config_name, path)
     return found if isinstance(found, Dataset) else _load_files(found)
 
 
@@ -259,12 +265,20 @@ def _word(name: str) -> re.Pattern[str]:
     return re.compile(rf"(?<![a-z]){re.escape(name)}(?![a-z])", re.IGNORECASE)
 
 
-def _load_published(name: str, split: str, *, streaming: bool = False) -> Any:
+def _check_no_config(config_name: str | None, path: Path) -> None:
+    if config_name is not None:
+        raise ValueError(
+            f"dataset_config must go with the name of a published dataset, got {config_name!r} for the path {path}"
+        )
+
+
+def _load_published(name: str, split: str, config_name: str | None, *, streaming: bool = False) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(name, split=split, streaming=streaming)
-    except (FileNotFoundError, ConnectionError) as error:
+        return load_dataset(name, config_name, split=split, streaming=streaming)
+    except (FileNotFoundError, ConnectionError, ValueError) as error:  # ValueError: no such configuration or split
         raise ValueError(
-            f"dataset must be a local path or a dataset that can be loaded by name, got {name!r}: {error}"
+            f"dataset must be a local path or a dataset that can be loaded by name, got {name!r} with"
+            f" dataset_config {config_name!r} and split {split!r}: {error}"
         ) from error

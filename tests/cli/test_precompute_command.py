@@ -1,6 +1,7 @@
 """`fastdpo precompute` writes what `fastdpo train` then finds."""
 
 import json
+import re
 
 import pytest
 from tiny import make_llama, make_rows, make_tokenizer
@@ -33,6 +34,32 @@ def run(capsys, paths, command, *more):
 def train(capsys, paths, *more):
     options = ("--output_dir", paths / "out", "--max_steps", 2, "--save_strategy", "no", "--overwrite_output_dir")
     return run(capsys, paths, "train", *options, "--per_device_train_batch_size", 4, "--reference", "cached", *more)
+
+
+def test_help_lists_what_is_read_and_nothing_else(capsys):
+    with pytest.raises(SystemExit):
+        main(["precompute", "--help"])
+    out = capsys.readouterr().out
+    shown = set(re.findall(r"^  --([a-z_0-9]+)", out, flags=re.MULTILINE))
+    for name in (
+        "model",
+        "dataset",
+        "ref_model",
+        "ref_cache_dir",
+        "max_length",
+        "packing",
+        "bf16",
+        "config",
+        "use_cpu",
+    ):
+        assert name in shown, name
+    for name in ("output_dir", "learning_rate", "beta", "save_strategy", "lora_r", "dataset_streaming"):
+        assert name not in shown, name
+    assert "usage: fastdpo precompute --model MODEL --dataset DATASET [--config FILE] [options]" in " ".join(
+        out.split()
+    )
+    assert "everything else" not in out
+    assert "all options of `fastdpo train` are taken" in " ".join(out.split())
 
 
 def test_training_finds_what_was_computed_ahead(capsys, paths):

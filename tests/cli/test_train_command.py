@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from tiny import make_byte_tokenizer, make_llama, make_rows, make_tokenizer
 from transformers import TrainingArguments
 
@@ -369,6 +370,37 @@ def test_sft_trains_an_adapter_too(capsys, model_dir, data, tmp_path):
     code, _, err = run(capsys, "sft", *quick(model_dir, data, tmp_path / "new", "--lora_r", 4)[1:])
     assert "lora_r must go with use_peft" in err
     assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "configs"), [((), ["en"]), (("a/pairs",), ["en", "en"]), (("another/name",), ["en", None])]
+)
+def test_dataset_config_is_that_of_the_named_dataset(monkeypatch, model_dir, evaluated, configs):
+    from fastdpo.cli.arguments import AdapterArguments, RunArguments, parse
+    from fastdpo.cli.run import load_datasets
+
+    given = []
+
+    def load_dataset(path, name=None, *, split, streaming):
+        given.append(name)
+        return Dataset.from_list(make_rows(4))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    options = quick(model_dir, "a/pairs", "out", "--dataset_config", "en", "--eval_fraction", 0)[1:]
+    beside = ("--eval_dataset", *evaluated) if evaluated else ()
+    run_arguments, _, args = parse("train", [RunArguments, AdapterArguments, DPOConfig], [*map(str, options), *beside])
+    train, evaluation = load_datasets(run_arguments, args)
+    assert len(train) == 4
+    assert (evaluation is not None) == bool(evaluated)
+    assert given == configs
+
+
+def test_a_stream_without_evaluation_rows_is_told_the_option_that_it_has(capsys, model_dir, data, tmp_path):
+    """--eval_fraction holds nothing out of a stream."""
+    options = ("--dataset_streaming", "true", "--max_steps", 1, "--logging_steps", 50)
+    code, out, err = run(capsys, *quick(model_dir, data, tmp_path / "out", *options))
+    assert code == 0, err
+    assert "no before/after table: no evaluation rows (--eval_dataset) and no logged steps" in " ".join(out.split())
 
 
 def test_help_groups_the_options_and_reaches_every_field(capsys):

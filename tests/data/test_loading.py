@@ -164,3 +164,28 @@ def test_a_fault_in_a_streamed_file_is_told_when_it_is_reached(tmp_path):
         list(stream_preference_dataset(tmp_path / "b.jsonl.gz"))
     with pytest.raises(ValueError, match="dataset file does not exist"):
         stream_preference_dataset("./nothing.jsonl")
+
+
+def test_a_published_dataset_is_loaded_with_its_configuration_and_split(monkeypatch):
+    """load_dataset is replaced: no test reaches the Hub."""
+    calls = []
+
+    def load_dataset(path, name=None, *, split, streaming):
+        calls.append((path, name, split, streaming))
+        if name is None:
+            raise ValueError("Config name is missing. Please pick one among the available configs: ['en', 'zh']")
+        return "the dataset"
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert load_preference_dataset("someone/pairs", "test", "en") == "the dataset"
+    assert stream_preference_dataset("someone/pairs", config_name="zh") == "the dataset"
+    assert calls == [("someone/pairs", "en", "test", False), ("someone/pairs", "zh", "train", True)]
+    with pytest.raises(ValueError, match=r"'someone/pairs' with dataset_config None .* Config name is missing"):
+        load_preference_dataset("someone/pairs")
+
+
+def test_a_file_has_no_configuration(tmp_path):
+    (tmp_path / "a.jsonl").write_text(LINES)
+    for load in (load_preference_dataset, stream_preference_dataset):
+        with pytest.raises(ValueError, match="dataset_config must go with the name of a published dataset, got 'en'"):
+            load(tmp_path / "a.jsonl", config_name="en")
