@@ -1,17 +1,29 @@
-"""The README's Python runs as it stands, with a tiny model in place of the one that would be downloaded."""
+"""The README and the pages of docs/: their Python runs as it stands, with a tiny model in place of the one that would
+be downloaded, and the options, files and headings that they name exist.
+"""
 
 import contextlib
 import io
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from tiny import make_byte_tokenizer, make_llama, make_rows
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+}
+# those pages' Python is run by test_migrating.py and test_feature_docs.py, on data and trainers that it expects
+ELSEWHERE = ("docs/migrating.md", "docs/around_the_loss.md")
+BLOCKS = {
+    f"{page}-{i}": block
+    for page, text in PAGES.items()
+    if page not in ELSEWHERE
+    for i, block in enumerate(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+}
 
 
 @pytest.fixture
@@ -22,21 +34,35 @@ def model_dir(tmp_path):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0][:40])
-def test_python_blocks_run(block, model_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", BLOCKS)
+def test_python_blocks_run(name, model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len(BLOCKS) == 5
-    exec(block.replace("Qwen/Qwen2.5-0.5B-Instruct", str(model_dir)), {})
+    exec(BLOCKS[name].replace("Qwen/Qwen2.5-0.5B-Instruct", str(model_dir)), {})
 
 
-def test_the_train_command_runs(model_dir, tmp_path, monkeypatch):
+def test_the_pages_whose_python_runs_here_have_some():
+    assert {name.rpartition("-")[0] for name in BLOCKS} == {"README.md", "docs/head_op.md"}
+    assert len(BLOCKS) == 4
+
+
+def commands_of(page):
+    """The `fastdpo` commands of a page, each a list of words."""
+    blocks = re.findall(r"```bash\n(.*?)```", PAGES[page], flags=re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.partition(" #")[0].split() for line in lines if line.startswith("fastdpo ")]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/references.md"])
+def test_the_train_command_runs(page, model_dir, tmp_path, monkeypatch):
     from fastdpo.cli.main import main
 
     monkeypatch.chdir(tmp_path)
-    block = next(block for block in COMMANDS if "fastdpo train" in block)
-    command = block.replace("\\\n", " ").replace("Qwen/Qwen2.5-0.5B-Instruct", str(model_dir)).split()
-    assert command[0] == "fastdpo"
-    assert main([*command[1:], "--use_cpu", "true"]) == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    commands = [command for command in commands_of(page) if command[1] in ("train", "precompute")]
+    assert commands[-1][1] == "train"
+    for command in commands:
+        words = [word.replace("Qwen/Qwen2.5-0.5B-Instruct", str(model_dir)) for word in command[1:]]
+        assert main([*words, "--use_cpu", "true"]) == 0
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -49,19 +75,55 @@ def options_of(command):
     return set(re.findall(r"--([a-z_0-9]+)", output.getvalue()))
 
 
-def test_every_path_and_option_that_the_readme_names_exists():
-    from dataclasses import fields
-
+@pytest.fixture(scope="module")
+def known_options():
     from fastdpo import DPOConfig
     from fastdpo.cli.arguments import AdapterArguments, RunArguments
 
     known = {f.name for cls in (DPOConfig, AdapterArguments, RunArguments) for f in fields(cls)} | {"config", "help"}
     known |= options_of("verify") | options_of("plan")
-    known |= set(re.findall(r"--([a-z_0-9]+)", (Path(__file__).parents[1] / "benchmarks/gpu_suite.py").read_text()))
-    for option in re.findall(r"--([a-z_0-9]+)", README):
-        assert option in known, option
-    headings = {title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", README, flags=re.MULTILINE)}
-    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
-        assert anchor in headings, anchor
-    for path in re.findall(r"\]\(([^)#]+)\)", README):
-        assert path.startswith("https://") or (Path(__file__).parents[1] / path).exists(), path
+    known |= set(re.findall(r"--([a-z_0-9]+)", (ROOT / "benchmarks/gpu_suite.py").read_text()))
+    return known | set(re.findall(r'"--([a-z-]+)"', (ROOT / "kernels/fused/tuning.py").read_text()))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_option_that_a_page_names_exists(page, known_options):
+    assert set(re.findall(r"--([a-z][a-z_0-9-]*)", PAGES[page])) <= known_options
+
+
+def anchors(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        path, _, anchor = target.partition("#")
+        if not target.startswith("https://"):
+            file = (ROOT / page).parent / path if path else ROOT / page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+def test_the_readme_is_the_way_to_every_page():
+    for page in PAGES:
+        assert page == "README.md" or f"({page}" in PAGES["README.md"], page
+
+
+def test_the_page_on_data_names_every_format_by_which_preferences_are_read():
+    from fastdpo.data.formats import FORMATS
+
+    first_cells = re.findall(r"^\| (`.+?) \|", PAGES["docs/data.md"], flags=re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", " ".join(first_cells))) - {"dataset_format"}
+    assert named == {row_format.name for row_format in FORMATS} - {"tokenized"}
+
+
+def test_every_setting_that_docs_settings_names_exists():
+    from fastdpo import DPOConfig
+
+    first_cells = re.findall(r"^\| (`.+?) \|", PAGES["docs/settings.md"], flags=re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", " ".join(first_cells)))
+    assert len(named) >= 15
+    assert named - {"DPOConfig"} <= {f.name for f in fields(DPOConfig)}
