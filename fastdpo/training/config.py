@@ -26,6 +26,7 @@ from fastdpo.training.config_checks import (
     check_packing_settings,
     check_trainer_settings,
     count_or_auto,
+    help_text,
     offload_checkpoints,
     parse_max_memory,
     resolve_checkpointing,
@@ -39,93 +40,98 @@ PACKING_MODES = ("auto", "packed", "padded")
 OVERSIZED_ROWS = ("alone", "raise")
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
-
-
 @dataclass
 class EngineConfig(TrainingArguments):
     """What DPOConfig and SFTConfig have in common."""
 
     # Defaults that differ from TrainingArguments, the first two because TRL's do
-    logging_steps: float = field(default=10, metadata=_help("Log every so many optimizer steps."))
+    logging_steps: float = field(default=10, metadata=help_text("Log every so many optimizer steps."))
     gradient_checkpointing: bool | None = field(
-        default=None, metadata=_help("Recompute activations in backward. Default: on where there is a GPU, else off.")
+        default=None,
+        metadata=help_text("Recompute activations in backward. Default: on where there is a GPU, else off."),
     )
     bf16: bool | None = field(
-        default=None, metadata=_help("bf16 autocast. Default: on where a GPU supports it and fp16 is off, else off.")
+        default=None,
+        metadata=help_text("bf16 autocast. Default: on where a GPU supports it and fp16 is off, else off."),
     )
     remove_unused_columns: bool = field(
-        default=False, metadata=_help("Needless: columns that nothing reads are gone once the data is tokenized.")
+        default=False, metadata=help_text("Needless: columns that nothing reads are gone once the data is tokenized.")
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata=_help("Must stay off: a loss that is not finite stops the run and saves its batch.")
+        default=False, metadata=help_text("Must stay off: a loss that is not finite stops the run and saves its batch.")
     )
 
     # Model
     model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata=_help("Keyword arguments of from_pretrained, where the model is given by name (JSON).")
+        default=None,
+        metadata=help_text("Keyword arguments of from_pretrained, where the model is given by name (JSON)."),
     )
     trust_remote_code: bool = field(
-        default=False, metadata=_help("Run code that models and tokenizers bring along from the Hub.")
+        default=False, metadata=help_text("Run code that models and tokenizers bring along from the Hub.")
     )
     disable_dropout: bool = field(
-        default=True, metadata=_help("Set every dropout of policy and reference to 0, LoRA's too.")
+        default=True, metadata=help_text("Set every dropout of policy and reference to 0, LoRA's too.")
     )
     router_aux_loss_coef: float | None = field(
         default=None,
-        metadata=_help(
+        metadata=help_text(
             "Weight of the load-balancing loss of mixture-of-experts models. Default: the one in the model's config;"
             " 0 turns it off."
         ),
     )
 
     # Data
-    max_length: int | None = field(default=1024, metadata=_help("Tokens kept of prompt + response. None keeps all."))
-    max_prompt_length: int | None = field(default=None, metadata=_help("Tokens kept of the prompt. None keeps all."))
+    max_length: int | None = field(
+        default=1024, metadata=help_text("Tokens kept of prompt + response. None keeps all.")
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata=help_text("Tokens kept of the prompt. None keeps all.")
+    )
     truncation_mode: str = field(
-        default="keep_start", metadata=_help("keep_start or keep_end: which end of a long sequence or prompt stays.")
+        default="keep_start",
+        metadata=help_text("keep_start or keep_end: which end of a long sequence or prompt stays."),
     )
     on_bad_row: str = field(
-        default="drop", metadata=_help("drop: leave out rows that cannot be used, count and list them. raise: stop.")
+        default="drop",
+        metadata=help_text("drop: leave out rows that cannot be used, count and list them. raise: stop."),
     )
     dataset_format: str = field(
         default="auto",
-        metadata=_help(f"How rows are read. auto: by their columns. Else one of {', '.join(FORMAT_NAMES)}."),
+        metadata=help_text(f"How rows are read. auto: by their columns. Else one of {', '.join(FORMAT_NAMES)}."),
     )
-    dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that tokenize."))
+    dataset_num_proc: int | None = field(default=None, metadata=help_text("Processes that tokenize."))
     pad_token: str | None = field(
         default=None,
-        metadata=_help("A token of the vocabulary to make the tokenizer's pad_token, also when saved."),
+        metadata=help_text("A token of the vocabulary to make the tokenizer's pad_token, also when saved."),
     )
 
     # Engine
     packing: str = field(
         default="auto",
-        metadata=_help(
+        metadata=help_text(
             "packed: one row without padding. padded: one row per sequence. auto: packed where a check on this model"
             " shows that it is exact, else padded with a warning."
         ),
     )
     padding_free: bool = field(
         default=False,
-        metadata=_help(
+        metadata=help_text(
             "TRL's name for rows without padding. They are the default here (packing), so it asks for nothing."
         ),
     )
     pad_to_multiple_of: int | str | None = field(
         default="auto",
-        metadata=_help(
+        metadata=help_text(
             "Pad every row of a batch, packed or padded, to a multiple of so many tokens, for compilers that want few"
             " shapes; it changes no number. auto and None: do not."
         ),
     )
     prefix_sharing: bool = field(
-        default=True, metadata=_help("Compute what the responses to a prompt have in common once.")
+        default=True, metadata=help_text("Compute what the responses to a prompt have in common once.")
     )
     max_tokens_per_microbatch: int | str | None = field(
         default=None,
-        metadata=_help(
+        metadata=help_text(
             "Run per_device_train_batch_size pairs in packed micro-batches of at most so many tokens, shared ones"
             " counted once; loss and gradient are those of the whole batch. auto: what fits the free memory of the"
             " GPU, found once when training starts; on a CPU no limit. None: no limit."
@@ -133,21 +139,21 @@ class EngineConfig(TrainingArguments):
     )
     on_oversized_row: str = field(
         default="alone",
-        metadata=_help(
+        metadata=help_text(
             "What becomes of a row that has more than max_tokens_per_microbatch tokens. alone: it runs in a micro-batch"
             " of its own, with a warning at the start. raise: the run does not start."
         ),
     )
     regroup_dataset: bool = field(
         default=False,
-        metadata=_help(
+        metadata=help_text(
             "Visit the rows of a prompt one after the other, so that they meet in a batch and the prompt is computed"
             " once. It changes the order: prompts are shuffled, rows are not, and a step sees fewer prompts."
         ),
     )
     length_bucketing: bool = field(
         default=False,
-        metadata=_help(
+        metadata=help_text(
             "Make steps of rows of similar length: less padding where batches are padded, less waiting of processes for"
             " each other. It costs a uniform order: long and short rows do not meet in a step, so gradients of"
             " different steps differ more."
@@ -155,29 +161,31 @@ class EngineConfig(TrainingArguments):
     )
     attention_backend: str = field(
         default="auto",
-        metadata=_help(
+        metadata=help_text(
             "Attention over packed rows. flash: flash-attn, flash2 to flash4 one generation of it. varlen: torch's"
             " varlen_attn. sdpa: one call per branch. mask: a mask over the whole row. auto: the first of these, mask"
             " excepted, that can run the model exactly."
         ),
     )
-    impl: str = field(default="auto", metadata=_help("Head op: triton, tiled, reference, or auto (triton on CUDA)."))
+    impl: str = field(
+        default="auto", metadata=help_text("Head op: triton, tiled, reference, or auto (triton on CUDA).")
+    )
     skip_tolerance: float = field(
         default=0.0,
-        metadata=_help(
+        metadata=help_text(
             "Probability mass in [0, 1) that backward may leave out of any token's softmax in the head: what a trained"
             " model rules out is skipped. 0 is exact. Above 0 logits are computed a second time in backward."
         ),
     )
     workspace_bytes: int | None = field(
         default=None,
-        metadata=_help(
+        metadata=help_text(
             "Most bytes that a pass of the head op takes beyond gradients. Default: 256 MiB on a GPU, 32 MiB elsewhere."
         ),
     )
     activation_offloading: bool = field(
         default=False,
-        metadata=_help(
+        metadata=help_text(
             "Move what gradient checkpointing keeps to host memory; GPU only. The same as offload in"
             " activation_checkpointing_kwargs."
         ),
@@ -242,48 +250,48 @@ class DPOConfig(FeatureSettings, LossSettings, EngineConfig):
         ValueError: a value that cannot work, with the argument, the rule and the value.
     """
 
-    learning_rate: float = field(default=1e-6, metadata=_help("Peak learning rate."))
+    learning_rate: float = field(default=1e-6, metadata=help_text("Peak learning rate."))
     reference_free: bool = field(
-        default=False, metadata=_help("Compare with a uniform reference; the same as reference=none.")
+        default=False, metadata=help_text("Compare with a uniform reference; the same as reference=none.")
     )
     reference: str = field(
         default="auto",
-        metadata=_help(
+        metadata=help_text(
             "Where reference log-probs come from. frozen: a copy of the start or ref_model. adapter: the policy with"
             " its adapter off. cached: computed once before training and kept on disk, or columns of the dataset."
             " none: no reference. auto: the cheapest that is exact."
         ),
     )
-    precompute_ref_log_probs: bool = field(default=False, metadata=_help("TRL's name of reference=cached."))
+    precompute_ref_log_probs: bool = field(default=False, metadata=help_text("TRL's name of reference=cached."))
     ref_cache_dir: str | None = field(
         default=None,
-        metadata=_help(
+        metadata=help_text(
             "Folder of cached reference log-probs. Default: fastdpo/ref_logps in ~/.cache (XDG_CACHE_HOME)."
         ),
     )
     ref_max_memory: dict[str | int, Any] | str | None = field(
         default=None,
-        metadata=_help(
+        metadata=help_text(
             'Most memory for the reference\'s weights, as transformers\' max_memory (JSON: {"0": "20GiB", "cpu":'
             ' "60GiB"}). A larger reference is cached, its weights read from memory and disk layer by layer.'
         ),
     )
     precompute_ref_batch_size: int | None = field(
         default=None,
-        metadata=_help(
+        metadata=help_text(
             "Most prompts of a batch while references are cached. Default: as many as ref_tokens_per_batch holds."
         ),
     )
     ref_tokens_per_batch: int | None = field(
         default=None,
-        metadata=_help(
+        metadata=help_text(
             "Tokens of a packed batch while references are cached. Default: 16384 on a GPU, else 4096; 8 times that"
             " where weights are offloaded."
         ),
     )
     token_metrics: bool = field(
         default=True,
-        metadata=_help("Log entropy, mean_token_accuracy and mean logits, at a small cost in the head op."),
+        metadata=help_text("Log entropy, mean_token_accuracy and mean logits, at a small cost in the head op."),
     )
 
     def __post_init__(self) -> None:
@@ -311,4 +319,4 @@ class DPOConfig(FeatureSettings, LossSettings, EngineConfig):
 class SFTConfig(EngineConfig):
     """Settings of SFTTrainer. Everything else is transformers.TrainingArguments."""
 
-    learning_rate: float = field(default=2e-5, metadata=_help("Peak learning rate."))
+    learning_rate: float = field(default=2e-5, metadata=help_text("Peak learning rate."))

@@ -1,4 +1,4 @@
-"""What a setting may be, where its type does not say it: checks and conversions that the configs share.
+"""What a setting may be, where its type does not say it: checks and conversions that the configs share, and its help.
 
 In: the name of a setting and its value, as Python or as text of a command line. Out: the value. Refuses, by name, rule
 and value, what cannot work.
@@ -12,6 +12,11 @@ import math
 from typing import Any
 
 import torch
+
+
+def help_text(text: str) -> dict[str, str]:
+    """A dataclass field's metadata, as HfArgumentParser reads it."""
+    return {"help": text}
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) -> None:

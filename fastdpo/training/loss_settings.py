@@ -16,11 +16,8 @@ from fastdpo.losses import (
     check_loss_settings,
     looks_at_whole_batch,
 )
+from fastdpo.training.config_checks import help_text
 from fastdpo.training.trl_names import RENAMED_LOSSES
-
-
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
 
 
 @dataclass
@@ -28,44 +25,47 @@ class LossSettings:
     """Fields of DPOConfig; `check_losses` raises ValueError for what cannot work."""
 
     beta: float = field(
-        default=0.1, metadata=_help("Temperature of the implicit reward, > 0: larger stays closer to the reference.")
+        default=0.1,
+        metadata=help_text("Temperature of the implicit reward, > 0: larger stays closer to the reference."),
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata=_help(f"One or more of {', '.join(LOSSES)}; several are added, with loss_weights."),
+        metadata=help_text(f"One or more of {', '.join(LOSSES)}; several are added, with loss_weights."),
     )
     loss_weights: list[float] | None = field(
-        default=None, metadata=_help("What each loss of loss_type is multiplied by. Default: 1 each.")
+        default=None, metadata=help_text("What each loss of loss_type is multiplied by. Default: 1 each.")
     )
     label_smoothing: float = field(
         default=0.0,
-        metadata=_help(
+        metadata=help_text(
             "Probability that a preference label is flipped, in [0, 0.5), for the losses that have it: conservative DPO"
             " (sigmoid), exo_pair, robust, aot, aot_unpaired, simpo, cpo."
         ),
     )
     f_divergence_type: str = field(
         default="reverse_kl",
-        metadata=_help(f"Divergence that holds the policy to the reference: one of {', '.join(DIVERGENCES)}."),
+        metadata=help_text(f"Divergence that holds the policy to the reference: one of {', '.join(DIVERGENCES)}."),
     )
-    f_alpha_divergence_coef: float = field(default=0.5, metadata=_help("The alpha of alpha_divergence."))
+    f_alpha_divergence_coef: float = field(default=0.5, metadata=help_text("The alpha of alpha_divergence."))
     ld_alpha: float | None = field(
         default=None,
-        metadata=_help(
+        metadata=help_text(
             "Weight, in [0, 1], of the tokens by which a response is longer than the other one of its pair: LD-DPO."
             " Default: they weigh as much as all others."
         ),
     )
     use_weighting: bool = field(
-        default=False, metadata=_help("Weigh pairs, not sft, by how typical of the policy both are: WPO.")
+        default=False, metadata=help_text("Weigh pairs, not sft, by how typical of the policy both are: WPO.")
     )
     discopop_tau: float = field(
-        default=0.05, metadata=_help("Width of discopop's step from one loss to the other, in units of beta * margin.")
+        default=0.05,
+        metadata=help_text("Width of discopop's step from one loss to the other, in units of beta * margin."),
     )
     gamma_beta_ratio: float = field(
-        default=0.25, metadata=_help("simpo: the margin asked for, in nats per token; gamma / beta. beta is 2 to 10.")
+        default=0.25,
+        metadata=help_text("simpo: the margin asked for, in nats per token; gamma / beta. beta is 2 to 10."),
     )
-    cpo_alpha: float = field(default=1.0, metadata=_help("cpo: weight of the negative log-likelihood per token."))
+    cpo_alpha: float = field(default=1.0, metadata=help_text("cpo: weight of the negative log-likelihood per token."))
 
     def check_losses(self) -> None:
         self.loss_type = _names(self.loss_type)
