@@ -76,6 +76,7 @@ def _prepare(
     desc: str | None,
 ) -> tuple[Any, Report]:
     from datasets import IterableDataset
+    from transformers.utils import logging
 
     if hasattr(tokenizer, "image_processor") or not callable(tokenizer):
         raise ValueError(f"tokenizer must be a text tokenizer, got {type(tokenizer).__name__}")
@@ -99,6 +100,8 @@ def _prepare(
     report = _report(prepared.select_columns(list(STATE_COLUMNS)), "examples" if is_sft else "pairs")
     if report.num_kept == 0:
         raise ValueError("dataset must hold at least one usable row: " + " ".join(report.lines()))
+    if report.num_stale_ref_logps:
+        logging.get_logger(__name__).warning(report.stale_line())
     if report.num_kept < report.num_rows:
         dropped = {row for rows in report.dropped.values() for row in rows}
         prepared = prepared.select([row for row in range(len(prepared)) if row not in dropped])
@@ -178,6 +181,7 @@ def _report(states: Dataset, kind: str) -> DataReport:
         num_pairs=len(rejected) if kind == "pairs" else len(prompts),
         dropped={reason: tuple(rows) for reason, rows in dropped.items()},
         num_truncated=count("is_truncated"),
+        num_stale_ref_logps=count("has_stale_ref_logps"),
         num_merged_boundary=count("is_merged"),
         num_transcripts=count("is_transcript"),
         tokens={name: TokenStats.of(column.to_pylist()) for name, column in lengths.items() if len(column)},

@@ -41,6 +41,7 @@ class DataReport:
     num_kept: int
     dropped: dict[str, tuple[int, ...]] = field(default_factory=dict)  # reason -> rows
     num_truncated: int = 0  # kept rows that lost tokens to max_prompt_length or max_length
+    num_stale_ref_logps: int = 0  # those of them that brought reference log-probs, which are not used
     num_merged_boundary: int = 0  # kept rows whose prompt ends in tokens that merge with the response
     num_pairs: int = 0  # of the kept rows; a row of ranked answers has several
     num_transcripts: int = 0  # kept rows whose messages were written as text, for lack of a chat template
@@ -52,6 +53,13 @@ class DataReport:
     def num_dropped(self) -> int:
         return self.num_rows - self.num_kept
 
+    def stale_line(self) -> str:
+        """What became of reference log-probs that the data brought for longer texts."""
+        return (
+            f"left the reference log-probs of {self.num_stale_ref_logps} {self.kind} unused: they are those of the"
+            " whole text, which is cut here"
+        )
+
     def lines(self) -> list[str]:
         """The report for people: rows kept, dropped rows by reason, what was cut, token statistics."""
         kind, pairs = self.kind, ""
@@ -60,6 +68,8 @@ class DataReport:
         lines = [f"kept {self.num_kept} of {self.num_rows} {kind}{pairs}{_dropped_text(self.dropped)}"]
         if self.num_truncated:
             lines.append(f"truncated {self.num_truncated} {kind}")
+        if self.num_stale_ref_logps:
+            lines.append(self.stale_line())
         if self.num_merged_boundary:
             lines.append(
                 f"moved the prompt's last tokens to the response in {self.num_merged_boundary} {kind}, "

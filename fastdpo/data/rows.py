@@ -23,6 +23,7 @@ GROUP_COLUMNS = ("prompt_ids", "responses", "loss_masks", "ref_logps", "preferen
 STATE_COLUMNS = (
     "bad_row",
     "is_truncated",
+    "has_stale_ref_logps",
     "is_merged",
     "is_transcript",
     "num_prompt_tokens",
@@ -60,6 +61,7 @@ def column_features(*, with_state: bool = True) -> Any:
         "preferences": List(ids),
         "bad_row": Value("string"),
         "is_truncated": Value("bool"),
+        "has_stale_ref_logps": Value("bool"),
         "is_merged": Value("bool"),
         "is_transcript": Value("bool"),
         "num_prompt_tokens": count,
@@ -100,6 +102,7 @@ def prepare_example(
         "preferences": stored.preferences,
         "bad_row": None,
         "is_truncated": _num_tokens(group) < _num_tokens(whole),
+        "has_stale_ref_logps": whole.ref_logps is not None and group.ref_logps is None,
         "is_merged": is_merged,
         "is_transcript": is_transcript,
         "num_prompt_tokens": len(group.prompt_ids) + num_context[0],

@@ -96,7 +96,7 @@ def encode_row(
 
 
 def truncate(group: TokenizedGroup, settings: TokenizationSettings) -> TokenizedGroup:
-    """The group cut to `max_prompt_length`, then to `max_length` tokens per sequence.
+    """The group cut to `max_prompt_length`, then to `max_length` tokens per sequence, without reference log-probs then.
 
     keep_start cuts sequences at their end; a prompt that leaves no room for a response makes the row bad. keep_end
     keeps the last `max_length` tokens of each sequence by itself, which may leave prompts that differ. Example,
@@ -107,9 +107,12 @@ def truncate(group: TokenizedGroup, settings: TokenizationSettings) -> Tokenized
     limit, length = settings.max_prompt_length, settings.max_length
     prompt, responses, masks = list(group.prompt_ids), group.responses, group.loss_masks
     equal_reason = "chosen equals rejected"
+    ref_logps = group.ref_logps
     if limit is not None and len(prompt) > limit:
+        ref_logps = None  # those of the whole text, of which nothing can be taken away
         prompt = prompt[-limit:] if keep_end else prompt[:limit]
     if length is not None and len(prompt) + max(map(len, responses)) > length:
+        ref_logps = None
         equal_reason = "chosen equals rejected after truncation"
         if keep_end:
             prompt, responses, masks = _keep_ends(prompt, responses, masks, length)
@@ -118,7 +121,7 @@ def truncate(group: TokenizedGroup, settings: TokenizationSettings) -> Tokenized
         else:
             responses = [list(response)[: length - len(prompt)] for response in responses]
             masks = [list(mask)[: length - len(prompt)] for mask in masks] if masks is not None else None
-    return _checked(prompt, responses, masks, group.preferences, equal_reason, group.ref_logps)
+    return _checked(prompt, responses, masks, group.preferences, equal_reason, ref_logps)
 
 
 def _keep_ends(

@@ -142,6 +142,24 @@ def test_tokenized_columns_pass_through_with_their_reference_log_probs(plain_tok
     assert group_from_columns({k: rows[0][k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")}).ref_logps is None
 
 
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_reference_log_probs_of_a_row_that_is_cut_are_those_of_another_text(plain_tokenizer, mode):
+    brought = {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2.0}
+    rows = [
+        {"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5], **brought},
+        {"prompt_ids": [1, 2], "chosen_ids": [3, 4, 6], "rejected_ids": [5], **brought},
+        {"prompt_ids": [1, 2, 3, 4], "chosen_ids": [3], "rejected_ids": [5]},
+    ]
+    settings = TokenizationSettings(max_length=4, max_prompt_length=2, truncation_mode=mode)
+    prepared, report = prepare_preference_dataset(rows, plain_tokenizer, settings)
+    assert [row["ref_logps"] for row in prepared] == [[-1.5, -2.0], None, None]
+    assert (report.num_truncated, report.num_stale_ref_logps) == (2, 1)
+    said = "left the reference log-probs of 1 pairs unused: they are those of the whole text, which is cut here"
+    assert said in report.lines()
+    again, report = prepare_preference_dataset(prepared, plain_tokenizer, settings)
+    assert (list(again), report.num_stale_ref_logps) == (list(prepared), 0)
+
+
 def test_preparing_a_prepared_dataset_changes_nothing(plain_tokenizer):
     settings = TokenizationSettings(max_length=16, truncation_mode="keep_end")
     once, first = prepare_preference_dataset(ROWS, plain_tokenizer, settings)

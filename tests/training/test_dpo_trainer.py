@@ -396,6 +396,21 @@ def test_reference_logps_that_the_eval_data_lacks_are_not_relied_on(tmp_path):
     assert cached.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_reference_logps_of_rows_that_are_cut_are_computed_again(tmp_path):
+    rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in make_rows(4)]
+    rows[2] |= {"chosen": "the cat sees " * 9}
+    arguments = {"train_dataset": rows, "max_length": 20}
+    assert tiny_trainer(tmp_path, **arguments).reference.mode == "frozen"
+    fast = tiny_trainer(tmp_path, reference="cached", **arguments)
+    assert "4 rows: 3 brought by the dataset, 1 computed" in fast.reference_reason
+    known = fast.train_dataset["ref_logps"]
+    assert [known[i] for i in (0, 1, 3)] == [[-1.0, -2.0]] * 3
+    group = group_from_columns(fast.train_dataset[2])
+    with torch.no_grad():
+        expected = torch.cat(plain_logps(make_llama(), *plain_batch([group])))
+    assert known[2] == pytest.approx(expected.tolist(), rel=1e-5)
+
+
 def test_num_tokens_goes_on_after_a_resume(tmp_path):
     whole = tiny_trainer(tmp_path / "whole", max_steps=4)
     whole.train()

@@ -103,6 +103,13 @@ def test_reference_log_probs_of_a_stream_are_used_and_missing_ones_are_not_cache
         trainer(tmp_path, stream(ROWS), reference="cached")
 
 
+def test_a_row_of_a_stream_whose_reference_log_probs_are_of_a_longer_text_stops_the_run(tmp_path):
+    rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in ROWS]
+    rows[3] = {**rows[3], "chosen": "the cat sees " * 9}
+    with pytest.raises(ValueError, match=r"reference 'cached' needs .* in every row .* cuts has none; .frozen"):
+        losses(trainer(tmp_path, stream(rows), max_length=20))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
