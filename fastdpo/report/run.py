@@ -1,8 +1,8 @@
 """The report of one training run, from what the run left in its output directory: result, curves, warnings, samples.
 
-In: trainer_state.json (of `trainer.save_state()`, else of the last checkpoint), and the warnings and samples that
-training wrote beside it. Out: report.html in the same place. Works on any run of DPOTrainer or SFTTrainer, also one
-that was stopped. Without matplotlib the curves are left out, and the report says so.
+In: trainer_state.json (of `trainer.save_state()`, or of the last checkpoint of a later run that was stopped), and the
+warnings and samples that training wrote beside it. Out: report.html in the same place. Works on any run of DPOTrainer
+or SFTTrainer, also one that was stopped. Without matplotlib the curves are left out, and the report says so.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from fastdpo.report.html import write_report
 from fastdpo.report.plots import training_curves
 from fastdpo.report.sections import Figure, Response, Sample, SampleList, Section, Table, Text
+from fastdpo.training.json_lines import read_lines
 from fastdpo.training.log_history import RESULTS, logs_by_source
 from fastdpo.training.samples import SAMPLES_FILE
 from fastdpo.training.watch import WARNINGS_FILE
@@ -41,11 +42,11 @@ def write_run_report(output_dir: str | os.PathLike[str], settings: Mapping[str, 
     state = _state(folder)
     history: list[dict[str, Any]] = state["log_history"]
     sections: list[Section] = [_result(history), _curves(history)]
-    warnings = _lines(folder / WARNINGS_FILE)
+    warnings = read_lines(folder / WARNINGS_FILE)
     if warnings:
         rows = [[f"step {entry['step']}", entry["message"] + "."] for entry in warnings]
         sections.append(Table("What training warned of", (), rows, is_prose=True))
-    samples = _lines(folder / SAMPLES_FILE)
+    samples = read_lines(folder / SAMPLES_FILE)
     if samples:
         sections.append(_samples(samples))
     if settings:
@@ -56,18 +57,16 @@ def write_run_report(output_dir: str | os.PathLike[str], settings: Mapping[str, 
 
 
 def _state(folder: Path) -> Any:
-    candidates = [folder / STATE_FILE]
+    """Of the last run in the folder, from its end or, where it was stopped, from its last checkpoint."""
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if checkpoint is not None:
-        candidates.append(Path(checkpoint) / STATE_FILE)
-    for path in candidates:
-        if path.is_file():
-            return json.loads(path.read_text())
-    raise ValueError(f"output_dir must hold a run ({STATE_FILE}, or a checkpoint with one), got {folder}")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    paths = [folder / STATE_FILE, *([Path(checkpoint) / STATE_FILE] if checkpoint is not None else [])]
+    states = [(path.stat().st_mtime, json.loads(path.read_text())) for path in paths if path.is_file()]
+    if not states:
+        raise ValueError(f"output_dir must hold a run ({STATE_FILE}, or a checkpoint with one), got {folder}")
+    (made, state), (later, other) = states[0], states[-1]
+    history = other["log_history"]
+    is_part = state["log_history"][: len(history)] == history  # also where copying has changed the times of files
+    return other if later > made and not is_part else state
 
 
 def _result(history: Sequence[Mapping[str, Any]]) -> Section:

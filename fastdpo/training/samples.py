@@ -8,7 +8,6 @@ FSDP and DeepSpeed, which hold weights in parts. Generation runs on the model's 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,6 +24,7 @@ from transformers.utils import logging
 from fastdpo.modeling.generation import generate_ids, special_ids
 from fastdpo.references import AdapterReference, FrozenReference
 from fastdpo.references.adapters import as_reference
+from fastdpo.training.json_lines import append_lines, read_lines
 from fastdpo.training.models import learned_positions
 from fastdpo.training.warning_checks import samples_grow
 
@@ -91,8 +91,9 @@ class EvalSamples(TrainerCallback):
             if self._live_reference() is None:
                 self._of_reference = self._generate(self.trainer.model)
         elif path.is_file():
-            found = [Answered(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-            self.answered = [entry for entry in found if entry.step <= state.global_step]  # those after it come again
+            found = [Answered(**line) for line in read_lines(path)]
+            before = found[: len(found) - len(self.answered)] or found  # an evaluation since then asked the start again
+            self.answered = [entry for entry in before if entry.step <= state.global_step]  # those after it come again
             path.unlink()
             self._write(self.answered)
             first = self.answered[: len(self.prompt_ids)]
@@ -134,10 +135,7 @@ class EvalSamples(TrainerCallback):
     def _write(self, entries: Sequence[Answered]) -> None:
         if not entries:
             return
-        path = Path(self.trainer.args.output_dir) / SAMPLES_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in entries)
+        append_lines(Path(self.trainer.args.output_dir) / SAMPLES_FILE, map(asdict, entries))
 
     def _live_reference(self) -> Any:
         """A context that gives the model to ask, or None."""

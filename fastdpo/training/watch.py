@@ -7,7 +7,6 @@ pairs, so that small batches do not cry wolf.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from fastdpo.training.json_lines import append_lines, read_lines
 from fastdpo.training.warning_checks import CHECKS, Progress, reference_is_not_the_start
 
 logger = logging.get_logger(__name__)
@@ -44,8 +44,7 @@ class TrainingWatch(TrainerCallback):
         if state.global_step == 0:
             path.unlink()
         else:  # what was said before the run was resumed
-            said = [json.loads(line) for line in path.read_text().splitlines()]
-            self.given = {entry["name"]: entry["message"] for entry in said}
+            self.given = {entry["name"]: entry["message"] for entry in read_lines(path)}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         is_first = self._first_step == 0 and state.global_step == 1
@@ -80,10 +79,7 @@ class TrainingWatch(TrainerCallback):
             return
         self.given[name] = message
         logger.warning(f"Step {step}: {message}. (Said once; training_warnings=False turns such warnings off.)")
-        path = Path(args.output_dir) / WARNINGS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps({"step": step, "name": name, "message": message}) + "\n")
+        append_lines(Path(args.output_dir) / WARNINGS_FILE, [{"step": step, "name": name, "message": message}])
 
 
 def _means(window: deque[tuple[int, Mapping[str, float]]]) -> dict[str, float]:

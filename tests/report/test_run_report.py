@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 
 import pytest
@@ -96,6 +97,45 @@ def test_a_run_that_was_stopped_is_read_from_its_last_checkpoint(tmp_path):
         state = {**STATE, "global_step": step, "log_history": HISTORY[: step + 1]}
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
     assert "2 optimizer steps" in text_of(write_run_report(tmp_path))
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
+    """In the middle of a character, and of a line whose text holds what str.splitlines takes for ends of lines."""
+    (tmp_path / "trainer_state.json").write_text(json.dumps(STATE))
+    write_lines(tmp_path / WARNINGS_FILE, [{"step": 2, "name": "length_drift", "message": "90 tokens against 45"}])
+    with (tmp_path / WARNINGS_FILE).open("a") as file:
+        file.write('{"step": 2, "na')
+    whole = json.dumps(sample(0, "one\u2028two\x85three"), ensure_ascii=False).encode()
+    cut = json.dumps(sample(1, "caf\u00e9"), ensure_ascii=False).encode().partition("\u00e9".encode()[1:])[0]
+    (tmp_path / SAMPLES_FILE).write_bytes(whole + b"\n" + cut)
+    text = text_of(write_run_report(tmp_path))
+    assert "90 tokens against 45." in text
+    assert "three" in text
+    assert "caf" not in text
+
+
+def with_checkpoint(folder, step, history, age):
+    (folder / f"checkpoint-{step}").mkdir()
+    path = folder / f"checkpoint-{step}" / "trainer_state.json"
+    path.write_text(json.dumps({**STATE, "global_step": step, "log_history": history}))
+    made = (folder / "trainer_state.json").stat().st_mtime
+    os.utime(path, (made - age, made - age))
+
+
+def test_a_later_run_that_was_stopped_is_reported_and_not_the_one_before_it(tmp_path):
+    """Its checkpoint is newer than the end of the run before, whether it went on with that run or replaced it."""
+    other = [{"step": 1, "loss": 0.5}]
+    for name, step, history, age, expected in (
+        ("went on", 3, [*HISTORY[:4], {"step": 3, "loss": 0.6}], -60, 3),
+        ("replaced", 1, other, -60, 1),
+        ("an older run's", 7, other, 60, 2),
+        ("its own, copied later", 1, HISTORY[:2], -60, 2),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps(STATE))
+        with_checkpoint(folder, step, history, age)
+        assert f"{expected} optimizer steps" in text_of(write_run_report(folder)), name
 
 
 def test_a_run_that_logged_nothing_has_a_report_too(tmp_path):

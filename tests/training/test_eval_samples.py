@@ -139,10 +139,15 @@ def test_tensorboard_and_wandb_get_tables(tmp_path, monkeypatch):
     assert table["train/global_step"] == 0
 
 
-def test_a_resumed_run_goes_on_with_its_samples(tmp_path):
+@pytest.mark.parametrize("is_evaluated", [False, True], ids=["at once", "after an evaluation"])
+def test_a_resumed_run_goes_on_with_its_samples(tmp_path, is_evaluated):
     settings = {"eval_dataset": ROWS, "reference": "cached", **SAMPLING, **EVERY_2}
     tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, **settings).train()
+    written = tmp_path / SAMPLES_FILE
+    written.write_bytes(written.read_bytes()[:-20])  # where a kill cut it off
     again = tiny_trainer(tmp_path, **settings)
+    if is_evaluated:  # as `fastdpo train` does, with the weights of the start
+        again.evaluate()
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     answered = again.eval_samples.answered
     assert [entry.step for entry in answered] == [2, 2, 2, 4, 4, 4]

@@ -160,8 +160,13 @@ def test_a_resumed_run_does_not_repeat_itself_and_a_new_one_does(tmp_path, caplo
         Run(tmp_path).log(rewards__accuracies=1.0)
         assert "100.0%" in caplog.text
         caplog.clear()
+        with (tmp_path / WARNINGS_FILE).open("a") as file:
+            file.write('{"step": 8, "name": "chosen_')  # where a kill cut it off
         Run(tmp_path, step=8).log(rewards__accuracies=1.0)
         assert caplog.text == ""
+        Run(tmp_path, step=8).log(**BAD["length_drift"][0])
+        assert set(Run(tmp_path, step=16).watch.given) == {"accuracy_saturated", "length_drift"}
+        caplog.clear()
         Run(tmp_path).log(rewards__accuracies=1.0)
         assert "100.0%" in caplog.text
 
