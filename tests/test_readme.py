@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from peers import peer
 from tiny import make_byte_tokenizer, make_llama, make_rows
 
 ROOT = Path(__file__).parents[1]
@@ -112,18 +113,22 @@ def test_the_readme_is_the_way_to_every_page():
         assert page == "README.md" or f"({page}" in PAGES["README.md"], page
 
 
-def test_the_page_on_data_names_every_format_by_which_preferences_are_read():
-    from fastdpo.data.formats import FORMATS
+def test_the_page_on_data_names_every_format_of_rows():
+    from fastdpo.data.formats import FORMATS, SFT_FORMS
 
     first_cells = re.findall(r"^\| (`.+?) \|", PAGES["docs/data.md"], flags=re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", " ".join(first_cells))) - {"dataset_format"}
-    assert named == {row_format.name for row_format in FORMATS} - {"tokenized"}
+    assert named == {row_format.name for row_format in (*FORMATS, *SFT_FORMS)}
 
 
-def test_every_setting_that_docs_settings_names_exists():
+def test_the_page_on_settings_names_all_that_trl_and_transformers_lack_and_nothing_else():
+    from transformers import TrainingArguments
+
     from fastdpo import DPOConfig
 
     first_cells = re.findall(r"^\| (`.+?) \|", PAGES["docs/settings.md"], flags=re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", " ".join(first_cells)))
-    assert len(named) >= 15
-    assert named - {"DPOConfig"} <= {f.name for f in fields(DPOConfig)}
+    known = {f.name for f in fields(DPOConfig)}
+    assert named - {"DPOConfig"} <= known
+    theirs = {f.name for cls in (peer("trl").DPOConfig, TrainingArguments) for f in fields(cls)}
+    assert known - theirs <= named
