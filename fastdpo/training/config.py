@@ -226,6 +226,10 @@ class EngineConfig(TrainingArguments):
         if not on_gpu:
             self.dataloader_pin_memory = False
 
+    def to_dict(self) -> dict[str, Any]:
+        """TrainingArguments', which takes everything called ..._token for a secret, with the pad_token as it is."""
+        return {**super().to_dict(), "pad_token": self.pad_token}
+
     def init_kwargs(self) -> dict[str, Any]:
         """What from_pretrained is given where a model is loaded by name."""
         trust = {"trust_remote_code": True} if self.trust_remote_code else {}

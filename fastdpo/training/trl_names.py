@@ -168,7 +168,11 @@ def translated(
 
 
 def takes_trl_names(cls: ConfigClass) -> ConfigClass:
-    """A config class that also takes the names in SETTINGS, and answers unknown ones with the nearest."""
+    """A config class that also takes the names in SETTINGS, and answers unknown ones with the nearest.
+
+    A subclass that is a dataclass has an `__init__` of its own, which refuses those names with Python's TypeError until
+    it is decorated too: `@takes_trl_names` above `@dataclass`.
+    """
     made = cls.__init__  # type: ignore[misc]
     known = {f.name for f in dataclasses.fields(cls) if f.init}
 

@@ -107,13 +107,14 @@ def test_flags_override_a_yaml_config(capsys, model_dir, data, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
         f"model: {model_dir}\ndataset: {data}\noutput_dir: {tmp_path / 'out'}\nuse_cpu: true\nmax_steps: 4\n"
-        "beta: 0.3\nlearning-rate: 1e-2\nsave_strategy: 'no'\nmax_length: null\n"
+        "beta: 0.3\nlearning-rate: 1e-2\nsave_strategy: 'no'\nmax_length: null\npad_token: <unk>\nhub_token: secret\n"
     )
     code, _, err = run(capsys, "train", "--config", config, "--beta", "0.7", "--max_steps", "1")
     assert code == 0, err
     options = json.loads((tmp_path / "out" / "fastdpo_run.json").read_text())
     assert (options["beta"], options["max_steps"], options["learning_rate"]) == (0.7, 1, 0.01)
     assert options["max_length"] is None
+    assert (options["pad_token"], options["hub_token"]) == ("<unk>", "<HUB_TOKEN>")
 
 
 def test_a_finished_run_is_not_overwritten_unasked(capsys, model_dir, data, tmp_path):

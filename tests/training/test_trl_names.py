@@ -182,6 +182,11 @@ def test_the_config_can_still_be_copied_and_subclassed(tmp_path):
         extra: int = 3
 
     assert Own(str(tmp_path), use_cpu=True, beta=0.4, extra=5).extra == 5
+    with pytest.raises(TypeError, match="rpo_alpha"):
+        Own(str(tmp_path), use_cpu=True, rpo_alpha=0.5)
+    with pytest.warns(FutureWarning, match=r"Own has no argument 'rpo_alpha'"):
+        args = trl_names.takes_trl_names(Own)(str(tmp_path), use_cpu=True, rpo_alpha=0.5, extra=5)
+    assert (args.loss_weights, args.extra) == ([1.0, 0.5], 5)
 
 
 def test_the_trainer_takes_its_tokenizer_under_the_old_name(tmp_path):
