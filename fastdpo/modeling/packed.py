@@ -9,7 +9,7 @@ with.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -175,7 +175,7 @@ def unprepare_model(model: nn.Module) -> nn.Module:
 
 def packed_logps(
     model: nn.Module,
-    batch: PackedBatch,
+    batch: PackedBatch | Mapping[str, Any],
     *,
     impl: str = "auto",
     outputs: Sequence[str] = (),
@@ -185,14 +185,41 @@ def packed_logps(
 
     Args:
         model: a causal LM, bare or wrapped (PEFT, DDP, FSDP, torch.compile); a bare one is prepared on first use.
-        batch: from `pack_pairs` or `pad_pairs`, on the model's device.
+        batch: from `pack_pairs` or `pad_pairs`, on the model's device; also as the dict that `asdict` makes of it.
         impl: implementation of the head op, see `linear_logps`.
         outputs: per-token statistics to return in `.sequences.tokens`, see `linear_logps`.
         router_aux_loss: return `.aux_loss`, see `fastdpo.modeling.router`.
     Returns:
         PairLogps, differentiable in the model's parameters.
+    Raises:
+        ValueError: batch is none, or, on a CPU, has tokens that the model does not know; a GPU would have to be waited
+            for.
     """
+    if not isinstance(batch, PackedBatch):
+        batch = _batch_of(batch)
+    _check_token_ids(model, batch.input_ids)
     return _run(model, batch, impl, outputs, router_aux_loss=router_aux_loss)[1]
+
+
+def _batch_of(fields: Any) -> PackedBatch:
+    """`PackedBatch(**fields)`, or a word on what else was given."""
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"batch must be a PackedBatch or its asdict(), got {type(fields).__name__}")
+    try:
+        return PackedBatch(**fields)
+    except TypeError:
+        raise ValueError(f"batch must hold the fields of a PackedBatch, got {sorted(map(str, fields))}") from None
+
+
+def _check_token_ids(model: nn.Module, input_ids: Tensor) -> None:
+    if type(input_ids) is not Tensor or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # no numbers to look at, or none without waiting for a device
+    num_embeddings = getattr(bare_model(model).get_input_embeddings(), "num_embeddings", None)
+    if num_embeddings is None or input_ids.numel() == 0:
+        return
+    for bound in map(int, input_ids.aminmax()):
+        if not 0 <= bound < num_embeddings:
+            raise ValueError(f"input_ids must be in [0, {num_embeddings}), the model's embeddings, got {bound}")
 
 
 def packed_loss(

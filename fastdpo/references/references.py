@@ -72,8 +72,9 @@ class DatasetReference:
     def sums(self, policy: nn.Module, batch: PackedBatch) -> Tensor:
         if batch.ref_logps is None:
             raise ValueError(
-                "reference 'cached' needs ref_chosen_logps and ref_rejected_logps in every row of the dataset, and a row"
-                " that max_length or max_prompt_length cuts has none; 'frozen' and 'adapter' compute them batch by batch"
+                "reference 'cached' needs ref_chosen_logps and ref_rejected_logps in every row of the dataset, and a"
+                " row that max_length or max_prompt_length cuts has none; 'frozen' and 'adapter' compute them batch by"
+                " batch"
             )
         return batch.ref_logps
 

@@ -332,3 +332,23 @@ def test_models_that_cannot_be_packed_run_padded(model_type, monkeypatch):
     torch.testing.assert_close(
         packed_logps(model, pad_pairs(GROUPS)).sequences.sums, separate_sums(model), rtol=1e-4, atol=1e-5
     )
+
+
+def test_a_batch_is_taken_as_the_mapping_that_collators_return():
+    model, batch = build("llama"), pack_pairs([TokenizedPair([1, 2, 3], [4, 5], [6])])
+    with torch.no_grad():
+        assert torch.equal(packed_logps(model, batch.asdict()).chosen, packed_logps(model, batch).chosen)
+    with pytest.raises(ValueError, match=r"batch must be a PackedBatch or its asdict\(\), got list"):
+        packed_logps(model, [batch])
+    with pytest.raises(
+        ValueError, match=r"batch must hold the fields of a PackedBatch, got .*'attention_mask', 'labels'"
+    ):
+        packed_logps(model, {"labels": batch.labels, "attention_mask": None})
+
+
+@pytest.mark.parametrize(("ids", "bad"), [([4, VOCAB], VOCAB), ([4, -1], -1)])
+@pytest.mark.parametrize("collate", [pack_pairs, lambda pairs: pad_pairs(pairs, pad_token_id=0)])
+def test_token_ids_that_the_model_has_no_embedding_for_are_refused(ids, bad, collate):
+    batch = collate([TokenizedPair([1, 2, 3], [5], [6]), TokenizedPair(ids, [5], [6])])
+    with pytest.raises(ValueError, match=rf"input_ids must be in \[0, {VOCAB}\), .* got {bad}"):
+        packed_logps(build("llama"), batch)
