@@ -1,5 +1,5 @@
 """The migration page's Python runs as it stands, with a tiny model in place of the ones that would be downloaded; its
-commands run, and its figures are those of the results. Options and links are checked by test_readme.py.
+commands run. Options and links are checked by test_readme.py, figures by test_page_figures.py.
 """
 
 import json
@@ -70,59 +70,3 @@ def test_settings_that_the_page_names_in_its_right_column_exist():
     named = re.findall(r"`([a-z_]+)`", " ".join(cells[1] for cells in rows))
     assert len(named) >= 6
     assert set(named) <= known
-
-
-def headings(text):
-    """As the addresses that GitHub gives them."""
-    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
-    return {re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-def newest(name, key):
-    """Of each `key` of a results file, the last record that has a figure."""
-    lines = (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return {tuple(r[k] for k in key): r for r in records if r.get("num_threads") == 2 and "peak_mib" in r}
-
-
-def figures(table, *first_cells):
-    """The numbers of the line that begins with these cells, in the table whose first cell is `table`."""
-    start = "".join(f"| {cell} " for cell in first_cells)
-    lines = PAGE.split(f"| {table} |")[-1].splitlines()
-    line = next(line for line in lines if line.startswith(start))
-    return [float(x) for x in line.strip("|").split("|")[len(first_cells) :]]
-
-
-@pytest.mark.parametrize(("reference", "suffix"), [("live", ""), ("cached", ", cached")])
-def test_figures_of_training_steps_are_those_of_the_results(reference, suffix):
-    """To a tenth: machines are not alike from one day to the next."""
-    measured = newest("training_step", ("workload", "method"))
-    for title, method in (("TRL 1.16", "TRL"), ("fastdpo", "fastdpo")):
-        expected = []
-        for workload in ("short", "long"):
-            own, base = measured[workload, method + suffix], measured[workload, "TRL" + suffix]
-            expected += [own["pairs_per_s"] / base["pairs_per_s"], own["peak_mib"]]
-        assert figures("trainer", title, reference) == pytest.approx(expected, rel=0.1)
-
-
-def test_figures_of_the_head_op_are_those_of_the_results():
-    measured = newest("linear_logps", ("pass", "method"))
-    base = measured["dpo loss", "plain, response rows"]
-    for title, method in (
-        ("plain PyTorch with full logits", "plain, response rows"),
-        ("TRL 1.16", "TRL"),
-        ("Liger 0.8.5", "Liger"),
-        ("fastdpo", "fastdpo"),
-    ):
-        own = measured["dpo loss", method]
-        expected = [base["ms"] / own["ms"], own["peak_mib"]]
-        assert figures("head op", title) == pytest.approx(expected, rel=0.1)
-
-
-@pytest.mark.parametrize("which", ["before", "after"])
-def test_figures_of_the_seat_inside_trl_are_those_of_the_results(which):
-    lines = (ROOT / "benchmarks" / "results" / "trl_seat.jsonl").read_text().splitlines()
-    measured = {(r["workload"], r["method"]): r[which] for r in map(json.loads, lines)}
-    expected = [measured[w, "TRL"][key] for w in ("short", "long") for key in ("step_s", "peak_mib")]
-    line = next(line for line in PAGE.splitlines() if line.startswith(f"| {which} |"))
-    assert [float(x) for x in line.strip("|").split("|")[1:]] == pytest.approx(expected, rel=0.01)

@@ -1,0 +1,101 @@
+"""The speeds and the memory that the README and the pages of docs/ state are those of benchmarks/results/*.jsonl."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "migrating.md").read_text()
+
+
+def newest(name, key):
+    """Of each `key` of a results file, the last record that has a figure."""
+    lines = (ROOT / "benchmarks" / "results" / f"{name}.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {tuple(r[k] for k in key): r for r in records if r.get("num_threads") == 2 and "peak_mib" in r}
+
+
+def figures(table, *first_cells):
+    """The numbers of the line that begins with these cells, in the table whose first cell is `table`."""
+    start = "".join(f"| {cell} " for cell in first_cells)
+    lines = PAGE.split(f"| {table} |")[-1].splitlines()
+    line = next(line for line in lines if line.startswith(start))
+    return [float(x) for x in line.strip("|").split("|")[len(first_cells) :]]
+
+
+@pytest.mark.parametrize(("reference", "suffix"), [("live", ""), ("cached", ", cached")])
+def test_figures_of_training_steps_are_those_of_the_results(reference, suffix):
+    """To a tenth: machines are not alike from one day to the next."""
+    measured = newest("training_step", ("workload", "method"))
+    for title, method in (("TRL 1.16", "TRL"), ("fastdpo", "fastdpo")):
+        expected = []
+        for workload in ("short", "long"):
+            own, base = measured[workload, method + suffix], measured[workload, "TRL" + suffix]
+            expected += [own["pairs_per_s"] / base["pairs_per_s"], own["peak_mib"]]
+        assert figures("trainer", title, reference) == pytest.approx(expected, rel=0.1)
+
+
+def test_figures_of_the_head_op_are_those_of_the_results():
+    measured = newest("linear_logps", ("pass", "method"))
+    base = measured["dpo loss", "plain, response rows"]
+    for title, method in (
+        ("plain PyTorch with full logits", "plain, response rows"),
+        ("TRL 1.16", "TRL"),
+        ("Liger 0.8.5", "Liger"),
+        ("fastdpo", "fastdpo"),
+    ):
+        own = measured["dpo loss", method]
+        expected = [base["ms"] / own["ms"], own["peak_mib"]]
+        assert figures("head op", title) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_figures_of_the_seat_inside_trl_are_those_of_the_results(which):
+    lines = (ROOT / "benchmarks" / "results" / "trl_seat.jsonl").read_text().splitlines()
+    measured = {(r["workload"], r["method"]): r[which] for r in map(json.loads, lines)}
+    expected = [measured[w, "TRL"][key] for w in ("short", "long") for key in ("step_s", "peak_mib")]
+    line = next(line for line in PAGE.splitlines() if line.startswith(f"| {which} |"))
+    assert [float(x) for x in line.strip("|").split("|")[1:]] == pytest.approx(expected, rel=0.01)
+
+
+README_ROWS = {
+    "TRL 1.16 `DPOTrainer`": "TRL",
+    "padded PyTorch loop, logits of response rows only": "plain, response rows",
+    "fastdpo": "fastdpo",
+}
+
+
+@pytest.mark.parametrize("title", README_ROWS)
+def test_figures_of_the_readme_are_those_of_the_results(title):
+    """A cell is `pairs per second (peak MiB)`, to three digits."""
+    measured = newest("training_step", ("workload", "method"))
+    expected = []
+    for workload in ("short", "long"):
+        for suffix in ("", ", cached"):
+            record = measured[workload, README_ROWS[title] + suffix]
+            expected += [record["pairs_per_s"], record["peak_mib"]]
+    line = next(line for line in README.splitlines() if line.startswith(f"| {title} |"))
+    cells = line.split("|", 2)[2].replace(",", "")
+    assert [float(x) for x in re.findall(r"[\d.]+", cells)] == pytest.approx(expected, rel=0.005)
+
+
+def test_figures_of_the_page_on_the_head_op_are_those_of_the_results():
+    text = " ".join((ROOT / "docs" / "head_op.md").read_text().split())
+    measured = newest("linear_logps", ("pass", "method"))
+    ratios, peaks, plain_peaks = [], [], []
+    for name in ("dpo loss", "forward+backward"):
+        own, rows, everything = (measured[name, m] for m in ("fastdpo", "plain, response rows", "plain, all rows"))
+        ratios += [own["ms"] / rows["ms"], own["ms"] / everything["ms"]]
+        peaks.append(own["peak_mib"])
+        plain_peaks += [rows["peak_mib"], everything["peak_mib"]]
+    stated = re.search(
+        r"took ([\d.]+) x .*? and ([\d.]+) x on all rows, .*? ([\d.]+) x and ([\d.]+) x, in (\d+) and (\d+) MiB"
+        r" where plain took (\d+) and (\d+)",
+        text,
+    )
+    assert [float(x) for x in stated.groups()[:4]] == pytest.approx(ratios, abs=0.006)
+    assert [float(x) for x in stated.groups()[4:6]] == pytest.approx(peaks, abs=0.6)
+    assert plain_peaks == pytest.approx([float(x) for x in stated.groups()[6:]] * 2, abs=0.6)
