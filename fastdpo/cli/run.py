@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,18 @@ def check_output_dir(args: EngineConfig, *, overwrite: bool) -> str | None:
             " --resume_from_checkpoint true, or replace it by --overwrite_output_dir"
         )
     return None
+
+
+def without_secrets(argv: Sequence[str]) -> list[str]:
+    """The command line with <HUB_TOKEN> for the token, as TrainingArguments.to_dict masks it: the report shows it."""
+    shown, is_next = [], False
+    for argument in argv:
+        option, joined, _ = argument.partition("=")
+        is_token = option.replace("-", "_") == "__hub_token"
+        kept = f"{option}=<HUB_TOKEN>" if is_token and joined else argument
+        shown.append("<HUB_TOKEN>" if is_next else kept)
+        is_next = is_token and not joined
+    return shown
 
 
 def load_datasets(run: RunArguments, args: EngineConfig) -> tuple[Any, Any]:

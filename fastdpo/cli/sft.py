@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastdpo.cli.arguments import LoraArguments, RunArguments, parse
 from fastdpo.cli.console import make_console
-from fastdpo.cli.run import check_output_dir, load_datasets, print_summary, train_and_compare
+from fastdpo.cli.run import check_output_dir, load_datasets, print_summary, train_and_compare, without_secrets
 from fastdpo.cli.train import check_dropout, lora_config, quantization_config
 from fastdpo.training import SFTConfig, SFTTrainer
 
@@ -36,5 +36,5 @@ def main(argv: list[str]) -> None:
     )
     if trainer.is_world_process_zero():
         print_summary(console, trainer, run)
-    options = {"command": ["fastdpo", "sft", *argv], **vars(run), **vars(adapter), **args.to_dict()}
+    options = {"command": ["fastdpo", "sft", *without_secrets(argv)], **vars(run), **vars(adapter), **args.to_dict()}
     train_and_compare(console, trainer, resume_from, options, COLUMNS)

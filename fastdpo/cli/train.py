@@ -6,7 +6,7 @@ from typing import Any
 
 from fastdpo.cli.arguments import AdapterArguments, LoraArguments, RunArguments, parse
 from fastdpo.cli.console import make_console
-from fastdpo.cli.run import check_output_dir, load_datasets, print_summary, train_and_compare
+from fastdpo.cli.run import check_output_dir, load_datasets, print_summary, train_and_compare, without_secrets
 from fastdpo.training import DPOConfig, DPOTrainer
 from fastdpo.training.config import EngineConfig
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     )
     if trainer.is_world_process_zero():
         print_summary(console, trainer, run)
-    options = {"command": ["fastdpo", "train", *argv], **vars(run), **vars(adapter), **args.to_dict()}
+    options = {"command": ["fastdpo", "train", *without_secrets(argv)], **vars(run), **vars(adapter), **args.to_dict()}
     train_and_compare(console, trainer, resume_from, options, COLUMNS)
 
 

@@ -117,6 +117,16 @@ def test_flags_override_a_yaml_config(capsys, model_dir, data, tmp_path):
     assert (options["pad_token"], options["hub_token"]) == ("<unk>", "<HUB_TOKEN>")
 
 
+def test_no_secret_of_the_command_line_is_written_down(capsys, model_dir, data, tmp_path):
+    secrets = ("--hub-token", "hf_first", "--push_to_hub=false", "--hub_token=hf_second", "--pad_token", "<unk>")
+    assert run(capsys, *quick(model_dir, data, tmp_path / "out", "--max_steps", 1, *secrets))[0] == 0
+    options = json.loads((tmp_path / "out" / "fastdpo_run.json").read_text())
+    last = ["--hub-token", "<HUB_TOKEN>", "--push_to_hub=false", "--hub_token=<HUB_TOKEN>", "--pad_token", "<unk>"]
+    assert options["command"][-6:] == last
+    for name in ("fastdpo_run.json", "report.html", "README.md"):
+        assert re.search("hf_(first|second)", (tmp_path / "out" / name).read_text()) is None, name
+
+
 def test_a_finished_run_is_not_overwritten_unasked(capsys, model_dir, data, tmp_path):
     assert run(capsys, *quick(model_dir, data, tmp_path / "out", "--max_steps", 1))[0] == 0
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
