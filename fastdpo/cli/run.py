@@ -22,7 +22,7 @@ from fastdpo.training.config import EngineConfig, SFTConfig
 from fastdpo.training.memory import MIB
 from fastdpo.training.model_card import training_facts
 from fastdpo.training.streams import is_stream
-from fastdpo.training.summary import peak_memory, summary_lines
+from fastdpo.training.summary import peak_memory
 
 RUN_FILE = "fastdpo_run.json"  # marks a directory as the output of a run, with the options it had
 _SIGNS_OF_A_RUN = (RUN_FILE, "trainer_state.json", "config.json", "adapter_config.json", "checkpoint-*")
@@ -84,17 +84,12 @@ def load_datasets(run: RunArguments, args: EngineConfig) -> tuple[Any, Any]:
     return parts["train"], parts["test"]
 
 
-def print_summary(console: Console, trainer: PackedTrainer, run: RunArguments) -> None:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for what, fact in summary_lines(trainer):
-        table.add_row(what, fact)
-    held_out = run.eval_dataset is None and trainer.eval_dataset is not None
-    if held_out:
-        table.add_row("evaluation", f"on {run.eval_fraction:.0%} of the training data, held out (--eval_fraction)")
-    table.add_row("output", str(trainer.args.output_dir))
-    console.print(table)
+def print_summary(trainer: PackedTrainer, run: RunArguments) -> None:
+    more = [("output", str(trainer.args.output_dir))]
+    if run.eval_dataset is None and trainer.eval_dataset is not None:
+        held_out = f"on {run.eval_fraction:.0%} of the training data, held out (--eval_fraction)"
+        more.insert(0, ("evaluation", held_out))
+    trainer.print_summary(*more)
 
 
 def train_and_compare(

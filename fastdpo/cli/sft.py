@@ -34,7 +34,6 @@ def main(argv: list[str]) -> None:
         quantization_config=quantization_config() if adapter.load_in_4bit else None,
         peft_config=lora_config(adapter) if adapter.use_peft else None,
     )
-    if trainer.is_world_process_zero():
-        print_summary(console, trainer, run)
+    print_summary(trainer, run)
     options = {"command": ["fastdpo", "sft", *without_secrets(argv)], **vars(run), **vars(adapter), **args.to_dict()}
     train_and_compare(console, trainer, resume_from, options, COLUMNS)

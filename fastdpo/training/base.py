@@ -52,6 +52,7 @@ class PackedTrainer(CardTrainer):
     args: EngineConfig
     # every subclass's loss is already a mean over the step's items, so Trainer must not divide it again
     loss_is_scaled_for_ga = True
+    _has_said_summary = False
 
     def __init__(
         self,
@@ -188,8 +189,25 @@ class PackedTrainer(CardTrainer):
         self.collator.is_packed = self.is_packed
         return check
 
+    def summary(self) -> str:
+        """What the run will do, as text: model, data, reference, batches, attention, head op, steps and peak memory."""
+        from fastdpo.training.summary import summary_text  # reads this class
+
+        return summary_text(self)
+
+    def print_summary(self, *more: tuple[str, str]) -> None:
+        """Prints the summary and further (what, fact) lines, on the main process; `train` then does not."""
+        from fastdpo.training.summary import print_summary
+
+        self._has_said_summary = True
+        if self.is_world_process_zero():
+            print_summary(self, more)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, also after an evaluation: see `forget_accelerate`."""
+        """Trainer's, also after an evaluation: see `forget_accelerate`. Says first what it will do, unless
+        `disable_tqdm` is set."""
+        if self.train_dataset is not None and not (self._has_said_summary or self.args.disable_tqdm):
+            self.print_summary()
         if self.model_wrapped is self.model:
             self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
             forget_accelerate(self.model)
@@ -309,6 +327,7 @@ class PackedTrainer(CardTrainer):
         return self.accelerator.reduce(table, "sum") if self.args.world_size > 1 else table
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        _drop_preparation_time(logs)
         if "loss" in logs:
             logs.update(self._metrics["train"].pop(self._reduce))
             logs["num_tokens"] = self._num_tokens_so_far()
@@ -354,9 +373,17 @@ class PackedTrainer(CardTrainer):
         """Trainer's; raw rows are tokenized first. Metrics as in `evaluate`; there are no predictions."""
         if not self._is_prepared(test_dataset):
             test_dataset = self._prepared(test_dataset, metric_key_prefix, self.model)
-        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        _drop_preparation_time(output.metrics)
+        return output
 
     @staticmethod
     def _is_prepared(dataset: Any) -> bool:
         is_ours = isinstance(dataset, Dataset | IterableDataset)
         return is_ours and {"prompt_ids", "responses"} <= set(dataset.column_names or ())
+
+
+def _drop_preparation_time(metrics: dict[str, float]) -> None:
+    """Takes out what Trainer adds where nothing has been trained yet: how long it took to move the model."""
+    for key in [key for key in metrics if key.endswith("_model_preparation_time")]:
+        del metrics[key]

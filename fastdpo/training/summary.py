@@ -6,8 +6,12 @@ The facts are read off a built trainer; the estimate of memory is explained in `
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
@@ -35,6 +39,28 @@ def summary_lines(trainer: PackedTrainer) -> list[tuple[str, str]]:
     return lines
 
 
+def summary_text(trainer: PackedTrainer) -> str:
+    """The lines as plain text, one below the other; state of random generators stays as it is."""
+    lines = _lines_apart(trainer)
+    width = max(len(what) for what, _ in lines)
+    return "\n".join(f"{what:<{width}}  {fact}" for what, fact in lines)
+
+
+def print_summary(trainer: PackedTrainer, more: Sequence[tuple[str, str]] = ()) -> None:
+    """The lines and those of `more` on the terminal, or as wide as 140 characters in a file or a pipe."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for what, fact in [*_lines_apart(trainer), *more]:
+        table.add_row(what, fact)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _lines_apart(trainer: PackedTrainer) -> list[tuple[str, str]]:
+    with torch.random.fork_rng(devices=[]):  # the order of the rows must not depend on what is said of them
+        return summary_lines(trainer)
+
+
 def _model(trainer: PackedTrainer) -> str:
     model = bare_model(trainer.model)  # whose own count knows how many a 4-bit weight packs into one
     total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
@@ -52,7 +78,7 @@ def _batches(trainer: PackedTrainer) -> str:
     split = auto if limit is None else f", in micro-batches of at most {limit:,} tokens"
     if not trainer.is_packed:
         return "padded: one row per sequence" + split
-    shares = trainer.args.prefix_sharing and trainer.data_reports["train"].kind == "pairs"
+    shares = trainer.args.prefix_sharing and any(report.kind == "pairs" for report in trainer.data_reports.values())
     return "packed: one row without padding" + (", what responses share computed once" if shares else "") + split
 
 
