@@ -1,14 +1,15 @@
 """A whole training step against TRL's DPOTrainer and plain padded PyTorch loops, and what each feature is worth.
 
     python benchmarks/bench_training_step.py [--quick] [--workloads ...] [--methods ...] [--steps N] [--rounds N]
-                                             [--max-seconds S] [--out FILE.jsonl [--resume]]
+                                             [--max-seconds S] [--out FILE.jsonl [--resume]] [--data FILE.json]
 
 Same model, rows, order, dtype and optimizer for everybody (see step_methods.py). Methods take turns in rounds; on a CPU
 every turn is a process of its own, whose peak resident memory is reported. Losses of the first steps are compared with
 those of the first method in the run that has some, whose own first one must be ln 2: a method that is off by more than
 the tolerance (1e-4 in fp32, see Workload.tolerance) gets no speed but the reason. "7B QLoRA" asks whether a step fits
 in 24 GB (step_qlora.py). With --resume, what FILE has a line of is not measured again; the exit code is 3 where
-something was left out for lack of time.
+something was left out for lack of time. --data says where the instruction file of the CPU workloads is
+(step_workloads.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -28,7 +30,18 @@ from measure import append_lines, elapsed_ms, machine_facts, matmul_job
 from step_methods import METHODS, NUM_CHECKED, Job
 from step_table import qlora_text, training_table
 from step_worker import Worker
-from step_workloads import CPU_WORKLOADS, GPU_WORKLOADS, WORKLOADS, Work, Workload, make_rows, make_tokenizer, source_of
+from step_workloads import (
+    CPU_WORKLOADS,
+    DATA_VARIABLE,
+    GPU_WORKLOADS,
+    WORKLOADS,
+    Work,
+    Workload,
+    data_file,
+    make_rows,
+    make_tokenizer,
+    source_of,
+)
 
 UNFINISHED = 3  # exit code
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matmul that MFU is measured against
@@ -178,6 +191,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="start no turn later than this")
     parser.add_argument("--out", help="append one JSON line per method and workload to this file")
     parser.add_argument("--resume", action="store_true", help="leave out what the file of --out has a line of")
+    parser.add_argument("--data", help=f"the instruction file (default: {DATA_VARIABLE}, or {data_file()})")
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round of three steps")
     options = parser.parse_args(argv)
     default = ["tiny"] if options.quick else [*GPU_WORKLOADS, "7B QLoRA"] if on_gpu() else CPU_WORKLOADS
@@ -185,6 +199,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     options.steps = options.steps or (3 if options.quick else 5 if on_gpu() else 4)
     options.warmups = (2 if on_gpu() else 1) if options.warmups is None else options.warmups
     options.rounds = options.rounds or (1 if options.quick or on_gpu() else 3)
+    if options.data is not None:
+        if not Path(options.data).expanduser().is_file():
+            parser.error(f"--data must be an existing file, got {options.data}")
+        os.environ[DATA_VARIABLE] = str(Path(options.data).expanduser().resolve())
     if options.resume and options.out is None:
         parser.error("--resume must go with --out")
     if options.warmups + options.steps < NUM_CHECKED or options.warmups < 1:
@@ -197,6 +215,9 @@ def main(argv: list[str] | None = None) -> int:
     options.deadline = time.monotonic() + options.max_seconds
     facts = machine_facts()
     print(" ".join(f"{key}={value}" for key, value in facts.items()))
+    replaced = [name for name in options.workloads if name in CPU_WORKLOADS and not data_file().exists()]
+    if replaced:
+        print(f"no {data_file()} (--data): {', '.join(replaced)} on synthetic reviews, which gives other figures")
     known = known_records(options)
     worker, left_out = Worker(), []
     try:

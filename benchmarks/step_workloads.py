@@ -1,15 +1,18 @@
 """What a training step is measured on: models by shape, preference rows as text, a tokenizer, and FLOPs of a step.
 
-CPU: "short" is the 1,100-row instruction file as it is, "long" has prompts of 1 to 16 and responses of 1 to 8 of its
-texts (an instruction with its answer) put together. Where the file is absent, the project's synthetic reviews take its
-place, and the record says so. GPU: random words of given lengths on a Llama of about a billion parameters. Rows are in
-one order for every method, and none of them is one that a trainer would drop.
+CPU: "short" is an instruction file of 1,100 rows as it is, "long" has prompts of 1 to 16 and responses of 1 to 8 of its
+texts (an instruction with its answer) put together. The file is instruction-data-with-preference.json of the public
+repository rasbt/LLMs-from-scratch (ch07/04_preference-tuning-with-dpo); the environment variable FASTDPO_BENCH_DATA
+says where it lies. Where it is absent, the project's synthetic reviews take its place, and the record says so. GPU:
+random words of given lengths on a Llama of about a billion parameters. Rows are in one order for every method, and none
+of them is one that a trainer would drop.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-FILE = Path(__file__).resolve().parents[2] / "shared" / "data" / "llms-from-scratch-preference.json"
+DATA_VARIABLE = "FASTDPO_BENCH_DATA"  # which the processes that measure inherit
+BESIDE_THE_CLONE = Path(__file__).resolve().parents[2] / "shared" / "data" / "llms-from-scratch-preference.json"
 SEPARATOR = "\n"  # after an instruction and between texts; one character, which merges with nothing
 
 Row = dict[str, str]
@@ -88,10 +92,15 @@ WORKLOADS = {
 CPU_WORKLOADS, GPU_WORKLOADS = ("short", "long"), ("1B hh-like", "1B long")
 
 
+def data_file() -> Path:
+    """Where the instruction file is looked for."""
+    return Path(os.environ.get(DATA_VARIABLE) or BESIDE_THE_CLONE).expanduser()
+
+
 def source_of(workload: Workload) -> str:
     if workload.mean_lengths is not None:
         return "random words"
-    return "instruction file" if FILE.exists() and workload.name != "tiny" else "synthetic reviews"
+    return "instruction file" if data_file().exists() and workload.name != "tiny" else "synthetic reviews"
 
 
 def make_rows(workload: Workload, num_rows: int) -> list[Row]:
@@ -129,7 +138,7 @@ def make_tokenizer(workload: Workload) -> Any:
 
 def _file_rows() -> tuple[list[Row], list[str]]:
     rows, texts = [], []
-    for example in json.loads(FILE.read_text()):
+    for example in json.loads(data_file().read_text()):
         instruction = "\n".join(filter(None, (example["instruction"], example["input"]))) + SEPARATOR
         texts.append(instruction + example["output"])
         if example["chosen"] != example["rejected"]:

@@ -190,7 +190,7 @@ def test_lengths_of_random_rows_are_near_their_means_and_fit():
     assert max(map(max, zip(prompts, chosen, strict=True))) < workload.max_length // 2
 
 
-@pytest.mark.skipif(not step_workloads.FILE.exists(), reason="the instruction file is not there")
+@pytest.mark.skipif(not step_workloads.data_file().exists(), reason="the instruction file is not there")
 @pytest.mark.parametrize(("name", "shared", "unshared"), [("short", 39, 53), ("long", 412, 616)])
 def test_cpu_workloads_have_the_lengths_that_they_are_known_for(name, shared, unshared):
     rows = step_methods._tokenized(Job(name, "fastdpo", 0, 125), WORKLOADS[name])
@@ -198,6 +198,27 @@ def test_cpu_workloads_have_the_lengths_that_they_are_known_for(name, shared, un
     shared_rows, own_rows = (pack_pairs(groups, prefix_sharing=sharing).input_ids for sharing in (True, False))
     assert shared_rows.numel() / 1000 == pytest.approx(shared, rel=0.05)
     assert own_rows.numel() / 1000 == pytest.approx(unshared, rel=0.05)
+
+
+def test_the_instruction_file_is_taken_from_where_the_user_says(tmp_path, monkeypatch):
+    monkeypatch.setenv(step_workloads.DATA_VARIABLE, "unset by the option")
+    example = {"instruction": "Say it.", "input": "", "output": "It."}
+    rows = [{**example, "chosen": f"It, {i}.", "rejected": "No."} for i in range(3)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    bench.parse_args(["--data", str(tmp_path / "rows.json")])
+    assert step_workloads.source_of(WORKLOADS["short"]) == "instruction file"
+    found = make_rows(WORKLOADS["short"], 3)
+    assert {(row["prompt"], row["chosen"]) for row in found} == {("Say it.\n", f"It, {i}.") for i in range(3)}
+    with pytest.raises(SystemExit):
+        bench.parse_args(["--data", str(tmp_path / "missing.json")])
+
+
+def test_rows_that_take_the_place_of_an_absent_file_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(step_workloads.DATA_VARIABLE, str(tmp_path / "missing.json"))
+    bench.main(["--workloads", "short", "--max-seconds", "-1", "--methods", "fastdpo"])
+    said = f"no {tmp_path / 'missing.json'} (--data): short on synthetic reviews, which gives other figures"
+    assert said in capsys.readouterr().out.splitlines()
+    assert step_workloads.source_of(WORKLOADS["short"]) == "synthetic reviews"
 
 
 def test_bf16_models_keep_their_rotary_frequencies():
