@@ -83,7 +83,8 @@ def known_options():
 
     known = {f.name for cls in (DPOConfig, AdapterArguments, RunArguments) for f in fields(cls)} | {"config", "help"}
     known |= options_of("verify") | options_of("plan")
-    known |= set(re.findall(r"--([a-z_0-9]+)", (ROOT / "benchmarks/gpu_suite.py").read_text()))
+    for script in ("gpu_suite", "bench_training_step"):
+        known |= set(re.findall(r"--([a-z_0-9]+)", (ROOT / f"benchmarks/{script}.py").read_text()))
     return known | set(re.findall(r'"--([a-z-]+)"', (ROOT / "kernels/fused/tuning.py").read_text()))
 
 
