@@ -111,7 +111,11 @@ def train_and_compare(
     data = str(options["dataset"])
     trainer.dataset_name = Path(data).name if Path(data).exists() else data
     before = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    metrics = trainer.train(resume_from_checkpoint=resume_from).metrics
+    try:
+        metrics = trainer.train(resume_from_checkpoint=resume_from).metrics
+    except Exception:
+        _end_progress_bars(trainer)
+        raise
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     _save(trainer, metrics, after, options)
     report = _report(trainer, options) if trainer.is_world_process_zero() else None
@@ -137,6 +141,15 @@ def train_and_compare(
             f"saved in {trainer.args.output_dir}: the model, its tokenizer and its card (README.md), trainer_state.json"
             f" (all logs), {RUN_FILE} (options), {report} (curves, warnings, samples)"
         )
+
+
+def _end_progress_bars(trainer: PackedTrainer) -> None:
+    """Ends the line that a bar has begun, which the error would be written into."""
+    for callback in trainer.callback_handler.callbacks:
+        for name in ("prediction_bar", "training_bar"):
+            bar = getattr(callback, name, None)
+            if bar is not None:
+                bar.close()
 
 
 def _save(

@@ -406,6 +406,13 @@ def test_dataset_config_is_that_of_the_named_dataset(monkeypatch, model_dir, eva
     assert given == configs
 
 
+def test_an_error_while_training_has_a_line_of_its_own(capsys, model_dir, data, tmp_path):
+    shown = ("--learning_rate", "1e30", "--disable_tqdm", "false", "--eval_fraction", 0)
+    code, _, err = run(capsys, *quick(model_dir, data, tmp_path / "out", *shown))
+    assert code == 2
+    assert [line.startswith("error: the loss is nan") for line in err.split("\n") if "error: " in line] == [True]
+
+
 def test_a_stream_without_evaluation_rows_is_told_the_option_that_it_has(capsys, model_dir, data, tmp_path):
     """--eval_fraction holds nothing out of a stream."""
     options = ("--dataset_streaming", "true", "--max_steps", 1, "--logging_steps", 50)
