@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -481,3 +482,10 @@ def test_sft_takes_the_same_files(capsys, model_dir, data, tmp_path):
     code, out, err = run(capsys, "sft", *quick(model_dir, data, tmp_path / "out")[1:])
     assert code == 0, err
     assert "loss (nats per token)" in out
+
+
+def test_what_bitsandbytes_does_without_on_this_cpu_is_not_said(caplog):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("a kernel is missing")
+    assert caplog.text == ""
