@@ -270,10 +270,9 @@ def _run(
     *,
     router_aux_loss: bool = False,
 ) -> tuple[Tensor | None, PairLogps]:
-    prepare_model(model)
-    layout = None
+    state, layout = prepared_state(model), None
     if batch.varlen is not None:  # made out here, where torch.compile does not look into the branches of a batch
-        layout = PackedLayout(batch.segments, batch.varlen, attention_backend(model))
+        layout = PackedLayout(batch.segments, batch.varlen, state.attention_backend)
     settings = {"packed_layout": layout, "impl": impl, "outputs": tuple(outputs), "router_aux_loss": router_aux_loss}
     result = model(input_ids=batch.input_ids, packed_batch=batch, loss_of=loss_of, summed=tuple(summed), **settings)
     tokens = TokenLogps(result["logps"], **{name: result[name] for name in outputs})

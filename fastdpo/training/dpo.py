@@ -247,9 +247,10 @@ class DPOTrainer(TokenMeans, FeaturedTrainer):
         per_token = any(name in PER_TOKEN_REWARDS for name in args.loss_type)
         metrics = pair_metrics(scores, args.beta, per_token=per_token)
         metrics.update(token_metrics(policy, batch.token_rows, batch.cu_seqlens, batch.pairs))
-        num_items = self._num_items({"pairs": batch.pairs})
-        loss, balance = with_load_balancing(loss, policy.aux_loss, self.router_aux_loss_coef, num_items)
-        metrics.update(balance)
+        if policy.aux_loss is not None:
+            num_items = self._num_items({"pairs": batch.pairs})
+            loss, balance = with_load_balancing(loss, policy.aux_loss, self.router_aux_loss_coef, num_items)
+            metrics.update(balance)
         if self._predictions is not None:
             self._pair_values = pair_values(scores, batch, args.beta, per_token=per_token)
         return loss, metrics

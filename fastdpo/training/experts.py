@@ -41,13 +41,11 @@ def router_coefficient(args: Any, model: nn.Module) -> float:
 
 
 def with_load_balancing(
-    loss: Tensor, aux_loss: Tensor | None, coefficient: float, num_items: int
+    loss: Tensor, aux_loss: Tensor, coefficient: float, num_items: int
 ) -> tuple[Tensor, dict[str, SumAndWeight]]:
-    """A batch's summed loss and metrics with the load-balancing loss, () each, or as they are where there is none.
+    """A batch's summed loss with the load-balancing loss, () each, and the latter's metric.
 
     Its mean over the batches of a step weighs each by its items, pairs or tokens.
     """
-    if aux_loss is None:
-        return loss, {}
     metrics: dict[str, SumAndWeight] = {"aux_loss": (aux_loss.detach() * num_items, float(num_items))}
     return loss + coefficient * num_items * aux_loss, metrics

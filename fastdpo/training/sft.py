@@ -98,5 +98,7 @@ class SFTTrainer(PackedTrainer):
             "entropy": (entropy[rows].sum(), float(rows.numel())),
             "mean_token_accuracy": (is_top1[rows].float().sum(), float(rows.numel())),
         }
-        loss, balance = with_load_balancing(loss, logps.aux_loss, self.router_aux_loss_coef, rows.numel())
-        return loss, {**metrics, **balance}
+        if logps.aux_loss is not None:
+            loss, balance = with_load_balancing(loss, logps.aux_loss, self.router_aux_loss_coef, rows.numel())
+            metrics.update(balance)
+        return loss, metrics
