@@ -242,9 +242,8 @@ def _directory_files(path: Path, split: str) -> list[Path] | Dataset:
         return dataset[split]
     files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SUFFIXES))
     parts_of = {file: file.relative_to(path).parts for file in files}
-    exact = (
-        rf"{re.escape(split)}([-.]\d.*|(\.\w+)*)"  # train.jsonl, train-00000-of-00002.parquet, but not train_sft-...
-    )
+    # train.jsonl, train-00000-of-00002.parquet, but not train_sft-...
+    exact = rf"{re.escape(split)}([-.]\d.*|(\.\w+)*)"
     of_split = [file for file in files if any(re.fullmatch(exact, part) for part in parts_of[file])]
     if not of_split:
         word = _word(split)

@@ -68,6 +68,12 @@ def tokenize_row(
     return truncate(encode_row(row, tokenizer, template_kwargs)[0], settings)
 
 
+def padding_id(tokenizer: Any) -> int:
+    """What rows are padded with: the tokenizer's padding token, or its EOS where it has none."""
+    pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return pad_id
+
+
 def encode_row(
     row: PreferenceRow, tokenizer: Any, template_kwargs: dict[str, Any] | None = None
 ) -> tuple[TokenizedGroup, bool]:

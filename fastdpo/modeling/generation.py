@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.data.tokenization import padding_id
 from fastdpo.modeling.packed import bare_model
 
 
@@ -73,11 +74,10 @@ def special_ids(model: Any, tokenizer: Any) -> tuple[int, list[int]]:
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an eos_token, got None")
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if eos is None:
         eos = tokenizer.eos_token_id
-    return pad_id, list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
+    return padding_id(tokenizer), list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
 
 
 def _until_eos(ids: list[int], eos_ids: list[int]) -> list[int]:

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from fastdpo.data.columns import prompt_numbers, row_lengths
 from fastdpo.data.prepare import Report
 from fastdpo.data.samplers import LengthSampler, PromptSampler
+from fastdpo.data.tokenization import padding_id
 from fastdpo.metrics import MetricMeans, SumAndWeight
 from fastdpo.modeling import PackingCheck, check_packing, prepare_model
 from fastdpo.modeling.packed import bare_model
@@ -103,7 +104,7 @@ class PackedTrainer(CardTrainer):
         multiple = args.pad_to_multiple_of
         self.collator = PackingCollator(
             prefix_sharing=args.prefix_sharing,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            pad_token_id=padding_id(tokenizer),
             pad_to_multiple_of=multiple if isinstance(multiple, int) else None,
             max_tokens=budget if isinstance(budget, int) else None,
         )

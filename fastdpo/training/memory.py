@@ -25,6 +25,7 @@ from fastdpo.training.largest_batch import is_measured_later, largest_in_order, 
 from fastdpo.training.models import head_dtype
 from fastdpo.training.optimizers import (
     check_optimizer_package,
+    optimizer_name,
     optimizer_state_bytes,
     optimizer_step_bytes,
     trained_parameters,
@@ -88,10 +89,6 @@ def check_memory_settings(args: Any) -> None:
         raise ValueError(f"activation_checkpointing_kwargs must not hold offload on a CPU, got {kwargs}")
     if kwargs.get("offload") and not args.gradient_checkpointing:
         raise ValueError(f"gradient_checkpointing must be on for activation_checkpointing_kwargs={kwargs}")
-
-
-def optimizer_name(args: Any) -> str:
-    return str(getattr(args.optim, "value", args.optim))
 
 
 def _checkpointing_kwargs(args: Any) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from torch import nn
 from transformers import Trainer
 
 from fastdpo.modeling.packed import bare_model
+from fastdpo.references.adapters import is_peft_model
 from fastdpo.training.log_history import RESULTS, logs_by_source
 from fastdpo.training.loss_settings import LossSettings
+from fastdpo.training.optimizers import optimizer_name
 
 PACKAGES = ("fastdpo", "transformers", "torch", "triton", "datasets", "tokenizers", "peft")
 PAPERS = {"dpo": "https://arxiv.org/abs/2305.18290"}
@@ -88,7 +90,7 @@ def model_card(
     metadata: Mapping[str, Any],
 ) -> str:
     """The text of README.md."""
-    is_adapter = hasattr(trainer.model, "peft_config")
+    is_adapter = is_peft_model(trainer.model)
     base = getattr(bare_model(trainer.model).config, "_name_or_path", "") or None
     on_hub = {"base_model": base if base and not _is_local(base) else None}
     if dataset_name and dataset_name.count("/") == 1 and not _is_local(dataset_name):
@@ -145,7 +147,7 @@ def training_facts(trainer: Any) -> list[tuple[str, str]]:
     return [
         *facts,
         ("optimizer steps", f"{state.global_step:,} of {rows} rows each, {state.epoch or 0:.2f} epochs"),
-        ("optimizer", str(getattr(args.optim, "value", args.optim))),
+        ("optimizer", optimizer_name(args)),
         ("learning rate", f"{args.learning_rate:g}, {schedule}"),
         ("max_length", str(args.max_length)),
         ("precision", "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else dtype),
@@ -154,8 +156,8 @@ def training_facts(trainer: Any) -> list[tuple[str, str]]:
 
 
 def _loss_facts(args: Any) -> list[tuple[str, str]]:
-    losses = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
-    weights = getattr(args, "loss_weights", None) or [1.0] * len(losses)
+    losses = args.loss_type
+    weights = args.loss_weights or [1.0] * len(losses)
     words = " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, losses, strict=True))
     facts = [("loss", losses[0] if words == f"1 {losses[0]}" else words), ("beta", f"{args.beta:g}")]
     for setting in fields(LossSettings):

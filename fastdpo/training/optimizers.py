@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -46,6 +47,11 @@ _PACKAGES = {
     "ademamix": ("bitsandbytes", "fastdpo[quant]"),
     "adamw_8bit": ("bitsandbytes", "fastdpo[quant]"),
 }
+
+
+def optimizer_name(args: Any) -> str:
+    """`args.optim` as text; it may be transformers' enum."""
+    return str(getattr(args.optim, "value", args.optim))
 
 
 def check_optimizer_package(name: str) -> None:

@@ -112,9 +112,8 @@ def _plan(settings: Settings, estimate: Callable[[Settings, int], MemoryEstimate
     known = [(tokens, estimate(settings, tokens).total) for tokens in MEASURED_TOKENS]
     below, above = next((pair for pair in pairwise(known) if memory <= pair[1][1]), tuple(known[-2:]))
     tokens = 0
-    for _ in range(
-        REFINEMENTS
-    ):  # memory is made of lines that bend upwards: what is between two points is below theirs
+    # memory is made of lines that bend upwards: what is between two points is below theirs
+    for _ in range(REFINEMENTS):
         slope = max(above[1] - below[1], 1) / (above[0] - below[0])
         guess = max(int(below[0] + (memory - below[1]) / slope) // ROUNDING * ROUNDING, 0)
         if guess < ROUNDING or guess == tokens:

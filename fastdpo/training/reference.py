@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.data.packing import pack_pairs, pad_pairs
+from fastdpo.data.tokenization import padding_id
 from fastdpo.losses import REFERENCE_FREE_LOSSES
 from fastdpo.modeling import prepare_model
 from fastdpo.modeling.packed import bare_model, unprepare_model
@@ -184,7 +185,7 @@ class AskedOnce:
     def scorer(self, args: DPOConfig, *, is_packed: bool, tokenizer: Any) -> Scorer:
         """How its log-probs are computed."""
         device = args.device
-        pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad_token_id = padding_id(tokenizer)
 
         def score(batch: PackedBatch) -> Tensor:
             with autocast_of(args):

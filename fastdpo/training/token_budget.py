@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from fastdpo.data.columns import row_lengths
 from fastdpo.data.prepare import group_from_columns
 from fastdpo.training.collator import PackingCollator
-from fastdpo.training.optimizers import optimizer_state_bytes, trained_parameters
+from fastdpo.training.optimizers import optimizer_name, optimizer_state_bytes, trained_parameters
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -154,13 +154,9 @@ def optimizer_bytes(model: nn.Module, optimizer: Any, name: str) -> int:
     return optimizer_state_bytes(name, trained_parameters(model))
 
 
-def _optimizer_name(args: TrainingArguments) -> str:
-    return str(getattr(args.optim, "value", args.optim))
-
-
 def steps_in_backward(trainer: Trainer) -> bool:
     """Whether weights change before the whole gradient is there: DeepSpeed's engine, and LOMO."""
-    return trainer.is_deepspeed_enabled or "lomo" in _optimizer_name(trainer.args)
+    return trainer.is_deepspeed_enabled or "lomo" in optimizer_name(trainer.args)
 
 
 def check_can_split(trainer: Trainer) -> None:
@@ -170,7 +166,7 @@ def check_can_split(trainer: Trainer) -> None:
         ValueError: an engine that steps by itself in backward, or "auto" where free memory says nothing.
     """
     budget = trainer.args.max_tokens_per_microbatch
-    optim = _optimizer_name(trainer.args)
+    optim = optimizer_name(trainer.args)
     if steps_in_backward(trainer):
         what = "DeepSpeed" if trainer.is_deepspeed_enabled else f"optim {optim!r}"
         raise ValueError(f"max_tokens_per_microbatch must be None under {what}, which ends a step itself, got {budget}")
@@ -195,7 +191,7 @@ class BudgetAtStart(TrainerCallback):
         if meter is None:
             logger.info("max_tokens_per_microbatch='auto' sets no limit on a CPU")
             return
-        reserved = optimizer_bytes(trainer.model, trainer.optimizer, _optimizer_name(args))
+        reserved = optimizer_bytes(trainer.model, trainer.optimizer, optimizer_name(args))
         fitting = tokens_that_fit(self.run_rows, trainer.train_dataset, trainer.collator, meter, reserved)
         trainer.collator.max_tokens = fitting
         logger.warning(f"max_tokens_per_microbatch='auto' found room for {fitting} tokens")
