@@ -16,6 +16,7 @@ from typing import Any, get_origin
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from fastdpo.cli.parser import RaisesErrors
 from fastdpo.training.config_checks import help_text
 from fastdpo.training.trl_names import line_instead
 
@@ -150,11 +151,8 @@ def parse(
     return [value for value in parsed if not isinstance(value, argparse.Namespace)]
 
 
-class _Parser(HfArgumentParser):
-    """HfArgumentParser that raises in place of exiting, so that every mistake is reported in one way."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ValueError(f"{message} (all options: {self.prog} --help)")
+class _Parser(RaisesErrors, HfArgumentParser):
+    """HfArgumentParser that raises in place of exiting, and takes lists with commas."""
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         """argparse's; the items of a list may also be parted by commas."""

@@ -7,7 +7,6 @@ and a model that fits in no way.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from rich import box
 from rich.table import Table
 
 from fastdpo.cli.console import make_console
+from fastdpo.cli.parser import RaisingParser
 from fastdpo.training.plan import ROUNDING, USABLE_SHARE, Plan, make_plans, pair_tokens
 
 GB = 1e9
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     """Raises:
     ValueError: anything that the user can mend; also where no settings fit.
     """
-    parser = _Parser(prog="fastdpo plan", description="Settings that fit a GPU, and the longest pair each takes.")
+    parser = RaisingParser(prog="fastdpo plan", description="Settings that fit a GPU, and the longest pair each takes.")
     parser.add_argument(
         "--model", required=True, help="Name on the Hub, folder, or config.json. Only its config is read."
     )
@@ -160,10 +160,3 @@ def _table(plans: Sequence[Plan], config: Any) -> Table:
 
 def _gigabytes(size: int) -> str:
     return f"{size / GB:.1f}" if size < 100 * GB else f"{size / GB:.0f}"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises in place of exiting, so that every mistake is reported in one way."""
-
-    def error(self, message: str) -> Any:
-        raise ValueError(f"{message} (all options: {self.prog} --help)")

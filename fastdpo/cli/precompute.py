@@ -10,10 +10,10 @@ import time
 
 from rich.table import Table
 
+from fastdpo.cli.adapters import quantization_config
 from fastdpo.cli.arguments import AdapterArguments, RunArguments, parse
 from fastdpo.cli.console import make_console
 from fastdpo.cli.run import load_datasets
-from fastdpo.cli.train import quantization_config
 from fastdpo.training import DPOConfig
 from fastdpo.training.precompute import precompute_ref_logps
 

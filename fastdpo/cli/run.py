@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers.trainer_utils import get_last_checkpoint
 
-from fastdpo.cli.arguments import RunArguments
+from fastdpo.cli.adapters import check_dropout, lora_config, quantization_config
+from fastdpo.cli.arguments import AdapterArguments, LoraArguments, RunArguments, parse
+from fastdpo.cli.console import make_console
 from fastdpo.data.loading import load_preference_dataset, stream_preference_dataset
 from fastdpo.data.prepare import one_prompt_a_row
 from fastdpo.data.report import StreamReport
@@ -26,6 +28,40 @@ from fastdpo.training.summary import peak_memory
 
 RUN_FILE = "fastdpo_run.json"  # marks a directory as the output of a run, with the options it had
 _SIGNS_OF_A_RUN = (RUN_FILE, "trainer_state.json", "config.json", "adapter_config.json", "checkpoint-*")
+
+
+def run_training(
+    command: str,
+    argv: Sequence[str],
+    trainer_class: Any,
+    config_class: type[EngineConfig],
+    adapter_class: type[LoraArguments],
+    columns: list[tuple[str, str]],
+) -> None:
+    """Parses, refuses what cannot work, trains, reports.
+
+    Args:
+        columns: (metric, heading) of the before/after table.
+    Raises:
+        ValueError: anything that the user can mend, before a weight is changed.
+    """
+    run, adapter, args = parse(command, [RunArguments, adapter_class, config_class], argv)
+    check_dropout(adapter, args)
+    console = make_console()
+    resume_from = check_output_dir(args, overwrite=run.overwrite_output_dir)
+    train_dataset, eval_dataset = load_datasets(run, args)
+    trainer = trainer_class(
+        run.model,
+        **({"ref_model": adapter.ref_model} if isinstance(adapter, AdapterArguments) else {}),
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=quantization_config() if adapter.load_in_4bit else None,
+        peft_config=lora_config(adapter) if adapter.use_peft else None,
+    )
+    print_summary(trainer, run)
+    options = {"command": ["fastdpo", command, *without_secrets(argv)], **vars(run), **vars(adapter), **args.to_dict()}
+    train_and_compare(console, trainer, resume_from, options, columns)
 
 
 def check_output_dir(args: EngineConfig, *, overwrite: bool) -> str | None:

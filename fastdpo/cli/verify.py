@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, replace
-from typing import Any, NoReturn
+from typing import Any
 
+from fastdpo.cli.parser import RaisingParser
 from fastdpo.evidence.checks import MIB, Line
 from fastdpo.evidence.problems import Shape
 from fastdpo.evidence.verify import ALL_DTYPES, default_shape, machine, verify
@@ -42,16 +43,9 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises in place of exiting, so that `fastdpo` reports every mistake in one way."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (all options: {self.prog} --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="fastdpo verify", description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = RaisingParser(prog="fastdpo verify", description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--device", help="cpu, cuda or cuda:1 and so on; default: cuda where there is a GPU")
     parser.add_argument(
         "--dtype", action="append", choices=ALL_DTYPES, help="may be repeated; default: those the device is used with"
