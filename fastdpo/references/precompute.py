@@ -63,6 +63,13 @@ class Filled:
         return f"{self.num_rows:,} rows: " + ", ".join(f"{count:,} {what}" for count, what in parts if count)
 
 
+def lacks_ref_logps(dataset: Dataset, cache: LogpsCache) -> bool:
+    """Whether a row of a prepared dataset neither brings its reference log-probs nor has them in the cache."""
+    found = cache.read(mend=False)
+    infos = (info for info in row_infos(dataset) if info.ref_logps is None)
+    return any(key not in found for info in infos for key in info.keys)
+
+
 def fill_ref_logps(
     dataset: Dataset, cache: LogpsCache, scorer: Scorer | None, *, name: str = "train"
 ) -> tuple[Dataset, Filled]:
@@ -84,8 +91,8 @@ def fill_ref_logps(
     if missing and scorer is None:
         raise ValueError(
             f"{len(missing)} rows of the {name} dataset have no reference log-probs, and the reference that could"
-            " compute them was freed before training; give the dataset to the trainer as eval_dataset, or use"
-            " reference='frozen'"
+            " compute them is gone: give the dataset to the trainer as eval_dataset, evaluate it before training"
+            " starts, or use reference='frozen'"
         )
     _wait_for_all()  # nobody writes before everybody has read
     if scorer is not None:

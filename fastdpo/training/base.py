@@ -118,6 +118,7 @@ class PackedTrainer(CardTrainer):
             callbacks=callbacks,
             **trainer_arguments,
         )
+        self.tag_model()
         self.model_accepts_loss_kwargs = True  # Trainer then counts items through _get_num_items_in_batch
         resolve_impl(args.impl, args.device, head_dtype(self.model, args))  # a named impl that cannot run raises here
         self.router_aux_loss_coef = router_coefficient(args, self.model)

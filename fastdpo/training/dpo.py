@@ -7,7 +7,8 @@ rows -> token columns (data) -> PackedBatch (collator) -> log-probs of policy (m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from datasets import Dataset
@@ -32,7 +33,7 @@ from fastdpo.references.adapters import (
     without_reference_weights,
 )
 from fastdpo.references.cache import LogpsCache
-from fastdpo.references.precompute import Scorer, fill_ref_logps
+from fastdpo.references.precompute import Scorer, fill_ref_logps, lacks_ref_logps
 from fastdpo.training.adapters import with_adapter
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.experts import with_load_balancing
@@ -40,6 +41,7 @@ from fastdpo.training.features import FeaturedTrainer
 from fastdpo.training.models import model_name, resolve_model
 from fastdpo.training.predictions import pair_values
 from fastdpo.training.reference import (
+    AskedOnce,
     asked_once,
     choose_reference,
     give_memory_back,
@@ -48,6 +50,7 @@ from fastdpo.training.reference import (
 )
 from fastdpo.training.streams import brings_ref_logps, check_not_streamed
 from fastdpo.training.token_means import TokenMeans
+from fastdpo.training.trl_attributes import TRLAttributes
 from fastdpo.training.trl_names import check_methods, is_trls_config, settings_of, tokenizer_given_as
 from fastdpo.types import PackedBatch
 
@@ -56,7 +59,7 @@ logger = logging.get_logger(__name__)
 TOKEN_METRICS = ("entropy", "mean_logits", "is_top1")
 
 
-class DPOTrainer(TokenMeans, FeaturedTrainer):
+class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
     """Direct Preference Optimization of a causal LM.
 
     Args:
@@ -77,7 +80,9 @@ class DPOTrainer(TokenMeans, FeaturedTrainer):
     """
 
     args: DPOConfig
-    _late_rows: tuple[LogpsCache, Scorer | None] | None = None  # for datasets that come later, once it is cached
+    _cache: LogpsCache | None = None  # of a reference that has been asked once, for datasets that come later
+    _asked: AskedOnce | None = None  # that reference, where it is the policy itself
+    _ref_model: str | nn.Module | None = None  # that reference, where it was given; a model is held until training
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -146,7 +151,7 @@ class DPOTrainer(TokenMeans, FeaturedTrainer):
             return NoReference()
         if mode == "cached":
             if not self._has_ref_logps():
-                check_not_streamed(self._datasets())
+                check_not_streamed(self._datasets(), self.args)
                 self._cache_reference(ref_model)
                 give_memory_back()
             return DatasetReference()
@@ -178,17 +183,38 @@ class DPOTrainer(TokenMeans, FeaturedTrainer):
         else:
             self.eval_dataset = filled.get("eval")
         self.reference_reason += f"; {'; '.join(counts)}; in {cache.folder}"
-        is_on_hand = isinstance(asked.reference, AdapterReference)  # training changes nothing about it
-        self._late_rows = (cache, scorer if is_on_hand else None)
+        self._cache, self._ref_model = cache, ref_model
+        self._asked = asked if ref_model is None else None
 
     def _prepared(self, dataset: Any, name: str, model: nn.Module) -> Any:
         """As in PackedTrainer; a dataset that comes after the reference was cached gets its log-probs too."""
         prepared = super()._prepared(dataset, name, model)
-        if prepared is None or self._late_rows is None:
+        if prepared is None or self._cache is None:
             return prepared
-        check_not_streamed({name: prepared})
-        cache, scorer = self._late_rows
-        return fill_ref_logps(prepared, cache, scorer, name=name)[0]
+        check_not_streamed({name: prepared}, self.args)
+        with self._asked_again(prepared, self._cache) as scorer:
+            return fill_ref_logps(prepared, self._cache, scorer, name=name)[0]
+
+    @contextmanager
+    def _asked_again(self, dataset: Dataset, cache: LogpsCache) -> Iterator[Scorer | None]:
+        """How rows that came after the reference was cached are scored; None where nothing is missing, or where it is
+        gone: a policy of which all weights are trained is its own reference until the first step."""
+        own = self._asked
+        if own is not None and not isinstance(own.reference, AdapterReference) and self.state.global_step > 0:
+            own = None
+        if (own is None and self._ref_model is None) or not lacks_ref_logps(dataset, cache):
+            yield None
+            return
+        asked_again = asked_once(self.args, self.model, self._ref_model, self.processing_class)
+        with asked_again if own is None else nullcontext(own) as asked:
+            scorer = asked.scorer(self.args, is_packed=self.is_packed, tokenizer=self.processing_class)
+            yield scorer if asked.cache(self.args).key == cache.key else None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in PackedTrainer; a reference that was cached is not held beside the policy."""
+        if isinstance(self._ref_model, nn.Module):
+            self._ref_model = None
+        return super().train(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Trainer's, without the reference's adapter: it is where training started, and no part of what came out."""

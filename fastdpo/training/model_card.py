@@ -35,6 +35,12 @@ class CardTrainer(Trainer):
     method = ""  # "dpo", "sft": a tag of the card
     dataset_name: str | None = None  # for the card, where the dataset has a name
 
+    def tag_model(self) -> None:
+        """Tags the model as transformers does, so that its own card and `push_to_hub` name how it was trained."""
+        model = bare_model(self.model)
+        if hasattr(model, "add_model_tags"):
+            model.add_model_tags(["fastdpo", self.method])
+
     def create_model_card(
         self,
         model_name: str | None = None,
@@ -91,6 +97,8 @@ def model_card(
 ) -> str:
     """The text of README.md."""
     is_adapter = is_peft_model(trainer.model)
+    own_tags = ["fastdpo", trainer.method, *(["lora"] if is_adapter else [])]
+    model_tags = getattr(bare_model(trainer.model), "model_tags", None) or []
     base = getattr(bare_model(trainer.model).config, "_name_or_path", "") or None
     on_hub = {"base_model": base if base and not _is_local(base) else None}
     if dataset_name and dataset_name.count("/") == 1 and not _is_local(dataset_name):
@@ -99,7 +107,7 @@ def model_card(
         "model_name": name,
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys(["fastdpo", trainer.method, *(["lora"] if is_adapter else []), *tags])),
+        "tags": list(dict.fromkeys([*own_tags, *model_tags, *tags])),
     }
     data = ModelCardData(**{**known, **{key: value for key, value in on_hub.items() if value}, **metadata})
     start = f"`{Path(base).name}`" if base else "A model"  # of a local one its name and not where it lies

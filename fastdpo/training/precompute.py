@@ -59,7 +59,7 @@ def precompute_ref_logps(
     """
     if args.reference_free or args.reference == "none":
         raise ValueError("reference must not be 'none' here: without a reference there is nothing to compute")
-    check_not_streamed(datasets)
+    check_not_streamed(datasets, args)
     tokenizer = resolve_tokenizer(model, processing_class, args)
     counts: dict[str, Filled] = {}
     reports: dict[str, Report] = {}

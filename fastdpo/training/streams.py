@@ -92,18 +92,22 @@ def brings_ref_logps(dataset: Dataset | IterableDataset) -> bool:
     return len(dataset) > 0 and arrow_column(dataset, "ref_logps").null_count == 0
 
 
-def check_not_streamed(datasets: Mapping[str, Any]) -> None:
+def check_not_streamed(datasets: Mapping[str, Any], args: Any) -> None:
     """Refuses streams where references are cached, which would have to be read once before training.
 
+    Args:
+        args: by which name it was asked for.
     Raises:
         ValueError: one of the datasets is a stream.
     """
     streamed = [name for name, dataset in datasets.items() if is_stream(dataset)]
     if streamed:
+        by_trls_name = args.precompute_ref_log_probs
+        rule = "precompute_ref_log_probs must be off" if by_trls_name else "reference must not be 'cached'"
         raise ValueError(
-            f"reference must not be 'cached' where the {streamed[0]} dataset is streamed, unless all data brings"
-            " ref_chosen_logps and ref_rejected_logps: it would have to be read before training; use 'frozen' or"
-            " 'adapter', which compute them batch by batch"
+            f"{rule} where the {streamed[0]} dataset is streamed, unless all data brings"
+            " ref_chosen_logps and ref_rejected_logps: it would have to be read before training; use"
+            " reference='frozen' or 'adapter', which compute them batch by batch"
         )
 
 

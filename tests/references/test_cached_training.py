@@ -174,6 +174,55 @@ def test_rows_that_come_after_training_are_found_or_refused(tmp_path):
     assert known["eval_loss"] < math.log(2)
 
 
+REFERENCES = {
+    "its own start": lambda folder: None,
+    "a model": lambda folder: make_llama(seed=1),
+    "a folder": lambda folder: saved(make_llama(seed=1), folder),
+}
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_rows_that_come_before_the_first_step_are_computed_whatever_the_cache_holds(tmp_path, computed, kind):
+    """A cold cache, and one that an earlier run has left: the same numbers."""
+    rows = Dataset.from_list(make_rows(4, seed=9))
+
+    def run():
+        return make_trainer(tmp_path, ref_model=REFERENCES[kind](tmp_path / "reference"), reference="cached")
+
+    live = make_trainer(tmp_path, ref_model=REFERENCES[kind](tmp_path / "reference"), reference="frozen")
+    expected = live.evaluate(rows)
+    cold = run().evaluate(rows)
+    warm = run().evaluate(rows)
+    assert computed == [18, 4, 0, 0]
+    for key in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
+        assert cold[key] == pytest.approx(expected[key], abs=1e-5)
+        assert warm[key] == pytest.approx(expected[key], abs=1e-5)
+
+
+def test_rows_that_come_after_the_first_step_are_computed_by_a_reference_that_can_be_loaded_again(tmp_path):
+    folder = saved(make_llama(seed=1), tmp_path / "reference")
+    cached = make_trainer(tmp_path, ref_model=folder, reference="cached", max_steps=2)
+    live = make_trainer(tmp_path, ref_model=folder, reference="frozen", max_steps=2)
+    cached.train()
+    live.train()
+    rows = Dataset.from_list(make_rows(4, seed=9))
+    expected = live.evaluate(rows)["eval_rewards/margins"]
+    assert cached.evaluate(rows)["eval_rewards/margins"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_weights_that_were_changed_by_hand_are_not_taken_for_the_reference(tmp_path):
+    cached = make_trainer(tmp_path, reference="cached")
+    with torch.no_grad():
+        cached.model.lm_head.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="4 rows of the eval dataset have no reference log-probs"):
+        cached.evaluate(Dataset.from_list(make_rows(4, seed=9)))
+
+
 def test_with_an_adapter_rows_that_come_after_training_are_computed(tmp_path):
     rows = Dataset.from_list(make_rows(5, seed=1))
     live, cached = (make_trainer(tmp_path, peft_config=make_lora(), reference=mode) for mode in ("auto", "cached"))

@@ -101,6 +101,11 @@ def test_reference_log_probs_of_a_stream_are_used_and_missing_ones_are_not_cache
     assert trainer(tmp_path, stream(ROWS)).reference.mode == "frozen"
     with pytest.raises(ValueError, match="reference must not be 'cached' where the train dataset is streamed"):
         trainer(tmp_path, stream(ROWS), reference="cached")
+    with pytest.raises(ValueError, match="precompute_ref_log_probs must be off where the train dataset is streamed"):
+        trainer(tmp_path, stream(ROWS), precompute_ref_log_probs=True)
+    ready = trainer(tmp_path, Dataset.from_list(ROWS), precompute_ref_log_probs=True)
+    with pytest.raises(ValueError, match="precompute_ref_log_probs must be off where the eval dataset is streamed"):
+        ready.evaluate(stream(ROWS))
 
 
 def test_a_row_of_a_stream_whose_reference_log_probs_are_of_a_longer_text_stops_the_run(tmp_path):

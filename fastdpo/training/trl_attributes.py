@@ -1,0 +1,118 @@
+"""What scripts and callbacks read off TRL's DPOTrainer, with TRL's meaning, on this one.
+
+In: a built trainer. Out: the settings of its loss under the names that TRL's trainer has for them, its reference model,
+its tags. Assigning `trainer.beta` and its like changes `args`, which is what the loss reads. Refused: attributes of
+TRL's, in 1.16 and before, that mean nothing here, with an AttributeError that says what to read instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from fastdpo.references import FrozenReference, Reference
+from fastdpo.references.adapters import REFERENCE_ADAPTER, is_peft_model
+
+# What to read in place of attributes of TRL's trainer that have no meaning here.
+INSTEAD: Mapping[str, str] = {
+    "compute_ref_log_probs": "trainer.reference.sums(model, batch), the summed log-probs of a packed batch",
+    "maybe_activation_offload_context": "args.activation_checkpointing_kwargs, whose 'offload' moves activations away",
+    # of releases before 1.16
+    "loss_type": "trainer.loss_types",
+    "reference_free": "trainer.args.reference_free",
+    "precompute_ref_log_probs": "trainer.precompute_ref_logps",
+    "model_adapter_name": "trainer.model.active_adapter",
+    "null_ref_context": "`with trainer.model.disable_adapter():`",
+    "max_length": "trainer.args.max_length",
+    "max_prompt_length": "trainer.args.max_prompt_length",
+    "truncation_mode": "trainer.args.truncation_mode",
+    "is_peft_model": "isinstance(trainer.model, peft.PeftModel)",
+    "is_encoder_decoder": "False: models are causal LMs",
+    "padding_value": "trainer.collator.pad_token_id",
+    "label_pad_token_id": "fastdpo.IGNORE_INDEX",
+    "dataset_num_proc": "trainer.args.dataset_num_proc",
+    "dpo_loss": "fastdpo.preference_loss",
+    "concatenated_forward": "fastdpo.packed_logps",
+    "concatenated_inputs": "fastdpo.pack_pairs",
+    "get_batch_loss_metrics": "trainer.compute_loss, whose metrics are logged",
+    "tokenize_row": "fastdpo.data.prepare.prepare_preference_dataset",
+    "store_metrics": "trainer.log",
+}
+
+
+class _LossSetting:
+    """A setting of the loss as an attribute of the trainer; what is assigned is checked and read from then on."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = "loss_type" if name == "loss_types" else name
+
+    def __get__(self, trainer: Any, owner: type | None = None) -> Any:
+        if trainer is None:
+            return self
+        value = getattr(trainer.args, self.name)
+        is_default = self.name == "loss_weights" and value is None
+        return [1.0] * len(trainer.args.loss_type) if is_default else value
+
+    def __set__(self, trainer: Any, value: Any) -> None:
+        before = getattr(trainer.args, self.name)
+        setattr(trainer.args, self.name, value)
+        try:
+            trainer.args.check_losses()
+        except ValueError:
+            setattr(trainer.args, self.name, before)
+            raise
+
+
+class TRLAttributes(Trainer):
+    """Base of DPOTrainer: the public attributes of TRL 1.16's that are not its methods."""
+
+    reference: Reference
+    router_aux_loss_coef: float
+    is_packed: bool
+
+    beta = _LossSetting()
+    loss_types = _LossSetting()
+    loss_weights = _LossSetting()
+    label_smoothing = _LossSetting()
+    f_divergence_type = _LossSetting()
+    f_alpha_divergence_coef = _LossSetting()
+    ld_alpha = _LossSetting()
+    use_weighting = _LossSetting()
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The model that is held beside the policy; None where the reference is an adapter, cached, or none at all."""
+        reference = self.__dict__.get("reference")
+        return reference.model if isinstance(reference, FrozenReference) else None
+
+    @property
+    def ref_adapter_name(self) -> str | None:
+        """The adapter that is the reference; None where the model without an adapter, or another model, is."""
+        has_one = is_peft_model(self.model) and REFERENCE_ADAPTER in self.model.peft_config
+        return REFERENCE_ADAPTER if has_one else None
+
+    @property
+    def precompute_ref_logps(self) -> bool:
+        """Whether reference log-probs were there before training: computed once, or brought by the rows."""
+        reference = self.__dict__.get("reference")
+        return self.args.reference == "cached" if reference is None else reference.mode == "cached"
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether the experts' load-balancing loss is added."""
+        return self.router_aux_loss_coef > 0
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether batches are rows without padding, which is the default here."""
+        return self.is_packed
+
+    def __getattr__(self, name: str) -> Any:
+        """Of names that nothing here has: TRL's with what to read instead."""
+        message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        if name in INSTEAD:
+            message += f", which TRL's DPOTrainer has or had; read {INSTEAD[name]}"
+        raise AttributeError(message, name=name, obj=self)
