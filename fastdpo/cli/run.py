@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from transformers.trainer_utils import get_last_checkpoint
 
 from fastdpo.cli.adapters import check_dropout, lora_config, quantization_config
 from fastdpo.cli.arguments import AdapterArguments, LoraArguments, RunArguments, parse
+from fastdpo.cli.comparison import comparison_table
 from fastdpo.cli.console import make_console
 from fastdpo.data.loading import load_preference_dataset, stream_preference_dataset
 from fastdpo.data.prepare import one_prompt_a_row
 from fastdpo.data.report import StreamReport
 from fastdpo.report.run import write_run_report
 from fastdpo.training.base import PackedTrainer
+from fastdpo.training.checkpoints import checkpoint_folder
 from fastdpo.training.config import EngineConfig, SFTConfig
 from fastdpo.training.memory import MIB
 from fastdpo.training.model_card import training_facts
-from fastdpo.training.streams import is_stream
+from fastdpo.training.models import adapter_base
 from fastdpo.training.summary import peak_memory
 
 RUN_FILE = "fastdpo_run.json"  # marks a directory as the output of a run, with the options it had
@@ -48,7 +48,9 @@ def run_training(
     run, adapter, args = parse(command, [RunArguments, adapter_class, config_class], argv)
     check_dropout(adapter, args)
     console = make_console()
-    resume_from = check_output_dir(args, overwrite=run.overwrite_output_dir)
+    is_known = adapter.use_peft or Path(run.model).is_dir()  # what a name on the Hub holds is not
+    has_adapter = adapter.use_peft or adapter_base(run.model) is not None if is_known else None
+    resume_from = check_output_dir(args, overwrite=run.overwrite_output_dir, has_adapter=has_adapter)
     train_dataset, eval_dataset = load_datasets(run, args)
     trainer = trainer_class(
         run.model,
@@ -64,25 +66,20 @@ def run_training(
     train_and_compare(console, trainer, resume_from, options, columns)
 
 
-def check_output_dir(args: EngineConfig, *, overwrite: bool) -> str | None:
+def check_output_dir(args: EngineConfig, *, overwrite: bool, has_adapter: bool | None = None) -> str | None:
     """The checkpoint to resume from, if any.
 
+    Args:
+        has_adapter: whether the run trains an adapter; None where only the model will show it.
     Raises:
-        ValueError: the directory holds another run, or the checkpoint to resume from does not exist.
+        ValueError: the directory holds another run, or what to resume from is no checkpoint of such a run.
     """
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output_dir must be a directory, got the file {output_dir}")
-    resume = args.resume_from_checkpoint
-    if resume not in (None, False, "false", "False"):
-        checkpoint = resume
-        if resume in (True, "true", "True", "last"):
-            checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-        if checkpoint is None or not Path(checkpoint).is_dir():
-            raise ValueError(
-                f"resume_from_checkpoint must name a checkpoint directory, found none for {resume!r} in {output_dir}"
-            )
-        return str(checkpoint)
+    checkpoint = checkpoint_folder(args.resume_from_checkpoint, output_dir, has_adapter=has_adapter)
+    if checkpoint is not None:
+        return checkpoint
     if not overwrite and any(next(output_dir.glob(sign), None) for sign in _SIGNS_OF_A_RUN):
         raise ValueError(
             f"output_dir must not hold another run, got {output_dir}; choose a new one, go on with it by"
@@ -162,9 +159,11 @@ def train_and_compare(
         for name, data_report in trainer.data_reports.items():
             if isinstance(data_report, StreamReport):  # known only now
                 console.print(f"{name} data: {data_report.lines()[0]}")
-        comparison = _comparison(trainer, before, after, columns)
+        comparison, notes = comparison_table(trainer, before, after, columns)
         if comparison.row_count > 0:
             console.print(comparison)
+            for note in notes:
+                console.print(note)
         else:
             options_for_rows = "--eval_dataset" if options["dataset_streaming"] else "--eval_dataset, --eval_fraction"
             console.print(f"no before/after table: no evaluation rows ({options_for_rows}) and no logged steps")
@@ -205,25 +204,3 @@ def _report(trainer: PackedTrainer, options: Mapping[str, Any]) -> str:
     """Writes the HTML report and returns its name."""
     settings = {"command": " ".join(options["command"]), **dict(training_facts(trainer))}
     return write_run_report(trainer.args.output_dir, settings).name
-
-
-def _comparison(
-    trainer: PackedTrainer, before: dict[str, float], after: dict[str, float], columns: list[tuple[str, str]]
-) -> Table:
-    """On the evaluation data, or where there is none on the first and the last logged training steps."""
-    if before:
-        data: Any = trainer.eval_dataset
-        rows = [(label, before.get(f"eval_{key}"), after.get(f"eval_{key}")) for key, label in columns]
-        where = "the evaluation rows" if is_stream(data) else f"{len(data):,} evaluation rows"
-    else:
-        logs = [entry for entry in trainer.state.log_history if "loss" in entry] or [{}]
-        rows = [(label, logs[0].get(key), logs[-1].get(key)) for key, label in columns]
-        where = "the first and the last logged training steps"
-    table = Table(title=f"before and after, on {where}")
-    table.add_column("")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    for label, first, last in rows:
-        if first is not None and last is not None:
-            table.add_row(label, f"{first:.4f}", f"{last:.4f}")
-    return table

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import set_seed
 
 from fastdpo.references.adapters import REFERENCE_ADAPTER, drop_own_copy, freeze_reference, is_peft_model
+from fastdpo.training.adapter_targets import check_targets
 
 # Methods that the tests hold to the model's own forward; all work on single layers and see one token at a time
 PEFT_TYPES = frozenset(
@@ -71,6 +72,7 @@ def _with_new_adapter(model: nn.Module, peft_config: Any, seed: int) -> Any:
             " put the new one on model.merge_and_unload(), or on model.unload() to forget the old one"
         )
     _check_method(peft_config, "peft_config")
+    check_targets(model, peft_config)
     set_seed(seed)  # adapters start from random weights
     return get_peft_model(model, peft_config)
 

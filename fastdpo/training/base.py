@@ -29,11 +29,14 @@ from fastdpo.metrics import MetricMeans, SumAndWeight
 from fastdpo.modeling import PackingCheck, check_packing, prepare_model
 from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
+from fastdpo.references.adapters import is_peft_model
+from fastdpo.training.checkpoints import checkpoint_folder
 from fastdpo.training.collator import PackingCollator, microbatches_of
 from fastdpo.training.config import EngineConfig
 from fastdpo.training.experts import router_coefficient
 from fastdpo.training.finite import FiniteLosses
 from fastdpo.training.layer_kernels import use_layer_kernels
+from fastdpo.training.lost_rows import lost_rows_text
 from fastdpo.training.memory import check_memory_settings
 from fastdpo.training.model_card import CardTrainer
 from fastdpo.training.models import check_lengths, check_token_ids, disable_dropout, forget_accelerate, head_dtype
@@ -167,7 +170,7 @@ class PackedTrainer(CardTrainer):
         check_token_ids(prepared, bare_model(model).get_input_embeddings().weight.shape[0], name)
         report = self.data_reports[name]
         if report.num_kept < report.num_rows:
-            logger.warning(f"{name} dataset: {report.lines()[0]}")
+            logger.warning(lost_rows_text(report, name, self.args))
         return prepared
 
     def _check_packing(self, model: nn.Module) -> PackingCheck:
@@ -205,15 +208,21 @@ class PackedTrainer(CardTrainer):
         if self.is_world_process_zero():
             print_summary(self, more)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, also after an evaluation: see `forget_accelerate`. Says first what it will do, unless
-        `disable_tqdm` is set."""
+        `disable_tqdm` is set.
+
+        Raises:
+            ValueError: `resume_from_checkpoint` is no checkpoint of such a run.
+        """
+        has_adapter = is_peft_model(self.model)
+        resume = checkpoint_folder(resume_from_checkpoint, self.args.output_dir, has_adapter=has_adapter)
         if self.train_dataset is not None and not (self._has_said_summary or self.args.disable_tqdm):
             self.print_summary()
         if self.model_wrapped is self.model:
             self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
             forget_accelerate(self.model)
-        return super().train(*args, **kwargs)
+        return super().train(resume, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset

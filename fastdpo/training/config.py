@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from fastdpo.data.formats import FORMAT_NAMES
 from fastdpo.data.tokenization import TokenizationSettings
@@ -24,6 +25,7 @@ from fastdpo.training.config_checks import (
     check_number,
     check_order_of_rows,
     check_packing_settings,
+    check_steps,
     check_trainer_settings,
     count_or_auto,
     help_text,
@@ -34,7 +36,9 @@ from fastdpo.training.config_checks import (
 )
 from fastdpo.training.feature_settings import FeatureSettings
 from fastdpo.training.loss_settings import LossSettings
-from fastdpo.training.trl_names import takes_trl_names
+from fastdpo.training.trl_names import takes_trl_names, takes_trls_sft_names
+
+logger = logging.get_logger(__name__)
 
 PACKING_MODES = ("auto", "packed", "padded")
 OVERSIZED_ROWS = ("alone", "raise")
@@ -208,6 +212,7 @@ class EngineConfig(TrainingArguments):
         self.init_kwargs()
         self.tokenization_settings()
         check_settings(1.0, None, (), self.skip_tolerance, self.workspace_bytes, self.impl)
+        check_steps(self)
         check_order_of_rows(self)
         check_packing_settings(self)
         check_trainer_settings(self)
@@ -225,6 +230,8 @@ class EngineConfig(TrainingArguments):
             offload_checkpoints(self, on_gpu)
         if not on_gpu:
             self.dataloader_pin_memory = False
+            if self.fp16:
+                logger.warning("fp16 on a CPU is slow and overflows above 65,504: use bf16, or neither")
 
     def to_dict(self) -> dict[str, Any]:
         """TrainingArguments', which takes everything called ..._token for a secret, with the pad_token as it is."""
@@ -319,8 +326,18 @@ class DPOConfig(FeatureSettings, LossSettings, EngineConfig):
         return replace(super().tokenization_settings(), rankings=is_listwise(self), shared_parts=is_cut)
 
 
+@takes_trls_sft_names
 @dataclass
 class SFTConfig(EngineConfig):
-    """Settings of SFTTrainer. Everything else is transformers.TrainingArguments."""
+    """Settings of SFTTrainer. Everything else is transformers.TrainingArguments.
+
+    Raises:
+        ValueError: a value that cannot work, with the argument, the rule and the value.
+    """
 
     learning_rate: float = field(default=2e-5, metadata=help_text("Peak learning rate."))
+
+    def __post_init__(self) -> None:
+        if str(self.packing).lower() in ("true", "false"):  # as TRL's SFTConfig has it
+            self.packing = "packed" if str(self.packing).lower() == "true" else "auto"
+        super().__post_init__()

@@ -103,6 +103,17 @@ def check_number(name: str, value: Any, *, least: float) -> None:
         raise ValueError(f"{name} must be a finite number >= {least}, got {value!r}")
 
 
+def check_steps(args: Any) -> None:
+    """Raises ValueError where nothing would be trained, which would save the model as it came."""
+    if args.max_steps != -1:
+        if type(args.max_steps) is not int or args.max_steps < 1:
+            raise ValueError(f"max_steps must be an integer >= 1, or -1 for num_train_epochs, got {args.max_steps!r}")
+        return
+    check_number("num_train_epochs", args.num_train_epochs, least=0.0)
+    if args.num_train_epochs == 0:
+        raise ValueError("num_train_epochs must be > 0, got 0; to evaluate a model without training call evaluate()")
+
+
 def check_order_of_rows(args: Any) -> None:
     """Raises ValueError for orders that exclude each other, and for the one that fastdpo has another name for."""
     if args.regroup_dataset and args.length_bucketing:

@@ -35,6 +35,7 @@ from fastdpo.references.adapters import (
 from fastdpo.references.cache import LogpsCache
 from fastdpo.references.precompute import Scorer, fill_ref_logps, lacks_ref_logps
 from fastdpo.training.adapters import with_adapter
+from fastdpo.training.before_weights import check_before_weights
 from fastdpo.training.config import DPOConfig
 from fastdpo.training.experts import with_load_balancing
 from fastdpo.training.features import FeaturedTrainer
@@ -111,6 +112,7 @@ class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
             raise ValueError(
                 "ref_model must not be the model that is trained; leave it out to compare with a copy of its start"
             )
+        check_before_weights(args, train_dataset, eval_dataset, is_sft=False)
         policy, tokenizer = resolve_model(model, processing_class, args, quantization_config)
         policy = with_adapter(policy, peft_config, args, trains=train_dataset is not None)
         super().__init__(

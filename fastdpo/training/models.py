@@ -21,7 +21,7 @@ from fastdpo.training.config import EngineConfig
 logger = logging.get_logger(__name__)
 
 # of from_pretrained: for configs and tokenizers too
-_WHERE_FROM = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "local_files_only")
+_WHERE_FROM = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "local_files_only", "gguf_file")
 
 
 def resolve_model(
@@ -39,9 +39,9 @@ def resolve_model(
     """
     if not isinstance(model, str | nn.Module):
         raise ValueError(f"model must be a model or the name of one, got {model!r}")
-    if isinstance(model, str):
-        check_model_folder(model)
     init_kwargs = args.init_kwargs()
+    if isinstance(model, str):
+        check_config(model, init_kwargs)
     tokenizer = resolve_tokenizer(model, tokenizer, args)
     if isinstance(model, str):
         if quantization_config is not None and "quantization_config" in init_kwargs:
@@ -84,6 +84,24 @@ def check_model_folder(name: str) -> None:
     """What a local path must be, said before libraries take it for a name on the Hub."""
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise ValueError(f"model must be a local directory or a model name on the Hub, there is no directory {name}")
+
+
+def check_config(name: str, init_kwargs: dict[str, Any]) -> None:
+    """Looks at the config of a model, or of an adapter's base, and at no weight.
+
+    Raises:
+        ValueError: there is no such model, or it is not a text-only causal LM.
+    """
+    check_model_folder(name)
+    base = adapter_base(name) or name
+    try:
+        refuse_vision(AutoConfig.from_pretrained(base, **where_from(init_kwargs)), base)
+    except OSError as error:
+        raise ValueError(_no_model(base, error)) from error
+
+
+def _no_model(name: str, error: Exception) -> str:
+    return f"model must be a local directory or a model name on the Hub, got {name!r}: {error}"
 
 
 def adapter_base(name: str) -> str | None:
@@ -151,9 +169,7 @@ def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = Non
     except ImportError as error:  # of a quantization, or of attn_implementation
         raise ValueError(f"loading {name_or_path!r} needs a package that is not installed: {error}") from error
     except OSError as error:
-        raise ValueError(
-            f"model must be a local directory or a model name on the Hub, got {name_or_path!r}: {error}"
-        ) from error
+        raise ValueError(_no_model(name_or_path, error)) from error
 
 
 def refuse_vision(config: Any, name: str) -> None:

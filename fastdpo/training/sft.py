@@ -18,9 +18,11 @@ from fastdpo.metrics import SumAndWeight
 from fastdpo.modeling import packed_loss
 from fastdpo.training.adapters import with_adapter
 from fastdpo.training.base import PackedTrainer
+from fastdpo.training.before_weights import check_before_weights
 from fastdpo.training.config import SFTConfig
 from fastdpo.training.experts import with_load_balancing
 from fastdpo.training.models import resolve_model
+from fastdpo.training.trl_names import SFT_NAMES, tokenizer_given_as
 from fastdpo.types import PackedBatch
 
 
@@ -47,10 +49,14 @@ class SFTTrainer(PackedTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: Any = None,
+        **renamed: Any,
     ) -> None:
         args = args if args is not None else SFTConfig("sft_output")
         if not isinstance(args, SFTConfig):
             raise ValueError(f"args must be an SFTConfig, got {type(args).__name__}")
+        if renamed:
+            processing_class = tokenizer_given_as(renamed, processing_class, SFTConfig, SFT_NAMES)
+        check_before_weights(args, train_dataset, eval_dataset, is_sft=True)
         policy, tokenizer = resolve_model(model, processing_class, args, quantization_config)
         policy = with_adapter(policy, peft_config, args, trains=train_dataset is not None)
         super().__init__(

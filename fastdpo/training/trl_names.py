@@ -54,6 +54,20 @@ def _gamma_beta_ratio(gamma: Any, settings: Settings) -> Settings:
 _PADDING = "padding is masked out and labels are made here, so its value changes no number"
 _SELECT = "activate the adapter before: model.set_adapter({value!r})"
 
+_OF_TRANSFORMERS: Mapping[str, Gone] = {  # TrainingArguments, gone from it by now
+    "evaluation_strategy": _renamed("eval_strategy"),
+    "no_cuda": _renamed("use_cpu"),
+    "push_to_hub_token": _renamed("hub_token"),
+    "push_to_hub_model_id": _renamed("hub_model_id"),
+    "group_by_length": _renamed("length_bucketing"),
+    "warmup_ratio": _renamed("warmup_steps"),  # which takes a share of the steps below 1
+    "per_gpu_train_batch_size": _renamed("per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": _renamed("per_device_eval_batch_size"),
+    "overwrite_output_dir": _needless("output_dir may hold files of another run, which are replaced"),
+    "save_safetensors": Gone("nothing, because models are always saved as safetensors", off=(None, True)),
+    "logging_dir": Gone("the environment variable TENSORBOARD_LOGGING_DIR={value!r}"),
+}
+
 # Of DPOConfig, and some of DPOTrainer before that.
 SETTINGS: Mapping[str, Gone] = {
     "rpo_alpha": Gone("loss_type=['sigmoid', 'sft'], loss_weights=[1.0, {value}]", _with_sft),
@@ -73,18 +87,30 @@ SETTINGS: Mapping[str, Gone] = {
     "ref_adapter_name": Gone('model.load_adapter(path, "ref"), whose adapter is then the reference, or ref_model=...'),
     "ref_model_init_kwargs": Gone("ref_model=AutoModelForCausalLM.from_pretrained(..., **{value!r})"),
     "tools": Gone("a column `tools` in the dataset: dataset.map(lambda row: {{'tools': tools}})"),
-    # of transformers.TrainingArguments, gone from it by now
-    "evaluation_strategy": _renamed("eval_strategy"),
-    "no_cuda": _renamed("use_cpu"),
-    "push_to_hub_token": _renamed("hub_token"),
-    "push_to_hub_model_id": _renamed("hub_model_id"),
-    "group_by_length": _renamed("length_bucketing"),
-    "warmup_ratio": _renamed("warmup_steps"),  # which takes a share of the steps below 1
-    "per_gpu_train_batch_size": _renamed("per_device_train_batch_size"),
-    "per_gpu_eval_batch_size": _renamed("per_device_eval_batch_size"),
-    "overwrite_output_dir": _needless("output_dir may hold files of another run, which are replaced"),
-    "save_safetensors": Gone("nothing, because models are always saved as safetensors", off=(None, True)),
-    "logging_dir": Gone("the environment variable TENSORBOARD_LOGGING_DIR={value!r}"),
+    **_OF_TRANSFORMERS,
+}
+
+# Of SFTConfig, and some of SFTTrainer before that.
+SFT_SETTINGS: Mapping[str, Gone] = {
+    "max_seq_length": _renamed("max_length"),
+    "chat_template_path": Gone("a tokenizer that has the template: processing_class=..., its chat_template set"),
+    "dataset_text_field": Gone(
+        "columns that fastdpo reads: dataset.rename_column({value!r}, 'text')", off=(None, "text")
+    ),
+    "dataset_kwargs": Gone("a dataset that is as it should be: nothing is done to it but tokenizing"),
+    "eos_token": Gone("a tokenizer that has it: processing_class.eos_token = {value!r}"),
+    "shuffle_dataset": Gone("dataset.shuffle(seed=...); rows are drawn in random order in any case"),
+    "packing_strategy": _needless("rows are packed whole, none is cut"),
+    "eval_packing": _needless("packed or padded, an evaluation gives the same numbers"),
+    "completion_only_loss": Gone(
+        "nothing, because responses alone are learnt; for all of a text a column `text`", off=(None, True)
+    ),
+    "assistant_only_loss": _needless("only the assistant's turns are learnt"),
+    "loss_type": Gone("nothing: the loss is the negative log-prob per token", off=(None, "nll", "chunked_nll")),
+    "num_of_sequences": _needless("packing is not of a fixed length"),
+    "chars_per_token": _needless("packing is not of a fixed length"),
+    "use_liger": Gone("use_liger_kernel={value!r}"),
+    **_OF_TRANSFORMERS,
 }
 
 RENAMED_LOSSES: Mapping[str, str] = {
@@ -103,6 +129,18 @@ ARGUMENTS: Mapping[str, Gone] = {
     "model_init": Gone("model=..., the model itself"),
     "optimizer_cls_and_kwargs": Gone("optimizers=(optimizer, scheduler), the first made by that class"),
     "preprocess_logits_for_metrics": Gone("nothing, because there are no logits to preprocess"),
+}
+
+# Of SFTTrainer alone.
+_SFT_METRICS = "nothing: there are no logits; eval_loss, eval_mean_token_accuracy and eval_entropy are logged"
+SFT_ARGUMENTS: Mapping[str, Gone] = {
+    **ARGUMENTS,
+    "compute_metrics": Gone(_SFT_METRICS, off=(None,)),
+    "preprocess_logits_for_metrics": Gone(_SFT_METRICS, off=(None,)),
+    "compute_loss_func": Gone("a subclass that overrides compute_loss", off=(None,)),
+    "formatting_func": Gone(
+        "dataset.map(lambda row: {{'text': formatting_func(row)}}), or rows in one of the forms", off=(None,)
+    ),
 }
 
 # Of TRL's DPOTrainer, in 1.16 and before: what subclasses override to change the loss or the data.
@@ -151,7 +189,7 @@ def translated(
         if name not in gone:
             raise TypeError(f"{owner} has no argument {name!r}{unknown_name(name, [*known, *gone])}")
         value, entry = given[name], gone[name]
-        if any(value is off for off in entry.off):
+        if any(type(value) is type(off) and value == off for off in entry.off):
             continue
         if entry.becomes is None:
             instead = entry.instead.format(value=value)
@@ -167,8 +205,8 @@ def translated(
     return settings
 
 
-def takes_trl_names(cls: ConfigClass) -> ConfigClass:
-    """A config class that also takes the names in SETTINGS, and answers unknown ones with the nearest.
+def takes_trl_names(cls: ConfigClass, gone: Mapping[str, Gone] = SETTINGS) -> ConfigClass:
+    """A config class that also takes the names in `gone`, and answers unknown ones with the nearest.
 
     A subclass that is a dataclass has an `__init__` of its own, which refuses those names with Python's TypeError until
     it is decorated too: `@takes_trl_names` above `@dataclass`.
@@ -178,14 +216,38 @@ def takes_trl_names(cls: ConfigClass) -> ConfigClass:
 
     @functools.wraps(made)
     def __init__(self: Any, *args: Any, **settings: Any) -> None:
-        made(self, *args, **translated(cls.__name__, settings, known, SETTINGS, stacklevel=3))
+        made(self, *args, **translated(cls.__name__, settings, known, gone, stacklevel=3))
 
     cls.__init__ = __init__  # type: ignore[misc]
     return cls
 
 
-def tokenizer_given_as(given: Settings, processing_class: Any, config: type) -> Any:
-    """The processing_class that DPOTrainer's unknown keyword arguments hold under a name that TRL had for it.
+def takes_trls_sft_names(cls: ConfigClass) -> ConfigClass:
+    """As `takes_trl_names`, with the names of TRL's SFTConfig."""
+    return takes_trl_names(cls, SFT_SETTINGS)
+
+
+@dataclass(frozen=True)
+class TrainerNames:
+    """What a trainer takes by keyword, and what TRL's of that name takes or took."""
+
+    trainer: str
+    arguments: tuple[str, ...]
+    gone_settings: Mapping[str, Gone]
+    gone_arguments: Mapping[str, Gone]
+
+
+DPO_NAMES = TrainerNames("DPOTrainer", TRAINER_ARGUMENTS, SETTINGS, ARGUMENTS)
+SFT_NAMES = TrainerNames(
+    "SFTTrainer",
+    tuple(name for name in TRAINER_ARGUMENTS if name not in ("ref_model", "compute_metrics")),
+    SFT_SETTINGS,
+    SFT_ARGUMENTS,
+)
+
+
+def tokenizer_given_as(given: Settings, processing_class: Any, config: type, names: TrainerNames = DPO_NAMES) -> Any:
+    """The processing_class that a trainer's unknown keyword arguments hold under a name that TRL had for it.
 
     Args:
         processing_class: as it was given under its own name, if it was.
@@ -194,14 +256,14 @@ def tokenizer_given_as(given: Settings, processing_class: Any, config: type) -> 
         ValueError: a setting, which belongs in the config, or a name without translation.
         TypeError: a name that TRL's trainer never had.
     """
-    of_config = {f.name for f in dataclasses.fields(config)} | set(SETTINGS)
+    of_config = {f.name for f in dataclasses.fields(config)} | set(names.gone_settings)
     for name in sorted(given.keys() & of_config):
         raise ValueError(
-            f"{name} must be a setting of the config: DPOTrainer(..., args={config.__name__}({name}=...)),"
-            f" got {given[name]!r} as an argument of DPOTrainer"
+            f"{name} must be a setting of the config: {names.trainer}(..., args={config.__name__}({name}=...)),"
+            f" got {given[name]!r} as an argument of {names.trainer}"
         )
     own = {} if processing_class is None else {"processing_class": processing_class}
-    taken = translated("DPOTrainer", {**own, **given}, TRAINER_ARGUMENTS, ARGUMENTS, stacklevel=4)
+    taken = translated(names.trainer, {**own, **given}, names.arguments, names.gone_arguments, stacklevel=4)
     return taken.get("processing_class")
 
 

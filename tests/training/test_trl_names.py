@@ -157,7 +157,8 @@ def test_a_removed_name_that_was_off_is_taken_without_a_word(tmp_path):
 
 
 def test_the_page_names_every_removed_name():
-    for name in (*trl_names.SETTINGS, *trl_names.RENAMED_LOSSES, *trl_names.ARGUMENTS):
+    of_fine_tuning = (*trl_names.SFT_SETTINGS, *trl_names.SFT_ARGUMENTS)
+    for name in (*trl_names.SETTINGS, *trl_names.RENAMED_LOSSES, *trl_names.ARGUMENTS, *of_fine_tuning):
         assert name in PAGE, name
 
 
