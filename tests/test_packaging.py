@@ -1,7 +1,9 @@
 """kernels/ is installed as fastdpo.kernels and never stands in the way of Hugging Face's `kernels`."""
 
+import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
 IMPORT_TRANSFORMERS = "from transformers import AutoModelForCausalLM, Trainer; print('imported')"
 
 
@@ -59,3 +62,61 @@ def test_a_wheel_holds_the_kernels_under_fastdpo(tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert "fastdpo/kernels/launch.py" in names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
+    assert "fastdpo/py.typed" in names
+
+
+# Where a package is called otherwise than its module; what only a user's own choice brings in, as report_to does
+DISTRIBUTIONS = {"yaml": "pyyaml", "flash_attn": "flash-attn", "liger_kernel": "liger-kernel"}
+BROUGHT_BY_USERS = {"wandb"}
+
+
+def imported_modules():
+    for path in [*ROOT.glob("fastdpo/**/*.py"), *ROOT.glob("kernels/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            yield from (name.split(".")[0] for name in names)
+
+
+def declared(section):
+    lines = re.search(rf"^{section} = \[\n(.*?)^\]", PYPROJECT, re.DOTALL | re.MULTILINE)[1]
+    return {re.split(r"[><=; \[]", item)[0] for item in re.findall(r'^  "(.+?)"', lines, re.MULTILINE)}
+
+
+def extras():
+    section = PYPROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    return {re.split(r"[><=; \[]", item)[0] for item in re.findall(r'"([^"]+)"', section)}
+
+
+def test_every_package_that_is_imported_is_declared_and_no_other():
+    modules = set(imported_modules()) - set(sys.stdlib_module_names) - {"fastdpo"} - BROUGHT_BY_USERS
+    packages = {DISTRIBUTIONS.get(name, name) for name in modules}
+    assert packages <= declared("dependencies") | extras()
+    assert declared("dependencies") <= packages
+
+
+def test_triton_is_asked_for_by_an_extra_only():
+    assert "triton" not in declared("dependencies")
+    assert "triton" in extras()
+
+
+def test_fastdpo_trains_on_a_cpu_without_triton(tmp_path):
+    code = f"""
+import importlib.util, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == "triton" else find_spec(name, *rest)
+sys.modules["triton"] = None
+from tiny_runs import losses, tiny_trainer
+print(losses(tiny_trainer({str(tmp_path)!r}))[0])
+try:
+    tiny_trainer({str(tmp_path)!r}, impl="triton")
+except ValueError as error:
+    print(error)
+"""
+    result = run_from_the_root(code)
+    lines = result.stdout.splitlines()
+    assert float(next(line for line in lines if line.startswith("0."))) == pytest.approx(0.693147, abs=1e-5), (
+        result.stderr
+    )
+    assert 'impl="triton" needs the triton package, which is not installed (pip install "fastdpo[triton]")' in lines[-1]

@@ -84,7 +84,7 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type not in ("cuda", "cpu"):
         return f"needs a CUDA device, got {device}"
     if importlib.util.find_spec("triton") is None:
-        return "needs the triton package, which is not installed"
+        return 'needs the triton package, which is not installed (pip install "fastdpo[triton]")'
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip is not None or capability < (8, 0):
