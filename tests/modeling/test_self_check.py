@@ -85,3 +85,73 @@ def test_a_mask_over_the_row_reaches_layers_that_drop_other_arguments_but_no_oth
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**UNPACKABLE[model_type])).eval()
     assert not check_packing(model).ok
     assert check_packing(prepare_model(model, attention_backend="mask")).ok == (model_type == "stablelm")
+
+
+class RoundedProducts(torch.overrides.TorchFunctionMode):
+    """fp32 products whose factors keep so many bits, as TF32 (10) and bf16 (7) do on GPUs."""
+
+    PRODUCTS = frozenset(
+        {
+            *(torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention),
+            *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.Tensor.matmul, torch.Tensor.__matmul__),
+        }
+    )
+
+    def __init__(self, bits):
+        super().__init__()
+        self.bits = bits
+
+    def rounded(self, value):
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+            return value
+        mantissa, exponent = torch.frexp(value)
+        return torch.ldexp((mantissa * 2 ** (self.bits + 1)).round() / 2 ** (self.bits + 1), exponent)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.PRODUCTS:
+            args = tuple(map(self.rounded, args))
+        return func(*args, **(kwargs or {}))
+
+
+def deep_model(num_layers, seed):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=199, num_hidden_layers=num_layers, initializer_range=0.1, **sizes))
+
+
+@pytest.mark.parametrize("bits", [10, 7])
+@pytest.mark.parametrize("num_layers", [2, 12, 24])
+def test_a_model_whose_products_are_rounded_is_packed_all_the_same(num_layers, bits):
+    for seed in range(4):
+        with RoundedProducts(bits):
+            check = check_packing(deep_model(num_layers, seed))
+        assert check.ok, (seed, check.reason)
+
+
+@pytest.mark.parametrize("bits", [10, 7])
+def test_rounding_does_not_hide_what_a_model_does_wrong(bits):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["lfm2"](**{**UNPACKABLE["lfm2"], "initializer_range": 0.2})
+    leaking = AutoModelForCausalLM.from_config(config).eval()
+    scaled = deep_model(12, 0)
+    forward = scaled.lm_head.forward
+    scaled.lm_head.forward = lambda hidden_states: 1.5 * forward(hidden_states)
+    with RoundedProducts(bits):
+        assert not check_packing(leaking).ok
+        with pytest.raises(ValueError, match="does something else: log-probs differ by"):
+            check_packing(scaled)
+
+
+def test_the_precision_of_products_is_the_users_again_after_the_check():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        kinds = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        asked = [kind.fp32_precision for kind in kinds]
+        assert check_packing(build("llama")).ok
+        assert [kind.fp32_precision for kind in kinds] == asked
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
