@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers.utils import logging
 
 from fastdpo.data.arrow import arrow_column
 from fastdpo.data.columns import row_lengths
+from fastdpo.data.tokenization import padding_id
 from fastdpo.modeling.packed import bare_model
+from fastdpo.training.checkpoint_keys import check_all_loaded
 from fastdpo.training.config import EngineConfig
 
 logger = logging.get_logger(__name__)
@@ -153,15 +156,11 @@ def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = Non
     """
     base = adapter_base(name_or_path)
     if base is not None:
-        try:
-            from peft import PeftModel
-        except ImportError as error:
-            raise ValueError('loading an adapter needs the peft package: pip install "fastdpo[peft]"') from error
-        return PeftModel.from_pretrained(load_model(base, model_init_kwargs, **kwargs), name_or_path, is_trainable=True)
+        return _with_saved_adapter(load_model(base, model_init_kwargs, **kwargs), name_or_path, model_init_kwargs)
     options: dict[str, Any] = {"dtype": torch.float32, **(model_init_kwargs or {}), **kwargs}
     try:
         refuse_vision(AutoConfig.from_pretrained(name_or_path, **where_from(options)), str(name_or_path))
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(name_or_path, **options, output_loading_info=True)
     except TypeError as error:
         raise ValueError(
             f"model_init_kwargs must be arguments of from_pretrained, got {model_init_kwargs}: {error}"
@@ -170,6 +169,51 @@ def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = Non
         raise ValueError(f"loading {name_or_path!r} needs a package that is not installed: {error}") from error
     except OSError as error:
         raise ValueError(_no_model(name_or_path, error)) from error
+    except RuntimeError as error:
+        if "mismatched" not in str(error):
+            raise
+        raise ValueError(f"model must have weights of its config's sizes in {str(name_or_path)!r}: {error}") from error
+    model, info = loaded
+    check_all_loaded(str(name_or_path), info)
+    return model
+
+
+def _with_saved_adapter(base: nn.Module, folder: str, model_init_kwargs: dict[str, Any] | None) -> nn.Module:
+    """The base model with the adapter of a folder on, to be trained on."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError('loading an adapter needs the peft package: pip install "fastdpo[peft]"') from error
+    num_embeddings = _saved_embeddings(folder)
+    if num_embeddings is None and (Path(folder) / "tokenizer_config.json").is_file():
+        num_tokens = len(load_tokenizer(folder, model_init_kwargs))
+        num_embeddings = max(num_tokens, base.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    if num_embeddings is not None:  # it was trained with tokens that the base does not have
+        base.resize_token_embeddings(num_embeddings)  # type: ignore[operator]
+    return PeftModel.from_pretrained(base, folder, is_trainable=True)
+
+
+# Where an adapter's file shows the size of the vocabulary: the end of a weight's name, and which dimension it is
+_VOCABULARY_DIMENSIONS = (
+    (re.compile(r"(embed_tokens|embed_in|wte|lm_head|embed_out)(\.modules_to_save|\.base_layer)?\.weight$"), 0),
+    (re.compile(r"(lm_head|embed_out)\.lora_B\.weight$"), 0),
+    (re.compile(r"\.lora_embedding_A$"), 1),
+)
+
+
+def _saved_embeddings(folder: str) -> int | None:
+    """Tokens that the weights saved with an adapter know; None where none of them shows it."""
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  # it is no dict
+            for pattern, dimension in _VOCABULARY_DIMENSIONS:
+                if pattern.search(name):
+                    return int(file.get_slice(name).get_shape()[dimension])
+    return None
 
 
 def refuse_vision(config: Any, name: str) -> None:
@@ -184,19 +228,22 @@ def check_model_and_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBa
     """Refuses what would fail late or train nonsense.
 
     Raises:
-        ValueError: the model also takes images, its embedding is smaller than the tokenizer, or the tokenizer has no
-            EOS.
+        ValueError: the model also takes images, or the tokenizer has no EOS, or none that the model embeds.
     """
     bare = bare_model(model)
     refuse_vision(bare.config, type(bare).__name__)
     num_embeddings = bare.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > num_embeddings:
-        raise ValueError(
-            f"processing_class must not have more tokens than the model has embeddings ({num_embeddings}), got"
-            f" {len(tokenizer)}; call model.resize_token_embeddings(len(tokenizer)) first"
-        )
     if tokenizer.eos_token_id is None:
         raise ValueError("processing_class must have an EOS token: without one no response would learn to end")
+    if len(tokenizer) <= num_embeddings:
+        return
+    too_many = f"{len(tokenizer)} tokens where the model has {num_embeddings} embeddings"
+    remedy = "call model.resize_token_embeddings(len(tokenizer)) to train them"
+    if max(padding_id(tokenizer), tokenizer.eos_token_id) >= num_embeddings:
+        raise ValueError(
+            f"processing_class must have its EOS and PAD among the model's embeddings, got {too_many}; {remedy}"
+        )
+    logger.warning(f"The tokenizer has {too_many}: a row that holds one of the others stops the run; {remedy}.")
 
 
 def check_token_ids(dataset: Dataset, num_embeddings: int, name: str) -> None:

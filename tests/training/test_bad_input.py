@@ -56,8 +56,8 @@ def test_a_setting_that_cannot_work_is_refused(tmp_path, settings, message):
         config(tmp_path, **settings)
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"more tokens than the model has embeddings \(20\), got 27"):
+def test_a_row_with_a_token_that_the_model_does_not_embed_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"token ids must be in \[0, 20\), the train dataset has \d+ in"):
         build(tmp_path, make_llama(vocab_size=20))
 
 
