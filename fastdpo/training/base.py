@@ -33,6 +33,7 @@ from fastdpo.references.adapters import is_peft_model
 from fastdpo.training.checkpoints import checkpoint_folder
 from fastdpo.training.collator import PackingCollator, microbatches_of
 from fastdpo.training.config import EngineConfig
+from fastdpo.training.dry_save import check_can_save
 from fastdpo.training.experts import router_coefficient
 from fastdpo.training.finite import FiniteLosses
 from fastdpo.training.layer_kernels import use_layer_kernels
@@ -213,10 +214,11 @@ class PackedTrainer(CardTrainer):
         `disable_tqdm` is set.
 
         Raises:
-            ValueError: `resume_from_checkpoint` is no checkpoint of such a run.
+            ValueError: `resume_from_checkpoint` is no checkpoint of such a run, or no checkpoint could be saved.
         """
         has_adapter = is_peft_model(self.model)
         resume = checkpoint_folder(resume_from_checkpoint, self.args.output_dir, has_adapter=has_adapter)
+        check_can_save(self)
         if self.train_dataset is not None and not (self._has_said_summary or self.args.disable_tqdm):
             self.print_summary()
         if self.model_wrapped is self.model:

@@ -1,0 +1,87 @@
+"""A save of everything but the weights before the first step, so that no checkpoint fails that could have been known.
+
+In: a trainer that is about to train. Out: nothing; what was written is gone again. Refused: a config, tokenizer,
+adapter or card that cannot be written, weights that share memory without the model saying so. A generation config with
+flags of sampling and without sampling, which transformers refuses to save, gets `do_sample`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from fastdpo.modeling.packed import bare_model
+from fastdpo.references.adapters import REFERENCE_ADAPTER, is_peft_model
+
+logger = logging.get_logger(__name__)
+
+
+def check_can_save(trainer: Any) -> None:
+    """Writes into a temporary folder what a checkpoint holds beside weights and optimizer.
+
+    Raises:
+        ValueError: a part of it cannot be written.
+    """
+    if not trainer.args.should_save:
+        return
+    _mend_generation_config(bare_model(trainer.model))
+    with tempfile.TemporaryDirectory(prefix="fastdpo_dry_save_") as folder:
+        for what, save in _parts(trainer, folder):
+            try:
+                save()
+            except Exception as error:  # whatever a library, or a model's own code, makes of what it cannot write
+                raise ValueError(
+                    f"{what} must be such that it can be saved, or the first checkpoint would fail:"
+                    f" {type(error).__name__}: {error}"
+                ) from error
+
+
+def _parts(trainer: Any, folder: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    model, tokenizer = bare_model(trainer.model), trainer.processing_class
+    yield "the model's config", lambda: model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        yield "the model's generation_config", lambda: model.generation_config.save_pretrained(folder)
+    yield "processing_class, the tokenizer,", lambda: tokenizer.save_pretrained(folder)
+    yield "args, the settings,", lambda: torch.save(trainer.args, Path(folder) / "training_args.bin")
+    yield "the model card", lambda: trainer._write_card(folder)
+    if not is_peft_model(trainer.model):
+        if not trainer._shards_weights():
+            yield "the model's weights", lambda: _check_shared(model)
+        return
+    for name, config in trainer.model.peft_config.items():
+        if name != REFERENCE_ADAPTER:
+            yield f"the config of the adapter {name!r}", lambda config=config: config.save_pretrained(folder)
+
+
+def _check_shared(model: Any) -> None:
+    """transformers' own check of weights that share memory; nothing is copied."""
+    try:
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+    except ImportError:  # another release: said at the first save
+        return
+    remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
+
+
+def _mend_generation_config(model: Any) -> None:
+    """Vicuna's, for one, has a temperature and no `do_sample`: what was meant is sampling."""
+    config = getattr(model, "generation_config", None)
+    if config is None or config.do_sample:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+        try:
+            config.validate(strict=True)
+        except ValueError:  # of another kind: told by the save
+            config.do_sample = False
+            return
+        logger.warning(
+            "The model's generation_config has flags of sampling without do_sample, which transformers refuses to save:"
+            " do_sample is set."
+        )
