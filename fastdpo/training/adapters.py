@@ -10,9 +10,13 @@ from typing import Any
 
 from torch import nn
 from transformers import set_seed
+from transformers.utils import logging
 
 from fastdpo.references.adapters import REFERENCE_ADAPTER, drop_own_copy, freeze_reference, is_peft_model
+from fastdpo.training.adapter_facts import merging_tied
 from fastdpo.training.adapter_targets import check_targets
+
+logger = logging.get_logger(__name__)
 
 # Methods that the tests hold to the model's own forward; all work on single layers and see one token at a time
 PEFT_TYPES = frozenset(
@@ -56,6 +60,8 @@ def with_adapter(model: Any, peft_config: Any, args: Any, *, trains: bool = True
             )
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
+        if trains and (words := merging_tied(model)):
+            logger.warning(f"The adapter is {words}." if words.startswith("on ") else f"{words[0].upper()}{words[1:]}.")
     return model
 
 

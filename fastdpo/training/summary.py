@@ -15,6 +15,8 @@ from rich.table import Table
 
 from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
+from fastdpo.references.adapters import is_peft_model
+from fastdpo.training.adapter_facts import adapter_lines
 from fastdpo.training.base import PackedTrainer
 from fastdpo.training.largest_batch import is_measured_later
 from fastdpo.training.memory import estimate_peak_memory
@@ -25,6 +27,9 @@ from fastdpo.training.streams import is_stream
 def summary_lines(trainer: PackedTrainer) -> list[tuple[str, str]]:
     """(what, fact) pairs in reading order, for the start of a run."""
     lines = [("model", _model(trainer))]
+    if is_peft_model(trainer.model):
+        about, *more = adapter_lines(trainer.model)
+        lines += [("adapter", about), *(("", line) for line in more)]
     for name, report in trainer.data_reports.items():
         text = report.lines()
         lines += [(f"{name} data", text[0]), *(("", line) for line in text[1:])]
