@@ -8,39 +8,32 @@ are TRL's where TRL has the loss, so that configs carry over.
     pairwise     losses of one pair against a reference      batch       losses of sorted batches and of rankings
     likelihood   losses of the policy alone                  divergence  f-divergences in place of the KL
     scores       what losses read, and the sum of a run's    release     the original release's function
-    registry, checks, settings   names, what can be combined, what losses read of the config
+    registry                     what a loss says of itself         checks, settings   what can be combined, and is read
 """
 
+from fastdpo.losses import pairwise, likelihood, batch  # noqa: I001  # each registers its losses, in the order of help
 from fastdpo.losses.checks import check_combination, check_loss_settings
 from fastdpo.losses.divergence import DIVERGENCES
-from fastdpo.losses.registry import (
-    BATCH_LOSSES,
-    DIVERGENCE_LOSSES,
-    LIKELIHOOD_LOSSES,
-    LOSSES,
-    PER_TOKEN_REWARDS,
-    REFERENCE_FREE_LOSSES,
-    SMOOTHED,
-)
+from fastdpo.losses.registry import LOSSES, Loss, loss, losses_where
 from fastdpo.losses.release import preference_loss
 from fastdpo.losses.scores import is_listwise, looks_at_whole_batch, pair_scores, preference_losses
 from fastdpo.losses.settings import LossConfig
 
 __all__ = [
-    "BATCH_LOSSES",
     "DIVERGENCES",
-    "DIVERGENCE_LOSSES",
-    "LIKELIHOOD_LOSSES",
     "LOSSES",
-    "PER_TOKEN_REWARDS",
-    "REFERENCE_FREE_LOSSES",
-    "SMOOTHED",
+    "Loss",
     "LossConfig",
+    "batch",
     "check_combination",
     "check_loss_settings",
     "is_listwise",
+    "likelihood",
     "looks_at_whole_batch",
+    "loss",
+    "losses_where",
     "pair_scores",
+    "pairwise",
     "preference_loss",
     "preference_losses",
 ]

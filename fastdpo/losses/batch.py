@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from fastdpo.losses.pairwise import smoothed_logistic
+from fastdpo.losses.registry import loss
 from fastdpo.losses.settings import LossConfig
 from fastdpo.types import PairScores
 
 
+@loss(unit="batch", smoothed=True)
 def aot(scores: PairScores, config: LossConfig) -> Tensor:
     """Paired AOT, arXiv 2406.05882: the policy's chosen-rejected margins should dominate the reference's, rank by rank.
 
@@ -29,6 +31,7 @@ def aot(scores: PairScores, config: LossConfig) -> Tensor:
     return smoothed_logistic(config.beta * (policy - reference), config.label_smoothing)
 
 
+@loss(unit="batch", smoothed=True)
 def aot_unpaired(scores: PairScores, config: LossConfig) -> Tensor:
     """Unpaired AOT, arXiv 2406.05882: the log-ratios of chosen responses should dominate those of rejected ones.
 
@@ -38,6 +41,7 @@ def aot_unpaired(scores: PairScores, config: LossConfig) -> Tensor:
     return smoothed_logistic(config.beta * (chosen - rejected), config.label_smoothing)
 
 
+@loss(unit="ranking", divergence=True)
 def plackett_luce(scores: PairScores, config: LossConfig) -> Tensor:
     """Negative log-likelihood of a ranking, by stages. DPO, arXiv 2305.18290, appendix A.3.
 

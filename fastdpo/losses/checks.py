@@ -9,16 +9,7 @@ from numbers import Real
 from typing import Any
 
 from fastdpo.losses.divergence import DIVERGENCES
-from fastdpo.losses.registry import (
-    BATCH_LOSSES,
-    DIVERGENCE_LOSSES,
-    LIKELIHOOD_LOSSES,
-    LISTWISE_LOSSES,
-    LOSSES,
-    REFERENCE_FREE_LOSSES,
-    SMOOTHED,
-    TOKEN_LOSSES,
-)
+from fastdpo.losses.registry import LOSSES, losses_where
 from fastdpo.losses.settings import LossConfig
 
 
@@ -37,7 +28,7 @@ def check_loss_settings(loss_type: str | Sequence[str], config: Any) -> None:
         raise ValueError(f"beta must be > 0 and finite, got {config.beta!r}")
     if not _is_number(config.label_smoothing) or not 0 <= config.label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {config.label_smoothing!r}")
-    if config.label_smoothing > 0 and not any(name in SMOOTHED for name in names):
+    if config.label_smoothing > 0 and not losses_where(lambda loss: loss.smoothed, names):
         raise ValueError(
             f"label_smoothing must be 0 for loss_type {_named(names)}, which has no flipped labels,"
             f" got {config.label_smoothing}"
@@ -58,13 +49,13 @@ def check_combination(config: LossConfig) -> None:
         value = getattr(config, field)
         if not _is_number(value) or value < 0:
             raise ValueError(f"{field} must be a finite number >= 0, got {value!r}")
-    free = [name for name in names if name in REFERENCE_FREE_LOSSES]
-    others = [name for name in names if name not in (*free[:1], *TOKEN_LOSSES)]
+    free = losses_where(lambda loss: not loss.reference, names)
+    others = [name for name in names if name not in free[:1] and LOSSES[name].unit != "token"]
     if free and others:
         raise ValueError(
             f"loss_type must not hold both {free[0]!r} and {others[0]!r}: beta is of another scale in each, got {names}"
         )
-    listwise = [name for name in names if name in LISTWISE_LOSSES]
+    listwise = losses_where(lambda loss: loss.unit == "ranking", names)
     if listwise and len(names) > 1:
         raise ValueError(
             f"loss_type {listwise[0]!r} must stand alone: it is a mean over rankings, and the others are means over"
@@ -76,7 +67,7 @@ def check_combination(config: LossConfig) -> None:
     _refuse(
         config.use_weighting,
         names,
-        (*BATCH_LOSSES, *LISTWISE_LOSSES, *(name for name in LIKELIHOOD_LOSSES if name not in TOKEN_LOSSES)),
+        losses_where(lambda loss: loss.unit in ("batch", "ranking") or (loss.likelihood and loss.unit == "pair")),
         "use_weighting must be off for loss_type {name}: it weighs pairs, and this loss is none of single pairs alone,"
         " got True",
     )
@@ -105,7 +96,7 @@ def _check_divergence(config: LossConfig) -> None:
     _refuse(
         kind != "reverse_kl",
         config.loss_type,
-        [name for name in LOSSES if name not in (*DIVERGENCE_LOSSES, *TOKEN_LOSSES)],
+        losses_where(lambda loss: not loss.divergence and loss.unit != "token"),
         "f_divergence_type must be 'reverse_kl' for loss_type {name}: under another divergence the reward has a term of"
         f" the prompt that cancels only in a difference of rewards, got {kind!r}",
     )
@@ -120,7 +111,7 @@ def _check_ld_alpha(config: LossConfig) -> None:
     _refuse(
         True,
         config.loss_type,
-        (*REFERENCE_FREE_LOSSES, *LISTWISE_LOSSES),
+        losses_where(lambda loss: not loss.reference or loss.unit == "ranking"),
         "ld_alpha must be None for loss_type {name}: it weighs the tokens by which one response of a pair is longer in"
         f" a log-ratio to the reference, got {alpha}",
     )
@@ -128,7 +119,7 @@ def _check_ld_alpha(config: LossConfig) -> None:
 
 def _check_something_is_compared(config: LossConfig) -> None:
     """Settings of how responses are compared, where no loss compares any."""
-    if any(name not in TOKEN_LOSSES for name in config.loss_type):
+    if losses_where(lambda loss: loss.unit != "token", config.loss_type):
         return
     for field, off, is_set in (
         ("f_divergence_type", "'reverse_kl'", config.f_divergence_type != "reverse_kl"),

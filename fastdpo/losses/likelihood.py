@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo.losses.pairwise import per_token, smoothed_logistic
+from fastdpo.losses.registry import loss
 from fastdpo.losses.settings import LossConfig
 from fastdpo.types import PairScores
 
 
+@loss(unit="token", likelihood=True)
 def sft(scores: PairScores, config: LossConfig) -> Tensor:
     """Negative log-prob per token of the chosen responses: the mean over pairs is that over tokens.
 
@@ -33,6 +35,7 @@ def sft(scores: PairScores, config: LossConfig) -> Tensor:
     return -sums / mean_length.clamp(min=1).to(sums.dtype)
 
 
+@loss(reference=False, smoothed=True, per_token=True, reads=("gamma_beta_ratio",))
 def simpo(scores: PairScores, config: LossConfig) -> Tensor:
     """`-log s(beta (p - q - gamma / beta))`, p and q the log-probs per token. SimPO, arXiv 2405.14734, eq. 6.
 
@@ -43,6 +46,7 @@ def simpo(scores: PairScores, config: LossConfig) -> Tensor:
     return smoothed_logistic(config.beta * (chosen - rejected - config.gamma_beta_ratio), config.label_smoothing)
 
 
+@loss(reference=False, per_token=True, likelihood=True)
 def orpo(scores: PairScores, config: LossConfig) -> Tensor:
     """`sft - beta log s(log odds(chosen) - log odds(rejected))`. ORPO, arXiv 2403.07691, eq. 6 and 7.
 
@@ -53,6 +57,7 @@ def orpo(scores: PairScores, config: LossConfig) -> Tensor:
     return sft(scores, config) - config.beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
+@loss(reference=False, smoothed=True, likelihood=True, reads=("cpo_alpha",))
 def cpo(scores: PairScores, config: LossConfig) -> Tensor:
     """`-log s(beta (log-prob of chosen - of rejected)) + cpo_alpha * sft`. CPO, arXiv 2401.08417.
 

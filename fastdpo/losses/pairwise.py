@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdpo.losses.registry import loss
 from fastdpo.losses.settings import LossConfig
 from fastdpo.types import PairScores
 
 
+@loss(smoothed=True, divergence=True)
 def sigmoid(scores: PairScores, config: LossConfig) -> Tensor:
     """`-log s(beta (c - r))`, the likelihood of the preference under Bradley-Terry. DPO, arXiv 2305.18290, eq. 7.
 
@@ -25,17 +27,20 @@ def sigmoid(scores: PairScores, config: LossConfig) -> Tensor:
     return smoothed_logistic(config.beta * scores.margins, config.label_smoothing)
 
 
+@loss(per_token=True, divergence=True)
 def sigmoid_norm(scores: PairScores, config: LossConfig) -> Tensor:
     """`sigmoid` on log-ratios averaged over the tokens of each response. Tulu 3, arXiv 2411.15124, its DPO-norm."""
     chosen, rejected = per_token(scores, scores.chosen_logratios, scores.rejected_logratios)
     return -F.logsigmoid(config.beta * (chosen - rejected))
 
 
+@loss(divergence=True)
 def hinge(scores: PairScores, config: LossConfig) -> Tensor:
     """`max(0, 1 - beta (c - r))`. SLiC-HF, arXiv 2305.10425; in this form RSO, arXiv 2309.06657."""
     return torch.relu(1 - config.beta * scores.margins)
 
 
+@loss(per_token=True, divergence=True)
 def ipo(scores: PairScores, config: LossConfig) -> Tensor:
     """Squared distance of the per-token margin from 1 / (2 beta). IPO, arXiv 2310.12036, eq. 17.
 
@@ -46,6 +51,7 @@ def ipo(scores: PairScores, config: LossConfig) -> Tensor:
     return (chosen - rejected - 1 / (2 * config.beta)) ** 2
 
 
+@loss(smoothed=True, divergence=True)
 def exo_pair(scores: PairScores, config: LossConfig) -> Tensor:
     """KL divergence of the policy's preference from the label's, (1 - e, e). EXO, arXiv 2402.00856, eq. 16.
 
@@ -57,23 +63,27 @@ def exo_pair(scores: PairScores, config: LossConfig) -> Tensor:
     return chosen + rejected
 
 
+@loss()
 def nca_pair(scores: PairScores, config: LossConfig) -> Tensor:
     """Noise contrastive alignment of two responses: holds both rewards, not their difference. NCA, arXiv 2402.05369."""
     chosen, rejected = config.beta * scores.chosen_logratios, config.beta * scores.rejected_logratios
     return -F.logsigmoid(chosen) - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))
 
 
+@loss(smoothed=True, divergence=True)
 def robust(scores: PairScores, config: LossConfig) -> Tensor:
     """`sigmoid` made unbiased under labels flipped with probability `label_smoothing` < 1/2. arXiv 2403.00409."""
     logits, flipped = config.beta * scores.margins, config.label_smoothing
     return (flipped * F.logsigmoid(-logits) - (1 - flipped) * F.logsigmoid(logits)) / (1 - 2 * flipped)
 
 
+@loss()
 def bco_pair(scores: PairScores, config: LossConfig) -> Tensor:
     """A classifier of single responses whose logit is the reward. BCO, arXiv 2404.04656, without its reward shift."""
     return -F.logsigmoid(config.beta * scores.chosen_logratios) - F.logsigmoid(-config.beta * scores.rejected_logratios)
 
 
+@loss()
 def sppo_hard(scores: PairScores, config: LossConfig) -> Tensor:
     """Squared distances of c from 1 / (2 beta) and of r from -1 / (2 beta). SPPO, arXiv 2405.00675, eq. 4.7.
 
@@ -83,6 +93,7 @@ def sppo_hard(scores: PairScores, config: LossConfig) -> Tensor:
     return (scores.chosen_logratios - target) ** 2 + (scores.rejected_logratios + target) ** 2
 
 
+@loss()
 def apo_zero(scores: PairScores, config: LossConfig) -> Tensor:
     """Raises the chosen, lowers the rejected: for data better than the model. APO, arXiv 2408.06266, eq. 7."""
     return torch.sigmoid(-config.beta * scores.chosen_logratios) + torch.sigmoid(
@@ -90,11 +101,13 @@ def apo_zero(scores: PairScores, config: LossConfig) -> Tensor:
     )
 
 
+@loss()
 def apo_down(scores: PairScores, config: LossConfig) -> Tensor:
     """Lowers both, the rejected more: for data worse than the model. APO, arXiv 2408.06266, eq. 8."""
     return torch.sigmoid(config.beta * scores.chosen_logratios) + torch.sigmoid(-config.beta * scores.margins)
 
 
+@loss(divergence=True, reads=("discopop_tau",))
 def discopop(scores: PairScores, config: LossConfig) -> Tensor:
     """Logistic for negative margins, exponential for positive ones. DiscoPOP, arXiv 2406.08414, eq. 5.
 

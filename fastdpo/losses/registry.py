@@ -1,60 +1,80 @@
-"""All losses by name, and what each kind of loss can be combined with."""
+"""All losses by name. A loss describes itself where it is written:
+
+    @loss(smoothed=True, divergence=True)
+    def sigmoid(scores: PairScores, config: LossConfig) -> Tensor:
+
+Checks, trainer, command-line help and docs/losses.md read these facts; nothing else lists losses.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from fastdpo.losses.batch import aot, aot_unpaired, plackett_luce
-from fastdpo.losses.likelihood import cpo, orpo, sft, simpo
-from fastdpo.losses.pairwise import (
-    apo_down,
-    apo_zero,
-    bco_pair,
-    discopop,
-    exo_pair,
-    hinge,
-    ipo,
-    nca_pair,
-    robust,
-    sigmoid,
-    sigmoid_norm,
-    sppo_hard,
-)
 from fastdpo.types import PairScores
 
-LOSSES: dict[str, Callable[[PairScores, Any], Tensor]] = {
-    "sigmoid": sigmoid,
-    "hinge": hinge,
-    "ipo": ipo,
-    "exo_pair": exo_pair,
-    "nca_pair": nca_pair,
-    "robust": robust,
-    "bco_pair": bco_pair,
-    "sppo_hard": sppo_hard,
-    "aot": aot,
-    "aot_unpaired": aot_unpaired,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "discopop": discopop,
-    "sft": sft,
-    "sigmoid_norm": sigmoid_norm,
-    "simpo": simpo,
-    "orpo": orpo,
-    "cpo": cpo,
-    "plackett_luce": plackett_luce,
+LossFunction = Callable[[PairScores, Any], Tensor]
+
+UNITS = {  # what the loss of a step is a mean over
+    "pair": "pairs",
+    "token": "chosen tokens",  # of the whole step; such a loss compares no responses
+    "ranking": "rankings",  # whose stages are the pairs
+    "batch": "a sorted batch",  # which is never split
 }
-# Losses in which the loss of a pair depends on the other pairs of its batch: none of these is the sum of its parts, so
-# their batches are never split, and their gradient is not made in forward.
-BATCH_LOSSES = ("aot", "aot_unpaired")
-REFERENCE_FREE_LOSSES = ("simpo", "orpo", "cpo")
-LISTWISE_LOSSES = ("plackett_luce",)  # means over rankings, whose stages are the pairs
-TOKEN_LOSSES = ("sft",)  # means over tokens and nothing else: no comparison, so no reference, divergence or pair weight
-LIKELIHOOD_LOSSES = (*TOKEN_LOSSES, "orpo", "cpo")  # hold a mean over the chosen tokens of the optimizer step
-LENGTH_NORMALIZED = ("ipo", "sigmoid_norm", "simpo", "orpo")  # compare means over tokens: length itself earns nothing
-PER_TOKEN_REWARDS = ("simpo", "orpo")  # losses whose reward is beta times the log-prob per token
-SMOOTHED = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired", "simpo", "cpo")  # read label_smoothing
-# compare the two ratios alone, so that what f-DPO's reward has of the prompt cancels
-DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", *LISTWISE_LOSSES)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss function and what a run has to know about it. Callable like the function."""
+
+    name: str
+    function: LossFunction
+    unit: str = "pair"  # a key of UNITS
+    reference: bool = True  # compares with a reference model
+    smoothed: bool = False  # reads label_smoothing
+    per_token: bool = False  # compares means over tokens, so length by itself earns nothing
+    likelihood: bool = False  # contains the mean log-prob of the optimizer step's chosen tokens
+    divergence: bool = False  # compares both log-ratios alone, so an f-divergence may replace the KL
+    reads: tuple[str, ...] = ()  # further settings of the config
+
+    def __call__(self, scores: PairScores, config: Any) -> Tensor:
+        return self.function(scores, config)
+
+    @property
+    def about(self) -> str:
+        """The first paragraph of the function's docstring: formula, paper, equation."""
+        return " ".join((inspect.getdoc(self.function) or "").split("\n\n")[0].split())
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The settings that it reads beside beta."""
+        return (*(("label_smoothing",) if self.smoothed else ()), *self.reads)
+
+    @property
+    def rewards_per_token(self) -> bool:
+        """Whether its reward is beta times the log-prob per token."""
+        return self.per_token and not self.reference
+
+
+LOSSES: dict[str, Loss] = {}
+
+
+def loss(**facts: Any) -> Callable[[LossFunction], LossFunction]:
+    """Registers the function below it under its own name; the facts are those of `Loss`."""
+
+    def register(function: LossFunction) -> LossFunction:
+        made = Loss(function.__name__, function, **facts)
+        assert made.unit in UNITS, f"unit must be one of {sorted(UNITS)}, got {made.unit!r}"
+        LOSSES[made.name] = made
+        return function
+
+    return register
+
+
+def losses_where(is_wanted: Callable[[Loss], bool], among: Iterable[str] | None = None) -> tuple[str, ...]:
+    """Names of the losses of which `is_wanted` holds, all or those `among` given ones, in their order."""
+    return tuple(name for name in (LOSSES if among is None else among) if is_wanted(LOSSES[name]))

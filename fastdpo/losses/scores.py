@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdpo.losses.batch import rankings_of
 from fastdpo.losses.divergence import under_divergence
-from fastdpo.losses.registry import BATCH_LOSSES, DIVERGENCE_LOSSES, LISTWISE_LOSSES, LOSSES, TOKEN_LOSSES
+from fastdpo.losses.registry import LOSSES
 from fastdpo.losses.settings import LossConfig
 from fastdpo.types import PairScores
 
@@ -82,8 +82,9 @@ def preference_losses(scores: PairScores, config: LossConfig) -> Tensor:
     divergent = under_divergence(scores, config)
     total = torch.zeros_like(scores.policy_chosen_logps)
     for name, factor in zip(config.loss_type, config.loss_weights or [1.0] * len(config.loss_type), strict=True):
-        losses = LOSSES[name](divergent if name in DIVERGENCE_LOSSES else scores, config)
-        if scores.pair_weights is not None and name not in TOKEN_LOSSES:
+        loss = LOSSES[name]
+        losses = loss(divergent if loss.divergence else scores, config)
+        if scores.pair_weights is not None and loss.unit != "token":
             losses = losses * scores.pair_weights
         total = total + factor * losses
     return total
@@ -91,9 +92,9 @@ def preference_losses(scores: PairScores, config: LossConfig) -> Tensor:
 
 def is_listwise(config: LossConfig) -> bool:
     """Whether the loss is a mean over rankings."""
-    return any(name in LISTWISE_LOSSES for name in config.loss_type)
+    return any(LOSSES[name].unit == "ranking" for name in config.loss_type)
 
 
 def looks_at_whole_batch(config: LossConfig) -> bool:
     """Whether the loss of a batch is not the sum of the losses of its parts."""
-    return any(name in BATCH_LOSSES for name in config.loss_type)
+    return any(LOSSES[name].unit == "batch" for name in config.loss_type)

@@ -141,7 +141,8 @@ def _attention_backend(model: nn.Module, name: str) -> Iterator[None]:
 @contextmanager
 def _whole_fp32_products() -> Iterator[None]:
     """Products of fp32 without the shortcuts of TF32 and bf16 that the user may have allowed."""
-    kinds: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    backends: Any = torch.backends
+    kinds = [backends.cuda.matmul, backends.mkldnn.matmul]
     before = [kind.fp32_precision for kind in kinds]
     for kind in kinds:
         kind.fp32_precision = "ieee"

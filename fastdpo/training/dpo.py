@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
 from fastdpo.data.prepare import Report, prepare_preference_dataset
-from fastdpo.losses import PER_TOKEN_REWARDS, is_listwise, looks_at_whole_batch, pair_scores, preference_losses
+from fastdpo.losses import LOSSES, is_listwise, looks_at_whole_batch, pair_scores, preference_losses
 from fastdpo.losses.batch import rankings_of
 from fastdpo.losses.scores import SHARED_PARTS_AFTER
 from fastdpo.metrics import SumAndWeight, pair_metrics, token_metrics
@@ -272,7 +272,7 @@ class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
         loss, policy = packed_loss(model, batch, loss_of, **settings)
         found = policy.sequences
         scores = pair_scores(batch.pairs, found.sums.detach(), found.lengths, ref_sums, args)
-        per_token = any(name in PER_TOKEN_REWARDS for name in args.loss_type)
+        per_token = any(LOSSES[name].rewards_per_token for name in args.loss_type)
         metrics = pair_metrics(scores, args.beta, per_token=per_token)
         metrics.update(token_metrics(policy, batch.token_rows, batch.cu_seqlens, batch.pairs))
         if policy.aux_loss is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def _parts(trainer: Any, folder: str) -> Iterator[tuple[str, Callable[[], Any]]]
         return
     for name, config in trainer.model.peft_config.items():
         if name != REFERENCE_ADAPTER:
-            yield f"the config of the adapter {name!r}", lambda config=config: config.save_pretrained(folder)
+            yield f"the config of the adapter {name!r}", partial(config.save_pretrained, folder)
 
 
 def _check_shared(model: Any) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 from fastdpo.losses import (
     DIVERGENCES,
     LOSSES,
-    REFERENCE_FREE_LOSSES,
     check_combination,
     check_loss_settings,
     looks_at_whole_batch,
+    losses_where,
 )
 from fastdpo.training.config_checks import help_text
 from fastdpo.training.trl_names import RENAMED_LOSSES
@@ -38,8 +38,8 @@ class LossSettings:
     label_smoothing: float = field(
         default=0.0,
         metadata=help_text(
-            "Probability that a preference label is flipped, in [0, 0.5), for the losses that have it: conservative DPO"
-            " (sigmoid), exo_pair, robust, aot, aot_unpaired, simpo, cpo."
+            "Probability that a preference label is flipped, in [0, 0.5). Read by"
+            f" {', '.join(losses_where(lambda loss: loss.smoothed))}; with sigmoid it is conservative DPO."
         ),
     )
     f_divergence_type: str = field(
@@ -88,7 +88,7 @@ class LossSettings:
     def _check_reference(self) -> None:
         """Losses without a reference take none; f-divergences are divergences from one."""
         settings: Any = self
-        free = [name for name in self.loss_type if name in REFERENCE_FREE_LOSSES]
+        free = losses_where(lambda loss: not loss.reference, self.loss_type)
         if free:
             asked = {"reference": settings.reference, "precompute_ref_log_probs": settings.precompute_ref_log_probs}
             if asked["reference"] not in ("auto", "none"):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastdpo.data.packing import pack_pairs, pad_pairs
 from fastdpo.data.tokenization import padding_id
-from fastdpo.losses import REFERENCE_FREE_LOSSES
+from fastdpo.losses import losses_where
 from fastdpo.modeling import prepare_model
 from fastdpo.modeling.packed import bare_model, unprepare_model
 from fastdpo.references import AdapterReference, FrozenReference
@@ -63,7 +63,7 @@ def choose_reference(
     has_adapter = is_peft_model(model)
     outside = trained_outside_adapter(model) if has_adapter else None
     mode = "none" if args.reference_free else args.reference
-    free = next((name for name in args.loss_type if name in REFERENCE_FREE_LOSSES), None)
+    free = next(iter(losses_where(lambda loss: not loss.reference, args.loss_type)), None)
     if mode == "none" and ref_model is not None:
         why = f"loss_type={free!r}" if free else "reference='none' or reference_free"
         raise ValueError(f"ref_model must be None where there is no reference ({why})")

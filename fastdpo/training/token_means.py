@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from fastdpo.data.layout import counted_sequences
-from fastdpo.losses import LIKELIHOOD_LOSSES
+from fastdpo.losses import LOSSES
 from fastdpo.references.rows import read_groups
 from fastdpo.training.collator import microbatches_of
 from fastdpo.training.config import DPOConfig
@@ -70,7 +70,7 @@ class TokenMeans(Base):
             self._of_evaluation = None
 
     def _reads_mean(self) -> bool:
-        return any(name in LIKELIHOOD_LOSSES for name in self.args.loss_type)
+        return any(LOSSES[name].likelihood for name in self.args.loss_type)
 
     def _count(self, batches: list[dict[str, Any]], *, everywhere: bool = False) -> None:
         """Sets the mean to that of these batches, of all processes where `everywhere`."""

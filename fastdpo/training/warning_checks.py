@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdpo.losses.registry import LENGTH_NORMALIZED, LIKELIHOOD_LOSSES, LISTWISE_LOSSES, TOKEN_LOSSES
+from fastdpo.losses import LOSSES, is_listwise
 
 CHOSEN_FALL = 10.0  # nats of a whole response: e^10, so 22,000 times less likely than it was
 SATURATED_ACCURACY = 0.99  # 2 or 3 of 256 pairs are still wrong: what is left to learn is noise of the labels
@@ -56,9 +56,9 @@ def chosen_falls(run: Progress) -> str | None:
 def _held_by(args: Any) -> str:
     """What keeps chosen responses likely, as settings of this run."""
     names = args.loss_type
-    if any(name in LIKELIHOOD_LOSSES for name in names):
+    if any(LOSSES[name].likelihood for name in names):
         return "Give the term of the chosen responses' likelihood more weight (loss_weights, cpo_alpha)"
-    if any(name in LISTWISE_LOSSES for name in names):
+    if is_listwise(args):
         return "A loss of pairs can be held by a term of supervised loss; this one stands alone"
     losses, weights = [*names, "sft"], [*(args.loss_weights or [1.0] * len(names)), SFT_WEIGHT]
     as_written = ", ".join(f'"{name}"' for name in losses)
@@ -114,8 +114,8 @@ def length_drift(run: Progress) -> str | None:
 
 
 def _takes_length_out(args: Any) -> bool:
-    compares = [name for name in args.loss_type if name not in TOKEN_LOSSES]
-    return all(name in LENGTH_NORMALIZED for name in compares) or (args.ld_alpha is not None and args.ld_alpha < 1)
+    compares = [LOSSES[name] for name in args.loss_type if LOSSES[name].unit != "token"]
+    return all(loss.per_token for loss in compares) or (args.ld_alpha is not None and args.ld_alpha < 1)
 
 
 CHECKS: dict[str, Callable[[Progress], str | None]] = {

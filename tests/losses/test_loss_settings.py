@@ -1,12 +1,15 @@
 """What losses cannot be computed with, or together, is refused by the config."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from tiny_runs import losses, tiny_trainer
 
 from fastdpo import LOSSES, DPOConfig
-from fastdpo.losses import DIVERGENCES
+from fastdpo.losses import DIVERGENCES, loss
+from fastdpo.losses.table import losses_table
 
 
 def config(tmp_path, **settings):
@@ -87,14 +90,45 @@ def test_smoothing_reaches_those_losses_of_a_list_that_have_it(tmp_path):
     assert config(tmp_path, loss_type=["robust", "sft"], label_smoothing=0.1).label_smoothing == 0.1
 
 
-def test_the_page_on_losses_names_every_loss_and_divergence():
-    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
-    assert {*LOSSES, *DIVERGENCES} <= set(re.findall(r"`([a-z_]+)`", page))
+PAGE = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
 
 
-def test_every_loss_names_its_source():
-    for name, loss in LOSSES.items():
-        assert "arXiv" in loss.__doc__, name
+def test_the_page_holds_the_table_that_the_losses_make():
+    assert losses_table() in PAGE, "run `python -m fastdpo.losses.table` and put what it prints into docs/losses.md"
+    assert set(DIVERGENCES) <= set(re.findall(r"`([a-z_]+)`", PAGE))
+
+
+def test_every_loss_names_its_source_and_settings_that_exist():
+    known = {field.name for field in fields(DPOConfig)}
+    for name, registered in LOSSES.items():
+        assert "arXiv" in registered.function.__doc__, name
+        assert set(registered.settings) <= known
+
+
+def test_a_loss_is_registered_by_writing_it(tmp_path):
+    """One function: the config takes its name, the trainer trains with it, help and table show it."""
+    before = dict(LOSSES)
+
+    @loss(smoothed=True)
+    def squared(scores, config):
+        """`(beta (c - r) - 1)^2`. A loss of this test, arXiv 0000.00000."""
+        return (config.beta * scores.margins - 1) ** 2
+
+    try:
+        assert config(tmp_path, loss_type="squared", label_smoothing=0.1).loss_type == ["squared"]
+        assert "| `squared` | `(beta (c - r) - 1)^2`. A loss of this test" in losses_table()
+        trainer = tiny_trainer(tmp_path, loss_type="squared", max_steps=1)
+        assert losses(trainer) == [pytest.approx(1.0, abs=1e-5)]
+    finally:
+        LOSSES.clear()
+        LOSSES.update(before)
+
+
+def test_a_fact_that_no_loss_has_is_refused_where_it_is_written():
+    with pytest.raises(TypeError, match="smoothd"):
+        loss(smoothd=True)(lambda scores, config: None)
+    with pytest.raises(AssertionError, match="unit must be one of"):
+        loss(unit="pears")(lambda scores, config: None)
 
 
 def test_simpo_takes_the_margin_under_the_name_of_trls_cpo_trainer(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdpo import LOSSES, PairScores
-from fastdpo.losses import DIVERGENCES, LIKELIHOOD_LOSSES, pair_scores, preference_losses
+from fastdpo.losses import DIVERGENCES, losses_where, pair_scores, preference_losses
 from fastdpo.losses.batch import rankings_of
 from fastdpo.losses.scores import relative_likelihoods
 
@@ -86,7 +86,7 @@ def test_the_mean_of_sft_over_pairs_is_the_mean_over_tokens_however_the_pairs_ar
     assert torch.cat(parts).tolist() == pytest.approx(whole.tolist())
 
 
-@pytest.mark.parametrize("name", LIKELIHOOD_LOSSES)
+@pytest.mark.parametrize("name", losses_where(lambda loss: loss.likelihood))
 def test_the_likelihood_term_counts_every_token_whole_under_ld_alpha(name):
     weighed = scores_of((-1.0, -2.0, 0.0, 0.0), lengths=[(2, 4)], chosen_sums=torch.tensor([-5.0]))
     as_it_is = scores_of((-1.0, -2.0, 0.0, 0.0), lengths=[(2, 4)])

@@ -4,6 +4,7 @@ full logits, packed, padded, split, with each reference, and with LoRA.
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from datasets import Dataset
 from tiny import make_llama, make_tokenizer
 
 from fastdpo import LOSSES, DPOConfig, DPOTrainer, PairScores
-from fastdpo.losses import SMOOTHED, looks_at_whole_batch, preference_losses
+from fastdpo.losses import looks_at_whole_batch, preference_losses
 from fastdpo.training.collator import microbatches_of
 from fastdpo.training.precompute import precompute_ref_logps
 
@@ -43,7 +44,7 @@ ROWS = [
 ]
 
 ALONE = {
-    name: {"loss_type": name, "label_smoothing": 0.1 if name in SMOOTHED else 0.0}
+    name: {"loss_type": name, "label_smoothing": 0.1 if LOSSES[name].smoothed else 0.0}
     for name in LOSSES
     if name != "plackett_luce"  # below
 }
@@ -261,7 +262,7 @@ def test_sorted_losses_see_the_whole_batch_at_once(tmp_path, monkeypatch):
         seen.append(len(scores.margins))
         return LOSSES["sigmoid"](scores, config)
 
-    monkeypatch.setitem(LOSSES, "aot", spy)
+    monkeypatch.setitem(LOSSES, "aot", replace(LOSSES["aot"], function=spy))
     monkeypatch.setattr("fastdpo.ops.sequence_loss.max_chunk_rows", lambda *args: 1)  # else one pair at a time
     gradients(make_trainer(tmp_path, loss_type="aot"))
     assert seen == [len(ROWS)]
