@@ -65,7 +65,7 @@ def test_long_sums_are_as_exact_as_fp32_holds():
     found = sequence_logps(hidden_states.detach(), weight.detach(), labels, cu_seqlens)
     exact = found.tokens.logps.double()
     expected = torch.stack([exact[:3990].sum(), exact[3990:].sum()]).float()
-    assert torch.equal(found.sums, expected)
+    torch.testing.assert_close(found.sums, expected, rtol=torch.finfo(FP32).eps, atol=0)  # the last bit, at a tie
 
 
 @pytest.mark.parametrize("impl", IMPLS)

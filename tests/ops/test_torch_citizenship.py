@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from closeness import assert_same_to_rounding
 from head_cases import BF16, FP32, Case, make_inputs
 from torch.utils.checkpoint import checkpoint
 
@@ -40,7 +41,7 @@ def test_opcheck_passes(impl, dtype, skip_tolerance, grad_in_forward, outputs):
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("frozen_head", [False, True])
 @pytest.mark.parametrize("outputs", [(), TOKEN_OUTPUTS])
-def test_compiled_in_one_graph_it_gives_the_same_bits(impl, frozen_head, outputs):
+def test_compiled_in_one_graph_it_gives_the_same_numbers(impl, frozen_head, outputs):
     def step(hidden_states, weight, bias, labels, upstream):
         tokens = linear_logps(hidden_states, weight, labels, bias=bias, softcap=4.0, outputs=outputs, impl=impl)
         statistics = [getattr(tokens, name) for name in outputs]
@@ -57,8 +58,7 @@ def test_compiled_in_one_graph_it_gives_the_same_bits(impl, frozen_head, outputs
                 leaf.requires_grad_(any(leaf is x for x in wanted))
             loss, *values = function(*leaves.values(), labels, upstream)
             results.append([*values, *torch.autograd.grad(loss, wanted)])
-        for ours, expected in zip(*results, strict=True):
-            assert torch.equal(ours, expected)
+        assert_same_to_rounding(*results)
 
 
 def test_sequence_logps_compiles_in_one_graph_too():
@@ -71,10 +71,8 @@ def test_sequence_logps_compiles_in_one_graph_too():
 
     sums, lengths = compiled(step)(*leaves.values())
     expected, expected_lengths = step(*leaves.values())
-    assert torch.equal(sums, expected)
-    assert torch.equal(lengths, expected_lengths)
     grads = [torch.autograd.grad(x.sum(), list(leaves.values())) for x in (sums, expected)]
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert_same_to_rounding([sums, lengths, *grads[0]], [expected, expected_lengths, *grads[1]])
 
 
 def test_the_reference_compiles_too():

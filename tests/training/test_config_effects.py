@@ -159,9 +159,9 @@ def test_no_dropout_is_left_wherever_a_model_keeps_its_probability():
     for model in (XGLMForCausalLM(XGLMConfig(**sizes, **everywhere)), BloomForCausalLM(bloom)):
         ids = torch.arange(5)[None]
         expected = model.eval()(ids).logits
-        assert not torch.equal(model.train()(ids).logits, expected)
+        assert not torch.allclose(model.train()(ids).logits, expected)
         disable_dropout(model)
-        assert torch.equal(model(ids).logits, expected)
+        torch.testing.assert_close(model(ids).logits, expected)
 
 
 def test_a_model_and_its_tokenizer_may_be_in_a_subfolder(tmp_path):
