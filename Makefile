@@ -1,21 +1,24 @@
 # `make demo` and `make test` do all their own set-up: they need Python >= 3.10 and make, nothing else.
 # FASTDPO_PEERS=required: that packages which tests compare with are missing is then a failure, not a skip (tests/peers.py).
-# PYTHON picks another interpreter, VENV another place for the environment:  make test PYTHON=python3.12 VENV=/tmp/venv
+# PYTHON picks another interpreter, CONSTRAINTS other versions of what is installed (constraints-newest.txt,
+# constraints-oldest.txt), each in an environment of its own; VENV names its place:
+#   make test PYTHON=python3.12 VENV=/tmp/venv      make test CONSTRAINTS=constraints-newest.txt
 PYTHON ?= python3
-VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+VENV ?= .venv$(patsubst %,-%,$(patsubst constraints-%,%,$(filter-out constraints,$(basename $(notdir $(CONSTRAINTS))))))
 BIN := $(VENV)/bin
 # Of pytest-xdist: tests run on one thread each; the tests of a module stay together, for what they share.
 PROCESSES ?= --numprocesses 2 --dist loadfile
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all aot lint format clean
+.PHONY: demo test test-all test-portable aot lint format clean
 
 # The stamp is rebuilt only when what is installed could have changed, so that second runs reuse the environment.
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit("fastdpo needs Python >= 3.10, $(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
 
 demo: $(STAMP)
@@ -29,6 +32,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	FASTDPO_PEERS=required $(BIN)/python -m pytest $(PROCESSES)
+
+# The tests of numbers under the arithmetic of other machines, as far as this one can do it; PORTABLE="--list" names it.
+test-portable: $(STAMP)
+	$(BIN)/python tests/portable.py $(PORTABLE)
 
 # What the kernels compile to, with three releases of Triton in folders of their own; no GPU needed.
 aot: $(STAMP)
@@ -44,4 +51,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .venv-triton-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-triton-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

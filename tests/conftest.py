@@ -1,5 +1,6 @@
 """Settings of every test: offline, one thread, caches of its own that nothing outlives, and without a GPU the Triton
-kernels in Triton's interpreter.
+kernels in Triton's interpreter. portable.py asks for other threads and other sums by FASTDPO_TEST_THREADS and
+FASTDPO_TEST_SUMS.
 """
 
 import gc
@@ -18,11 +19,13 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when the kernels are imported
+if os.environ.get("FASTDPO_TEST_SUMS") == "other":
+    import other_sums  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+def _as_many_threads_as_asked_for():
+    torch.set_num_threads(int(os.environ.get("FASTDPO_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session", autouse=True)

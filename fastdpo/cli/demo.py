@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from fastdpo.cli.threads import FreeCores
 from fastdpo.report import require_matplotlib, write_report
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 DEMO_FILE = "fastdpo_demo.json"  # marks a directory as the output of a demo; holds its options and figures
 REPORT_FILE = "report.html"
 SIZE_NAMES = ("full", "small")
-MAX_THREADS = 2  # more do not help a model this small, and the number of threads decides how sums are rounded
+MAX_THREADS = 2  # more do not help a model this small
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> SweepResul
     require_matplotlib()
     output_dir = _checked_output_dir(options)
     started = time.perf_counter()
-    with _Stages(console) as stages, _quiet_libraries():
+    threads = _Threads(FreeCores())
+    with _Stages(console, threads) as stages, _quiet_libraries(), threads:
         from fastdpo.alignment.experiment import SIZES, run_experiment
         from fastdpo.cli.demo_report import demo_sections
 
@@ -189,8 +191,9 @@ def _print_results(console: Console, experiment: Experiment) -> None:
 class _Stages:
     """One line per stage with its time; while a stage runs, and only on a terminal, a spinner with the step."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, threads: _Threads) -> None:
         self.console = console
+        self._threads = threads
         self._status = console.status("")
         self._name = ""
         self._started = 0.0
@@ -208,14 +211,45 @@ class _Stages:
         self._finish(done=True)
         self._name, self._started = name, time.perf_counter()
         self._status.update(f"{name} ...")
+        self._threads.update()
 
     def show_step(self, step: int, num_steps: int) -> None:
+        self._threads.update()
         self._status.update(f"{self._name} ... step {step} of {num_steps}")
 
     def _finish(self, *, done: bool) -> None:
         if self._name and done:
             self.console.print(f"{time.perf_counter() - self._started:6.1f} s  {self._name}", highlight=False)
         self._name = ""
+
+
+class _Threads:
+    """As many threads as there are cores that others leave free, MAX_THREADS at most, looked at stage by stage and
+    step by step; inside a with statement, before which PyTorch need not be loaded, and after it as many as before.
+    """
+
+    def __init__(self, cores: FreeCores) -> None:
+        self._cores = cores
+        self._before: int | None = None
+
+    def __enter__(self) -> None:
+        import torch
+
+        self._before = torch.get_num_threads()
+        self.update()
+
+    def __exit__(self, *rest: Any) -> None:
+        import torch
+
+        if self._before is not None:
+            torch.set_num_threads(self._before)
+        self._before = None
+
+    def update(self) -> None:
+        if self._before is not None:
+            import torch
+
+            torch.set_num_threads(self._cores.threads(min(MAX_THREADS, self._before)))
 
 
 def _step_callback(stages: _Stages) -> Any:
@@ -230,20 +264,16 @@ def _step_callback(stages: _Stages) -> Any:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """No progress bars of datasets and transformers between our lines, and at most MAX_THREADS threads."""
+    """No progress bars of datasets and transformers between our lines."""
     import datasets
-    import torch
     from transformers.utils import logging
 
     had_bars, had_hf_bars = not datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
-    num_threads = torch.get_num_threads()
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
-    torch.set_num_threads(min(MAX_THREADS, num_threads))
     try:
         yield
     finally:
-        torch.set_num_threads(num_threads)
         if had_bars:
             datasets.enable_progress_bars()
         if had_hf_bars:

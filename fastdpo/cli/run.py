@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from fastdpo.cli.adapters import check_dropout, lora_config, quantization_config
 from fastdpo.cli.arguments import AdapterArguments, LoraArguments, RunArguments, parse
 from fastdpo.cli.comparison import comparison_table
 from fastdpo.cli.console import make_console
+from fastdpo.cli.threads import FreeCores, busy_cores_warning
 from fastdpo.data.loading import load_preference_dataset, stream_preference_dataset
 from fastdpo.data.prepare import one_prompt_a_row
 from fastdpo.data.report import StreamReport
@@ -47,7 +49,7 @@ def run_training(
     """
     run, adapter, args = parse(command, [RunArguments, adapter_class, config_class], argv)
     check_dropout(adapter, args)
-    console = make_console()
+    console, cores = make_console(), FreeCores()
     is_known = adapter.use_peft or Path(run.model).is_dir()  # what a name on the Hub holds is not
     has_adapter = adapter.use_peft or adapter_base(run.model) is not None if is_known else None
     resume_from = check_output_dir(args, overwrite=run.overwrite_output_dir, has_adapter=has_adapter)
@@ -62,6 +64,7 @@ def run_training(
         peft_config=lora_config(adapter) if adapter.use_peft else None,
     )
     print_summary(trainer, run)
+    warn_of_busy_cores(console, trainer, cores)
     options = {"command": ["fastdpo", command, *without_secrets(argv)], **vars(run), **vars(adapter), **args.to_dict()}
     train_and_compare(console, trainer, resume_from, options, columns)
 
@@ -123,6 +126,17 @@ def print_summary(trainer: PackedTrainer, run: RunArguments) -> None:
         held_out = f"on {run.eval_fraction:.0%} of the training data, held out (--eval_fraction)"
         more.insert(0, ("evaluation", held_out))
     trainer.print_summary(*more)
+
+
+def warn_of_busy_cores(console: Console, trainer: PackedTrainer, cores: FreeCores) -> None:
+    """The number of threads stays the user's, as it decides how sums are rounded: a run must not depend on what else
+    the machine has done.
+    """
+    num_threads = torch.get_num_threads()
+    cores.threads(num_threads)  # what has been free while model and data were loaded
+    warning = busy_cores_warning(cores.free, cores.num_cores, num_threads)
+    if warning is not None and trainer.args.device.type == "cpu" and trainer.is_world_process_zero():
+        console.print(f"warning: {warning}", soft_wrap=True, highlight=False)
 
 
 def train_and_compare(
