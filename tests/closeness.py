@@ -9,6 +9,13 @@ runs the suite under several.
 import torch
 
 
+def without_ties(entry):
+    """A log's entry without accuracies of margins that are rounding: which of those are above 0 says nothing."""
+    margins = {key: value for key, value in entry.items() if key.endswith("rewards/margins")}
+    ties = {key.replace("margins", "accuracies") for key, value in margins.items() if abs(value) < 1e-6}
+    return {key: value for key, value in entry.items() if key not in ties}
+
+
 def distance(a, b):
     """The norm of the difference, in fp64."""
     return float((a.detach().double().cpu() - b.detach().double().cpu()).norm())

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from closeness import assert_as_exact
 from head_cases import BF16, CASES, FP32, Case, assert_at_most_twice_plain, exact_logps, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -326,8 +327,9 @@ def test_strides_of_the_inputs_do_not_matter(impl, small_tiles):
     for h, w, l in (strided, [hidden_states.clone().requires_grad_(), weight.clone().requires_grad_(), labels]):
         logps = linear_logps(h, w, l, impl=impl).logps
         results.append([logps, *torch.autograd.grad((logps * upstream).sum(), [h, w])])
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    exact_leaves = [x.double().requires_grad_() for x in (hidden_states, weight)]
+    logps = exact_logps(*exact_leaves, labels)
+    assert_as_exact(*results, [logps, *torch.autograd.grad((logps * upstream).sum(), exact_leaves)])
 
 
 @pytest.mark.parametrize("impl", ALL)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import distance
 from head_cases import BF16, FP32, Case, exact_logps, make_inputs, plain_logps
 
 from fastdpo.ops import sequence_loss as module
@@ -62,10 +63,6 @@ def ours(case, impl, **settings):
     )
     loss = loss / 4
     return [loss, found.tokens.logps, *torch.autograd.grad(loss, list(leaves.values()))]
-
-
-def distance(a, b):
-    return float((a.detach().double().cpu() - b.detach().double().cpu()).norm())
 
 
 @pytest.mark.parametrize(

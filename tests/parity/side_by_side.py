@@ -1,6 +1,7 @@
 """One training run through TRL's DPOTrainer and one through ours, from the same settings, and what both have logged."""
 
 import torch
+from closeness import without_ties
 from datasets import Dataset
 from tiny import make_rows
 
@@ -46,18 +47,12 @@ def trained(package, folder, model, tokenizer, keywords, settings):
 
 
 def logged(trainer, prefix=""):
-    """The numbers that were logged at each step; a step's entry is the one that holds its loss.
-
-    Where policy and reference are one model, every margin is a rounding error, and which are above 0 says nothing.
-    """
-    entries = []
-    for entry in trainer.state.log_history:
-        if f"{prefix}loss" in entry:
-            dropped = NOT_NUMBERS
-            if abs(entry[f"{prefix}rewards/margins"]) < 1e-6:
-                dropped = NOT_NUMBERS | {f"{prefix}rewards/accuracies"}
-            entries.append({key: value for key, value in entry.items() if key not in dropped})
-    return entries
+    """The numbers that were logged at each step; a step's entry is the one that holds its loss."""
+    return [
+        {key: value for key, value in without_ties(entry).items() if key not in NOT_NUMBERS}
+        for entry in trainer.state.log_history
+        if f"{prefix}loss" in entry
+    ]
 
 
 def assert_same_logs(ours, theirs, keys=None, tolerance=1e-4):
