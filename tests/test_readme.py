@@ -83,8 +83,8 @@ def known_options():
 
     known = {f.name for cls in (DPOConfig, AdapterArguments, RunArguments) for f in fields(cls)} | {"config", "help"}
     known |= options_of("verify") | options_of("plan")
-    for script in ("gpu_suite", "bench_training_step"):
-        known |= set(re.findall(r"--([a-z_0-9]+)", (ROOT / f"benchmarks/{script}.py").read_text()))
+    for script in ("benchmarks/gpu_suite", "benchmarks/bench_training_step", "tests/portable"):
+        known |= set(re.findall(r"--([a-z_0-9]+)", (ROOT / f"{script}.py").read_text()))
     return known | set(re.findall(r'"--([a-z-]+)"', (ROOT / "kernels/fused/tuning.py").read_text()))
 
 
