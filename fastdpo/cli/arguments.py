@@ -1,35 +1,65 @@
-"""Command lines and YAML files to dataclasses: generated from the fields, grouped for reading, nearest name on a typo.
+"""The options of `fastdpo train`, `sft` and `precompute`: dataclasses, their order in --help, and the parser of a run.
 
-transformers.HfArgumentParser makes the options. A YAML file gives defaults and flags override it.
+In: a command line and a YAML file, which may use the names of TRL's scripts and of the alignment-handbook. Out: one
+object for each dataclass. Refuses unknown names with the nearest, missing ones, and files that cannot be read. The
+fields here and of the configs are also in options/options.json: `python -m fastdpo.cli.options.generate` writes it.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from fastdpo.cli.options.from_fields import fields_parser
+from fastdpo.cli.options.mixtures import checked_parts
+from fastdpo.cli.options.reading import read
+from fastdpo.cli.options.table import read_table, show_only
+from fastdpo.training import DPOConfig, SFTConfig
+from fastdpo.training.config_checks import check_choice, help_text
+from fastdpo.training.trl_names import SETTINGS, translated
 
-from fastdpo.cli.parser import RaisesErrors
-from fastdpo.training.config_checks import help_text
-from fastdpo.training.trl_names import line_instead
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
 class RunArguments:
-    """Which model on which data: what a config of the trainer does not say."""
+    """Which model on which data, and on how many processes: what a config of the trainer does not say."""
 
     model: str = field(metadata=help_text("Model to train: a local directory or a name on the Hub. Required."))
     dataset: str = field(
         metadata=help_text(
-            "Training data: a .json, .jsonl (also .gz) or .parquet file, a directory, or a name. Required."
+            "Training data: a .json, .jsonl (also .gz) or .parquet file, a directory, or a name. Required, unless there"
+            " are datasets."
         )
+    )
+    model_revision: str | None = field(
+        default=None, metadata=help_text("Branch, tag or commit of a model on the Hub; also of its tokenizer.")
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata=help_text(
+            f"In what the weights are loaded: one of {', '.join(DTYPES)}. Default: float32, which bf16 autocasts."
+        ),
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata=help_text(
+            "The model's own attention, as from_pretrained has it: for padded batches and samples. Packed rows have"
+            " attention_backend."
+        ),
+    )
+    tokenizer: str | None = field(
+        default=None, metadata=help_text("Tokenizer: a local directory or a name. Default: the model's.")
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata=help_text(
+            "Chat template in place of the tokenizer's, saved with it: a Jinja file, a folder or name whose tokenizer"
+            " has one, or the template itself."
+        ),
     )
     dataset_config: str | None = field(
         default=None,
@@ -41,8 +71,23 @@ class RunArguments:
     dataset_streaming: bool = field(
         default=False, metadata=help_text("Read the data as the run goes, in its own order; max_steps is needed.")
     )
+    datasets: Any = field(
+        default=None,
+        metadata=help_text(
+            "Several sets of training data (JSON, or a list in FILE), each with path and, as it needs them, name,"
+            " split, data_dir, data_files, columns, and fraction (its share of the mixture) or weight (the share of its"
+            " rows)."
+        ),
+    )
     eval_dataset: str | None = field(default=None, metadata=help_text("Evaluation data, in the same forms."))
-    eval_split: str = field(default="test", metadata=help_text("Split of a named evaluation dataset."))
+    eval_split: str | None = field(
+        default=None,
+        metadata=help_text(
+            "Split of a named evaluation dataset. Default: test. Without eval_dataset: the split of the training data's"
+            " own dataset that is evaluated; a file has none."
+        ),
+    )
+    eval_datasets: Any = field(default=None, metadata=help_text("Several sets of evaluation data, as datasets."))
     eval_fraction: float = field(
         default=0.05,
         metadata=help_text(
@@ -51,10 +96,51 @@ class RunArguments:
         ),
     )
     overwrite_output_dir: bool = field(default=False, metadata=help_text("Let output_dir hold another run already."))
+    ignore_bias_buffers: bool = field(
+        default=False, metadata=help_text("Keep DDP from sending the model's boolean buffers around.")
+    )
+    accelerate_config: str | None = field(
+        default=None,
+        metadata=help_text(
+            "Start on several processes by accelerate: multi_gpu, fsdp2, zero2, zero3, or a YAML file of `accelerate"
+            " config`."
+        ),
+    )
+    num_processes: int | None = field(
+        default=None,
+        metadata=help_text("So many processes, one a GPU. Default: what accelerate_config says, else every GPU."),
+    )
+    num_machines: int | None = field(default=None, metadata=help_text("Machines that the processes are spread over."))
+    machine_rank: int | None = field(default=None, metadata=help_text("Which of the machines this one is, from 0."))
+    main_process_ip: str | None = field(default=None, metadata=help_text("Address of machine 0."))
+    main_process_port: int | None = field(default=None, metadata=help_text("A free port of machine 0."))
 
     def __post_init__(self) -> None:
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
+        if self.dtype is not None:
+            self.dtype = self.dtype.removeprefix("torch.")
+            check_choice("dtype", self.dtype, DTYPES)
+        for name in ("datasets", "eval_datasets"):
+            if getattr(self, name) is not None:
+                setattr(self, name, checked_parts(getattr(self, name), name))
+        if self.eval_datasets is not None and self.eval_dataset is not None:
+            raise ValueError("eval_dataset must not be given beside eval_datasets: each is the evaluation data")
+        if self.datasets is not None and self.dataset is not None:
+            raise ValueError(f"dataset must not be given beside datasets, add it to them, got {self.dataset!r}")
+
+    def load_settings(self) -> dict[str, Any]:
+        """Arguments of from_pretrained that have an option of their own."""
+        asked = {
+            "revision": self.model_revision,
+            "dtype": self.dtype,
+            "attn_implementation": self.attn_implementation,
+        }
+        return {name: value for name, value in asked.items() if value is not None}
+
+    def data_name(self) -> str:
+        """What the training data is called in reports."""
+        return self.dataset if self.datasets is None else ", ".join(part["path"] for part in self.datasets)
 
 
 @dataclass
@@ -66,18 +152,54 @@ class LoraArguments:
     lora_alpha: int = field(
         default=32, metadata=help_text("Scale of the adapter: its product is multiplied by alpha / r.")
     )
-    lora_dropout: float = field(default=0.0, metadata=help_text("Dropout on the adapter's input."))
+    lora_dropout: float = field(
+        default=0.0, metadata=help_text("Dropout on the adapter's input; without effect beside disable_dropout.")
+    )
     lora_target_modules: list[str] | None = field(
         default=None, metadata=help_text("Layers that get an adapter. Default: every linear layer but the head.")
     )
+    lora_target_parameters: list[str] | None = field(
+        default=None, metadata=help_text("Parameters that get an adapter and are no layer's weight, as experts'.")
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata=help_text("Layers that are trained whole and saved with the adapter.")
+    )
+    lora_task_type: str = field(default="CAUSAL_LM", metadata=help_text("PEFT's name of the task: CAUSAL_LM."))
+    use_rslora: bool = field(
+        default=False, metadata=help_text("Multiply the adapter's product by alpha / sqrt(r): rsLoRA.")
+    )
+    use_dora: bool = field(
+        default=False, metadata=help_text("Train magnitude and direction of the weights apart: DoRA.")
+    )
     load_in_4bit: bool = field(default=False, metadata=help_text("QLoRA: base weights in 4 bits (bitsandbytes)."))
+    load_in_8bit: bool = field(default=False, metadata=help_text("Base weights in 8 bits (bitsandbytes)."))
+    bnb_4bit_quant_type: str = field(default="nf4", metadata=help_text("Numbers of 4 bits: nf4 or fp4."))
+    bnb_4bit_quant_storage: str | None = field(
+        default=None, metadata=help_text("In what 4-bit weights are stored: uint8 (default), or the dtype FSDP wants.")
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata=help_text("Quantize the constants of 4-bit weights too, which saves 0.4 bits a weight.")
+    )
 
     def __post_init__(self) -> None:
-        if self.load_in_4bit and not self.use_peft:
-            raise ValueError("load_in_4bit must go with use_peft: 4-bit weights cannot be trained themselves")
-        changed = [f.name for f in fields(self) if f.name.startswith("lora_") and getattr(self, f.name) != f.default]
-        if changed and not self.use_peft:
-            raise ValueError(f"{changed[0]} must go with use_peft: without it all weights are trained")
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if getattr(self, name) and not self.use_peft:
+                bits = name[8]
+                raise ValueError(f"{name} must go with use_peft: {bits}-bit weights cannot be trained themselves")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit must not both be set: a weight has one of them")
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        of_lora = [name for name in changed if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
+        if of_lora and not self.use_peft:
+            raise ValueError(f"{of_lora[0]} must go with use_peft: without it all weights are trained")
+        of_4bit = [name for name in changed if "bnb" in name]
+        if of_4bit and not self.load_in_4bit:
+            raise ValueError(f"{of_4bit[0]} must go with load_in_4bit, whose weights it is about")
+        if self.lora_task_type.upper() != "CAUSAL_LM":
+            raise ValueError(
+                f"lora_task_type must be 'CAUSAL_LM', the models trained here, got {self.lora_task_type!r}"
+            )
+        check_choice("bnb_4bit_quant_type", self.bnb_4bit_quant_type, ("nf4", "fp4"))
 
 
 @dataclass
@@ -91,9 +213,10 @@ class AdapterArguments(LoraArguments):
 
 # Options in the order in which people look for them; what no group names is shown under "everything else".
 GROUPS = {
-    "model and data": "model dataset output_dir config dataset_config dataset_split dataset_streaming eval_dataset"
-    " eval_split eval_fraction max_length max_prompt_length truncation_mode on_bad_row dataset_format dataset_num_proc"
-    " pad_token model_init_kwargs trust_remote_code disable_dropout",
+    "model and data": "model dataset output_dir config model_revision dtype attn_implementation tokenizer chat_template"
+    " dataset_config dataset_split dataset_streaming datasets eval_dataset eval_split eval_datasets eval_fraction"
+    " max_length max_prompt_length truncation_mode on_bad_row dataset_format dataset_num_proc pad_token"
+    " model_init_kwargs trust_remote_code disable_dropout",
     "preference optimization": "beta loss_type loss_weights label_smoothing f_divergence_type f_alpha_divergence_coef"
     " ld_alpha use_weighting discopop_tau gamma_beta_ratio cpo_alpha",
     "reference": "reference ref_model reference_free precompute_ref_log_probs precompute_ref_batch_size ref_cache_dir"
@@ -103,12 +226,23 @@ GROUPS = {
     " length_bucketing",
     "engine and memory": "max_tokens_per_microbatch on_oversized_row packing padding_free pad_to_multiple_of"
     " prefix_sharing attention_backend impl skip_tolerance workspace_bytes token_metrics bf16 fp16"
-    " gradient_checkpointing activation_offloading use_peft lora_r lora_alpha lora_dropout lora_target_modules"
-    " load_in_4bit use_cpu",
+    " gradient_checkpointing activation_offloading use_cpu",
+    "adapters and quantized weights": "use_peft lora_r lora_alpha lora_dropout lora_target_modules"
+    " lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora load_in_4bit load_in_8bit"
+    " bnb_4bit_quant_type bnb_4bit_quant_storage use_bnb_nested_quant",
+    "several processes": "accelerate_config num_processes num_machines machine_rank main_process_ip main_process_port"
+    " ignore_bias_buffers",
     "evaluation and logging": "eval_strategy eval_steps per_device_eval_batch_size report_to run_name logging_steps"
     " num_eval_samples eval_sample_tokens eval_sample_temperature training_warnings disable_tqdm",
     "saving": "save_strategy save_steps save_total_limit resume_from_checkpoint overwrite_output_dir",
 }
+
+
+TYPES: dict[str, list[type]] = {
+    "train": [RunArguments, AdapterArguments, DPOConfig],
+    "sft": [RunArguments, LoraArguments, SFTConfig],
+}
+TYPES["precompute"] = TYPES["train"]
 
 
 def parse(
@@ -121,154 +255,30 @@ def parse(
     Raises:
         ValueError: an unknown option or key (with the nearest valid name), a missing one, or an unreadable file.
     """
-    output = "" if shown else " --output_dir DIR"
-    usage = f"fastdpo {command} --model MODEL --dataset DATASET{output} [--config FILE] [options]"
-    parser = _Parser(dataclass_types, prog=f"fastdpo {command}", usage=usage, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it.")
-    actions = [action for action in parser._actions if action.dest != "help"]
-    _improve(actions)
-    _group(parser, actions)
+    parser = fields_parser(command, dataclass_types, GROUPS, shown)
     if shown is not None:
-        parser.epilog = "all options of `fastdpo train` are taken, also in FILE; those not listed here have no effect"
-        for action in actions:
-            action.help = action.help if action.dest in shown else argparse.SUPPRESS
-    names = sorted({action.dest for action in actions})
-    for argument in argv:
-        option = argument.split("=", 1)[0]
-        if option.startswith("--") and option not in parser._option_string_actions:
-            raise ValueError(_unknown(option, names, "option"))
-    config_path = _option(argv, "--config")
-    if config_path is not None:
-        values = _read_config(config_path, actions)
-        parser.set_defaults(**values)
-        for action in actions:
-            action.required = action.required and action.dest not in values
+        show_only(parser, shown)
+    words = read(
+        parser, argv, read_table()["former"], lambda former, given: _translated(dataclass_types, former, given)
+    )
     *parsed, rest = parser.parse_args_into_dataclasses(
-        list(argv), return_remaining_strings=True, look_for_args_file=False
+        words.argv, return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
         raise ValueError(f"every value must follow an option, got {rest[0]!r}")
+    for note in words.notes:
+        warnings.warn(note, FutureWarning, stacklevel=2)
     return [value for value in parsed if not isinstance(value, argparse.Namespace)]
 
 
-class _Parser(RaisesErrors, HfArgumentParser):
-    """HfArgumentParser that raises in place of exiting, and takes lists with commas."""
-
-    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """argparse's; the items of a list may also be parted by commas."""
-        if action.nargs == "+":
-            arg_strings = [item.strip() for text in arg_strings for item in text.split(",") if item.strip()]
-        return super()._get_values(action, arg_strings)  # type: ignore[misc]
-
-
-def _improve(actions: Sequence[argparse.Action]) -> None:
-    """What HfArgumentParser leaves open: a required output_dir, none as a number, JSON, what --no_... options mean."""
-    for action in actions:
-        if action.dest == "output_dir":
-            action.required = True
-            action.help = "Where checkpoints and the trained model are saved. Required."
-        if (action.type in (int, float) and action.default is None) or action.dest == "max_length":
-            action.type = _or_none(action.type)
-        if get_origin(action.type) is dict:
-            action.type = _or_none(_json_object)
-        if action.option_strings[0].startswith("--no_"):
-            action.help = f"Turns --{action.dest} off, which is on by default."
-            action.default = argparse.SUPPRESS
-
-
-def _or_none(kind: Any) -> Any:
-    def convert(text: str) -> Any:
-        return None if text.lower() in ("none", "null") else kind(text)
-
-    convert.__name__ = getattr(kind, "__name__", "number").strip("_").replace("_", " ")  # argparse: invalid ... value
-    return convert
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(text)
-    return value
-
-
-def _group(parser: argparse.ArgumentParser, actions: Sequence[argparse.Action]) -> None:
-    """Moves the options into GROUPS, which argparse only does for options that are added in groups."""
-    of_transformers = {f.name for f in fields(TrainingArguments)}
-    named = {name: title for title, names in GROUPS.items() for name in names.split()}
-    members: dict[str, list[argparse.Action]] = {title: [] for title in GROUPS}
-    for action in actions:
-        rest = "transformers.TrainingArguments" if action.dest in of_transformers else "fastdpo"
-        members.setdefault(named.get(action.dest, f"everything else of {rest}"), []).append(action)
-    order = {name: position for position, name in enumerate(named)}
-    parser._action_groups.clear()
-    for title, group in members.items():
-        if group:
-            group.sort(key=lambda action: order.get(action.dest, 0))
-            parser.add_argument_group(title)._group_actions.extend(group)
-
-
-def _option(argv: Sequence[str], name: str) -> str | None:
-    for position, argument in enumerate(argv):
-        if argument == name:
-            if position + 1 == len(argv):
-                raise ValueError(f"{name} must be followed by a file")
-            return argv[position + 1]
-        if argument.startswith(f"{name}="):
-            return argument.split("=", 1)[1]
-    return None
-
-
-def _read_config(path: str, actions: Sequence[argparse.Action]) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise ValueError(f"config must be an existing file, got {path!r}")
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"config {path} must hold one option per line as `name: value`, got {type(values).__name__}")
-    known = {action.dest: action for action in actions}
-    result = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise ValueError(f"config {path}: " + _unknown(str(key), list(known), "key"))
-        choices = known[name].choices
-        if choices is not None and value is False and "no" in choices:  # YAML reads a bare `no` as false
-            value = "no"
-        if choices is not None and value not in choices:
-            raise ValueError(f"config {path}: {name} must be one of {sorted(choices)}, got {value!r}")
-        result[name] = _as_if_typed(name, value, known[name])
-    return result
-
-
-def _as_if_typed(name: str, value: Any, action: argparse.Action) -> Any:
-    """A YAML value as the text that a command line would hold, so that one set of types and checks serves both."""
-    if value is None:
-        return None
-    if action.nargs in ("+", "*"):
-        return _items(name, value, action.type or str)
-    if isinstance(value, dict):
-        return json.dumps(value)
-    if isinstance(value, list):
-        raise ValueError(f"config: {name} must be one value, got {value!r}")
-    return str(value)
-
-
-def _items(name: str, value: Any, kind: Any) -> list[Any]:
-    """A list as YAML or a command line writes it; argparse leaves the items of defaults as they are."""
-    items = value if isinstance(value, list) else str(value).split(",")
-    try:
-        return [kind(str(item).strip()) for item in items]
-    except ValueError as error:
-        raise ValueError(f"config: {name} must be a list of {kind.__name__}, got {value!r}") from error
-
-
-def _unknown(name: str, valid: Sequence[str], kind: str) -> str:
-    plain = name.split("=")[0].lstrip("-").replace("-", "_")
-    nearest = difflib.get_close_matches(plain, valid, n=1)
-    prefix = "--" if kind == "option" else ""
-    instead = line_instead(plain)
-    if instead is not None:
-        return f"{kind} {name!r} is not there any more; instead, as Python has it: {instead}"
-    return f"unknown {kind} {name!r}" + (f"; did you mean '{prefix}{nearest[0]}'?" if nearest else "")
+def _translated(
+    dataclass_types: Sequence[type], former: dict[str, Any], given: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """What names that TRL had have become, and a line for each."""
+    known = {f.name for cls in dataclass_types for f in fields(cls)} | given.keys()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        settings = translated("fastdpo", {**given, **former}, known, SETTINGS, stacklevel=2)
+    return {name: value for name, value in settings.items() if given.get(name) != value}, [
+        str(warning.message) for warning in said
+    ]

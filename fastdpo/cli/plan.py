@@ -16,7 +16,7 @@ from rich import box
 from rich.table import Table
 
 from fastdpo.cli.console import make_console
-from fastdpo.cli.parser import RaisingParser
+from fastdpo.cli.options.parser import RaisingParser
 from fastdpo.training.plan import ROUNDING, USABLE_SHARE, Plan, make_plans, pair_tokens
 
 GB = 1e9

@@ -11,12 +11,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastdpo.cli.adapters import check_dropout, lora_config, quantization_config
 from fastdpo.cli.arguments import AdapterArguments, LoraArguments, RunArguments, parse
 from fastdpo.cli.comparison import comparison_table
 from fastdpo.cli.console import make_console
+from fastdpo.cli.looks import look_at_models, look_at_rows, merge_load_settings
+from fastdpo.cli.options.adapters import (
+    ignore_bias_buffers,
+    lora_config,
+    quantization_config,
+    warn_of_dropout,
+)
 from fastdpo.cli.threads import FreeCores, busy_cores_warning
 from fastdpo.data.loading import load_preference_dataset, stream_preference_dataset
+from fastdpo.data.mixture import load_mixture
 from fastdpo.data.prepare import one_prompt_a_row
 from fastdpo.data.report import StreamReport
 from fastdpo.report.run import write_run_report
@@ -48,21 +55,28 @@ def run_training(
         ValueError: anything that the user can mend, before a weight is changed.
     """
     run, adapter, args = parse(command, [RunArguments, adapter_class, config_class], argv)
-    check_dropout(adapter, args)
+    warn_of_dropout(adapter, args)
+    merge_load_settings(args, run.load_settings())
     console, cores = make_console(), FreeCores()
     is_known = adapter.use_peft or Path(run.model).is_dir()  # what a name on the Hub holds is not
     has_adapter = adapter.use_peft or adapter_base(run.model) is not None if is_known else None
     resume_from = check_output_dir(args, overwrite=run.overwrite_output_dir, has_adapter=has_adapter)
+    ref_model = {"ref_model": adapter.ref_model} if isinstance(adapter, AdapterArguments) else {}
+    tokenizer = look_at_models(run, args, **ref_model)
     train_dataset, eval_dataset = load_datasets(run, args)
+    look_at_rows(train_dataset, eval_dataset, tokenizer, args, run)
     trainer = trainer_class(
         run.model,
-        **({"ref_model": adapter.ref_model} if isinstance(adapter, AdapterArguments) else {}),
+        **ref_model,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        quantization_config=quantization_config() if adapter.load_in_4bit else None,
+        processing_class=tokenizer,
+        quantization_config=quantization_config(adapter, run.dtype),
         peft_config=lora_config(adapter) if adapter.use_peft else None,
     )
+    if run.ignore_bias_buffers:
+        ignore_bias_buffers(trainer.model)
     print_summary(trainer, run)
     warn_of_busy_cores(console, trainer, cores)
     options = {"command": ["fastdpo", command, *without_secrets(argv)], **vars(run), **vars(adapter), **args.to_dict()}
@@ -104,15 +118,25 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
 
 
 def load_datasets(run: RunArguments, args: EngineConfig) -> tuple[Any, Any]:
-    """Training and evaluation rows; the latter held out of the former where no file is given, but not of a stream."""
+    """Training and evaluation rows; the latter held out of the former where nothing says where they are, but not of a
+    stream."""
+    is_sft = isinstance(args, SFTConfig)
+    how: dict[str, Any] = {"streaming": run.dataset_streaming, "dataset_format": args.dataset_format, "is_sft": is_sft}
     load = stream_preference_dataset if run.dataset_streaming else load_preference_dataset
-    train: Any = load(run.dataset, run.dataset_split, run.dataset_config)
+    if run.datasets is not None:
+        train: Any = load_mixture(run.datasets, **how)
+    else:
+        train = load(run.dataset, run.dataset_split, run.dataset_config)
+    if run.eval_datasets is not None:
+        return train, load_mixture(run.eval_datasets, **how)
     if run.eval_dataset is not None:
         config = run.dataset_config if run.eval_dataset == run.dataset else None
-        return train, load(run.eval_dataset, run.eval_split, config)
+        return train, load(run.eval_dataset, run.eval_split or "test", config)
+    if run.eval_split is not None and run.datasets is None and not Path(run.dataset).expanduser().is_file():
+        return train, _evaluated_split(run, load)
     if run.dataset_streaming:
         return train, None
-    train = one_prompt_a_row(train, args.dataset_format, is_sft=isinstance(args, SFTConfig))
+    train = one_prompt_a_row(train, args.dataset_format, is_sft=is_sft)
     num_eval = min(round(len(train) * run.eval_fraction), len(train) - 1)
     if num_eval < 1:
         return train, None
@@ -120,9 +144,21 @@ def load_datasets(run: RunArguments, args: EngineConfig) -> tuple[Any, Any]:
     return parts["train"], parts["test"]
 
 
+def _evaluated_split(run: RunArguments, load: Any) -> Any:
+    try:
+        return load(run.dataset, run.eval_split, run.dataset_config)
+    except ValueError as error:
+        raise ValueError(
+            f"eval_split must be a split of {run.dataset} (TRL evaluates on dataset_test_split, test by default), got"
+            f" {run.eval_split!r}; name another one by --eval_split, give --eval_dataset FILE, or hold rows out by"
+            f" --eval_fraction 0.05: {error}"
+        ) from error
+
+
 def print_summary(trainer: PackedTrainer, run: RunArguments) -> None:
     more = [("output", str(trainer.args.output_dir))]
-    if run.eval_dataset is None and trainer.eval_dataset is not None:
+    named = (run.eval_dataset, run.eval_datasets, run.eval_split)
+    if trainer.eval_dataset is not None and not any(named):
         held_out = f"on {run.eval_fraction:.0%} of the training data, held out (--eval_fraction)"
         more.insert(0, ("evaluation", held_out))
     trainer.print_summary(*more)
@@ -155,7 +191,7 @@ def train_and_compare(
     if resume_from is None and trainer.is_world_process_zero():  # what --overwrite_output_dir replaces
         for checkpoint in Path(trainer.args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-    data = str(options["dataset"])
+    data = str(options["dataset"] or ", ".join(part["path"] for part in options["datasets"]))
     trainer.dataset_name = Path(data).name if Path(data).exists() else data
     before = trainer.evaluate() if trainer.eval_dataset is not None else {}
     try:

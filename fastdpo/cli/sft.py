@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from fastdpo.cli.arguments import LoraArguments
-from fastdpo.cli.run import run_training
-from fastdpo.training import SFTConfig, SFTTrainer
+from fastdpo.cli.launch.start import launch
+from fastdpo.cli.options.early import look
 
 COLUMNS = [
     ("loss", "loss (nats per token)"),
@@ -13,6 +12,14 @@ COLUMNS = [
 ]
 
 
-def main(argv: list[str]) -> None:
-    """As `run_training`."""
+def main(argv: list[str]) -> int | None:
+    """As `run_training`, after a first look that imports nothing heavy; the launcher's exit code where it is asked."""
+    code = launch("sft", argv, look("sft", argv))
+    if code is not None:
+        return code
+    from fastdpo.cli.arguments import LoraArguments
+    from fastdpo.cli.run import run_training
+    from fastdpo.training import SFTConfig, SFTTrainer
+
     run_training("sft", argv, SFTTrainer, SFTConfig, LoraArguments, COLUMNS)
+    return None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from fastdpo.cli.arguments import AdapterArguments
-from fastdpo.cli.run import run_training
-from fastdpo.training import DPOConfig, DPOTrainer
+from fastdpo.cli.launch.start import launch
+from fastdpo.cli.options.early import look
 
 COLUMNS = [
     ("loss", "loss"),
@@ -18,6 +17,14 @@ COLUMNS = [
 ]
 
 
-def main(argv: list[str]) -> None:
-    """As `run_training`."""
+def main(argv: list[str]) -> int | None:
+    """As `run_training`, after a first look that imports nothing heavy; the launcher's exit code where it is asked."""
+    code = launch("train", argv, look("train", argv))
+    if code is not None:
+        return code
+    from fastdpo.cli.arguments import AdapterArguments
+    from fastdpo.cli.run import run_training
+    from fastdpo.training import DPOConfig, DPOTrainer
+
     run_training("train", argv, DPOTrainer, DPOConfig, AdapterArguments, COLUMNS)
+    return None

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
-from fastdpo.cli.parser import RaisingParser
+from fastdpo.cli.options.parser import RaisingParser
 from fastdpo.evidence.checks import MIB, Line
 from fastdpo.evidence.problems import Shape
 from fastdpo.evidence.verify import ALL_DTYPES, default_shape, machine, verify

@@ -210,7 +210,6 @@ def test_bad_data_is_refused_and_nothing_is_written(capsys, model_dir, tmp_path,
         (("--learning_rate", "-1"), "learning_rate must be a finite number >= 0.0, got -1.0"),
         (("--model_init_kwargs", "{bad"), "model_init_kwargs must be"),
         (("--model_init_kwargs", '{"no_such_argument": 1}'), "model_init_kwargs must be"),
-        (("--use_peft", "--lora_dropout", "0.1"), "lora_dropout must go with --no_disable_dropout"),
         (("stray",), "every value must follow an option"),
     ],
 )

@@ -1,0 +1,75 @@
+"""`--accelerate_config` and `--num_processes`: the command once more, by accelerate's launcher, on several processes.
+
+In: the options that say how many processes and which configuration; the names among them are files beside this one.
+Out: the exit code of the launcher, or None where this process is to do the run itself. Refuses names that are none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+CONFIGS = {file.stem: file for file in sorted(Path(__file__).parent.glob("*.yaml"))}
+STARTED = "FASTDPO_IS_LAUNCHED"  # set in the processes that the launcher starts: they run and start no others
+_PASSED_ON = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
+
+
+def launch(command: str, argv: Sequence[str], options: argparse.Namespace) -> int | None:
+    """Runs `fastdpo <command> <argv>` under accelerate where `options` ask for it.
+
+    Raises:
+        ValueError: no such configuration, or a number of processes that is none.
+    """
+    asked = [name for name in ("accelerate_config", *_PASSED_ON) if getattr(options, name) is not None]
+    if not asked or STARTED in os.environ:
+        return None
+    words = launcher_words(options)
+    words = [sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "fastdpo.cli.main", command, *argv]
+    return subprocess.run(words, env={**os.environ, STARTED: "1"}, check=False).returncode
+
+
+def launcher_words(options: argparse.Namespace) -> list[str]:
+    """The launcher's own options."""
+    for name in ("num_processes", "num_machines"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    name = options.accelerate_config or "multi_gpu"
+    given = {key: getattr(options, key) for key in _PASSED_ON if getattr(options, key) is not None}
+    if name in CONFIGS and "num_processes" not in given:
+        given["num_processes"] = _num_gpus()
+    if name == "multi_gpu" and given["num_processes"] == 1:  # the launcher wants two of that kind at least
+        return ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return ["--config_file", str(config_file(name)), *(f"--{key}={value}" for key, value in given.items())]
+
+
+def config_file(name: str) -> Path:
+    """Raises:
+    ValueError: neither one of CONFIGS nor a file.
+    """
+    if name in CONFIGS:
+        return CONFIGS[name]
+    if not Path(name).is_file():
+        nearest = difflib.get_close_matches(name, CONFIGS, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(
+            f"accelerate_config must be one of {', '.join(CONFIGS)}, or a file of `accelerate config`, got"
+            f" {name!r}{hint}"
+        )
+    return Path(name)
+
+
+def _num_gpus() -> int:
+    """Raises:
+    ValueError: there is none.
+    """
+    import torch  # only here: a run on several GPUs waits for it anyway
+
+    if torch.cuda.device_count() == 0:
+        raise ValueError("num_processes must be given where there is no GPU: --num_processes N")
+    return torch.cuda.device_count()

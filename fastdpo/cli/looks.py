@@ -1,0 +1,151 @@
+"""What a run reads before it loads a weight: the models' configs, the tokenizer, the first rows.
+
+In: the options of a run, and its datasets. Out: the tokenizer. Refuses models and tokenizers that are not there or
+cannot be trained, and rows that cannot be read, each with the line to type; loading a model first would cost minutes.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fastdpo.cli.arguments import RunArguments
+from fastdpo.data.formats import regrouped
+from fastdpo.data.loading import raw_example
+from fastdpo.data.rows import prepare_example
+from fastdpo.training.config import EngineConfig, SFTConfig
+from fastdpo.training.models import (
+    adapter_base,
+    check_model_folder,
+    load_tokenizer,
+    refuse_vision,
+    resolve_tokenizer,
+    where_from,
+)
+
+NUM_ROWS = 3  # of each dataset, that are read and tokenized first
+
+
+def merge_load_settings(args: EngineConfig, asked: dict[str, Any]) -> None:
+    """Adds to model_init_kwargs what has an option of its own.
+
+    Raises:
+        ValueError: both say something, and not the same.
+    """
+    given = args.init_kwargs()
+    for name, value in asked.items():
+        if name in given and str(given[name]).removeprefix("torch.") != value:
+            option = "model_revision" if name == "revision" else name
+            raise ValueError(
+                f"{option} must not be given beside another one in model_init_kwargs, got {value!r} and"
+                f" {str(given[name])!r}"
+            )
+    if asked:
+        kwargs: Any = args.model_init_kwargs or {}
+        args.model_init_kwargs = {**asked, **kwargs}
+
+
+def look_at_models(run: RunArguments, args: EngineConfig, ref_model: str | None = None) -> Any:
+    """The tokenizer of the run; reads the configs of the model and of the reference.
+
+    Raises:
+        ValueError: one of them is not there or cannot be trained, with the option to mend it.
+    """
+    _look_at_config("model", run.model, args)
+    if ref_model is not None:
+        _look_at_config("ref_model", ref_model, args)
+    tokenizer = _load_tokenizer(run, args)
+    if run.chat_template is not None:
+        tokenizer.chat_template = chat_template(run.chat_template)
+    return resolve_tokenizer(run.model, tokenizer, args)
+
+
+def _look_at_config(option: str, name: str, args: EngineConfig) -> None:
+    from transformers import AutoConfig
+
+    check_model_folder(name)
+    base = adapter_base(name) or name
+    try:
+        config = AutoConfig.from_pretrained(base, **where_from(args.init_kwargs()))
+    except (OSError, ValueError) as error:
+        of_adapter = "" if base == name else f" (the base of the adapter {name})"
+        raise ValueError(
+            f"{option} must be a local directory or a model name on the Hub, got {base!r}{of_adapter}: {_first(error)};"
+            f" write --{option} FOLDER_OR_NAME"
+        ) from error
+    refuse_vision(config, base)
+
+
+def _load_tokenizer(run: RunArguments, args: EngineConfig) -> Any:
+    """That of `tokenizer`, or the model's."""
+    if run.tokenizer is not None:
+        trust = {"trust_remote_code": True} if args.trust_remote_code else {}
+        try:
+            return load_tokenizer(run.tokenizer, trust)
+        except ValueError as error:
+            raise ValueError(
+                f"tokenizer must be a local directory or a name with one, got {run.tokenizer!r}: {_first(error)}"
+            ) from error
+    try:
+        return load_tokenizer(run.model, args.init_kwargs())
+    except ValueError as error:
+        raise ValueError(
+            f"model must come with a tokenizer, there is none in {run.model!r}: {_first(error.__cause__ or error)};"
+            " name another one: --tokenizer FOLDER_OR_NAME"
+        ) from error
+
+
+def chat_template(given: str) -> str:
+    """The template in a Jinja file, of another tokenizer, or as it was given.
+
+    Raises:
+        ValueError: there is no such file, or a tokenizer without a template.
+    """
+    if "{%" in given or "{{" in given:
+        return given
+    if Path(given).is_file():
+        return Path(given).read_text(encoding="utf-8")
+    if given.endswith((".jinja", ".jinja2")):
+        raise ValueError(f"chat_template must be a file, a tokenizer, or a template, there is no file {given}")
+    template = load_tokenizer(given).chat_template
+    if not isinstance(template, str):
+        raise ValueError(f"chat_template must be that of a tokenizer that has one, got {given!r}, which has none")
+    return template
+
+
+def look_at_rows(train: Any, evaluated: Any, tokenizer: Any, args: EngineConfig, run: RunArguments) -> None:
+    """Reads and tokenizes the first rows of both, as the run will read all of them.
+
+    Raises:
+        ValueError: they cannot be read, with what to do about it.
+    """
+    for name, dataset in (("training", train), ("evaluation", evaluated)):
+        if dataset is not None:
+            try:
+                _look_at_rows(dataset, tokenizer, args)
+            except ValueError as error:
+                shown = run.data_name() if name == "training" else run.eval_dataset or run.eval_split or "held out"
+                raise ValueError(f"the {name} data ({shown}) cannot be read: {error}{_remedy(args)}") from error
+
+
+def _look_at_rows(dataset: Any, tokenizer: Any, args: EngineConfig) -> None:
+    settings, is_sft = args.tokenization_settings(), isinstance(args, SFTConfig)
+    for number, example in enumerate(islice(iter(dataset), NUM_ROWS)):
+        if number == 0 and regrouped((), raw_example(example), args.dataset_format, is_sft=is_sft) is not None:
+            return  # read as a whole: a few of its rows may hold no pair
+        prepare_example(example, number, tokenizer, settings, is_sft)
+
+
+def _remedy(args: EngineConfig) -> str:
+    """The line to type where no format fits; `columns` maps names where the release has that option."""
+    if hasattr(args, "columns"):
+        return "; say which column is which: --columns prompt=...,chosen=...,rejected=..., or name the format:" + (
+            " --dataset_format NAME"
+        )
+    return "; rename the columns, or name the format: --dataset_format NAME"
+
+
+def _first(error: BaseException) -> str:
+    """The first line of a message; those of from_pretrained go on about the Hub."""
+    return str(error).strip().partition("\n")[0].rstrip(".")

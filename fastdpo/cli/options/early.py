@@ -1,0 +1,101 @@
+"""The first look at a command line: what can be told in a second, before torch and transformers are imported.
+
+In: the words of `fastdpo train`, `sft` or `precompute`. Out: the options as argparse has them, or the help. Refuses
+unknown names, values of the wrong kind, files and folders that are not there, and an output_dir that cannot be
+written. The run parses again, by the dataclasses, and has the last word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdpo.cli.options.reading import nearest_file, read
+from fastdpo.cli.options.table import read_table, table_parser
+from fastdpo.data.loading import SUFFIXES
+
+_OF_A_MODEL = ("config.json", "adapter_config.json")
+
+
+def look(command: str, argv: Sequence[str], shown: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, unconverted where their kind is the installed transformers' own; prints the help and exits on -h.
+
+    Args:
+        shown: of a command that reads some of `fastdpo train`'s options: those.
+    Raises:
+        ValueError: anything that the user can mend, with the line to type.
+    """
+    parser = table_parser(command, shown)
+    if "-h" in argv or "--help" in argv:
+        parser.print_help()
+        raise SystemExit(0)
+    words = read(parser, argv, read_table()["former"], None)
+    options, rest = parser.parse_known_args(words.argv)
+    if rest:
+        raise ValueError(f"every value must follow an option, got {rest[0]!r}")
+    check_paths(options, writes=shown is None)
+    return options
+
+
+def check_paths(options: argparse.Namespace, *, writes: bool) -> None:
+    """Raises ValueError for files and folders that are not there, with the nearest one that is."""
+    for name in ("dataset", "eval_dataset"):
+        check_data(name, getattr(options, name))
+    for name in ("datasets", "eval_datasets"):
+        for part in getattr(options, name) or ():
+            if isinstance(part, dict) and "data_files" not in part and "data_dir" not in part:
+                check_data(name, part.get("path", part.get("id")))
+    check_model("model", options.model)
+    check_model("ref_model", getattr(options, "ref_model", None))
+    check_folder("tokenizer", options.tokenizer)
+    if writes:
+        check_can_write(options.output_dir)
+
+
+def check_data(name: str, path: Any) -> None:
+    if not isinstance(path, str):
+        return
+    is_path = path.lower().endswith(SUFFIXES) or path.startswith((".", "/", "~"))
+    if is_path and not Path(path).expanduser().exists():
+        raise ValueError(f"dataset file does not exist: {path} (--{name}){nearest_file(path)}")
+
+
+def check_folder(name: str, path: Any) -> bool:
+    """Whether there is such a folder; where there is none, `path` may still be a name on the Hub."""
+    if not isinstance(path, str):
+        return False
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ValueError(
+            f"{name} must be a local directory or a model name on the Hub, there is no directory"
+            f" {path}{nearest_file(path)}"
+        )
+    return Path(path).is_dir()
+
+
+def check_model(name: str, path: Any) -> None:
+    if check_folder(name, path) and not any(Path(path, file).is_file() for file in _OF_A_MODEL):
+        there = sorted(entry.name for entry in Path(path).iterdir())
+        models = sorted({file.parent for kind in _OF_A_MODEL for file in Path(path).glob(f"*/{kind}")})
+        hint = f"; did you mean --{name} {models[-1]}?" if models else ""
+        raise ValueError(
+            f"{name} must be a folder with a config.json (a model) or an adapter_config.json (an adapter), {path} has"
+            f" {', '.join(there[:8]) or 'nothing'}{hint}"
+        )
+
+
+def check_can_write(output_dir: str) -> None:
+    """Raises ValueError where a folder could not be made there, or nothing be written into it."""
+    folder = Path(output_dir)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".fastdpo-", dir=there))
+    except OSError as error:
+        what = "a directory" if there == folder else f"a directory that can be made in {there}"
+        raise ValueError(
+            f"output_dir must be {what} and be written to, got {output_dir}: {error.strerror}; choose another one:"
+            " --output_dir DIR"
+        ) from None

@@ -1,0 +1,75 @@
+"""The parser of a command's dataclasses: one option for each field, grouped for reading.
+
+transformers.HfArgumentParser makes the options, so this is what a run is parsed by. It takes seconds to import; what
+has to be answered at once is answered from `table`, which is made from this and held to it by a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import get_origin
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from fastdpo.cli.options.parser import RaisesErrors, TakesCommas
+from fastdpo.cli.options.table import CONFIG_HELP, THEIR_REST, usage_of
+from fastdpo.cli.options.values import OrNone, json_list, json_object
+
+LISTS_OF_OBJECTS = ("datasets", "eval_datasets")  # options that are JSON on a command line
+
+
+class FieldsParser(RaisesErrors, TakesCommas, HfArgumentParser):
+    """HfArgumentParser that raises in place of exiting, and takes lists with commas."""
+
+
+def fields_parser(
+    command: str, dataclass_types: Sequence[type], groups: Mapping[str, str], shown: Sequence[str] | None = None
+) -> FieldsParser:
+    """The parser of `fastdpo <command>`.
+
+    Args:
+        groups: title -> names of its options in order; what no group names is shown under "everything else".
+        shown: the options that --help lists, of a command that takes those of `fastdpo train` and reads some of them.
+    """
+    usage = usage_of(command, shown)
+    parser = FieldsParser(dataclass_types, prog=f"fastdpo {command}", usage=usage, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
+    actions = [action for action in parser._actions if action.dest != "help"]
+    _improve(actions)
+    _group(parser, actions, groups)
+    return parser
+
+
+def _improve(actions: Sequence[argparse.Action]) -> None:
+    """What HfArgumentParser leaves open: a required output_dir, none as a number, JSON, what --no_... options mean."""
+    for action in actions:
+        if action.dest == "output_dir":
+            action.required = True
+            action.help = "Where checkpoints and the trained model are saved. Required."
+        if (action.type in (int, float) and action.default is None) or action.dest == "max_length":
+            action.type = OrNone(action.type)  # type: ignore[arg-type]
+        if get_origin(action.type) is dict:
+            action.type = OrNone(json_object)
+        if action.dest in LISTS_OF_OBJECTS:
+            action.type = OrNone(json_list)
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"Turns --{action.dest} off, which is on by default."
+            action.default = argparse.SUPPRESS
+
+
+def _group(parser: argparse.ArgumentParser, actions: Sequence[argparse.Action], groups: Mapping[str, str]) -> None:
+    """Moves the options into groups, which argparse only does for options that are added in groups."""
+    of_transformers = {f.name for f in fields(TrainingArguments)}
+    named = {name: title for title, names in groups.items() for name in names.split()}
+    members: dict[str, list[argparse.Action]] = {title: [] for title in groups}
+    for action in actions:
+        rest = THEIR_REST if action.dest in of_transformers else "everything else of fastdpo"
+        members.setdefault(named.get(action.dest, rest), []).append(action)
+    order = {name: position for position, name in enumerate(named)}
+    parser._action_groups.clear()
+    for title, group in members.items():
+        if group:
+            group.sort(key=lambda action: order.get(action.dest, 0))
+            parser.add_argument_group(title)._group_actions.extend(group)

@@ -1,0 +1,101 @@
+"""The options of `fastdpo train` and `fastdpo sft` as a table that is read in milliseconds: for --help, for names that
+are no options, and for the first look at values and files.
+
+In: options.json beside this file, written by `python -m fastdpo.cli.options.generate` from the dataclasses; a test
+holds the two together. Out: an argparse parser without transformers. Where the installed transformers is another than
+the one that the table was made with, its own fields count: those that the table lacks are taken as they are, those that
+it no longer has are not shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdpo.cli.options.installed import training_arguments
+from fastdpo.cli.options.parser import RaisingParser, TakesCommas
+from fastdpo.cli.options.values import OrNone, json_list, json_object, to_bool
+
+FILE = Path(__file__).with_name("options.json")
+CONFIG_HELP = "YAML file of options; flags override it."
+THEIR_REST = "everything else of transformers.TrainingArguments"
+SHOWN_ALL = "all options of `fastdpo train` are taken, also in FILE; those not listed here have no effect"
+
+# What `generate` writes for an action's type; a kind that is not here is taken as text and checked by the run itself.
+KINDS: Mapping[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "bool": to_bool,
+    "json object": json_object,
+    "json list": json_list,
+}
+
+
+class TableParser(TakesCommas, RaisingParser):
+    """The parser that the table gives."""
+
+
+@functools.cache
+def read_table() -> dict[str, Any]:
+    """`options` by id, the ids of each command in the order of its help, `former` names, and the `transformers`."""
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+def usage_of(command: str, shown: Sequence[str] | None) -> str:
+    output = "" if shown else " --output_dir DIR"
+    return f"fastdpo {command} --model MODEL --dataset DATASET{output} [--config FILE] [options]"
+
+
+def table_parser(command: str, shown: Sequence[str] | None = None) -> TableParser:
+    """The parser of a command, of `fastdpo train`'s options where `shown` says which of them it reads."""
+    table = read_table()
+    parser = TableParser(
+        prog=f"fastdpo {command}",
+        usage=usage_of(command, shown),
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser._action_groups.clear()
+    groups: dict[str, Any] = {}
+    installed = training_arguments()
+    for key in table["sft" if command == "sft" else "train"]:
+        option = table["options"][key]
+        if option["of"] == "transformers" and installed is not None and option["name"] not in installed:
+            continue
+        title = option["group"]
+        groups[title] = groups.get(title) or parser.add_argument_group(title)
+        groups[title].add_argument(*option["flags"], **_arguments(option))
+    known = {action.dest for action in parser._actions}
+    for name in sorted((installed or frozenset()) - known):
+        groups[THEIR_REST].add_argument(*_flags(name), nargs="*", help="See transformers.TrainingArguments.")
+        groups[THEIR_REST].add_argument(*_flags(f"no_{name}"), action="store_true", help=argparse.SUPPRESS, dest=name)
+    if shown is not None:
+        show_only(parser, shown)
+    return parser
+
+
+def show_only(parser: argparse.ArgumentParser, shown: Sequence[str]) -> None:
+    parser.epilog = SHOWN_ALL
+    for action in parser._actions:
+        if action.dest != "help":
+            action.help = action.help if action.dest in shown else argparse.SUPPRESS
+
+
+def _arguments(option: Mapping[str, Any]) -> dict[str, Any]:
+    """What `add_argument` is given."""
+    arguments = {"dest": option["name"], "help": option.get("help")}
+    if option.get("action") == "store_false":
+        return {**arguments, "action": "store_false", "default": argparse.SUPPRESS}
+    kind = KINDS.get(option.get("type", "str"), str)
+    arguments.update({key: option[key] for key in ("nargs", "const", "choices", "metavar") if key in option})
+    default = option.get("default")
+    required = {"required": True} if option.get("required") else {}
+    return {**arguments, **required, "type": OrNone(kind) if option.get("none") else kind, "default": default}
+
+
+def _flags(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))

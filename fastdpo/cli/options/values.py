@@ -1,0 +1,81 @@
+"""From the text of a command line to values, and from YAML's values to such text. Light: Python's own library only.
+
+Everything here is what argparse calls a type: text in, a value out, ValueError or ArgumentTypeError for any other text.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from typing import Any
+
+TRUE, FALSE, NONE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0"), ("none", "null")
+
+
+class OrNone:
+    """A type that also takes `none`."""
+
+    def __init__(self, kind: Callable[[str], Any]) -> None:
+        self.kind = kind
+        self.__name__ = getattr(kind, "__name__", "number").replace("_", " ")  # argparse: invalid ... value
+
+    def __call__(self, text: str) -> Any:
+        return None if text.lower() in NONE else self.kind(text)
+
+
+def to_bool(text: str | bool) -> bool:
+    """What transformers' HfArgumentParser takes for a boolean, in its words."""
+    if isinstance(text, bool):
+        return text
+    if text.lower() not in (*TRUE, *FALSE):
+        raise ArgumentTypeError(
+            f"Truthy value expected: got {text} but expected one of yes/no, true/false, t/f, y/n, 1/0 (case"
+            " insensitive)."
+        )
+    return text.lower() in TRUE
+
+
+def json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+def json_list(text: str) -> list[Any]:
+    value = json.loads(text)
+    if not isinstance(value, list):
+        raise ValueError(text)
+    return value
+
+
+def typed(words: list[str]) -> Any:
+    """What the words after an option most likely stand for, as YAML would have it: an option without words is true."""
+    values = [_one(word) for word in words]
+    return True if not values else values[0] if len(values) == 1 else values
+
+
+def _one(word: str) -> Any:
+    if word.lower() in NONE:
+        return None
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            pass
+    if word[:1] in ("{", "["):
+        try:
+            return json.loads(word)
+        except json.JSONDecodeError:
+            pass
+    return word
+
+
+def words_of(value: Any) -> list[str]:
+    """The words that a command line would have after the option, one for each item of a list."""
+    if isinstance(value, list) and not any(isinstance(item, dict | list) for item in value):
+        return [str(item) for item in value]
+    return [json.dumps(value) if isinstance(value, dict | list | bool) else str(value)]

@@ -1,0 +1,134 @@
+"""`--accelerate_config` and `--num_processes` start the run on several processes."""
+
+import argparse
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from cli_runs import options_of, run, save_model, save_rows, short
+
+from fastdpo.cli.launch import start
+from fastdpo.cli.launch.start import CONFIGS, STARTED, launch, launcher_words
+
+
+def asked(**options):
+    names = (
+        "accelerate_config",
+        "num_processes",
+        "num_machines",
+        "machine_rank",
+        "main_process_ip",
+        "main_process_port",
+    )
+    return argparse.Namespace(**{name: options.get(name) for name in names})
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_two_processes_train_one_model(tmp_path, command):
+    save_model(tmp_path / "model")
+    save_rows(tmp_path / "pairs.jsonl")
+    (tmp_path / "run.yaml").write_text("accelerate_config: multi_gpu\nnum_processes: 2\n")
+    options = ("--model", tmp_path / "model", "--dataset", tmp_path / "pairs.jsonl", "--output_dir", tmp_path / "out")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    started = [sys.executable, "-m", "fastdpo.cli.main", command, "--config", tmp_path / "run.yaml", *options]
+    done = subprocess.run(
+        [*map(str, started), *short("--eval_fraction", 0)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "of 8 rows (4 x 1 accumulated x 2 processes)" in " ".join(done.stdout.split())
+    assert done.stdout.count("saved in") == 1
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert options_of(tmp_path / "out")["num_processes"] == 2
+
+
+def test_a_run_without_these_options_starts_no_process(monkeypatch):
+    monkeypatch.setattr("subprocess.run", None)
+    assert launch("train", ["--model", "x"], asked()) is None
+
+
+def test_the_processes_that_were_started_start_no_others(monkeypatch):
+    monkeypatch.setenv(STARTED, "1")
+    monkeypatch.setattr("subprocess.run", None)
+    assert launch("train", [], asked(num_processes=2)) is None
+
+
+def test_the_launcher_gets_the_command_line_as_it_was(monkeypatch):
+    called = []
+
+    def remember(words, env, check):
+        called.append((words, env))
+        return subprocess.CompletedProcess(words, 7)
+
+    monkeypatch.setattr("subprocess.run", remember)
+    argv = ["--model", "x", "--accelerate_config", "fsdp2", "--num_processes", "4"]
+    assert launch("train", argv, asked(accelerate_config="fsdp2", num_processes=4)) == 7
+    words, environment = called[0]
+    assert words[1:3] == ["-m", "accelerate.commands.launch"]
+    assert words[-len(argv) - 3 :] == ["-m", "fastdpo.cli.main", "train", *argv]
+    assert words[words.index("--config_file") + 1] == str(CONFIGS["fsdp2"])
+    assert "--num_processes=4" in words
+    assert environment[STARTED] == "1"
+
+
+def test_processes_alone_are_copies_of_the_model(monkeypatch):
+    assert launcher_words(asked(num_processes=3)) == [
+        "--config_file",
+        str(CONFIGS["multi_gpu"]),
+        "--num_processes=3",
+    ]
+    assert "--config_file" not in launcher_words(asked(num_processes=1))  # accelerate wants two for that
+
+
+def test_without_a_number_every_gpu_gets_a_process(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert launcher_words(asked(accelerate_config="zero3"))[-1] == "--num_processes=4"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ValueError, match="num_processes must be given where there is no GPU: --num_processes N"):
+        launcher_words(asked(accelerate_config="zero3"))
+
+
+def test_a_file_of_ones_own_says_itself_how_many(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(CONFIGS["multi_gpu"].read_text())
+    machines = asked(accelerate_config=str(path), num_machines=2, machine_rank=1, main_process_ip="10.0.0.1")
+    words = ["--config_file", str(path), "--num_machines=2", "--machine_rank=1", "--main_process_ip=10.0.0.1"]
+    assert launcher_words(machines) == words
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--accelerate_config", "fsdp3"), "did you mean 'fsdp2'?"),
+        (
+            ("--accelerate_config", "no.yaml"),
+            "accelerate_config must be one of fsdp2, multi_gpu, zero2, zero3, or a file",
+        ),
+        (("--num_processes", "0"), "num_processes must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_started_is_refused(capsys, tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr("subprocess.run", None)
+    words = ("--model", "a/b", "--dataset", "c/d", "--output_dir", tmp_path / "out")
+    code, _, err = run(capsys, "train", *words, *options)
+    assert code == 2
+    assert message in err
+
+
+KINDS = {"multi_gpu": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+
+
+def test_the_names_are_configurations_that_accelerate_reads():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert set(CONFIGS) == set(KINDS)
+    for name, kind in KINDS.items():
+        config = load_config_from_file(str(start.config_file(name)))
+        assert config.distributed_type == kind, name
+        assert config.mixed_precision == "no"  # the run's own bf16 and fp16 decide
+    assert load_config_from_file(str(CONFIGS["fsdp2"])).fsdp_config["fsdp_version"] == 2
+    stages = [
+        yaml.safe_load(CONFIGS[name].read_text())["deepspeed_config"]["zero_stage"] for name in ("zero2", "zero3")
+    ]
+    assert stages == [2, 3]
