@@ -18,7 +18,8 @@ from typing import Any
 from fastdpo.data.loading import ROW_JSON, load_preference_dataset, raw_example, stream_preference_dataset
 from fastdpo.data.prepare import one_prompt_a_row
 
-_SLICED = re.compile(r"[\[+]")  # train[:10%], train+test: what datasets.ReadInstruction reads
+_SLICED = re.compile(r"[\[+]")  # train[:10%], train+test: as in datasets.load_dataset
+_PIECE = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
 def load_mixture(
@@ -95,18 +96,27 @@ def _built(part: Mapping[str, Any], split: str, streaming: bool) -> Any:
 
 
 def _sliced(path: str, split: str, name: str | None, streaming: bool) -> Any:
-    """Parts of splits of a local path, as `train[:100]` or `train+test`."""
-    from datasets import ReadInstruction, concatenate_datasets
+    """Parts of splits of a local path, as `train[:100]`, `train[:10%]+test`; as in Python, an end may lie beyond."""
+    from datasets import concatenate_datasets
 
     if streaming:
         raise ValueError(f"split must be the name of one where data is streamed, got {split!r}")
-    names = dict.fromkeys(re.findall(r"(?:^|\+)\s*([\w.-]+)", split))
-    sets = {part: load_preference_dataset(path, part, name) for part in names}
-    try:
-        pieces = ReadInstruction.from_spec(split).to_absolute({part: len(sets[part]) for part in sets})
-    except (ValueError, AssertionError) as error:
-        raise ValueError(f"split must be as train[:100] or train[:10%]+test, got {split!r}: {error}") from error
-    return concatenate_datasets([sets[piece.splitname].select(range(piece.from_ or 0, piece.to)) for piece in pieces])
+    pieces = []
+    for text in split.split("+"):
+        found = _PIECE.fullmatch(text.strip())
+        if found is None:
+            raise ValueError(f"split must be as train[:100], train[:10%] or train+test, got {split!r}")
+        dataset = load_preference_dataset(path, found["name"], name)
+        start, stop = (_row(found[end], len(dataset)) for end in ("start", "stop"))
+        pieces.append(dataset.select(range(*slice(start, stop).indices(len(dataset)))))
+    return concatenate_datasets(pieces)
+
+
+def _row(bound: str | None, num_rows: int) -> int | None:
+    """-20 of 100 rows: -20; 75%: 75, to the nearest row."""
+    if not bound:
+        return None
+    return round(int(bound[:-1]) * num_rows / 100) if bound.endswith("%") else int(bound)
 
 
 def _with_columns(dataset: Any, columns: list[str], path: str) -> Any:

@@ -108,6 +108,9 @@ def test_flags_and_yaml_say_the_same(tmp_path):
     for text, name, value in (
         ("torch_dtype: bfloat16", "dtype", "bfloat16"),
         ("torch_dtype: null", "dtype", None),
+        ("report_to: [none]", "report_to", []),
+        ("report_to:\n- tensorboard\n", "report_to", ["tensorboard"]),
+        ("optim_target_modules: [attn, mlp]", "optim_target_modules", ["attn", "mlp"]),
         ("warmup_ratio: 0.1", "warmup_steps", 0.1),
         ("evaluation_strategy: steps\neval_steps: 5", "eval_strategy", "steps"),
         ("gradient_checkpointing_use_reentrant: true", "gradient_checkpointing_kwargs", {"use_reentrant": True}),
@@ -429,7 +432,7 @@ gradient_checkpointing_kwargs:
   use_reentrant: false
 hub_model_id: zephyr
 learning_rate: 5.0e-7
-log_level: info
+log_level: passive
 lr_scheduler_type: cosine
 max_length: 1024
 max_prompt_length: 512

@@ -96,6 +96,8 @@ def test_single_answers_are_gathered_before_they_meet_pairs(tmp_path, sets):
         ("train[75%:]", ["train6", "train7"]),
         ("test+train[:1]", ["test0", "test1", "train0"]),
         ("test", ["test0", "test1"]),
+        ("test[:1000]", ["test0", "test1"]),
+        ("train[-1:]", ["train7"]),
     ],
 )
 def test_splits_of_a_directory_may_be_cut_and_added(tmp_path, split, expected):
@@ -103,6 +105,13 @@ def test_splits_of_a_directory_may_be_cut_and_added(tmp_path, split, expected):
         rows = [{"prompt": f"{name}{i}", "chosen": "good", "rejected": "bad"} for i in range(num_rows)]
         save(tmp_path / f"{name}.jsonl", rows)
     assert prompts(load_mixture([{"path": str(tmp_path), "split": split}])) == expected
+
+
+def test_a_split_that_cannot_be_read_is_refused(sets):
+    with pytest.raises(ValueError, match=r"split must be as train\[:100\]"):
+        load_mixture([{"path": sets["four"], "split": "train[a:b]"}])
+    with pytest.raises(ValueError, match="split must be the name of one where data is streamed"):
+        load_mixture([{"path": sets["four"], "split": "train[:1]"}], streaming=True)
 
 
 def test_files_and_folders_are_read_by_builders_too(tmp_path, sets):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import get_origin
+from typing import get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -38,6 +38,7 @@ def fields_parser(
     parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     actions = [action for action in parser._actions if action.dest != "help"]
     _improve(actions)
+    _mark_lists(actions, dataclass_types)
     _group(parser, actions, groups)
     return parser
 
@@ -57,6 +58,15 @@ def _improve(actions: Sequence[argparse.Action]) -> None:
         if action.option_strings[0].startswith("--no_"):
             action.help = f"Turns --{action.dest} off, which is on by default."
             action.default = argparse.SUPPRESS
+
+
+def _mark_lists(actions: Sequence[argparse.Action], dataclass_types: Sequence[type]) -> None:
+    """Options that are text or a list (report_to): one word on a command line, but a file may have a list."""
+    kinds = {name: kind for cls in dataclass_types for name, kind in get_type_hints(cls).items()}
+    for action in actions:
+        parts = get_args(kinds.get(action.dest))
+        if action.nargs is None and any(get_origin(part) is list for part in parts):
+            action.takes_list = True  # type: ignore[attr-defined]
 
 
 def _group(parser: argparse.ArgumentParser, actions: Sequence[argparse.Action], groups: Mapping[str, str]) -> None:

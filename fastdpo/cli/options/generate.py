@@ -59,6 +59,8 @@ def _entry(action: argparse.Action, group: str, theirs: set[str]) -> dict[str, A
     for key in ("nargs", "const", "metavar", "required"):
         if getattr(action, key) not in (None, False):
             entry[key] = getattr(action, key)
+    if getattr(action, "takes_list", False):
+        entry["takes_list"] = True
     if action.choices is not None:
         entry["choices"] = [str(getattr(choice, "value", choice)) for choice in action.choices]
     return {**entry, "default": action.default, "help": action.help}

@@ -285,6 +285,8 @@ def _as_if_typed(name: str, value: Any, action: argparse.Action) -> Any:
     if isinstance(value, list):
         if getattr(action.type, "__name__", "") == "json list":
             return json.dumps(value)
+        if getattr(action, "takes_list", False):
+            return [str(item) for item in value]
         raise ValueError(f"config: {name} must be one value, got {value!r}")
     return str(value)
 

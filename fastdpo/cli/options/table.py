@@ -68,7 +68,8 @@ def table_parser(command: str, shown: Sequence[str] | None = None) -> TableParse
             continue
         title = option["group"]
         groups[title] = groups.get(title) or parser.add_argument_group(title)
-        groups[title].add_argument(*option["flags"], **_arguments(option))
+        action = groups[title].add_argument(*option["flags"], **_arguments(option))
+        action.takes_list = option.get("takes_list", False)
     known = {action.dest for action in parser._actions}
     for name in sorted((installed or frozenset()) - known):
         groups[THEIR_REST].add_argument(*_flags(name), nargs="*", help="See transformers.TrainingArguments.")

@@ -1,0 +1,72 @@
+"""Whose recipe it is, told by its keys, and its migration.
+
+In: the mapping of a YAML or JSON file, overrides as the original release's command line has them, or both. Out: the
+kind, and a Book. Refuses what no project's keys are in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastdpo.cli.recipes import axolotl, llama_factory, release, trl
+from fastdpo.cli.recipes.book import Book
+
+# kind -> (what it is called, keys that tell it)
+KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "trl": ("TRL", trl.MARKS_OF_TRL),
+    "handbook": ("the alignment-handbook", trl.MARKS_OF_HANDBOOK),
+    "axolotl": ("Axolotl", axolotl.MARKS),
+    "llama_factory": ("LLaMA-Factory", llama_factory.MARKS),
+    "release": ("the original DPO release", release.MARKS),
+}
+
+
+def recognised(recipe: Mapping[str, Any], has_overrides: bool) -> str:
+    """The kind most of whose keys are there; of TRL and the handbook, whose other keys are the same, the handbook where
+    one of its own is.
+
+    Raises:
+        ValueError: no kind's keys are there, or those of several alike.
+    """
+    names = {str(key).partition(".")[0] for key in recipe} | {str(key) for key in recipe}
+    counts = {kind: len(names & set(marks)) for kind, (_, marks) in KINDS.items()}
+    if "base_model" not in names and "rl" not in names:
+        counts["axolotl"] = 0  # whose other keys others have too
+    if "stage" not in names and "finetuning_type" not in names:
+        counts["llama_factory"] = 0
+    if has_overrides or isinstance(recipe.get("loss"), Mapping) or "loss.beta" in names:
+        counts["release"] += 3
+    if counts["handbook"]:
+        counts["handbook"] += counts.pop("trl")
+    elif "model_name_or_path" in names and not any(counts.values()):
+        counts["trl"] = 1
+    best = max(counts, key=lambda kind: counts[kind])
+    if counts[best] == 0 or list(counts.values()).count(counts[best]) > 1:
+        tell = "; ".join(f"{title}: {', '.join(marks[:3])}" for title, marks in KINDS.values())
+        raise ValueError(
+            f"the recipe must have keys that tell whose it is ({tell}), got {sorted(map(str, recipe))[:8]}; name its"
+            f" kind by --kind: {', '.join(KINDS)}"
+        )
+    return best
+
+
+def migrated(kind: str, recipe: Mapping[str, Any], folder: Path) -> Book:
+    """The recipe as ours.
+
+    Args:
+        folder: where the recipe lies, beside which files that it names are looked for.
+    """
+    book = Book()
+    if kind in ("trl", "handbook"):
+        trl.migrate_trl(recipe, book)
+    elif kind == "axolotl":
+        axolotl.migrate_axolotl(recipe, book)
+    elif kind == "llama_factory":
+        llama_factory.migrate_llama_factory(recipe, book, folder)
+    else:
+        release.migrate_release(recipe, book)
+    if "output_dir" not in book.lines:
+        book.put("output_dir", "dpo-out", "not in the recipe: where everything is saved")
+    return book
