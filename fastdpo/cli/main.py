@@ -15,6 +15,8 @@ COMMANDS = {
     "sft": ("fastdpo.cli.sft", "supervised fine-tuning, the stage before: on completions or on the chosen responses"),
     "precompute": ("fastdpo.cli.precompute", "reference log-probs ahead of training, where `fastdpo train` finds them"),
     "plan": ("fastdpo.cli.plan", "which settings of a model fit a GPU's memory, and the longest pair each takes"),
+    "migrate": ("fastdpo.cli.migrate", "a recipe of TRL, Axolotl, LLaMA-Factory or others as one of ours"),
+    "env": ("fastdpo.cli.env", "what a bug report needs: versions, machine, kernels, attention, the self-check"),
     "demo": ("fastdpo.cli.demo", "the paper's controlled-sentiment experiment in small, with an HTML report"),
     "verify": ("fastdpo.cli.verify", "check the head op's kernels on this machine: numbers, determinism, memory"),
 }
