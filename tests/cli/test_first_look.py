@@ -84,10 +84,13 @@ def test_the_table_is_that_of_the_dataclasses():
         assert made == there
 
 
-@pytest.mark.skipif(not IS_THE_RELEASE_OF_THE_TABLE, reason="another transformers than the table's has other options")
+@pytest.mark.skipif(not IS_THE_RELEASE_OF_THE_TABLE, reason="another transformers than the table's")
 @pytest.mark.parametrize("command", ["train", "sft"])
 def test_the_table_gives_the_help_that_the_dataclasses_give(command):
-    assert table_parser(command).format_help() == fields_parser(command, TYPES[command], GROUPS).format_help()
+    assert (
+        table_parser(command, for_help=True).format_help()
+        == fields_parser(command, TYPES[command], GROUPS).format_help()
+    )
 
 
 def test_the_names_of_training_arguments_are_read_from_the_source():
@@ -129,8 +132,31 @@ def test_options_that_the_installed_transformers_lacks_are_not_shown(monkeypatch
         look("train", [*NEEDED, "--torch_compile_backend", "x"])
 
 
+def test_values_that_another_transformers_may_take_are_left_to_the_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("lr_scheduler_type: zigzag\nlr_scheduler_kwargs: {a: 1}\nwarmup_steps: many\n")
+    words = (
+        ["--optim", "sgd_of_tomorrow"],
+        ["--config", "run.yaml"],
+        ["--optim=a"],
+        ["--no_average_tokens_across_devices"],
+    )
+    monkeypatch.setattr(table, "release", lambda: "99.0.0")
+    for more in words:
+        assert look("train", [*NEEDED, *more]).output_dir == "out"
+    with pytest.raises(ValueError, match="invalid float value"):  # our own options are what they are
+        look("train", [*NEEDED, "--beta", "much"])
+    monkeypatch.setattr(table, "release", lambda: read_table()["transformers"])
+    for more, message in zip(
+        words[:2], ("invalid choice: 'sgd_of_tomorrow'", "lr_scheduler_type must be"), strict=True
+    ):
+        with pytest.raises(ValueError, match=message):
+            look("train", [*NEEDED, *more])
+
+
 def test_without_a_source_of_transformers_the_table_is_what_there_is(monkeypatch):
     monkeypatch.setattr(table, "training_arguments", lambda: None)
+    monkeypatch.setattr(table, "release", lambda: read_table()["transformers"])
     assert look("train", [*NEEDED, "--adam_beta1", "0.8"]).adam_beta1 == 0.8
     assert installed.fields_of("class Other:\n    x: int\n", "TrainingArguments") is None
 
@@ -139,6 +165,7 @@ def test_the_first_look_and_the_run_read_the_same_values(tmp_path, monkeypatch):
     from fastdpo.cli.arguments import parse
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(table, "release", lambda: read_table()["transformers"])
     (tmp_path / "run.yaml").write_text(
         "beta: 0.3\nloss_type: [ipo, sft]\nmax_length: null\nuse_peft: true\nlora_target_modules: q_proj,v_proj\n"
         "eval_strategy: no\nmax_grad_norm: 0.5\ngradient_checkpointing_kwargs: {use_reentrant: false}\n"

@@ -530,10 +530,10 @@ def test_a_file_and_overrides_go_together(capsys, folder):
 
 
 def test_what_is_left_to_mend_is_said_with_exit_code_1(capsys, folder):
-    (folder / "recipe.yaml").write_text("base_model: m\nrl: dpo\noptimizer: no_such\ndatasets: [{path: d}]\n")
+    (folder / "recipe.yaml").write_text("base_model: m\nrl: dpo\nrl_beta: much\ndatasets: [{path: d}]\n")
     code, _, err = run(capsys, "migrate", folder / "recipe.yaml", "--out", folder / "run.yaml")
     assert code == 1
-    assert "to mend before it runs: optim must be one of" in err
+    assert "to mend before it runs: argument --beta: invalid float value: 'much'" in err
     code, _, err = run(capsys, "migrate", "loss=dpo", "datasets=[hh]", "--out", folder / "other.yaml")
     assert code == 1
     assert "to mend before it runs: the following arguments are required: --model" in err

@@ -29,10 +29,10 @@ def look(command: str, argv: Sequence[str], shown: Sequence[str] | None = None) 
     Raises:
         ValueError: anything that the user can mend, with the line to type.
     """
-    parser = table_parser(command, shown)
     if "-h" in argv or "--help" in argv:
-        parser.print_help()
+        table_parser(command, shown, for_help=True).print_help()
         raise SystemExit(0)
+    parser = table_parser(command, shown)
     words = read(parser, argv, read_table()["former"], None)
     options, rest = parser.parse_known_args(words.argv)
     if rest:

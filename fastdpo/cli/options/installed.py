@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+from importlib import metadata
 from pathlib import Path
 
 
@@ -20,6 +21,14 @@ def training_arguments() -> frozenset[str] | None:
         if source.is_file():
             return fields_of(source.read_text(encoding="utf-8"), "TrainingArguments")
     return None
+
+
+def release() -> str | None:
+    """The version of transformers."""
+    try:
+        return metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def fields_of(source: str, name: str) -> frozenset[str] | None:

@@ -4,7 +4,7 @@ are no options, and for the first look at values and files.
 In: options.json beside this file, written by `python -m fastdpo.cli.options.generate` from the dataclasses; a test
 holds the two together. Out: an argparse parser without transformers. Where the installed transformers is another than
 the one that the table was made with, its own fields count: those that the table lacks are taken as they are, those that
-it no longer has are not shown.
+it no longer has are not shown, and what values its options may have is left to the run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdpo.cli.options.installed import training_arguments
+from fastdpo.cli.options.installed import release, training_arguments
 from fastdpo.cli.options.parser import RaisingParser, TakesCommas
 from fastdpo.cli.options.values import OrNone, json_list, json_object, to_bool
 
@@ -35,6 +35,10 @@ KINDS: Mapping[str, Callable[[str], Any]] = {
 }
 
 
+_ANY_WORDS: Mapping[str, Any] = {"nargs": "*"}
+_READ_HERE = ("output_dir",)  # of transformers' options, by the first look itself
+
+
 class TableParser(TakesCommas, RaisingParser):
     """The parser that the table gives."""
 
@@ -50,9 +54,14 @@ def usage_of(command: str, shown: Sequence[str] | None) -> str:
     return f"fastdpo {command} --model MODEL --dataset DATASET{output} [--config FILE] [options]"
 
 
-def table_parser(command: str, shown: Sequence[str] | None = None) -> TableParser:
-    """The parser of a command, of `fastdpo train`'s options where `shown` says which of them it reads."""
+def table_parser(command: str, shown: Sequence[str] | None = None, *, for_help: bool = False) -> TableParser:
+    """The parser of a command, of `fastdpo train`'s options where `shown` says which of them it reads.
+
+    Args:
+        for_help: as the table has the options, whatever the installed transformers takes for their values.
+    """
     table = read_table()
+    is_other_release = not for_help and release() != table["transformers"]
     parser = TableParser(
         prog=f"fastdpo {command}",
         usage=usage_of(command, shown),
@@ -68,7 +77,9 @@ def table_parser(command: str, shown: Sequence[str] | None = None) -> TableParse
             continue
         title = option["group"]
         groups[title] = groups.get(title) or parser.add_argument_group(title)
-        action = groups[title].add_argument(*option["flags"], **_arguments(option))
+        is_open = is_other_release and option["of"] == "transformers" and option["name"] not in _READ_HERE
+        arguments = _ANY_WORDS if is_open and "action" not in option else _arguments(option)
+        action = groups[title].add_argument(*option["flags"], **{**arguments, "dest": option["name"]})
         action.takes_list = option.get("takes_list", False)
     known = {action.dest for action in parser._actions}
     for name in sorted((installed or frozenset()) - known):
