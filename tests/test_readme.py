@@ -82,7 +82,7 @@ def known_options():
     from fastdpo.cli.arguments import AdapterArguments, RunArguments
 
     known = {f.name for cls in (DPOConfig, AdapterArguments, RunArguments) for f in fields(cls)} | {"config", "help"}
-    known |= options_of("verify") | options_of("plan")
+    known |= options_of("verify") | options_of("plan") | options_of("env") | options_of("migrate") | {"no_x", "x"}
     for script in ("benchmarks/gpu_suite", "benchmarks/bench_training_step", "tests/portable"):
         known |= set(re.findall(r"--([a-z_0-9]+)", (ROOT / f"{script}.py").read_text()))
     return known | set(re.findall(r'"--([a-z-]+)"', (ROOT / "kernels/fused/tuning.py").read_text()))

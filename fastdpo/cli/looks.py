@@ -126,7 +126,7 @@ def look_at_rows(train: Any, evaluated: Any, tokenizer: Any, args: EngineConfig,
                 _look_at_rows(dataset, tokenizer, args)
             except ValueError as error:
                 shown = run.data_name() if name == "training" else run.eval_dataset or run.eval_split or "held out"
-                raise ValueError(f"the {name} data ({shown}) cannot be read: {error}{_remedy(args)}") from error
+                raise ValueError(f"the {name} data ({shown}) cannot be read: {error}{_remedy(args, run)}") from error
 
 
 def _look_at_rows(dataset: Any, tokenizer: Any, args: EngineConfig) -> None:
@@ -137,12 +137,10 @@ def _look_at_rows(dataset: Any, tokenizer: Any, args: EngineConfig) -> None:
         prepare_example(example, number, tokenizer, settings, is_sft)
 
 
-def _remedy(args: EngineConfig) -> str:
-    """The line to type where no format fits; `columns` maps names where the release has that option."""
-    if hasattr(args, "columns"):
-        return "; say which column is which: --columns prompt=...,chosen=...,rejected=..., or name the format:" + (
-            " --dataset_format NAME"
-        )
+def _remedy(args: EngineConfig, run: RunArguments) -> str:
+    """The line to type where no format fits."""
+    if hasattr(args, "columns") or hasattr(run, "columns"):
+        return "; write --columns prompt=...,chosen=...,rejected=..., or name the format: --dataset_format NAME"
     return "; rename the columns, or name the format: --dataset_format NAME"
 
 

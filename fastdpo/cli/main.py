@@ -36,7 +36,10 @@ the options of `fastdpo train` that people look for first (all of them: fastdpo 
   logging   --report_to  --logging_steps  --eval_strategy  --eval_steps  --run_name
   saving    --save_strategy  --save_steps  --resume_from_checkpoint  --overwrite_output_dir
 
-fastdpo --version prints the version. Options may be written with hyphens or underscores.
+  GPUs      --num_processes  --accelerate_config
+
+fastdpo --version prints the version. Options may be written with hyphens or underscores; those of TRL's scripts and of
+the alignment-handbook are taken under their names too (--model_name_or_path, --dataset_name, ...).
 """
 
 

@@ -132,7 +132,7 @@ def load_datasets(run: RunArguments, args: EngineConfig) -> tuple[Any, Any]:
     if run.eval_dataset is not None:
         config = run.dataset_config if run.eval_dataset == run.dataset else None
         return train, load(run.eval_dataset, run.eval_split or "test", config)
-    if run.eval_split is not None and run.datasets is None and not Path(run.dataset).expanduser().is_file():
+    if _names_split(run):
         return train, _evaluated_split(run, load)
     if run.dataset_streaming:
         return train, None
@@ -142,6 +142,11 @@ def load_datasets(run: RunArguments, args: EngineConfig) -> tuple[Any, Any]:
         return train, None
     parts = train.train_test_split(test_size=num_eval, seed=args.seed)
     return parts["train"], parts["test"]
+
+
+def _names_split(run: RunArguments) -> bool:
+    """Whether a split of the training data's own dataset is evaluated; a file is one split, whatever it is called."""
+    return run.eval_split is not None and run.datasets is None and not Path(run.dataset).expanduser().is_file()
 
 
 def _evaluated_split(run: RunArguments, load: Any) -> Any:
@@ -157,8 +162,8 @@ def _evaluated_split(run: RunArguments, load: Any) -> Any:
 
 def print_summary(trainer: PackedTrainer, run: RunArguments) -> None:
     more = [("output", str(trainer.args.output_dir))]
-    named = (run.eval_dataset, run.eval_datasets, run.eval_split)
-    if trainer.eval_dataset is not None and not any(named):
+    is_named = run.eval_dataset is not None or run.eval_datasets is not None or _names_split(run)
+    if trainer.eval_dataset is not None and not is_named:
         held_out = f"on {run.eval_fraction:.0%} of the training data, held out (--eval_fraction)"
         more.insert(0, ("evaluation", held_out))
     trainer.print_summary(*more)

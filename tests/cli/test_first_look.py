@@ -71,6 +71,15 @@ def test_a_wrong_yaml_file_is_answered_without_a_heavy_import(tmp_path):
         assert expected in err
 
 
+def test_a_recipe_of_another_project_is_sent_to_the_command_that_reads_it(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    for text, whose in (("base_model: m\nrl: dpo\n", "Axolotl"), ("stage: dpo\ntemplate: x\n", "LLaMA-Factory")):
+        path.write_text(text)
+        code, _, err = run(capsys, "train", "--config", path)
+        assert code == 2
+        assert f"(a recipe of {whose}? fastdpo migrate {path} --out run.yaml)" in err
+
+
 def test_the_table_is_that_of_the_dataclasses():
     """Own options in every release of transformers; its options in the release that the table was made with."""
     made, there = make_table(), read_table()

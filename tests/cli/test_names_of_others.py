@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from cli_runs import SHORT, options_of, run, save_model, save_rows, short
@@ -43,6 +45,12 @@ def test_every_field_of_trls_scripts_is_taken_or_answered():
     known |= set(names.RENAMED) | set(names.COMPUTED) | set(names.ANSWERED)
     theirs = (trl.ScriptArguments, trl.ModelConfig, trl.DatasetMixtureConfig, trl.DPOConfig, trl.SFTConfig)
     assert {f.name for cls in theirs for f in fields(cls)} - known == set()
+
+
+def test_the_page_has_every_name_that_is_taken():
+    page = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text()
+    taken = {*names.RENAMED, *names.COMPUTED, *names.ENVIRONMENT, *mixtures.NAMES, *mixtures.PART_KEYS}
+    assert taken - set(re.findall(r"`(\w+)`", page)) == set()
 
 
 def test_what_a_name_becomes_is_an_option():

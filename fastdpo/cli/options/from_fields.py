@@ -14,7 +14,7 @@ from typing import get_args, get_origin, get_type_hints
 from transformers import HfArgumentParser, TrainingArguments
 
 from fastdpo.cli.options.parser import RaisesErrors, TakesCommas
-from fastdpo.cli.options.table import CONFIG_HELP, THEIR_REST, usage_of
+from fastdpo.cli.options.table import CONFIG_HELP, EPILOG, THEIR_REST, usage_of
 from fastdpo.cli.options.values import OrNone, json_list, json_object
 
 LISTS_OF_OBJECTS = ("datasets", "eval_datasets")  # options that are JSON on a command line
@@ -34,7 +34,7 @@ def fields_parser(
         shown: the options that --help lists, of a command that takes those of `fastdpo train` and reads some of them.
     """
     usage = usage_of(command, shown)
-    parser = FieldsParser(dataclass_types, prog=f"fastdpo {command}", usage=usage, allow_abbrev=False)
+    parser = FieldsParser(dataclass_types, prog=f"fastdpo {command}", usage=usage, epilog=EPILOG, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     actions = [action for action in parser._actions if action.dest != "help"]
     _improve(actions)

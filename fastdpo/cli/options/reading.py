@@ -114,7 +114,8 @@ class _Reader:
         """The values of a YAML file as defaults of the options; its `env` goes into the environment."""
         ours: dict[str, tuple[str, Any]] = {}
         theirs: dict[str, Any] = {}
-        for key, value in _mapping(path).items():
+        recipe = _mapping(path)
+        for key, value in recipe.items():
             name = str(key).replace("-", "_")
             if name == "env":
                 _set_environment(value, path)
@@ -122,7 +123,10 @@ class _Reader:
                 value = names.value_here(name, value)
                 self._note(ours, names.RENAMED.get(name, name), str(key), value, f"config {path}: ")
             else:
-                self._check_known(name, str(key), "key", f"config {path}: ")
+                try:
+                    self._check_known(name, str(key), "key", f"config {path}: ")
+                except ValueError as error:
+                    raise ValueError(f"{error}{_whose(recipe, path)}") from None
                 theirs[name] = value
         for name, (written, value) in self._translated(theirs, ours).items():
             self._note(ours, name, written, value, f"config {path}: ")
@@ -255,6 +259,19 @@ def _mapping(path: str) -> dict[Any, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"config {path} must hold one option per line as `name: value`, got {type(values).__name__}")
     return values
+
+
+def _whose(recipe: Mapping[str, Any], path: str) -> str:
+    """The end of a sentence that names the command for a recipe of another project, if it is one."""
+    from fastdpo.cli.recipes.kinds import KINDS, recognised
+
+    try:
+        kind = recognised(recipe, has_overrides=False)
+    except ValueError:
+        return ""
+    if kind in ("trl", "handbook"):  # whose names are taken as they are
+        return ""
+    return f" (a recipe of {KINDS[kind][0]}? fastdpo migrate {path} --out run.yaml)"
 
 
 def nearest_file(path: str) -> str:

@@ -23,6 +23,10 @@ from fastdpo.cli.options.values import OrNone, json_list, json_object, to_bool
 FILE = Path(__file__).with_name("options.json")
 CONFIG_HELP = "YAML file of options; flags override it."
 THEIR_REST = "everything else of transformers.TrainingArguments"
+EPILOG = (
+    "Options of TRL's scripts and of the alignment-handbook are taken under their names too (--model_name_or_path,"
+    " --dataset_name, ...), also in FILE: docs/command_line.md."
+)
 SHOWN_ALL = "all options of `fastdpo train` are taken, also in FILE; those not listed here have no effect"
 
 # What `generate` writes for an action's type; a kind that is not here is taken as text and checked by the run itself.
@@ -65,6 +69,7 @@ def table_parser(command: str, shown: Sequence[str] | None = None, *, for_help: 
     parser = TableParser(
         prog=f"fastdpo {command}",
         usage=usage_of(command, shown),
+        epilog=EPILOG,
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
