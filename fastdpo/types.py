@@ -8,8 +8,8 @@ Nothing here computes more than a property. Layouts are made in `fastdpo.data`, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class PreferenceRow:
     prompt: str | list[Message]
     responses: tuple[str | list[Message], ...]  # K of them; K = 1 for supervised fine-tuning
     preferences: tuple[tuple[int, int], ...] = ((0, 1),)  # (index of the chosen, index of the rejected)
+    # what became of the dataset's columns: "text", "JSON" (messages out of text) or "unread"
+    columns: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def is_conversational(self) -> bool:

@@ -215,8 +215,8 @@ class AdapterArguments(LoraArguments):
 GROUPS = {
     "model and data": "model dataset output_dir config model_revision dtype attn_implementation tokenizer chat_template"
     " dataset_config dataset_split dataset_streaming datasets eval_dataset eval_split eval_datasets eval_fraction"
-    " max_length max_prompt_length truncation_mode on_bad_row dataset_format dataset_num_proc pad_token"
-    " model_init_kwargs trust_remote_code disable_dropout",
+    " max_length max_prompt_length truncation_mode on_bad_row dataset_format columns dataset_num_proc"
+    " pad_token model_init_kwargs trust_remote_code disable_dropout",
     "preference optimization": "beta loss_type loss_weights label_smoothing f_divergence_type f_alpha_divergence_coef"
     " ld_alpha use_weighting discopop_tau gamma_beta_ratio cpo_alpha",
     "reference": "reference ref_model reference_free precompute_ref_log_probs precompute_ref_batch_size ref_cache_dir"

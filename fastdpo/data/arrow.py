@@ -1,7 +1,11 @@
-"""A column of a dataset as Arrow holds it, so that counting and comparing make no Python objects of its tokens."""
+"""A column of a dataset as Arrow holds it, so that counting and comparing make no Python objects of its tokens; and
+what Arrow adds to rows, taken away again.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,3 +16,62 @@ def arrow_column(dataset: Dataset, name: str) -> Any:
     """A pyarrow ChunkedArray of the rows that the dataset shows: whole where it can be, gathered for a selection."""
     table = dataset.with_format("arrow").select_columns([name])
     return table.data[name] if table._indices is None else table[:][name]
+
+
+def without_fill_ins(value: Any, feature: Any) -> Any:
+    """A cell without the None that Arrow puts where a struct lacks a key that those of other rows have.
+
+    What is None in every row, and so of no other type, was written so; what a `Json` feature holds, Arrow never saw.
+
+    Args:
+        feature: of the column, as `Dataset.features` has it; None where nothing is known of it.
+    """
+    if type(feature).__name__ == "Json":
+        return value
+    if isinstance(value, Mapping):
+        kinds = feature if isinstance(feature, Mapping) else {}
+        return {
+            key: without_fill_ins(item, kinds.get(key))
+            for key, item in value.items()
+            if item is not None or getattr(kinds.get(key), "dtype", None) == "null"
+        }
+    if isinstance(value, list):
+        kind = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+        return [without_fill_ins(item, kind) for item in value]
+    return value
+
+
+def holds_as_given(dataset: Dataset, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the columns give the rows back as they are, of which they were made.
+
+    Structs do not where one lacks a key that others have, or holds None, which look alike afterwards; where 1 stands
+    beside 2.5, which makes 1.0 of it; or where keys come in another order. Plain messages are not compared one by one.
+    """
+    columns = (dataset.data.column(name) for name in dataset.column_names)
+    structs = [struct for column in columns for chunk in column.chunks for struct in _structs(chunk)]
+    if any(child.null_count > struct.null_count for struct in structs for child in struct.flatten()):
+        return False
+    if all(_is_plain(field.type) for struct in structs for field in struct.type):
+        return True
+    return all(
+        json.dumps(ours, default=str) == json.dumps(given, default=str)
+        for ours, given in zip(dataset, rows, strict=True)
+    )
+
+
+def _structs(array: Any) -> Iterator[Any]:
+    """Every struct array in an Arrow array, those inside others too."""
+    import pyarrow as pa
+
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        yield from _structs(array.flatten())
+    elif pa.types.is_struct(array.type):
+        yield array
+        for child in array.flatten():
+            yield from _structs(child)
+
+
+def _is_plain(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_string(kind) or pa.types.is_boolean(kind)

@@ -1,10 +1,11 @@
-"""From one example of a dataset (a dict of columns) to a `PreferenceRow`: which format it has, and what of it goes to
-the chat template.
+"""From one example of a dataset (a dict of columns) to a `PreferenceRow`: which format it has, what of it goes to the
+chat template, and what became of each of its columns.
 
 In: the columns of an adapter (`fastdpo.data.adapters`) or of a general form (`fastdpo.data.forms`), recognised by their
-names, or as `dataset_format` says. Out: text or messages, with the prompt apart from the responses.
+names, or as `dataset_format` says; `columns` gives columns other names and says which are not read. Out: text or
+messages, with the prompt apart from the responses. Everything that a row holds is read, named as ignored, or refused.
 Refused with ValueError, because it concerns the whole dataset: columns that no format knows or that a named one lacks,
-a column that looks like the prompt and would not be read, images, video and audio.
+a column with text or messages that nothing would read, images, video and audio.
 Refused with BadRow, because it concerns one row, which the caller counts: a value that is not text, a missing answer.
 
 Messages keep their further keys (name, tool_calls, ...); `template_kwargs` reads TRL's columns `tools` and
@@ -14,20 +15,35 @@ Messages keep their further keys (name, tool_calls, ...); `template_kwargs` read
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastdpo.data.adapters import ADAPTERS
 from fastdpo.data.forms import EXPLICIT, FORMS, RANKED, SFT_FORMS
-from fastdpo.data.values import BadRow, Example, RowFormat, best_response, without_nones
+from fastdpo.data.forms.columns import Cells, is_filled, ledger, structured
+from fastdpo.data.forms.context import system_text, with_system
+from fastdpo.data.forms.json_text import json_list, parsed
+from fastdpo.data.forms.mapping import as_columns, ignored_columns, renamed
+from fastdpo.data.forms.names import KINDS
+from fastdpo.data.values import BadRow, Example, RowFormat, best_response
 from fastdpo.types import PreferenceRow
 
 AUTO = "auto"
 FORMATS = (EXPLICIT, *ADAPTERS, *FORMS)  # the first that fits: a prompt that somebody added to a dataset counts
 FORMAT_NAMES = tuple(dict.fromkeys(row_format.name for row_format in (*FORMATS, *SFT_FORMS)))
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-QUESTION_COLUMNS = ("question", "query", "input", "instruction", "history", "context")  # never read by `implicit`
+TEMPLATE_KWARGS = "chat_template_kwargs"
+REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
+KNOWN_COLUMNS = tuple(
+    dict.fromkeys(
+        (
+            *("prompt", "chosen", "rejected", "system", "history", "messages", "tools", TEMPLATE_KWARGS, *REF_LOGPS),
+            *(column for row_format in (*FORMATS, *SFT_FORMS) for column in row_format.all_columns),
+            *(name for names in KINDS.values() for name in names),
+        )
+    )
+)
 
 
 def check_format_name(name: str) -> None:
@@ -38,62 +54,88 @@ def check_format_name(name: str) -> None:
         raise ValueError(f"dataset_format must be 'auto' or one of {sorted(FORMAT_NAMES)}, got {name!r}{hint}")
 
 
-def preference_row(example: Example, dataset_format: str = AUTO) -> PreferenceRow:
+def check_columns(value: Any) -> dict[str, Any] | None:
+    """The setting `columns` as a dict, from one or from the text of a command line; see `forms.mapping`.
+
+    Raises:
+        ValueError: it is no mapping of names that some format reads.
+    """
+    return as_columns(value, KNOWN_COLUMNS)
+
+
+def preference_row(
+    example: Example, dataset_format: str = AUTO, columns: Mapping[str, Any] | None = None
+) -> PreferenceRow:
     """The row, the better response of each preference first: a pair, or a group where more answers are ranked.
 
     Raises:
         BadRow: this row cannot be used.
-        ValueError: no format, or not the named one, has these columns, or the example holds images, video or audio.
+        ValueError: no format, or not the named one, has these columns, a column holds text that nothing reads, or the
+            example holds images, video or audio.
     """
-    return read_row(example, dataset_format, is_sft=False)[0]
+    return read_row(example, dataset_format, is_sft=False, columns=columns)[0]
 
 
-def sft_row(example: Example, dataset_format: str = AUTO) -> PreferenceRow:
+def sft_row(example: Example, dataset_format: str = AUTO, columns: Mapping[str, Any] | None = None) -> PreferenceRow:
     """The row with K = 1 and no preference: the response of an SFT format, or the best one of a preference format.
 
     Raises: as `preference_row`.
     """
-    return read_row(example, dataset_format, is_sft=True)[0]
+    return read_row(example, dataset_format, is_sft=True, columns=columns)[0]
 
 
-def read_row(example: Example, dataset_format: str, *, is_sft: bool) -> tuple[PreferenceRow, RowFormat]:
-    """The row and the format that it was read by; see `preference_row` and `sft_row`."""
-    media = [name for name in MEDIA if _is_filled(example.get(name))]
+def read_row(
+    example: Example, dataset_format: str, *, is_sft: bool, columns: Mapping[str, Any] | None = None
+) -> tuple[PreferenceRow, RowFormat]:
+    """The row and the format that it was read by; see `preference_row` and `sft_row`. `PreferenceRow.columns` says what
+    became of the columns."""
+    media = [name for name in MEDIA if is_filled(example.get(name))]
     if media:
         raise ValueError(
             f"dataset must hold text only, got the columns {media}; vision and audio models are not supported"
         )
-    row_format = choose_format(example, dataset_format, is_sft=is_sft)
-    row = _read(row_format, example)
-    if dataset_format == AUTO and row_format.name == "implicit":
-        _check_question(example, row)
+    cells, written = structured(renamed(example, columns))
+    ignored = ignored_columns(example, columns)
+    seen = Cells({name: value for name, value in cells.items() if name not in ignored} if ignored else cells)
+    row_format = choose_format(seen, dataset_format, is_sft=is_sft)
+    if row_format is EXPLICIT:
+        sources = _sources(seen)
+        seen = Cells({name: value for name, value in seen.items() if name not in sources}) if sources else seen
+        ignored += sources
+    if row_format.name == "implicit" and dataset_format != AUTO:  # whoever says so has no prompt beside the answers
+        ignored += tuple(seen)
+    row = _read(row_format, seen)
+    all_cells = Cells(cells)
+    all_cells.read = {*seen.read, *(name for name in (TEMPLATE_KWARGS, *REF_LOGPS, *KINDS["tools"]) if name in seen)}
+    row = replace(row, columns=ledger(all_cells, row, written, (*ignored, *row_format.further)))
     if is_sft:
-        row = PreferenceRow(row.prompt, (row.responses[best_response(row.preferences)],), preferences=())
+        row = replace(row, responses=(row.responses[best_response(row.preferences)],), preferences=())
     return row, row_format
 
 
 def choose_format(example: Example, dataset_format: str, *, is_sft: bool) -> RowFormat:
     """The first format that the example fits: of the named ones, or of those that it is unmistakably one of."""
+    cells = example if isinstance(example, Cells) else Cells(example)
     formats = (*FORMATS, *SFT_FORMS) if is_sft else FORMATS
     if dataset_format == AUTO:
         for row_format in formats:
-            if row_format.is_unmistakable(example):
+            if row_format.is_unmistakable(cells):
                 return row_format
         forms = (EXPLICIT, *FORMS, *(SFT_FORMS if is_sft else ()))
-        known = "; ".join(f"{form.name}: {', '.join(form.columns)}" for form in forms)
+        known = "; ".join(dict.fromkeys(f"{form.name}: {', '.join(form.columns)}" for form in forms))
         published = ", ".join(dict.fromkeys(adapter.name for adapter in ADAPTERS if not adapter.by_name_only))
         raise ValueError(
             f"dataset must have the columns of a known format ({known}; or those of a dataset as it is published:"
-            f" {published}), got {sorted(example)}"
+            f" {published}; or --columns prompt=THEIRS,chosen=THEIRS,... says which they are), got {sorted(example)}"
         )
     named = [row_format for row_format in formats if row_format.name == dataset_format]
     if not named:
         raise ValueError(f"dataset_format must be a format of preferences, got {dataset_format!r}, which has none")
     regrouped_form = (RANKED,) if any(row_format.regroup for row_format in named) else ()
     for row_format in (*named, *regrouped_form):
-        if row_format.fits(example):
+        if row_format.fits(cells):
             return row_format
-    needed = " or ".join(", ".join(row_format.columns) for row_format in named)
+    needed = " or ".join(dict.fromkeys(", ".join(row_format.columns) for row_format in named))
     raise ValueError(f"dataset_format {dataset_format!r} needs the columns {needed}, got {sorted(example)}")
 
 
@@ -113,50 +155,43 @@ def regrouped(
     return None if row_format.regroup is None else row_format.regroup(examples)
 
 
-def template_kwargs(example: Example) -> dict[str, Any]:
+def template_kwargs(example: Example, columns: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a row gives to the chat template: `tools` (a list, or JSON text of one) and `chat_template_kwargs`."""
-    kwargs = example.get("chat_template_kwargs") or {}
+    cells = Cells(structured(renamed(example, columns))[0])
+    kwargs = cells.peek(TEMPLATE_KWARGS) or {}
     if isinstance(kwargs, str):
-        kwargs = _from_json(kwargs, "chat_template_kwargs")
-    kwargs = without_nones(kwargs)
-    if not isinstance(kwargs, dict):
-        raise BadRow("chat_template_kwargs is not an object")
-    tools = example.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        tools = _from_json(tools, "tools")
-    if tools:
-        if not isinstance(tools, list):
-            raise BadRow("tools is not a list")
-        kwargs.setdefault("tools", without_nones(tools))
+        kwargs = parsed(kwargs)
+        if kwargs is None:
+            raise BadRow(f"{TEMPLATE_KWARGS} is not JSON")
+    if not isinstance(kwargs, Mapping):
+        raise BadRow(f"{TEMPLATE_KWARGS} is not an object")
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    name = cells.filled("tools")
+    if name is not None and (not isinstance(cells.peek(name), str) or cells.peek(name).strip()):
+        tools = json_list(cells.peek(name), "tools")
+        if tools:
+            kwargs.setdefault("tools", tools)
     return kwargs
 
 
-def _from_json(text: str, column: str) -> Any:
+def _read(row_format: RowFormat, cells: Cells) -> PreferenceRow:
+    """The row, after its system prompt; one whose columns hold something else than the format's, as None for a list,
+    is a bad row."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise BadRow(f"{column} is not JSON") from None
-
-
-def _read(row_format: RowFormat, example: Example) -> PreferenceRow:
-    """The row; one whose columns hold something else than the format's, as None for a list, is a bad row."""
-    try:
-        return row_format.read(example)
+        row = row_format.read(cells)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise BadRow(f"not a row of {row_format.name} ({type(error).__name__}: {error})") from error
+    name = cells.filled("system")
+    if name is None or name in cells.read or name in row_format.further:
+        return row
+    system = system_text(cells)
+    if isinstance(row.prompt, str):
+        return replace(row, prompt="\n\n".join(filter(None, (system, row.prompt))))
+    return replace(row, prompt=with_system(row.prompt, system))
 
 
-def _is_filled(value: Any) -> bool:
-    return value is not None and not (isinstance(value, (list, tuple, str)) and len(value) == 0)
-
-
-def _check_question(example: Example, row: PreferenceRow) -> None:
-    """Refuses two answers beside a question that they do not repeat: without it there would be no prompt."""
-    prompt = row.prompt if isinstance(row.prompt, str) else "\n".join(message["content"] for message in row.prompt)
-    for name in QUESTION_COLUMNS:
-        text = example.get(name)
-        if isinstance(text, str) and text.strip() and text.strip() not in prompt:
-            raise ValueError(
-                f"dataset has chosen and rejected without a prompt, and the column {name!r}, which looks like it:"
-                " rename it to prompt, or set dataset_format='implicit' where it does not belong to them"
-            )
+def _sources(cells: Cells) -> tuple[str, ...]:
+    """The columns of a published dataset from which somebody has made the prompt and the answers beside them."""
+    made = ("prompt", "chosen", "rejected")
+    published = [adapter for adapter in ADAPTERS if adapter.is_unmistakable(cells) and "conversations" not in cells]
+    return tuple(c for adapter in published for c in adapter.all_columns if c not in made and c in cells)

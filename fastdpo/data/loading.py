@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdpo.data.arrow import holds_as_given, without_fill_ins
+
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
@@ -70,7 +72,8 @@ def load_preference_dataset(path_or_name: str | Path, split: str = "train", conf
 
 
 def dataset_from_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
-    """A Dataset of `rows`. Where common columns cannot hold them (other keys, other types), one column of JSON does."""
+    """A Dataset of `rows`. Where common columns cannot hold them as they are (other keys, other types, objects that
+    lack a key of others or hold null), one column of JSON does."""
     from datasets import Dataset
 
     for number, row in enumerate(rows):
@@ -79,17 +82,36 @@ def dataset_from_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     if not rows:
         return Dataset.from_dict({})
     names = list(rows[0])
+    dataset = None
     if all(row.keys() == rows[0].keys() for row in rows):
         try:
-            return Dataset.from_dict({name: [row[name] for row in rows] for name in names})
+            dataset = Dataset.from_dict({name: [row[name] for row in rows] for name in names})
         except (ValueError, TypeError, OverflowError):  # Arrow's own are subclasses
             pass
-    return Dataset.from_dict({ROW_JSON: [json.dumps(row) for row in rows]})
+        else:
+            if holds_as_given(dataset, rows):
+                return dataset
+    try:
+        return Dataset.from_dict({ROW_JSON: [json.dumps(row) for row in rows]})
+    except TypeError as error:  # dates and the like, which JSON does not have
+        if dataset is not None:
+            return dataset
+        raise ValueError(
+            f"dataset rows must hold what JSON can hold, or be alike in keys and types ({error})"
+        ) from None
 
 
-def raw_example(example: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The example as it stood in the file, also where `dataset_from_rows` had to keep it as JSON."""
-    return json.loads(example[ROW_JSON]) if list(example) == [ROW_JSON] else example
+def raw_example(example: Mapping[str, Any], features: Any = None) -> Mapping[str, Any]:
+    """The example as it stood in the file, also where `dataset_from_rows` had to keep it as JSON.
+
+    Args:
+        features: those of the dataset where it comes out of Arrow, whose fill-ins are taken away again.
+    """
+    if list(example) == [ROW_JSON]:
+        return json.loads(example[ROW_JSON])
+    if features is None:
+        return example
+    return {name: without_fill_ins(value, features.get(name)) for name, value in example.items()}
 
 
 def read_json_rows(path: str | Path) -> list[dict[str, Any]]:

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.arrow import arrow_column
 from fastdpo.data.cache import cache_file, tokens_fingerprint
+from fastdpo.data.first_row import first_row
 from fastdpo.data.formats import regrouped
+from fastdpo.data.forms.columns import ColumnLedger
 from fastdpo.data.loading import dataset_from_rows, raw_example
 from fastdpo.data.report import DataReport, Report, TokenStats
 from fastdpo.data.rows import GROUP_COLUMNS, STATE_COLUMNS, column_features, group_from_columns, prepare_example
@@ -88,7 +91,7 @@ def _prepare(
     prepared = dataset.map(
         prepare_example,
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "settings": settings, "is_sft": is_sft},
+        fn_kwargs={"tokenizer": tokenizer, "settings": settings, "is_sft": is_sft, "features": dataset.features},
         remove_columns=dataset.column_names,
         features=column_features(),
         num_proc=num_proc,
@@ -98,6 +101,7 @@ def _prepare(
     )
     prepared = prepared.with_format(None)  # a transform of the raw rows stays with them in `map`
     report = _report(prepared.select_columns(list(STATE_COLUMNS)), "examples" if is_sft else "pairs")
+    report = replace(report, first_row=first_row(dataset, settings, is_sft=is_sft))
     if report.num_kept == 0:
         raise ValueError("dataset must hold at least one usable row: " + " ".join(report.lines()))
     if report.num_stale_ref_logps:
@@ -141,8 +145,8 @@ def one_prompt_a_row(dataset: Dataset, dataset_format: str, *, is_sft: bool) -> 
     Raises:
         ValueError: there are no ranked answers.
     """
-    examples = (raw_example(example) for example in dataset)
-    rows = regrouped(examples, raw_example(dataset[0]), dataset_format, is_sft=is_sft)
+    examples = (raw_example(example, dataset.features) for example in dataset)
+    rows = regrouped(examples, raw_example(dataset[0], dataset.features), dataset_format, is_sft=is_sft)
     if rows is None:
         return dataset
     try:
@@ -174,6 +178,9 @@ def _report(states: Dataset, kind: str) -> DataReport:
     def count(name: str) -> int:
         return int(pc.sum(columns[name], min_count=0).as_py())
 
+    became = ColumnLedger()
+    for value in pc.unique(columns["columns"].drop_null()).to_pylist():
+        became.add(value, lambda text: pc.index(columns["columns"], text).as_py())
     return DataReport(
         kind=kind,
         num_rows=len(states),
@@ -184,5 +191,6 @@ def _report(states: Dataset, kind: str) -> DataReport:
         num_stale_ref_logps=count("has_stale_ref_logps"),
         num_merged_boundary=count("is_merged"),
         num_transcripts=count("is_transcript"),
+        unread=became.unread,
         tokens={name: TokenStats.of(column.to_pylist()) for name, column in lengths.items() if len(column)},
     )

@@ -11,6 +11,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fastdpo.data.forms.columns import ColumnLedger
+
 SHOWN_ROWS = 8  # row numbers per reason in the text; the report itself holds all
 
 
@@ -45,6 +47,8 @@ class DataReport:
     num_merged_boundary: int = 0  # kept rows whose prompt ends in tokens that merge with the response
     num_pairs: int = 0  # of the kept rows; a row of ranked answers has several
     num_transcripts: int = 0  # kept rows whose messages were written as text, for lack of a chat template
+    unread: tuple[str, ...] = ()  # columns of the dataset, and keys of its messages, that were not read
+    first_row: tuple[tuple[str, str], ...] = ()  # the first row that can be used: who says what
     tokens: dict[str, TokenStats] = field(
         default_factory=dict
     )  # "prompt", "chosen", "rejected"; SFT "prompt", "response"
@@ -66,6 +70,8 @@ class DataReport:
         if self.num_pairs > self.num_kept:
             kind, pairs = "prompts", f" with {self.num_pairs} pairs of answers"
         lines = [f"kept {self.num_kept} of {self.num_rows} {kind}{pairs}{_dropped_text(self.dropped)}"]
+        if self.unread:
+            lines.append(unread_line(self.unread))
         if self.num_truncated:
             lines.append(f"truncated {self.num_truncated} {kind}")
         if self.num_stale_ref_logps:
@@ -98,7 +104,18 @@ class StreamReport:
         self.kind = kind
         self.tokens = {}  # of a stream, nobody knows before its end
         self.num_rows = 0
+        self.first_row: tuple[tuple[str, str], ...] = ()
         self._reasons: dict[int, str] = {}  # of rows that could not be used
+        self._columns = ColumnLedger()
+
+    def add_columns(self, row: int, columns: str | None) -> None:
+        """Takes down what became of the columns of a row, as `columns_text` has it.
+
+        Raises:
+            ValueError: a column is text in this row and messages in an earlier one, or the other way round.
+        """
+        if columns:
+            self._columns.add(columns, lambda _: row)
 
     def add(self, row: int, reason: str | None) -> None:
         """Takes down a row that was read; the first one of every reason to drop it is told at once."""
@@ -126,10 +143,16 @@ class StreamReport:
     def lines(self) -> list[str]:
         """The report for people, so far."""
         kept = f"kept {self.num_kept} of the first {self.num_rows} {self.kind}{_dropped_text(self.dropped)}"
-        return ["a stream, tokenized as it is read" + (f"; {kept}" if self.num_rows else "")]
+        lines = ["a stream, tokenized as it is read" + (f"; {kept}" if self.num_rows else "")]
+        return [*lines, unread_line(self._columns.unread)] if self._columns.unread else lines
 
 
 Report = DataReport | StreamReport
+
+
+def unread_line(unread: Sequence[str]) -> str:
+    """Which columns the rows have that no form reads."""
+    return f"columns not read: {', '.join(unread)}"
 
 
 def _dropped_text(dropped: dict[str, tuple[int, ...]]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastdpo.data.formats import read_row, template_kwargs
 from fastdpo.data.forms import as_transcript
+from fastdpo.data.forms.columns import columns_text
 from fastdpo.data.loading import raw_example
 from fastdpo.data.loss_rows import as_ranking, with_shared_parts
 from fastdpo.data.tokenization import TokenizationSettings, encode_row, truncate
@@ -29,6 +30,7 @@ STATE_COLUMNS = (
     "num_prompt_tokens",
     "num_chosen_tokens",
     "num_rejected_tokens",
+    "columns",
 )
 
 
@@ -67,22 +69,29 @@ def column_features(*, with_state: bool = True) -> Any:
         "num_prompt_tokens": count,
         "num_chosen_tokens": List(count),  # of each pair; of the response where there is no pair
         "num_rejected_tokens": List(count),
+        "columns": Value("string"),  # `columns_text` of what became of the row's columns
     }
     return Features({name: columns[name] for name in (*GROUP_COLUMNS, *(STATE_COLUMNS if with_state else ()))})
 
 
 def prepare_example(
-    example: Mapping[str, Any], row: int, tokenizer: Any, settings: TokenizationSettings, is_sft: bool
+    example: Mapping[str, Any],
+    row: int,
+    tokenizer: Any,
+    settings: TokenizationSettings,
+    is_sft: bool,
+    features: Any = None,
 ) -> dict[str, Any]:
     """The columns of one example; a row that cannot be used has only its reason.
 
     Args:
         row: its number, for errors.
+        features: those of the dataset, whose Arrow has filled in what rows lack; None for examples out of Python.
     Raises:
         ValueError: what `formats` refuses, or a bad row where `settings.on_bad_row` is "raise".
     """
     try:
-        whole, is_merged, is_transcript = _encode(raw_example(example), tokenizer, settings.dataset_format, is_sft)
+        whole, is_merged, is_transcript, columns = _encode(raw_example(example, features), tokenizer, settings, is_sft)
         group = truncate(whole, settings)
         group = as_ranking(group) if settings.rankings else group
         stored = with_shared_parts(group) if settings.shared_parts else group
@@ -108,23 +117,25 @@ def prepare_example(
         "num_prompt_tokens": len(group.prompt_ids) + num_context[0],
         "num_chosen_tokens": [lengths[chosen] for chosen, _ in group.preferences] or lengths,
         "num_rejected_tokens": [lengths[rejected] for _, rejected in group.preferences],
+        "columns": columns,
     }
 
 
 def _encode(
-    example: Mapping[str, Any], tokenizer: Any, dataset_format: str, is_sft: bool
-) -> tuple[TokenizedGroup, bool, bool]:
-    """The whole group, whether its prompt's end merged with a response, whether messages became a transcript."""
+    example: Mapping[str, Any], tokenizer: Any, settings: TokenizationSettings, is_sft: bool
+) -> tuple[TokenizedGroup, bool, bool, str]:
+    """The whole group, whether its prompt's end merged with a response, whether messages became a transcript, and what
+    became of the columns."""
     if "prompt_ids" in example and ("responses" in example or {"chosen_ids", "rejected_ids"} <= example.keys()):
-        return _tokenized_group(example, is_sft), False, False
-    row, row_format = read_row(example, dataset_format, is_sft=is_sft)
-    kwargs = template_kwargs(example)
+        return _tokenized_group(example, is_sft), False, False, ""
+    row, row_format = read_row(example, settings.dataset_format, is_sft=is_sft, columns=settings.columns)
+    kwargs = template_kwargs(example, settings.columns)
     has_template = getattr(tokenizer, "chat_template", None) is not None or "chat_template" in kwargs
     is_transcript = row_format.may_be_transcript and row.is_conversational and not has_template
     group, is_merged = encode_row(as_transcript(row) if is_transcript else row, tokenizer, kwargs)
     if not is_sft:
         group = replace(group, ref_logps=_ref_logps(example, row))
-    return group, is_merged, is_transcript
+    return group, is_merged, is_transcript, columns_text(row.columns)
 
 
 def _ref_logps(example: Mapping[str, Any], row: PreferenceRow | None = None) -> tuple[float, float] | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fastdpo.data.first_row import row_lines
 from fastdpo.data.formats import regrouped
 from fastdpo.data.loading import raw_example
 from fastdpo.data.report import StreamReport
@@ -34,14 +35,19 @@ def prepare_stream(
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError("dataset must hold at least one row, got an empty stream")
-    if regrouped((), raw_example(first), settings.dataset_format, is_sft=is_sft) is not None:
+    if regrouped((), raw_example(first, dataset.features or {}), settings.dataset_format, is_sft=is_sft) is not None:
         raise ValueError(
             "dataset must not be streamed where its rows are single answers or trees, which have to be read as a"
             " whole: load it without streaming=True"
         )
-    prepare_example(first, 0, tokenizer, settings, is_sft)
+    features = dataset.features or {}
+    columns = prepare_example(first, 0, tokenizer, settings, is_sft, features)["columns"]
     report = StreamReport("examples" if is_sft else "pairs")
-    function = partial(_prepare_batch, tokenizer=tokenizer, settings=settings, is_sft=is_sft, report=report)
+    report.first_row = row_lines([raw_example(first, features)], settings, is_sft=is_sft)
+    report.add_columns(0, columns)
+    function = partial(
+        _prepare_batch, tokenizer=tokenizer, settings=settings, is_sft=is_sft, report=report, features=features
+    )
     # a batch of one may become none, which `map` on single rows cannot
     prepared = dataset.map(
         function,
@@ -66,10 +72,12 @@ def _prepare_batch(
     settings: TokenizationSettings,
     is_sft: bool,
     report: StreamReport,
+    features: Any,
 ) -> dict[str, list[Any]]:
     example = {name: values[0] for name, values in batch.items()}
-    columns = prepare_example(example, rows[0], tokenizer, settings, is_sft)
+    columns = prepare_example(example, rows[0], tokenizer, settings, is_sft, features)
     report.add(rows[0], columns["bad_row"])
+    report.add_columns(rows[0], columns["columns"])
     return {name: [] if columns["bad_row"] else [columns[name]] for name in GROUP_COLUMNS}
 
 

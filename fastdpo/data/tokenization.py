@@ -11,11 +11,11 @@ count (`turns`), and rows without a usable difference are refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdpo.data.formats import AUTO, check_format_name
+from fastdpo.data.formats import AUTO, check_columns, check_format_name
 from fastdpo.data.forms import is_empty
 from fastdpo.data.turns import assistant_mask, has_several_turns, marks_assistant, transcript_mask
 from fastdpo.data.values import BadRow, common_prefix_length
@@ -35,11 +35,13 @@ class TokenizationSettings:
     truncation_mode: str = "keep_start"  # which end survives: "keep_start" or "keep_end"
     on_bad_row: str = "drop"  # "drop" counts and reports it, "raise" stops at the first
     dataset_format: str = AUTO  # a name of `formats.FORMAT_NAMES`; "auto" goes by the columns
+    columns: Mapping[str, Any] | None = None  # what the dataset's columns are in our names, see `forms.mapping`
     rankings: bool = False  # preferences become the neighbouring pairs of a ranking, see `loss_rows`
     shared_parts: bool = False  # each pair also brings both responses up to the length that they share
 
     def __post_init__(self) -> None:
         check_format_name(self.dataset_format)
+        object.__setattr__(self, "columns", check_columns(self.columns))
         for name, least in (("max_length", 2), ("max_prompt_length", 1)):  # one token alone has nothing to predict it
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):

@@ -1,9 +1,4 @@
-"""From one cell of a dataset to text or messages, the fault of a row that has neither, and what a format is.
-
-In: text, one message or a list of them; a message has role/content or ShareGPT's from/value, its content is text or a
-list of parts of type text. Out: str, or [{"role": ..., "content": str, further keys that are not None}].
-Refused with BadRow: everything else. Refused with ValueError: images, video and audio.
-"""
+"""From one cell of a dataset to text, the fault of a row that cannot be used, and what a format is."""
 
 from __future__ import annotations
 
@@ -11,12 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdpo.types import Message, PreferenceRow
+from fastdpo.types import PreferenceRow
 
 Example = Mapping[str, Any]
-
-ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}  # ShareGPT's names
-MEDIA_KINDS = ("image", "video", "audio", "input_image", "input_audio")
 
 
 class BadRow(ValueError):
@@ -33,17 +25,25 @@ class RowFormat:
 
     name: str  # what `dataset_format` takes
     columns: tuple[str, ...]  # what `read` needs
-    read: Callable[[Example], PreferenceRow]
+    read: Callable[[Any], PreferenceRow]  # from the row's `Cells`
     signature: tuple[str, ...] = ()  # further columns by which it is recognised without being named
+    further: tuple[str, ...] = ()  # columns that its rows may have besides, which nothing has to read
     by_name_only: bool = False
     may_be_transcript: bool = False  # a tokenizer without chat template gets its messages as Human: and Assistant:
     regroup: Callable[[Iterable[Example]], Iterator[Example]] | None = None  # where rows of the file are not prompts
+    recognizes: Callable[[Any], bool] | None = None  # in place of `columns`, where those go by several names
 
-    def fits(self, example: Example) -> bool:
-        return all(column in example for column in self.columns)
+    def fits(self, cells: Any) -> bool:
+        if self.recognizes is not None:
+            return self.recognizes(cells)
+        return all(column in cells for column in self.columns)
 
-    def is_unmistakable(self, example: Example) -> bool:
-        return not self.by_name_only and self.fits(example) and all(column in example for column in self.signature)
+    def is_unmistakable(self, cells: Any) -> bool:
+        return not self.by_name_only and self.fits(cells) and all(column in cells for column in self.signature)
+
+    @property
+    def all_columns(self) -> tuple[str, ...]:
+        return (*self.columns, *self.signature, *self.further)
 
 
 def as_text(value: Any, field: str) -> str:
@@ -62,18 +62,6 @@ def holds_messages(value: Any) -> bool:
     return isinstance(value, (list, Mapping))
 
 
-def as_messages(value: Any, role: str, field: str) -> list[Message]:
-    """Messages from a list of them, from one message, or from text that `role` says; `field` names them in BadRow."""
-    return [_message(item, role, field) for item in (value if isinstance(value, list) else [value])]
-
-
-def without_nones(value: Any) -> Any:
-    """Arrow fills the keys that a row lacks with None; templates would take them as given."""
-    if isinstance(value, Mapping):
-        return {k: without_nones(v) for k, v in value.items() if v is not None}
-    return [without_nones(item) for item in value] if isinstance(value, list) else value
-
-
 def best_response(preferences: Sequence[Sequence[int]]) -> int:
     """The response with the most comparisons won beyond those lost, the first of several; 0 where none is compared."""
     lead: dict[int, int] = {}
@@ -89,31 +77,3 @@ def common_prefix_length(items: Sequence[Any], other: Sequence[Any]) -> int:
         if a != b:
             return position
     return min(len(items), len(other))
-
-
-def _message(value: Any, role: str, field: str) -> Message:
-    if not isinstance(value, Mapping):
-        return {"role": role, "content": as_text(value, field)}
-    speaker = value.get("role") or value.get("from")
-    if not isinstance(speaker, str):
-        raise BadRow("message without role")
-    rest = {k: v for k, v in value.items() if k not in ("role", "content", "from", "value", "loss_weight")}
-    content = value.get("value") if value.get("content") is None else value["content"]
-    if content is None and rest.get("tool_calls"):
-        content = ""
-    return {"role": ROLES.get(speaker, speaker), "content": _content(content, field), **without_nones(rest)}
-
-
-def _content(value: Any, field: str) -> str:
-    """Text, or the joined text of parts {"type": "text", "text" or "value": "..."}."""
-    if not isinstance(value, list):
-        return as_text(value, field)
-    kinds = {str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__ for part in value}
-    if any(kind.startswith(MEDIA_KINDS) for kind in kinds):
-        raise ValueError(
-            f"message content must be text, got parts of type {sorted(kinds)}; vision and audio models are unsupported"
-        )
-    if kinds - {"text"}:
-        raise BadRow(f"{field} is not text")
-    texts = [part.get("value") if part.get("text") is None else part["text"] for part in value]
-    return "".join(as_text(text, field) for text in texts)

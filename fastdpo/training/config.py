@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from fastdpo.data.formats import FORMAT_NAMES
+from fastdpo.data.formats import FORMAT_NAMES, check_columns
 from fastdpo.data.tokenization import TokenizationSettings
 from fastdpo.losses import is_listwise
 from fastdpo.modeling.attention import ATTENTION_BACKENDS
@@ -102,6 +102,13 @@ class EngineConfig(TrainingArguments):
     dataset_format: str = field(
         default="auto",
         metadata=help_text(f"How rows are read. auto: by their columns. Else one of {', '.join(FORMAT_NAMES)}."),
+    )
+    columns: dict[str, Any] | str | None = field(
+        default=None,
+        metadata=help_text(
+            "What the dataset's columns are, where they have names of their own: prompt=instruction,rejected=worst."
+            " ignore=foo,bar: columns that are not to be read. Also JSON."
+        ),
     )
     dataset_num_proc: int | None = field(default=None, metadata=help_text("Processes that tokenize."))
     pad_token: str | None = field(
@@ -209,6 +216,7 @@ class EngineConfig(TrainingArguments):
         self.max_tokens_per_microbatch = count_or_auto("max_tokens_per_microbatch", self.max_tokens_per_microbatch)
         self.pad_to_multiple_of = count_or_auto("pad_to_multiple_of", self.pad_to_multiple_of)
         self.model_init_kwargs = as_dict("model_init_kwargs", self.model_init_kwargs)
+        self.columns = check_columns(self.columns)
         self.init_kwargs()
         self.tokenization_settings()
         check_settings(1.0, None, (), self.skip_tolerance, self.workspace_bytes, self.impl)
@@ -249,6 +257,7 @@ class EngineConfig(TrainingArguments):
             truncation_mode=self.truncation_mode,
             on_bad_row=self.on_bad_row,
             dataset_format=self.dataset_format,
+            columns=check_columns(self.columns),
         )
 
 

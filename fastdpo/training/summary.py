@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
@@ -33,6 +34,10 @@ def summary_lines(trainer: PackedTrainer) -> list[tuple[str, str]]:
     for name, report in trainer.data_reports.items():
         text = report.lines()
         lines += [(f"{name} data", text[0]), *(("", line) for line in text[1:])]
+        if name == "train":
+            lines += [
+                ("first row" if i == 0 else "", f"{what}: {said}") for i, (what, said) in enumerate(report.first_row)
+            ]
     reference = getattr(trainer, "reference", None)
     if reference is not None:
         lines.append(("reference", f"{reference.mode}: {trainer.reference_reason}"))
@@ -57,7 +62,7 @@ def print_summary(trainer: PackedTrainer, more: Sequence[tuple[str, str]] = ()) 
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for what, fact in [*_lines_apart(trainer), *more]:
-        table.add_row(what, fact)
+        table.add_row(what, Text(fact))  # what rows say may look like markup
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 

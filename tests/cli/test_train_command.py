@@ -296,6 +296,7 @@ def test_every_field_can_be_set_from_the_command_line():
         "truncation_mode": ("keep_end", "keep_end"),
         "on_bad_row": ("raise", "raise"),
         "dataset_format": ("shp", "shp"),
+        "columns": ("prompt=question,ignore=a,b", {"prompt": "question", "ignore": ["a", "b"]}),
         "pad_token": ("<pad>", "<pad>"),
         "dataset_num_proc": ("2", 2),
         "packing": ("padded", "padded"),

@@ -143,7 +143,7 @@ def test_articles_of_the_tldr_evaluation_have_no_subreddit():
         ({**HELPSTEER3, "overall_preference": 0}, "no response is better than another"),
         ({**TLDR, "choice": None}, "choice is not one of two summaries"),
         ({**SHP, "labels": None}, "no response is better than another"),
-        ({**ALPACA, "history": [["Hi?", "Yes?"]]}, "earlier turns beside an instruction"),
+        ({**ALPACA, "history": [{"role": "tool", "content": "3"}]}, "earlier turns of 'tool' beside an instruction"),
     ],
 )
 def test_ties_and_nearly_equal_scores_are_left_out_with_a_reason(example, reason):
@@ -367,7 +367,7 @@ def test_a_group_loses_the_pairs_that_truncation_makes_equal_and_keeps_the_other
 def test_every_format_has_a_test_here_or_among_the_forms():
     tested = {name for name, *_ in PAIRS} | {"helpsteer", "open_assistant", "ultrafeedback", "nectar", "ranked"}
     on_files = {"hh", "hh_chat", "fine_grained_rlhf", "llama_factory", "llms_from_scratch"}
-    forms = {"implicit", "prompt_completion", "messages", "sharegpt", "alpaca", "text"}
+    forms = {"winner", "messages_rejected", "implicit", "prompt_completion", "messages", "sharegpt", "alpaca", "text"}
     assert set(FORMAT_NAMES) == tested | on_files | forms
 
 
@@ -380,12 +380,11 @@ def test_a_named_format_that_lacks_columns_says_which():
         preference_row({"instruction": "a", "output": "b"}, "alpaca")
 
 
-def test_a_question_that_nobody_would_read_is_an_error_with_a_way_out():
+def test_a_question_is_the_prompt_unless_the_answers_are_said_to_hold_theirs():
     example = {"question": "Why?", "chosen": "So.", "rejected": "No."}
-    with pytest.raises(ValueError, match="column 'question', which looks like it: rename it to prompt") as caught:
-        preference_row(example)
-    assert not isinstance(caught.value, BadRow)
-    assert preference_row(example, "implicit").responses == ("So.", "No.")
+    assert preference_row(example).prompt == [user("Why?")]
+    implicit = preference_row(example, "implicit")
+    assert (implicit.prompt, implicit.responses, implicit.columns["question"]) == ("", ("So.", "No."), "unread")
     repeated = {"question": "Why?", "chosen": [user("Why?"), said("So.")], "rejected": [user("Why?"), said("No.")]}
     assert preference_row(repeated).prompt == [user("Why?")]
 

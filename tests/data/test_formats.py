@@ -6,6 +6,7 @@ from fastdpo.data.values import BadRow
 USER = {"role": "user", "content": "Hi?"}
 GOOD = {"role": "assistant", "content": "Hello!"}
 BAD = {"role": "assistant", "content": "Go."}
+PARTS = "response has parts of type x"
 
 
 def parts(row):
@@ -121,7 +122,7 @@ def test_llama_factory_v1_parts_are_joined_and_weights_ignored():
         ({"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Go."}]}, [USER], [BAD]),
         ({"instruction": "Add.", "output": "3"}, "### Instruction:\nAdd.\n\n### Response:\n", "3"),
         ({"text": "Once upon"}, "", "Once upon"),
-        ({"prompt": "Hi?", "chosen": "a", "rejected": "b", "text": "c"}, "Hi?", "a"),
+        ({"prompt": "Hi?", "chosen": "a", "rejected": "b", "text": "Hi?"}, "Hi?", "a"),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER], [GOOD]),
     ],
 )
@@ -169,7 +170,7 @@ def test_an_image_column_without_images_is_no_obstacle():
         ({"chosen": [], "rejected": [USER, BAD]}, "empty response"),
         ({"chosen": [{"content": "a"}], "rejected": [BAD]}, "message without role"),
         ({"prompt": "a", "chosen": "\ud83d", "rejected": "c"}, "response is not valid Unicode"),
-        ({"conversations": [], "chosen": {"from": "gpt", "value": None}, "rejected": BAD}, "response is not text"),
+        ({"conversations": [USER], "chosen": {"from": "gpt", "value": [{"type": "x"}]}, "rejected": BAD}, PARTS),
     ],
 )
 def test_a_value_that_is_not_text_makes_only_its_row_bad(example, reason):
@@ -183,10 +184,10 @@ def test_messages_without_an_answer_are_no_sft_row():
         sft_row({"messages": [USER]})
 
 
-def test_further_keys_of_messages_survive_unless_arrow_filled_them_with_none():
+def test_further_keys_of_messages_survive_unless_they_are_null():
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "id": None}], "name": None}
     row = preference_row({"prompt": [USER], "chosen": [call], "rejected": [BAD]})
-    assert row.responses[0] == [{"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}]
+    assert row.responses[0] == [{"role": "assistant", "content": "", "tool_calls": [{"name": "add", "id": None}]}]
 
 
 def test_tools_may_be_json_text():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html.parser import HTMLParser
 from typing import Any
 
-from fastdpo.data.forms import ranked_row
+from fastdpo.data.forms.rankings import ranked_row
 from fastdpo.data.values import BadRow, as_text
 from fastdpo.types import Message, PreferenceRow
 

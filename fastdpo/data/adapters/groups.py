@@ -12,7 +12,7 @@ from typing import Any
 
 from fastdpo.data.adapters.building import assistant, html_text, ranked_answers, transcript_messages, user
 from fastdpo.data.adapters.pairs import helpsteer_prompt
-from fastdpo.data.forms import ranked
+from fastdpo.data.forms.rankings import ranked
 from fastdpo.data.values import BadRow, Example, RowFormat, as_text
 from fastdpo.types import Message, PreferenceRow
 
@@ -138,12 +138,19 @@ def helpsteer_answers(rows: Iterable[Example]) -> Iterator[Example]:
 
 GROUPS = (
     RowFormat("stack_exchange", ("question", "answers"), stack_exchange, signature=("qid",), may_be_transcript=True),
-    RowFormat("ultrafeedback", ("instruction", "completions"), ultrafeedback, may_be_transcript=True),
+    RowFormat(
+        "ultrafeedback",
+        ("instruction", "completions"),
+        ultrafeedback,
+        further=("correct_answers", "incorrect_answers"),
+        may_be_transcript=True,
+    ),
     RowFormat("nectar", ("prompt", "answers"), nectar, signature=("num_responses", "turns"), may_be_transcript=True),
     RowFormat(
         "fine_grained_rlhf",
         ("question", "passages", *(f"prediction {i}" for i in (1, 2, 3, 4)), "preference"),
         fine_grained_rlhf,
+        further=("gold", "feedback"),
         may_be_transcript=True,
     ),
     RowFormat(

@@ -5,23 +5,20 @@ In: rows with the columns that PAIRS lists. Out: pairs. Refused with BadRow: tie
 
 from __future__ import annotations
 
-from fastdpo.data.adapters.building import assistant, better_first, system, transcript_messages, user
-from fastdpo.data.forms import (
-    HUMAN_TURN,
-    answered,
-    explicit_prompt,
-    implicit_prompt,
-    share_gpt_prompt,
-    split_conversations,
-    task_prompt,
-)
-from fastdpo.data.values import BadRow, Example, RowFormat, as_messages, as_text, holds_messages
+from fastdpo.data.adapters.building import assistant, better_first, transcript_messages, user
+from fastdpo.data.forms.answers import preferred
+from fastdpo.data.forms.columns import Cells
+from fastdpo.data.forms.context import Context
+from fastdpo.data.forms.messages import as_messages
+from fastdpo.data.forms.pairs import explicit_prompt, has_pair, implicit_prompt
+from fastdpo.data.forms.text import HUMAN_TURN
+from fastdpo.data.values import BadRow, Example, RowFormat, as_text
 from fastdpo.types import PreferenceRow
 
 SHP_LEAST_RATIO = 2.0  # of the scores of two comments: what the DPO release and SHP's authors train on
 
 
-def hh(example: Example) -> PreferenceRow:
+def hh(example: Cells) -> PreferenceRow:
     """Anthropic/hh-rlhf as text, as the original DPO release has it."""
     if not as_text(example["chosen"], "response").lstrip().startswith(HUMAN_TURN.lstrip()):
         raise BadRow("not a transcript of Human: and Assistant:")
@@ -30,7 +27,7 @@ def hh(example: Example) -> PreferenceRow:
 
 def hh_chat(example: Example) -> PreferenceRow:
     """Anthropic/hh-rlhf as messages, for models with a chat template."""
-    return split_conversations(*(transcript_messages(example[side]) for side in ("chosen", "rejected")))
+    return preferred(Context(), *([transcript_messages(example[side])] for side in ("chosen", "rejected")))
 
 
 def shp(example: Example) -> PreferenceRow:
@@ -90,33 +87,11 @@ def helpsteer_prompt(prompt: object) -> list[dict[str, object]]:
     return [message for message in messages if message["content"]]
 
 
-def orca(example: Example) -> PreferenceRow:
-    """Intel/orca_dpo_pairs; argilla's distilabel version calls the question `input`, HuggingFaceH4's answers in whole
-    conversations."""
-    question = example["question"] if "question" in example else example["input"]
-    prompt = [*system(example.get("system")), user(question)]
-    return answered(prompt, example["chosen"], example["rejected"], may_repeat=True)
+def has_task_and_pair(cells: Cells) -> bool:
+    return has_pair(cells) and cells.column("instruction") is not None
 
 
-def llama_factory(example: Example) -> PreferenceRow:
-    """LLaMA-Factory's ShareGPT-like pairs: messages of `from` and `value`, one answer per side."""
-    return answered(share_gpt_prompt(example), example["chosen"], example["rejected"], may_repeat=True)
-
-
-def llama_factory_v1(example: Example) -> PreferenceRow:
-    """LLaMA-Factory's v1: two whole conversations, content in parts. The common start counts, not `loss_weight`."""
-    return split_conversations(
-        *(as_messages(example[side], "assistant", "response") for side in ("chosen_messages", "rejected_messages"))
-    )
-
-
-def llms_from_scratch(example: Example) -> PreferenceRow:
-    """Raschka's "LLMs from scratch", and Alpaca-like pairs: a task, optionally its input. `output` is ignored."""
-    chosen, rejected = example["chosen"], example["rejected"]
-    if holds_messages(chosen) or holds_messages(rejected):
-        return answered([user(task_prompt(example))], chosen, rejected, may_repeat=True)
-    return PreferenceRow(task_prompt(example), (as_text(chosen, "response"), as_text(rejected, "response")))
-
+_ORIGINALS = ("original_chosen", "original_rejected")
 
 PAIRS = (
     RowFormat("hh", ("chosen", "rejected"), hh, by_name_only=True),  # unnamed, they are read as `implicit`: the same
@@ -125,25 +100,60 @@ PAIRS = (
         "shp",
         ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"),
         shp,
+        further=("post_id", "domain", "upvote_ratio", "c_root_id_A", "c_root_id_B", "seconds_difference"),
         may_be_transcript=True,
     ),
     RowFormat(
-        "stack_exchange", ("question", "response_j", "response_k"), stack_exchange_paired, may_be_transcript=True
+        "stack_exchange",
+        ("question", "response_j", "response_k"),
+        stack_exchange_paired,
+        further=("qid", "date", "metadata"),
+        may_be_transcript=True,
     ),
-    RowFormat("tldr", ("info", "summaries", "choice"), tldr),
+    RowFormat("tldr", ("info", "summaries", "choice"), tldr, further=("worker", "batch", "split", "extra")),
     RowFormat(
         "helpsteer",
         ("prompt", "response_1", "response_2", "preference_strength"),
         helpsteer_preference,
+        further=(
+            *("split", "preference_statement", "preference_elaboration", "three_most_similar_preferences"),
+            "all_preferences_unprocessed",
+        ),
         may_be_transcript=True,
     ),
     RowFormat(
-        "helpsteer", ("context", "response1", "response2", "overall_preference"), helpsteer3, may_be_transcript=True
+        "helpsteer",
+        ("context", "response1", "response2", "overall_preference"),
+        helpsteer3,
+        further=("individual_preference",),
+        may_be_transcript=True,
     ),
-    RowFormat("llms_from_scratch", ("instruction", "chosen", "rejected"), llms_from_scratch),
-    RowFormat("orca", ("question", "chosen", "rejected"), orca, signature=("system",), may_be_transcript=True),
-    RowFormat("orca", ("input", "chosen", "rejected"), orca, signature=("system",), may_be_transcript=True),
+    RowFormat(  # also LLaMA-Factory's Alpaca-like pairs, and Axolotl's chatml.argilla
+        "llms_from_scratch",
+        ("instruction", "chosen", "rejected"),
+        explicit_prompt,
+        further=("input", "system", "history", "output"),
+        recognizes=has_task_and_pair,
+    ),
+    # Intel/orca_dpo_pairs; argilla's distilabel version calls the question `input`, HuggingFaceH4's answers in whole
+    # conversations
+    RowFormat(
+        "orca",
+        ("question", "chosen", "rejected"),
+        explicit_prompt,
+        further=("system",),
+        may_be_transcript=True,
+    ),
+    RowFormat(
+        "orca",
+        ("input", "chosen", "rejected"),
+        explicit_prompt,
+        signature=("system",),
+        further=(*("generations", "order", "labelling_prompt", "raw_labelling_response"), *_ORIGINALS),
+        may_be_transcript=True,
+    ),
     RowFormat("ultrafeedback_binarized", ("prompt", "chosen", "rejected"), explicit_prompt, by_name_only=True),
-    RowFormat("llama_factory", ("chosen_messages", "rejected_messages"), llama_factory_v1),
-    RowFormat("llama_factory", ("conversations", "chosen", "rejected"), llama_factory),
+    # LLaMA-Factory's v1: two whole conversations, content in parts. The common start counts, not `loss_weight`.
+    RowFormat("llama_factory", ("chosen_messages", "rejected_messages"), implicit_prompt),
+    RowFormat("llama_factory", ("conversations", "chosen", "rejected"), explicit_prompt),
 )

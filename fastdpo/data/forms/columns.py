@@ -1,0 +1,209 @@
+"""The columns of a row by what they hold, whatever a dataset calls them, and the ledger of what was read of them.
+
+In: a row as its dataset has it. Out: `Cells`, which finds columns by their kind and takes down which ones a form reads;
+`ledger` says what became of the others. Refused with ValueError: a column with text or messages that nothing reads and
+whose name does not say that it is metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from fastdpo.data.forms.json_text import conversation_key, is_message, messages_in, turns_in
+from fastdpo.data.forms.messages import UNREAD_KEYS
+from fastdpo.data.forms.names import IGNORE, KINDS, is_metadata, names_by_kind
+from fastdpo.data.values import Example
+from fastdpo.types import PreferenceRow
+
+
+class Cells(Mapping[str, Any]):
+    """The cells of a row. Those that are asked for are taken down in `read`; `peek` looks at one without that."""
+
+    def __init__(self, example: Example) -> None:
+        self._example = example
+        self._kinds = names_by_kind(tuple(example))
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._example[name]
+        self.read.add(name)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._example
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._example)
+
+    def __len__(self) -> int:
+        return len(self._example)
+
+    def peek(self, name: str) -> Any:
+        return self._example.get(name)
+
+    def column(self, kind: str) -> str | None:
+        """The first filled column of a kind; else one that is there without anything in it; or None."""
+        names = self._kinds[kind]
+        return next((n for n in names if is_filled(self._example[n])), names[0] if names else None)
+
+    def all_filled(self, kind: str) -> list[str]:
+        """The filled columns of a kind."""
+        return [name for name in self._kinds[kind] if is_filled(self._example[name])]
+
+    def filled(self, kind: str) -> str | None:
+        """The first filled column of a kind, or None."""
+        return next(iter(self.all_filled(kind)), None)
+
+
+def is_filled(value: Any) -> bool:
+    """Whether a cell holds anything."""
+    return value is not None and not (isinstance(value, (list, tuple, str, Mapping)) and len(value) == 0)
+
+
+def structured(example: Example) -> tuple[dict[str, Any], dict[str, str]]:
+    """The row with its messages out of the text and the objects that hold them, and how each such column was written.
+
+    An object {"messages": [...], "tools": [...], ...} gives its messages, its tools become those of the row, and what
+    else is in it stands beside as a column "input.tool_choice".
+    """
+    row = dict(example)
+    written: dict[str, str] = {}
+    for kind, names in names_by_kind(tuple(example)).items():
+        for name in names if kind != "tools" else ():
+            value = row[name]
+            if isinstance(value, str):
+                row[name] = messages_in(value, name)
+                if kind in ("history", "context") and isinstance(row[name], str):
+                    row[name] = turns_in(value)
+                written[name] = "text" if isinstance(row[name], str) else "JSON"
+            elif isinstance(value, list):
+                row[name] = messages_in(value, name)
+            inner = conversation_key(row[name])
+            if inner is not None:
+                outer = row[name]
+                row[name] = messages_in(outer[inner], name)
+                for key, item in outer.items():
+                    if key == inner:
+                        continue
+                    hoisted = key in KINDS["tools"] and not is_filled(row.get("tools"))
+                    row["tools" if hoisted else f"{name}.{key}"] = item
+    return row, written
+
+
+def ledger(cells: Cells, row: PreferenceRow, written: Mapping[str, str], ignored: tuple[str, ...]) -> dict[str, str]:
+    """What became of each filled column: "text", "JSON" (messages that stood in text), or "unread".
+
+    Args:
+        ignored: columns that are not to be read, whatever they hold.
+    Raises:
+        ValueError: columns hold text or messages that nothing reads.
+    """
+    result = {name: how for name, how in written.items() if name in cells.read}
+    unknown = []
+    said: str | None = None
+    for name in cells:
+        value = cells.peek(name)
+        if name in cells.read:
+            result |= {f"{name}.{key}": "unread" for key in _unread_keys(value)}
+            continue
+        if not is_filled(value):
+            continue
+        result[name] = "unread"
+        texts = list(texts_in(value))
+        if not texts or name in ignored or (is_metadata(name, texts) and not _holds_messages(value)):
+            continue
+        said = _text_of(row) if said is None else said
+        if any(text not in said for text in texts):
+            unknown.append(name)
+    if unknown:
+        raise ValueError(_unknown_columns(unknown, cells))
+    return result
+
+
+def columns_text(columns: Mapping[str, str]) -> str:
+    """What became of the columns of a row as one short text, equal for rows that are alike."""
+    return json.dumps(columns, sort_keys=True) if columns else ""
+
+
+class ColumnLedger:
+    """What became of the columns of a dataset, row by row."""
+
+    def __init__(self) -> None:
+        self._unread: dict[str, None] = {}
+        self._first: dict[tuple[str, str], int] = {}  # the first row in which a column was text, or JSON
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The columns that were not read, where they hold anything."""
+        return tuple(self._unread)
+
+    def add(self, text: str, row_of: Callable[[str], int]) -> None:
+        """Takes down `columns_text` of a row, or of all rows that are alike in that.
+
+        Args:
+            row_of: gives the number of the first such row.
+        Raises:
+            ValueError: a column holds messages as JSON in some rows and other text in others.
+        """
+        if not text:
+            return
+        for name, how in json.loads(text).items():
+            if how == "unread":
+                self._unread[name] = None
+                continue
+            self._first.setdefault((name, how), row_of(text))
+            other = self._first.get((name, "text" if how == "JSON" else "JSON"))
+            if other is not None:
+                rows = sorted((other, self._first[name, how]))
+                raise ValueError(
+                    f"dataset must hold messages as JSON text in every row of the column {name!r}, or in none, got them"
+                    f" in some only: rows {rows[0]} and {rows[1]} (counted from 0) differ; write the others in the same"
+                    " way"
+                )
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text inside a cell that says something, without the names of roles and keys."""
+    if isinstance(value, str):
+        if value.strip():
+            yield value.strip()
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in ("role", "from", "type", *UNREAD_KEYS):
+                yield from texts_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from texts_in(item)
+
+
+def _holds_messages(value: Any) -> bool:
+    return is_message(value) or (isinstance(value, list) and any(map(is_message, value)))
+
+
+def _unread_keys(value: Any) -> set[str]:
+    items = value if isinstance(value, list) else [value]
+    return {
+        key for item in items if isinstance(item, Mapping) for key in UNREAD_KEYS if item.get(key) not in (None, "", [])
+    }
+
+
+def _text_of(row: PreferenceRow) -> str:
+    parts = [row.prompt, *row.responses]
+    return "\0".join(part if isinstance(part, str) else "\0".join(texts_in(part)) for part in parts)
+
+
+def _unknown_columns(names: list[str], cells: Cells) -> str:
+    shown = ", ".join(f"{name!r} ({_shown(cells.peek(name))})" for name in names)
+    first = names[0]
+    return (
+        f"dataset has text that nothing would read, in the columns {shown}: say what they are, as in --columns"
+        f" prompt={first}, or that they are to be left out, --columns {IGNORE}={','.join(names)} (in Python"
+        f" columns={{{IGNORE!r}: {names!r}}})"
+    )
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 40 else text[:40] + "..."

@@ -1,0 +1,130 @@
+"""Structure that an export has written as text: messages as JSON, inside a string, item by item, or in an object.
+
+In: a cell. Out: the messages it spells, or the cell as it was. Refused with BadRow: text that has the look of messages
+and is not readable as such, which would be learnt with its brackets and quotes.
+
+Text is read as messages only where all of it is JSON (or Python's notation, as str() and CSV exports write it) of their
+shape. An answer that happens to be JSON stays the text it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastdpo.data.values import BadRow
+
+ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
+CONTENT_KEYS = ("content", "value", "text")
+CALL_KEYS = ("tool_calls", "function_call")
+CONVERSATION_KEYS = ("messages", "conversations", "conversation")
+
+_QUOTE = r"""\\*['"]"""
+_LOOKS_LIKE = re.compile(rf"""\W*{_QUOTE}({"|".join((*ROLE_KEYS, *CONTENT_KEYS, *CONVERSATION_KEYS))}){_QUOTE}\s*:""")
+_SPEAKS = re.compile(rf"{_QUOTE}({'|'.join(ROLE_KEYS)}){_QUOTE}\s*:")
+_SAYS = re.compile(rf"{_QUOTE}({'|'.join((*CONTENT_KEYS, *CALL_KEYS))}){_QUOTE}\s*:")
+_NESTED = 3  # times that JSON may be written into JSON's strings
+
+
+def parsed(text: str) -> Any:
+    """The list or object that `text` spells in JSON or in Python's notation, or None."""
+    value: Any = text
+    for _ in range(_NESTED):
+        start = value.lstrip()[:1]
+        if start not in ("[", "{", '"', "'", "("):
+            return None
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = _literal(value)
+        if not isinstance(value, str):
+            return value if isinstance(value, (list, Mapping)) else None
+    return None
+
+
+def messages_in(value: Any, column: str) -> Any:
+    """The messages that a cell spells as text, or holds in an object as {"messages": [...]}; else the cell itself.
+
+    Raises:
+        BadRow: text that looks like messages and cannot be read.
+    """
+    if isinstance(value, str):
+        start = value.lstrip()[:1]
+        if start not in ("[", "{", '"'):
+            return value
+        structure = parsed(value)
+        if structure is not None and _holds_messages(structure):
+            return messages_in(structure, column)
+        if structure is None and _LOOKS_LIKE.match(value) and _SPEAKS.search(value) and _SAYS.search(value):
+            raise BadRow(f"{column} looks like messages written as text, and is no JSON")
+        return value
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        items = [parsed(item) if item.lstrip().startswith("{") else None for item in value]
+        return items if all(map(is_message, items)) else value
+    return value
+
+
+def turns_in(text: str) -> Any:
+    """The pairs of a question and its answer that a cell spells as text, [["Hi?", "Hello!"], ...]; else the text."""
+    pairs = parsed(text) if text.lstrip().startswith("[") else None
+    if not isinstance(pairs, list):
+        return text
+    return pairs if all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs) else text
+
+
+def is_message(value: Any) -> bool:
+    """Whether `value` is an object with somebody who speaks and something said."""
+    return isinstance(value, Mapping) and any(key in value for key in ROLE_KEYS) and _has_content(value)
+
+
+def conversation_key(value: Any) -> str | None:
+    """Under which key an object that is no message itself holds a conversation."""
+    if not isinstance(value, Mapping) or any(key in value for key in ROLE_KEYS):
+        return None
+    return next((key for key in CONVERSATION_KEYS if isinstance(value.get(key), (list, str))), None)
+
+
+def json_list(value: Any, name: str) -> list[Any]:
+    """A list of objects, given as one, as JSON text of it, as a list of JSON texts, or as the only object.
+
+    Raises:
+        BadRow: it is something else.
+    """
+    if isinstance(value, str):
+        value = _from_json(value, name)
+    items = [value] if isinstance(value, Mapping) else value
+    if not isinstance(items, list):
+        raise BadRow(f"{name} is not a list")
+    return [_from_json(item, name) if isinstance(item, str) else item for item in items]
+
+
+def _from_json(text: str, name: str) -> Any:
+    value = parsed(text)
+    if value is None:
+        raise BadRow(f"{name} is not JSON")
+    return value
+
+
+def _holds_messages(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(map(is_message, value))
+    key = conversation_key(value)
+    return is_message(value) if key is None else _holds_messages(_structure(value[key]))
+
+
+def _structure(value: Any) -> Any:
+    return parsed(value) if isinstance(value, str) else value
+
+
+def _has_content(value: Mapping[str, Any]) -> bool:
+    return any(key in value for key in (*CONTENT_KEYS, *CALL_KEYS))
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None

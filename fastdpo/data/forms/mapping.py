@@ -1,0 +1,115 @@
+"""The setting `columns`: what a dataset's own columns are, in the names used here, and which are not to be read.
+
+In: {"prompt": "instruction", "rejected": "worst", "ignore": ["foo", "bar"]}, as a dict, as JSON, or as it is written on
+a command line: prompt=instruction,rejected=worst,ignore=foo,bar. Out: the row with those names.
+Refused with ValueError: names that nothing here reads, columns that the row does not have.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastdpo.data.forms.names import IGNORE
+from fastdpo.data.values import Example
+
+_WRITTEN = "a mapping as prompt=instruction,rejected=worst,ignore=foo, or {'prompt': 'instruction', 'ignore': ['foo']}"
+
+
+def as_columns(value: Any, known: Sequence[str]) -> dict[str, Any] | None:
+    """The setting as a dict of our names to theirs, what is ignored as a list.
+
+    Args:
+        known: the names that some form reads.
+    Raises:
+        ValueError: it is no mapping, or names something that nothing reads.
+    """
+    if value is None:
+        return None
+    pairs = _from_text(value) if isinstance(value, str) else value
+    if not isinstance(pairs, Mapping):
+        raise ValueError(f"columns must be {_WRITTEN}, got {value!r}")
+    result: dict[str, Any] = {}
+    for name, theirs in pairs.items():
+        if name == IGNORE:
+            result[IGNORE] = [theirs] if isinstance(theirs, str) else list(theirs or ())
+            continue
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), (*known, IGNORE), n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(
+                f"columns must map names that are read here, {IGNORE!r} or {list(known)}, got {name!r}{hint}"
+            )
+        if not isinstance(theirs, str) or not theirs:
+            raise ValueError(f"columns must give {name!r} the name of one column, got {theirs!r}")
+        result[name] = theirs
+    if not all(isinstance(name, str) for name in result.get(IGNORE, ())):
+        raise ValueError(f"columns must give {IGNORE!r} names of columns, got {result[IGNORE]!r}")
+    return result or None
+
+
+def renamed(example: Example, columns: Mapping[str, Any] | None) -> Example:
+    """The row with the names of the setting. What already has such a name, and is not asked for, gives way to it.
+
+    Raises:
+        ValueError: a column that is asked for is not there, nor one of the name that it is to have.
+    """
+    if columns is None:
+        return example
+    sources = {ours: theirs for ours, theirs in columns.items() if ours != IGNORE}
+    row = {name: value for name, value in example.items() if name not in sources and name not in sources.values()}
+    for ours, theirs in sources.items():
+        if theirs in example:
+            row[ours] = example[theirs]
+            if ours in example and ours not in sources.values():
+                row[f"{ours} (before)"] = example[ours]
+        elif _inside(example, theirs) is not None:
+            row[ours] = _inside(example, theirs)
+        elif ours in example:
+            row[ours] = example[ours]
+        else:
+            raise ValueError(
+                f"columns must name columns of the dataset, got {theirs!r} for {ours!r} of {sorted(example)}"
+            )
+    return row
+
+
+def ignored_columns(example: Example, columns: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The columns that are not to be read: those named so, and those that gave way to another of their name."""
+    if columns is None:
+        return ()
+    return (*columns.get(IGNORE, ()), *(f"{ours} (before)" for ours in columns if ours in example))
+
+
+def _inside(example: Example, path: str) -> Any:
+    """What stands under a path as "info.post" in a column of objects."""
+    value: Any = example
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _from_text(text: str) -> Any:
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"columns must be {_WRITTEN}, got {text!r}: {error}") from error
+    pairs: dict[str, Any] = {}
+    name = ""
+    for item in filter(None, (item.strip() for item in text.split(","))):
+        ours, is_pair, theirs = item.partition("=")
+        if is_pair:
+            name = ours.strip()
+        elif name != IGNORE:  # only what is ignored may be several
+            raise ValueError(f"columns must be {_WRITTEN}, got {text!r}")
+        theirs = theirs.strip() if is_pair else ours.strip()
+        if name == IGNORE:
+            pairs[IGNORE] = [*pairs.get(IGNORE, []), theirs]
+        elif name in pairs:
+            raise ValueError(f"columns must name {name!r} once, got {text!r}")
+        else:
+            pairs[name] = theirs
+    return pairs

@@ -1,0 +1,81 @@
+"""Rows that say which answer is the better one: chosen and rejected, under whatever names, after a prompt that stands
+beside them, or in front of both.
+
+In: `Cells`. Out: a `PreferenceRow`. The context is read by `context`, the answers by `answers`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastdpo.data.forms.answers import answers_in, preferred
+from fastdpo.data.forms.columns import Cells
+from fastdpo.data.forms.context import Context, has_tools, read_context, system_text
+from fastdpo.data.forms.messages import earlier_turns
+from fastdpo.data.forms.names import PROMPT_KINDS
+from fastdpo.data.values import BadRow, holds_messages
+from fastdpo.types import PreferenceRow
+
+
+def explicit_prompt(cells: Cells) -> PreferenceRow:
+    """Standard (text) or conversational (messages). Text beside messages becomes one message, the prompt of the user.
+
+    Where the responses hold the whole conversation, their common start is the prompt; what else says it, as the text
+    prompt in UltraFeedback's releases, only repeats it.
+    """
+    chosen, rejected = (answers_in(_side(cells, kind)) for kind in ("chosen", "rejected"))
+    context = read_context(cells, answers=[*chosen, *rejected])
+    if context.question is None and not context.parts and not any(isinstance(a, list) for a in (*chosen, *rejected)):
+        raise BadRow("prompt is not text")
+    return preferred(context, chosen, rejected)
+
+
+def implicit_prompt(cells: Cells) -> PreferenceRow:
+    """Both sides whole: HH transcripts, messages, or text. The prompt is their common start."""
+    chosen, rejected = (answers_in(_side(cells, kind)) for kind in ("chosen", "rejected"))
+    return preferred(Context(system=system_text(cells), needs_messages=has_tools(cells)), chosen, rejected)
+
+
+def response_and_rejected(cells: Cells) -> PreferenceRow:
+    """A response, as fine-tuning data has it, beside the one that it was preferred to."""
+    chosen, rejected = answers_in(_side(cells, "response")), answers_in(_side(cells, "rejected"))
+    return preferred(read_context(cells, answers=[*chosen, *rejected]), chosen, rejected)
+
+
+def conversation_and_rejected(cells: Cells) -> PreferenceRow:
+    """ms-swift's and OpenPipe's: a conversation that ends in the chosen answer, and the answer that it was preferred
+    to, as text, as messages, or as the whole other conversation."""
+    value = _side(cells, "context")
+    whole = earlier_turns(value, "response") if holds_messages(value) else []
+    if not whole or whole[-1]["role"] != "assistant":
+        raise BadRow("conversation does not end with the assistant")
+    context = read_context(cells, but=("context", "history"))
+    return preferred(context, [whole], answers_in(_side(cells, "rejected")))
+
+
+def has_pair(cells: Cells) -> bool:
+    return _has(cells, "chosen", "rejected")
+
+
+def has_context(cells: Cells) -> bool:
+    """Whether there is a column beside the answers that leads up to them."""
+    return any(cells.column(kind) is not None for kind in PROMPT_KINDS if kind != "system")
+
+
+def has_response_and_rejected(cells: Cells) -> bool:
+    return has_context(cells) and _has(cells, "response", "rejected") and not _has(cells, "chosen")
+
+
+def has_conversation_and_rejected(cells: Cells) -> bool:
+    return _has(cells, "context", "rejected") and not _has(cells, "chosen")
+
+
+def _has(cells: Cells, *kinds: str) -> bool:
+    return all(cells.column(kind) is not None for kind in kinds)
+
+
+def _side(cells: Cells, kind: str) -> Any:
+    name = cells.column(kind)
+    if name is None:
+        raise BadRow(f"no {kind} response")
+    return cells[name]
