@@ -102,7 +102,8 @@ def _tokenizer():
 
 
 def _said(prompt, responses):
-    return f"{_code(prompt)} then {', '.join(map(_code, responses))}"
+    # without the EOS, which TRL puts behind text or not, as the order of a set of columns has it
+    return f"{_code(prompt)} then {', '.join(_code(response.removesuffix('</s>')) for response in responses)}"
 
 
 def _code(text):
