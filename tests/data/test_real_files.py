@@ -382,6 +382,35 @@ def test_the_prompt_of_two_answers_may_be_a_task_or_stand_in_conversations(token
     assert responses[0] == "Hello!<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nMe.<|im_end|>\n"
 
 
+@pytest.mark.parametrize(
+    ("columns", "prompt"),
+    [
+        ({"context": [USER]}, [USER]),
+        ({"prompt": "Hi?"}, "Hi?"),
+        ({"instruction": "Hi?"}, "### Instruction:\nHi?\n\n### Response:\n"),
+        ({"system": "Be kind.", "question": "Hi?"}, [SYSTEM, USER]),
+    ],
+)
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"completions": [{"rank": 1, "completion": "Go."}, {"rank": 0, "completion": "Hello!"}]},
+        {"answers": [{"answer": "Go.", "rank": 2}, {"answer": "Hello!", "rank": 1}]},
+        {"responses": ["Go.", "Hello!"], "scores": [0.1, 0.2]},
+        {"responses": ["Go.", "Hello!"], "ranks": [2, 1]},
+        {"completions": ["Go.", "Hello!"], "rewards": [-3, 4]},
+        {"candidates": [{"text": "Go.", "score": 1}, {"text": "Hello!", "score": 5}]},
+        {"completions": [{"rank": 1, "completion": [BAD]}, {"rank": 0, "completion": [GOOD]}]},
+    ],
+)
+def test_ranks_count_from_the_best_and_scores_from_the_worst(columns, prompt, answers):
+    row = preference_row({**columns, **answers})
+    said = [r if isinstance(r, str) else r[-1]["content"] for r in row.responses]
+    assert (said, row.preferences) == (["Hello!", "Go."], ((0, 1),))
+    asked = prompt if isinstance(row.prompt, str) else "Hi?"
+    assert asked in (row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"])
+
+
 # --- text that is JSON ---
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from fastdpo.data.adapters.building import assistant, html_text, ranked_answers, transcript_messages, user
 from fastdpo.data.adapters.pairs import helpsteer_prompt
-from fastdpo.data.forms.rankings import ranked
+from fastdpo.data.forms.columns import Cells
+from fastdpo.data.forms.rankings import has_ranking, ranked
 from fastdpo.data.values import BadRow, Example, RowFormat, as_text
 from fastdpo.types import Message, PreferenceRow
 
@@ -50,6 +51,15 @@ def ultrafeedback(example: Example) -> PreferenceRow:
         [completion["response"] for completion in completions],
         [completion["fine-grained_score"] for completion in completions],
     )
+
+
+def _has_fine_grained_scores(cells: Cells) -> bool:
+    """Completions with ratings of its own; others, with a score or a rank, are `ranked`."""
+    if not {"instruction", "completions"} <= cells.keys():
+        return False
+    completions = cells.peek("completions")
+    first = completions[0] if isinstance(completions, list) and completions else None
+    return not has_ranking(cells) or (isinstance(first, dict) and "fine-grained_score" in first)
 
 
 def nectar(example: Example) -> PreferenceRow:
@@ -144,6 +154,7 @@ GROUPS = (
         ultrafeedback,
         further=("correct_answers", "incorrect_answers"),
         may_be_transcript=True,
+        recognizes=_has_fine_grained_scores,
     ),
     RowFormat("nectar", ("prompt", "answers"), nectar, signature=("num_responses", "turns"), may_be_transcript=True),
     RowFormat(

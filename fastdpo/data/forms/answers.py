@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastdpo.data.forms.context import Context, common_start, joined, starts_with, with_system
+from fastdpo.data.forms.json_text import messages_in
 from fastdpo.data.forms.messages import as_messages, is_empty
 from fastdpo.data.forms.text import common_text_start
 from fastdpo.data.values import BadRow, as_text
@@ -26,6 +27,7 @@ def answers_in(value: Any) -> list[Answer]:
     Raises:
         BadRow: it is no answer.
     """
+    value = messages_in(value, "response")
     if isinstance(value, str):
         return [as_text(value, "response")]
     if isinstance(value, Mapping):

@@ -17,6 +17,8 @@ from fastdpo.data.forms.names import IGNORE, KINDS, is_metadata, names_by_kind
 from fastdpo.data.values import Example
 from fastdpo.types import PreferenceRow
 
+PLAIN_TEXT = "text"  # the column of texts to be learnt as they are, whatever they look like
+
 
 class Cells(Mapping[str, Any]):
     """The cells of a row. Those that are asked for are taken down in `read`; `peek` looks at one without that."""
@@ -70,25 +72,25 @@ def structured(example: Example) -> tuple[dict[str, Any], dict[str, str]]:
     """
     row = dict(example)
     written: dict[str, str] = {}
-    for kind, names in names_by_kind(tuple(example)).items():
-        for name in names if kind != "tools" else ():
-            value = row[name]
-            if isinstance(value, str):
-                row[name] = messages_in(value, name)
-                if kind in ("history", "context") and isinstance(row[name], str):
-                    row[name] = turns_in(value)
-                written[name] = "text" if isinstance(row[name], str) else "JSON"
-            elif isinstance(value, list):
-                row[name] = messages_in(value, name)
-            inner = conversation_key(row[name])
-            if inner is not None:
-                outer = row[name]
-                row[name] = messages_in(outer[inner], name)
-                for key, item in outer.items():
-                    if key == inner:
-                        continue
-                    hoisted = key in KINDS["tools"] and not is_filled(row.get("tools"))
-                    row["tools" if hoisted else f"{name}.{key}"] = item
+    kind_of = {name: kind for kind, names in names_by_kind(tuple(example)).items() for name in names}
+    for name, value in example.items():
+        kind = kind_of.get(name)
+        if name == PLAIN_TEXT or kind == "tools" or not isinstance(value, (str, list, Mapping)):
+            continue
+        row[name] = messages_in(value, name, is_needed=kind is not None)
+        if isinstance(value, str):
+            if kind in ("history", "context") and isinstance(row[name], str):
+                row[name] = turns_in(value)
+            written[name] = "text" if isinstance(row[name], str) else "JSON"
+        inner = conversation_key(row[name])
+        if inner is None or kind is None:
+            continue
+        outer = row[name]
+        row[name] = messages_in(outer[inner], name)
+        for key, item in outer.items():
+            if key != inner:
+                hoisted = key in KINDS["tools"] and not is_filled(row.get("tools"))
+                row["tools" if hoisted else f"{name}.{key}"] = item
     return row, written
 
 
@@ -183,10 +185,13 @@ def _holds_messages(value: Any) -> bool:
 
 
 def _unread_keys(value: Any) -> set[str]:
-    items = value if isinstance(value, list) else [value]
-    return {
-        key for item in items if isinstance(item, Mapping) for key in UNREAD_KEYS if item.get(key) not in (None, "", [])
-    }
+    """Keys of the messages inside a cell that are not read."""
+    if isinstance(value, str):
+        value = messages_in(value, "", is_needed=False)
+    if is_message(value):
+        return {key for key in UNREAD_KEYS if is_filled(value.get(key))}
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return set().union(*map(_unread_keys, items))
 
 
 def _text_of(row: PreferenceRow) -> str:

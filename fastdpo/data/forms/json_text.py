@@ -45,9 +45,12 @@ def parsed(text: str) -> Any:
     return None
 
 
-def messages_in(value: Any, column: str) -> Any:
-    """The messages that a cell spells as text, or holds in an object as {"messages": [...]}; else the cell itself.
+def messages_in(value: Any, column: str, *, is_needed: bool = True) -> Any:
+    """The messages that a cell spells as text; else the cell itself.
 
+    Args:
+        column: names the cell in BadRow.
+        is_needed: refuse text that only looks like messages; off where nobody may ask for the cell.
     Raises:
         BadRow: text that looks like messages and cannot be read.
     """
@@ -58,7 +61,13 @@ def messages_in(value: Any, column: str) -> Any:
         structure = parsed(value)
         if structure is not None and _holds_messages(structure):
             return messages_in(structure, column)
-        if structure is None and _LOOKS_LIKE.match(value) and _SPEAKS.search(value) and _SAYS.search(value):
+        if (
+            is_needed
+            and structure is None
+            and _LOOKS_LIKE.match(value)
+            and _SPEAKS.search(value)
+            and _SAYS.search(value)
+        ):
             raise BadRow(f"{column} looks like messages written as text, and is no JSON")
         return value
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):

@@ -45,11 +45,11 @@ def response_and_rejected(cells: Cells) -> PreferenceRow:
 def conversation_and_rejected(cells: Cells) -> PreferenceRow:
     """ms-swift's and OpenPipe's: a conversation that ends in the chosen answer, and the answer that it was preferred
     to, as text, as messages, or as the whole other conversation."""
-    value = _side(cells, "context")
-    whole = earlier_turns(value, "response") if holds_messages(value) else []
+    name = next((n for n in cells.all_filled("context") if holds_messages(cells.peek(n))), None)
+    whole = [] if name is None else earlier_turns(cells[name], "response")
     if not whole or whole[-1]["role"] != "assistant":
         raise BadRow("conversation does not end with the assistant")
-    context = read_context(cells, but=("context", "history"))
+    context = read_context(cells, but=("context",))
     return preferred(context, [whole], answers_in(_side(cells, "rejected")))
 
 
