@@ -1,5 +1,5 @@
-"""The first row of a dataset: checked before anything is loaded, and as it will be read, for the summary at the start of
-a run: who says what, on either side.
+"""The first row of a dataset: checked before anything is loaded, and as it will be read, for the summary at the start
+of a run: who says what, on either side.
 
 In: the raw dataset and the settings. Out: (what, text) lines, each cut to a width. Refused: columns of no form.
 """
