@@ -116,6 +116,13 @@ def test_what_cannot_be_started_is_refused(capsys, tmp_path, monkeypatch, option
     assert message in err
 
 
+def test_a_package_that_is_missing_is_named_before_anything_starts(monkeypatch):
+    monkeypatch.setattr("subprocess.run", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="accelerate_config zero3 needs the deepspeed package"):
+        launch("train", [], asked(accelerate_config="zero3", num_processes=2))
+
+
 KINDS = {"multi_gpu": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
 

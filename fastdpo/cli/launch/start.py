@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import util
 from pathlib import Path
 
 CONFIGS = {file.stem: file for file in sorted(Path(__file__).parent.glob("*.yaml"))}
@@ -28,6 +29,11 @@ def launch(command: str, argv: Sequence[str], options: argparse.Namespace) -> in
     asked = [name for name in ("accelerate_config", *_PASSED_ON) if getattr(options, name) is not None]
     if not asked or STARTED in os.environ:
         return None
+    if str(options.accelerate_config).startswith("zero") and util.find_spec("deepspeed") is None:
+        raise ValueError(
+            f"accelerate_config {options.accelerate_config} needs the deepspeed package, which is not installed:"
+            " pip install deepspeed"
+        )
     words = launcher_words(options)
     words = [sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "fastdpo.cli.main", command, *argv]
     return subprocess.run(words, env={**os.environ, STARTED: "1"}, check=False).returncode
