@@ -475,7 +475,7 @@ def test_another_tokenizer_and_chat_template_are_used_and_saved(capsys, folder):
         capsys, "train", *words, *short("--output_dir", folder / "new", "--tokenizer_name_or_path", folder / "bytes")
     )
     assert code == 2
-    assert "processing_class must not have more tokens than the model has embeddings (64), got 259" in err
+    assert "token ids must be in [0, 64), the train dataset has" in err
     code, _, err = run(
         capsys, "train", *words, *short("--output_dir", folder / "new", "--chat_template", folder / "no.jinja")
     )
