@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -40,6 +40,7 @@ class _Prepared:
     generate: Callable[..., Any] | None
     own_methods: dict[str, Any]  # those of the two that were instance attributes
     attention_backend: str = "auto"
+    excluded_backends: dict[str, str] = field(default_factory=dict)  # that the self-check has found wrong here, and how
     skip_tolerance: float = 0.0  # of the head op, as the next one
     workspace_bytes: int | None = None
 
@@ -272,7 +273,7 @@ def _run(
 ) -> tuple[Tensor | None, PairLogps]:
     state, layout = prepared_state(model), None
     if batch.varlen is not None:  # made out here, where torch.compile does not look into the branches of a batch
-        layout = PackedLayout(batch.segments, batch.varlen, state.attention_backend)
+        layout = PackedLayout(batch.segments, batch.varlen, state.attention_backend, state.excluded_backends)
     settings = {"packed_layout": layout, "impl": impl, "outputs": tuple(outputs), "router_aux_loss": router_aux_loss}
     result = model(input_ids=batch.input_ids, packed_batch=batch, loss_of=loss_of, summed=tuple(summed), **settings)
     tokens = TokenLogps(result["logps"], **{name: result[name] for name in outputs})

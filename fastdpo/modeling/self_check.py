@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.data.packing import pack_pairs, pad_pairs
-from fastdpo.modeling.attention import BACKENDS, Observed, UnsupportedAttention, observed
+from fastdpo.modeling.attention import BACKENDS, Observed, UnsupportedAttention, can_do_without, observed
+from fastdpo.modeling.attention.check import attention_fault
 from fastdpo.modeling.head import execution_device
-from fastdpo.modeling.packed import attention_backend, bare_model, packed_logps, prepare_model
+from fastdpo.modeling.packed import attention_backend, bare_model, packed_logps, prepare_model, prepared_state
 from fastdpo.types import TokenizedPair
 
 # Largest difference of a summed log-prob, relative to 1 + its size, that rounding explains
@@ -49,6 +50,7 @@ class PackingCheck:
     error: float  # of summed log-probs, relative to 1 + their size; inf where packing raised
     reason: str
     backends: dict[str, str] = field(default_factory=dict)  # attention backends of the run, and why each was taken
+    excluded: dict[str, str] = field(default_factory=dict)  # backends that "auto" leaves out here, and what is wrong
     seconds: float = 0.0  # that the check took
 
     def __str__(self) -> str:
@@ -79,12 +81,12 @@ class _Probe:
         batch = pad_pairs(self.pairs).to(self.expected.device)
         return self.error_of(packed_logps(model, batch, impl=self.impl).sequences.sums)
 
-    def packed_error(self, model: nn.Module) -> tuple[float, Observed]:
-        """Also what the model's layers asked of their attention."""
-        batch, seen = pack_pairs(self.pairs).to(self.expected.device), Observed()
+    def packed_error(self, model: nn.Module, seen: Observed) -> float:
+        """`seen` takes down what the model's layers ask of their attention."""
+        batch = pack_pairs(self.pairs).to(self.expected.device)
         token = observed.set(seen)
         try:
-            return self.error_of(packed_logps(model, batch, impl=self.impl).sequences.sums), seen
+            return self.error_of(packed_logps(model, batch, impl=self.impl).sequences.sums)
         finally:
             observed.reset(token)
 
@@ -110,7 +112,7 @@ def check_packing(
     started = time.perf_counter()
     was_training = model.training
     model.eval()
-    prepare_model(model)
+    prepared_state(model).excluded_backends.clear()  # asked anew
     device = execution_device(bare_model(model))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -125,7 +127,16 @@ def check_packing(
                     check = _check_run(model, probe, check)
     finally:
         model.train(was_training)
+    _say_what_is_left_out(check)
     return replace(check, seconds=time.perf_counter() - started)
+
+
+def _say_what_is_left_out(check: PackingCheck) -> None:
+    from transformers.utils import logging
+
+    for name, why in check.excluded.items():
+        taken = " and ".join(check.backends) if check.ok else "nothing"
+        logging.get_logger(__name__).warning(f"Attention by {name} {why}; {taken} takes its place.")
 
 
 @contextmanager
@@ -212,8 +223,9 @@ def _check_architecture(model: nn.Module, probe: _Probe) -> PackingCheck:
             f"model must compute its logits as its LM head times its last hidden state; {type(bare).__name__} does"
             f" something else: log-probs differ by {padded_error:.1e} (rounding explains {tolerance:.0e})"
         )
+    seen = Observed()
     try:
-        error, seen = probe.packed_error(model)
+        error = probe.packed_error(model, seen)
     except Exception as refusal:  # whatever a model raises on arguments it does not know: it cannot be packed
         return PackingCheck(False, float("inf"), f"{type(refusal).__name__}: {refusal}")
     tolerance = _PACKED_FLOOR[dtype] + 10 * padded_error
@@ -230,29 +242,66 @@ def _check_architecture(model: nn.Module, probe: _Probe) -> PackingCheck:
 
 
 def _check_run(model: nn.Module, probe: _Probe, check: PackingCheck) -> PackingCheck:
-    """Attention and precision of the run; `check` is what was found without them."""
+    """Attention and precision of the run; `check` is what was found without them.
+
+    A backend that is wrong on this machine is left out, and the next one asked, where the setting allows others.
+    """
+    state = prepared_state(model)
+    while True:
+        found, culprit = _check_backends(model, probe, check)
+        found = replace(found, excluded=dict(state.excluded_backends))
+        if found.ok or culprit is None:
+            return found
+        if not can_do_without(culprit, state.attention_backend, state.excluded_backends):
+            return found
+        state.excluded_backends[culprit] = f"is wrong on this machine ({found.reason})"
+
+
+def _check_backends(model: nn.Module, probe: _Probe, check: PackingCheck) -> tuple[PackingCheck, str | None]:
+    """With the backends that are allowed now; and where they are wrong, which one."""
+    seen = Observed()
     try:
-        error, seen = probe.packed_error(model)
+        error = probe.packed_error(model, seen)
+        reason = _difference(model, probe, error, seen)
+        if reason is not None:
+            wrong = replace(check, ok=False, error=error, reason=reason, backends=seen.backends)
+            return wrong, next(iter(seen.backends), None)
+        seen.failed, fault = _first_fault(model, seen)
     except UnsupportedAttention:
         raise
     except Exception as failure:  # whatever a kernel raises on a machine that it does not fit
-        return PackingCheck(False, float("inf"), f"{type(failure).__name__}: {failure}")
+        return PackingCheck(False, float("inf"), f"{type(failure).__name__}: {failure}"), seen.failed
     check = replace(check, backends=seen.backends)
+    return (check if fault is None else replace(check, ok=False, reason=fault)), seen.failed
+
+
+def _difference(model: nn.Module, probe: _Probe, error: float, seen: Observed) -> str | None:
+    """What is wrong where rounding does not explain the error of packed log-probs."""
     bare = bare_model(model)
     device_type, dtype = execution_device(bare).type, next(bare.parameters()).dtype
     if torch.is_autocast_enabled(device_type) and dtype == torch.float32:
         dtype = torch.get_autocast_dtype(device_type)
     if error <= _PACKED_FLOOR[dtype]:
-        return check
+        return None
     tolerance = _explained(dtype, probe.padded_error(model), probe.rounding_of(model))
     if error <= tolerance:
-        return check
+        return None
     names = " and ".join(seen.backends)
-    reason = (
+    return (
         f"with attention by {names} in {str(dtype).removeprefix('torch.')}, packed log-probs differ from separate ones"
         f" by {error:.1e} (rounding explains {tolerance:.0e}); attention_backend='sdpa' may be exact here"
     )
-    return replace(check, ok=False, error=error, reason=reason)
+
+
+def _first_fault(model: nn.Module, seen: Observed) -> tuple[str | None, str | None]:
+    """A backend of the run that is wrong on longer branches or backward, and what is wrong with it."""
+    state, with_grad = prepared_state(model), any(parameter.requires_grad for parameter in model.parameters())
+    for shape, name in seen.shapes.items():
+        seen.failed = name  # where it raises
+        name, fault = attention_fault(shape, state.attention_backend, state.excluded_backends, with_grad=with_grad)
+        if fault is not None:
+            return name, f"attention by {name}: {fault}"
+    return None, None
 
 
 def _explained(dtype: torch.dtype, padded_error: float, rounding: float) -> float:

@@ -11,11 +11,18 @@ import torch
 from test_packed_logps import GROUPS, UNPACKABLE, build, gradients, separate_sums
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from varlen_emulation import EMULATIONS, EmulatedFlash, EmulatedVarlen, varlen_attn_2_10, varlen_attn_2_13
+from varlen_emulation import (
+    EMULATIONS,
+    EmulatedFlash,
+    EmulatedVarlen,
+    varlen_attn_2_10,
+    varlen_attn_2_11,
+    varlen_attn_2_13,
+)
 
 from fastdpo import pack_pairs, packed_logps, prepare_model
 from fastdpo.modeling import attention
-from fastdpo.modeling.attention import BACKENDS, Observed, observed
+from fastdpo.modeling.attention import BACKENDS, Observed, observed, sdpa
 from fastdpo.modeling.attention.call import AttentionCall, PackedLayout
 from fastdpo.modeling.attention.gather import gather_keys
 
@@ -77,6 +84,70 @@ def test_the_varlen_attn_of_torch_2_10_serves_what_it_can(model_type, emulated):
     expected = separate_sums(model)
     expected_grads = gradients(model, expected)
     assert_same(model, pack_pairs(GROUPS), expected.detach(), expected_grads)
+
+
+def fewer_gradients(query, key, value, *lengths, scale=None, window_size=(-1, -1)):
+    """Right forward, and in backward the gradient of a group's first query head alone."""
+    groups = query.shape[1] // key.shape[1]
+    copies = [x.detach().repeat_interleave(groups, 1) for x in (key, value)]
+    if groups > 1:
+        for copy, x in zip(copies, (key, value), strict=True):
+            copy[:, ::groups] = x
+    else:
+        copies = [key, value]
+    return varlen_attn_2_11(query, *copies, *lengths, scale=scale, window_size=window_size)
+
+
+def refuses_fewer(query, key, value, *lengths, scale=None, window_size=(-1, -1)):
+    if query.shape[1] != key.shape[1]:
+        raise RuntimeError("number of heads in key must match query")
+    return varlen_attn_2_11(query, key, value, *lengths, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize(
+    ("function", "heads"), [(varlen_attn_2_11, 2), (fewer_gradients, 4), (refuses_fewer, 4)], ids=lambda x: str(x)[:30]
+)
+def test_keys_are_copied_for_every_query_head_only_where_their_gradients_come_out_wrong_without(
+    function, heads, emulated
+):
+    """Of 2.11's function, which has windows and a scale, and says nothing of grouped heads."""
+    calls = []
+    emulated("varlen", EmulatedVarlen(record(function, calls)))
+    model = build("mistral")
+    expected = separate_sums(model)
+    expected_grads = gradients(model, expected)
+    prepare_model(model, attention_backend="varlen")
+    assert_same(model, pack_pairs(GROUPS), expected.detach(), expected_grads)
+    of_model = [call["key"].shape[1] for call in calls if len(call["query"]) == pack_pairs(GROUPS).input_ids.shape[1]]
+    assert of_model == [heads] * model.config.num_hidden_layers
+    before = len(calls)
+    packed_logps(model, pack_pairs(GROUPS))
+    assert len(calls) == before + model.config.num_hidden_layers  # the question is asked once
+
+
+def test_grouped_keys_are_copied_where_a_mask_meets_them_on_a_gpu_and_nowhere_else():
+    """scaled_dot_product_attention has no fused kernel for both there."""
+    from torch._subclasses import FakeTensorMode
+    from torch.overrides import TorchFunctionMode
+
+    seen = []
+
+    class Recorded(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                masked = kwargs["attn_mask"] is not None
+                seen.append((args[0].device.type, masked, args[1].shape[1], kwargs["enable_gqa"]))
+                return args[0]
+            return func(*args, **(kwargs or {}))
+
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode(), Recorded():
+            q, k, v = (torch.empty(1, heads, 9, 64, device=device) for heads in (4, 2, 2))
+            layout = PackedLayout((), pack_pairs(GROUPS).varlen)
+            call = AttentionCall(q, k, v, layout, dropout=0.0, scale=1.0, window=None, softcap=None, sinks=None)
+            for mask in (None, torch.ones(9, 9, dtype=torch.bool, device=device)):
+                sdpa._sdpa(q, k, v, mask, call)
+    assert seen == [("cpu", False, 2, True), ("cpu", True, 2, True), ("cuda", False, 2, True), ("cuda", True, 4, False)]
 
 
 @pytest.mark.parametrize("head_dim", [4, 12])

@@ -41,18 +41,18 @@ def test_a_kernel_that_is_wrong_on_this_machine_is_noticed(emulated):  # noqa: F
 
     assert check_packing(build("llama")).ok
     emulated("varlen", EmulatedVarlen(sees_one_token_ahead))
-    check = check_packing(build("llama"))
+    check = check_packing(prepare_model(build("llama"), attention_backend="varlen"))
     assert not check.ok
     assert check.reason.startswith("with attention by varlen in float32, packed log-probs differ from separate ones by")
     assert "attention_backend='sdpa'" in check.reason
 
 
-def test_a_kernel_that_raises_leaves_padded_batches(emulated):  # noqa: F811
+def test_a_kernel_that_raises_leaves_padded_batches_where_it_was_asked_for_by_name(emulated):  # noqa: F811
     def broken(*args, window_size, scale, enable_gqa=False):
         raise RuntimeError("no kernel image is available")
 
     emulated("varlen", EmulatedVarlen(broken))
-    check = check_packing(build("llama"))
+    check = check_packing(prepare_model(build("llama"), attention_backend="varlen"))
     assert not check.ok
     assert "no kernel image is available" in check.reason
 

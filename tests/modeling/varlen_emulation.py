@@ -66,6 +66,14 @@ def varlen_attn_2_13(
     return attend_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window=window_size)
 
 
+def varlen_attn_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    """Takes fewer heads of keys and values without saying so, as flash-attn itself does."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return attend_by_hand(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window=window_size)
+
+
 def varlen_attn_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
     assert query.shape[1] == key.shape[1]
     window = (-1, 0) if is_causal else (-1, -1)

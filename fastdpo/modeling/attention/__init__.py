@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.data.varlen import varlen_layout
-from fastdpo.modeling.attention.backends import ATTENTION_BACKENDS, BACKENDS, Observed, choose, observed
+from fastdpo.modeling.attention.backends import ATTENTION_BACKENDS, BACKENDS, Observed, can_do_without, choose, observed
 from fastdpo.modeling.attention.call import AttentionCall, PackedLayout, UnsupportedAttention
 from fastdpo.modeling.attention.sdpa import masked_attention
 
@@ -25,6 +25,7 @@ __all__ = [
     "Observed",
     "PackedLayout",
     "UnsupportedAttention",
+    "can_do_without",
     "observed",
     "packed_attention",
     "register",
@@ -109,9 +110,10 @@ def packed_attention(
     is_limited = sliding_window is not None and sliding_window < packed_layout.varlen.max_keys
     call = AttentionCall(query, key, value, packed_layout, window=sliding_window if is_limited else None, **settings)
     name, reason = choose(call)
-    if seen is not None:
-        seen.backends[name] = reason
-    return BACKENDS[name].attend(call), None
+    if seen is None:
+        return BACKENDS[name].attend(call), None
+    with seen.running(name, reason, call, sliding_window):
+        return BACKENDS[name].attend(call), None
 
 
 def register() -> None:

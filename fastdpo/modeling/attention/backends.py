@@ -7,10 +7,13 @@ flash2, flash3, flash4, varlen, sdpa, mask    this one, or ValueError with what 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from fastdpo.modeling.attention.call import AttentionCall, UnsupportedAttention
@@ -46,12 +49,52 @@ _CANDIDATES = {"auto": (*_FLASH, "varlen", "sdpa"), "flash": _FLASH, **{name: (n
 ATTENTION_BACKENDS = tuple(_CANDIDATES)
 
 
+class CallShape(NamedTuple):
+    """What a kernel sees of a layer, whatever the row: layers that share it are one to it."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype  # of what comes in
+    device: torch.device
+    scale: float
+    window: int | None  # as the model hands it over, also where no branch of the row is longer
+    softcap: float | None
+    sinks: bool | None  # None: it has none; whether they want a gradient
+
+
 @dataclass
 class Observed:
     """What the self-check sees of a model's calls."""
 
     windows: set[int | None] = field(default_factory=set)  # as handed over, None for layers without
     backends: dict[str, str] = field(default_factory=dict)  # name -> why it was chosen
+    shapes: dict[CallShape, str] = field(default_factory=dict)  # and the backend that ran it
+    failed: str | None = None  # the backend that raised
+
+    @contextmanager
+    def running(self, name: str, reason: str, call: AttentionCall, window: int | None) -> Iterator[None]:
+        """Around a call of a backend."""
+        query, sinks = call.query, call.sinks
+        shape = CallShape(
+            num_heads=query.shape[1],
+            num_kv_heads=call.key.shape[1],
+            head_dim=query.shape[-1],
+            value_dim=call.value.shape[-1],
+            dtype=query.dtype,
+            device=query.device,
+            scale=call.scale,
+            window=window,
+            softcap=call.softcap,
+            sinks=None if sinks is None else sinks.requires_grad,
+        )
+        self.backends[name], self.shapes[shape] = reason, name
+        try:
+            yield
+        except Exception:
+            self.failed = name
+            raise
 
 
 observed: ContextVar[Observed | None] = ContextVar("observed", default=None)
@@ -66,13 +109,18 @@ def choose(call: AttentionCall) -> tuple[str, str]:
     asked = call.layout.backend
     refusals: dict[str, list[str]] = {}  # reason -> backends
     for name in _CANDIDATES[asked]:
-        refusal = BACKENDS[name].refusal(call)
+        refusal = (name != asked and call.layout.excluded.get(name)) or BACKENDS[name].refusal(call)
         if refusal is None:
             return name, "asked for" if name == asked else _listed(refusals)
         refusals.setdefault(refusal, []).append(name)
     raise UnsupportedAttention(
         f"attention_backend {asked!r} cannot run this model here: {_listed(refusals)}; 'auto' takes one that can"
     )
+
+
+def can_do_without(name: str, asked: str, excluded: Iterable[str]) -> bool:
+    """Whether the setting `asked` allows another backend, once this one and those excluded before are left out."""
+    return bool(set(_CANDIDATES[asked]) - {name, *excluded})
 
 
 def _listed(refusals: dict[str, list[str]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,14 +49,20 @@ class PackedLayout:
         segments: per branch query start, query end, prefix start, prefix end, on the host.
         varlen: the same as index tensors on the row's device.
         backend: name of an attention backend, or "auto"; see `backends.py`.
+        excluded: backends that "auto" and "flash" are not to take, and why.
     """
 
     def __init__(
-        self, segments: Sequence[tuple[int, int, int, int]], varlen: VarlenLayout, backend: str = "auto"
+        self,
+        segments: Sequence[tuple[int, int, int, int]],
+        varlen: VarlenLayout,
+        backend: str = "auto",
+        excluded: Mapping[str, str] | None = None,
     ) -> None:
         self.segments = segments
         self.varlen = varlen
         self.backend = backend
+        self.excluded = excluded or {}
         self._branch_masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
         self._row_masks: dict[int | None, Tensor] = {}
 

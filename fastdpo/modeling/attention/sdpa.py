@@ -70,6 +70,11 @@ def masked_attention(call: AttentionCall, mask: Tensor) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: AttentionCall, is_causal: bool = False) -> Tensor:
+    is_grouped = call.is_grouped
+    if is_grouped and mask is not None and q.device.type == "cuda":
+        # with a mask and grouped heads none of the fused kernels runs there, and scores are built
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        is_grouped = False
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -78,7 +83,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: AttentionC
         dropout_p=call.dropout,
         is_causal=is_causal,
         scale=call.scale,
-        enable_gqa=call.is_grouped,
+        enable_gqa=is_grouped,
     )
 
 

@@ -3,8 +3,8 @@
 
 Queries are the row as it is; keys and values are gathered so that every branch follows its prefix; attention is causal
 and aligned at the bottom right. What a function can do is read off its signature, because releases differ: torch 2.10's
-varlen_attn had `is_causal` and no `scale`, 2.13's has `window_size`, `scale` and `enable_gqa`. A call that needs more
-than the function has is refused, never approximated.
+varlen_attn had `is_causal` and no `scale`, 2.11's `window_size` and `scale`, 2.13's also `enable_gqa`. A call that needs
+more than the function has is refused, never approximated.
 
 Not run on a GPU yet: the tests put an emulation in the kernels' place and hold the arguments to the signature of the
 installed torch.
@@ -26,6 +26,7 @@ from fastdpo.modeling.attention.call import AttentionCall
 from fastdpo.modeling.attention.gather import gather_keys
 
 _HALF = (torch.float16, torch.bfloat16)
+_SAME = 2e-2  # relative difference that sums of 16-bit products in another order explain; a wrong head is off by 1
 
 
 class VarlenBackend:
@@ -98,6 +99,10 @@ class TorchVarlen(VarlenBackend):
     name = "varlen"
     title = "torch's varlen_attn, one call per layer"
 
+    @cached_property
+    def _grouped(self) -> dict[tuple[Any, ...], bool]:  # what `_takes_fewer_heads` has found out
+        return {}
+
     def load(self) -> Callable[..., Any] | None:
         if importlib.util.find_spec("torch.nn.attention.varlen") is None:
             return None
@@ -119,12 +124,52 @@ class TorchVarlen(VarlenBackend):
             query = query * (call.scale * query.shape[-1] ** 0.5)  # it divides by the root of the (padded) head dim
         if call.is_grouped and "enable_gqa" in self.parameters:
             options["enable_gqa"] = True
-        elif call.is_grouped:
-            groups = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        elif call.is_grouped and not self._takes_fewer_heads(query, key):
+            key, value = _repeated(key, value, query.shape[1])
         lengths = (varlen.cu_queries, varlen.cu_keys, varlen.max_queries, varlen.max_keys)
         output: Tensor = self.function(query, key, value, *lengths, **options)
         return output
+
+    def _takes_fewer_heads(self, query: Tensor, key: Tensor) -> bool:
+        """Whether a function that does not speak of grouped heads takes fewer of keys and values all the same.
+
+        Asked of the function once for each device, dtype and shape of heads, outside of any tracing: flash-attn itself
+        does, and copies of the keys for every query head are most of what a layer holds.
+        """
+        kind = (query.device, query.dtype, query.shape[1:], key.shape[1])
+        if kind not in self._grouped and type(query) is Tensor and not torch.compiler.is_compiling():
+            self._grouped[kind] = self._is_right_with_fewer_heads(query, key)
+        return self._grouped.get(kind, False)
+
+    def _is_right_with_fewer_heads(self, query: Tensor, key: Tensor) -> bool:
+        """Output and all three gradients against copied keys and values, on two sequences of more than a tile."""
+        generator, rows = torch.Generator().manual_seed(0), 200
+        ends = torch.tensor([0, 70, rows], dtype=torch.int32, device=query.device)
+        shapes = [(rows, *query.shape[1:]), *[(rows, *key.shape[1:])] * 2, (rows, *query.shape[1:])]
+        *inputs, weight = (torch.randn(shape, generator=generator).to(query) for shape in shapes)
+
+        def results(*, copied: bool) -> list[Tensor]:
+            assert self.function is not None
+            leaves = [x.detach().clone().requires_grad_() for x in inputs]
+            kv = _repeated(leaves[1], leaves[2], len(query[0])) if copied else leaves[1:]
+            causal: dict[str, Any] = {"is_causal": True} if "is_causal" in self.parameters else {"window_size": (-1, 0)}
+            output = self.function(leaves[0], *kv, ends, ends, 130, 130, **causal)
+            return [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]
+
+        try:
+            with torch.enable_grad():
+                found, expected = results(copied=False), results(copied=True)
+        except Exception:  # whatever it has against them
+            return False
+        if [x.shape for x in found] != [x.shape for x in expected]:
+            return False
+        return all(float((x - y).norm() / y.norm()) < _SAME for x, y in zip(found, expected, strict=True))
+
+
+def _repeated(key: Tensor, value: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """A head of keys and of values for every query head."""
+    groups = num_heads // key.shape[1]
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
 class FlashAttn(VarlenBackend):
