@@ -22,8 +22,8 @@ from fastdpo.modeling.attention import ATTENTION_BACKENDS, PACKED_ATTENTION, Pac
 from fastdpo.modeling.head import lm_head
 from fastdpo.modeling.router import load_balancing_loss
 from fastdpo.ops import sequence_logps
-from fastdpo.ops.sequence_logps import segment_sums
 from fastdpo.ops.sequence_loss import GroupEnd, sequence_loss
+from fastdpo.ops.token_sums import Tokens, token_sums
 from fastdpo.types import PackedBatch, PairLogps, SequenceLogps, TokenLogps
 
 LossOfSums = Callable[..., Tensor]
@@ -254,9 +254,10 @@ def packed_loss(
         return loss, logps
     logps = packed_logps(model, batch, impl=impl, outputs=outputs, router_aux_loss=router_aux_loss)
     sums, tokens = logps.sequences.sums, logps.sequences.tokens
-    statistics = {
-        name: segment_sums(getattr(tokens, name)[batch.token_rows], batch.cu_seqlens).to(sums.dtype) for name in summed
-    }
+    statistics = {}
+    if summed:
+        values, place = [getattr(tokens, name) for name in summed], Tokens(batch.cu_seqlens, batch.token_rows)
+        statistics = dict(zip(summed, token_sums(values, place, dtype=sums.dtype, impl=impl)[0], strict=True))
     everything = (slice(0, len(sums)), slice(0, batch.num_pairs))
     return loss_of(sums, logps.sequences.lengths, *everything, **statistics), logps
 

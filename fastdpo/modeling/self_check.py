@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fastdpo.data.packing import pack_pairs, pad_pairs
 from fastdpo.modeling.attention import BACKENDS, Observed, UnsupportedAttention, can_do_without, observed
-from fastdpo.modeling.attention.check import attention_fault
+from fastdpo.modeling.attention.check import attention_fault, scores_note
 from fastdpo.modeling.head import execution_device
 from fastdpo.modeling.packed import attention_backend, bare_model, packed_logps, prepare_model, prepared_state
 from fastdpo.types import TokenizedPair
@@ -51,6 +51,7 @@ class PackingCheck:
     reason: str
     backends: dict[str, str] = field(default_factory=dict)  # attention backends of the run, and why each was taken
     excluded: dict[str, str] = field(default_factory=dict)  # backends that "auto" leaves out here, and what is wrong
+    note: str | None = None  # on what the attention of the run costs
     seconds: float = 0.0  # that the check took
 
     def __str__(self) -> str:
@@ -271,7 +272,7 @@ def _check_backends(model: nn.Module, probe: _Probe, check: PackingCheck) -> tup
         raise
     except Exception as failure:  # whatever a kernel raises on a machine that it does not fit
         return PackingCheck(False, float("inf"), f"{type(failure).__name__}: {failure}"), seen.failed
-    check = replace(check, backends=seen.backends)
+    check = replace(check, backends=seen.backends, note=scores_note(seen.shapes))
     return (check if fault is None else replace(check, ok=False, reason=fault)), seen.failed
 
 

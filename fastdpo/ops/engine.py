@@ -35,7 +35,9 @@ class Engine(NamedTuple):
     skip_blocks: Callable[[Tensor], tuple[int, int]]
     grads_dtype: Callable[[torch.dtype], torch.dtype]  # of D in `out`, from the operands' dtype
     row_multiple: int  # elements: what rows of `out` are padded to
+    chunk_multiple: int  # rows of `out` that a kernel takes at once: other numbers leave part of its last block empty
     workspace_bytes: int  # default size of `out`
+    most_workspace_bytes: int  # and where each chunk of rows reads and writes the sums of a large dW
 
 
 def engine_of(impl: str) -> Engine:
@@ -49,6 +51,8 @@ def engine_of(impl: str) -> Engine:
             skip_blocks,
             accumulator_dtype,
             1,
+            1,
+            WORKSPACE_BYTES,
             WORKSPACE_BYTES,
         )
     from fastdpo.ops import fused
@@ -61,7 +65,9 @@ def engine_of(impl: str) -> Engine:
         fused.skip_blocks,
         lambda dtype: dtype,
         fused.ROW_MULTIPLE,
+        fused.CHUNK_MULTIPLE,
         fused.WORKSPACE_BYTES,
+        max(fused.WORKSPACE_BYTES, fused.MOST_WORKSPACE_BYTES),
     )
 
 

@@ -13,16 +13,20 @@ from fastdpo.kernels import forward as forward_kernels
 from fastdpo.kernels import launch
 from fastdpo.kernels.backward import fill_logit_grads, power_of_two
 from fastdpo.ops.head import Head, SplitLse, Tiling, padded
+from fastdpo.ops.matmul import product_bytes
 
 BLOCK_ROWS = 8192
 ROW_MULTIPLE = 16  # elements: rows of D that begin at multiples of it are stored and multiplied in wide words
+CHUNK_MULTIPLE = 128  # rows of D: the height of the kernels' blocks
 WORKSPACE_BYTES = 2**28  # by default
+MOST_WORKSPACE_BYTES = 2**30  # by default, of D where every chunk of rows reads and writes the sums of dW
 
 
 def choose_tiling(hidden_states: Tensor, lm_head_weight: Tensor, workspace_bytes: int | None = None) -> Tiling:
     """The blocks of the backward pass. Half of the workspace is for D, half for the fp32 sums of one block of dW."""
     (T, H), V = hidden_states.shape, lm_head_weight.shape[0]
-    half = (WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes) // 2
+    budget = WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+    half = (budget - min(product_bytes(hidden_states.device, hidden_states.dtype), budget // 2)) // 2
     return Tiling.within(T, H, V, BLOCK_ROWS, half // hidden_states.dtype.itemsize, half // 4, multiple=256)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 MAX_CAST_ELEMENTS = 2**22  # of a weight that is upcast at once, where it has to be
-MAX_PRODUCT_ELEMENTS = 2**25  # of a product that is added to sums in a step of its own
+MAX_PRODUCT_ELEMENTS = 2**22  # of a product that is added to sums in a step of its own: 16 MiB, which stay in L2
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,7 +56,14 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: 
             if beta == 0:
                 torch.mul(product, alpha, out=some)
             else:
-                some.mul_(beta).add_(product, alpha=alpha)
+                (some if beta == 1 else some.mul_(beta)).add_(product, alpha=alpha)
+
+
+def product_bytes(device: torch.device, dtype: torch.dtype) -> int:
+    """What adding a product of `dtype` operands to wider sums allocates here; it is part of a pass's workspace."""
+    if device.type != "cuda" or dtype == accumulator_dtype(dtype) or _addmm_takes_wider_sums(device, dtype):
+        return 0
+    return MAX_PRODUCT_ELEMENTS * accumulator_dtype(dtype).itemsize
 
 
 @functools.cache

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fastdpo.ops.linear_logps import linear_logps
+from fastdpo.ops.token_sums import Tokens, token_sums
 from fastdpo.ops.validation import check_head, check_sequences
-from fastdpo.types import IGNORE_INDEX, SequenceLogps
+from fastdpo.types import SequenceLogps
 
 
 def sequence_logps(
@@ -50,26 +50,7 @@ def sequence_logps(
     check_head(hidden_states, lm_head_weight, labels, bias)
     check_sequences(cu_seqlens, rows, weights, labels)
     tokens = linear_logps(hidden_states, lm_head_weight, labels, bias=bias, **same)
-
-    cu_seqlens = cu_seqlens.to(torch.int64)
-    rows = None if rows is None else rows.to(torch.int64)
-    logps = tokens.logps if rows is None else tokens.logps[rows]
-    if weights is not None:
-        logps = logps * weights
-    return SequenceLogps(
-        sums=segment_sums(logps, cu_seqlens).to(tokens.logps.dtype),
-        lengths=counted_tokens(labels, cu_seqlens, rows),
-        tokens=tokens,
-    )
-
-
-def counted_tokens(labels: Tensor, cu_seqlens: Tensor, rows: Tensor | None) -> Tensor:
-    """(S,) int64: tokens of each sequence whose label is not IGNORE_INDEX. cu_seqlens and rows are int64."""
-    keep = labels != IGNORE_INDEX
-    num_kept = pad((keep if rows is None else keep[rows]).cumsum(0), (1, 0))
-    return num_kept[cu_seqlens[1:]] - num_kept[cu_seqlens[:-1]]
-
-
-def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(S,) fp64. Summed one after the other in fp64: the same bits every time, and exact to fp32."""
-    return torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, initial=0.0, unsafe=True)
+    place = Tokens(cu_seqlens.to(torch.int64), None if rows is None else rows.to(torch.int64), weights)
+    labels, impl = labels.to(torch.int64), same.get("impl", "auto")
+    (sums,), lengths = token_sums([tokens.logps], place, labels=labels, impl=impl)
+    return SequenceLogps(sums=sums, lengths=lengths, tokens=tokens)

@@ -22,7 +22,7 @@ from fastdpo.ops.eager import RowGradients, even_chunks, max_chunk_rows, workspa
 from fastdpo.ops.engine import engine_of, resolve_impl
 from fastdpo.ops.head import Head, joined_weight, row_scale
 from fastdpo.ops.linear_logps import linear_logps
-from fastdpo.ops.sequence_logps import counted_tokens, segment_sums
+from fastdpo.ops.token_sums import Tokens, token_sums
 from fastdpo.ops.validation import check_head, check_labels, check_sequences, check_settings, operand_dtype
 from fastdpo.types import SequenceLogps, TokenLogps
 
@@ -76,8 +76,9 @@ def sequence_loss(
         adapter_weight: (V, r), columns that follow those of lm_head_weight, for hidden_states of width H + r: a head
             `h @ W.T + u @ B.T` whose W is frozen takes [h, u] and trains B without a gradient of W's size. Of any
             float dtype. The two weights stand side by side in one copy while this call lasts.
-        workspace_bytes: for the gradients of the logits, (rows of a chunk, V); by default 256 MiB on a GPU and 32 MiB
-            elsewhere. A group that does not fit alone has its logits computed twice.
+        workspace_bytes: for the gradients of the logits, (rows of a chunk, V); by default 256 MiB on a GPU, where the
+            gradient of the weight is wanted up to 1 GiB of what is free (see `fastdpo.ops.eager.max_chunk_rows`), and
+            32 MiB elsewhere. A group that does not fit alone has its logits computed twice.
     Returns:
         The loss, () fp32 (fp64 for fp64 inputs), differentiable in hidden_states, lm_head_weight, bias and
         adapter_weight; and SequenceLogps without gradient. A row whose upstream gradient is below half a unit in the
@@ -96,19 +97,15 @@ def sequence_loss(
     rows = None if rows is None else rows.to(torch.int64)
     group_ends = [GroupEnd(*end) for end in group_ends]
     _check_group_ends(group_ends, labels, cu_seqlens, rows)
-    lengths = counted_tokens(labels, cu_seqlens, rows)
-
-    def sums_of(logps: Tensor, chunk: _Chunk) -> Tensor:
-        tokens = logps if rows is None else logps[rows[chunk.tokens] - chunk.rows.start]
-        if weights is not None:
-            tokens = tokens * weights[chunk.tokens]
-        ends = cu_seqlens[chunk.sequences.start : chunk.sequences.stop + 1] - chunk.tokens.start
-        return segment_sums(tokens, ends).to(logps.dtype)
+    batch_tokens = Tokens(cu_seqlens, rows, weights)
 
     def chunk_loss(values: Mapping[str, Tensor], chunk: _Chunk) -> Tensor:
-        sequences = chunk.sequences
-        statistics = {name: sums_of(values[name], chunk) for name in summed}
-        return loss_of(sums_of(values["logps"], chunk), lengths[sequences], sequences, chunk.groups, **statistics)
+        sequences, part = chunk.sequences, batch_tokens.part(chunk.rows, chunk.tokens, chunk.sequences)
+        sums, own_lengths = token_sums(
+            [values["logps"], *(values[name] for name in summed)], part, labels=labels[chunk.rows], impl=impl
+        )
+        statistics = dict(zip(summed, sums[1:], strict=True))
+        return loss_of(sums[0], own_lengths, sequences, chunk.groups, **statistics)
 
     everything = _Chunk(slice(0, len(group_ends)), *(slice(0, end) for end in group_ends[-1]))
     floats = [x for x in (hidden_states, lm_head_weight, bias, adapter_weight) if x is not None]
@@ -129,7 +126,8 @@ def sequence_loss(
         tokens = linear_logps(hidden_states, lm_head_weight, labels, impl=impl, **settings)
         loss = chunk_loss({name: getattr(tokens, name) for name in ("logps", *summed)}, everything)
         tokens = replace(tokens, logps=tokens.logps.detach())
-    return loss, SequenceLogps(sums_of(tokens.logps, everything), lengths, tokens)
+    (sums,), lengths = token_sums([tokens.logps], batch_tokens, labels=labels, impl=impl)
+    return loss, SequenceLogps(sums, lengths, tokens)
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,7 @@ class _LossInForward(torch.autograd.Function):
                 None if bias is None else bias.to(plan.dtype),
             )
             grads = RowGradients(h, w, b, wanted, lm_head_weight.shape[1] if ctx.has_adapter else 0)
-            most = max_chunk_rows(w, engine, plan.head.workspace_bytes)
+            most = max_chunk_rows(w, engine, plan.head.workspace_bytes, grads.weight_sums_bytes)
             space = workspace(min(most, len(labels)), w, engine)
             losses, found = [], []
             for chunk in _chunks(plan.group_ends, most):
@@ -174,7 +172,7 @@ class _LossInForward(torch.autograd.Function):
                 loss, grad_logps = _weigh(values, chunk, plan.chunk_loss)
                 losses.append(loss)
                 found.append(values)
-                for some in even_chunks(rows, most):
+                for some in even_chunks(rows, most, engine.chunk_multiple):
                     within = slice(some.start - rows.start, some.stop - rows.start)
                     lse_rest = values["lse_rest"][within]
                     if not fits:

@@ -63,7 +63,8 @@ class _HeadAllocations(torch.autograd.Function):
         acc = accumulator_dtype(dtype)
         (R, H), V = h.shape, w.shape[0]
         sums = [torch.empty(x.shape, dtype=acc) if x.requires_grad else None for x in (hidden_states, weight)]
-        rows = min(R, max_chunk_rows(w, engine, workspace_bytes))
+        sums_bytes = 0 if sums[1] is None else sums[1].numel() * acc.itemsize
+        rows = min(R, max_chunk_rows(w, engine, workspace_bytes, sums_bytes))
         d = torch.empty(rows, padded(V, engine.row_multiple), dtype=engine.grads_dtype(dtype))
         scaled = torch.empty(rows, H, dtype=acc)
         upcast = torch.empty(min(V, MAX_CAST_ELEMENTS // H) if impl == "tiled" and dtype != acc else 0, H, dtype=acc)

@@ -43,6 +43,8 @@ def summary_lines(trainer: PackedTrainer) -> list[tuple[str, str]]:
         lines.append(("reference", f"{reference.mode}: {trainer.reference_reason}"))
     lines.append(("batches", _batches(trainer)))
     lines.append(("attention", _attention(trainer)))
+    if trainer.is_packed and trainer.packing_check.note is not None:
+        lines.append(("", trainer.packing_check.note))
     lines.append(("head op", _head_op(trainer)))
     lines.append(("steps", _steps(trainer)))
     lines.append(("peak memory", _peak_memory(trainer)))

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpo.kernels.finish import finish_grads
-from fastdpo.kernels.launch import Blocks, device_blocks, num_programs, scratch
+from fastdpo.kernels.launch import Blocks, can_flatten, device_blocks, num_programs, scratch
 from fastdpo.kernels.logits import program_tile, store_tile, tile_logits, tile_operands, tile_strides
 from fastdpo.kernels.merge import EXP_FLOOR, Partials, merge, statistics
 
@@ -58,12 +58,13 @@ def partials_kernel(
     GROUP_T: tl.constexpr,
     TMA: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    FLATTEN: tl.constexpr,  # the next tile's loads start during this one's sums; slower before sm_100
 ):
     """eq. (3) for one tile; WITH_GRADS also its exponentials, eq. (13), from which `finish_grads_kernel` makes (9)."""
     num_tiles = 1
     if PERSISTENT:
         num_tiles = tl.cdiv(tl.cdiv(T, BLOCK_T) * tl.cdiv(V, BLOCK_V) - tl.program_id(0), tl.num_programs(0))
-    for i in tl.range(0, num_tiles, flatten=PERSISTENT):  # flat: the next tile's loads start during this one's sums
+    for i in tl.range(0, num_tiles, flatten=FLATTEN):
         program = tl.program_id(0) + i * tl.num_programs(0)
         row_block, tile = program_tile(program, T, V, BLOCK_T, BLOCK_V, GROUP_T)
 
@@ -240,5 +241,6 @@ def _launch_partials(
         GROUP_T=8,
         TMA=tma,
         PERSISTENT=blocks.persistent > 0,
+        FLATTEN=blocks.persistent > 0 and can_flatten(hidden_states),
         **blocks.options(),
     )

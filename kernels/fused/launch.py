@@ -166,6 +166,14 @@ def num_programs(blocks: Blocks, num_tiles: int, x: Tensor) -> int:
     return min(num_tiles, cores * blocks.persistent)
 
 
+FLATTENS_FROM = (10, 0)  # Triton's own reports have flat loops slower on sm_90
+
+
+def can_flatten(x: Tensor) -> bool:
+    """Whether the loop of a persistent program over its tiles is to be one with that over H."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= FLATTENS_FROM
+
+
 def is_interpreted() -> bool:
     """Whether the kernels were defined to run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
     from fastdpo.kernels.logits import INTERPRETED

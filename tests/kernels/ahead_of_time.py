@@ -23,14 +23,23 @@ from triton.compiler import ASTSource
 from fastdpo.kernels.backward import logit_grads_kernel
 from fastdpo.kernels.finish import FINISH_ROWS, finish_grads_kernel
 from fastdpo.kernels.forward import partials_kernel
-from fastdpo.kernels.launch import Blocks, blocks_for, candidates_for
+from fastdpo.kernels.launch import FLATTENS_FROM, Blocks, blocks_for, candidates_for
 from fastdpo.kernels.merge import MERGE_ROWS, MERGE_TILES, merge_kernel
 from fastdpo.kernels.products import ProductBlocks, column_sums_kernel, product_table, products_kernel
 from fastdpo.kernels.sparse import kept_logit_grads_kernel
+from fastdpo.kernels.token_sums import (
+    GRAD_ROWS,
+    GRAD_SPAN,
+    GRAD_TOKENS,
+    SUM_TOKENS,
+    row_grads_kernel,
+    token_sums_kernel,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INDICES = ("starts", "visits", "slots", "blocks", "bounds", "spans")
-POINTER_TYPES = {"labels": "*i64", "is_top1": "*i8", **dict.fromkeys(INDICES, "*i32")}
+PLACES = ("labels", "lengths", "rows", "ends")
+POINTER_TYPES = {**dict.fromkeys(PLACES, "*i64"), "is_top1": "*i8", "value_3": "*u8", **dict.fromkeys(INDICES, "*i32")}
 OPERANDS = ("hidden", "weight", "bias", "out", "tiles", "other")  # what is in neither is fp32
 INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG")  # the matrix units', and the copy engine's load
 NO_STATISTICS = {"WITH_ENTROPY": False, "WITH_SQUARES": False, "WITH_MEAN": False}
@@ -50,11 +59,13 @@ class Variant(NamedTuple):
         return {"num_warps": self.blocks.num_warps, "num_stages": self.blocks.num_stages}
 
 
-def tile_variant(name: str, kernel: Any, blocks: Blocks, options: bool, **switches: bool) -> Variant:
+def tile_variant(
+    name: str, kernel: Any, blocks: Blocks, options: bool, *, flatten: bool = False, **switches: bool
+) -> Variant:
     """A kernel that makes tiles of logits, with these blocks."""
     constexprs = {"HAS_BIAS": options, "HAS_SOFTCAP": options, "TMA": blocks.tma, "GROUP_T": 8, **switches}
     if kernel is partials_kernel:
-        constexprs |= dict.fromkeys(NO_STATISTICS, options) | {"PERSISTENT": blocks.persistent > 0}
+        constexprs |= dict.fromkeys(NO_STATISTICS, options) | {"PERSISTENT": blocks.persistent > 0, "FLATTEN": flatten}
     constexprs |= {name: value for name, value in blocks.options().items() if name.startswith("BLOCK_")}
     constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
     boxes = {"hidden_ptr": (blocks.block_t, blocks.block_h), "weight_ptr": (blocks.block_v, blocks.block_h)}
@@ -102,14 +113,28 @@ def variants(capability: tuple[int, int], operand: str) -> list[Variant]:
     tile = blocks("skipping")
     found += product_variants(tile, ProductBlocks(*product_table(capability, itemsize(operand))[0]))
     sums = {"BLOCK_T": tile.block_t, "BLOCK_V": tile.block_v}
-    return [*found, Variant("column_sums", column_sums_kernel, sums, None)]
+    return [*found, Variant("column_sums", column_sums_kernel, sums, None), *token_variants()]
+
+
+def token_variants() -> list[Variant]:
+    """The masked sum: log-probs alone, each token its own row, and four numbers of shared rows with weights."""
+    found = []
+    for on in (False, True):
+        option, places = "every option" if on else "plain", {"HAS_ROWS": on, "HAS_WEIGHTS": on}
+        sums = {"NUM_VALUES": 4 if on else 1, "WITH_LENGTHS": on, "BLOCK": SUM_TOKENS}
+        blocks = {"ROWS": GRAD_ROWS, "TOKENS": GRAD_TOKENS, "SPAN": GRAD_SPAN}
+        fp32 = ("out_ptr",)
+        found.append(Variant(f"token_sums, {option}", token_sums_kernel, places | sums, None, fp32=fp32))
+        found.append(Variant(f"row_grads, {option}", row_grads_kernel, places | blocks, None, fp32=fp32))
+    return found
 
 
 def candidate_variants(capability: tuple[int, int], operand: str) -> list[Variant]:
     """What a tuner may try: the kernels that make tiles, plain; persistent programs only make sums."""
     found = []
     for blocks in candidates_for(capability, itemsize(operand)):
-        found.append(tile_variant("partials", partials_kernel, blocks, False, WITH_GRADS=False))
+        flatten = blocks.persistent > 0 and capability >= FLATTENS_FROM
+        found.append(tile_variant("partials", partials_kernel, blocks, False, flatten=flatten, WITH_GRADS=False))
         if not blocks.persistent:
             found.append(tile_variant("partials with grads", partials_kernel, blocks, False, WITH_GRADS=True))
             found.append(tile_variant("logit_grads", logit_grads_kernel, blocks, False))

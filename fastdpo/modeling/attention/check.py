@@ -33,6 +33,23 @@ def runs_anywhere(name: str, device: torch.device) -> bool:
     return name == "mask" or (name == "sdpa" and device.type == "cpu")
 
 
+def scores_note(shapes: Mapping[CallShape, str]) -> str | None:
+    """What to say of layers on a GPU whose scores are built, because no kernel that was found has what they need.
+
+    Args:
+        shapes: with the backend that runs them.
+    """
+    for shape, name in shapes.items():
+        what = "a softcap" if shape.softcap is not None else "attention sinks" if shape.sinks is not None else None
+        if what is not None and name in ("sdpa", "mask") and shape.device.type != "cpu":
+            size = shape.num_heads * 4096**2 * 4 / 2**30
+            return (
+                f"{name} builds the fp32 scores of {what}, {size:.1f} GiB a layer for a branch that sees 4,096 tokens,"
+                " several of them in backward; with flash-attn installed (pip install flash-attn) none is built"
+            )
+    return None
+
+
 def attention_fault(
     shape: CallShape, backend: str, excluded: Mapping[str, str], *, with_grad: bool = True
 ) -> tuple[str, str | None]:

@@ -3,8 +3,8 @@
 
 Queries are the row as it is; keys and values are gathered so that every branch follows its prefix; attention is causal
 and aligned at the bottom right. What a function can do is read off its signature, because releases differ: torch 2.10's
-varlen_attn had `is_causal` and no `scale`, 2.11's `window_size` and `scale`, 2.13's also `enable_gqa`. A call that needs
-more than the function has is refused, never approximated.
+varlen_attn had `is_causal` and no `scale`, 2.11's has `window_size` and `scale`, 2.13's `enable_gqa` too. A call that
+needs more than the function has is refused, never approximated.
 
 Not run on a GPU yet: the tests put an emulation in the kernels' place and hold the arguments to the signature of the
 installed torch.
