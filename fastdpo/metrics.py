@@ -7,12 +7,12 @@ and weights are kept apart until `MetricMeans.pop`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from fastdpo.ops.sequence_logps import segment_sums
+from fastdpo.ops.token_sums import Tokens, token_sums
 from fastdpo.types import PairLogps, PairScores
 
 SumAndWeight = tuple[Tensor, Tensor | float]
@@ -31,78 +31,112 @@ def implicit_rewards(scores: PairScores, beta: float, *, per_token: bool = False
 def pair_metrics(scores: PairScores, beta: float, *, per_token: bool = False) -> dict[str, SumAndWeight]:
     """Sums over the B pairs of what TRL logs, and of the gradient weight `sigmoid(-beta * margin)`.
 
-    The weight is the factor of the DPO gradient that vanishes once a pair is learned: arXiv 2305.18290, sec. 4.
+    The weight is the factor of the DPO gradient that vanishes once a pair is learned: arXiv 2305.18290, sec. 4. All of
+    them are rows of one tensor that is summed once: on a GPU each operation on a few numbers costs a launch.
 
     Args:
         per_token: rewards are those of SimPO and ORPO, beta times the mean over tokens, for scores with lengths.
     """
     chosen_rewards, rejected_rewards = implicit_rewards(scores, beta, per_token=per_token)
+    margins = chosen_rewards - rejected_rewards
     values = {
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
-        "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
-        "rewards/margins": chosen_rewards - rejected_rewards,
-        "rewards/weight": torch.sigmoid(rejected_rewards - chosen_rewards),
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).to(margins.dtype),
+        "rewards/margins": margins,
+        "rewards/weight": torch.sigmoid(-margins),
         "logps/chosen": scores.policy_chosen_logps.detach(),
         "logps/rejected": scores.policy_rejected_logps.detach(),
     }
     for side, lengths in (("chosen", scores.chosen_lengths), ("rejected", scores.rejected_lengths)):
         if lengths is not None:
-            values[f"lengths/{side}"] = lengths
-    return {key: (value.sum(), float(value.numel())) for key, value in values.items()}
+            values[f"lengths/{side}"] = lengths.to(margins.dtype)
+    sums = torch.stack(list(values.values())).sum(1, dtype=torch.float64)
+    num_pairs = float(margins.numel())
+    return {key: (value, num_pairs) for key, value in zip(values, sums.unbind(), strict=True)}
 
 
-def token_metrics(logps: PairLogps, token_rows: Tensor, cu_seqlens: Tensor, pairs: Tensor) -> dict[str, SumAndWeight]:
+def token_metrics(
+    logps: PairLogps, token_rows: Tensor, cu_seqlens: Tensor, pairs: Tensor, *, impl: str = "auto"
+) -> dict[str, SumAndWeight]:
     """Sums over counted tokens of the statistics that the head op returned; the ones it was not asked for are left out.
 
     Args:
         logps: with `logps.sequences.tokens` over the R rows that reached the head.
         token_rows, cu_seqlens, pairs: of the PackedBatch.
+        impl: of the head op, whose kernel makes the sums.
     """
     tokens = logps.sequences.tokens
-    lengths = cu_seqlens.diff()
-
-    def per_sequence(statistic: Tensor) -> Tensor:  # (R,) -> (S,)
-        return segment_sums(statistic[token_rows], cu_seqlens)
-
-    chosen, rejected = pairs.unbind(1)
-    num_chosen, num_rejected = lengths[chosen].sum(), lengths[rejected].sum()
+    statistics = {name: getattr(tokens, name) for name in ("entropy", "mean_logits", "is_top1")}
+    found = {name: value for name, value in statistics.items() if value is not None}
+    if not found:
+        return {}
+    place = Tokens(cu_seqlens, token_rows)
+    per_sequence, _ = token_sums([x.detach() for x in found.values()], place, dtype=torch.float64, impl=impl)
+    table = torch.stack([*per_sequence, cu_seqlens.diff().double()])  # (K + 1, S)
+    of_sides = table[:, pairs.T].sum(2)  # (K + 1, 2): of the chosen, of the rejected
+    sums, (num_chosen, num_rejected) = dict(zip(found, of_sides.unbind(), strict=False)), of_sides[-1].unbind()
     metrics: dict[str, SumAndWeight] = {}
-    if tokens.entropy is not None:
-        entropy = per_sequence(tokens.entropy)
-        metrics["entropy"] = (entropy[chosen].sum() + entropy[rejected].sum(), num_chosen + num_rejected)
-    if tokens.mean_logits is not None:
-        mean_logits = per_sequence(tokens.mean_logits)
-        metrics["logits/chosen"] = (mean_logits[chosen].sum(), num_chosen)
-        metrics["logits/rejected"] = (mean_logits[rejected].sum(), num_rejected)
-    if tokens.is_top1 is not None:
-        metrics["mean_token_accuracy"] = (per_sequence(tokens.is_top1)[chosen].sum(), num_chosen)
+    if "entropy" in sums:
+        metrics["entropy"] = (sums["entropy"].sum(), of_sides[-1].sum())
+    if "mean_logits" in sums:
+        metrics["logits/chosen"] = (sums["mean_logits"][0], num_chosen)
+        metrics["logits/rejected"] = (sums["mean_logits"][1], num_rejected)
+    if "is_top1" in sums:
+        metrics["mean_token_accuracy"] = (sums["is_top1"][0], num_chosen)
     return metrics
 
 
 class MetricMeans:
-    """Weighted means over batches. Values stay on the device until `pop`, which reads them back in one transfer."""
+    """Weighted means over batches. Values stay on the device until `pop`, which reads them back in one transfer.
+
+    What a batch adds is one tensor; weights that the host knows are added up there.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._tables: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}  # keys of sums, of weights: fp64
+        self._weights: dict[str, float] = {}  # of every key, what the host knows
 
     def add(self, metrics: dict[str, SumAndWeight]) -> None:
-        for key, (value, weight) in metrics.items():
-            if not isinstance(weight, Tensor):  # filled in on the device: a copy from the host would wait for it
-                weight = torch.full((), weight, dtype=torch.float64, device=value.device)
-            pair = torch.stack([value.double(), weight.double()])
-            self._sums[key] = self._sums[key] + pair if key in self._sums else pair
+        if not metrics:
+            return
+        on_device = {key: weight for key, (_, weight) in metrics.items() if isinstance(weight, Tensor)}
+        for key, (_, weight) in metrics.items():
+            self._weights[key] = self._weights.get(key, 0.0) + (0.0 if isinstance(weight, Tensor) else weight)
+        numbers = [*(value for value, _ in metrics.values()), *on_device.values()]
+        table = torch.stack([number.detach().double() for number in numbers])
+        keys = tuple(metrics), tuple(on_device)
+        self._tables[keys] = self._tables[keys] + table if keys in self._tables else table
 
     def peek(self) -> dict[str, float]:
         """The mean of each key since the last `pop` on this process, left where it is."""
-        return {key: (pair[0] / pair[1]).item() for key, pair in self._sums.items()}
+        return _means(self._weights, self._table().tolist()) if self._tables else {}
 
     def pop(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """The mean of each key since the last `pop`. `reduce` sums the (K, 2) table of sums, weights over processes."""
-        if not self._sums:
+        if not self._tables:
             return {}
-        table = torch.stack(list(self._sums.values()))
+        table = self._table()
         if reduce is not None:
             table = reduce(table)
-        keys, self._sums = list(self._sums), {}
-        return {key: value / weight for key, (value, weight) in zip(keys, table.tolist(), strict=True) if weight > 0}
+        means = _means(self._weights, table.tolist())
+        self._tables, self._weights = {}, {}
+        return means
+
+    def _table(self) -> Tensor:
+        """(K, 2) fp64 sums and weights, in the order in which their keys came first."""
+        first = next(iter(self._tables.values()))
+        columns = [torch.zeros(len(self._weights), dtype=torch.float64, device=first.device)]
+        columns.append(torch.tensor(list(self._weights.values()), dtype=torch.float64, device=first.device))
+        place = {key: number for number, key in enumerate(self._weights)}
+        for names, numbers in self._tables.items():
+            start = 0
+            for column, keys in zip(columns, names, strict=True):
+                index = torch.tensor([place[key] for key in keys], dtype=torch.int64, device=first.device)
+                column.index_add_(0, index, numbers[start : start + len(keys)])
+                start += len(keys)
+        return torch.stack(columns, dim=1)
+
+
+def _means(keys: Iterable[str], rows: list[list[float]]) -> dict[str, float]:
+    return {key: value / weight for key, (value, weight) in zip(keys, rows, strict=True) if weight > 0}

@@ -274,7 +274,7 @@ class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
         scores = pair_scores(batch.pairs, found.sums.detach(), found.lengths, ref_sums, args)
         per_token = any(LOSSES[name].rewards_per_token for name in args.loss_type)
         metrics = pair_metrics(scores, args.beta, per_token=per_token)
-        metrics.update(token_metrics(policy, batch.token_rows, batch.cu_seqlens, batch.pairs))
+        metrics.update(token_metrics(policy, batch.token_rows, batch.cu_seqlens, batch.pairs, impl=args.impl))
         if policy.aux_loss is not None:
             num_items = self._num_items({"pairs": batch.pairs})
             loss, balance = with_load_balancing(loss, policy.aux_loss, self.router_aux_loss_coef, num_items)
