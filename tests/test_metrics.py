@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdpo.metrics import MetricMeans, pair_metrics, token_metrics

@@ -73,6 +73,10 @@ TRAINER = {
 }
 PRIVATE = {
     **TRAINER,
+    "_step_supports_amp_scaling": (
+        "torch 2.13",
+        lambda: torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)._step_supports_amp_scaling,
+    ),
     "_n_gpu": ("transformers 5.23", lambda: source_has(__import__("transformers").TrainingArguments, "_n_gpu")),
     "_attn_implementation": ("transformers 5.23", lambda: hasattr(make_llama().config, "_attn_implementation")),
     "_attn_implementation_internal": (

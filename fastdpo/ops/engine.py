@@ -36,6 +36,7 @@ class Engine(NamedTuple):
     grads_dtype: Callable[[torch.dtype], torch.dtype]  # of D in `out`, from the operands' dtype
     row_multiple: int  # elements: what rows of `out` are padded to
     chunk_multiple: int  # rows of `out` that a kernel takes at once: other numbers leave part of its last block empty
+    column_multiple: int  # that joined operands are padded to: the copy engine takes rows of whole 16 bytes
     workspace_bytes: int  # default size of `out`
     most_workspace_bytes: int  # and where each chunk of rows reads and writes the sums of a large dW
 
@@ -52,6 +53,7 @@ def engine_of(impl: str) -> Engine:
             accumulator_dtype,
             1,
             1,
+            1,
             WORKSPACE_BYTES,
             WORKSPACE_BYTES,
         )
@@ -66,6 +68,7 @@ def engine_of(impl: str) -> Engine:
         lambda dtype: dtype,
         fused.ROW_MULTIPLE,
         fused.CHUNK_MULTIPLE,
+        fused.COLUMN_MULTIPLE,
         fused.WORKSPACE_BYTES,
         max(fused.WORKSPACE_BYTES, fused.MOST_WORKSPACE_BYTES),
     )

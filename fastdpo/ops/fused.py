@@ -18,6 +18,7 @@ from fastdpo.ops.matmul import product_bytes
 BLOCK_ROWS = 8192
 ROW_MULTIPLE = 16  # elements: rows of D that begin at multiples of it are stored and multiplied in wide words
 CHUNK_MULTIPLE = 128  # rows of D: the height of the kernels' blocks
+COLUMN_MULTIPLE = 8  # of joined weights: 16 bytes of fp16 or bf16
 WORKSPACE_BYTES = 2**28  # by default
 MOST_WORKSPACE_BYTES = 2**30  # by default, of D where every chunk of rows reads and writes the sums of dW
 

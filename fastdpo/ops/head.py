@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastdpo.types import IGNORE_INDEX
 
@@ -51,17 +52,23 @@ def joined_weight(
     lm_head_weight: Tensor,  # (V, H)
     adapter_weight: Tensor | None,  # (V, r)
     dtype: torch.dtype | None = None,
+    multiple: int = 1,
 ) -> Tensor:
-    """(V, H + r): both side by side, in `dtype` or lm_head_weight's, differentiable; alone the first as it is."""
+    """(V, H + r): both side by side, in `dtype` or lm_head_weight's, differentiable; alone the first as it is.
+
+    Behind an adapter zeros follow, up to the next multiple of `multiple` columns.
+    """
     dtype = lm_head_weight.dtype if dtype is None else dtype
     if adapter_weight is None:
         return lm_head_weight.to(dtype)
-    if torch.is_grad_enabled():
-        return torch.cat([lm_head_weight.to(dtype), adapter_weight.to(dtype)], 1)
     (V, H), r = lm_head_weight.shape, adapter_weight.shape[1]
-    joined = torch.empty(V, H + r, dtype=dtype, device=lm_head_weight.device)  # one copy, also where dtypes differ
+    width = padded(H + r, multiple)
+    if torch.is_grad_enabled():
+        return pad(torch.cat([lm_head_weight.to(dtype), adapter_weight.to(dtype)], 1), (0, width - H - r))
+    joined = torch.empty(V, width, dtype=dtype, device=lm_head_weight.device)  # one copy, also where dtypes differ
     joined[:, :H].copy_(lm_head_weight)
-    joined[:, H:].copy_(adapter_weight)
+    joined[:, H : H + r].copy_(adapter_weight)
+    joined[:, H + r :].zero_()
     return joined
 
 

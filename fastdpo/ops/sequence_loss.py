@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from fastdpo.ops.eager import RowGradients, even_chunks, max_chunk_rows, workspace
 from fastdpo.ops.engine import engine_of, resolve_impl
@@ -122,7 +123,10 @@ def sequence_loss(
     else:
         settings: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap, "outputs": outputs}
         settings["workspace_bytes"] = workspace_bytes
-        lm_head_weight = joined_weight(lm_head_weight, adapter_weight)
+        if adapter_weight is not None:
+            engine = engine_of(resolve_impl(impl, labels.device, hidden_states.dtype))
+            lm_head_weight = joined_weight(lm_head_weight, adapter_weight, multiple=engine.column_multiple)
+            hidden_states = pad(hidden_states, (0, lm_head_weight.shape[1] - hidden_states.shape[1]))
         tokens = linear_logps(hidden_states, lm_head_weight, labels, impl=impl, **settings)
         loss = chunk_loss({name: getattr(tokens, name) for name in ("logps", *summed)}, everything)
         tokens = replace(tokens, logps=tokens.logps.detach())
@@ -155,9 +159,11 @@ class _LossInForward(torch.autograd.Function):
         with torch.autocast(hidden_states.device.type, enabled=False):
             h, w, b = (
                 hidden_states.to(plan.dtype),
-                joined_weight(lm_head_weight, adapter_weight, plan.dtype),
+                joined_weight(lm_head_weight, adapter_weight, plan.dtype, engine.column_multiple),
                 None if bias is None else bias.to(plan.dtype),
             )
+            if w.shape[1] > h.shape[1]:  # zeros, which change no product
+                h = pad(h, (0, w.shape[1] - h.shape[1]))
             grads = RowGradients(h, w, b, wanted, lm_head_weight.shape[1] if ctx.has_adapter else 0)
             most = max_chunk_rows(w, engine, plan.head.workspace_bytes, grads.weight_sums_bytes)
             space = workspace(min(most, len(labels)), w, engine)
@@ -182,7 +188,11 @@ class _LossInForward(torch.autograd.Function):
                     grads.add(some, d, row_scale(grad_logps[within], lse_rest, labels[some], plan.head))
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         ctx.scaled_in_place = False
-        ctx.save_for_backward(*grads.finish())
+        grad_hidden, grad_weight, grad_bias = grads.finish()
+        if ctx.has_adapter:  # without the zeros' columns
+            grad_hidden = None if grad_hidden is None else grad_hidden[:, : hidden_states.shape[1]]
+            grad_weight = None if grad_weight is None else grad_weight[:, : adapter_weight.shape[1]]
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         outputs = [torch.cat([values[name] for values in found]) for name in ("logps", *plan.head.outputs)]
         ctx.mark_non_differentiable(*outputs)
         return (torch.stack(losses).sum(), *outputs)

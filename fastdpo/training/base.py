@@ -96,6 +96,8 @@ class PackedTrainer(CardTrainer):
                 "Using one GPU: a packed row cannot be scattered. Start with `accelerate launch` to use all."
             )
             args._n_gpu = 1
+        if args.has_default_workers and is_stream(train_dataset):
+            args.dataloader_num_workers = 0  # a stream's shards are its own to divide
         budget = args.max_tokens_per_microbatch
         if type(data_collator).__module__.partition(".")[0] == "trl":
             raise ValueError(
@@ -224,7 +226,13 @@ class PackedTrainer(CardTrainer):
         if self.model_wrapped is self.model:
             self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
             forget_accelerate(self.model)
-        return super().train(resume, *args, **kwargs)
+        output = super().train(resume, *args, **kwargs)
+        self._losses.settle(self)
+        return output
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._losses.settle(self)  # nothing is saved, logged or evaluated after a step that should not have been
+        super()._save_checkpoint(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -340,6 +348,7 @@ class PackedTrainer(CardTrainer):
         return self.accelerator.reduce(table, "sum") if self.args.world_size > 1 else table
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._losses.settle(self)
         _drop_preparation_time(logs)
         if "loss" in logs:
             logs.update(self._metrics["train"].pop(self._reduce))
@@ -364,6 +373,7 @@ class PackedTrainer(CardTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop, with means over items in place of its means over batches."""
+        self._losses.settle(self)
         self._metrics["eval"].pop()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._metrics["eval"].pop(self._reduce)

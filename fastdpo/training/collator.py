@@ -15,6 +15,7 @@ import torch
 from fastdpo.data.microbatches import lay_out_batch, num_padded_rows, packed_microbatches, padded_microbatches
 from fastdpo.data.packing import pack_layouts, pad_pairs
 from fastdpo.data.prepare import group_from_columns
+from fastdpo.training.transfer import OneBuffer
 from fastdpo.types import PackedBatch, TokenizedGroup
 
 
@@ -32,12 +33,14 @@ class PackingCollator:
         groups = [group_from_columns(row) for row in rows]
         batches = [batch.asdict() for batch in (self._packed(groups) if self.is_packed else self._padded(groups))]
         if len(batches) == 1:
-            return batches[0]
-        return {
-            "pairs": torch.cat([batch["pairs"] for batch in batches]),  # first, so that Trainer reads the batch size
-            "input_ids": torch.cat([batch["input_ids"].reshape(1, -1) for batch in batches], dim=1),
-            "microbatches": tuple(batches),
-        }
+            return OneBuffer(batches[0])
+        return OneBuffer(
+            {
+                "pairs": torch.cat([batch["pairs"] for batch in batches]),  # first: Trainer reads the batch size there
+                "input_ids": torch.cat([batch["input_ids"].reshape(1, -1) for batch in batches], dim=1),
+                "microbatches": tuple(batches),
+            }
+        )
 
     def num_tokens(self, group: TokenizedGroup) -> int:
         """Tokens that a group takes in a micro-batch of its own."""

@@ -1,5 +1,7 @@
 """The masked sum's kernels, forward and backward, against sums in fp64 that are written out one token at a time."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +35,7 @@ def by_hand(values, labels, tokens, upstream):
     weights = [1.0] * len(rows) if tokens.weights is None else tokens.weights.double().tolist()
     sums, grads = [[0.0] * (len(ends) - 1) for _ in values], [0.0] * num_rows
     lengths, read, kept = [], [x.double().tolist() for x in values], (labels != IGNORE_INDEX).tolist()
-    for s, (start, stop) in enumerate(zip(ends, ends[1:], strict=False)):
+    for s, (start, stop) in enumerate(pairwise(ends)):
         for n in range(start, stop):
             for total, value in zip(sums, read, strict=True):
                 total[s] += weights[n] * value[rows[n]]

@@ -95,3 +95,37 @@ def test_an_adapter_of_the_wrong_shape_or_beside_a_trained_weight_is_refused():
         sequence_loss(leaves["hidden_states"], weight, *args, adapter_weight=torch.zeros(V, 2))
     with pytest.raises(ValueError, match="lm_head_weight must be frozen"):
         sequence_loss(leaves["hidden_states"], weight.requires_grad_(), *args, adapter_weight=leaves["adapter_weight"])
+
+
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_joined_columns_are_padded_so_that_the_copy_engine_takes_them(with_grad, monkeypatch):
+    """40 + 3 columns of bf16 are 86 bytes a row; 48 of them are 96, three times 16."""
+    from fastdpo.kernels import forward
+    from fastdpo.kernels.logits import can_be_described
+
+    seen = []
+    tile_operands = forward.tile_operands
+
+    def recording(hidden_states, weight, blocks):
+        seen.append(
+            (hidden_states.shape[1], weight.shape[1], can_be_described(hidden_states), can_be_described(weight))
+        )
+        return tile_operands(hidden_states, weight, blocks)
+
+    monkeypatch.setattr(forward, "tile_operands", recording)
+    leaves, weight, labels = make(torch.bfloat16)
+    with torch.set_grad_enabled(with_grad):
+        loss, _ = sequence_loss(
+            leaves["hidden_states"],
+            weight,
+            labels,
+            CU_SEQLENS,
+            ENDS,
+            loss_of,
+            adapter_weight=leaves["adapter_weight"],
+            impl="triton",
+        )
+    assert set(seen) == {(48, 48, True, True)}
+    if with_grad:
+        loss.backward()
+        assert [x.grad.shape for x in leaves.values()] == [(T, H + R), (V, R)]
