@@ -65,7 +65,8 @@ class EngineConfig(TrainingArguments):
     dataloader_num_workers: int | None = field(
         default=None,
         metadata=help_text(
-            "Processes that collate batches while the GPU works. Default: 2 where there is a GPU, else 0; 0 for streams."
+            "Processes that collate batches while the GPU works. Default: 2 where there is a GPU, else 0; 0 for"
+            " streams."
         ),
     )
     logging_nan_inf_filter: bool = field(

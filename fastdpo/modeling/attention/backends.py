@@ -71,6 +71,7 @@ class Observed:
     windows: set[int | None] = field(default_factory=set)  # as handed over, None for layers without
     backends: dict[str, str] = field(default_factory=dict)  # name -> why it was chosen
     shapes: dict[CallShape, str] = field(default_factory=dict)  # and the backend that ran it
+    num_calls: int = 0
     failed: str | None = None  # the backend that raised
 
     @contextmanager
