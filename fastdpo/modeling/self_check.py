@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fastdpo.data.packing import pack_pairs, pad_pairs
 from fastdpo.modeling.attention import BACKENDS, Observed, UnsupportedAttention, can_do_without, observed
 from fastdpo.modeling.attention.check import attention_fault, scores_note
+from fastdpo.modeling.backbone import text_config, text_ids
 from fastdpo.modeling.head import execution_device
 from fastdpo.modeling.mixers import mixers_of
 from fastdpo.modeling.packed import (
@@ -209,11 +210,11 @@ def _in_fp32_where_it_fits(model: nn.Module) -> nn.Module:
 
 
 def _probe(model: nn.Module, impl: str, device: torch.device) -> _Probe:
-    vocab_size = bare_model(model).get_output_embeddings().weight.shape[0]
+    ids = text_ids(bare_model(model))
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> list[int]:
-        return torch.randint(vocab_size, (length,), generator=generator).tolist()
+        return ids[torch.randint(len(ids), (length,), generator=generator)].tolist()
 
     # prompts of three lengths, and sequences of two: few stock forwards, and yet there is something to pad
     lengths = [(3, 5, 2), (4, 1, 4), (1, 4, 7)]
@@ -251,7 +252,7 @@ def _check_architecture(model: nn.Module, probe: _Probe, leaks: tuple[str, ...])
     if leaks:
         reason = f"{' and '.join(leaks)} mix the tokens of one sequence into another, outside the attention interface"
         return PackingCheck(False, error, reason)
-    missing = _local_attention(bare.config.get_text_config()) - seen.windows
+    missing = _local_attention(text_config(bare)) - seen.windows
     if missing:
         reason = f"the model limits attention to {missing} in its mask alone, and a packed row has no mask"
         return PackingCheck(False, error, reason)
