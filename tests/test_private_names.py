@@ -88,6 +88,14 @@ PRIVATE = {
         "transformers 5.23",
         lambda: has_after_checkpointing("_gradient_checkpointing_func"),
     ),
+    "_model_mapping": (
+        "transformers 5.23",
+        lambda: hasattr(__import__("transformers").AutoModelForCausalLM, "_model_mapping"),
+    ),
+    "_ddp_params_and_buffers_to_ignore": (
+        "torch 2.13",
+        lambda: source_has(torch.nn.parallel.DistributedDataParallel, "_ddp_params_and_buffers_to_ignore"),
+    ),
     "_models": ("accelerate 1.15", lambda: source_has(accelerator().__init__, "self._models")),
     "_is_accelerate_prepared": ("accelerate 1.15", lambda: source_has(accelerator(), "_is_accelerate_prepared")),
     "_original_forward": ("accelerate 1.15", lambda: source_has(accelerator().prepare_model, "_original_forward")),
@@ -108,6 +116,7 @@ PRIVATE = {
     "_action_groups": ("Python 3.13", lambda: hasattr(parser(), "_action_groups")),
     "_group_actions": ("Python 3.13", lambda: hasattr(parser()._action_groups[0], "_group_actions")),
     "_option_string_actions": ("Python 3.13", lambda: hasattr(parser(), "_option_string_actions")),
+    "_StoreFalseAction": ("Python 3.13", lambda: hasattr(__import__("argparse"), "_StoreFalseAction")),
     "_get_values": ("Python 3.13", lambda: hasattr(parser(), "_get_values")),
 }
 

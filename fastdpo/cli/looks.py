@@ -15,11 +15,11 @@ from fastdpo.data.formats import regrouped
 from fastdpo.data.loading import raw_example
 from fastdpo.data.rows import prepare_example
 from fastdpo.training.config import EngineConfig, SFTConfig
+from fastdpo.training.model_kinds import check_kind
 from fastdpo.training.models import (
     adapter_base,
     check_model_folder,
     load_tokenizer,
-    refuse_vision,
     resolve_tokenizer,
     where_from,
 )
@@ -74,7 +74,7 @@ def _look_at_config(option: str, name: str, args: EngineConfig) -> None:
             f"{option} must be a local directory or a model name on the Hub, got {base!r}{of_adapter}: {_first(error)};"
             f" write --{option} FOLDER_OR_NAME"
         ) from error
-    refuse_vision(config, base)
+    check_kind(config, base)
 
 
 def _load_tokenizer(run: RunArguments, args: EngineConfig) -> Any:

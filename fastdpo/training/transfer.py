@@ -26,7 +26,12 @@ class OneBuffer(dict[str, Any]):
         """
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         tensors: list[Tensor] = []
-        _each_tensor(self, lambda tensor: tensors.append(tensor) or tensor)
+
+        def note(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        _each_tensor(self, note)
         elsewhere = [tensor for tensor in tensors if not _is_on(tensor, device)]
         if not elsewhere:
             return self

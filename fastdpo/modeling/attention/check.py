@@ -112,7 +112,8 @@ def _call(leaves: list[Tensor], shape: CallShape, layout: PackedLayout) -> Atten
     settings: dict[str, Any] = {"dropout": 0.0, "scale": shape.scale, "softcap": shape.softcap}
     window = None if shape.window is None else min(shape.window, ACTIVE_WINDOW)
     sinks = leaves[3].requires_grad_(leaves[0].requires_grad and bool(shape.sinks)) if len(leaves) > 3 else None
-    return AttentionCall(*leaves[:3], layout, window=window, sinks=sinks, **settings)
+    query, key, value = leaves[:3]
+    return AttentionCall(query, key, value, layout, window=window, sinks=sinks, **settings)
 
 
 def _results(name: str, call: AttentionCall, leaves: list[Tensor], weight: Tensor) -> list[Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -149,7 +150,7 @@ def run_sequences(forward: Callable[..., Any], rows: MixerRows, args: Any, kwarg
     gathered = mapped((args, kwargs), lambda tensor: _gather(tensor, rows))
     outputs = []
     for call in rows.calls:
-        own_args, own_kwargs = mapped(gathered, lambda tensor, call=call: tensor.of_call(call), _Gathered)
+        own_args, own_kwargs = mapped(gathered, partial(_Gathered.of_call, call=call), _Gathered)
         outputs.append(forward(*own_args, **own_kwargs))
     return _scattered(outputs, [tuple(call.shape) for call in rows.calls], rows.kept)
 
