@@ -53,3 +53,18 @@ def assert_same_to_rounding(found, expected):
         summed = torch.finfo(torch.promote_types(b.dtype, torch.float32)).eps
         allowed = (16 * summed + torch.finfo(b.dtype).eps) * float(b.detach().double().norm())
         assert distance(a, b) <= allowed, f"tensor {i} is off by {distance(a, b):.2e}, {allowed:.2e} is rounding"
+
+
+def assert_gradients_as_exact(found, plain, exact):
+    """By parameter: off from `exact` by at most twice what plain PyTorch is off by in the worst of them, relative to
+    their norms, and 2e-6.
+
+    A gradient that is zero in exact arithmetic (a key bias without rotary positions) has the others' size for its norm.
+    """
+    assert found.keys() == plain.keys() == exact.keys()
+    floor = 0.05 * float(torch.stack([grad.double().norm() for grad in exact.values()]).median())
+    norms = {name: max(float(grad.double().norm()), floor) for name, grad in exact.items()}
+    worst = max(distance(plain[name], grad) / norms[name] for name, grad in exact.items())
+    for name, grad in exact.items():
+        error = distance(found[name], grad) / norms[name]
+        assert error <= 2 * worst + 2e-6, f"{name} is off by {error:.1e}, the worst of plain PyTorch by {worst:.1e}"

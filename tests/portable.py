@@ -25,15 +25,24 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 TESTS = Path(__file__).parent
-# All that multiplies; what is left out reads, formats, parses, plans or compares tokens.
+# All that multiplies. What is left out reads, formats, parses, plans, counts bytes or compares tokens.
 NUMERIC = (
     "adapters", "alignment", "benchmarks/test_head_op_benchmark.py", "benchmarks/test_skipping_benchmark.py",
     "benchmarks/test_training_step.py", "evidence/test_verify.py", "integrations", "kernels/test_forward_with_grads.py",
     "kernels/test_launch.py", "kernels/test_rounds.py", "kernels/test_scratch.py", "kernels/test_sparse.py", "losses",
     "modeling", "ops", "parity", "references", "test_metrics.py", "training", "wrong",
 )  # fmt: skip
+COUNTS_BYTES = (
+    "ops/test_peak_memory.py", "references/test_memory_cap.py", "training/test_memory_estimate.py",
+    "training/test_memory_of_a_run.py",
+)  # fmt: skip
 # In less than two minutes on two cores: what CI adds to its ordinary run.
-QUICK = ("integrations", "losses", "ops", "modeling/test_packed_logps.py", "modeling/test_packed_loss.py", "wrong")
+QUICK = (
+    "integrations", "losses", "modeling/test_packed_logps.py", "modeling/test_packed_loss.py",
+    "ops/test_adapter_weight.py", "ops/test_linear_cross_entropy.py", "ops/test_linear_logps.py", "ops/test_matmul.py",
+    "ops/test_sequence_logps.py", "ops/test_sequence_loss.py", "training/test_microbatches.py",
+    "training/test_router_loss.py", "wrong",
+)  # fmt: skip
 
 OLD = {
     "ATEN_CPU_CAPABILITY": "default",
@@ -143,7 +152,7 @@ def run(combination: Combination, parts, usual, number: int, arguments: list[str
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "results.xml")
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-m", "not slow", f"--junitxml={file}"]
-        paths = [str(TESTS / part) for part in parts]
+        paths = [str(TESTS / part) for part in parts] + [f"--ignore={TESTS / part}" for part in COUNTS_BYTES]
         done = subprocess.run(
             [*command, *processes, *arguments, *paths],
             env=environment,
