@@ -5,7 +5,7 @@ what Arrow adds to rows, taken away again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,15 +41,20 @@ def without_fill_ins(value: Any, feature: Any) -> Any:
     return value
 
 
+def features_of_fill_ins(dataset: Dataset) -> Any:
+    """The features of a dataset where Arrow may have filled something in; None where no struct holds a null, and its
+    rows are what they were."""
+    return dataset.features if _holds_null(_all_structs(dataset)) else None
+
+
 def holds_as_given(dataset: Dataset, rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the columns give the rows back as they are, of which they were made.
 
     Structs do not where one lacks a key that others have, or holds None, which look alike afterwards; where 1 stands
     beside 2.5, which makes 1.0 of it; or where keys come in another order. Plain messages are not compared one by one.
     """
-    columns = (dataset.data.column(name) for name in dataset.column_names)
-    structs = [struct for column in columns for chunk in column.chunks for struct in _structs(chunk)]
-    if any(child.null_count > struct.null_count for struct in structs for child in struct.flatten()):
+    structs = list(_all_structs(dataset))
+    if _holds_null(structs):
         return False
     if all(_is_plain(field.type) for struct in structs for field in struct.type):
         return True
@@ -57,6 +62,15 @@ def holds_as_given(dataset: Dataset, rows: Sequence[Mapping[str, Any]]) -> bool:
         json.dumps(ours, default=str) == json.dumps(given, default=str)
         for ours, given in zip(dataset, rows, strict=True)
     )
+
+
+def _all_structs(dataset: Dataset) -> Iterator[Any]:
+    columns = (dataset.data.column(name) for name in dataset.column_names)
+    return (struct for column in columns for chunk in column.chunks for struct in _structs(chunk))
+
+
+def _holds_null(structs: Iterable[Any]) -> bool:
+    return any(child.null_count > struct.null_count for struct in structs for child in struct.flatten())
 
 
 def _structs(array: Any) -> Iterator[Any]:

@@ -25,7 +25,7 @@ from fastdpo.data.forms.columns import Cells, is_filled, ledger, structured
 from fastdpo.data.forms.context import system_text, with_system
 from fastdpo.data.forms.json_text import json_list, parsed
 from fastdpo.data.forms.mapping import as_columns, ignored_columns, renamed
-from fastdpo.data.forms.names import KINDS
+from fastdpo.data.forms.names import KINDS, kinds_by_name
 from fastdpo.data.values import BadRow, Example, RowFormat, best_response
 from fastdpo.types import PreferenceRow
 
@@ -35,6 +35,9 @@ FORMAT_NAMES = tuple(dict.fromkeys(row_format.name for row_format in (*FORMATS, 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 TEMPLATE_KWARGS = "chat_template_kwargs"
 REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
+_READ_ELSEWHERE = {TEMPLATE_KWARGS, *REF_LOGPS, *KINDS["tools"]}  # by `template_kwargs`, and as reference log-probs
+_BY_COLUMNS: dict[tuple[tuple[str, ...], str, bool], tuple[RowFormat, tuple[str, ...]]] = {}
+_MOST_KNOWN = 1000
 KNOWN_COLUMNS = tuple(
     dict.fromkeys(
         (
@@ -97,20 +100,37 @@ def read_row(
     cells, written = structured(renamed(example, columns))
     ignored = ignored_columns(example, columns)
     seen = Cells({name: value for name, value in cells.items() if name not in ignored} if ignored else cells)
-    row_format = choose_format(seen, dataset_format, is_sft=is_sft)
-    if row_format is EXPLICIT:
-        sources = _sources(seen)
-        seen = Cells({name: value for name, value in seen.items() if name not in sources}) if sources else seen
+    row_format, sources = _chosen(seen, dataset_format, is_sft)
+    if sources:
+        seen = Cells({name: value for name, value in seen.items() if name not in sources})
         ignored += sources
     if row_format.name == "implicit" and dataset_format != AUTO:  # whoever says so has no prompt beside the answers
         ignored += tuple(seen)
     row = _read(row_format, seen)
-    all_cells = Cells(cells)
-    all_cells.read = {*seen.read, *(name for name in (TEMPLATE_KWARGS, *REF_LOGPS, *KINDS["tools"]) if name in seen)}
-    row = replace(row, columns=ledger(all_cells, row, written, (*ignored, *row_format.further)))
+    all_cells = Cells(cells) if ignored else seen
+    all_cells.read = seen.read | _READ_ELSEWHERE
+    became = ledger(all_cells, row, written, (*ignored, *row_format.further))
+    responses, preferences = row.responses, row.preferences
     if is_sft:
-        row = replace(row, responses=(row.responses[best_response(row.preferences)],), preferences=())
-    return row, row_format
+        responses, preferences = (responses[best_response(preferences)],), ()
+    return PreferenceRow(row.prompt, responses, preferences, became), row_format
+
+
+def _chosen(cells: Cells, dataset_format: str, is_sft: bool) -> tuple[RowFormat, tuple[str, ...]]:
+    """The format of a row, and the columns from which its prompt and answers were made. Nearly always both follow from
+    the names of the columns, and are the same for every row."""
+    key = (cells.columns, dataset_format, is_sft)
+    known = _BY_COLUMNS.get(key)
+    if known is not None:
+        return known
+    cells.has_peeked = False
+    row_format = choose_format(cells, dataset_format, is_sft=is_sft)
+    result = row_format, _sources(cells) if row_format is EXPLICIT else ()
+    if not cells.has_peeked:
+        if len(_BY_COLUMNS) > _MOST_KNOWN:
+            _BY_COLUMNS.clear()
+        _BY_COLUMNS[key] = result
+    return result
 
 
 def choose_format(example: Example, dataset_format: str, *, is_sft: bool) -> RowFormat:
@@ -152,11 +172,39 @@ def regrouped(
         row_format = choose_format(first, dataset_format, is_sft=is_sft)
     except ValueError:  # told with its row when it is read
         return None
-    return None if row_format.regroup is None else row_format.regroup(examples)
+    return None if row_format.regroup is None else _with_the_rest(examples, row_format)
+
+
+def _with_the_rest(examples: Iterable[Example], row_format: RowFormat) -> Iterator[Example]:
+    """The regrouped rows, beside what first stood in columns that the format does not know: so they come to the ledger.
+
+    It is one row's, so none of it may pass for the context of another: those columns get a name of no kind.
+    """
+    assert row_format.regroup is not None
+    known = row_format.all_columns
+    rest: dict[str, Any] = {}
+
+    def seen() -> Iterator[Example]:
+        for example in examples:
+            kinds = kinds_by_name(tuple(example))
+            for name, value in example.items():
+                shown = f"{name} of single answers" if name in kinds else name
+                if name not in known and shown not in rest and is_filled(value):
+                    rest[shown] = value
+            yield example
+
+    for row in row_format.regroup(seen()):
+        yield {**rest, **row}
 
 
 def template_kwargs(example: Example, columns: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a row gives to the chat template: `tools` (a list, or JSON text of one) and `chat_template_kwargs`."""
+    if (
+        columns is None
+        and not any(name in example for name in (TEMPLATE_KWARGS, *KINDS["tools"]))
+        and not any(isinstance(value, dict) for value in example.values())
+    ):
+        return {}  # most rows
     cells = Cells(structured(renamed(example, columns))[0])
     kwargs = cells.peek(TEMPLATE_KWARGS) or {}
     if isinstance(kwargs, str):

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fastdpo.data.arrow import arrow_column
+from fastdpo.data.arrow import arrow_column, features_of_fill_ins
 from fastdpo.data.cache import cache_file, tokens_fingerprint
 from fastdpo.data.first_row import first_row
 from fastdpo.data.formats import regrouped
@@ -91,7 +91,12 @@ def _prepare(
     prepared = dataset.map(
         prepare_example,
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "settings": settings, "is_sft": is_sft, "features": dataset.features},
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "settings": settings,
+            "is_sft": is_sft,
+            "features": features_of_fill_ins(dataset),
+        },
         remove_columns=dataset.column_names,
         features=column_features(),
         num_proc=num_proc,

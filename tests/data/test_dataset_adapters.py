@@ -479,3 +479,31 @@ def test_open_assistant_answers_are_in_the_order_of_their_ranks(shared_data):
     for row in map(preference_row, rows):
         ranks = [rank_of[response[0]["content"]] for response in row.responses]
         assert ranks == list(range(len(ranks)))
+
+
+def test_columns_beside_single_answers_are_held_to_the_ledger_too(plain_tokenizer):
+    _, report = prepare_preference_dataset([{**row, "source": "web"} for row in HELPSTEER], plain_tokenizer, WHOLE)
+    assert report.unread == ("source",)
+    with pytest.raises(ValueError, match="the columns 'draft'"):
+        prepare_preference_dataset([*HELPSTEER[:1], {**HELPSTEER[1], "draft": "a text"}], plain_tokenizer, WHOLE)
+    with pytest.raises(ValueError, match="the columns 'system of single answers'"):  # whose row is not known any more
+        prepare_preference_dataset([{**row, "system": "Be kind."} for row in HELPSTEER], plain_tokenizer, WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("example", "unread"),
+    [
+        (SHP, {"post_id", "domain", "upvote_ratio", "seconds_difference", "score_ratio", "created_at_utc_A"}),
+        (TLDR, {"worker", "batch", "split"}),
+        (HELPSTEER2, {"preference_statement", "split"}),
+        (BINARIZED, {"prompt_id", "score_chosen"}),
+    ],
+)
+def test_what_an_adapter_does_not_read_is_named(example, unread):
+    columns = preference_row(example).columns
+    assert unread <= {name for name, how in columns.items() if how == "unread"}
+
+
+def test_a_system_prompt_that_somebody_added_to_a_published_dataset_stands_in_front():
+    assert preference_row({**SHP, "system": "Be kind."}).prompt == [BE_KIND, user("May I ask?")]
+    assert preference_row({**TLDR, "system": "Be kind."}).prompt.startswith("Be kind.\n\nSUBREDDIT: r/tifu")

@@ -49,6 +49,23 @@ def test_summary_is_text_with_a_line_for_every_fact(tmp_path):
     assert "adapter: the model without its adapter" in run.summary()
 
 
+def test_the_first_row_is_shown_as_it_is_read_and_columns_that_are_not(tmp_path, capsys):
+    rows = [
+        {"instruct": f"[bold]Why?\n{row['prompt']}", "chosen": row["chosen"], "rejected": [row["rejected"], "No."]}
+        for row in make_rows(8)
+    ]
+    rows = [{**row, "id": number, "draft": "a text"} for number, row in enumerate(rows)]
+    run = tiny_trainer(tmp_path, train_dataset=rows, columns={"prompt": "instruct", "ignore": ["draft"]}, **SHOWN)
+    lines = summary_lines(run)
+    assert ("", "columns not read: draft, id") in lines
+    start = next(number for number, (what, _) in enumerate(lines) if what == "first row")
+    shown = [said for _, said in lines[start : start + 4]]
+    assert shown[0] == f"prompt: [bold]Why?\\n{rows[0]['instruct'].partition(chr(10))[2]}"
+    assert shown[1:] == [f"best: {rows[0]['chosen']}", f"answer 2: {rows[0]['rejected'][0]}", "answer 3: No."]
+    run.print_summary()
+    assert "[bold]Why?" in capsys.readouterr().out  # no markup
+
+
 def test_sft_says_it_too(tmp_path, capsys):
     args = SFTConfig(str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", **SHOWN)
     data = {"train_dataset": Dataset.from_list(make_rows(4)), "processing_class": make_tokenizer()}

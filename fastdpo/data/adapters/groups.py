@@ -175,6 +175,7 @@ GROUPS = (
         "open_assistant",
         ("message_id", "parent_id", "text", "role", "rank"),
         ranked,
+        further=("emojis", "detoxify", "labels", "synthetic", "deleted", "review_result", "tree_state"),
         regroup=open_assistant_messages,
     ),
     RowFormat(

@@ -10,7 +10,7 @@ from fastdpo.data.forms.answers import preferred
 from fastdpo.data.forms.columns import Cells
 from fastdpo.data.forms.context import Context
 from fastdpo.data.forms.messages import as_messages
-from fastdpo.data.forms.pairs import explicit_prompt, has_pair, implicit_prompt
+from fastdpo.data.forms.pairs import explicit_prompt, implicit_prompt
 from fastdpo.data.forms.text import HUMAN_TURN
 from fastdpo.data.values import BadRow, Example, RowFormat, as_text
 from fastdpo.types import PreferenceRow
@@ -88,7 +88,7 @@ def helpsteer_prompt(prompt: object) -> list[dict[str, object]]:
 
 
 def has_task_and_pair(cells: Cells) -> bool:
-    return has_pair(cells) and cells.column("instruction") is not None
+    return cells.has("instruction", "chosen", "rejected")
 
 
 _ORIGINALS = ("original_chosen", "original_rejected")

@@ -47,7 +47,7 @@ __all__ = [
 
 
 def _has_prompt_and_pair(cells: Cells) -> bool:
-    return has_pair(cells) and cells.column("prompt") is not None
+    return cells.has("prompt", "chosen", "rejected")
 
 
 def _has_context_and_pair(cells: Cells) -> bool:

@@ -8,15 +8,23 @@ whose name does not say that it is metadata.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from fastdpo.data.forms.json_text import conversation_key, is_message, messages_in, turns_in
+from fastdpo.data.forms.json_text import (
+    CONTENT_KEYS,
+    ROLE_KEYS,
+    conversation_key,
+    is_message,
+    messages_in,
+    turns_in,
+)
 from fastdpo.data.forms.messages import UNREAD_KEYS
-from fastdpo.data.forms.names import IGNORE, KINDS, is_metadata, names_by_kind
+from fastdpo.data.forms.names import IGNORE, KINDS, is_metadata, kinds_by_name, names_by_kind
 from fastdpo.data.values import Example
 from fastdpo.types import PreferenceRow
 
+_READ_KEYS = frozenset((*ROLE_KEYS, *CONTENT_KEYS))
 PLAIN_TEXT = "text"  # the column of texts to be learnt as they are, whatever they look like
 
 
@@ -25,8 +33,10 @@ class Cells(Mapping[str, Any]):
 
     def __init__(self, example: Example) -> None:
         self._example = example
-        self._kinds = names_by_kind(tuple(example))
+        self.columns = tuple(example)
+        self._kinds = names_by_kind(self.columns)
         self.read: set[str] = set()
+        self.has_peeked = False  # else what was found of the columns holds for every row that has the same
 
     def __getitem__(self, name: str) -> Any:
         value = self._example[name]
@@ -43,12 +53,19 @@ class Cells(Mapping[str, Any]):
         return len(self._example)
 
     def peek(self, name: str) -> Any:
+        self.has_peeked = True
         return self._example.get(name)
 
     def column(self, kind: str) -> str | None:
         """The first filled column of a kind; else one that is there without anything in it; or None."""
         names = self._kinds[kind]
-        return next((n for n in names if is_filled(self._example[n])), names[0] if names else None)
+        if len(names) < 2:
+            return names[0] if names else None
+        return next((n for n in names if is_filled(self._example[n])), names[0])
+
+    def has(self, *kinds: str) -> bool:
+        """Whether there is a column of each of these kinds, filled or not."""
+        return all(self._kinds[kind] for kind in kinds)
 
     def all_filled(self, kind: str) -> list[str]:
         """The filled columns of a kind."""
@@ -56,12 +73,12 @@ class Cells(Mapping[str, Any]):
 
     def filled(self, kind: str) -> str | None:
         """The first filled column of a kind, or None."""
-        return next(iter(self.all_filled(kind)), None)
+        return next((name for name in self._kinds[kind] if is_filled(self._example[name])), None)
 
 
 def is_filled(value: Any) -> bool:
     """Whether a cell holds anything."""
-    return value is not None and not (isinstance(value, (list, tuple, str, Mapping)) and len(value) == 0)
+    return value is not None and not (isinstance(value, (str, list, dict, tuple)) and len(value) == 0)
 
 
 def structured(example: Example) -> tuple[dict[str, Any], dict[str, str]]:
@@ -72,25 +89,26 @@ def structured(example: Example) -> tuple[dict[str, Any], dict[str, str]]:
     """
     row = dict(example)
     written: dict[str, str] = {}
-    kind_of = {name: kind for kind, names in names_by_kind(tuple(example)).items() for name in names}
+    kinds = kinds_by_name(tuple(row))
     for name, value in example.items():
-        kind = kind_of.get(name)
-        if name == PLAIN_TEXT or kind == "tools" or not isinstance(value, (str, list, Mapping)):
+        if name == PLAIN_TEXT or not isinstance(value, (str, list, dict)):
             continue
-        row[name] = messages_in(value, name, is_needed=kind is not None)
+        kind = kinds.get(name)
+        if kind == "tools":
+            continue
+        found = messages_in(value, name, is_needed=kind is not None)
         if isinstance(value, str):
-            if kind in ("history", "context") and isinstance(row[name], str):
-                row[name] = turns_in(value)
-            written[name] = "text" if isinstance(row[name], str) else "JSON"
-        inner = conversation_key(row[name])
-        if inner is None or kind is None:
-            continue
-        outer = row[name]
-        row[name] = messages_in(outer[inner], name)
-        for key, item in outer.items():
-            if key != inner:
-                hoisted = key in KINDS["tools"] and not is_filled(row.get("tools"))
-                row["tools" if hoisted else f"{name}.{key}"] = item
+            if kind in ("history", "context") and isinstance(found, str):
+                found = turns_in(value)
+            written[name] = "text" if isinstance(found, str) else "JSON"
+        inner = conversation_key(found) if kind is not None and isinstance(found, dict) else None
+        if inner is not None:
+            for key, item in found.items():
+                if key != inner:
+                    hoisted = key in KINDS["tools"] and not is_filled(row.get("tools"))
+                    row["tools" if hoisted else f"{name}.{key}"] = item
+            found = messages_in(found[inner], name)
+        row[name] = found
     return row, written
 
 
@@ -108,7 +126,8 @@ def ledger(cells: Cells, row: PreferenceRow, written: Mapping[str, str], ignored
     for name in cells:
         value = cells.peek(name)
         if name in cells.read:
-            result |= {f"{name}.{key}": "unread" for key in _unread_keys(value)}
+            for key in _unread_keys(value):
+                result[f"{name}.{key}"] = "unread"
             continue
         if not is_filled(value):
             continue
@@ -184,14 +203,20 @@ def _holds_messages(value: Any) -> bool:
     return is_message(value) or (isinstance(value, list) and any(map(is_message, value)))
 
 
-def _unread_keys(value: Any) -> set[str]:
+def _unread_keys(value: Any) -> Iterable[str]:
     """Keys of the messages inside a cell that are not read."""
-    if isinstance(value, str):
-        value = messages_in(value, "", is_needed=False)
-    if is_message(value):
-        return {key for key in UNREAD_KEYS if is_filled(value.get(key))}
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return set().union(*map(_unread_keys, items))
+    if isinstance(value, dict):
+        if value.keys() <= _READ_KEYS:
+            return ()
+        if is_message(value):
+            return [key for key in UNREAD_KEYS if is_filled(value.get(key))]
+        return [key for item in value.values() for key in _unread_keys(item)]
+    if isinstance(value, list):
+        return [key for item in value for key in _unread_keys(item)]
+    if isinstance(value, str) and value[:1] in ("[", "{"):
+        found = messages_in(value, "", is_needed=False)
+        return () if isinstance(found, str) else _unread_keys(found)
+    return ()
 
 
 def _text_of(row: PreferenceRow) -> str:

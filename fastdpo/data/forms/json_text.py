@@ -70,7 +70,7 @@ def messages_in(value: Any, column: str, *, is_needed: bool = True) -> Any:
         ):
             raise BadRow(f"{column} looks like messages written as text, and is no JSON")
         return value
-    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+    if isinstance(value, list) and value and isinstance(value[0], str) and all(isinstance(i, str) for i in value):
         items = [parsed(item) if item.lstrip().startswith("{") else None for item in value]
         return items if all(map(is_message, items)) else value
     return value
@@ -86,12 +86,12 @@ def turns_in(text: str) -> Any:
 
 def is_message(value: Any) -> bool:
     """Whether `value` is an object with somebody who speaks and something said."""
-    return isinstance(value, Mapping) and any(key in value for key in ROLE_KEYS) and _has_content(value)
+    return isinstance(value, dict) and any(key in value for key in ROLE_KEYS) and _has_content(value)
 
 
 def conversation_key(value: Any) -> str | None:
     """Under which key an object that is no message itself holds a conversation."""
-    if not isinstance(value, Mapping) or any(key in value for key in ROLE_KEYS):
+    if not isinstance(value, dict) or any(key in value for key in ROLE_KEYS):
         return None
     return next((key for key in CONVERSATION_KEYS if isinstance(value.get(key), (list, str))), None)
 

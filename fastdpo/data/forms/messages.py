@@ -21,6 +21,7 @@ from fastdpo.data.values import BadRow, as_text
 from fastdpo.types import Message
 
 MEDIA_KINDS = ("image", "video", "audio", "input_image", "input_audio")
+_PLAIN = {"role", "content"}
 TEXT_KINDS = ("text", "input_text", "output_text")
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 # what exports note about a message, and no template shows: differing ids would part what two sides have in common
@@ -80,6 +81,8 @@ def _in_turn(texts: Sequence[Any], field: str) -> list[Message]:
 
 def _turns(value: Any, role: str, field: str) -> list[Message]:
     """The message that `value` is; of an object without a role, those of its keys that are names of roles."""
+    if isinstance(value, dict) and value.keys() == _PLAIN and isinstance(value["content"], str):  # nearly all are
+        return [{"role": role_of(value["role"]), "content": as_text(value["content"], field)}]
     if not isinstance(value, Mapping):
         return [{"role": role, "content": as_text(value, field)}]
     speaks = next((key for key in ROLE_KEYS if value.get(key)), None)

@@ -113,3 +113,9 @@ def names_by_kind(columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         by_name.setdefault(plain_name(column), column)
     by_name.update({column: column for column in columns})  # a name as it stands counts before another that is alike
     return {kind: tuple(dict.fromkeys(by_name[n] for n in names if n in by_name)) for kind, names in KINDS.items()}
+
+
+@lru_cache(maxsize=1024)
+def kinds_by_name(columns: tuple[str, ...]) -> dict[str, str]:
+    """The kind of each column that has one."""
+    return {name: kind for kind, names in names_by_kind(columns).items() for name in names}

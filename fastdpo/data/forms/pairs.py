@@ -54,24 +54,20 @@ def conversation_and_rejected(cells: Cells) -> PreferenceRow:
 
 
 def has_pair(cells: Cells) -> bool:
-    return _has(cells, "chosen", "rejected")
+    return cells.has("chosen", "rejected")
 
 
 def has_context(cells: Cells) -> bool:
     """Whether there is a column beside the answers that leads up to them."""
-    return any(cells.column(kind) is not None for kind in PROMPT_KINDS if kind != "system")
+    return any(cells.has(kind) for kind in PROMPT_KINDS if kind != "system")
 
 
 def has_response_and_rejected(cells: Cells) -> bool:
-    return has_context(cells) and _has(cells, "response", "rejected") and not _has(cells, "chosen")
+    return has_context(cells) and cells.has("response", "rejected") and not cells.has("chosen")
 
 
 def has_conversation_and_rejected(cells: Cells) -> bool:
-    return _has(cells, "context", "rejected") and not _has(cells, "chosen")
-
-
-def _has(cells: Cells, *kinds: str) -> bool:
-    return all(cells.column(kind) is not None for kind in kinds)
+    return cells.has("context", "rejected") and not cells.has("chosen")
 
 
 def _side(cells: Cells, kind: str) -> Any:

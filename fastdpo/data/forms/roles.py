@@ -11,6 +11,7 @@ Anthropic, Gemini, Llama) and of published datasets (ShareGPT, OpenAssistant, He
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from fastdpo.data.values import BadRow
@@ -38,7 +39,12 @@ ROLES = {name: role for role, names in ROLE_NAMES.items() for name in names}
 
 def known_role(name: Any) -> str | None:
     """The role that `name` stands for, or None where the table has no such name."""
-    return ROLES.get(re.sub(r"[\s-]+", "_", name.strip()).lower()) if isinstance(name, str) else None
+    return _role(name) if isinstance(name, str) else None
+
+
+@lru_cache(maxsize=1024)
+def _role(name: str) -> str | None:
+    return ROLES.get(re.sub(r"[\s-]+", "_", name.strip()).lower())
 
 
 def role_of(name: Any) -> str:
