@@ -264,7 +264,10 @@ def test_a_config_says_no_and_false_as_people_write_them(tmp_path):
 
 
 def test_columns_are_mapped_on_the_command_line_and_in_yaml(capsys, model_dir, tmp_path):
-    rows = [{"instruct": f"Q{i}?", "chosen": "yes", "worst": "no", "draft": f"a text {i}"} for i in range(4)]
+    rows = [
+        {"instruct": row["prompt"], "chosen": row["chosen"], "worst": row["rejected"], "draft": f"a text {number}"}
+        for number, row in enumerate(make_rows(4))
+    ]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ("--model", model_dir, "--dataset", data, "--use_cpu", "true", "--max_steps", "1", "--eval_fraction", "0")
@@ -275,10 +278,10 @@ def test_columns_are_mapped_on_the_command_line_and_in_yaml(capsys, model_dir, t
     assert "--columns ignore=draft" in err
     config = broken(tmp_path, "run.yaml", "columns:\n  prompt: instruct\n  rejected: worst\n  ignore: [draft]\n")
     for name, option in (("b", ("--columns", f"{renamed},ignore=draft")), ("c", ("--config", config))):
-        code, out, _ = run(capsys, "train", *given, "--output_dir", tmp_path / name, *option)
-        assert code == 0
+        code, out, err = run(capsys, "train", *given, "--output_dir", tmp_path / name, *option)
+        assert code == 0, err
         assert "columns not read: draft" in out
-        assert "prompt: Q0?" in out
+        assert f"prompt: {rows[0]['instruct']}" in out
 
 
 def test_every_field_can_be_set_from_the_command_line():
