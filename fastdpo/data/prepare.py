@@ -17,8 +17,9 @@ from fastdpo.data.arrow import arrow_column
 from fastdpo.data.cache import cache_file, tokens_fingerprint
 from fastdpo.data.formats import regrouped
 from fastdpo.data.loading import dataset_from_rows, raw_example
+from fastdpo.data.notes import note_counts
 from fastdpo.data.report import DataReport, Report, TokenStats
-from fastdpo.data.rows import GROUP_COLUMNS, STATE_COLUMNS, column_features, group_from_columns, prepare_example
+from fastdpo.data.rows import GROUP_COLUMNS, STATE_COLUMNS, RowPreparer, column_features, group_from_columns
 from fastdpo.data.streaming import prepare_stream
 from fastdpo.data.tokenization import TokenizationSettings
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Report", "group_from_columns", "one_prompt_a_row", "prepare_preference_dataset", "prepare_sft_dataset"]
 
+ROWS_AT_ONCE = 256  # rendered, tokenized and written together
 MEDIA_FEATURES = ("Image(", "Video(", "Audio(")  # refused before a row is read, which would decode them
 
 
@@ -86,9 +88,10 @@ def _prepare(
     dataset = one_prompt_a_row(_checked_dataset(dataset), settings.dataset_format, is_sft=is_sft)
     fingerprint = tokens_fingerprint(dataset, tokenizer, settings=settings, is_sft=is_sft)
     prepared = dataset.map(
-        prepare_example,
+        RowPreparer(tokenizer, settings, is_sft),
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "settings": settings, "is_sft": is_sft},
+        batched=True,
+        batch_size=ROWS_AT_ONCE,
         remove_columns=dataset.column_names,
         features=column_features(),
         num_proc=num_proc,
@@ -100,8 +103,8 @@ def _prepare(
     report = _report(prepared.select_columns(list(STATE_COLUMNS)), "examples" if is_sft else "pairs")
     if report.num_kept == 0:
         raise ValueError("dataset must hold at least one usable row: " + " ".join(report.lines()))
-    if report.num_stale_ref_logps:
-        logging.get_logger(__name__).warning(report.stale_line())
+    for line in report.warnings():
+        logging.get_logger(__name__).warning(line)
     if report.num_kept < report.num_rows:
         dropped = {row for rows in report.dropped.values() for row in rows}
         prepared = prepared.select([row for row in range(len(prepared)) if row not in dropped])
@@ -181,8 +184,10 @@ def _report(states: Dataset, kind: str) -> DataReport:
         num_pairs=len(rejected) if kind == "pairs" else len(prompts),
         dropped={reason: tuple(rows) for reason, rows in dropped.items()},
         num_truncated=count("is_truncated"),
+        num_one_cut=count("has_one_cut"),
         num_stale_ref_logps=count("has_stale_ref_logps"),
         num_merged_boundary=count("is_merged"),
         num_transcripts=count("is_transcript"),
+        notes=note_counts(states.select_columns(["notes"])),
         tokens={name: TokenStats.of(column.to_pylist()) for name, column in lengths.items() if len(column)},
     )

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.formats import regrouped
 from fastdpo.data.loading import raw_example
+from fastdpo.data.notes import Note
 from fastdpo.data.report import StreamReport
-from fastdpo.data.rows import GROUP_COLUMNS, column_features, group_from_columns, prepare_example
+from fastdpo.data.rows import GROUP_COLUMNS, RowPreparer, column_features, group_from_columns
 from fastdpo.data.tokenization import TokenizationSettings
 from fastdpo.types import TokenizedGroup
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
+
+ROWS_AT_ONCE = 16  # tokenized together: a run on a stream starts soon
 
 
 def prepare_stream(
@@ -39,15 +42,14 @@ def prepare_stream(
             "dataset must not be streamed where its rows are single answers or trees, which have to be read as a"
             " whole: load it without streaming=True"
         )
-    prepare_example(first, 0, tokenizer, settings, is_sft)
+    prepare = RowPreparer(tokenizer, settings, is_sft)
+    prepare.columns([first], [0])
     report = StreamReport("examples" if is_sft else "pairs")
-    function = partial(_prepare_batch, tokenizer=tokenizer, settings=settings, is_sft=is_sft, report=report)
-    # a batch of one may become none, which `map` on single rows cannot
     prepared = dataset.map(
-        function,
+        partial(_prepare_batch, prepare=prepare, report=report),
         with_indices=True,
         batched=True,
-        batch_size=1,
+        batch_size=ROWS_AT_ONCE,
         remove_columns=dataset.column_names or list(first),
         features=column_features(with_state=False),
     )
@@ -60,17 +62,13 @@ def checked_stream(dataset: IterableDataset, check: Callable[[TokenizedGroup], N
 
 
 def _prepare_batch(
-    batch: Mapping[str, list[Any]],
-    rows: list[int],
-    tokenizer: Any,
-    settings: TokenizationSettings,
-    is_sft: bool,
-    report: StreamReport,
+    batch: Mapping[str, list[Any]], rows: list[int], prepare: RowPreparer, report: StreamReport
 ) -> dict[str, list[Any]]:
-    example = {name: values[0] for name, values in batch.items()}
-    columns = prepare_example(example, rows[0], tokenizer, settings, is_sft)
-    report.add(rows[0], columns["bad_row"])
-    return {name: [] if columns["bad_row"] else [columns[name]] for name in GROUP_COLUMNS}
+    columns = prepare(batch, rows)
+    for row, reason, notes in zip(rows, columns["bad_row"], columns["notes"], strict=True):
+        report.add(row, reason, [Note(**note) for note in notes or ()])
+    kept = [index for index, reason in enumerate(columns["bad_row"]) if reason is None]
+    return {name: [columns[name][index] for index in kept] for name in GROUP_COLUMNS}
 
 
 def _check_columns(example: dict[str, Any], check: Callable[[TokenizedGroup], None]) -> dict[str, Any]:

@@ -1,29 +1,40 @@
 """From a `PreferenceRow` to a `TokenizedGroup`.
 
-Two steps, both pure: `encode_row` (chat template, one BOS, one EOS, prompt tokens that are a prefix of every sequence)
-and `truncate` (`max_prompt_length`, then `max_length`); `tokenize_row` is the two together. A row that cannot be used
-raises BadRow; messages for a tokenizer without a chat template are a ValueError.
+Two steps, both pure: `encode_rows` (chat template, one BOS, one EOS, prompt tokens that are a prefix of every sequence)
+and `truncate` (`max_prompt_length`, then `max_length`); `tokenize_row` is the two together for one row. A row that
+cannot be used raises BadRow; messages for a tokenizer without a chat template are a ValueError.
 
-The same tokens as TRL 1.16's DPOTrainer, and four things it does not do: a BOS or EOS is never doubled, an EOS is
-added to a conversation whose template leaves the turn open, only the assistant's tokens of a response of several turns
-count (`turns`), and rows without a usable difference are refused.
+Rows are encoded many at a time: rendered one by one (`conversations`), then tokenized together (`encoding`).
+
+The same tokens as TRL 1.16's DPOTrainer, and what it does not do: a BOS or EOS is never doubled, an EOS is added to a
+conversation whose template leaves the turn open, only the assistant's tokens of a response of several turns count
+(`turns`), special tokens that a message spells out are text (`control`), a prompt that ends in the assistant's turn
+goes on with it, and rows without a usable difference are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from fastdpo.data.conversations import Chat, ConversationPlanner
+from fastdpo.data.encoding import Ids, TextEncoder
 from fastdpo.data.formats import AUTO, check_format_name
 from fastdpo.data.forms import is_empty
-from fastdpo.data.turns import assistant_mask, has_several_turns, marks_assistant, transcript_mask
+from fastdpo.data.notes import LOST, PLAIN_TEXT, SPELLED, UNKNOWN, Note
+from fastdpo.data.rendering import has_chat_template
+from fastdpo.data.templates import RESERVED_KWARGS
+from fastdpo.data.turns import has_several_turns, transcript_mask
 from fastdpo.data.values import BadRow, common_prefix_length
-from fastdpo.types import Message, PreferenceRow, TokenizedGroup
+from fastdpo.types import PreferenceRow, TokenizedGroup
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
 BAD_ROW_POLICIES = ("drop", "raise")
-_EXAMPLE = "a"  # tokenized with each row, to see what the tokenizer puts around a text
+LONG_ROW_POLICIES = ("truncate", "drop", "raise")
+LOST_CONTENT_POLICIES = ("warn", "drop", "raise")
+_EQUAL = "chosen equals rejected"
+_DECODED_ROWS = 8  # compared with their text, token by token
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,10 @@ class TokenizationSettings:
     max_prompt_length: int | None = None  # tokens of the prompt, cut before max_length is looked at
     truncation_mode: str = "keep_start"  # which end survives: "keep_start" or "keep_end"
     on_bad_row: str = "drop"  # "drop" counts and reports it, "raise" stops at the first
+    on_long_row: str = "truncate"  # "truncate" to the lengths above, "drop" counts and reports it, "raise" stops
+    on_lost_content: str = "warn"  # of what the template leaves out: "warn" reports it, "drop" the row too, "raise"
+    chat_template: str | None = None  # Jinja, or the name of one of the tokenizer's; None takes the tokenizer's
+    chat_template_kwargs: dict[str, Any] | None = None  # variables for it, where a row does not set them
     dataset_format: str = AUTO  # a name of `formats.FORMAT_NAMES`; "auto" goes by the columns
     rankings: bool = False  # preferences become the neighbouring pairs of a ranking, see `loss_rows`
     shared_parts: bool = False  # each pair also brings both responses up to the length that they share
@@ -44,10 +59,31 @@ class TokenizationSettings:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
                 raise ValueError(f"{name} must be an integer >= {least} or None, got {value!r}")
-        if self.truncation_mode not in TRUNCATION_MODES:
-            raise ValueError(f"truncation_mode must be one of {TRUNCATION_MODES}, got {self.truncation_mode!r}")
-        if self.on_bad_row not in BAD_ROW_POLICIES:
-            raise ValueError(f"on_bad_row must be one of {BAD_ROW_POLICIES}, got {self.on_bad_row!r}")
+        for name, choices in (
+            ("truncation_mode", TRUNCATION_MODES),
+            ("on_bad_row", BAD_ROW_POLICIES),
+            ("on_long_row", LONG_ROW_POLICIES),
+            ("on_lost_content", LOST_CONTENT_POLICIES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        reserved = [name for name in RESERVED_KWARGS if name in (self.chat_template_kwargs or {})]
+        if reserved:
+            raise ValueError(f"chat_template_kwargs must not hold {reserved}, which are set for every text apart")
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """What became of a row: its tokens, or why there are none; and what is to be said of it."""
+
+    group: TokenizedGroup | None = None
+    error: ValueError | None = None  # BadRow, or what concerns more than the row
+    is_merged: bool = False  # the end of the prompt alone is tokenized differently than with a response
+    notes: list[Note] = field(default_factory=list)
+
+
+class LeftOut(BadRow):
+    """A row that could be used and is left out because the settings say so, whatever `on_bad_row` says."""
 
 
 def tokenize_row(
@@ -65,7 +101,8 @@ def tokenize_row(
         BadRow: the row cannot be used; `.reason` says why.
         ValueError: the row is conversational and the tokenizer has no chat template.
     """
-    return truncate(encode_row(row, tokenizer, template_kwargs)[0], settings)
+    encoder = RowEncoder(tokenizer, settings.chat_template, settings.chat_template_kwargs)
+    return truncate(_group_of(encoder.encode([(row, template_kwargs or {})])[0]), settings)
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -82,23 +119,171 @@ def encode_row(
     Where it is, the differing tokens belong to the response: with "ab" one token, prompt "a" and response "b" give an
     empty prompt and the response ("ab",). The same holds for templates that render the prompt alone in another way.
     """
-    for response in row.responses:
-        if is_empty(response):
-            raise BadRow("empty response")
-    preferences = _different(row.preferences, row.responses, "chosen equals rejected")
-    masks: list[list[bool]] | None = None
-    if row.is_conversational:
-        prompt_ids, sequences, masks = _encode_messages(row, tokenizer, template_kwargs or {})
-    else:
-        prompt_ids, sequences, masks = _encode_text(row, tokenizer)
-    num_prompt = min(common_prefix_length(prompt_ids, sequence) for sequence in sequences)
-    responses = [sequence[num_prompt:] for sequence in sequences]
-    if any(len(response) == 0 for response in responses):  # a template that leaves the response out
-        raise BadRow("empty response")
-    if masks is not None:
-        masks = [mask[num_prompt:] for mask in masks]
-    group = _checked(prompt_ids[:num_prompt], responses, masks, preferences, "chosen equals rejected")
-    return group, num_prompt < len(prompt_ids)
+    encoded = RowEncoder(tokenizer).encode([(row, template_kwargs or {})])[0]
+    return _group_of(encoded), encoded.is_merged
+
+
+def _group_of(encoded: EncodedRow) -> TokenizedGroup:
+    if encoded.error is not None:
+        raise encoded.error
+    assert encoded.group is not None
+    return encoded.group
+
+
+class RowEncoder:
+    """Rows to tokens with one tokenizer and one chat template; what it finds out about them is kept."""
+
+    def __init__(
+        self, tokenizer: Any, chat_template: str | None = None, template_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.texts = TextEncoder(tokenizer)
+        self.conversations = ConversationPlanner(self.texts, chat_template)
+        self.template_kwargs = dict(template_kwargs or {})
+        self._has_template = has_chat_template(tokenizer) or chat_template is not None
+        self._unknown = _unknown_id(tokenizer)
+        self._num_to_decode = _DECODED_ROWS
+
+    def takes_messages(self, template_kwargs: dict[str, Any]) -> bool:
+        """Whether messages of a row with these arguments can be rendered."""
+        return self._has_template or "chat_template" in {**self.template_kwargs, **template_kwargs}
+
+    def encode(self, rows: Sequence[tuple[PreferenceRow, dict[str, Any]]]) -> list[EncodedRow]:
+        """The rows as tokens.
+
+        Args:
+            rows: each with further arguments for the chat template, which win over the run's.
+        """
+        plans: list[_TextPlan | Chat | EncodedRow] = []
+        for row, template_kwargs in rows:
+            try:
+                plans.append(self._plan(row, {**self.template_kwargs, **template_kwargs}))
+            except ValueError as error:
+                plans.append(EncodedRow(error=error))
+        waiting = [plan for plan in plans if not isinstance(plan, EncodedRow)]
+        ids = iter(self.texts.encode_rows([plan.texts for plan in waiting]))
+        return [
+            plan if isinstance(plan, EncodedRow) else self._finished(row, plan, next(ids))
+            for (row, _), plan in zip(rows, plans, strict=True)
+        ]
+
+    def _plan(self, row: PreferenceRow, template_kwargs: dict[str, Any]) -> _TextPlan | Chat:
+        """What is to be tokenized."""
+        for response in row.responses:
+            if is_empty(response):
+                raise BadRow("empty response")
+        _different(row.preferences, row.responses, _EQUAL)
+        if row.is_conversational:
+            return self.conversations.plan(row, template_kwargs, side_names(row))
+        return self._plan_text(row)
+
+    def _finished(self, row: PreferenceRow, plan: _TextPlan | Chat, ids: list[Ids]) -> EncodedRow:
+        """The row with its tokens."""
+        notes = list(plan.notes)
+        try:
+            if isinstance(plan, Chat):
+                prompt, sequences, masks = self.conversations.tokens(plan, ids)
+            else:
+                prompt, sequences, masks = self._text_tokens(row, plan, ids)
+            notes += self._unknown_characters(row, plan, sequences)
+            num_prompt = min(_num_shared(prompt, sequence) for sequence in sequences)
+            responses = [sequence[num_prompt:] for sequence in sequences]
+            if any(len(response) == 0 for response in responses):  # a template that leaves the response out
+                raise BadRow("empty response")
+            if masks is not None:
+                masks = [mask[num_prompt:] for mask in masks]
+            lost = {note.what: None for note in notes if note.kind == LOST and note.side != "prompts"}
+            equal = f"{_EQUAL} but for {' and '.join(lost)}, which the chat template leaves out" if lost else _EQUAL
+            preferences = _different(row.preferences, row.responses, _EQUAL)
+            group = _checked(prompt[:num_prompt], responses, masks, preferences, equal)
+        except ValueError as error:
+            return EncodedRow(error=error, notes=notes)
+        return EncodedRow(group, None, num_prompt < len(prompt), notes)
+
+    # Text
+
+    def _plan_text(self, row: PreferenceRow) -> _TextPlan:
+        """Prompt and whole texts, as they are: special tokens that they spell out are what they say, but for markup
+        inside a line (`control`)."""
+        control = self.texts.control
+        texts = [str(row.prompt), *(f"{row.prompt}{response}" for response in row.responses)]
+        notes = [Note(PLAIN_TEXT)] if self._has_template else []
+        is_marked = False
+        if any(map(control.are_in, texts)):
+            marked = [control.mark_markup(text) for text in texts]
+            is_marked = marked != texts
+            texts = marked
+            inside = [self._without_ends(text) for text in texts[1:]]
+            names = dict.fromkeys(name for text in inside for name in control.found_outside_marks(text))
+            notes += [Note(SPELLED, name) for name in names]
+        return _TextPlan([] if is_marked else texts, texts if is_marked else [], notes)
+
+    def _without_ends(self, text: str) -> str:
+        """A text without the BOS and EOS that stand at its ends, where they belong."""
+        for token in (self.tokenizer.bos_token, self.tokenizer.eos_token):
+            text = text.removeprefix(token or "").removesuffix(token or "")
+        return text
+
+    def _text_tokens(
+        self, row: PreferenceRow, plan: _TextPlan, ids: list[Ids]
+    ) -> tuple[Ids, list[Ids], list[list[bool]] | None]:
+        """Prompt and whole sequences, each with the tokens that the tokenizer puts first; sequences end in one EOS.
+
+        Masks of the sequences where the user speaks in a response, as in HH transcripts that part early.
+        """
+        if plan.marked:
+            ids = [self.texts.encode_marked(text).ids for text in plan.marked]
+        first = self.texts.leading_ids()
+        prompt, *sequences = (_begin_once(first, text_ids, self.tokenizer) for text_ids in ids)
+        sequences = [_end_once(sequence, self.tokenizer) for sequence in sequences]
+        if not has_several_turns(row):
+            return prompt, sequences, None
+
+        def encode(text: str) -> Ids:
+            return _begin_once(first, self.texts.encode([text])[0], self.tokenizer)
+
+        pairs = zip(row.responses, sequences, strict=True)
+        return prompt, sequences, [transcript_mask(str(row.prompt), str(text), ids, encode) for text, ids in pairs]
+
+    def _unknown_characters(self, row: PreferenceRow, plan: _TextPlan | Chat, sequences: list[Ids]) -> list[Note]:
+        """Of sides with characters that the tokenizer has no token for; of the first rows, of any that do not decode to
+        their text, white space aside."""
+        names = side_names(row)
+        if self._unknown is not None and any(self._unknown in sequence for sequence in sequences):
+            return [
+                Note(UNKNOWN, "characters", n) for n, ids in zip(names, sequences, strict=True) if self._unknown in ids
+            ]
+        if self._num_to_decode <= 0 or not plan.texts:
+            return []
+        self._num_to_decode -= 1
+        notes = []
+        for name, text, ids in zip(names, plan.texts[1:], sequences, strict=True):
+            wanted, decoded = self._characters(text), self._characters(self.tokenizer.decode(ids))
+            if wanted not in decoded:
+                notes.append(Note(UNKNOWN, "characters", name, _difference(wanted, decoded)))
+        return notes
+
+    def _characters(self, text: str) -> str:
+        """A text without white space, and without BOS and EOS, of which one or more stand at its ends."""
+        for token in (self.tokenizer.bos_token, self.tokenizer.eos_token):
+            text = text.replace(token, "") if token else text
+        return "".join(text.split())
+
+
+@dataclass(frozen=True)
+class _TextPlan:
+    """What is to be tokenized of a row of text: prompt and whole texts, together with other rows' or marked."""
+
+    texts: list[str]
+    marked: list[str]
+    notes: list[Note]
+
+
+def side_names(row: PreferenceRow) -> tuple[str, ...]:
+    """What the responses of a row are called in a report."""
+    if len(row.responses) == 2 and tuple(row.preferences) == ((0, 1),):
+        return ("chosen", "rejected")
+    return ("responses",) * len(row.responses)
 
 
 def truncate(group: TokenizedGroup, settings: TokenizationSettings) -> TokenizedGroup:
@@ -111,8 +296,10 @@ def truncate(group: TokenizedGroup, settings: TokenizationSettings) -> Tokenized
     """
     keep_end = settings.truncation_mode == "keep_end"
     limit, length = settings.max_prompt_length, settings.max_length
+    if settings.on_long_row != "truncate":
+        _refuse_long(group, settings)
     prompt, responses, masks = list(group.prompt_ids), group.responses, group.loss_masks
-    equal_reason = "chosen equals rejected"
+    equal_reason = _EQUAL
     ref_logps = group.ref_logps
     if limit is not None and len(prompt) > limit:
         ref_logps = None  # those of the whole text, of which nothing can be taken away
@@ -128,6 +315,26 @@ def truncate(group: TokenizedGroup, settings: TokenizationSettings) -> Tokenized
             responses = [list(response)[: length - len(prompt)] for response in responses]
             masks = [list(mask)[: length - len(prompt)] for mask in masks] if masks is not None else None
     return _checked(prompt, responses, masks, group.preferences, equal_reason, ref_logps)
+
+
+def _refuse_long(group: TokenizedGroup, settings: TokenizationSettings) -> None:
+    """Refuses a group that would be cut: with BadRow where such rows are left out, with ValueError where they stop.
+
+    Raises:
+        ValueError: the group has more tokens than `max_prompt_length` or `max_length`.
+    """
+    num_prompt = len(group.prompt_ids)
+    counts = {"max_prompt_length": num_prompt, "max_length": num_prompt + max(map(len, group.responses))}
+    for name, count in counts.items():
+        most = getattr(settings, name)
+        if most is None or count <= most:
+            continue
+        if settings.on_long_row == "drop":
+            raise LeftOut(f"longer than {name}")
+        raise ValueError(
+            f"{name} must be at least {count} for all rows to be whole, got {most}; on_long_row='truncate' cuts them,"
+            " 'drop' leaves them out"
+        )
 
 
 def _keep_ends(
@@ -178,36 +385,21 @@ def _different(
     return kept
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+def _unknown_id(tokenizer: Any) -> int | None:
+    """The token for what has none; None where the tokenizer knows all, or GPT-2's manner makes it the EOS."""
+    unknown: int | None = getattr(tokenizer, "unk_token_id", None)
+    return None if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) else unknown
 
 
-def _encode_text(row: PreferenceRow, tokenizer: Any) -> tuple[list[int], list[list[int]], list[list[bool]] | None]:
-    """Prompt and whole sequences, each with the tokens that the tokenizer puts first; sequences end in one EOS.
-
-    Masks of the sequences where the user speaks in a response, as in HH transcripts that part early.
-    """
-    texts = [str(row.prompt), *(f"{row.prompt}{response}" for response in row.responses)]
-    bare, *texts_ids = tokenizer([_EXAMPLE, *texts], add_special_tokens=False, verbose=False)["input_ids"]
-    first = _leading_special_ids(bare, tokenizer)
-    prompt, *sequences = (_begin_once(first, list(ids), tokenizer) for ids in texts_ids)
-    sequences = [_end_once(sequence, tokenizer) for sequence in sequences]
-    if not has_several_turns(row):
-        return prompt, sequences, None
-
-    def encode(text: str) -> list[int]:
-        return _begin_once(first, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer)
-
-    pairs = zip(row.responses, sequences, strict=True)
-    return prompt, sequences, [transcript_mask(str(row.prompt), str(text), ids, encode) for text, ids in pairs]
+def _num_shared(prompt: Ids, sequence: Ids) -> int:
+    """How many tokens of the prompt the sequence begins with."""
+    return len(prompt) if sequence[: len(prompt)] == prompt else common_prefix_length(prompt, sequence)
 
 
-def _leading_special_ids(bare: list[int], tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text, such as [BOS]. Seen on an example: classes and files disagree on flags."""
-    full = list(tokenizer(_EXAMPLE, verbose=False)["input_ids"])
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == list(bare):
-            return full[:start]
-    return []
+def _difference(text: str, decoded: str) -> str:
+    """Where a text and its tokens part."""
+    start = common_prefix_length(text, decoded)
+    return f"{text[start : start + 20]!r} is {decoded[start : start + 20]!r}"
 
 
 def _begin_once(first: list[int], ids: list[int], tokenizer: Any) -> list[int]:
@@ -227,80 +419,3 @@ def _end_once(ids: list[int], tokenizer: Any) -> list[int]:
     while end > 0 and ids[end - 1] == eos:
         end -= 1
     return [*ids[:end], eos]
-
-
-# --- messages ---------------------------------------------------------------------------------------------------------
-
-
-def _encode_messages(
-    row: PreferenceRow, tokenizer: Any, template_kwargs: dict[str, Any]
-) -> tuple[list[int], list[list[int]], list[list[bool]] | None]:
-    """Prompt with the generation prompt, and whole conversations. The template says what BOS there is.
-
-    Masks of the conversations where a response has several messages, which need not all be the assistant's.
-    """
-    if getattr(tokenizer, "chat_template", None) is None and "chat_template" not in template_kwargs:
-        raise ValueError(
-            "tokenizer must have a chat template for rows of messages, got none: set tokenizer.chat_template, "
-            "or give the rows as text (prompt, chosen, rejected)"
-        )
-    if not row.prompt:
-        raise BadRow("empty prompt")
-
-    def render(messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
-        return _templated(messages, tokenizer, add_generation_prompt=add_generation_prompt, **template_kwargs)[0]
-
-    prompt = render(row.prompt, add_generation_prompt=True)  # type: ignore[arg-type]
-    has_turns = has_several_turns(row)
-    is_marked = has_turns and tokenizer.is_fast and marks_assistant(tokenizer, template_kwargs)  # else no offsets
-    sequences, masks = [], []
-    for response in row.responses:
-        messages: list[Message] = [*row.prompt, *_without_final_eos(response, tokenizer)]  # type: ignore[list-item]
-        ids, marked = _templated(messages, tokenizer, return_assistant_tokens_mask=is_marked, **template_kwargs)
-        sequences.append(_close_turn(ids, tokenizer))
-        if is_marked:
-            ends = [messages[-1]["role"] == "assistant"] * (len(sequences[-1]) - len(ids))
-            masks.append([*marked, *ends])
-        elif has_turns:
-            masks.append(assistant_mask(messages, len(row.prompt), sequences[-1], render, tokenizer.decode))
-    return prompt, sequences, masks if has_turns else None
-
-
-def _templated(messages: Any, tokenizer: Any, **kwargs: Any) -> tuple[list[int], list[bool]]:
-    """The tokens, and which of them the template marks as the assistant's where that is asked for."""
-    from jinja2 import TemplateError
-
-    try:
-        encoded = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, tokenizer_kwargs={"verbose": False}, **kwargs
-        )
-    except (TemplateError, TypeError) as error:  # TypeError: the template's own expressions, as "text" + a dict
-        raise BadRow(f"the chat template refuses the messages ({error})") from None
-    ids = list(encoded["input_ids"])
-    marked = [bool(mark) for mark in encoded.get("assistant_masks", ())]
-    bos = tokenizer.bos_token_id
-    while bos is not None and ids[:2] == [bos, bos]:
-        ids, marked = ids[1:], marked[1:]
-    return ids, marked
-
-
-def _without_final_eos(messages: Any, tokenizer: Any) -> list[Message]:
-    """The messages, without an EOS that the last one spells out: the template, or `_close_turn`, adds it."""
-    eos, last = tokenizer.eos_token, messages[-1]
-    if not eos or not last["content"].endswith(eos):
-        return list(messages)
-    return [*messages[:-1], {**last, "content": last["content"].removesuffix(eos)}]
-
-
-def _close_turn(ids: list[int], tokenizer: Any) -> list[int]:
-    """`ids`, with an EOS unless the template has ended the turn by a special token (EOS, <|im_end|>, ...) of its own.
-
-    White space may follow that token: many templates end in EOS and a newline, which stays, as in TRL.
-    """
-    eos = tokenizer.eos_token_id
-    for last in reversed(ids):
-        if tokenizer.decode([last]).strip():
-            if not tokenizer.decode([last], skip_special_tokens=True).strip():
-                return ids
-            break
-    return ids if eos is None else [*ids, eos]
