@@ -14,7 +14,7 @@ these are BOS and EOS, is markup and no end of anything.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,16 @@ class ControlTokens:
 
     def are_in(self, text: str) -> bool:
         """Whether the text spells out a special token."""
-        return any(lead in text for lead in self._leads) and self._tokens.search(text) is not None
+        return self.are_in_any((text,))
+
+    def are_in_any(self, texts: Iterable[str]) -> bool:
+        """Whether one of the texts spells out a special token."""
+        leads = self._leads
+        for text in texts:
+            for lead in leads:
+                if lead in text and self._tokens.search(text) is not None:
+                    return True
+        return False
 
     def found_in(self, text: str) -> list[str]:
         """The special tokens that the text spells out, each once."""

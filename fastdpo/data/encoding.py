@@ -90,18 +90,16 @@ class TextEncoder:
     def encode_rows(self, rows: Sequence[Sequence[str]]) -> list[list[Ids]]:
         """The ids of every text of every row; texts that occur several times are tokenized once."""
         cuts = [self._cut(texts) for texts in rows]
+        parts = [_parts(texts, start, token) for texts, (start, token) in zip(rows, cuts, strict=True)]
+        strings = list(dict.fromkeys(part for some_parts in parts for part in some_parts))
         wanted: dict[str, Ids] = {}
-        for texts, (start, token) in zip(rows, cuts, strict=True):
-            for part in _parts(texts, start, token):
-                wanted[part] = []
-        strings = list(wanted)
         for first in range(0, len(strings), _TEXTS_AT_ONCE):
             some = strings[first : first + _TEXTS_AT_ONCE]
             wanted.update(zip(some, self.encode(some), strict=True))
-        result = []
-        for texts, (start, token) in zip(rows, cuts, strict=True):
-            result.append(self._joined(texts, start, token, wanted))
-        return result
+        return [
+            self._joined(texts, [wanted[part] for part in some_parts], token)
+            for texts, some_parts, (_, token) in zip(rows, parts, cuts, strict=True)
+        ]
 
     def _cut(self, texts: Sequence[str]) -> tuple[int, str]:
         """Where the last special token begins that all texts of a row share, and which; (-1, "") where none does."""
@@ -123,11 +121,11 @@ class TextEncoder:
                         best, token = found, name
         return best, token
 
-    def _joined(self, texts: Sequence[str], start: int, token: str, wanted: dict[str, Ids]) -> list[Ids]:
+    def _joined(self, texts: Sequence[str], ids: list[Ids], token: str) -> list[Ids]:
         """The ids of the texts from those of their parts."""
-        if start < 0:
-            return [wanted[text] for text in texts]
-        head, *tails = (wanted[part] for part in _parts(texts, start, token))
+        if not token:
+            return ids
+        head, *tails = ids
         token_id = self._cutting.get(token)
         is_sound = head[-1:] == [token_id] and all(tail[:1] == [token_id] for tail in tails)
         joined = [head + tail[1:] for tail in tails]

@@ -18,13 +18,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastdpo.data.conversations import Chat, ConversationPlanner
+from fastdpo.data.chat.conversations import Chat
+from fastdpo.data.chat.planning import ChatPlanner
+from fastdpo.data.chat.rendering import has_chat_template
+from fastdpo.data.chat.sequences import ChatSequences
+from fastdpo.data.chat.templates import RESERVED_KWARGS
 from fastdpo.data.encoding import Ids, TextEncoder
 from fastdpo.data.formats import AUTO, check_format_name
 from fastdpo.data.forms import is_empty
 from fastdpo.data.notes import LOST, PLAIN_TEXT, SPELLED, UNKNOWN, Note
-from fastdpo.data.rendering import has_chat_template
-from fastdpo.data.templates import RESERVED_KWARGS
 from fastdpo.data.turns import has_several_turns, transcript_mask
 from fastdpo.data.values import BadRow, common_prefix_length
 from fastdpo.types import PreferenceRow, TokenizedGroup
@@ -138,7 +140,8 @@ class RowEncoder:
     ) -> None:
         self.tokenizer = tokenizer
         self.texts = TextEncoder(tokenizer)
-        self.conversations = ConversationPlanner(self.texts, chat_template)
+        self.chats = ChatPlanner(self.texts, chat_template)
+        self.sequences = ChatSequences(self.texts, self.chats)
         self.template_kwargs = dict(template_kwargs or {})
         self._has_template = has_chat_template(tokenizer) or chat_template is not None
         self._unknown = _unknown_id(tokenizer)
@@ -154,35 +157,25 @@ class RowEncoder:
         Args:
             rows: each with further arguments for the chat template, which win over the run's.
         """
-        plans: list[_TextPlan | Chat | EncodedRow] = []
-        for row, template_kwargs in rows:
-            try:
-                plans.append(self._plan(row, {**self.template_kwargs, **template_kwargs}))
-            except ValueError as error:
-                plans.append(EncodedRow(error=error))
-        waiting = [plan for plan in plans if not isinstance(plan, EncodedRow)]
-        ids = iter(self.texts.encode_rows([plan.texts for plan in waiting]))
-        return [
-            plan if isinstance(plan, EncodedRow) else self._finished(row, plan, next(ids))
-            for (row, _), plan in zip(rows, plans, strict=True)
+        plans: list[_TextPlan | Chat | ValueError | None] = [self._plan_text(row) for row, _ in rows]
+        of_messages = [number for number, plan in enumerate(plans) if plan is None]
+        jobs = [
+            (rows[number][0], {**self.template_kwargs, **rows[number][1]}, side_names(rows[number][0]))
+            for number in of_messages
         ]
+        for number, chat in zip(of_messages, self.chats.plan(jobs), strict=True):
+            plans[number] = chat
+        ids = iter(self.texts.encode_rows([_to_tokenize(plan) for plan in plans]))
+        return [self._finished(row, plan, next(ids)) for (row, _), plan in zip(rows, plans, strict=True)]
 
-    def _plan(self, row: PreferenceRow, template_kwargs: dict[str, Any]) -> _TextPlan | Chat:
-        """What is to be tokenized."""
-        for response in row.responses:
-            if is_empty(response):
-                raise BadRow("empty response")
-        _different(row.preferences, row.responses, _EQUAL)
-        if row.is_conversational:
-            return self.conversations.plan(row, template_kwargs, side_names(row))
-        return self._plan_text(row)
-
-    def _finished(self, row: PreferenceRow, plan: _TextPlan | Chat, ids: list[Ids]) -> EncodedRow:
+    def _finished(self, row: PreferenceRow, plan: _TextPlan | Chat | ValueError | None, ids: list[Ids]) -> EncodedRow:
         """The row with its tokens."""
-        notes = list(plan.notes)
+        if plan is None or isinstance(plan, ValueError):
+            return EncodedRow(error=plan)
+        notes = plan.notes
         try:
             if isinstance(plan, Chat):
-                prompt, sequences, masks = self.conversations.tokens(plan, ids)
+                prompt, sequences, masks = self.sequences.of(plan, ids)
             else:
                 prompt, sequences, masks = self._text_tokens(row, plan, ids)
             notes += self._unknown_characters(row, plan, sequences)
@@ -202,9 +195,18 @@ class RowEncoder:
 
     # Text
 
-    def _plan_text(self, row: PreferenceRow) -> _TextPlan:
+    def _plan_text(self, row: PreferenceRow) -> _TextPlan | ValueError | None:
         """Prompt and whole texts, as they are: special tokens that they spell out are what they say, but for markup
-        inside a line (`control`)."""
+        inside a line (`control`). An error where the row cannot be used, None where it holds messages."""
+        try:
+            for response in row.responses:
+                if is_empty(response):
+                    raise BadRow("empty response")
+            _different(row.preferences, row.responses, _EQUAL)
+        except BadRow as error:
+            return error
+        if row.is_conversational:
+            return None
         control = self.texts.control
         texts = [str(row.prompt), *(f"{row.prompt}{response}" for response in row.responses)]
         notes = [Note(PLAIN_TEXT)] if self._has_template else []
@@ -216,7 +218,7 @@ class RowEncoder:
             inside = [self._without_ends(text) for text in texts[1:]]
             names = dict.fromkeys(name for text in inside for name in control.found_outside_marks(text))
             notes += [Note(SPELLED, name) for name in names]
-        return _TextPlan([] if is_marked else texts, texts if is_marked else [], notes)
+        return _TextPlan(texts, is_marked, notes)
 
     def _without_ends(self, text: str) -> str:
         """A text without the BOS and EOS that stand at its ends, where they belong."""
@@ -231,8 +233,8 @@ class RowEncoder:
 
         Masks of the sequences where the user speaks in a response, as in HH transcripts that part early.
         """
-        if plan.marked:
-            ids = [self.texts.encode_marked(text).ids for text in plan.marked]
+        if plan.is_marked:
+            ids = [self.texts.encode_marked(text).ids for text in plan.texts]
         first = self.texts.leading_ids()
         prompt, *sequences = (_begin_once(first, text_ids, self.tokenizer) for text_ids in ids)
         sequences = [_end_once(sequence, self.tokenizer) for sequence in sequences]
@@ -253,7 +255,7 @@ class RowEncoder:
             return [
                 Note(UNKNOWN, "characters", n) for n, ids in zip(names, sequences, strict=True) if self._unknown in ids
             ]
-        if self._num_to_decode <= 0 or not plan.texts:
+        if self._num_to_decode <= 0 or plan.is_marked:
             return []
         self._num_to_decode -= 1
         notes = []
@@ -272,11 +274,18 @@ class RowEncoder:
 
 @dataclass(frozen=True)
 class _TextPlan:
-    """What is to be tokenized of a row of text: prompt and whole texts, together with other rows' or marked."""
+    """What is to be tokenized of a row of text: prompt and whole texts."""
 
     texts: list[str]
-    marked: list[str]
+    is_marked: bool  # by `control`
     notes: list[Note]
+
+
+def _to_tokenize(plan: _TextPlan | Chat | ValueError | None) -> list[str]:
+    """The texts of a row that are tokenized together with other rows'."""
+    if plan is None or isinstance(plan, ValueError) or plan.is_marked or (isinstance(plan, Chat) and plan.ids):
+        return []
+    return plan.texts
 
 
 def side_names(row: PreferenceRow) -> tuple[str, ...]:

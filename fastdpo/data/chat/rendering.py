@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdpo.data.templates import check_template_name
+from fastdpo.data.chat.templates import check_template_name
 from fastdpo.data.values import BadRow
 from fastdpo.types import Message
 
@@ -164,6 +164,8 @@ def with_thoughts_by_all_names(messages: Sequence[Message]) -> list[Message]:
 
 
 def _with_aliases(message: Message) -> Message:
+    if len(message) == 2 and None not in message.values():
+        return message  # role and content
     thought = next((message[name] for name in _THOUGHTS if message.get(name) is not None), None)
     kept = {key: value for key, value in message.items() if value is not None}
     return kept if thought is None else {"thinking": thought, **kept, "reasoning_content": thought}

@@ -1,6 +1,6 @@
 """Which chat template a run renders its messages with: the tokenizer's own, one from a file, or one of those here.
 
-In: the setting `chat_template`: a file, the name of a training template in the folder `chat_templates`, the name of one
+In: the setting `chat_template`: a file, the name of a training template in the folder `templates`, the name of one
 of several templates that a tokenizer has, or Jinja. Out: Jinja, or the name of a tokenizer's template.
 Refused with ValueError: what is none of these.
 
@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent / "chat_templates"
+FOLDER = Path(__file__).parent / "templates"
 SUFFIXES = (".jinja", ".j2", ".jinja2", ".txt", ".json")
 FIRST_TRAINED = "first_trained_message"  # variable of templates: the number of the first message of the response
 # what rows and runs do not set: who renders decides about it
