@@ -31,6 +31,8 @@ class TextEncoder:
         self._cutting = _cutting_tokens(tokenizer)
         self._used: dict[str, int] = {}  # those that rows have shown, with their ids
         self._num_to_prove, self._num_to_explore = _PROVED_ROWS, _EXPLORED_ROWS
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._is_plain = self._backend is not None and _is_transformers_own(tokenizer)
         self._around: Ids | None = None
         self._offset_backend: Any = None
         self._is_blank: dict[int, bool] = {}
@@ -42,9 +44,14 @@ class TextEncoder:
         """The ids of each text, with nothing around it."""
         if not texts:
             return []
+        is_direct = self._is_plain and len(texts) > 1
         options = {"add_special_tokens": False, "verbose": False}
-        encoded = self.tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, **options)
-        return [list(ids) for ids in encoded["input_ids"]]
+        options |= {"return_attention_mask": False, "return_token_type_ids": False}
+        encoded = self.tokenizer(list(texts[:1] if is_direct else texts), **options)
+        ids = [list(some) for some in encoded["input_ids"]]
+        if is_direct:  # the call has set all that the backend needs to be told; it is asked for ids and nothing else
+            ids += [encoding.ids for encoding in self._backend.encode_batch_fast(texts[1:], add_special_tokens=False)]
+        return ids
 
     def encode_with_offsets(self, text: str) -> tuple[Ids, list[tuple[int, int]]]:
         """The ids and the characters of each token, the white space that belongs to it included.
@@ -55,7 +62,7 @@ class TextEncoder:
         if self._offset_backend is None:
             from tokenizers import Tokenizer
 
-            self._offset_backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+            self._offset_backend = Tokenizer.from_str(self._backend.to_str())
             self._offset_backend.post_processor = None
             self._offset_backend.no_truncation()
             self._offset_backend.no_padding()
@@ -64,7 +71,7 @@ class TextEncoder:
 
     def encode_as_text(self, text: str) -> Ids:
         """The ids of a text in which no added token is looked for: those of its characters."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        backend = self._backend
         if backend is None:
             return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
         if backend.normalizer is not None:
@@ -160,6 +167,16 @@ class TextEncoder:
         if token not in self._is_control:
             self._is_control[token] = not self.tokenizer.decode([token], skip_special_tokens=True).strip()
         return self._is_control[token]
+
+
+def _is_transformers_own(tokenizer: Any) -> bool:
+    """Whether a tokenizer's call is transformers' own, and no code that came with a model."""
+    from transformers import PreTrainedTokenizerFast
+
+    names = ("__call__", "_encode_plus", "_batch_encode_plus")
+    return isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+        getattr(type(tokenizer), name, None) is getattr(PreTrainedTokenizerFast, name, None) for name in names
+    )
 
 
 def common_start(texts: Sequence[str]) -> str:

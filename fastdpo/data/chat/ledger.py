@@ -152,8 +152,23 @@ def inventory(messages: Sequence[Message]) -> tuple[Strings, Any]:
         strings.append((kind, text))
         return "s"
 
-    if all(len(message) == 2 and isinstance(message.get("content"), str) for message in messages):  # most rows
-        return strings, tuple((message["role"], walk_content(message, take)) for message in messages)
+    shape = []
+    for message in messages:
+        content = message.get("content")
+        if len(message) != 2 or not isinstance(content, str):
+            return inventory_of_all(messages)
+        shape.append((message["role"], walk_content(message, take)))
+    return strings, tuple(shape)
+
+
+def inventory_of_all(messages: Sequence[Message]) -> tuple[Strings, Any]:
+    """As `inventory`, of messages that have thoughts, calls and other fields."""
+    strings: Strings = []
+
+    def take(kind: str, text: str) -> str:
+        strings.append((kind, text))
+        return "s"
+
     return strings, repr(walk(messages, take, without_others=True))
 
 
