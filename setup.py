@@ -9,4 +9,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["fastdpo", "fastdpo.*"]), "fastdpo.kernels"],
     package_dir={"fastdpo.kernels": "kernels/fused"},
+    package_data={"fastdpo.data.chat": ["templates/*.jinja"]},
 )

@@ -14,7 +14,7 @@ these are BOS and EOS, is markup and no end of anything.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,10 +118,8 @@ class MarkedTokens:
 
 def added_tokens(tokenizer: Any) -> dict[int, Any]:
     """The added tokens of a tokenizer by id; none where it has no such thing, as mistral-common's."""
-    try:
-        return dict(tokenizer.added_tokens_decoder)
-    except (NotImplementedError, AttributeError):
-        return {}
+    added = getattr(tokenizer, "added_tokens_decoder", None)
+    return dict(added) if isinstance(added, Mapping) else {}
 
 
 def without_marks(text: str) -> str:

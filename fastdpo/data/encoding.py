@@ -28,10 +28,11 @@ class TextEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.control = ControlTokens(tokenizer)
+        self._has_added = bool(added_tokens(tokenizer))
         self._cutting = _cutting_tokens(tokenizer)
         self._used: dict[str, int] = {}  # those that rows have shown, with their ids
         self._num_to_prove, self._num_to_explore = _PROVED_ROWS, _EXPLORED_ROWS
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         self._is_plain = self._backend is not None and _is_transformers_own(tokenizer)
         self._around: Ids | None = None
         self._offset_backend: Any = None
@@ -46,7 +47,6 @@ class TextEncoder:
             return []
         is_direct = self._is_plain and len(texts) > 1
         options = {"add_special_tokens": False, "verbose": False}
-        options |= {"return_attention_mask": False, "return_token_type_ids": False}
         encoded = self.tokenizer(list(texts[:1] if is_direct else texts), **options)
         ids = [list(some) for some in encoded["input_ids"]]
         if is_direct:  # the call has set all that the backend needs to be told; it is asked for ids and nothing else
@@ -91,6 +91,12 @@ class TextEncoder:
 
         token_id = self.tokenizer.convert_tokens_to_ids
         return encode_marked(self.control, text, encode, self.encode_as_text, token_id)
+
+    def decode(self, ids: Ids) -> str:
+        """The text of tokens. Of a tokenizer that knows no special tokens in text, as mistral-common's, without these:
+        with them it would write the pieces of its vocabulary."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=not self._has_added)
+        return text
 
     # Rows: a prompt and the texts that begin with it
 

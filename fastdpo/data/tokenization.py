@@ -260,7 +260,7 @@ class RowEncoder:
         self._num_to_decode -= 1
         notes = []
         for name, text, ids in zip(names, plan.texts[1:], sequences, strict=True):
-            wanted, decoded = self._characters(text), self._characters(self.tokenizer.decode(ids))
+            wanted, decoded = self._characters(text), self._characters(self.texts.decode(ids))
             if wanted not in decoded:
                 notes.append(Note(UNKNOWN, "characters", name, _difference(wanted, decoded)))
         return notes

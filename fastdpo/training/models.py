@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from fastdpo.data.arrow import arrow_column
+from fastdpo.data.chat.templates import give_template
 from fastdpo.data.columns import row_lengths
 from fastdpo.modeling.packed import bare_model
 from fastdpo.training.config import EngineConfig
@@ -59,7 +60,8 @@ def resolve_model(
 def resolve_tokenizer(
     model: str | nn.Module, tokenizer: PreTrainedTokenizerBase | None, args: EngineConfig
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that was given, or the one that is saved with the model; with `args.pad_token`, if there is one.
+    """The tokenizer that was given, or the one that is saved with the model; with `args.pad_token` and the chat template
+    of `args` that it is saved with, if there are any.
 
     Raises:
         ValueError: there is none, it is none for text, or pad_token is not in its vocabulary.
@@ -72,6 +74,8 @@ def resolve_tokenizer(
         if args.pad_token not in tokenizer.get_vocab():
             raise ValueError(f"pad_token must be in the tokenizer's vocabulary, got {args.pad_token!r}")
         tokenizer.pad_token = args.pad_token
+    if args.chat_template is not None:
+        give_template(tokenizer, args.chat_template)
     return tokenizer
 
 

@@ -29,6 +29,7 @@ class ChatPlanner:
     """Renders rows of messages with one tokenizer, and keeps what it finds out about the template."""
 
     def __init__(self, texts: TextEncoder, chat_template: str | None = None) -> None:
+        self.texts = texts
         self.tokenizer = texts.tokenizer
         self.control = texts.control
         by_code = chat_template is None and renders_by_code(self.tokenizer)
@@ -54,10 +55,10 @@ class ChatPlanner:
                 stocks.append(None)
         if self.code is None:
             self._render_all(planned, stocks)
-        for number, (chat, stock) in enumerate(zip(planned, stocks, strict=True)):
-            if isinstance(chat, Chat) and stock is not None:
+        for number, (plan, stock) in enumerate(zip(planned, stocks, strict=True)):
+            if isinstance(plan, Chat) and stock is not None:
                 try:
-                    self._note(chat, stock) if self.code is None else self._render_by_code(chat, stock)
+                    self._note(plan, stock) if self.code is None else self._render_by_code(plan, stock)
                 except ValueError as error:
                     planned[number] = error
         return planned
@@ -138,7 +139,7 @@ class ChatPlanner:
         how = {"continue_final_message": chat.goes_on, "add_generation_prompt": is_asked}
         prompt = self.code.ids(chat.prompt, chat.kwargs, **how)
         chat.ids = [prompt, *(self.code.ids(whole, chat.kwargs) for whole in chat.wholes)]
-        chat.texts = [self.tokenizer.decode(ids) for ids in chat.ids]
+        chat.texts = [self.texts.decode(ids) for ids in chat.ids]
         self._note(chat, stock)
 
     # What is lost
@@ -177,5 +178,4 @@ class ChatPlanner:
         """A whole conversation as text."""
         if self.code is None:
             return self.template.render([messages], kwargs)[0].text
-        text: str = self.tokenizer.decode(self.code.ids(messages, kwargs))
-        return text
+        return self.texts.decode(self.code.ids(messages, kwargs))

@@ -40,6 +40,11 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
         if template is not None:
+            if is_mistral_common(tokenizer):
+                raise ValueError(
+                    "chat_template must be None for a tokenizer of mistral-common, whose code renders messages and"
+                    " whose text holds no control tokens"
+                )
             check_template_name(template, tokenizer)
         self.tokenizer = tokenizer
         self._template = template
@@ -138,7 +143,8 @@ class ChatCode:
         if not is_mistral_common(self.tokenizer) or str(getattr(own, "value", own)) == mode:
             return self.tokenizer
         if mode not in self._of_mode:
-            self._of_mode[mode] = type(self.tokenizer)(**{**self.tokenizer.init_kwargs, "mode": mode})
+            path = self.tokenizer.tokenizer.instruct_tokenizer.tokenizer.file_path
+            self._of_mode[mode] = type(self.tokenizer)(path, mode=mode)
         return self._of_mode[mode]
 
 

@@ -23,7 +23,6 @@ class ChatSequences:
 
     def __init__(self, texts: TextEncoder, planner: ChatPlanner) -> None:
         self.texts, self.planner = texts, planner
-        self._decode = texts.tokenizer.decode
         self._bos, self._eos = texts.tokenizer.bos_token_id, texts.tokenizer.eos_token_id
 
     def of(self, chat: Chat, ids: list[Ids]) -> tuple[Ids, list[Ids], list[list[bool]] | None]:
@@ -49,7 +48,9 @@ class ChatSequences:
         if not chat.spans:
             render = self._render(chat)
             pairs = zip(chat.wholes, closed, strict=True)
-            masks = [assistant_mask(messages, chat.num_prompt, ids, render, self._decode) for messages, ids in pairs]
+            masks = [
+                assistant_mask(messages, chat.num_prompt, ids, render, self.texts.decode) for messages, ids in pairs
+            ]
             return prompt, closed, masks
         masks = []
         for number, sequence in enumerate(sequences):
