@@ -58,4 +58,5 @@ def test_a_wheel_holds_the_kernels_under_fastdpo(tmp_path):
     assert built.returncode == 0, built.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert "fastdpo/kernels/launch.py" in names
+    assert "fastdpo/data/chat/templates/qwen3.jinja" in names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]

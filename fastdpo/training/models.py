@@ -60,8 +60,8 @@ def resolve_model(
 def resolve_tokenizer(
     model: str | nn.Module, tokenizer: PreTrainedTokenizerBase | None, args: EngineConfig
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that was given, or the one that is saved with the model; with `args.pad_token` and the chat template
-    of `args` that it is saved with, if there are any.
+    """The tokenizer that was given, or the one that is saved with the model; with `args.pad_token` and that chat
+    template of `args` that it is saved with, if there are any.
 
     Raises:
         ValueError: there is none, it is none for text, or pad_token is not in its vocabulary.
