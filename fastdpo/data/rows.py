@@ -19,7 +19,9 @@ from fastdpo.data.forms import as_transcript
 from fastdpo.data.loading import raw_example
 from fastdpo.data.loss_rows import as_ranking, with_shared_parts
 from fastdpo.data.notes import OPENS, Note, as_columns, loss_reason, note_features
-from fastdpo.data.tokenization import EncodedRow, LeftOut, RowEncoder, TokenizationSettings, truncate
+from fastdpo.data.token_settings import TokenizationSettings
+from fastdpo.data.tokenization import EncodedRow, RowEncoder
+from fastdpo.data.truncation import LeftOut, truncate
 from fastdpo.data.values import BadRow, best_response
 from fastdpo.types import PreferenceRow, TokenizedGroup
 

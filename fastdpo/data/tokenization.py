@@ -1,10 +1,10 @@
 """From a `PreferenceRow` to a `TokenizedGroup`.
 
-Two steps, both pure: `encode_rows` (chat template, one BOS, one EOS, prompt tokens that are a prefix of every sequence)
-and `truncate` (`max_prompt_length`, then `max_length`); `tokenize_row` is the two together for one row. A row that
-cannot be used raises BadRow; messages for a tokenizer without a chat template are a ValueError.
+Two steps: `RowEncoder` (chat template, one BOS, one EOS, prompt tokens that are a prefix of every sequence) and
+`truncate` (`max_prompt_length`, then `max_length`); `tokenize_row` is the two together for one row. A row that cannot
+be used raises BadRow; messages for a tokenizer without a chat template are a ValueError.
 
-Rows are encoded many at a time: rendered one by one (`conversations`), then tokenized together (`encoding`).
+Rows are encoded many at a time: rendered (`chat`, or as they are, `text_rows`), then tokenized together (`encoding`).
 
 The same tokens as TRL 1.16's DPOTrainer, and what it does not do: a BOS or EOS is never doubled, an EOS is added to a
 conversation whose template leaves the turn open, only the assistant's tokens of a response of several turns count
@@ -22,56 +22,18 @@ from fastdpo.data.chat.conversations import Chat
 from fastdpo.data.chat.planning import ChatPlanner
 from fastdpo.data.chat.rendering import has_chat_template
 from fastdpo.data.chat.sequences import ChatSequences
-from fastdpo.data.chat.templates import RESERVED_KWARGS
 from fastdpo.data.encoding import Ids, TextEncoder
-from fastdpo.data.formats import AUTO, check_format_name
 from fastdpo.data.forms import is_empty
-from fastdpo.data.notes import LOST, PLAIN_TEXT, SPELLED, UNKNOWN, Note
-from fastdpo.data.turns import has_several_turns, transcript_mask
+from fastdpo.data.notes import LOST, UNKNOWN, Note
+from fastdpo.data.text_rows import TextPlan, TextRows
+from fastdpo.data.token_settings import TokenizationSettings
+from fastdpo.data.truncation import EQUAL, checked_group, different_pairs, truncate
 from fastdpo.data.values import BadRow, common_prefix_length
 from fastdpo.types import PreferenceRow, TokenizedGroup
 
-TRUNCATION_MODES = ("keep_start", "keep_end")
-BAD_ROW_POLICIES = ("drop", "raise")
-LONG_ROW_POLICIES = ("truncate", "drop", "raise")
-LOST_CONTENT_POLICIES = ("warn", "drop", "raise")
-_EQUAL = "chosen equals rejected"
+__all__ = ["EncodedRow", "RowEncoder", "TokenizationSettings", "encode_row", "padding_id", "tokenize_row", "truncate"]
+
 _DECODED_ROWS = 8  # compared with their text, token by token
-
-
-@dataclass(frozen=True)
-class TokenizationSettings:
-    """How rows become tokens, and what happens to rows that cannot."""
-
-    max_length: int | None = 1024  # tokens of prompt and one response; None leaves them whole
-    max_prompt_length: int | None = None  # tokens of the prompt, cut before max_length is looked at
-    truncation_mode: str = "keep_start"  # which end survives: "keep_start" or "keep_end"
-    on_bad_row: str = "drop"  # "drop" counts and reports it, "raise" stops at the first
-    on_long_row: str = "truncate"  # "truncate" to the lengths above, "drop" counts and reports it, "raise" stops
-    on_lost_content: str = "warn"  # of what the template leaves out: "warn" reports it, "drop" the row too, "raise"
-    chat_template: str | None = None  # Jinja, or the name of one of the tokenizer's; None takes the tokenizer's
-    chat_template_kwargs: dict[str, Any] | None = None  # variables for it, where a row does not set them
-    dataset_format: str = AUTO  # a name of `formats.FORMAT_NAMES`; "auto" goes by the columns
-    rankings: bool = False  # preferences become the neighbouring pairs of a ranking, see `loss_rows`
-    shared_parts: bool = False  # each pair also brings both responses up to the length that they share
-
-    def __post_init__(self) -> None:
-        check_format_name(self.dataset_format)
-        for name, least in (("max_length", 2), ("max_prompt_length", 1)):  # one token alone has nothing to predict it
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < least):
-                raise ValueError(f"{name} must be an integer >= {least} or None, got {value!r}")
-        for name, choices in (
-            ("truncation_mode", TRUNCATION_MODES),
-            ("on_bad_row", BAD_ROW_POLICIES),
-            ("on_long_row", LONG_ROW_POLICIES),
-            ("on_lost_content", LOST_CONTENT_POLICIES),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        reserved = [name for name in RESERVED_KWARGS if name in (self.chat_template_kwargs or {})]
-        if reserved:
-            raise ValueError(f"chat_template_kwargs must not hold {reserved}, which are set for every text apart")
 
 
 @dataclass(frozen=True)
@@ -82,10 +44,6 @@ class EncodedRow:
     error: ValueError | None = None  # BadRow, or what concerns more than the row
     is_merged: bool = False  # the end of the prompt alone is tokenized differently than with a response
     notes: list[Note] = field(default_factory=list)
-
-
-class LeftOut(BadRow):
-    """A row that could be used and is left out because the settings say so, whatever `on_bad_row` says."""
 
 
 def tokenize_row(
@@ -144,6 +102,7 @@ class RowEncoder:
         self.sequences = ChatSequences(self.texts, self.chats)
         self.template_kwargs = dict(template_kwargs or {})
         self._has_template = has_chat_template(tokenizer) or chat_template is not None
+        self.text_rows = TextRows(self.texts, has_template=self._has_template)
         self._unknown = _unknown_id(tokenizer)
         self._num_to_decode = _DECODED_ROWS
 
@@ -157,7 +116,7 @@ class RowEncoder:
         Args:
             rows: each with further arguments for the chat template, which win over the run's.
         """
-        plans: list[_TextPlan | Chat | ValueError | None] = [self._plan_text(row) for row, _ in rows]
+        plans: list[TextPlan | Chat | ValueError | None] = [self._plan(row) for row, _ in rows]
         of_messages = [number for number, plan in enumerate(plans) if plan is None]
         jobs = [
             (rows[number][0], {**self.template_kwargs, **rows[number][1]}, side_names(rows[number][0]))
@@ -168,7 +127,7 @@ class RowEncoder:
         ids = iter(self.texts.encode_rows([_to_tokenize(plan) for plan in plans]))
         return [self._finished(row, plan, next(ids)) for (row, _), plan in zip(rows, plans, strict=True)]
 
-    def _finished(self, row: PreferenceRow, plan: _TextPlan | Chat | ValueError | None, ids: list[Ids]) -> EncodedRow:
+    def _finished(self, row: PreferenceRow, plan: TextPlan | Chat | ValueError | None, ids: list[Ids]) -> EncodedRow:
         """The row with its tokens."""
         if plan is None or isinstance(plan, ValueError):
             return EncodedRow(error=plan)
@@ -177,7 +136,7 @@ class RowEncoder:
             if isinstance(plan, Chat):
                 prompt, sequences, masks = self.sequences.of(plan, ids)
             else:
-                prompt, sequences, masks = self._text_tokens(row, plan, ids)
+                prompt, sequences, masks = self.text_rows.tokens(row, plan, ids)
             notes += self._unknown_characters(row, plan, sequences)
             num_prompt = min(_num_shared(prompt, sequence) for sequence in sequences)
             responses = [sequence[num_prompt:] for sequence in sequences]
@@ -186,68 +145,25 @@ class RowEncoder:
             if masks is not None:
                 masks = [mask[num_prompt:] for mask in masks]
             lost = {note.what: None for note in notes if note.kind == LOST and note.side != "prompts"}
-            equal = f"{_EQUAL} but for {' and '.join(lost)}, which the chat template leaves out" if lost else _EQUAL
-            preferences = _different(row.preferences, row.responses, _EQUAL)
-            group = _checked(prompt[:num_prompt], responses, masks, preferences, equal)
+            equal = f"{EQUAL} but for {' and '.join(lost)}, which the chat template leaves out" if lost else EQUAL
+            preferences = different_pairs(row.preferences, row.responses, EQUAL)
+            group = checked_group(prompt[:num_prompt], responses, masks, preferences, equal)
         except ValueError as error:
             return EncodedRow(error=error, notes=notes)
         return EncodedRow(group, None, num_prompt < len(prompt), notes)
 
-    # Text
-
-    def _plan_text(self, row: PreferenceRow) -> _TextPlan | ValueError | None:
-        """Prompt and whole texts, as they are: special tokens that they spell out are what they say, but for markup
-        inside a line (`control`). An error where the row cannot be used, None where it holds messages."""
+    def _plan(self, row: PreferenceRow) -> TextPlan | ValueError | None:
+        """What is to be tokenized of a row of text; why a row cannot be used; None where it holds messages."""
         try:
             for response in row.responses:
                 if is_empty(response):
                     raise BadRow("empty response")
-            _different(row.preferences, row.responses, _EQUAL)
+            different_pairs(row.preferences, row.responses, EQUAL)
         except BadRow as error:
             return error
-        if row.is_conversational:
-            return None
-        control = self.texts.control
-        texts = [str(row.prompt), *(f"{row.prompt}{response}" for response in row.responses)]
-        notes = [Note(PLAIN_TEXT)] if self._has_template else []
-        is_marked = False
-        if any(map(control.are_in, texts)):
-            marked = [control.mark_markup(text) for text in texts]
-            is_marked = marked != texts
-            texts = marked
-            inside = [self._without_ends(text) for text in texts[1:]]
-            names = dict.fromkeys(name for text in inside for name in control.found_outside_marks(text))
-            notes += [Note(SPELLED, name) for name in names]
-        return _TextPlan(texts, is_marked, notes)
+        return None if row.is_conversational else self.text_rows.plan(row)
 
-    def _without_ends(self, text: str) -> str:
-        """A text without the BOS and EOS that stand at its ends, where they belong."""
-        for token in (self.tokenizer.bos_token, self.tokenizer.eos_token):
-            text = text.removeprefix(token or "").removesuffix(token or "")
-        return text
-
-    def _text_tokens(
-        self, row: PreferenceRow, plan: _TextPlan, ids: list[Ids]
-    ) -> tuple[Ids, list[Ids], list[list[bool]] | None]:
-        """Prompt and whole sequences, each with the tokens that the tokenizer puts first; sequences end in one EOS.
-
-        Masks of the sequences where the user speaks in a response, as in HH transcripts that part early.
-        """
-        if plan.is_marked:
-            ids = [self.texts.encode_marked(text).ids for text in plan.texts]
-        first = self.texts.leading_ids()
-        prompt, *sequences = (_begin_once(first, text_ids, self.tokenizer) for text_ids in ids)
-        sequences = [_end_once(sequence, self.tokenizer) for sequence in sequences]
-        if not has_several_turns(row):
-            return prompt, sequences, None
-
-        def encode(text: str) -> Ids:
-            return _begin_once(first, self.texts.encode([text])[0], self.tokenizer)
-
-        pairs = zip(row.responses, sequences, strict=True)
-        return prompt, sequences, [transcript_mask(str(row.prompt), str(text), ids, encode) for text, ids in pairs]
-
-    def _unknown_characters(self, row: PreferenceRow, plan: _TextPlan | Chat, sequences: list[Ids]) -> list[Note]:
+    def _unknown_characters(self, row: PreferenceRow, plan: TextPlan | Chat, sequences: list[Ids]) -> list[Note]:
         """Of sides with characters that the tokenizer has no token for; of the first rows, of any that do not decode to
         their text, white space aside."""
         names = side_names(row)
@@ -272,16 +188,7 @@ class RowEncoder:
         return "".join(text.split())
 
 
-@dataclass(frozen=True)
-class _TextPlan:
-    """What is to be tokenized of a row of text: prompt and whole texts."""
-
-    texts: list[str]
-    is_marked: bool  # by `control`
-    notes: list[Note]
-
-
-def _to_tokenize(plan: _TextPlan | Chat | ValueError | None) -> list[str]:
+def _to_tokenize(plan: TextPlan | Chat | ValueError | None) -> list[str]:
     """The texts of a row that are tokenized together with other rows'."""
     if plan is None or isinstance(plan, ValueError) or plan.is_marked or (isinstance(plan, Chat) and plan.ids):
         return []
@@ -293,105 +200,6 @@ def side_names(row: PreferenceRow) -> tuple[str, ...]:
     if len(row.responses) == 2 and tuple(row.preferences) == ((0, 1),):
         return ("chosen", "rejected")
     return ("responses",) * len(row.responses)
-
-
-def truncate(group: TokenizedGroup, settings: TokenizationSettings) -> TokenizedGroup:
-    """The group cut to `max_prompt_length`, then to `max_length` tokens per sequence, without reference log-probs then.
-
-    keep_start cuts sequences at their end; a prompt that leaves no room for a response makes the row bad. keep_end
-    keeps the last `max_length` tokens of each sequence by itself, which may leave prompts that differ. Example,
-    max_length 4: prompt 1 2 3, chosen 4, rejected 5 6 gives 1 2 3 4 and 2 3 5 6, stored without a prompt, masks F F F T
-    and F F T T.
-    """
-    keep_end = settings.truncation_mode == "keep_end"
-    limit, length = settings.max_prompt_length, settings.max_length
-    if settings.on_long_row != "truncate":
-        _refuse_long(group, settings)
-    prompt, responses, masks = list(group.prompt_ids), group.responses, group.loss_masks
-    equal_reason = _EQUAL
-    ref_logps = group.ref_logps
-    if limit is not None and len(prompt) > limit:
-        ref_logps = None  # those of the whole text, of which nothing can be taken away
-        prompt = prompt[-limit:] if keep_end else prompt[:limit]
-    if length is not None and len(prompt) + max(map(len, responses)) > length:
-        ref_logps = None
-        equal_reason = "chosen equals rejected after truncation"
-        if keep_end:
-            prompt, responses, masks = _keep_ends(prompt, responses, masks, length)
-        elif len(prompt) >= length:
-            raise BadRow("prompt fills max_length")
-        else:
-            responses = [list(response)[: length - len(prompt)] for response in responses]
-            masks = [list(mask)[: length - len(prompt)] for mask in masks] if masks is not None else None
-    return _checked(prompt, responses, masks, group.preferences, equal_reason, ref_logps)
-
-
-def _refuse_long(group: TokenizedGroup, settings: TokenizationSettings) -> None:
-    """Refuses a group that would be cut: with BadRow where such rows are left out, with ValueError where they stop.
-
-    Raises:
-        ValueError: the group has more tokens than `max_prompt_length` or `max_length`.
-    """
-    num_prompt = len(group.prompt_ids)
-    counts = {"max_prompt_length": num_prompt, "max_length": num_prompt + max(map(len, group.responses))}
-    for name, count in counts.items():
-        most = getattr(settings, name)
-        if most is None or count <= most:
-            continue
-        if settings.on_long_row == "drop":
-            raise LeftOut(f"longer than {name}")
-        raise ValueError(
-            f"{name} must be at least {count} for all rows to be whole, got {most}; on_long_row='truncate' cuts them,"
-            " 'drop' leaves them out"
-        )
-
-
-def _keep_ends(
-    prompt: list[int], responses: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]] | None, length: int
-) -> tuple[list[int], Sequence[Sequence[int]], Sequence[Sequence[bool]] | None]:
-    """The last `length` tokens of every sequence; the prompt stays apart only if all keep the same part of it."""
-    full_masks = masks if masks is not None else [[True] * len(response) for response in responses]
-    cuts = [max(0, len(prompt) + len(response) - length) for response in responses]
-    kept_prompts = [prompt[cut:] for cut in cuts]
-    kept = [list(response)[max(0, cut - len(prompt)) :] for cut, response in zip(cuts, responses, strict=True)]
-    kept_masks = [list(mask)[-len(response) :] for mask, response in zip(full_masks, kept, strict=True)]
-    if all(len(kept_prompt) == len(kept_prompts[0]) for kept_prompt in kept_prompts):
-        return kept_prompts[0], kept, None if masks is None else kept_masks
-    sequences = [start + response for start, response in zip(kept_prompts, kept, strict=True)]
-    return [], sequences, [[False] * len(start) + mask for start, mask in zip(kept_prompts, kept_masks, strict=True)]
-
-
-def _checked(
-    prompt: Sequence[int],
-    responses: Sequence[Sequence[int]],
-    masks: Sequence[Sequence[bool]] | None,
-    preferences: Sequence[tuple[int, int]],
-    equal_reason: str,
-    ref_logps: Sequence[float] | None = None,
-) -> TokenizedGroup:
-    """The group, after the checks that hold before and after truncation.
-
-    Without a prompt token (and without a BOS) nothing predicts a response's first token: it is kept and not scored.
-    """
-    preferences = _different(preferences, [list(response) for response in responses], equal_reason)
-    if not prompt:
-        masks = masks if masks is not None else [[True] * len(response) for response in responses]
-        masks = [[False, *list(mask)[1:]] for mask in masks]
-        if not all(any(mask) for mask in masks):
-            raise BadRow("empty prompt")
-    elif masks is not None and not all(any(mask) for mask in masks):
-        raise BadRow("no token of a response is scored")
-    return TokenizedGroup(prompt, responses, masks, ref_logps, preferences)
-
-
-def _different(
-    preferences: Sequence[tuple[int, int]], responses: Sequence[Any], equal_reason: str
-) -> tuple[tuple[int, int], ...]:
-    """The preferences between different responses; a row that has none left cannot be used."""
-    kept = tuple((chosen, rejected) for chosen, rejected in preferences if responses[chosen] != responses[rejected])
-    if preferences and not kept:
-        raise BadRow(equal_reason)
-    return kept
 
 
 def _unknown_id(tokenizer: Any) -> int | None:
@@ -409,22 +217,3 @@ def _difference(text: str, decoded: str) -> str:
     """Where a text and its tokens part."""
     start = common_prefix_length(text, decoded)
     return f"{text[start : start + 20]!r} is {decoded[start : start + 20]!r}"
-
-
-def _begin_once(first: list[int], ids: list[int], tokenizer: Any) -> list[int]:
-    """`first + ids`, without the BOS that the text itself may already start with."""
-    bos = tokenizer.bos_token_id
-    while first and first[-1] == bos and ids and ids[0] == bos:
-        ids = ids[1:]
-    return first + ids
-
-
-def _end_once(ids: list[int], tokenizer: Any) -> list[int]:
-    """`ids` with exactly one EOS at the end, if the tokenizer knows one."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        return ids
-    end = len(ids)
-    while end > 0 and ids[end - 1] == eos:
-        end -= 1
-    return [*ids[:end], eos]

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastdpo.data.chat.ledger import THOUGHT_KEYS
 from fastdpo.data.chat.rendering import Span
+from fastdpo.data.chat.strings import THOUGHT_KEYS
 from fastdpo.data.control import ends_in_markup
 from fastdpo.data.encoding import Ids
 from fastdpo.data.notes import Note

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastdpo.data.chat.conversations import Chat, as_chat
-from fastdpo.data.chat.ledger import Ledger, Stock, shown, walk, walk_tools
+from fastdpo.data.chat.ledger import Ledger, Stock, shown
 from fastdpo.data.chat.rendering import NO_TEMPLATE, ChatCode, ChatTemplate, renders_by_code
+from fastdpo.data.chat.strings import walk, walk_tools
 from fastdpo.data.chat.templates import FIRST_TRAINED
 from fastdpo.data.control import without_marks
 from fastdpo.data.encoding import TextEncoder, common_start
