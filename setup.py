@@ -9,5 +9,4 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["fastdpo", "fastdpo.*"]), "fastdpo.kernels"],
     package_dir={"fastdpo.kernels": "kernels/fused"},
-    package_data={"fastdpo.cli": ["options/*.json", "launch/*.yaml"]},
 )

@@ -54,13 +54,6 @@ class RunArguments:
     tokenizer: str | None = field(
         default=None, metadata=help_text("Tokenizer: a local directory or a name. Default: the model's.")
     )
-    chat_template: str | None = field(
-        default=None,
-        metadata=help_text(
-            "Chat template in place of the tokenizer's, saved with it: a Jinja file, a folder or name whose tokenizer"
-            " has one, or the template itself."
-        ),
-    )
     dataset_config: str | None = field(
         default=None,
         metadata=help_text(
@@ -215,7 +208,8 @@ class AdapterArguments(LoraArguments):
 GROUPS = {
     "model and data": "model dataset output_dir config model_revision dtype attn_implementation tokenizer chat_template"
     " dataset_config dataset_split dataset_streaming datasets eval_dataset eval_split eval_datasets eval_fraction"
-    " max_length max_prompt_length truncation_mode on_bad_row dataset_format columns dataset_num_proc"
+    " max_length max_prompt_length truncation_mode on_long_row on_bad_row on_lost_content chat_template_kwargs"
+    " dataset_format columns dataset_num_proc"
     " pad_token model_init_kwargs trust_remote_code disable_dropout",
     "preference optimization": "beta loss_type loss_weights label_smoothing f_divergence_type f_alpha_divergence_coef"
     " ld_alpha use_weighting discopop_tau gamma_beta_ratio cpo_alpha",

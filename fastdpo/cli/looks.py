@@ -7,13 +7,12 @@ cannot be trained, and rows that cannot be read, each with the line to type; loa
 from __future__ import annotations
 
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.arguments import RunArguments
 from fastdpo.data.formats import regrouped
 from fastdpo.data.loading import raw_example
-from fastdpo.data.rows import prepare_example
+from fastdpo.data.rows import RowPreparer
 from fastdpo.training.config import EngineConfig, SFTConfig
 from fastdpo.training.model_kinds import check_kind
 from fastdpo.training.models import (
@@ -56,8 +55,6 @@ def look_at_models(run: RunArguments, args: EngineConfig, ref_model: str | None 
     if ref_model is not None:
         _look_at_config("ref_model", ref_model, args)
     tokenizer = _load_tokenizer(run, args)
-    if run.chat_template is not None:
-        tokenizer.chat_template = chat_template(run.chat_template)
     return resolve_tokenizer(run.model, tokenizer, args)
 
 
@@ -96,24 +93,6 @@ def _load_tokenizer(run: RunArguments, args: EngineConfig) -> Any:
         ) from error
 
 
-def chat_template(given: str) -> str:
-    """The template in a Jinja file, of another tokenizer, or as it was given.
-
-    Raises:
-        ValueError: there is no such file, or a tokenizer without a template.
-    """
-    if "{%" in given or "{{" in given:
-        return given
-    if Path(given).is_file():
-        return Path(given).read_text(encoding="utf-8")
-    if given.endswith((".jinja", ".jinja2")):
-        raise ValueError(f"chat_template must be a file, a tokenizer, or a template, there is no file {given}")
-    template = load_tokenizer(given).chat_template
-    if not isinstance(template, str):
-        raise ValueError(f"chat_template must be that of a tokenizer that has one, got {given!r}, which has none")
-    return template
-
-
 def look_at_rows(train: Any, evaluated: Any, tokenizer: Any, args: EngineConfig, run: RunArguments) -> None:
     """Reads and tokenizes the first rows of both, as the run will read all of them.
 
@@ -131,10 +110,13 @@ def look_at_rows(train: Any, evaluated: Any, tokenizer: Any, args: EngineConfig,
 
 def _look_at_rows(dataset: Any, tokenizer: Any, args: EngineConfig) -> None:
     settings, is_sft = args.tokenization_settings(), isinstance(args, SFTConfig)
-    for number, example in enumerate(islice(iter(dataset), NUM_ROWS)):
-        if number == 0 and regrouped((), raw_example(example), args.dataset_format, is_sft=is_sft) is not None:
-            return  # read as a whole: a few of its rows may hold no pair
-        prepare_example(example, number, tokenizer, settings, is_sft)
+    features = getattr(dataset, "features", None)
+    examples = list(islice(iter(dataset), NUM_ROWS))
+    if not examples:
+        return
+    if regrouped((), raw_example(examples[0], features), args.dataset_format, is_sft=is_sft) is not None:
+        return  # read as a whole: a few of its rows may hold no pair
+    RowPreparer(tokenizer, settings, is_sft, features).columns(examples, range(len(examples)))
 
 
 def _remedy(args: EngineConfig, run: RunArguments) -> str:

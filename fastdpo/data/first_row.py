@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.formats import read_row, regrouped, template_kwargs
 from fastdpo.data.loading import raw_example
-from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.data.token_settings import TokenizationSettings
 from fastdpo.data.values import BadRow, Example
 from fastdpo.types import PreferenceRow
 

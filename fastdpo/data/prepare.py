@@ -20,8 +20,9 @@ from fastdpo.data.first_row import first_row
 from fastdpo.data.formats import regrouped
 from fastdpo.data.forms.columns import ColumnLedger
 from fastdpo.data.loading import dataset_from_rows, raw_example
+from fastdpo.data.notes import note_counts
 from fastdpo.data.report import DataReport, Report, TokenStats
-from fastdpo.data.rows import GROUP_COLUMNS, STATE_COLUMNS, column_features, group_from_columns, prepare_example
+from fastdpo.data.rows import GROUP_COLUMNS, STATE_COLUMNS, RowPreparer, column_features, group_from_columns
 from fastdpo.data.streaming import prepare_stream
 from fastdpo.data.tokenization import TokenizationSettings
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Report", "group_from_columns", "one_prompt_a_row", "prepare_preference_dataset", "prepare_sft_dataset"]
 
+ROWS_AT_ONCE = 256  # rendered, tokenized and written together
 MEDIA_FEATURES = ("Image(", "Video(", "Audio(")  # refused before a row is read, which would decode them
 
 
@@ -89,14 +91,10 @@ def _prepare(
     dataset = one_prompt_a_row(_checked_dataset(dataset), settings.dataset_format, is_sft=is_sft)
     fingerprint = tokens_fingerprint(dataset, tokenizer, settings=settings, is_sft=is_sft)
     prepared = dataset.map(
-        prepare_example,
+        RowPreparer(tokenizer, settings, is_sft, features_of_fill_ins(dataset)),
         with_indices=True,
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "settings": settings,
-            "is_sft": is_sft,
-            "features": features_of_fill_ins(dataset),
-        },
+        batched=True,
+        batch_size=ROWS_AT_ONCE,
         remove_columns=dataset.column_names,
         features=column_features(),
         num_proc=num_proc,
@@ -109,8 +107,8 @@ def _prepare(
     report = replace(report, first_row=first_row(dataset, settings, is_sft=is_sft))
     if report.num_kept == 0:
         raise ValueError("dataset must hold at least one usable row: " + " ".join(report.lines()))
-    if report.num_stale_ref_logps:
-        logging.get_logger(__name__).warning(report.stale_line())
+    for line in report.warnings():
+        logging.get_logger(__name__).warning(line)
     if report.num_kept < report.num_rows:
         dropped = {row for rows in report.dropped.values() for row in rows}
         prepared = prepared.select([row for row in range(len(prepared)) if row not in dropped])
@@ -193,9 +191,11 @@ def _report(states: Dataset, kind: str) -> DataReport:
         num_pairs=len(rejected) if kind == "pairs" else len(prompts),
         dropped={reason: tuple(rows) for reason, rows in dropped.items()},
         num_truncated=count("is_truncated"),
+        num_one_cut=count("has_one_cut"),
         num_stale_ref_logps=count("has_stale_ref_logps"),
         num_merged_boundary=count("is_merged"),
         num_transcripts=count("is_transcript"),
         unread=became.unread,
+        notes=note_counts(states.select_columns(["notes"])),
         tokens={name: TokenStats.of(column.to_pylist()) for name, column in lengths.items() if len(column)},
     )

@@ -1,14 +1,17 @@
-"""From one example to the columns of a `TokenizedGroup` and what is to be reported of it, and back.
+"""From examples to the columns of `TokenizedGroup`s and what is to be reported of them, and back.
 
-In: an example of any format in `formats`, or already tokenized (`prompt_ids`, `chosen_ids`, `rejected_ids`, optionally
-`ref_chosen_logps` and `ref_rejected_logps`, or the columns made here). Out: GROUP_COLUMNS and STATE_COLUMNS; a row that
-cannot be used has its reason in `bad_row` and nothing else. Refused with ValueError: what `formats` refuses.
+In: examples of any format in `formats`, or already tokenized (`prompt_ids`, `chosen_ids`, `rejected_ids`, optionally
+`ref_chosen_logps` and `ref_rejected_logps`, or the columns made here). Out: GROUP_COLUMNS and STATE_COLUMNS; a row
+that cannot be used has its reason in `bad_row`, its notes, and nothing else. Refused with ValueError: what `formats`
+refuses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastdpo.data.formats import read_row, template_kwargs
@@ -16,7 +19,10 @@ from fastdpo.data.forms import as_transcript
 from fastdpo.data.forms.columns import columns_text
 from fastdpo.data.loading import raw_example
 from fastdpo.data.loss_rows import as_ranking, with_shared_parts
-from fastdpo.data.tokenization import TokenizationSettings, encode_row, truncate
+from fastdpo.data.notes import OPENS, Note, as_columns, loss_reason, note_features
+from fastdpo.data.token_settings import TokenizationSettings
+from fastdpo.data.tokenization import EncodedRow, RowEncoder
+from fastdpo.data.truncation import LeftOut, truncate
 from fastdpo.data.values import BadRow, best_response
 from fastdpo.types import PreferenceRow, TokenizedGroup
 
@@ -24,9 +30,11 @@ GROUP_COLUMNS = ("prompt_ids", "responses", "loss_masks", "ref_logps", "preferen
 STATE_COLUMNS = (
     "bad_row",
     "is_truncated",
+    "has_one_cut",
     "has_stale_ref_logps",
     "is_merged",
     "is_transcript",
+    "notes",
     "num_prompt_tokens",
     "num_chosen_tokens",
     "num_rejected_tokens",
@@ -63,9 +71,11 @@ def column_features(*, with_state: bool = True) -> Any:
         "preferences": List(ids),
         "bad_row": Value("string"),
         "is_truncated": Value("bool"),
+        "has_one_cut": Value("bool"),  # one side of a pair has lost its end, the other has not
         "has_stale_ref_logps": Value("bool"),
         "is_merged": Value("bool"),
         "is_transcript": Value("bool"),
+        "notes": note_features(),
         "num_prompt_tokens": count,
         "num_chosen_tokens": List(count),  # of each pair; of the response where there is no pair
         "num_rejected_tokens": List(count),
@@ -74,68 +84,147 @@ def column_features(*, with_state: bool = True) -> Any:
     return Features({name: columns[name] for name in (*GROUP_COLUMNS, *(STATE_COLUMNS if with_state else ()))})
 
 
-def prepare_example(
-    example: Mapping[str, Any],
-    row: int,
-    tokenizer: Any,
-    settings: TokenizationSettings,
-    is_sft: bool,
-    features: Any = None,
-) -> dict[str, Any]:
-    """The columns of one example; a row that cannot be used has only its reason.
+@dataclass
+class RowPreparer:
+    """Examples to columns, many at a time. What it finds out about tokenizer and template stays with it; a copy in
+    another process begins anew."""
 
-    Args:
-        row: its number, for errors.
-        features: those of the dataset, whose Arrow has filled in what rows lack; None for examples out of Python.
-    Raises:
-        ValueError: what `formats` refuses, or a bad row where `settings.on_bad_row` is "raise".
-    """
+    tokenizer: Any
+    settings: TokenizationSettings
+    is_sft: bool
+    features: Any = None  # of the dataset, whose Arrow has filled in what rows lack; None for examples out of Python
+    _encoder: RowEncoder | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_encoder": None}
+
+    def __call__(self, batch: Mapping[str, list[Any]], rows: Sequence[int]) -> dict[str, list[Any]]:
+        """A batch of examples as `Dataset.map` gives it: lists of values by column.
+
+        Args:
+            rows: their numbers, for errors.
+        Raises:
+            ValueError: what `formats` refuses, or a bad row where `settings` say to stop at it.
+        """
+        with _uncollected():
+            return self._batch(batch, rows)
+
+    def _batch(self, batch: Mapping[str, list[Any]], rows: Sequence[int]) -> dict[str, list[Any]]:
+        examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        columns = self.columns(examples, rows)
+        return {name: [one[name] for one in columns] for name in (*GROUP_COLUMNS, *STATE_COLUMNS)}
+
+    def columns(self, examples: Sequence[Mapping[str, Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The columns of each example; see `__call__`."""
+        settings = self.settings
+        if self._encoder is None:
+            self._encoder = RowEncoder(self.tokenizer, settings.chat_template, settings.chat_template_kwargs)
+        read = [self._read(example) for example in examples]
+        waiting = iter(self._encoder.encode([(one.row, one.kwargs) for one in read if one.row is not None]))
+        columns = []
+        for one, row in zip(read, rows, strict=True):
+            encoded = EncodedRow(one.group, one.error) if one.row is None else next(waiting)
+            columns.append(self._finished(one, encoded, row))
+        return columns
+
+    def _read(self, example: Mapping[str, Any]) -> _ReadRow:
+        """The example as a row for the encoder, as a group that is tokenized already, or as an error."""
+        try:
+            example = raw_example(example, self.features)
+            if "prompt_ids" in example and ("responses" in example or {"chosen_ids", "rejected_ids"} <= example.keys()):
+                return _ReadRow(group=_tokenized_group(example, self.is_sft))
+            settings = self.settings
+            row, row_format = read_row(example, settings.dataset_format, is_sft=self.is_sft, columns=settings.columns)
+            kwargs = template_kwargs(example, settings.columns)
+            assert self._encoder is not None
+            is_transcript = row_format.may_be_transcript and row.is_conversational
+            is_transcript = is_transcript and not self._encoder.takes_messages(kwargs)
+            ref_logps = None if self.is_sft else _ref_logps(example, row)
+        except ValueError as error:
+            return _ReadRow(error=error)
+        columns = columns_text(row.columns)
+        return _ReadRow(as_transcript(row) if is_transcript else row, kwargs, ref_logps, is_transcript, columns)
+
+    def _finished(self, read: _ReadRow, encoded: EncodedRow, row: int) -> dict[str, Any]:
+        """The columns of one example; a row that cannot be used has only its reason and notes."""
+        settings, notes = self.settings, encoded.notes
+        try:
+            if encoded.error is not None:
+                raise encoded.error
+            self._check_losses(notes)
+            assert encoded.group is not None
+            whole = encoded.group if read.row is None else replace(encoded.group, ref_logps=read.ref_logps)
+            group = truncate(whole, settings)
+            has_one_cut = _has_one_cut(whole, group, settings)
+            group = as_ranking(group) if settings.rankings else group
+            stored = with_shared_parts(group) if settings.shared_parts else group
+        except BadRow as error:
+            if settings.on_bad_row == "raise" and not isinstance(error, LeftOut):
+                raise ValueError(f"dataset row {row} (counted from 0) cannot be used: {error.reason}") from None
+            bad = {"bad_row": error.reason, "notes": as_columns(notes)}
+            return dict.fromkeys((*GROUP_COLUMNS, *STATE_COLUMNS)) | bad
+        except ValueError as error:
+            raise ValueError(f"{error} (dataset row {row}, counted from 0)") from None
+        num_context = [_num_context_tokens(group, index) for index in range(len(group.responses))]
+        lengths = [len(r) - n for r, n in zip(group.responses, num_context, strict=True)]
+        return {
+            "prompt_ids": group.prompt_ids,
+            "responses": stored.responses,
+            "loss_masks": stored.loss_masks,
+            "ref_logps": stored.ref_logps,
+            "preferences": stored.preferences,
+            "bad_row": None,
+            "is_truncated": _num_tokens(group) < _num_tokens(whole),
+            "has_one_cut": has_one_cut,
+            "has_stale_ref_logps": whole.ref_logps is not None and group.ref_logps is None,
+            "is_merged": encoded.is_merged and not any(note.kind == OPENS for note in notes),
+            "is_transcript": read.is_transcript,
+            "notes": as_columns(notes),
+            "num_prompt_tokens": len(group.prompt_ids) + num_context[0],
+            "num_chosen_tokens": [lengths[chosen] for chosen, _ in group.preferences] or lengths,
+            "num_rejected_tokens": [lengths[rejected] for _, rejected in group.preferences],
+            "columns": read.columns,
+        }
+
+    def _check_losses(self, notes: Sequence[Note]) -> None:
+        """Refuses a row that has lost something, where that is asked for."""
+        lost = [note for note in notes if note.is_loss]
+        if not lost or self.settings.on_lost_content == "warn":
+            return
+        reason = loss_reason(lost)
+        if self.settings.on_lost_content == "drop":
+            raise LeftOut(reason)
+        example = next((f" ({note.example})" for note in lost if note.example), "")
+        raise ValueError(
+            f"{reason}{example}: another chat_template or chat_template_kwargs may keep it; on_lost_content='warn'"
+            " trains without it, 'drop' leaves such rows out"
+        )
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the search for garbage: a batch makes thousands of lists and no cycles, and each search looks through all
+    that was imported."""
+    was_on = gc.isenabled()
+    gc.disable()
     try:
-        whole, is_merged, is_transcript, columns = _encode(raw_example(example, features), tokenizer, settings, is_sft)
-        group = truncate(whole, settings)
-        group = as_ranking(group) if settings.rankings else group
-        stored = with_shared_parts(group) if settings.shared_parts else group
-    except BadRow as error:
-        if settings.on_bad_row == "raise":
-            raise ValueError(f"dataset row {row} (counted from 0) cannot be used: {error.reason}") from None
-        return dict.fromkeys((*GROUP_COLUMNS, *STATE_COLUMNS)) | {"bad_row": error.reason}
-    except ValueError as error:
-        raise ValueError(f"{error} (dataset row {row}, counted from 0)") from None
-    num_context = [_num_context_tokens(group, index) for index in range(len(group.responses))]
-    lengths = [len(r) - n for r, n in zip(group.responses, num_context, strict=True)]
-    return {
-        "prompt_ids": group.prompt_ids,
-        "responses": stored.responses,
-        "loss_masks": stored.loss_masks,
-        "ref_logps": stored.ref_logps,
-        "preferences": stored.preferences,
-        "bad_row": None,
-        "is_truncated": _num_tokens(group) < _num_tokens(whole),
-        "has_stale_ref_logps": whole.ref_logps is not None and group.ref_logps is None,
-        "is_merged": is_merged,
-        "is_transcript": is_transcript,
-        "num_prompt_tokens": len(group.prompt_ids) + num_context[0],
-        "num_chosen_tokens": [lengths[chosen] for chosen, _ in group.preferences] or lengths,
-        "num_rejected_tokens": [lengths[rejected] for _, rejected in group.preferences],
-        "columns": columns,
-    }
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
-def _encode(
-    example: Mapping[str, Any], tokenizer: Any, settings: TokenizationSettings, is_sft: bool
-) -> tuple[TokenizedGroup, bool, bool, str]:
-    """The whole group, whether its prompt's end merged with a response, whether messages became a transcript, and what
-    became of the columns."""
-    if "prompt_ids" in example and ("responses" in example or {"chosen_ids", "rejected_ids"} <= example.keys()):
-        return _tokenized_group(example, is_sft), False, False, ""
-    row, row_format = read_row(example, settings.dataset_format, is_sft=is_sft, columns=settings.columns)
-    kwargs = template_kwargs(example, settings.columns)
-    has_template = getattr(tokenizer, "chat_template", None) is not None or "chat_template" in kwargs
-    is_transcript = row_format.may_be_transcript and row.is_conversational and not has_template
-    group, is_merged = encode_row(as_transcript(row) if is_transcript else row, tokenizer, kwargs)
-    if not is_sft:
-        group = replace(group, ref_logps=_ref_logps(example, row))
-    return group, is_merged, is_transcript, columns_text(row.columns)
+@dataclass(frozen=True)
+class _ReadRow:
+    """One example, read."""
+
+    row: PreferenceRow | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)  # for the chat template
+    ref_logps: tuple[float, float] | None = None
+    is_transcript: bool = False  # messages that became text
+    columns: str = ""  # what became of the example's columns, as `columns_text` has it
+    group: TokenizedGroup | None = None
+    error: ValueError | None = None
 
 
 def _ref_logps(example: Mapping[str, Any], row: PreferenceRow | None = None) -> tuple[float, float] | None:
@@ -171,3 +260,11 @@ def _num_context_tokens(group: TokenizedGroup, index: int) -> int:
 
 def _num_tokens(group: TokenizedGroup) -> int:
     return sum(len(group.prompt_ids) + len(response) for response in group.responses)
+
+
+def _has_one_cut(whole: TokenizedGroup, group: TokenizedGroup, settings: TokenizationSettings) -> bool:
+    """Whether one side of a pair has lost its end, and with it the EOS, while the other has kept it."""
+    if settings.truncation_mode == "keep_end":
+        return False
+    is_cut = [len(after) < len(before) for before, after in zip(whole.responses, group.responses, strict=True)]
+    return any(is_cut[chosen] != is_cut[rejected] for chosen, rejected in group.preferences)

@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 from fastdpo.data.first_row import row_lines
 from fastdpo.data.formats import regrouped
 from fastdpo.data.loading import raw_example
+from fastdpo.data.notes import Note
 from fastdpo.data.report import StreamReport
-from fastdpo.data.rows import GROUP_COLUMNS, column_features, group_from_columns, prepare_example
+from fastdpo.data.rows import GROUP_COLUMNS, RowPreparer, column_features, group_from_columns
 from fastdpo.data.tokenization import TokenizationSettings
 from fastdpo.types import TokenizedGroup
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
+
+ROWS_AT_ONCE = 16  # tokenized together: a run on a stream starts soon
 
 
 def prepare_stream(
@@ -41,19 +44,16 @@ def prepare_stream(
             " whole: load it without streaming=True"
         )
     features = dataset.features or {}
-    columns = prepare_example(first, 0, tokenizer, settings, is_sft, features)["columns"]
+    prepare = RowPreparer(tokenizer, settings, is_sft, features)
+    columns = prepare.columns([first], [0])[0]["columns"]
     report = StreamReport("examples" if is_sft else "pairs")
     report.first_row = row_lines([raw_example(first, features)], settings, is_sft=is_sft)
     report.add_columns(0, columns)
-    function = partial(
-        _prepare_batch, tokenizer=tokenizer, settings=settings, is_sft=is_sft, report=report, features=features
-    )
-    # a batch of one may become none, which `map` on single rows cannot
     prepared = dataset.map(
-        function,
+        partial(_prepare_batch, prepare=prepare, report=report),
         with_indices=True,
         batched=True,
-        batch_size=1,
+        batch_size=ROWS_AT_ONCE,
         remove_columns=dataset.column_names or list(first),
         features=column_features(with_state=False),
     )
@@ -66,19 +66,14 @@ def checked_stream(dataset: IterableDataset, check: Callable[[TokenizedGroup], N
 
 
 def _prepare_batch(
-    batch: Mapping[str, list[Any]],
-    rows: list[int],
-    tokenizer: Any,
-    settings: TokenizationSettings,
-    is_sft: bool,
-    report: StreamReport,
-    features: Any,
+    batch: Mapping[str, list[Any]], rows: list[int], prepare: RowPreparer, report: StreamReport
 ) -> dict[str, list[Any]]:
-    example = {name: values[0] for name, values in batch.items()}
-    columns = prepare_example(example, rows[0], tokenizer, settings, is_sft, features)
-    report.add(rows[0], columns["bad_row"])
-    report.add_columns(rows[0], columns["columns"])
-    return {name: [] if columns["bad_row"] else [columns[name]] for name in GROUP_COLUMNS}
+    columns = prepare(batch, rows)
+    for row, reason, notes, became in zip(rows, columns["bad_row"], columns["notes"], columns["columns"], strict=True):
+        report.add(row, reason, [Note(**note) for note in notes or ()])
+        report.add_columns(row, became)
+    kept = [index for index, reason in enumerate(columns["bad_row"]) if reason is None]
+    return {name: [columns[name][index] for index in kept] for name in GROUP_COLUMNS}
 
 
 def _check_columns(example: dict[str, Any], check: Callable[[TokenizedGroup], None]) -> dict[str, Any]:

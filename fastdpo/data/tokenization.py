@@ -1,55 +1,49 @@
 """From a `PreferenceRow` to a `TokenizedGroup`.
 
-Two steps, both pure: `encode_row` (chat template, one BOS, one EOS, prompt tokens that are a prefix of every sequence)
-and `truncate` (`max_prompt_length`, then `max_length`); `tokenize_row` is the two together. A row that cannot be used
-raises BadRow; messages for a tokenizer without a chat template are a ValueError.
+Two steps: `RowEncoder` (chat template, one BOS, one EOS, prompt tokens that are a prefix of every sequence) and
+`truncate` (`max_prompt_length`, then `max_length`); `tokenize_row` is the two together for one row. A row that cannot
+be used raises BadRow; messages for a tokenizer without a chat template are a ValueError.
 
-The same tokens as TRL 1.16's DPOTrainer, and four things it does not do: a BOS or EOS is never doubled, an EOS is
-added to a conversation whose template leaves the turn open, only the assistant's tokens of a response of several turns
-count (`turns`), and rows without a usable difference are refused.
+Rows are encoded many at a time: rendered (`chat`, or as they are, `text_rows`), then tokenized together (`encoding`).
+
+The same tokens as TRL 1.16's DPOTrainer, and what it does not do: a BOS or EOS is never doubled, an EOS is added to a
+conversation whose template leaves the turn open, only the assistant's tokens of a response of several turns count
+(`turns`), special tokens that a message spells out are text (`control`), a prompt that ends in the assistant's turn
+goes on with it, and rows without a usable difference are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from fastdpo.data.formats import AUTO, check_columns, check_format_name
+from fastdpo.data.chat.conversations import Chat
+from fastdpo.data.chat.planning import ChatPlanner
+from fastdpo.data.chat.rendering import has_chat_template
+from fastdpo.data.chat.sequences import ChatSequences
+from fastdpo.data.encoding import Ids, TextEncoder
 from fastdpo.data.forms import is_empty
-from fastdpo.data.turns import assistant_mask, has_several_turns, marks_assistant, transcript_mask
+from fastdpo.data.notes import LOST, UNKNOWN, Note
+from fastdpo.data.text_rows import TextPlan, TextRows
+from fastdpo.data.token_settings import TokenizationSettings
+from fastdpo.data.truncation import EQUAL, checked_group, different_pairs, truncate
 from fastdpo.data.values import BadRow, common_prefix_length
-from fastdpo.types import Message, PreferenceRow, TokenizedGroup
+from fastdpo.types import PreferenceRow, TokenizedGroup
 
-TRUNCATION_MODES = ("keep_start", "keep_end")
-BAD_ROW_POLICIES = ("drop", "raise")
-_EXAMPLE = "a"  # tokenized with each row, to see what the tokenizer puts around a text
+__all__ = ["EncodedRow", "RowEncoder", "TokenizationSettings", "encode_row", "padding_id", "tokenize_row", "truncate"]
+
+_DECODED_ROWS = 8  # compared with their text, token by token
 
 
 @dataclass(frozen=True)
-class TokenizationSettings:
-    """How rows become tokens, and what happens to rows that cannot."""
+class EncodedRow:
+    """What became of a row: its tokens, or why there are none; and what is to be said of it."""
 
-    max_length: int | None = 1024  # tokens of prompt and one response; None leaves them whole
-    max_prompt_length: int | None = None  # tokens of the prompt, cut before max_length is looked at
-    truncation_mode: str = "keep_start"  # which end survives: "keep_start" or "keep_end"
-    on_bad_row: str = "drop"  # "drop" counts and reports it, "raise" stops at the first
-    dataset_format: str = AUTO  # a name of `formats.FORMAT_NAMES`; "auto" goes by the columns
-    columns: Mapping[str, Any] | None = None  # what the dataset's columns are in our names, see `forms.mapping`
-    rankings: bool = False  # preferences become the neighbouring pairs of a ranking, see `loss_rows`
-    shared_parts: bool = False  # each pair also brings both responses up to the length that they share
-
-    def __post_init__(self) -> None:
-        check_format_name(self.dataset_format)
-        object.__setattr__(self, "columns", check_columns(self.columns))
-        for name, least in (("max_length", 2), ("max_prompt_length", 1)):  # one token alone has nothing to predict it
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < least):
-                raise ValueError(f"{name} must be an integer >= {least} or None, got {value!r}")
-        if self.truncation_mode not in TRUNCATION_MODES:
-            raise ValueError(f"truncation_mode must be one of {TRUNCATION_MODES}, got {self.truncation_mode!r}")
-        if self.on_bad_row not in BAD_ROW_POLICIES:
-            raise ValueError(f"on_bad_row must be one of {BAD_ROW_POLICIES}, got {self.on_bad_row!r}")
+    group: TokenizedGroup | None = None
+    error: ValueError | None = None  # BadRow, or what concerns more than the row
+    is_merged: bool = False  # the end of the prompt alone is tokenized differently than with a response
+    notes: list[Note] = field(default_factory=list)
 
 
 def tokenize_row(
@@ -67,7 +61,8 @@ def tokenize_row(
         BadRow: the row cannot be used; `.reason` says why.
         ValueError: the row is conversational and the tokenizer has no chat template.
     """
-    return truncate(encode_row(row, tokenizer, template_kwargs)[0], settings)
+    encoder = RowEncoder(tokenizer, settings.chat_template, settings.chat_template_kwargs)
+    return truncate(_group_of(encoder.encode([(row, template_kwargs or {})])[0]), settings)
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -84,225 +79,141 @@ def encode_row(
     Where it is, the differing tokens belong to the response: with "ab" one token, prompt "a" and response "b" give an
     empty prompt and the response ("ab",). The same holds for templates that render the prompt alone in another way.
     """
-    for response in row.responses:
-        if is_empty(response):
-            raise BadRow("empty response")
-    preferences = _different(row.preferences, row.responses, "chosen equals rejected")
-    masks: list[list[bool]] | None = None
-    if row.is_conversational:
-        prompt_ids, sequences, masks = _encode_messages(row, tokenizer, template_kwargs or {})
-    else:
-        prompt_ids, sequences, masks = _encode_text(row, tokenizer)
-    num_prompt = min(common_prefix_length(prompt_ids, sequence) for sequence in sequences)
-    responses = [sequence[num_prompt:] for sequence in sequences]
-    if any(len(response) == 0 for response in responses):  # a template that leaves the response out
-        raise BadRow("empty response")
-    if masks is not None:
-        masks = [mask[num_prompt:] for mask in masks]
-    group = _checked(prompt_ids[:num_prompt], responses, masks, preferences, "chosen equals rejected")
-    return group, num_prompt < len(prompt_ids)
+    encoded = RowEncoder(tokenizer).encode([(row, template_kwargs or {})])[0]
+    return _group_of(encoded), encoded.is_merged
 
 
-def truncate(group: TokenizedGroup, settings: TokenizationSettings) -> TokenizedGroup:
-    """The group cut to `max_prompt_length`, then to `max_length` tokens per sequence, without reference log-probs then.
-
-    keep_start cuts sequences at their end; a prompt that leaves no room for a response makes the row bad. keep_end
-    keeps the last `max_length` tokens of each sequence by itself, which may leave prompts that differ. Example,
-    max_length 4: prompt 1 2 3, chosen 4, rejected 5 6 gives 1 2 3 4 and 2 3 5 6, stored without a prompt, masks F F F T
-    and F F T T.
-    """
-    keep_end = settings.truncation_mode == "keep_end"
-    limit, length = settings.max_prompt_length, settings.max_length
-    prompt, responses, masks = list(group.prompt_ids), group.responses, group.loss_masks
-    equal_reason = "chosen equals rejected"
-    ref_logps = group.ref_logps
-    if limit is not None and len(prompt) > limit:
-        ref_logps = None  # those of the whole text, of which nothing can be taken away
-        prompt = prompt[-limit:] if keep_end else prompt[:limit]
-    if length is not None and len(prompt) + max(map(len, responses)) > length:
-        ref_logps = None
-        equal_reason = "chosen equals rejected after truncation"
-        if keep_end:
-            prompt, responses, masks = _keep_ends(prompt, responses, masks, length)
-        elif len(prompt) >= length:
-            raise BadRow("prompt fills max_length")
-        else:
-            responses = [list(response)[: length - len(prompt)] for response in responses]
-            masks = [list(mask)[: length - len(prompt)] for mask in masks] if masks is not None else None
-    return _checked(prompt, responses, masks, group.preferences, equal_reason, ref_logps)
+def _group_of(encoded: EncodedRow) -> TokenizedGroup:
+    if encoded.error is not None:
+        raise encoded.error
+    assert encoded.group is not None
+    return encoded.group
 
 
-def _keep_ends(
-    prompt: list[int], responses: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]] | None, length: int
-) -> tuple[list[int], Sequence[Sequence[int]], Sequence[Sequence[bool]] | None]:
-    """The last `length` tokens of every sequence; the prompt stays apart only if all keep the same part of it."""
-    full_masks = masks if masks is not None else [[True] * len(response) for response in responses]
-    cuts = [max(0, len(prompt) + len(response) - length) for response in responses]
-    kept_prompts = [prompt[cut:] for cut in cuts]
-    kept = [list(response)[max(0, cut - len(prompt)) :] for cut, response in zip(cuts, responses, strict=True)]
-    kept_masks = [list(mask)[-len(response) :] for mask, response in zip(full_masks, kept, strict=True)]
-    if all(len(kept_prompt) == len(kept_prompts[0]) for kept_prompt in kept_prompts):
-        return kept_prompts[0], kept, None if masks is None else kept_masks
-    sequences = [start + response for start, response in zip(kept_prompts, kept, strict=True)]
-    return [], sequences, [[False] * len(start) + mask for start, mask in zip(kept_prompts, kept_masks, strict=True)]
+class RowEncoder:
+    """Rows to tokens with one tokenizer and one chat template; what it finds out about them is kept."""
+
+    def __init__(
+        self, tokenizer: Any, chat_template: str | None = None, template_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.texts = TextEncoder(tokenizer)
+        self.chats = ChatPlanner(self.texts, chat_template)
+        self.sequences = ChatSequences(self.texts, self.chats)
+        self.template_kwargs = dict(template_kwargs or {})
+        self._has_template = has_chat_template(tokenizer) or chat_template is not None
+        self.text_rows = TextRows(self.texts, has_template=self._has_template)
+        self._unknown = _unknown_id(tokenizer)
+        self._num_to_decode = _DECODED_ROWS
+
+    def takes_messages(self, template_kwargs: dict[str, Any]) -> bool:
+        """Whether messages of a row with these arguments can be rendered."""
+        return self._has_template or "chat_template" in {**self.template_kwargs, **template_kwargs}
+
+    def encode(self, rows: Sequence[tuple[PreferenceRow, dict[str, Any]]]) -> list[EncodedRow]:
+        """The rows as tokens.
+
+        Args:
+            rows: each with further arguments for the chat template, which win over the run's.
+        """
+        plans: list[TextPlan | Chat | ValueError | None] = [self._plan(row) for row, _ in rows]
+        of_messages = [number for number, plan in enumerate(plans) if plan is None]
+        jobs = [
+            (rows[number][0], {**self.template_kwargs, **rows[number][1]}, side_names(rows[number][0]))
+            for number in of_messages
+        ]
+        for number, chat in zip(of_messages, self.chats.plan(jobs), strict=True):
+            plans[number] = chat
+        ids = iter(self.texts.encode_rows([_to_tokenize(plan) for plan in plans]))
+        return [self._finished(row, plan, next(ids)) for (row, _), plan in zip(rows, plans, strict=True)]
+
+    def _finished(self, row: PreferenceRow, plan: TextPlan | Chat | ValueError | None, ids: list[Ids]) -> EncodedRow:
+        """The row with its tokens."""
+        if plan is None or isinstance(plan, ValueError):
+            return EncodedRow(error=plan)
+        notes = plan.notes
+        try:
+            if isinstance(plan, Chat):
+                prompt, sequences, masks = self.sequences.of(plan, ids)
+            else:
+                prompt, sequences, masks = self.text_rows.tokens(row, plan, ids)
+            notes += self._unknown_characters(row, plan, sequences)
+            num_prompt = min(_num_shared(prompt, sequence) for sequence in sequences)
+            responses = [sequence[num_prompt:] for sequence in sequences]
+            if any(len(response) == 0 for response in responses):  # a template that leaves the response out
+                raise BadRow("empty response")
+            if masks is not None:
+                masks = [mask[num_prompt:] for mask in masks]
+            lost = {note.what: None for note in notes if note.kind == LOST and note.side != "prompts"}
+            equal = f"{EQUAL} but for {' and '.join(lost)}, which the chat template leaves out" if lost else EQUAL
+            preferences = different_pairs(row.preferences, row.responses, EQUAL)
+            group = checked_group(prompt[:num_prompt], responses, masks, preferences, equal)
+        except ValueError as error:
+            return EncodedRow(error=error, notes=notes)
+        return EncodedRow(group, None, num_prompt < len(prompt), notes)
+
+    def _plan(self, row: PreferenceRow) -> TextPlan | ValueError | None:
+        """What is to be tokenized of a row of text; why a row cannot be used; None where it holds messages."""
+        try:
+            for response in row.responses:
+                if is_empty(response):
+                    raise BadRow("empty response")
+            different_pairs(row.preferences, row.responses, EQUAL)
+        except BadRow as error:
+            return error
+        return None if row.is_conversational else self.text_rows.plan(row)
+
+    def _unknown_characters(self, row: PreferenceRow, plan: TextPlan | Chat, sequences: list[Ids]) -> list[Note]:
+        """Of sides with characters that the tokenizer has no token for; of the first rows, of any that do not decode to
+        their text, white space aside."""
+        names = side_names(row)
+        if self._unknown is not None and any(self._unknown in sequence for sequence in sequences):
+            return [
+                Note(UNKNOWN, "characters", n) for n, ids in zip(names, sequences, strict=True) if self._unknown in ids
+            ]
+        if self._num_to_decode <= 0 or plan.is_marked:
+            return []
+        self._num_to_decode -= 1
+        notes = []
+        for name, text, ids in zip(names, plan.texts[1:], sequences, strict=True):
+            wanted, decoded = self._characters(text), self._characters(self.texts.decode(ids))
+            if wanted not in decoded:
+                notes.append(Note(UNKNOWN, "characters", name, _difference(wanted, decoded)))
+        return notes
+
+    def _characters(self, text: str) -> str:
+        """A text without white space, and without BOS and EOS, of which one or more stand at its ends."""
+        for token in (self.tokenizer.bos_token, self.tokenizer.eos_token):
+            text = text.replace(token, "") if token else text
+        return "".join(text.split())
 
 
-def _checked(
-    prompt: Sequence[int],
-    responses: Sequence[Sequence[int]],
-    masks: Sequence[Sequence[bool]] | None,
-    preferences: Sequence[tuple[int, int]],
-    equal_reason: str,
-    ref_logps: Sequence[float] | None = None,
-) -> TokenizedGroup:
-    """The group, after the checks that hold before and after truncation.
-
-    Without a prompt token (and without a BOS) nothing predicts a response's first token: it is kept and not scored.
-    """
-    preferences = _different(preferences, [list(response) for response in responses], equal_reason)
-    if not prompt:
-        masks = masks if masks is not None else [[True] * len(response) for response in responses]
-        masks = [[False, *list(mask)[1:]] for mask in masks]
-        if not all(any(mask) for mask in masks):
-            raise BadRow("empty prompt")
-    elif masks is not None and not all(any(mask) for mask in masks):
-        raise BadRow("no token of a response is scored")
-    return TokenizedGroup(prompt, responses, masks, ref_logps, preferences)
+def _to_tokenize(plan: TextPlan | Chat | ValueError | None) -> list[str]:
+    """The texts of a row that are tokenized together with other rows'."""
+    if plan is None or isinstance(plan, ValueError) or plan.is_marked or (isinstance(plan, Chat) and plan.ids):
+        return []
+    return plan.texts
 
 
-def _different(
-    preferences: Sequence[tuple[int, int]], responses: Sequence[Any], equal_reason: str
-) -> tuple[tuple[int, int], ...]:
-    """The preferences between different responses; a row that has none left cannot be used."""
-    kept = tuple((chosen, rejected) for chosen, rejected in preferences if responses[chosen] != responses[rejected])
-    if preferences and not kept:
-        raise BadRow(equal_reason)
-    return kept
+def side_names(row: PreferenceRow) -> tuple[str, ...]:
+    """What the responses of a row are called in a report."""
+    if len(row.responses) == 2 and tuple(row.preferences) == ((0, 1),):
+        return ("chosen", "rejected")
+    return ("responses",) * len(row.responses)
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+def _unknown_id(tokenizer: Any) -> int | None:
+    """The token for what has none; None where the tokenizer knows all, or GPT-2's manner makes it the EOS."""
+    unknown: int | None = getattr(tokenizer, "unk_token_id", None)
+    return None if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) else unknown
 
 
-def _encode_text(row: PreferenceRow, tokenizer: Any) -> tuple[list[int], list[list[int]], list[list[bool]] | None]:
-    """Prompt and whole sequences, each with the tokens that the tokenizer puts first; sequences end in one EOS.
-
-    Masks of the sequences where the user speaks in a response, as in HH transcripts that part early.
-    """
-    texts = [str(row.prompt), *(f"{row.prompt}{response}" for response in row.responses)]
-    bare, *texts_ids = tokenizer([_EXAMPLE, *texts], add_special_tokens=False, verbose=False)["input_ids"]
-    first = _leading_special_ids(bare, tokenizer)
-    prompt, *sequences = (_begin_once(first, list(ids), tokenizer) for ids in texts_ids)
-    sequences = [_end_once(sequence, tokenizer) for sequence in sequences]
-    if not has_several_turns(row):
-        return prompt, sequences, None
-
-    def encode(text: str) -> list[int]:
-        return _begin_once(first, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer)
-
-    pairs = zip(row.responses, sequences, strict=True)
-    return prompt, sequences, [transcript_mask(str(row.prompt), str(text), ids, encode) for text, ids in pairs]
+def _num_shared(prompt: Ids, sequence: Ids) -> int:
+    """How many tokens of the prompt the sequence begins with."""
+    return len(prompt) if sequence[: len(prompt)] == prompt else common_prefix_length(prompt, sequence)
 
 
-def _leading_special_ids(bare: list[int], tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text, such as [BOS]. Seen on an example: classes and files disagree on flags."""
-    full = list(tokenizer(_EXAMPLE, verbose=False)["input_ids"])
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == list(bare):
-            return full[:start]
-    return []
-
-
-def _begin_once(first: list[int], ids: list[int], tokenizer: Any) -> list[int]:
-    """`first + ids`, without the BOS that the text itself may already start with."""
-    bos = tokenizer.bos_token_id
-    while first and first[-1] == bos and ids and ids[0] == bos:
-        ids = ids[1:]
-    return first + ids
-
-
-def _end_once(ids: list[int], tokenizer: Any) -> list[int]:
-    """`ids` with exactly one EOS at the end, if the tokenizer knows one."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        return ids
-    end = len(ids)
-    while end > 0 and ids[end - 1] == eos:
-        end -= 1
-    return [*ids[:end], eos]
-
-
-# --- messages ---------------------------------------------------------------------------------------------------------
-
-
-def _encode_messages(
-    row: PreferenceRow, tokenizer: Any, template_kwargs: dict[str, Any]
-) -> tuple[list[int], list[list[int]], list[list[bool]] | None]:
-    """Prompt with the generation prompt, and whole conversations. The template says what BOS there is.
-
-    Masks of the conversations where a response has several messages, which need not all be the assistant's.
-    """
-    if getattr(tokenizer, "chat_template", None) is None and "chat_template" not in template_kwargs:
-        raise ValueError(
-            "tokenizer must have a chat template for rows of messages, got none: set tokenizer.chat_template, "
-            "or give the rows as text (prompt, chosen, rejected)"
-        )
-    if not row.prompt:
-        raise BadRow("empty prompt")
-
-    def render(messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
-        return _templated(messages, tokenizer, add_generation_prompt=add_generation_prompt, **template_kwargs)[0]
-
-    prompt = render(row.prompt, add_generation_prompt=True)  # type: ignore[arg-type]
-    has_turns = has_several_turns(row)
-    is_marked = has_turns and tokenizer.is_fast and marks_assistant(tokenizer, template_kwargs)  # else no offsets
-    sequences, masks = [], []
-    for response in row.responses:
-        messages: list[Message] = [*row.prompt, *_without_final_eos(response, tokenizer)]  # type: ignore[list-item]
-        ids, marked = _templated(messages, tokenizer, return_assistant_tokens_mask=is_marked, **template_kwargs)
-        sequences.append(_close_turn(ids, tokenizer))
-        if is_marked:
-            ends = [messages[-1]["role"] == "assistant"] * (len(sequences[-1]) - len(ids))
-            masks.append([*marked, *ends])
-        elif has_turns:
-            masks.append(assistant_mask(messages, len(row.prompt), sequences[-1], render, tokenizer.decode))
-    return prompt, sequences, masks if has_turns else None
-
-
-def _templated(messages: Any, tokenizer: Any, **kwargs: Any) -> tuple[list[int], list[bool]]:
-    """The tokens, and which of them the template marks as the assistant's where that is asked for."""
-    from jinja2 import TemplateError
-
-    try:
-        encoded = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, tokenizer_kwargs={"verbose": False}, **kwargs
-        )
-    except (TemplateError, TypeError) as error:  # TypeError: the template's own expressions, as "text" + a dict
-        raise BadRow(f"the chat template refuses the messages ({error})") from None
-    ids = list(encoded["input_ids"])
-    marked = [bool(mark) for mark in encoded.get("assistant_masks", ())]
-    bos = tokenizer.bos_token_id
-    while bos is not None and ids[:2] == [bos, bos]:
-        ids, marked = ids[1:], marked[1:]
-    return ids, marked
-
-
-def _without_final_eos(messages: Any, tokenizer: Any) -> list[Message]:
-    """The messages, without an EOS that the last one spells out: the template, or `_close_turn`, adds it."""
-    eos, last = tokenizer.eos_token, messages[-1]
-    if not eos or not last["content"].endswith(eos):
-        return list(messages)
-    return [*messages[:-1], {**last, "content": last["content"].removesuffix(eos)}]
-
-
-def _close_turn(ids: list[int], tokenizer: Any) -> list[int]:
-    """`ids`, with an EOS unless the template has ended the turn by a special token (EOS, <|im_end|>, ...) of its own.
-
-    White space may follow that token: many templates end in EOS and a newline, which stays, as in TRL.
-    """
-    eos = tokenizer.eos_token_id
-    for last in reversed(ids):
-        if tokenizer.decode([last]).strip():
-            if not tokenizer.decode([last], skip_special_tokens=True).strip():
-                return ids
-            break
-    return ids if eos is None else [*ids, eos]
+def _difference(text: str, decoded: str) -> str:
+    """Where a text and its tokens part."""
+    start = common_prefix_length(text, decoded)
+    return f"{text[start : start + 20]!r} is {decoded[start : start + 20]!r}"

@@ -12,24 +12,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from fastdpo.data.forms import ASSISTANT_TURN, HUMAN_TURN
 from fastdpo.data.values import BadRow, common_prefix_length
 from fastdpo.types import Message, PreferenceRow
 
-_MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _USER_AGAIN = re.compile(rf"({HUMAN_TURN}(?:.*?{ASSISTANT_TURN}|.*\Z))", re.DOTALL)
 _UNCLEAR = "the chat template does not show which tokens of several turns are the assistant's"
 _TAIL = 16  # last characters of a turn that must be found in its tokens
 
 Render = Callable[..., list[int]]  # (messages, add_generation_prompt=False) -> token ids
-
-
-def marks_assistant(tokenizer: Any, template_kwargs: dict[str, Any]) -> bool:
-    """Whether the chat template says itself what the assistant's parts are."""
-    template = template_kwargs.get("chat_template") or tokenizer.get_chat_template(tools=template_kwargs.get("tools"))
-    return _MARKED.search(template) is not None
 
 
 def assistant_mask(

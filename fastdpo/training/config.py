@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from fastdpo.data.chat.templates import resolve_template, training_templates
 from fastdpo.data.formats import FORMAT_NAMES, check_columns
 from fastdpo.data.tokenization import TokenizationSettings
 from fastdpo.losses import is_listwise
@@ -106,6 +107,34 @@ class EngineConfig(TrainingArguments):
     on_bad_row: str = field(
         default="drop",
         metadata=help_text("drop: leave out rows that cannot be used, count and list them. raise: stop."),
+    )
+    on_long_row: str = field(
+        default="truncate",
+        metadata=help_text(
+            "What becomes of a row longer than max_length or max_prompt_length. truncate: it is cut. drop: it is left"
+            " out, counted and listed. raise: stop."
+        ),
+    )
+    on_lost_content: str = field(
+        default="warn",
+        metadata=help_text(
+            "What becomes of a row of which the chat template leaves something out: a thought, a call, a message. warn:"
+            " it is trained on, counted and reported. drop: it is left out. raise: stop."
+        ),
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata=help_text(
+            "Chat template of the run: a file, Jinja, or a name: "
+            f"{', '.join(training_templates())}, which keep the thoughts of the trained turn and are not saved with the"
+            " tokenizer, or one of several that the tokenizer has. Default: the tokenizer's."
+        ),
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata=help_text(
+            'Variables for the chat template (JSON: {"enable_thinking": false}); those of a row win over these.'
+        ),
     )
     dataset_format: str = field(
         default="auto",
@@ -226,6 +255,7 @@ class EngineConfig(TrainingArguments):
         self.pad_to_multiple_of = count_or_auto("pad_to_multiple_of", self.pad_to_multiple_of)
         self.model_init_kwargs = as_dict("model_init_kwargs", self.model_init_kwargs)
         self.columns = check_columns(self.columns)
+        self.chat_template_kwargs = as_dict("chat_template_kwargs", self.chat_template_kwargs)
         self.init_kwargs()
         self.tokenization_settings()
         check_settings(1.0, None, (), self.skip_tolerance, self.workspace_bytes, self.impl)
@@ -268,6 +298,10 @@ class EngineConfig(TrainingArguments):
             max_prompt_length=self.max_prompt_length,
             truncation_mode=self.truncation_mode,
             on_bad_row=self.on_bad_row,
+            on_long_row=self.on_long_row,
+            on_lost_content=self.on_lost_content,
+            chat_template=None if self.chat_template is None else resolve_template(self.chat_template),
+            chat_template_kwargs=as_dict("chat_template_kwargs", self.chat_template_kwargs),
             dataset_format=self.dataset_format,
             columns=check_columns(self.columns),
         )

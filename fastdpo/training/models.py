@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTok
 from transformers.utils import logging
 
 from fastdpo.data.arrow import arrow_column
+from fastdpo.data.chat.templates import give_template
 from fastdpo.data.columns import row_lengths
 from fastdpo.data.tokenization import padding_id
 from fastdpo.modeling.backbone import backbone, freeze_towers
@@ -67,7 +68,7 @@ def resolve_tokenizer(
     model: str | nn.Module, tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None, args: EngineConfig
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that was given, by itself or in a processor, or the one that is saved with the model; with
-    `args.pad_token`, if there is one.
+    `args.pad_token` and that chat template of `args` that it is saved with, if there are any.
 
     Raises:
         ValueError: there is none, it is none for text, or pad_token is not in its vocabulary.
@@ -82,6 +83,8 @@ def resolve_tokenizer(
         if args.pad_token not in tokenizer.get_vocab():
             raise ValueError(f"pad_token must be in the tokenizer's vocabulary, got {args.pad_token!r}")
         tokenizer.pad_token = args.pad_token
+    if args.chat_template is not None:
+        give_template(tokenizer, args.chat_template)
     return tokenizer
 
 

@@ -56,7 +56,9 @@ def test_the_report_reads_like_a_summary(plain_tokenizer):
         "prompt fills max_length (1: row 2), empty response (1: row 3)"
     )
     assert lines[1] == "truncated 1 pairs"
-    assert [line.split()[0] for line in lines[3:]] == ["tokens", "prompt", "chosen", "rejected"]
+    assert lines[2].startswith("one side alone lost its end, and with it the end-of-text token, in 1 of these")
+    assert lines[3].startswith("moved the prompt's last tokens to the response in 1 pairs")
+    assert [line.split()[0] for line in lines[4:]] == ["tokens", "prompt", "chosen", "rejected"]
 
 
 def test_token_statistics_are_those_of_the_kept_rows(plain_tokenizer):

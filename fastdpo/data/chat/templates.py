@@ -1,0 +1,105 @@
+"""Which chat template a run renders its messages with: the tokenizer's own, one from a file, or one of those here.
+
+In: the setting `chat_template`: a file, the name of a training template in the folder `templates`, the name of one
+of several templates that a tokenizer has, another tokenizer, or Jinja. Out: Jinja, or the name of a tokenizer's
+template.
+Refused with ValueError: what is none of these.
+
+Templates of thinking models drop thoughts that are behind the conversation, which is right when they generate and wrong
+for the answer that is learnt: `first_trained_message` tells the training templates where that begins. Such a template
+is for training alone: a tokenizer that has a template keeps it, and is saved with it. A template from a file is how the
+model will be talked to: the tokenizer takes it over.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "templates"
+SUFFIXES = (".jinja", ".j2", ".jinja2", ".txt", ".json")
+FIRST_TRAINED = "first_trained_message"  # variable of templates: the number of the first message of the response
+# what rows and runs do not set: who renders decides about it
+RESERVED_KWARGS = ("add_generation_prompt", "continue_final_message", "messages", "tokenize", "return_dict")
+_MARK = re.compile(r"\{%([-+]?)\s*(generation|endgeneration)\s*([-+]?)%\}")
+
+
+@cache
+def training_templates() -> tuple[str, ...]:
+    """The names of the templates here."""
+    return tuple(sorted(file.stem for file in FOLDER.glob("*.jinja")))
+
+
+def resolve_template(value: str) -> str:
+    """The setting as Jinja; the name of a template of the tokenizer's, which is not known here, as it is.
+
+    Raises:
+        ValueError: a file that does not exist or holds no template, nothing at all.
+    """
+    if "{{" in value or "{%" in value:
+        return value
+    if value in training_templates():
+        return (FOLDER / f"{value}.jinja").read_text(encoding="utf-8")
+    path = Path(value).expanduser()
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+        if "{{" not in text and "{%" not in text:
+            raise ValueError(f"chat_template must be a file of Jinja, got {value}, which holds none")
+        return text
+    if not value.strip() or value.endswith(SUFFIXES):
+        raise ValueError(f"chat_template must be a file that exists or a name, got {value!r}")
+    return _template_of(value) if path.is_dir() or "/" in value else value
+
+
+@cache
+def _template_of(name: str) -> str:
+    """The template of another tokenizer, in a folder or on the Hub.
+
+    Raises:
+        ValueError: there is no such tokenizer, or it has no template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        template = AutoTokenizer.from_pretrained(name).chat_template
+    except (OSError, ValueError) as error:
+        raise ValueError(f"chat_template must be a file that exists or a name, got {name!r}") from error
+    if not isinstance(template, str):
+        raise ValueError(f"chat_template must be that of a tokenizer that has one, got {name!r}, which has none")
+    return template
+
+
+def check_template_name(template: str, tokenizer: Any) -> None:
+    """Refuses a name that neither this package nor the tokenizer has a template of.
+
+    Raises:
+        ValueError: with the names that there are, the nearest first.
+    """
+    if "{{" in template or "{%" in template:
+        return
+    own = getattr(tokenizer, "chat_template", None)
+    known = [*training_templates(), *(own if isinstance(own, dict) else ())]
+    if not isinstance(own, dict) or template not in own:
+        nearest = difflib.get_close_matches(template, known, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"chat_template must be a file, or one of {sorted(known)}, got {template!r}{hint}")
+
+
+def give_template(tokenizer: Any, value: str) -> None:
+    """Puts the template of a run on the tokenizer, where that is how the model will be talked to: one from a file or in
+    Jinja; a training template only where the tokenizer has none, without marks that other programs do not know."""
+    template = resolve_template(value)
+    if value not in training_templates():
+        if template != value or "{" in value:
+            tokenizer.chat_template = template
+    elif getattr(tokenizer, "chat_template", None) is None:
+        tokenizer.chat_template = without_generation_marks(template)
+
+
+def without_generation_marks(template: str) -> str:
+    """The template without `{% generation %}`, which Jinja alone does not know."""
+    plain = {"generation": "if true", "endgeneration": "endif"}
+    return _MARK.sub(lambda match: f"{{%{match[1]} {plain[match[2]]} {match[3]}%}}", template)
