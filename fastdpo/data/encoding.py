@@ -64,6 +64,7 @@ class TextEncoder:
 
             self._offset_backend = Tokenizer.from_str(self._backend.to_str())
             self._offset_backend.post_processor = None
+            self._offset_backend.encode_special_tokens = bool(getattr(self.tokenizer, "split_special_tokens", False))
             self._offset_backend.no_truncation()
             self._offset_backend.no_padding()
         encoding = self._offset_backend.encode(text, add_special_tokens=False)

@@ -14,7 +14,8 @@ from fastdpo.data.chat.templates import (
     without_generation_marks,
 )
 from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset
-from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.data.tokenization import RowEncoder, TokenizationSettings
+from fastdpo.types import PreferenceRow
 
 SPECIAL = (
     "<|im_start|>",
@@ -41,6 +42,7 @@ ARGUMENTS = {"x": 1, "y": "é", "z": [1, 2]}
 CALL = {"type": "function", "function": {"name": "add", "arguments": ARGUMENTS}}
 RESULT = {"role": "tool", "content": "4"}
 OFFICIAL = {"qwen3": "qwen3", "qwen3_5": "qwen3_5_think", "glm4_5": "glm4moe", "deepseek_r1": "deepseek_r1_distill"}
+OFFICIAL["gpt_oss"] = "gptoss"
 
 
 def said(text, **more):
@@ -76,6 +78,57 @@ def official(name):
 def test_what_a_model_is_talked_to_with_is_what_it_is_trained_with(name, kwargs, conversation):
     messages = CONVERSATIONS[conversation]
     assert rendered(resolve_template(name), messages, **kwargs) == rendered(official(name), messages, **kwargs)
+
+
+PARAMETERS = {
+    "x": {"type": "integer", "description": "a number"},
+    "y": {"type": "string", "enum": ["a", "b"], "default": "a"},
+    "z": {"type": "array", "items": {"type": "string"}},
+    "o": {"type": "object", "properties": {"k": {"type": "boolean"}, "l": {"type": "number"}}, "required": ["k"]},
+    "n": {"type": "string", "nullable": True, "default": "q"},
+    "u": {"type": ["string", "null"]},
+    "v": {"oneOf": [{"type": "string", "description": "s", "default": "w"}, {"type": "integer"}]},
+}
+HARMONY = {
+    "question": [SYSTEM, USER],
+    "answer": [USER, said("sat")],
+    "thought": [SYSTEM, USER, said("sat", thinking="hm")],
+    "turns": [SYSTEM, USER, said("old", thinking="once"), USER, said("new", thinking="now")],
+    "calls": [USER, said("", tool_calls=[CALL], thinking="hm"), RESULT, said("4", thinking="so")],
+    "results": [USER, said("", tool_calls=[CALL], thinking="hm"), RESULT],
+}
+
+
+@pytest.mark.parametrize("conversation", HARMONY)
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"tools": True}, {"reasoning_effort": "high"}], ids=["plain", "tools", "effort"]
+)
+def test_gpt_oss_is_trained_with_what_it_is_talked_to_with(kwargs, conversation):
+    if "tools" in kwargs:
+        parameters = {"type": "object", "properties": PARAMETERS, "required": ["x"]}
+        function = {"name": "add", "description": "adds é", "parameters": parameters}
+        kwargs = {"tools": [{"type": "function", "function": function}, TOOLS[0]]}
+    messages = HARMONY[conversation]
+    assert rendered(resolve_template("gpt_oss"), messages, **kwargs) == rendered(
+        official("gpt_oss"), messages, **kwargs
+    )
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+@pytest.mark.parametrize("name", [name for name in training_templates() if name != "gpt_oss"])
+def test_marks_of_training_templates_give_the_mask_of_prefixes(name, thinks):
+    """gpt-oss's last turn ends in another token than the others, which prefixes do not see through."""
+    tokenizer = byte_level_tokenizer(bos="<s>", special=SPECIAL)
+    thought = {"reasoning_content": "first"} if thinks else {}
+    turns = [said("one", **thought), USER, said("two"), USER, said("three", **thought)]
+    row = PreferenceRow([SYSTEM, USER], (turns, [said("no")]))
+    marked = resolve_template(name)
+    masks = []
+    for template in (marked, without_generation_marks(marked)):
+        encoded = RowEncoder(tokenizer, template, {"enable_thinking": thinks}).encode([(row, {})])[0]
+        assert encoded.error is None
+        masks.append(encoded.group.loss_masks)
+    assert masks[0] == masks[1]
 
 
 def test_deepseeks_prompts_are_as_they_were_and_its_answers_keep_their_thoughts():

@@ -40,7 +40,8 @@ class ChatSequences:
             if any(one.stayed for one in found):
                 chat.notes.append(Note(STAYED))
         elif chat.spans:
-            offsets = [self.texts.encode_with_offsets(text)[1] for text in chat.texts[1:]]
+            located = [self.texts.encode_with_offsets(text) for text in chat.texts[1:]]
+            ids, offsets = [ids[0], *(some for some, _ in located)], [where for _, where in located]
         prompt, *sequences = [self._with_one_bos(some) for some in ids]
         closed = [self._close_turn(sequence) for sequence in sequences]
         if not chat.has_turns:
