@@ -290,7 +290,10 @@ def test_a_model_without_a_tokenizer_is_told_how_to_name_one(capsys, folder, no_
     assert "name another one: --tokenizer FOLDER_OR_NAME" in err
 
 
-def test_an_image_model_is_found_before_a_weight_is_loaded(capsys, folder, no_weights):
-    config = json.loads((folder / "model" / "config.json").read_text())
-    (folder / "model" / "config.json").write_text(json.dumps({**config, "vision_config": {}}))
-    assert "model must be a text-only causal LM" in refusal(capsys, folder)
+def test_an_encoder_is_found_before_a_weight_is_loaded(capsys, folder, no_weights):
+    from transformers import BertConfig
+
+    BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(
+        folder / "model"
+    )
+    assert "is an encoder" in refusal(capsys, folder)
