@@ -62,7 +62,8 @@ def from_autograd(args, dtype):
 @pytest.mark.parametrize("case", [case for case in CASES if case.T > 0], ids=lambda case: case.id)
 def test_gradient_made_in_forward_is_as_exact_as_the_recomputed_one(case):
     wrong = {"forward": 0.0, "recomputed": 0.0, "plain": 0.0}
-    for seed in range(1 if case.T > 8 else 16):  # so that one row's lucky rounding does not decide
+    num_seeds = 16 if case.T <= 8 else 1 if case.dtype == FP32 else 2
+    for seed in range(num_seeds):  # so that one row's lucky rounding, or in 16 bits one batch's, does not decide
         args = inputs(case, seed)
         d, values = with_grads(args)
         exact = from_autograd(args, torch.float64)
