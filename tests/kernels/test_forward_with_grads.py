@@ -61,9 +61,8 @@ def from_autograd(args, dtype):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.T > 0], ids=lambda case: case.id)
 def test_gradient_made_in_forward_is_as_exact_as_the_recomputed_one(case):
-    wrong = {"forward": 0.0, "recomputed": 0.0, "plain": 0.0}
-    num_seeds = 16 if case.T <= 8 else 1 if case.dtype == FP32 else 2
-    for seed in range(num_seeds):  # so that one row's lucky rounding, or in 16 bits one batch's, does not decide
+    wrong = {"forward": 0.0, "recomputed": 0.0, "plain": 0.0, "one rounding": 0.0}
+    for seed in range(1 if case.T > 8 else 16):  # so that one row's lucky rounding does not decide
         args = inputs(case, seed)
         d, values = with_grads(args)
         exact = from_autograd(args, torch.float64)
@@ -71,13 +70,14 @@ def test_gradient_made_in_forward_is_as_exact_as_the_recomputed_one(case):
             "forward": d_logps(d, values["lse_rest"]),
             "recomputed": d_logps(recomputed(args, values), values["lse_rest"]),
             "plain": from_autograd(args, case.dtype),
+            "one rounding": exact * (1 + torch.finfo(case.dtype).eps / 4),
         }
         for name, grads in found.items():
             wrong[name] += float((grads - exact).square().mean())
         assert (d[args[3] == IGNORE_INDEX] == 0).all()
-    error, recompute_error, plain_error = (value**0.5 for value in wrong.values())
-    assert error <= 2 * plain_error + 1e-7
+    error, recompute_error, plain_error, rounding = (value**0.5 for value in wrong.values())
     # one rounding to the operands' dtype more than in the kernel that knows lse from the start
+    assert error <= 2 * plain_error + rounding + 1e-7
     assert error <= 1.5 * recompute_error + 1e-7
 
 
