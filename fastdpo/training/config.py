@@ -66,8 +66,7 @@ class EngineConfig(TrainingArguments):
     dataloader_num_workers: int | None = field(
         default=None,
         metadata=help_text(
-            "Processes that collate batches while the GPU works. Default: 2 where there is a GPU, else 0; 0 for"
-            " streams."
+            "Processes that collate batches while the GPU works. Default: 2 where there is a GPU, else 0; streams 0."
         ),
     )
     logging_nan_inf_filter: bool = field(

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdpo.kernels.launch import capability_of
 from fastdpo.kernels.logits import INTERPRETED, can_be_described, describe
 from fastdpo.kernels.rounds import Terms
 from fastdpo.kernels.tuned import tuned_fields
@@ -262,9 +263,9 @@ def product_blocks(tiles: Tensor, other: Tensor) -> ProductBlocks:
 
 def product_candidates(tiles: Tensor) -> list[ProductBlocks]:
     """What may be tried for a workspace like `tiles`, the default first."""
-    if not tiles.is_cuda:
+    capability = capability_of(tiles)
+    if capability is None:
         return [ProductBlocks(*x) for x in _INTERPRETED]
-    capability = torch.cuda.get_device_capability(tiles.device)
     return [ProductBlocks(*x) for x in product_table(capability, tiles.element_size())]
 
 

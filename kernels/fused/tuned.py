@@ -1,4 +1,5 @@
-"""Block shapes that were measured on a GPU, in a JSON file; nothing is read before `use_tuned_blocks` is called.
+"""Block shapes that were measured on a GPU, in a JSON file; nothing is read before `use_tuned_blocks` is called, or where
+FASTDPO_TUNED_BLOCKS names the file.
 
 In: what `fastdpo.kernels.tuning` found. Out: per GPU, Triton release, dtype and hidden size the fields of a kernel
 family's blocks. A file of anything else is a ValueError with its name; entries for other GPUs or releases stay unused.
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +41,11 @@ class Key(NamedTuple):
     hidden_size: int
 
 
-_in_use: dict[Key, dict[str, dict[str, Any]]] = {}  # what use_tuned_blocks read: fields of each family's blocks
+VARIABLE = "FASTDPO_TUNED_BLOCKS"  # of the environment: a file that is read at the first launch
+
+Entries = dict[Key, dict[str, dict[str, Any]]]  # fields of each family's blocks
+_in_use: Entries = {}
+_asked_environment: list[bool] = []  # once there is something in it
 
 
 def use_tuned_blocks(path: str | Path | None = None) -> int:
@@ -52,19 +59,44 @@ def use_tuned_blocks(path: str | Path | None = None) -> int:
         ValueError: it cannot be read, or is no file of tuned blocks.
     """
     entries = load(default_path() if path is None else Path(path))
-    _in_use.clear()
-    _in_use.update(entries)
+    _use(entries)
     return len(entries)
 
 
 def use_default_blocks() -> None:
     """Launches from now on take the table's block shapes."""
+    _use({})
+
+
+@contextmanager
+def blocks_of(entries: Entries) -> Iterator[None]:
+    """Launches in this context take these, what `load` has read or {} for the table's, whatever is in use else."""
+    before = dict(_entries())
+    _use(entries)
+    try:
+        yield
+    finally:
+        _use(before)
+
+
+def _use(entries: Entries) -> None:
+    _asked_environment[:] = [True]  # what was asked for in the program counts more
+    found = dict(entries)
     _in_use.clear()
+    _in_use.update(found)
+
+
+def _entries() -> Entries:
+    if not _asked_environment:
+        path = os.environ.get(VARIABLE)
+        _use(load(Path(path)) if path else {})
+    return _in_use
 
 
 def tuned_fields(family: str, x: Tensor) -> dict[str, Any] | None:
     """The fields of this family's blocks for operands like `x`, (..., H); None where nothing was tuned or asked for."""
-    return _in_use.get(key_of(x), {}).get(family) if _in_use else None
+    entries = _entries()
+    return entries.get(key_of(x), {}).get(family) if entries else None
 
 
 def key_of(x: Tensor) -> Key:
@@ -85,7 +117,7 @@ def default_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdpo" / "blocks.json"
 
 
-def load(path: Path) -> dict[Key, dict[str, dict[str, Any]]]:
+def load(path: Path) -> Entries:
     """The entries of a file, by key and family. ValueError, with the file's name, if it holds anything else."""
     try:
         content = json.loads(path.read_text())

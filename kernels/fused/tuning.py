@@ -1,8 +1,8 @@
 """Times the block shapes that fit a GPU and keeps the fastest; runs only when it is called.
 
-    python -m fastdpo.kernels.tuning --hidden-size 4096 --vocab-size 128256
+    python -m fastdpo.kernels.tuning --hidden-size 4096 --vocab-size 128256 [--capability 9.0, to compile alone]
 
-In: the sizes of a head. Out: `Tuning`, and an entry in the file that `use_tuned_blocks` reads. A candidate's numbers
+All candidates are compiled first, on all cores at once; then they are timed, a few milliseconds each. In: the sizes of a head. Out: `Tuning`, and an entry in the file that `use_tuned_blocks` reads. A candidate's numbers
 are compared with the default's before it is timed: one that is wrong, or that does not compile, is listed and left out.
 Not tuned: the shapes for a bias, a softcap or statistics, and those of skipping, whose size decides what is skipped.
 """
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from fastdpo.kernels import tuned
 from fastdpo.kernels.backward import fill_logit_grads
 from fastdpo.kernels.forward import fused_forward, fused_forward_with_grads
 from fastdpo.kernels.launch import Blocks, candidate_blocks, device_blocks, is_interpreted
+from fastdpo.kernels.precompile import Compiled, compiling_only
 from fastdpo.kernels.products import product_blocks, product_candidates, products
 from fastdpo.kernels.rounds import plan_rounds
 
@@ -99,7 +99,9 @@ def tune(
     key = tuned.key_of(hidden_states)
     trials: list[Trial] = []
     best: dict[str, Any] = {}
-    with _default_blocks(), torch.cuda.device(device if device.type == "cuda" else -1):
+    with tuned.blocks_of({}), torch.cuda.device(device if device.type == "cuda" else -1):
+        if device.type == "cuda":
+            compile_candidates(hidden_states, weight, labels)
         for i, (family, make_task) in enumerate(TASKS.items()):
             task = make_task(hidden_states, weight, labels)
             deadline = start + seconds * (i + 1) / len(TASKS)  # what a family leaves over is the next one's
@@ -107,6 +109,23 @@ def tune(
             trials += tried
     tuned.save(path, key, {family: blocks._asdict() for family, blocks in best.items()})
     return Tuning(key, path, trials, best)
+
+
+def compile_candidates(
+    hidden_states: Tensor, weight: Tensor, labels: Tensor, capability: tuple[int, int] | None = None
+) -> Compiled:
+    """Compiles every family's candidates at once; what does not compile is found again, and named, when it is tried.
+
+    Args:
+        hidden_states, weight, labels: as they will be measured, or on the device "meta".
+        capability: of a GPU that is not there; None: the current one.
+    """
+    with compiling_only(capability) as compiled:
+        for make_task in TASKS.values():
+            task = make_task(hidden_states, weight, labels)
+            for blocks in dict.fromkeys((task.default, *task.candidates)):
+                task.run(blocks)
+    return compiled
 
 
 def _forward_task(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Task:
@@ -219,17 +238,6 @@ def _tolerance(x: Tensor) -> float:
     return 1e-5 if x.dtype == torch.float32 else 2 * torch.finfo(x.dtype).eps
 
 
-@contextmanager
-def _default_blocks() -> Iterator[None]:
-    """Defaults are the table's while measuring, whatever tuned blocks are in use."""
-    in_use = dict(tuned._in_use)
-    tuned.use_default_blocks()
-    try:
-        yield
-    finally:
-        tuned._in_use.update(in_use)
-
-
 def _median_ms(call: Callable[[], Any]) -> float:
     return triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
 
@@ -256,7 +264,12 @@ def main(arguments: list[str] | None = None) -> int:
         default=float("inf"),
         help="no new candidate is tried after this time, shared by the kernels",
     )
+    parser.add_argument(
+        "--capability", help="compile the candidates for a GPU that is not there, as 9.0, and time nothing"
+    )
     options = parser.parse_args(arguments)
+    if options.capability is not None:
+        return _compile_alone(options)
     sizes = options.hidden_size, options.vocab_size, getattr(torch, options.dtype)
     try:
         found = tune(*sizes, num_rows=options.num_rows, cache=options.cache, seconds=options.seconds)
@@ -268,6 +281,21 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{mark} {trial.family:12} {'x'.join(str(int(x)) for x in trial.blocks):24} {outcome}")
     print(f"wrote {found.path}")
     return 0
+
+
+def _compile_alone(options: argparse.Namespace) -> int:
+    major, _, minor = options.capability.partition(".")
+    settings = {"dtype": getattr(torch, options.dtype), "device": "meta"}
+    compiled = compile_candidates(
+        torch.empty(options.num_rows, options.hidden_size, **settings),
+        torch.empty(options.vocab_size, options.hidden_size, **settings),
+        torch.empty(options.num_rows, dtype=torch.int64, device="meta"),
+        (int(major), int(minor or 0)),
+    )
+    for key, error in compiled.failures.items():
+        print(f"left out: {key}: {error}")
+    print(f"{len(compiled.names)} kernels in {compiled.seconds:.0f} s, {len(compiled.failures)} did not compile")
+    return 1 if compiled.failures else 0
 
 
 if __name__ == "__main__":

@@ -186,6 +186,29 @@ def test_the_default_file_lies_in_the_cache_folder(tmp_path, monkeypatch):
     assert tuned.default_path() == tmp_path / "fastdpo" / "blocks.json"
 
 
+def test_the_environment_names_a_file_that_is_read_at_the_first_launch(cache, monkeypatch):
+    found = tuning.tune(*SIZES, FP32, num_rows=40, cache=cache, measure=descending())
+    monkeypatch.setattr(tuned, "_asked_environment", [])
+    monkeypatch.setenv("FASTDPO_TUNED_BLOCKS", str(cache))
+    assert device_blocks(operands()) == found.best["forward"] != INTERPRETED
+    tuned.use_default_blocks()  # what the program asks for counts more
+    assert device_blocks(operands()) == INTERPRETED
+    monkeypatch.setattr(tuned, "_asked_environment", [])
+    monkeypatch.setenv("FASTDPO_TUNED_BLOCKS", str(cache.parent / "nowhere.json"))
+    with pytest.raises(ValueError, match=r"nowhere\.json"):
+        device_blocks(operands())
+
+
+def test_blocks_can_be_used_for_a_while(cache):
+    found = tuning.tune(*SIZES, FP32, num_rows=40, cache=cache, measure=descending())
+    with tuned.blocks_of(tuned.load(cache)):
+        assert device_blocks(operands()) == found.best["forward"]
+        with tuned.blocks_of({}):
+            assert device_blocks(operands()) == INTERPRETED
+        assert device_blocks(operands()) == found.best["forward"]
+    assert device_blocks(operands()) == INTERPRETED
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
