@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import time
 from dataclasses import asdict
 from typing import Any
@@ -21,8 +22,18 @@ from typing import Any
 import pytest
 import torch
 from measure import MIB, append_lines, free_bytes, interleaved_ms, machine_facts, matmul_job, matmul_shape, peak_mib
-from methods import MAKERS, PASSES, Method, available, facts_of, job, needed_bytes
-from problem import CPU_SHAPES, GPU_SHAPES, Problem, Shape, check_problem, errors, make_problem, with_reference
+from methods import MAKERS, PASSES, TUNED, Method, available, facts_of, job, needed_bytes
+from problem import (
+    CPU_SHAPES,
+    GPU_SHAPES,
+    RISKY_SHAPES,
+    Problem,
+    Shape,
+    check_problem,
+    errors,
+    make_problem,
+    with_reference,
+)
 
 REFERENCE = "plain, response rows"  # whose own error against fp64 says what is wrong
 OWN_LIMIT, PEER_LIMIT = 2, 10  # times that error
@@ -30,6 +41,7 @@ OWN_LIMIT, PEER_LIMIT = 2, 10  # times that error
 # table, beside its time. F.linear_cross_entropy was seen at 4.5e-6 in fp32 (dH) and 1.3e-2 in bf16 (DPO gradients).
 PEER_ALLOWANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 MATMUL = "bare matmul"
+BRIEFLY = (REFERENCE, "fastdpo", "fastdpo, tuned")  # on RISKY_SHAPES, unless methods or shapes are asked for
 
 
 def shapes() -> list[Shape]:
@@ -39,7 +51,7 @@ def shapes() -> list[Shape]:
 def check(method: Method, pass_name: str, problem: Problem, plain_errors: dict[str, float]) -> dict[str, float]:
     """Errors of one pass against fp64. Raises AssertionError, with the numbers, for a wrong one."""
     found = errors(problem, pass_name, job(method, pass_name, problem)(), method.takes_reference)
-    is_own = method.name == "fastdpo"
+    is_own = method.name.startswith("fastdpo")
     dtype = str(problem.weight.dtype).removeprefix("torch.")
     allowed = dict(plain_errors)
     if pass_name == "dpo loss":  # one number may be exact by luck
@@ -135,12 +147,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, help="timed runs of each method (default: 7, quick: 3)")
     parser.add_argument("--out", help="append one JSON line per measurement to this file")
     parser.add_argument("--shapes", type=Shape.parse, nargs="+", help="like T2048-R1024-H512-V32000-float32")
-    parser.add_argument("--methods", nargs="+", choices=list(MAKERS), default=list(MAKERS), metavar="NAME")
+    parser.add_argument("--methods", nargs="+", choices=list(MAKERS), metavar="NAME")
+    parser.add_argument("--tuned", metavar="FILE", help="tuned blocks, for a row of their own")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), metavar="NAME")
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="start no pass later than this")
     parser.add_argument("--quick", action="store_true", help="first shape only, 3 runs")
     options = parser.parse_args(argv)
     options.runs = options.runs or (3 if options.quick else 7)
+    options.brief = [] if options.shapes or options.methods else RISKY_SHAPES
+    options.methods = options.methods or list(MAKERS)
     options.shapes = options.shapes or (shapes()[:1] if options.quick else shapes())
     return options
 
@@ -152,7 +167,7 @@ def run_shape(shape: Shape, methods: list[Method], options: argparse.Namespace, 
         if time.monotonic() > options.deadline:
             print(f"left out: {shape}, {pass_name} (out of time)")
             continue
-        able = [method for method in methods if pass_name in method.products]
+        able = [method for method in methods if pass_name in method.products and fits_shape(method, shape, options)]
         records = run_pass(shape, problem, able, pass_name, options.runs)
         rate = next((r["matmul_tflops"] for r in records if "matmul_tflops" in r), 0.0)
         print(f"\n{shape}, {pass_name}; {MATMUL}: {rate:.3f} TFLOP/s")
@@ -160,9 +175,26 @@ def run_shape(shape: Shape, methods: list[Method], options: argparse.Namespace, 
         append_lines(options.out, [{**facts, **asdict(shape), **record} for record in records])
 
 
+def fits_shape(method: Method, shape: Shape, options: argparse.Namespace) -> bool:
+    """Whether the method is to be run on a shape: tuned blocks are those of one hidden size and dtype."""
+    if shape in options.brief and method.name not in BRIEFLY:
+        return False
+    if method.name != "fastdpo, tuned":
+        return True
+    from fastdpo.kernels import tuned
+
+    like = torch.empty(
+        1, shape.hidden_size, dtype=shape.torch_dtype, device="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    with method.context():
+        return tuned.tuned_fields("forward", like) is not None
+
+
 def main(argv: list[str] | None = None) -> None:
     options = parse_args(argv)
     options.deadline = time.monotonic() + options.max_seconds
+    if options.tuned is not None:
+        os.environ[TUNED] = options.tuned
     facts = machine_facts()
     print(" ".join(f"{key}={value}" for key, value in facts.items()))
     methods, missing = available(options.methods)

@@ -6,9 +6,12 @@ is not installed, or that needs a device this machine lacks, is named with its r
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ import torch.nn.functional as F
 from problem import BETA, Problem, Shape, dpo_loss
 from torch import Tensor
 
+TUNED = "FASTDPO_BENCH_TUNED"  # of the environment: tuned blocks for a row of their own; the row "fastdpo" is without
 PASSES = ("forward", "forward+backward", "frozen head", "dpo loss")
 # matmuls of 2 N H V FLOPs that an exact op cannot do without: logits, dH, dW
 NEEDED_PRODUCTS = {"forward": 1, "forward+backward": 3, "frozen head": 2, "dpo loss": 3}
@@ -37,6 +41,7 @@ class Method:
     takes_reference: bool = True  # False: its DPO loss is the one without a reference
     bytes_per_logit: float = 0.0  # what it holds per (row, vocabulary id), for leaving out what does not fit
     notes: dict[str, str] = field(default_factory=dict)  # pass -> what a reader of its number should know
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # in which it runs, backward too
 
 
 def plain(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -135,6 +140,17 @@ def _fastdpo() -> Method:
     return Method("fastdpo", {**products, "dpo loss": 3}, logps, dpo)
 
 
+def _tuned() -> Method:
+    """fastdpo with the block shapes of the file that TUNED names."""
+    path = os.environ.get(TUNED)
+    if not path:
+        raise RuntimeError(f"no file of tuned blocks was given (--tuned, or {TUNED})")
+    from fastdpo.kernels import tuned
+
+    entries, own = tuned.load(Path(path)), _fastdpo()
+    return replace(own, name="fastdpo, tuned", context=lambda: tuned.blocks_of(entries))
+
+
 MAKERS: dict[str, Callable[[], Method]] = {
     "plain, all rows": _plain_all_rows,
     "plain, response rows": _plain_response_rows,
@@ -144,6 +160,7 @@ MAKERS: dict[str, Callable[[], Method]] = {
     "CCE": _cce,
     "TRL": _trl,
     "fastdpo": _fastdpo,
+    "fastdpo, tuned": _tuned,
 }
 
 
@@ -195,7 +212,13 @@ def job(method: Method, pass_name: str, problem: Problem) -> Callable[[], tuple[
             loss = dpo_loss(response_logps(), *refs)
         return (loss.detach(), *torch.autograd.grad(loss, leaves))
 
-    return {"forward": forward, "dpo loss": dpo}.get(pass_name, backward)
+    run = {"forward": forward, "dpo loss": dpo}.get(pass_name, backward)
+
+    def in_context() -> tuple[Tensor, ...]:
+        with method.context():
+            return run()
+
+    return in_context
 
 
 def facts_of(method: Method, pass_name: str, shape: Shape) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,8 @@ def test_stopped_early_it_leaves_a_summary(other_python, tmp_path):
         if line.startswith("fastdpo verify ..."):
             break
     suite.send_signal(signal.SIGTERM)
-    suite.communicate(timeout=60)
-    assert suite.returncode == 130
+    printed, _ = suite.communicate(timeout=60)
+    assert suite.returncode == 130, printed
     summary = (tmp_path / "SUMMARY.md").read_text()
     assert "| fastdpo verify | stopped with the suite |" in summary
     assert "The suite was stopped before its end." in summary
@@ -231,6 +232,138 @@ def test_a_part_may_take_the_time_that_those_after_it_do_not_need(tmp_path):
         one.command.extend([str(told), "{seconds}"])
         assert suite.run(one, reserved=reserved).verdict == "ok"
         assert int(told.read_text()) == pytest.approx(expected, abs=2)
+
+
+def test_a_part_past_its_limit_is_interrupted_and_says_what_it_has(suite):
+    code = """
+import time
+try:
+    print("found by now", flush=True)
+    time.sleep(99)
+except KeyboardInterrupt:
+    print("last words", flush=True)
+    raise SystemExit(1)
+"""
+    begin = time.monotonic()
+    result = suite.run(part(code, seconds=2))
+    assert result.verdict == "stopped after 2 s"
+    assert result.tail[-2:] == ["found by now", "last words"]
+    assert time.monotonic() - begin < 20
+
+
+def test_a_part_that_does_not_listen_is_ended_all_the_same(suite, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "SECONDS_TO_SAY", 1)
+    code = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint(1, flush=True)\ntime.sleep(99)"
+    begin = time.monotonic()
+    assert suite.run(part(code, seconds=2)).verdict == "stopped after 2 s"
+    assert time.monotonic() - begin < 20
+
+
+def test_a_test_run_that_is_stopped_has_named_what_failed(suite, tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import time\n\ndef test_wrong():\n    assert 1 == 2\n\ndef test_endless():\n    time.sleep(99)\n"
+    )
+    command = [*gpu_suite.pytest_command(tmp_path / "test_some.py"), "--rootdir", str(tmp_path)]
+    result = suite.run(gpu_suite.Part("key", "tests", command, 8))
+    assert result.verdict == "stopped after 8 s"
+    log = suite.log.read_text()
+    assert "test_some.py::test_wrong FAILED" in log
+    assert "assert 1 == 2" in "\n".join(result.tail)
+
+
+def test_verify_that_is_stopped_keeps_its_lines(suite):
+    verify = gpu_suite.verify_part("--device", "cpu", "--dtype", "bfloat16", "--vocab", "4001")
+    with gpu_suite.importable_tree() as tree:
+        suite.tree = tree
+        process = subprocess.Popen(
+            [sys.executable, *verify.command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **suite._surroundings(),
+        )
+        first = [process.stderr.readline() for _ in range(3)]
+        process.send_signal(signal.SIGINT)
+        report = json.loads(process.communicate(timeout=60)[0])
+    assert all(line.startswith(("ok: ", "skipped: ")) for line in first)
+    assert report["complete"] is False
+    assert report["passed"] is False
+    assert len(report["lines"]) >= 3
+    (suite.out / "verify.json").write_text(json.dumps(report))
+    assert "It was stopped before its end." in "\n".join(gpu_suite.verify_lines(suite.out / "verify.json"))
+
+
+def wheel(folder, name, modules, tag="py3-none-any"):
+    path = folder / f"{name}-1.0-{tag}.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for module in modules:
+            archive.writestr(f"{module}/__init__.py", "found = True\n")
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", f"Name: {name}\n")
+    return path
+
+
+def test_wheels_bring_what_is_missing_and_nothing_else(tmp_path):
+    wheel(tmp_path, "brought", ["brought_along"])
+    wheel(tmp_path, "json_again", ["json"])  # this Python has it
+    wheel(tmp_path, "other", ["of_another_python"], "cp39-cp39-manylinux2014_x86_64")
+    assert [path.name for path in gpu_suite.missing_wheels(tmp_path)] == ["brought-1.0-py3-none-any.whl"]
+    with gpu_suite.importable_tree(tmp_path) as tree:
+        code = "import brought_along, fastdpo, json; print(brought_along.found, hasattr(json, 'dumps'))"
+        environment = {**os.environ, "PYTHONPATH": str(tree)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True, check=True
+        )
+    assert done.stdout.split() == ["True", "True"]
+
+
+def test_a_package_that_does_not_import_is_missing_with_its_reason(tmp_path, suite):
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "__init__.py").write_text("raise ImportError('pyarrow>=24 is required')\n")
+    suite.probe()
+    assert "datasets" in suite.facts["missing"]
+    said = "\n".join(gpu_suite.machine_lines(suite.facts))
+    assert "datasets cannot be imported: ImportError: pyarrow>=24 is required" in said
+
+
+def test_tests_run_beside_each_other_and_those_of_memory_alone(tmp_path):
+    first, memory = gpu_suite.test_parts({"missing": []})
+    assert "-n" in first.command
+    assert "-n" not in memory.command
+    assert [word for word in first.command if "memory" in word] == [
+        f"--ignore={ROOT / 'tests' / name}" for name in gpu_suite.MEMORY_TESTS
+    ]
+    assert all(str(ROOT / "tests" / name) in memory.command for name in gpu_suite.MEMORY_TESTS)
+    assert "-n" not in gpu_suite.test_parts({"missing": ["xdist"]})[0].command
+    order = [first.command.index(str(ROOT / "tests" / name)) for name in gpu_suite.FIRST_TESTS]
+    assert order == sorted(order)
+
+
+def test_the_riskiest_shapes_come_first_for_fastdpo_and_plain_pytorch_alone(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    bench, problem = importlib.import_module("bench_linear_logps"), importlib.import_module("problem")
+    assert [shape.hidden_size for shape in problem.GPU_SHAPES[:2]] == [1024, 2048]
+    options = bench.parse_args([])
+    methods = [bench.Method(name, {}) for name in ("plain, response rows", "Liger", "fastdpo")]
+    of_first, of_third = (
+        [m.name for m in methods if bench.fits_shape(m, problem.GPU_SHAPES[i], options)] for i in (0, 2)
+    )
+    assert of_first == ["plain, response rows", "fastdpo"]
+    assert of_third == ["plain, response rows", "Liger", "fastdpo"]
+    asked = bench.parse_args(["--shapes", str(problem.GPU_SHAPES[0])])
+    assert bench.fits_shape(methods[1], problem.GPU_SHAPES[0], asked)
+
+
+@pytest.mark.slow
+def test_a_dry_run_goes_through_every_part_of_a_gpus_run(tmp_path):
+    command = ["bash", str(SCRIPT), str(tmp_path), "--dry-run"]
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    summary = (tmp_path / "SUMMARY.md").read_text()
+    parts = gpu_suite.gpu_parts(tmp_path, {"missing": []})
+    assert done.returncode == 0, done.stdout + summary
+    assert [line.split(" | ")[1] for line in summary.splitlines() if line.startswith("| ")][1:] == ["ok"] * len(parts)
+    assert "0.0 host waits" in summary
+    assert (tmp_path / "trace.json.gz").stat().st_size > 1000
 
 
 def test_output_that_is_a_result_goes_to_its_own_file(suite):

@@ -1,13 +1,15 @@
 """`fastdpo verify`: are the kernels right on this machine? A table of checks, exit code 1 if one fails.
 
-In: a device, dtypes, a shape. Out: the table, or with --json one JSON object on stdout: "passed", "machine", and
-"lines" with impl, dtype, check, verdict, error, bound, unit and note of each check.
+In: a device, dtypes, a shape. Out: the table, or with --json one JSON object on stdout: "passed", "complete",
+"machine", and "lines" with impl, dtype, check, verdict, error, bound, unit and note of each check. Each line is printed
+on stderr as it comes; interrupted (SIGINT), the object has those that came.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -33,14 +35,30 @@ def main(argv: list[str]) -> int:
         torch.device(device)
     except RuntimeError:
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {device!r}") from None
-    lines = verify(device, options.dtype, _shape(options, device))
+    lines: list[Line] = []
+    complete = True
+    try:
+        verify(device, options.dtype, _shape(options, device), lambda line: _take_down(line, lines, options.json))
+    except KeyboardInterrupt:
+        if not options.json:
+            raise
+        complete = False
     failed = [line for line in lines if line.verdict == "FAILED"]
     if options.json:
-        report = {"passed": not failed, "machine": machine(device), "lines": [asdict(line) for line in lines]}
-        print(json.dumps(report, indent=2))
+        report = {"passed": complete and not failed, "complete": complete, "machine": machine(device)}
+        print(json.dumps({**report, "lines": [asdict(line) for line in lines]}, indent=2))
     else:
         _print(lines, failed, machine(device))
-    return 1 if failed else 0
+    return 1 if failed or not complete else 0
+
+
+def _take_down(line: Line, lines: list[Line], aloud: bool) -> None:
+    lines.append(line)
+    if aloud:
+        error = _number(line.error, line.unit)
+        print(
+            f"{line.verdict}: {line.impl}, {line.dtype}, {line.check} {error} {line.note}", file=sys.stderr, flush=True
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ Refuses devices other than the CPU and CUDA, and dtypes that the op makes no pro
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,13 +21,19 @@ MIN_ROWS = 32  # with fewer, one lucky rounding of plain PyTorch's decides
 IMPLS = ("triton", "tiled", "reference")
 
 
-def verify(device: str = "cpu", dtypes: Sequence[str] | None = None, shape: Shape | None = None) -> list[Line]:
+def verify(
+    device: str = "cpu",
+    dtypes: Sequence[str] | None = None,
+    shape: Shape | None = None,
+    each: Callable[[Line], None] | None = None,
+) -> list[Line]:
     """All checks, for every implementation and dtype.
 
     Args:
         device: cpu or cuda, with an index if wanted.
         dtypes: names in torch, out of ALL_DTYPES; by default DTYPES of the device.
         shape: of the comparisons; by default ragged and of a size that takes seconds. Memory has shapes of its own.
+        each: is called with every line as it comes.
     Raises:
         ValueError: the device cannot be used, a dtype is not one of ALL_DTYPES, or there are too few rows.
     """
@@ -45,25 +51,31 @@ def verify(device: str = "cpu", dtypes: Sequence[str] | None = None, shape: Shap
     lines = []
     for impl in IMPLS:
         for dtype in dtypes:
-            lines += verify_one(Subject(impl, dtype, place, shape or default_shape(impl, place)))
+            lines += verify_one(Subject(impl, dtype, place, shape or default_shape(impl, place)), each)
     return lines
 
 
-def verify_one(subject: Subject) -> list[Line]:
+def verify_one(subject: Subject, each: Callable[[Line], None] | None = None) -> list[Line]:
     """The lines of one implementation in one dtype. A check that raises is a failed line; the others still run."""
     if subject.impl == "triton":  # the others run everywhere
         try:
             subject.problem(Shape(2, 16, 16)).call(subject.op)
         except ValueError as refusal:
-            return [subject.skipped("all", str(refusal))]
+            return _told([subject.skipped("all", str(refusal))], each)
     lines: list[Line] = []
     for check in CHECKS:
         try:
-            lines += check(subject)
+            lines += _told(check(subject), each)
         except Exception as error:  # whatever an op raises is a finding
             what = (check.__doc__ or "").splitlines()[0]
             note = f"{type(error).__name__}: {error}"
-            lines.append(Line(subject.impl, subject.dtype, what, "FAILED", note=note))
+            lines += _told([Line(subject.impl, subject.dtype, what, "FAILED", note=note)], each)
+    return lines
+
+
+def _told(lines: list[Line], each: Callable[[Line], None] | None) -> list[Line]:
+    for line in lines if each is not None else ():
+        each(line)
     return lines
 
 

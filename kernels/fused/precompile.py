@@ -1,4 +1,4 @@
-"""Compiles what a head will launch, on all cores at once, before anything is launched; also for a GPU that is not there.
+"""Compiles what a head will launch, on all cores at once and before anything is launched; for absent GPUs too.
 
     python -m fastdpo.kernels.precompile --hidden-size 4096 --vocab-size 128256 [--capability 9.0]
 

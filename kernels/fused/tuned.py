@@ -1,5 +1,5 @@
-"""Block shapes that were measured on a GPU, in a JSON file; nothing is read before `use_tuned_blocks` is called, or where
-FASTDPO_TUNED_BLOCKS names the file.
+"""Block shapes that were measured on a GPU, in a JSON file; read when `use_tuned_blocks` is called, at the first launch
+where FASTDPO_TUNED_BLOCKS names the file, and else not.
 
 In: what `fastdpo.kernels.tuning` found. Out: per GPU, Triton release, dtype and hidden size the fields of a kernel
 family's blocks. A file of anything else is a ValueError with its name; entries for other GPUs or releases stay unused.

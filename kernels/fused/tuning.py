@@ -2,9 +2,10 @@
 
     python -m fastdpo.kernels.tuning --hidden-size 4096 --vocab-size 128256 [--capability 9.0, to compile alone]
 
-All candidates are compiled first, on all cores at once; then they are timed, a few milliseconds each. In: the sizes of a head. Out: `Tuning`, and an entry in the file that `use_tuned_blocks` reads. A candidate's numbers
-are compared with the default's before it is timed: one that is wrong, or that does not compile, is listed and left out.
-Not tuned: the shapes for a bias, a softcap or statistics, and those of skipping, whose size decides what is skipped.
+All candidates are compiled first, on all cores at once; then they are timed, a few milliseconds each. In: the sizes of
+a head. Out: `Tuning`, and an entry in the file that `use_tuned_blocks` reads. A candidate's numbers are compared with
+the default's before it is timed: one that is wrong, or that does not compile, is listed and left out. Not tuned: the
+shapes for a bias, a softcap or statistics, and those of skipping, whose size decides what is skipped.
 """
 
 from __future__ import annotations
