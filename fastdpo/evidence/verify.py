@@ -73,10 +73,14 @@ def verify_one(subject: Subject, each: Callable[[Line], None] | None = None) -> 
     return lines
 
 
-def _told(lines: list[Line], each: Callable[[Line], None] | None) -> list[Line]:
-    for line in lines if each is not None else ():
-        each(line)
-    return lines
+def _told(lines: Iterable[Line], each: Callable[[Line], None] | None) -> list[Line]:
+    """All lines, each of which was told when it was there."""
+    told = []
+    for line in lines:
+        if each is not None:
+            each(line)
+        told.append(line)
+    return told
 
 
 def default_shape(impl: str, device: torch.device | str) -> Shape:
