@@ -7,7 +7,7 @@ Refuses devices other than the CPU and CUDA, and dtypes that the op makes no pro
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
