@@ -99,3 +99,17 @@ def test_figures_of_the_page_on_the_head_op_are_those_of_the_results():
     assert [float(x) for x in stated.groups()[:4]] == pytest.approx(ratios, abs=0.006)
     assert [float(x) for x in stated.groups()[4:6]] == pytest.approx(peaks, abs=0.6)
     assert plain_peaks == pytest.approx([float(x) for x in stated.groups()[6:]] * 2, abs=0.6)
+
+
+def test_figures_of_the_data_are_those_of_the_results():
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    records = map(json.loads, (ROOT / "benchmarks" / "results" / "data.jsonl").read_text().splitlines())
+    for record in records:
+        for method in ("TRL", "fastdpo"):
+            own, base = record[method], record["TRL"]
+            expected = [own[name] for name in ("ready_s", "ready_s_min", "ready_s_max", "data_cpu_s", "peak_mib")]
+            start = rf"^\| {record['rows']:,}, [^|]+ \| {method} \|(.*)$"
+            stated = re.findall(r"[\d.]+", re.search(start, page, flags=re.MULTILINE).group(1))
+            ratio = float(stated.pop(3))
+            assert [float(x) for x in stated] == pytest.approx(expected, abs=0.5)
+            assert ratio == pytest.approx(own["ready_s"] / base["ready_s"], abs=0.006)
