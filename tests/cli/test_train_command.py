@@ -291,6 +291,10 @@ def test_every_field_can_be_set_from_the_command_line():
     ours = {f.name for f in fields(DPOConfig)} - {f.name for f in fields(TrainingArguments)}
     given = {
         "beta": ("0.7", 0.7),
+        "chat_template": ("qwen3", "qwen3"),
+        "chat_template_kwargs": ('{"enable_thinking": false}', {"enable_thinking": False}),
+        "on_long_row": ("drop", "drop"),
+        "on_lost_content": ("raise", "raise"),
         "loss_type": ("ipo, sft", ["ipo", "sft"]),
         "loss_weights": ("1,0.5", [1.0, 0.5]),
         "f_divergence_type": ("js_divergence", "js_divergence"),
