@@ -44,6 +44,7 @@ FIRST_TESTS = ["modeling", "ops/test_matmul.py", "evidence", "ops", "kernels"]
 MEMORY_TESTS = ["ops/test_peak_memory.py", "evidence/test_memory.py"]  # measure a GPU that nobody else uses
 TEST_PROCESSES = 8  # most of their time is compiling
 DRY_SECONDS = 3600
+DRY_METHODS = ("plain, response rows", "fastdpo", "fastdpo, cached")  # each is a process that imports everything
 RESULTS = "results.json"  # of the parts, for --resume
 UNFINISHED = 3  # exit code of a part that had to leave something out, and goes on with what it has
 PROBE = """
@@ -98,7 +99,7 @@ def gpu_parts(out: Path, facts: dict[str, Any]) -> list[Part]:
     tuning = ROOT / "kernels" / "fused" / "tuning.py"
     sizes = ["--hidden-size", "4096", "--vocab-size", "128256"]
     tune = ["-m", "fastdpo.kernels.tuning", *sizes, "--dtype", "bfloat16", "--seconds", "60"]
-    blocks, tiny = f"{out}/blocks.json", ["--quick", "--shapes", "T64-R32-H32-V300-float32"]
+    blocks, tiny = f"{out}/blocks.json", ["--quick", "--shapes", "T64-R64-H32-V2100-float32"]
     op, skipping, training = (BENCHMARKS / f"bench_{name}.py" for name in ("linear_logps", "skipping", "training_step"))
     compiling = ["-m", "fastdpo.kernels.precompile", *sizes]
     dry_tune = ["--hidden-size", "128", "--vocab-size", "512", "--num-rows", "256", "--capability", "8.0"]
@@ -143,7 +144,15 @@ def gpu_parts(out: Path, facts: dict[str, Any]) -> list[Part]:
             needs=("datasets", "accelerate"),
             takes_the_rest=True,
             goes_on=True,
-            dry=(str(training), "--out", f"{out}/training_step.jsonl", "--resume", "--quick"),
+            dry=(
+                str(training),
+                "--out",
+                f"{out}/training_step.jsonl",
+                "--resume",
+                "--quick",
+                "--methods",
+                *DRY_METHODS,
+            ),
         ),
         verify_part(
             "--dtype", "float32", "--dtype", "float16", key="verify_others", name="fastdpo verify, other dtypes"

@@ -13,17 +13,25 @@ from pathlib import Path
 import torch
 
 
-def on_processes(function, cases, folder, num_processes=2):
+ONE_CARD = "FASTDPO_TESTS_ON_ONE_CARD"  # of the environment: every process has the first GPU
+
+
+def on_processes(function, cases, folder, num_processes=2, *, on_one_card=False):
     """What `function(folder of the case, **case)` has returned, a list over cases of lists over processes.
 
     The cases are one list, run in order, each in a folder of its own that all processes share. Cases and results go
-    through JSON.
+    through JSON. Processes are on the CPU, or with `on_one_card` all on the first GPU.
     """
     (folder / "cases.json").write_text(json.dumps(cases))
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     done = subprocess.run(
         [*start, __file__, str(folder), function.__code__.co_filename, function.__name__],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "0" if on_one_card else "",
+            ONE_CARD: "1" if on_one_card else "",
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -35,6 +43,8 @@ def on_processes(function, cases, folder, num_processes=2):
 
 def _run(folder, file, name):
     torch.set_num_threads(1)
+    if os.environ[ONE_CARD]:
+        os.environ["LOCAL_RANK"] = "0"
     sys.path.insert(0, str(Path(file).parent))
     function = getattr(importlib.import_module(Path(file).stem), name)
     results = []
