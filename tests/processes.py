@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-
 ONE_CARD = "FASTDPO_TESTS_ON_ONE_CARD"  # of the environment: every process has the first GPU
 
 
