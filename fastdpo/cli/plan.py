@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fastdpo.cli.console import make_console
 from fastdpo.cli.parser import RaisingParser
+from fastdpo.training.model_kinds import text_part
 from fastdpo.training.plan import ROUNDING, USABLE_SHARE, Plan, make_plans, pair_tokens
 
 GB = 1e9
@@ -100,11 +101,11 @@ def parse_bytes(text: str) -> int:
 
 def load_config(name: str, trust_remote_code: bool = False) -> Any:
     """Raises:
-    ValueError: there is no such config, or it is not of a text-only causal LM.
+    ValueError: there is no such config, or it has no causal LM.
     """
     from transformers import AutoConfig
 
-    from fastdpo.training.models import refuse_vision
+    from fastdpo.training.model_kinds import check_kind
 
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -112,7 +113,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
         raise ValueError(
             f"model must be a name on the Hub, a folder or a config.json, got {name!r}: {error}"
         ) from error
-    refuse_vision(config, name)
+    check_kind(config, name)
     return config
 
 
@@ -133,7 +134,7 @@ def _record(plan: Plan, lora_r: int) -> dict[str, Any]:
 
 
 def _table(plans: Sequence[Plan], config: Any) -> Table:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(text_part(config), "max_position_embeddings", None)
     caption = f"The model's own limit is {positions:,} tokens of prompt and response." if positions else None
     table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("train", "checkpointing", "reference", "optim"):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.modeling.attention import ATTENTION_BACKENDS, PACKED_ATTENTION, PackedLayout, register
+from fastdpo.modeling.backbone import backbone_name
 from fastdpo.modeling.head import lm_head
 from fastdpo.modeling.router import load_balancing_loss
 from fastdpo.ops import sequence_logps
@@ -39,6 +40,7 @@ class _Prepared:
     forward: Callable[..., Any]  # as the model had it
     generate: Callable[..., Any] | None
     own_methods: dict[str, Any]  # those of the two that were instance attributes
+    backbone: str  # name of the decoder among the model's modules
     attention_backend: str = "auto"
     skip_tolerance: float = 0.0  # of the head op, as the next one
     workspace_bytes: int | None = None
@@ -115,10 +117,7 @@ def attention_backend(model: nn.Module) -> str:
 
 
 def _install(bare: Any) -> None:
-    if not hasattr(bare, "get_output_embeddings") or getattr(bare, "base_model", bare) is bare:
-        raise ValueError(
-            f"model must be a Hugging Face causal LM with a backbone and an LM head, got {type(bare).__name__}"
-        )
+    backbone = backbone_name(bare)
     lm_head(bare)
     register()
     configs = {
@@ -129,6 +128,7 @@ def _install(bare: Any) -> None:
         forward=bare.forward,
         generate=getattr(bare, "generate", None),
         own_methods={name: bare.__dict__[name] for name in ("forward", "generate") if name in bare.__dict__},
+        backbone=backbone,
     )
     setattr(bare, _STATE, state)
     # bound methods, because a copy of the model then gets methods of its own, also inside what accelerate wraps them in
@@ -316,7 +316,7 @@ def _forward(
         layout = {"attention_mask": batch.attention_mask}
     if router_aux_loss:
         layout["output_router_logits"] = True
-    backbone = model.base_model(input_ids=batch.input_ids, use_cache=False, **layout)
+    backbone = model.get_submodule(state.backbone)(input_ids=batch.input_ids, use_cache=False, **layout)
     hidden_states = backbone.last_hidden_state
     head = lm_head(model)
     rows = hidden_states.flatten(0, 1).index_select(0, batch.logit_rows)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fastdpo.data.packing import pack_pairs, pad_pairs
 from fastdpo.modeling.attention import BACKENDS, Observed, UnsupportedAttention, observed
+from fastdpo.modeling.backbone import text_config, text_ids
 from fastdpo.modeling.head import execution_device
 from fastdpo.modeling.packed import attention_backend, bare_model, packed_logps, prepare_model
 from fastdpo.types import TokenizedPair
@@ -187,11 +188,11 @@ def _in_fp32_where_it_fits(model: nn.Module) -> nn.Module:
 
 
 def _probe(model: nn.Module, impl: str, device: torch.device) -> _Probe:
-    vocab_size = bare_model(model).get_output_embeddings().weight.shape[0]
+    ids = text_ids(bare_model(model))
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> list[int]:
-        return torch.randint(vocab_size, (length,), generator=generator).tolist()
+        return ids[torch.randint(len(ids), (length,), generator=generator)].tolist()
 
     # prompts of three lengths, and sequences of two: few stock forwards, and yet there is something to pad
     pairs = [TokenizedPair(draw(p), draw(c), draw(r)) for p, c, r in ((3, 5, 2), (4, 1, 4), (1, 4, 7))]
@@ -221,7 +222,7 @@ def _check_architecture(model: nn.Module, probe: _Probe) -> PackingCheck:
     if not error <= tolerance:
         difference = f"packed log-probs differ from separate ones by {error:.1e} (rounding explains {tolerance:.0e})"
         return PackingCheck(False, error, f"{difference}: tokens of one sequence reach another")
-    missing = _local_attention(bare.config.get_text_config()) - seen.windows
+    missing = _local_attention(text_config(bare)) - seen.windows
     if missing:
         reason = f"the model limits attention to {missing} in its mask alone, and a packed row has no mask"
         return PackingCheck(False, error, reason)

@@ -1,16 +1,21 @@
 """Whether the layers that an adapter is asked for are there: PEFT trains those that it finds, and says nothing of the
-others.
+others. And that it is on products of the text decoder alone, where a model has towers that see or hear.
 
 In: a model and a PeftConfig. Refused: a name in it that is none of the model's, with the nearest that are.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
+import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import torch
 from torch import nn
+
+from fastdpo.modeling.backbone import tower_names
 
 _OF_MODULES = ("target_modules", "modules_to_save", "feedforward_modules")
 
@@ -25,6 +30,52 @@ def check_targets(model: nn.Module, peft_config: Any) -> None:
     _check(
         "target_parameters", getattr(peft_config, "target_parameters", None), [n for n, _ in model.named_parameters()]
     )
+
+
+def on_text_layers(model: nn.Module, peft_config: Any) -> Any:
+    """The config, or a copy that leaves modules alone, whatever names it targets: towers, which text does not run
+    through, and of "all-linear" the layers that are more than a product (Llama 4's router gives two results).
+
+    Raises:
+        ValueError: the method cannot leave modules out, and would change a tower.
+    """
+    patterns = [rf"{re.escape(name)}(\..*)?" for name in tower_names(model)]
+    if getattr(peft_config, "target_modules", None) == "all-linear":
+        patterns += dict.fromkeys(re.sub(r"\\\.\d+\\\.", r"\.\\d+\.", re.escape(name)) for name in _no_products(model))
+    if not patterns:
+        return peft_config
+    if not hasattr(peft_config, "exclude_modules"):
+        method = getattr(peft_config.peft_type, "value", peft_config.peft_type)
+        raise ValueError(f"peft_config must be of a method with exclude_modules for this model, got {method}: use LoRA")
+    given = peft_config.exclude_modules
+    if isinstance(given, str):
+        patterns.append(given)
+    elif given:
+        patterns += [rf"(.*\.)?{re.escape(name)}" for name in sorted(given)]
+    peft_config = copy.copy(peft_config)
+    peft_config.exclude_modules = "|".join(f"(?:{pattern})" for pattern in patterns)
+    return peft_config
+
+
+def _no_products(model: nn.Module) -> list[str]:
+    """Layers of a model's own that are linear by class and give something else than a product's shape."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and type(module).forward is not nn.Linear.forward
+        and type(module).__module__.startswith(("transformers.models.", "transformers_modules."))
+        and not _gives_product(module)
+    ]
+
+
+@torch.no_grad()
+def _gives_product(module: nn.Linear) -> bool:
+    try:
+        result = module(module.weight.new_zeros(1, module.in_features))
+    except Exception:  # whatever it makes of an input of another form than its own
+        return False
+    return isinstance(result, torch.Tensor) and result.shape == (1, module.out_features)
 
 
 def _check(field: str, targets: str | Iterable[str] | None, names: Collection[str]) -> None:

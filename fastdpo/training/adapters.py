@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from fastdpo.references.adapters import REFERENCE_ADAPTER, drop_own_copy, freeze_reference, is_peft_model
 from fastdpo.training.adapter_facts import merging_tied
-from fastdpo.training.adapter_targets import check_targets
+from fastdpo.training.adapter_targets import check_targets, on_text_layers
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +80,7 @@ def _with_new_adapter(model: nn.Module, peft_config: Any, seed: int) -> Any:
     _check_method(peft_config, "peft_config")
     check_targets(model, peft_config)
     set_seed(seed)  # adapters start from random weights
-    return get_peft_model(model, peft_config)
+    return get_peft_model(model, on_text_layers(model, peft_config))
 
 
 def _check_given(model: Any) -> None:

@@ -39,9 +39,9 @@ from fastdpo.training.finite import FiniteLosses
 from fastdpo.training.layer_kernels import use_layer_kernels
 from fastdpo.training.lost_rows import lost_rows_text
 from fastdpo.training.memory import check_memory_settings
-from fastdpo.training.model_card import CardTrainer
 from fastdpo.training.models import check_lengths, check_token_ids, disable_dropout, forget_accelerate, head_dtype
 from fastdpo.training.rotary import warn_of_mixed_lengths
+from fastdpo.training.saved import SavingTrainer
 from fastdpo.training.streams import check_stream_settings, guarded, is_stream, read_whole
 from fastdpo.training.token_budget import BudgetAtStart, check_can_split, check_row_sizes, steps_in_backward
 from fastdpo.types import PackedBatch
@@ -51,7 +51,7 @@ logger = logging.get_logger(__name__)
 FOR_NOTHING = "for_nothing"  # key of a micro-batch that only takes part in what all processes do together
 
 
-class PackedTrainer(CardTrainer):
+class PackedTrainer(SavingTrainer):
     """Base of DPOTrainer and SFTTrainer; see there."""
 
     args: EngineConfig

@@ -2,7 +2,7 @@
 first row of each dataset, the model's config.
 
 In: what a trainer is given. Refused: a folder that cannot be written to, rows that are read by no form, a model that is
-not there or takes images.
+not there or has no causal LM.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
 from fastdpo.data.prepare import Report, prepare_preference_dataset
@@ -71,7 +71,7 @@ class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
         data_collator: in place of the packing collator; must return `PackedBatch.asdict()`.
         train_dataset, eval_dataset: `datasets.Dataset`, stream or list of dicts in any form that fastdpo reads, or
             already tokenized; eval_dataset may be a dict of them.
-        processing_class: the tokenizer; by default the one saved with the model.
+        processing_class: the tokenizer, or a processor with one; by default the one saved with the model.
         compute_metrics: gets numbers of every pair and no logits, see `predictions.py`.
         callbacks, optimizers: as in transformers.Trainer.
         quantization_config: how a model given by name is quantized (BitsAndBytesConfig); needs peft_config.
@@ -97,7 +97,7 @@ class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
         data_collator: Callable[..., dict[str, Any]] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         compute_metrics: Callable[[Any], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -114,6 +114,7 @@ class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
             )
         check_before_weights(args, train_dataset, eval_dataset, is_sft=False)
         policy, tokenizer = resolve_model(model, processing_class, args, quantization_config)
+        self.processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
         policy = with_adapter(policy, peft_config, args, trains=train_dataset is not None)
         super().__init__(
             policy,

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastdpo.data.varlen import varlen_layout
 from fastdpo.modeling.attention.call import PackedLayout
+from fastdpo.modeling.backbone import backbone
 from fastdpo.modeling.head import lm_head
 from fastdpo.modeling.packed import bare_model, is_prepared, unprepare_model
 from fastdpo.training.dry_ops import dry_attention, grouped_mm, head_loss
@@ -144,7 +145,7 @@ def _hidden_states(bare: Any, row: RowShape, varlen: bool) -> Tensor:
     configs = {id(m.config): m.config for m in bare.modules() if hasattr(getattr(m, "config", None), "model_type")}
     for config in configs.values():
         config._attn_implementation_internal = _DRY_ATTENTION
-    hidden_states: Tensor = bare.base_model(input_ids=ids, use_cache=False, **layout).last_hidden_state
+    hidden_states: Tensor = backbone(bare)(input_ids=ids, use_cache=False, **layout).last_hidden_state
     return hidden_states
 
 

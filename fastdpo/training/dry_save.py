@@ -47,6 +47,7 @@ def _parts(trainer: Any, folder: str) -> Iterator[tuple[str, Callable[[], Any]]]
     if getattr(model, "generation_config", None) is not None:
         yield "the model's generation_config", lambda: model.generation_config.save_pretrained(folder)
     yield "processing_class, the tokenizer,", lambda: tokenizer.save_pretrained(folder)
+    yield "the processor", lambda: trainer.save_processor(folder)
     yield "args, the settings,", lambda: torch.save(trainer.args, Path(folder) / "training_args.bin")
     yield "the model card", lambda: trainer._write_card(folder)
     if not is_peft_model(trainer.model):

@@ -18,10 +18,12 @@ from huggingface_hub import ModelCardData
 from torch import nn
 from transformers import Trainer
 
+from fastdpo.modeling.backbone import is_composite
 from fastdpo.modeling.packed import bare_model
 from fastdpo.references.adapters import is_peft_model
 from fastdpo.training.log_history import RESULTS, logs_by_source
 from fastdpo.training.loss_settings import LossSettings
+from fastdpo.training.model_kinds import auto_classes
 from fastdpo.training.optimizers import optimizer_name
 
 PACKAGES = ("fastdpo", "transformers", "torch", "triton", "datasets", "tokenizers", "peft")
@@ -106,7 +108,7 @@ def model_card(
     known = {
         "model_name": name,
         "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if is_composite(bare_model(trainer.model)) else "text-generation",
         "tags": list(dict.fromkeys([*own_tags, *model_tags, *tags])),
     }
     data = ModelCardData(**{**known, **{key: value for key, value in on_hub.items() if value}, **metadata})
@@ -188,12 +190,30 @@ def _results(history: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _usage(trainer: CardTrainer, is_adapter: bool) -> str:
     where = trainer.hub_model_id or "path/to/this/folder"
-    package, kind = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
-    imports = [f"from {package} import {kind}", "from transformers import AutoTokenizer"]
+    bare = bare_model(trainer.model)
+    kind = _auto_class_of(bare)
+    reader = "AutoProcessor" if is_composite(bare) else "AutoTokenizer"
+    reads = f'{"processor" if is_composite(bare) else "tokenizer"} = {reader}.from_pretrained("{where}")'
     if not is_adapter:
-        imports = [f"from {package} import {kind}, AutoTokenizer"]
-    loads = [f'model = {kind}.from_pretrained("{where}")', f'tokenizer = AutoTokenizer.from_pretrained("{where}")']
-    return "\n".join([*imports, "", *loads])
+        imports = [f"from transformers import {kind}, {reader}"]
+        loads = f'model = {kind}.from_pretrained("{where}")'
+    elif kind == "AutoModelForCausalLM":
+        imports = ["from peft import AutoPeftModelForCausalLM", f"from transformers import {reader}"]
+        loads = f'model = AutoPeftModelForCausalLM.from_pretrained("{where}")'
+    else:
+        base = getattr(bare.config, "_name_or_path", "")
+        base = base if base and not _is_local(base) else "path/to/the/base/model"
+        imports = ["from peft import PeftModel", f"from transformers import {kind}, {reader}"]
+        loads = f'model = PeftModel.from_pretrained({kind}.from_pretrained("{base}"), "{where}")'
+    return "\n".join([*imports, "", loads, reads])
+
+
+def _auto_class_of(bare: Any) -> str:
+    """The auto class that loads such a model: of a composite not the one that takes its text part out."""
+    for auto in auto_classes(bare.config) if is_composite(bare) else ():
+        if auto._model_mapping.get(type(bare.config), None) is type(bare):
+            return str(auto.__name__)
+    return "AutoModelForCausalLM"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,15 +11,18 @@ import pyarrow.compute
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from fastdpo.data.arrow import arrow_column
 from fastdpo.data.columns import row_lengths
 from fastdpo.data.tokenization import padding_id
+from fastdpo.modeling.backbone import backbone, freeze_towers
 from fastdpo.modeling.packed import bare_model
 from fastdpo.training.checkpoint_keys import check_all_loaded
 from fastdpo.training.config import EngineConfig
+from fastdpo.training.model_kinds import auto_class, check_kind, has_other_parts, is_encoder
+from fastdpo.training.source_files import source_file
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +32,7 @@ _WHERE_FROM = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir
 
 def resolve_model(
     model: str | nn.Module,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
     args: EngineConfig,
     quantization_config: Any = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -56,25 +59,43 @@ def resolve_model(
     elif args.model_init_kwargs is not None:
         logger.warning("model_init_kwargs changes nothing about the model, which is given as an object.")
     check_model_and_tokenizer(model, tokenizer)
+    freeze_towers(bare_model(model))
     return model, tokenizer
 
 
 def resolve_tokenizer(
-    model: str | nn.Module, tokenizer: PreTrainedTokenizerBase | None, args: EngineConfig
+    model: str | nn.Module, tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None, args: EngineConfig
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that was given, or the one that is saved with the model; with `args.pad_token`, if there is one.
+    """The tokenizer that was given, by itself or in a processor, or the one that is saved with the model; with
+    `args.pad_token`, if there is one.
 
     Raises:
         ValueError: there is none, it is none for text, or pad_token is not in its vocabulary.
     """
     if tokenizer is None:
         tokenizer = load_tokenizer(model_name(model), args.init_kwargs())
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = tokenizer_of(tokenizer)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"processing_class must be a text tokenizer, got {type(tokenizer).__name__}")
     if args.pad_token is not None:
         if args.pad_token not in tokenizer.get_vocab():
             raise ValueError(f"pad_token must be in the tokenizer's vocabulary, got {args.pad_token!r}")
         tokenizer.pad_token = args.pad_token
+    return tokenizer
+
+
+def tokenizer_of(processor: ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer in a processor, with the processor's chat template where it has none of its own.
+
+    Raises:
+        ValueError: there is none.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(f"processing_class must have a tokenizer, {type(processor).__name__} has none")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = getattr(processor, "chat_template", None)
     return tokenizer
 
 
@@ -93,12 +114,12 @@ def check_config(name: str, init_kwargs: dict[str, Any]) -> None:
     """Looks at the config of a model, or of an adapter's base, and at no weight.
 
     Raises:
-        ValueError: there is no such model, or it is not a text-only causal LM.
+        ValueError: there is no such model, or it has no causal LM.
     """
     check_model_folder(name)
     base = adapter_base(name) or name
     try:
-        refuse_vision(AutoConfig.from_pretrained(base, **where_from(init_kwargs)), base)
+        check_kind(AutoConfig.from_pretrained(base, **where_from(init_kwargs)), base)
     except OSError as error:
         raise ValueError(_no_model(base, error)) from error
 
@@ -130,8 +151,9 @@ def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None = None) -> PreT
     """
     if not name:
         raise ValueError("processing_class must be given: the model does not say where its tokenizer is")
+    where = where_from(init_kwargs)
     try:
-        return AutoTokenizer.from_pretrained(name, **where_from(init_kwargs))
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError) as error:
         base = adapter_base(name)
         if base is not None:  # whose tokenizer was not saved beside it
@@ -139,6 +161,23 @@ def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None = None) -> PreT
         raise ValueError(
             f"the model must come with a tokenizer, or processing_class be given: there is none in {name!r}: {error}"
         ) from error
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processors_template(name, where)
+    return tokenizer
+
+
+def _processors_template(name: str, where: dict[str, Any]) -> str | None:
+    """The chat template that a checkpoint keeps with its processor; None where it has no processor, or none in it."""
+    try:
+        if not has_other_parts(AutoConfig.from_pretrained(name, **where)):
+            return None
+    except (OSError, ValueError):  # a folder with a tokenizer and no model
+        return None
+    try:
+        return getattr(AutoProcessor.from_pretrained(name, **where), "chat_template", None)
+    except Exception:  # whatever its parts need that is not installed: the file says it as well
+        legacy = source_file(name, "chat_template.json", where)
+        return None if legacy is None else json.loads(legacy.read_text()).get("chat_template")
 
 
 def where_from(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
@@ -147,20 +186,22 @@ def where_from(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
-    """A causal LM by name or path, in fp32 unless `model_init_kwargs` names a dtype.
+    """A causal LM by name or path, or a model with one inside, in fp32 unless `model_init_kwargs` names a dtype.
 
     A folder that holds an adapter gives its base model with the adapter on, a PeftModel that can be trained on.
 
     Raises:
-        ValueError: there is no such model, or it is not a text-only causal LM.
+        ValueError: there is no such model, it has no causal LM, or its weights are not all there.
     """
     base = adapter_base(name_or_path)
     if base is not None:
         return _with_saved_adapter(load_model(base, model_init_kwargs, **kwargs), name_or_path, model_init_kwargs)
     options: dict[str, Any] = {"dtype": torch.float32, **(model_init_kwargs or {}), **kwargs}
     try:
-        refuse_vision(AutoConfig.from_pretrained(name_or_path, **where_from(options)), str(name_or_path))
-        loaded = AutoModelForCausalLM.from_pretrained(name_or_path, **options, output_loading_info=True)
+        config = AutoConfig.from_pretrained(name_or_path, **where_from(options))
+        check_kind(config, str(name_or_path))
+        loading = auto_class(config, str(name_or_path), **where_from(options))
+        loaded = loading.from_pretrained(name_or_path, **options, output_loading_info=True)
     except TypeError as error:
         raise ValueError(
             f"model_init_kwargs must be arguments of from_pretrained, got {model_init_kwargs}: {error}"
@@ -216,22 +257,17 @@ def _saved_embeddings(folder: str) -> int | None:
     return None
 
 
-def refuse_vision(config: Any, name: str) -> None:
-    if any(getattr(config, field, None) is not None for field in ("vision_config", "audio_config")):
-        raise ValueError(
-            f"model must be a text-only causal LM, {name} ({config.model_type}) also takes images or audio, which"
-            " fastdpo does not train on"
-        )
-
-
 def check_model_and_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses what would fail late or train nonsense.
 
     Raises:
-        ValueError: the model also takes images, or the tokenizer has no EOS, or none that the model embeds.
+        ValueError: the model is an encoder, or the tokenizer has no EOS, or none that the model embeds.
     """
     bare = bare_model(model)
-    refuse_vision(bare.config, type(bare).__name__)
+    if hasattr(bare, "config") and is_encoder(bare.config):
+        raise ValueError(
+            f"model must be a causal LM, {type(bare).__name__} is an encoder: every token sees those after it"
+        )
     num_embeddings = bare.get_input_embeddings().weight.shape[0]
     if tokenizer.eos_token_id is None:
         raise ValueError("processing_class must have an EOS token: without one no response would learn to end")
@@ -283,9 +319,10 @@ def check_lengths(model: nn.Module, dataset: Dataset, name: str) -> None:
 
 def learned_positions(model: nn.Module) -> int | None:
     """How many positions the model has a table of; None where it has none."""
+    decoder = backbone(bare_model(model))  # towers have tables of their own, of patches and frames
     tables = [
         module.num_embeddings - getattr(module, "offset", 0)
-        for path, module in bare_model(model).named_modules()
+        for path, module in decoder.named_modules()
         if isinstance(module, nn.Embedding) and any(part in path for part in ("wpe", "position"))
     ]
     return min(tables) if tables else None

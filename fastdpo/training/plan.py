@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdpo.modeling.backbone import freeze_towers
+from fastdpo.training.adapter_targets import on_text_layers
 from fastdpo.training.dry_run import RowShape, StepPeak, dry_step, fake_mode, shape_only
 from fastdpo.training.memory import (
     BYTES_IN_4_BIT,
@@ -26,6 +28,7 @@ from fastdpo.training.memory import (
     model_bytes,
     planned_impl,
 )
+from fastdpo.training.model_kinds import auto_class
 
 ROUNDING = 256  # tokens
 MEASURED_TOKENS = (512, 8192, 131072)  # what is between them and beyond is on the lines through them
@@ -166,11 +169,10 @@ def _estimator(config: Any, full: bool, checkpointing: bool, lora_r: int) -> Cal
 
 def _build(config: Any, full: bool, lora_r: int) -> tuple[nn.Module, int, int, int]:
     """A model without storage; its bytes, those with a base in 4 bits, and those of its largest layer in bf16."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if full else torch.bfloat16)
+        model: Any = auto_class(config).from_config(config, dtype=torch.float32 if full else torch.bfloat16)
     model.tie_weights()
+    freeze_towers(model)
     head = model.get_output_embeddings()
     linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     if not full:
@@ -181,7 +183,7 @@ def _build(config: Any, full: bool, lora_r: int) -> tuple[nn.Module, int, int, i
         lora = LoraConfig(r=lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
         with warnings.catch_warnings():  # of transformers about a name that PEFT still uses
             warnings.simplefilter("ignore", FutureWarning)
-            model = get_peft_model(model, lora, low_cpu_mem_usage=True)
+            model = get_peft_model(model, on_text_layers(model, lora), low_cpu_mem_usage=True)
         model.enable_input_require_grads()
     plain = model_bytes(model)
     saved = sum(w.numel() * (w.element_size() - BYTES_IN_4_BIT) for w in linear)

@@ -35,6 +35,7 @@ from fastdpo.references.cache import LogpsCache
 from fastdpo.references.fingerprint import reference_facts
 from fastdpo.references.precompute import Scorer
 from fastdpo.training.config import DPOConfig
+from fastdpo.training.model_kinds import auto_class
 from fastdpo.training.models import (
     adapter_base,
     check_model_and_tokenizer,
@@ -135,7 +136,7 @@ def _own_limits(args: DPOConfig) -> dict[Any, int]:
 def weight_bytes(model: str | nn.Module, model_init_kwargs: dict[str, Any] | None = None) -> int:
     """Bytes of a model's weights; of one given by name without loading it."""
     if isinstance(model, str):
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         options = {"dtype": torch.float32, **(model_init_kwargs or {})}
         loading, model = where_from(options), adapter_base(model) or model
@@ -143,7 +144,7 @@ def weight_bytes(model: str | nn.Module, model_init_kwargs: dict[str, Any] | Non
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(model, **loading)
             dtype = config.dtype if options["dtype"] == "auto" else options["dtype"]
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
+            model = auto_class(config).from_config(config, dtype=dtype, **trust)
     parameters: list[Tensor] = list(model.parameters())  # type: ignore[union-attr]
     return sum(p.numel() * p.element_size() for p in parameters)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
 from fastdpo.data.prepare import Report, prepare_sft_dataset
 from fastdpo.metrics import SumAndWeight
@@ -43,7 +43,7 @@ class SFTTrainer(PackedTrainer):
         data_collator: Callable[..., dict[str, Any]] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         *,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -58,6 +58,7 @@ class SFTTrainer(PackedTrainer):
             processing_class = tokenizer_given_as(renamed, processing_class, SFTConfig, SFT_NAMES)
         check_before_weights(args, train_dataset, eval_dataset, is_sft=True)
         policy, tokenizer = resolve_model(model, processing_class, args, quantization_config)
+        self.processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
         policy = with_adapter(policy, peft_config, args, trains=train_dataset is not None)
         super().__init__(
             policy,

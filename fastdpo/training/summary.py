@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fastdpo.modeling.backbone import tower_names
 from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.references.adapters import is_peft_model
@@ -72,6 +73,8 @@ def _model(trainer: PackedTrainer) -> str:
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
     share = "all trained" if trained == total else f"{trained:,} trained"
     autocast = "bf16 autocast" if trainer.args.bf16 else "fp16 autocast" if trainer.args.fp16 else "no autocast"
+    towers = tower_names(model)
+    share += f"; {', '.join(towers)} stay as they are" if towers else ""
     return f"{type(model).__name__}, {total:,} parameters ({share}), {dtypes}, {autocast}, {trainer.args.device}"
 
 

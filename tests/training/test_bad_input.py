@@ -75,14 +75,43 @@ def test_a_model_that_is_not_there_is_refused_by_its_name(tmp_path):
         build(tmp_path, ref_model=str(tmp_path / "no_such_model"))
 
 
-def test_a_vision_model_is_refused(tmp_path):
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+def test_a_model_that_gives_no_text_is_refused(tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    text = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
-    with pytest.raises(ValueError, match="text-only"):
-        build(tmp_path, model)
+    model = CLIPVisionModel(
+        CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(ValueError, match="a backbone and an LM head, got CLIPVisionModel"):
+        build(tmp_path / "out", model)
+    model.save_pretrained(tmp_path / "vision")
+    with pytest.raises(
+        ValueError, match=r"model must be a causal LM or have one inside, .*vision \(clip_vision_model\)"
+    ):
+        build(tmp_path / "out", str(tmp_path / "vision"))
+
+
+@pytest.mark.parametrize("model_type", ["bert", "electra"])
+def test_an_encoder_is_refused_with_that_word(tmp_path, model_type):
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](vocab_size=32, **sizes))
+    with pytest.raises(ValueError, match=f"{type(model).__name__} is an encoder: every token sees those after it"):
+        build(tmp_path / "out", model)
+    model.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match=rf"encoder \({model_type}\) is an encoder"):
+        build(tmp_path / "out", str(tmp_path / "encoder"))
+
+
+def test_an_encoder_decoder_is_refused_with_that_word(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    ).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match=r"t5 \(t5\) is an encoder-decoder, which fastdpo does not train"):
+        build(tmp_path / "out", str(tmp_path / "t5"))
 
 
 def test_image_columns_are_refused(tmp_path):

@@ -1,0 +1,116 @@
+"""What of a model is trained on text: the decoder whose last hidden state meets the LM head.
+
+In: a bare causal LM, or a model that can also see or hear and has a causal LM inside. Out: that decoder, the towers
+beside it, and the ids that stand for text. Refused: models without such a decoder, or without an LM head.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PLACEHOLDER = re.compile(r"_token_(id|index)$")  # fields of composite configs: image_token_id, audio_token_index, ...
+_OF_TEXT = frozenset({"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id"})
+
+
+def text_config(model: Any) -> Any:
+    """The config of the decoder: the model's own, or the part of a composite's that is about text."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def is_composite(model: Any) -> bool:
+    """Whether the decoder is one of several parts of the model."""
+    return text_config(model) is not getattr(model, "config", None)
+
+
+def backbone_name(model: Any) -> str:
+    """Where the decoder is in a bare model, as a module's name.
+
+    Raises:
+        ValueError: the model has no LM head, or no decoder below it.
+    """
+    kind = type(model).__name__
+    head, embedding = _end(model, "get_output_embeddings"), _end(model, "get_input_embeddings")
+    if head is None:
+        raise ValueError(f"model must be a Hugging Face causal LM with a backbone and an LM head, got {kind}")
+    prefix = getattr(model, "base_model_prefix", "")
+    if not is_composite(model) and getattr(model, "base_model", model) is not model:
+        return prefix
+    config = text_config(model)
+    for name, module in model.named_modules():  # the outermost come first
+        if not name or type(getattr(module, "config", None)) is not type(config):
+            continue
+        inside = set(module.modules())
+        if embedding in inside and head not in inside:
+            return name
+    raise ValueError(f"model must be a Hugging Face causal LM with a backbone and an LM head, got {kind}")
+
+
+def backbone(model: Any) -> Any:
+    """The decoder of a bare model, see `backbone_name`."""
+    return model.get_submodule(backbone_name(model))
+
+
+def tower_names(model: Any) -> list[str]:
+    """The outermost modules of a composite that text does not run through, by name; none where all is text."""
+    if not is_composite(model):
+        return []
+    used = {backbone(model), *_with_head(model)}
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if any(name == other or name.startswith(f"{other}.") for other in names):
+            continue
+        if name and used.isdisjoint(module.modules()) and not _inside(name, model, used):
+            names.append(name)
+    return [name for name in names if next(model.get_submodule(name).parameters(), None) is not None]
+
+
+def freeze_towers(model: Any) -> list[str]:
+    """Leaves alone what text does not train; returns the names of the modules."""
+    names = tower_names(model)
+    for name in names:
+        model.get_submodule(name).requires_grad_(False)
+    if names:  # weights that hang beside the modules: a separator of image rows, say
+        trained = {id(p) for module in (backbone(model), *_with_head(model)) for p in module.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in trained:
+                parameter.requires_grad_(False)
+    return names
+
+
+def text_ids(model: Any) -> Tensor:
+    """(N,) int64 ids of the head that stand for text: in a composite some stand for what a tower saw or heard."""
+    num_ids = model.get_output_embeddings().weight.shape[0]
+    is_text = torch.ones(num_ids, dtype=torch.bool)
+    if is_composite(model):
+        for name, value in {**vars(text_config(model)), **vars(model.config)}.items():
+            if _PLACEHOLDER.search(name) and name not in _OF_TEXT and isinstance(value, int) and 0 <= value < num_ids:
+                is_text[value] = False
+        for part in vars(model.config).values():  # Gemma 3n's towers have ids of their own from an offset on
+            offset = getattr(part, "vocab_offset", None)
+            if isinstance(offset, int) and offset > 0:
+                is_text[offset:] = False
+    return is_text.nonzero()[:, 0]
+
+
+def _with_head(model: Any) -> list[nn.Module]:
+    return [module for module in (_end(model, "get_output_embeddings"), _end(model, "get_input_embeddings")) if module]
+
+
+def _end(model: Any, method: str) -> nn.Module | None:
+    """An embedding or a head; None where the model has none, which some say by raising."""
+    try:
+        found: nn.Module | None = getattr(model, method)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found
+
+
+def _inside(name: str, model: Any, modules: set[nn.Module]) -> bool:
+    """Whether a module lies below one of the others."""
+    parts = name.split(".")
+    return any(model.get_submodule(".".join(parts[:depth])) in modules for depth in range(1, len(parts)))

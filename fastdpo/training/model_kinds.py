@@ -1,0 +1,109 @@
+"""Which kind of model a config is of, and the class of transformers that loads it to be trained on text.
+
+In: a config, before any weight. Out: an auto class. A checkpoint that can also see or hear is loaded as the text-only
+causal LM that transformers has for it, if all of that class's weights are there and the class knows the others by name;
+else as the whole model, of which the decoder is trained. Refused: encoders, models that give no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging
+
+_OF_COMPOSITES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+
+
+def has_other_parts(config: Any) -> bool:
+    """Whether the text decoder is one of several parts of the model."""
+    return text_part(config) is not config
+
+
+def text_part(config: Any) -> Any:
+    """The config of what reads and writes text.
+
+    Raises:
+        ValueError: several parts do.
+    """
+    try:
+        return config.get_text_config()
+    except ValueError as error:
+        raise ValueError(f"model must have one text decoder, {config.model_type} has several: {error}") from error
+
+
+def check_kind(config: Any, name: str) -> None:
+    """Raises:
+    ValueError: the config is of a model that no row of text trains as a causal LM.
+    """
+    kind = f"{name} ({config.model_type})"
+    is_causal_lm = type(config) in AutoModelForCausalLM._model_mapping or _names_its_code(config)
+    if is_encoder(config):
+        raise ValueError(
+            f"model must be a causal LM, {kind} is an encoder: every token sees those after it, so that it gives no"
+            " log-probs of responses"
+        )
+    if is_causal_lm or auto_classes(config):
+        return
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model must be a causal LM, {kind} is an encoder-decoder, which fastdpo does not train")
+    raise ValueError(f"model must be a causal LM or have one inside, {kind} is none: it gives no text")
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a type of model was made to fill in masked tokens; transformers runs some of these as decoders too."""
+    known = getattr(modeling_auto, "MODEL_FOR_MASKED_LM_MAPPING_NAMES", {})
+    return config.model_type in known and not (
+        getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False)
+    )
+
+
+def auto_classes(config: Any) -> list[Any]:
+    """The auto classes that know a config, in the order in which they are taken; none where transformers has none."""
+    classes = [AutoModelForCausalLM]
+    if has_other_parts(config):
+        classes += [getattr(transformers, name) for name in _OF_COMPOSITES if hasattr(transformers, name)]
+    return [cls for cls in classes if type(config) in cls._model_mapping or _names_its_code(config, cls.__name__)]
+
+
+def auto_class(config: Any, name: str | None = None, **loading: Any) -> Any:
+    """The auto class that gives the model to train.
+
+    Args:
+        name: of the checkpoint, whose weights are looked at by name where a text-only class would leave some; None
+            where there are none, and the first class that knows the config is taken.
+        loading: arguments of from_pretrained.
+    """
+    classes = auto_classes(config) or [AutoModelForCausalLM]  # which then says itself what it does not know
+    if name is None or len(classes) == 1 or not _is_text_only(classes[0], config):
+        return classes[0]
+    with _quiet():  # the load report of a trial
+        _, info = classes[0].from_pretrained(
+            name, **{**loading, "device_map": "meta", "dtype": torch.bfloat16}, output_loading_info=True
+        )
+    return classes[1] if info["missing_keys"] or info["unexpected_keys"] else classes[0]
+
+
+def _is_text_only(cls: Any, config: Any) -> bool:
+    """Whether an auto class makes of a composite's config a model of its text part."""
+    found = cls._model_mapping.get(type(config), None)
+    return getattr(found, "config_class", None) is type(text_part(config))
+
+
+def _names_its_code(config: Any, name: str = "AutoModelForCausalLM") -> bool:
+    return name in (getattr(config, "auto_map", None) or {})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
