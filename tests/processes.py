@@ -42,7 +42,7 @@ def on_processes(function, cases, folder, num_processes=2, *, on_one_card=False)
 
 def _run(folder, file, name):
     torch.set_num_threads(1)
-    if os.environ[ONE_CARD]:
+    if os.environ.get(ONE_CARD):
         os.environ["LOCAL_RANK"] = "0"
     sys.path.insert(0, str(Path(file).parent))
     function = getattr(importlib.import_module(Path(file).stem), name)

@@ -7,7 +7,7 @@ Refuses devices other than the CPU and CUDA, and dtypes that the op makes no pro
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -61,11 +61,12 @@ def verify_one(subject: Subject, each: Callable[[Line], None] | None = None) -> 
         try:
             subject.problem(Shape(2, 16, 16)).call(subject.op)
         except ValueError as refusal:
-            return _told([subject.skipped("all", str(refusal))], each)
+            return list(_told([subject.skipped("all", str(refusal))], each))
     lines: list[Line] = []
     for check in CHECKS:
         try:
-            lines += _told(check(subject), each)
+            for line in _told(check(subject), each):
+                lines.append(line)  # one by one: a check that raises half-way has said something
         except Exception as error:  # whatever an op raises is a finding
             what = (check.__doc__ or "").splitlines()[0]
             note = f"{type(error).__name__}: {error}"
@@ -73,14 +74,11 @@ def verify_one(subject: Subject, each: Callable[[Line], None] | None = None) -> 
     return lines
 
 
-def _told(lines: Iterable[Line], each: Callable[[Line], None] | None) -> list[Line]:
-    """All lines, each of which was told when it was there."""
-    told = []
+def _told(lines: Iterable[Line], each: Callable[[Line], None] | None) -> Iterator[Line]:
     for line in lines:
         if each is not None:
             each(line)
-        told.append(line)
-    return told
+        yield line
 
 
 def default_shape(impl: str, device: torch.device | str) -> Shape:

@@ -25,14 +25,14 @@ class OneBuffer(dict[str, Any]):
         host never writes to the buffer again.
         """
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        tensors: list[Tensor] = []
+        elsewhere: list[Tensor] = []
 
-        def note(tensor: Tensor) -> Tensor:
-            tensors.append(tensor)
+        def look(tensor: Tensor) -> Tensor:
+            if not _is_on(tensor, device):
+                elsewhere.append(tensor)
             return tensor
 
-        _each_tensor(self, note)
-        elsewhere = [tensor for tensor in tensors if not _is_on(tensor, device)]
+        _each_tensor(self, look)
         if not elsewhere:
             return self
         moved = iter(_moved_together(elsewhere, device))

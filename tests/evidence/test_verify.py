@@ -215,6 +215,21 @@ def test_a_shape_without_rows_is_refused():
         Shape(0, 8, 8)
 
 
+def test_each_line_is_told_as_it_comes(monkeypatch):
+    def half(subject):
+        """One line, and a failure."""
+        yield subject.skipped("first", "told")
+        raise RuntimeError("then it breaks")
+
+    monkeypatch.setattr(verify, "CHECKS", [half])
+    monkeypatch.setattr(verify, "IMPLS", ("tiled",))
+    told = []
+    lines = verify.verify("cpu", ["float32"], each=told.append)
+    assert told == lines
+    assert [line.verdict for line in lines] == ["skipped", "FAILED"]
+    assert verify.verify("cpu", ["float32"]) == lines
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_everything_passes_on_a_gpu():

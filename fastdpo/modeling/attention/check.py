@@ -9,7 +9,6 @@ the mask's own error in the same dtype; a kernel that is wrong is off by about a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,11 +108,10 @@ def _leaves(inputs: list[Tensor], dtype: torch.dtype, with_grad: bool) -> list[T
 
 
 def _call(leaves: list[Tensor], shape: CallShape, layout: PackedLayout) -> AttentionCall:
-    settings: dict[str, Any] = {"dropout": 0.0, "scale": shape.scale, "softcap": shape.softcap}
     window = None if shape.window is None else min(shape.window, ACTIVE_WINDOW)
-    sinks = leaves[3].requires_grad_(leaves[0].requires_grad and bool(shape.sinks)) if len(leaves) > 3 else None
-    query, key, value = leaves[:3]
-    return AttentionCall(query, key, value, layout, window=window, sinks=sinks, **settings)
+    query, key, value, *more = leaves
+    sinks = more[0].requires_grad_(query.requires_grad and bool(shape.sinks)) if more else None
+    return AttentionCall(query, key, value, layout, 0.0, shape.scale, window, shape.softcap, sinks)
 
 
 def _results(name: str, call: AttentionCall, leaves: list[Tensor], weight: Tensor) -> list[Tensor]:
