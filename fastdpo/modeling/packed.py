@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastdpo.modeling.attention import ATTENTION_BACKENDS, PACKED_ATTENTION, PackedLayout, register
 from fastdpo.modeling.backbone import backbone_name
 from fastdpo.modeling.head import lm_head
+from fastdpo.modeling.mixers import MixerRows, find_mixers, mixers_of
 from fastdpo.modeling.router import load_balancing_loss
 from fastdpo.ops import sequence_logps
 from fastdpo.ops.sequence_logps import segment_sums
@@ -111,6 +112,31 @@ def prepared_state(model: nn.Module) -> _Prepared:
     return state
 
 
+def run_mixers_packed(model: nn.Module, like: nn.Module | None = None) -> tuple[str, ...]:
+    """Finds the token mixers of a prepared model, unless they are known, and makes them run packed rows.
+
+    Args:
+        like: a copy of the model on which they have been found.
+    Returns:
+        Names of the modules that mix tokens of one sequence into another all the same.
+    """
+    bare, state = bare_model(model), prepared_state(model)
+    mixers = mixers_of(bare)
+    if mixers is not None:
+        return mixers.leaks
+    if any(type(parameter.data) is not Tensor for parameter in bare.parameters()):
+        return ()  # no numbers to look at
+    known = None if like is None else mixers_of(bare_model(like))
+    is_packed = any(attention.config._attn_implementation == PACKED_ATTENTION for attention in state.attentions)
+    _set_attention(state, packed=True)
+    try:
+        backend = "mask" if state.attention_backend == "mask" else "sdpa"
+        mixers = find_mixers(bare, backend, None if known is None else known.names)
+    finally:
+        _set_attention(state, packed=is_packed)
+    return mixers.leaks if mixers is not None else ()
+
+
 def attention_backend(model: nn.Module) -> str:
     """The setting of a prepared model."""
     return prepared_state(model).attention_backend
@@ -135,6 +161,8 @@ def _install(bare: Any) -> None:
     bare.forward = MethodType(_forward_with_signature_of(bare.forward), bare)
     if state.generate is not None:
         bare.generate = MethodType(_generate, bare)
+    if (mixers := mixers_of(bare)) is not None:
+        mixers.install(bare)
 
 
 def _own_attention(model: Any, config: Any) -> str:
@@ -167,6 +195,8 @@ def unprepare_model(model: nn.Module) -> nn.Module:
     if is_prepared(bare):
         state = getattr(bare, _STATE)
         _set_attention(state, packed=False)
+        if (mixers := mixers_of(bare)) is not None:
+            mixers.remove(bare)
         for name in ("forward", "generate", _STATE):
             bare.__dict__.pop(name, None)
         bare.__dict__.update(state.own_methods)
@@ -273,6 +303,7 @@ def _run(
     state, layout = prepared_state(model), None
     if batch.varlen is not None:  # made out here, where torch.compile does not look into the branches of a batch
         layout = PackedLayout(batch.segments, batch.varlen, state.attention_backend)
+        run_mixers_packed(model)
     settings = {"packed_layout": layout, "impl": impl, "outputs": tuple(outputs), "router_aux_loss": router_aux_loss}
     result = model(input_ids=batch.input_ids, packed_batch=batch, loss_of=loss_of, summed=tuple(summed), **settings)
     tokens = TokenLogps(result["logps"], **{name: result[name] for name in outputs})
@@ -303,10 +334,11 @@ def _forward(
     """What `model.forward` is once prepared: the model's own forward unless a packed batch is given."""
     state: _Prepared = getattr(model, _STATE)
     if packed_batch is None:
-        with _original_attention(state):
+        with _as_it_came(model):
             return state.forward(*args, **kwargs)
     batch = packed_batch
     _set_attention(state, packed=batch.is_packed)
+    _set_mixers(model, packed_layout)
     layout: dict[str, Any]
     if packed_layout is not None:
         layout = {"position_ids": batch.position_ids, "packed_layout": packed_layout}
@@ -360,7 +392,7 @@ def _forward(
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     state: _Prepared = getattr(model, _STATE)
     assert state.generate is not None
-    with _original_attention(state):
+    with _as_it_came(model):
         return state.generate(*args, **kwargs)
 
 
@@ -371,12 +403,24 @@ def _set_attention(state: _Prepared, *, packed: bool) -> None:
         attention.config._attn_implementation_internal = PACKED_ATTENTION if packed else attention.original
 
 
+def _set_mixers(model: Any, layout: PackedLayout | None) -> None:
+    mixers = mixers_of(model)
+    if mixers is None:
+        return
+    mixers.rows = None
+    if layout is not None and mixers.names:
+        mixers.rows = MixerRows(layout.segments, layout.varlen)
+        mixers.keep_rows_for_backward(model)
+
+
 @contextmanager
-def _original_attention(state: _Prepared) -> Iterator[None]:
-    """The attention that the model came with, for the length of one call."""
+def _as_it_came(model: Any) -> Iterator[None]:
+    """The attention that the model came with, and its mixers over rows as they are, for the length of one call."""
+    state, mixers = getattr(model, _STATE), mixers_of(model)
     was_packed = [attention.config._attn_implementation == PACKED_ATTENTION for attention in state.attentions]
     _set_attention(state, packed=False)
     try:
-        yield
+        with nullcontext() if mixers is None else mixers.running(None):
+            yield
     finally:
         _set_attention(state, packed=any(was_packed))

@@ -28,7 +28,8 @@ from fastdpo.data.packing import pack_pairs, pad_pairs
 from fastdpo.modeling.attention import BACKENDS, Observed, UnsupportedAttention, observed
 from fastdpo.modeling.backbone import text_config, text_ids
 from fastdpo.modeling.head import execution_device
-from fastdpo.modeling.packed import attention_backend, bare_model, packed_logps, prepare_model
+from fastdpo.modeling.mixers import mixers_of
+from fastdpo.modeling.packed import attention_backend, bare_model, packed_logps, prepare_model, run_mixers_packed
 from fastdpo.types import TokenizedPair
 
 # Largest difference of a summed log-prob, relative to 1 + its size, that rounding explains
@@ -116,13 +117,14 @@ def check_packing(
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             checked = _in_fp32_where_it_fits(model)
-            with _whole_fp32_products():
-                probe = _probe(checked, impl, device)
             anywhere = "mask" if attention_backend(model) == "mask" else "sdpa"
             with _attention_backend(checked, anywhere), _whole_fp32_products():
-                check = _check_architecture(checked, probe)
+                leaks = run_mixers_packed(checked)
+                probe = _probe(checked, impl, device)
+                check = _check_architecture(checked, probe, leaks)
             if check.ok:
                 with autocast():
+                    run_mixers_packed(model, like=checked)
                     check = _check_run(model, probe, check)
     finally:
         model.train(was_training)
@@ -195,12 +197,16 @@ def _probe(model: nn.Module, impl: str, device: torch.device) -> _Probe:
         return ids[torch.randint(len(ids), (length,), generator=generator)].tolist()
 
     # prompts of three lengths, and sequences of two: few stock forwards, and yet there is something to pad
-    pairs = [TokenizedPair(draw(p), draw(c), draw(r)) for p, c, r in ((3, 5, 2), (4, 1, 4), (1, 4, 7))]
+    lengths = [(3, 5, 2), (4, 1, 4), (1, 4, 7)]
+    mixers = mixers_of(bare_model(model))
+    if mixers is not None and mixers.names:  # past the 64 tokens that kernels take at a time, by either branch
+        lengths += [(39, 32, 9), (37, 4, 34)]
+    pairs = [TokenizedPair(draw(p), draw(c), draw(r)) for p, c, r in lengths]
     return _Probe(pairs, _stock_sums(model, pairs, device), impl)
 
 
-def _check_architecture(model: nn.Module, probe: _Probe) -> PackingCheck:
-    """Head and packing, without a kernel in it that runs on some machines only."""
+def _check_architecture(model: nn.Module, probe: _Probe, leaks: tuple[str, ...]) -> PackingCheck:
+    """Head and packing, without an attention kernel in it that runs on some machines only."""
     bare = bare_model(model)
     dtype = next(bare.parameters()).dtype
     padded_error, tolerance, rounding = probe.padded_error(model), _TOLERANCE[dtype], 0.0
@@ -222,6 +228,9 @@ def _check_architecture(model: nn.Module, probe: _Probe) -> PackingCheck:
     if not error <= tolerance:
         difference = f"packed log-probs differ from separate ones by {error:.1e} (rounding explains {tolerance:.0e})"
         return PackingCheck(False, error, f"{difference}: tokens of one sequence reach another")
+    if leaks:
+        reason = f"{' and '.join(leaks)} mix the tokens of one sequence into another, outside the attention interface"
+        return PackingCheck(False, error, reason)
     missing = _local_attention(text_config(bare)) - seen.windows
     if missing:
         reason = f"the model limits attention to {missing} in its mask alone, and a packed row has no mask"

@@ -309,9 +309,7 @@ def test_attention_that_is_changed_after_preparing_stays_changed():
 
 
 BLOOM = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}
-MAMBA = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "conv_kernel": 4}
-LFM2 = {**SMALL, "layer_types": ["conv", "full_attention", "conv"]}
-UNPACKABLE = {"stablelm": SMALL, "bloom": BLOOM, "mamba": MAMBA, "lfm2": LFM2}
+UNPACKABLE = {"stablelm": SMALL, "bloom": BLOOM}
 
 
 @pytest.mark.parametrize("model_type", UNPACKABLE)

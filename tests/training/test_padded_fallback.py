@@ -23,8 +23,7 @@ SMALL = {
 }
 MODELS = {
     "stablelm": (SMALL, "without packed_layout"),
-    "lfm2": ({**SMALL, "layer_types": ["conv", "full_attention", "conv"]}, "reach another"),
-    "mamba": ({"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, ""),
+    "bloom": ({"vocab_size": 32, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "reach another"),
 }
 BETA = 0.3
 

@@ -89,6 +89,7 @@ def packed_attention(
     seen = observed.get() if not torch.compiler.is_compiling() else None
     if seen is not None:
         seen.windows.add(sliding_window)
+        seen.num_calls += 1
     settings: dict[str, Any] = {
         "dropout": dropout,
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,

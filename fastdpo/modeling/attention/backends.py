@@ -52,6 +52,7 @@ class Observed:
 
     windows: set[int | None] = field(default_factory=set)  # as handed over, None for layers without
     backends: dict[str, str] = field(default_factory=dict)  # name -> why it was chosen
+    num_calls: int = 0
 
 
 observed: ContextVar[Observed | None] = ContextVar("observed", default=None)

@@ -1,0 +1,198 @@
+"""A token mixer's forward over a packed row: rows are gathered into whole sequences, the module's own forward runs on
+them, and of its outputs the rows of the packed row are kept.
+
+The prefix is run once more inside such a module for each further branch; its gradient is the sum over them, in fp32.
+Outside packed batches the module runs as it came. Refuses a call on other rows than those of the packed batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.modeling.attention.gather import gather_keys
+from fastdpo.modeling.mixers.arguments import has_rows, is_mask, leaves, mapped
+from fastdpo.modeling.mixers.rows import MixerRows
+
+_MIXERS = "_fastdpo_mixers"  # attribute of a model whose mixers are known
+_ADAPTER = "_fastdpo_mixer"  # attribute of a module that is one
+# what says to a module where the sequences of its row are; it gets that of the gathered row, or whole sequences
+_LAYOUT_ARGUMENTS = frozenset(
+    {"packed_layout", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+)
+
+
+class Mixers:
+    """The token mixers of one model, with the rows of the packed batch that it ran last.
+
+    The rows stay, because gradient checkpointing runs layers again in backward, outside any forward of the model.
+
+    Names are those of `named_modules`.
+    """
+
+    def __init__(self, bare: nn.Module) -> None:
+        self.names: tuple[str, ...] = ()
+        self.by_boundaries: set[str] = set()  # those that take a row of sequences in one call
+        self.leaks: tuple[str, ...] = ()  # modules that mix tokens of one sequence into another and cannot be helped
+        self.rows: MixerRows | None = None
+        bare.__dict__[_MIXERS] = self
+
+    def add(self, bare: nn.Module, *names: str) -> None:
+        self.names += tuple(name for name in names if name not in self.names)
+        self.install(bare)
+
+    def drop(self, bare: nn.Module, *names: str) -> None:
+        self.remove(bare)
+        self.names = tuple(name for name in self.names if name not in names)
+        self.install(bare)
+
+    def forget(self, bare: nn.Module) -> None:
+        """As if they had never been looked for."""
+        self.remove(bare)
+        bare.__dict__.pop(_MIXERS, None)
+
+    def install(self, bare: nn.Module) -> None:
+        """Puts the adapters in, where they are not."""
+        modules = dict(bare.named_modules()) if self.names else {}
+        for name in self.names:
+            if _ADAPTER not in modules[name].__dict__:
+                _wrap(modules[name], self, name)
+
+    def remove(self, bare: nn.Module) -> None:
+        """Takes the adapters out; which modules they were on is known for the next time."""
+        self.rows = None
+        for module in bare.modules():
+            adapter: _Adapter | None = module.__dict__.get(_ADAPTER)
+            if adapter is not None:
+                del module.__dict__[_ADAPTER]
+                module.__dict__.pop("forward", None)
+                if adapter.is_own:  # an instance attribute already
+                    module.__dict__["forward"] = adapter.forward
+
+    @contextmanager
+    def running(self, rows: MixerRows | None) -> Iterator[None]:
+        """Mixers run on these rows, or as they came, for the length of a call."""
+        before, self.rows = self.rows, rows
+        try:
+            yield
+        finally:
+            self.rows = before
+
+    def keep_rows_for_backward(self, bare: nn.Module) -> None:
+        """Layers that are run again in backward find the rows of their own forward, whatever ran in between."""
+        for module in bare.modules() if self.names else ():
+            checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+            if checkpoint is not None and not isinstance(checkpoint, _CheckpointWithRows):
+                module.__dict__["_gradient_checkpointing_func"] = _CheckpointWithRows(checkpoint, self)
+
+
+def mixers_of(bare: nn.Module) -> Mixers | None:
+    """Those of a bare model on which they have been looked for."""
+    found: Mixers | None = bare.__dict__.get(_MIXERS)
+    return found
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward that a mixer came with."""
+    adapter: _Adapter = module.__dict__[_ADAPTER]
+    return adapter.forward
+
+
+class _CheckpointWithRows:
+    def __init__(self, checkpoint: Callable[..., Any], mixers: Mixers) -> None:
+        self.checkpoint, self.mixers = checkpoint, mixers
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        rows = self.mixers.rows
+
+        def run(*inputs: Any, **named: Any) -> Any:
+            with self.mixers.running(rows):
+                return function(*inputs, **named)
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+class _Adapter:
+    def __init__(self, name: str, mixers: Mixers, forward: Callable[..., Any], is_own: bool) -> None:
+        self.name, self.mixers, self.forward, self.is_own = name, mixers, forward, is_own
+
+
+def _wrap(module: nn.Module, mixers: Mixers, name: str) -> None:
+    module.__dict__[_ADAPTER] = _Adapter(name, mixers, module.forward, "forward" in module.__dict__)
+    module.__dict__["forward"] = MethodType(_forward, module)  # a bound method, so that a copy gets one of its own
+
+
+@torch.compiler.disable  # which rows go together differs from batch to batch
+def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    adapter: _Adapter = module.__dict__[_ADAPTER]
+    rows = adapter.mixers.rows
+    if rows is None:
+        return adapter.forward(*args, **kwargs)
+    if not any(has_rows(value, rows.num_rows) for value in leaves((args, kwargs))):
+        raise ValueError(
+            f"{adapter.name} must run on the {rows.num_rows} rows of the packed batch: the model was called around its"
+            " own forward"
+        )
+    kwargs = {name: value for name, value in kwargs.items() if name not in _LAYOUT_ARGUMENTS}
+    if adapter.name in adapter.mixers.by_boundaries:
+        return run_with_boundaries(adapter.forward, rows, args, kwargs)
+    return run_sequences(adapter.forward, rows, args, kwargs)
+
+
+def run_sequences(forward: Callable[..., Any], rows: MixerRows, args: Any, kwargs: Any) -> Any:
+    """One call for all sequences of about one length, which are rows of its batch."""
+    gathered = mapped((args, kwargs), lambda tensor: _gather(tensor, rows))
+    outputs = []
+    for call in rows.calls:
+        own_args, own_kwargs = mapped(gathered, lambda tensor, call=call: tensor.of_call(call), _Gathered)
+        outputs.append(forward(*own_args, **own_kwargs))
+    return _scattered(outputs, [tuple(call.shape) for call in rows.calls], rows.kept)
+
+
+def run_with_boundaries(forward: Callable[..., Any], rows: MixerRows, args: Any, kwargs: Any) -> Any:
+    """One call over the row of all sequences, whose boundaries the module's kernels keep."""
+    gathered = mapped((args, kwargs), lambda tensor: _gather(tensor, rows))
+    own_args, own_kwargs = mapped(gathered, lambda tensor: tensor.whole(), _Gathered)
+    output = forward(*own_args, **own_kwargs, **rows.boundaries)
+    return _scattered([output], [(1, rows.varlen.key_rows.shape[0])], rows.kept_keys)
+
+
+class _Gathered:
+    """One argument with its rows in the order of `VarlenLayout.key_rows`."""
+
+    def __init__(self, tensor: Tensor, is_mask: bool) -> None:
+        self.tensor, self.is_mask = tensor, is_mask  # (K, ...), or a mask (heads, K, K)
+
+    def of_call(self, call: Tensor) -> Tensor:
+        if self.is_mask:
+            return self.tensor[:, call[:, :, None], call[:, None, :]].transpose(0, 1)
+        return self.tensor.index_select(0, call.flatten()).unflatten(0, tuple(call.shape))
+
+    def whole(self) -> Tensor:
+        return self.tensor[None]
+
+
+def _gather(tensor: Tensor, rows: MixerRows) -> Any:
+    if is_mask(tensor, rows.num_rows):
+        return _Gathered(tensor[0][:, rows.varlen.key_rows[:, None], rows.varlen.key_rows], is_mask=True)
+    if not has_rows(tensor, rows.num_rows):
+        return tensor
+    if tensor.is_floating_point():
+        return _Gathered(gather_keys(tensor[0], rows.varlen), is_mask=False)
+    return _Gathered(tensor[0].index_select(0, rows.varlen.key_rows), is_mask=False)
+
+
+def _scattered(outputs: list[Any], shapes: list[tuple[int, ...]], kept: Tensor) -> Any:
+    """The outputs of the calls as that of one over the packed row; what is no output per row is the last call's."""
+    first = outputs[0]
+    if isinstance(first, Tensor) and all(x.shape[:2] == shape for x, shape in zip(outputs, shapes, strict=True)):
+        return torch.cat([output.flatten(0, 1) for output in outputs]).index_select(0, kept)[None]
+    if isinstance(first, tuple | list):
+        parts = [_scattered(list(part), shapes, kept) for part in zip(*outputs, strict=True)]
+        return tuple(parts) if isinstance(first, tuple) else parts
+    return outputs[-1]

@@ -1,0 +1,104 @@
+"""Which rows of a packed row a token mixer runs on: segments in, index tensors out.
+
+A mixer needs the tokens of `prefix + branch` in order, and of what it gives only the branch's own rows are kept. The
+first pair of `fastdpo/data/packing.py`, prompt [1 2], responses [3 4] and [5], has segments (0,4, 0,0) (4,5, 0,2):
+
+    gathered      0 1 2 3 | 0 1 4         rows of the packed row, as `VarlenLayout.key_rows` has them
+    one call      0 1 2 3                 of two sequences: indices into the gathered rows, the shorter one with its
+                  4 5 6 6                 last token once more
+    kept          0 1 2 3 6               of the call's outputs, one after the other
+
+Sequences of about one length run in one call: what follows a token does not change what a causal mixer gives for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdpo.types import VarlenLayout
+
+LEAST_FILLED = 0.8  # of a call's positions along each sequence; the rest repeats its last token
+
+
+class MixerRows:
+    """The sequences of one packed row as mixers run them, in one of two ways. Built once per forward.
+
+    Args:
+        segments: per branch query start, query end, prefix start, prefix end, on the host.
+        varlen: the same as index tensors on the row's device.
+    """
+
+    def __init__(self, segments: Sequence[tuple[int, int, int, int]], varlen: VarlenLayout) -> None:
+        self.segments = tuple(segments)
+        self.varlen = varlen
+        self.num_rows = self.segments[-1][1] if self.segments else 0
+        self._table = np.asarray(self.segments, dtype=np.int64).reshape(-1, 4)
+
+    @property
+    def num_prefix(self) -> np.ndarray:
+        """(N,) tokens of each branch's prefix."""
+        table: np.ndarray = self._table[:, 3] - self._table[:, 2]
+        return table
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) tokens of prefix and branch."""
+        table: np.ndarray = self.num_prefix + self._table[:, 1] - self._table[:, 0]
+        return table
+
+    @cached_property
+    def calls(self) -> tuple[Tensor, ...]:
+        """Each (S, L) int64: indices into the gathered rows, of S sequences that run together."""
+        return tuple(torch.from_numpy(call).to(self.varlen.key_rows.device) for call in self._calls()[0])
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """(T,) int64: where the calls' outputs, one after the other, hold each row of the packed row."""
+        return torch.from_numpy(self._calls()[1]).to(self.varlen.key_rows.device)
+
+    def _calls(self) -> tuple[list[np.ndarray], np.ndarray]:
+        lengths, num_prefix = self.lengths, self.num_prefix
+        first_key = lengths.cumsum() - lengths
+        order = np.argsort(-lengths, kind="stable")
+        calls, kept = [], np.empty(self.num_rows, dtype=np.int64)
+        start = num_outputs = 0
+        while start < len(order):
+            width = lengths[order[start]]
+            count = int(np.sum(lengths[order[start:]] >= LEAST_FILLED * width))
+            branches = order[start : start + count]
+            columns = np.minimum(np.arange(width), lengths[branches, None] - 1)
+            calls.append(first_key[branches, None] + columns)
+            for place, branch in enumerate(branches):
+                own = np.arange(num_prefix[branch], lengths[branch])
+                kept[self._table[branch, 0] : self._table[branch, 1]] = num_outputs + place * width + own
+            num_outputs += count * width
+            start += count
+        return calls, kept
+
+    @cached_property
+    def kept_keys(self) -> Tensor:
+        """(T,) int64: where the gathered rows hold each row of the packed row as its branch's own."""
+        lengths = self.lengths
+        first_key = lengths.cumsum() - lengths
+        own = [np.arange(k + p, k + n) for k, p, n in zip(first_key, self.num_prefix, lengths, strict=True)]
+        kept = np.concatenate(own) if own else np.zeros(0, dtype=np.int64)
+        return torch.from_numpy(kept.astype(np.int64)).to(self.varlen.key_rows.device)
+
+    @cached_property
+    def boundaries(self) -> dict[str, object]:
+        """The gathered row's sequences by the names that transformers' models hand on to their kernels."""
+        varlen = self.varlen
+        keys = torch.arange(varlen.key_rows.shape[0], device=varlen.key_rows.device)
+        sequence = torch.bucketize(keys, varlen.cu_keys[1:].long(), right=True)
+        return {
+            "cu_seq_lens_q": varlen.cu_keys,
+            "cu_seq_lens_k": varlen.cu_keys,
+            "max_length_q": varlen.max_keys,
+            "max_length_k": varlen.max_keys,
+            "seq_idx": sequence.to(torch.int32)[None],
+        }
