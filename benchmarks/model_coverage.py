@@ -1,9 +1,9 @@
 """Every causal LM of transformers: is it packed, are prompts shared, and how exactly?
 
-    python benchmarks/model_coverage.py                      # all types; prints the table
+    python benchmarks/model_coverage.py                      # all types; prints the counts, and a line for each
     python benchmarks/model_coverage.py --types llama mamba  # some
     python benchmarks/model_coverage.py --out FILE           # and writes JSON lines, one a type
-    python benchmarks/model_coverage.py --write              # runs all, writes results/model_coverage.jsonl, docs/models.md
+    python benchmarks/model_coverage.py --write              # all, into results/ and docs/models.md
     python benchmarks/model_coverage.py --docs               # docs/models.md from the results as they are
 
 A tiny random model of each type (`tiny_models.py`), in a process of its own with a time limit, is asked what a run
@@ -17,6 +17,7 @@ import argparse
 import copy
 import json
 import multiprocessing
+import re
 import sys
 import time
 import warnings
@@ -34,7 +35,8 @@ from fastdpo.modeling.backbone import freeze_towers, text_ids
 from fastdpo.training.model_kinds import check_kind
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "model_coverage.jsonl"
+RESULTS, DOCS = HERE / "results" / "model_coverage.jsonl", HERE.parent / "docs" / "models.md"
+MARKED = re.compile(r"(<!-- table: model_coverage.jsonl -->\n).*?(<!-- end -->)", re.DOTALL)
 STATUSES = ("packed and shared", "packed", "padded", "refused", "wrong", "cannot be built")
 EXACT = 1e-5  # error of log-probs, and of the gradient of each weight, that counts as none
 # (prompt, responses) in tokens: shared starts, one token, longer than windows, chunks and convolutions
@@ -76,8 +78,13 @@ def errors(model: Any, batch: Any, groups: Sequence[TokenizedGroup]) -> dict[str
     expected = separate_sums(model, groups)
     expected_grads = gradients(model, expected)
     actual = packed_logps(model, batch).sequences.sums
-    grads = gradients(model, actual)
     logps = ((actual - expected).abs() / (1 + expected.abs())).max().item()
+    worst, error = largest_error(gradients(model, actual), expected_grads)
+    return {"logps_error": logps, "grad_error": error, "worst": worst}
+
+
+def largest_error(grads: dict[str, Tensor], expected_grads: dict[str, Tensor]) -> tuple[str, float]:
+    """The weight whose gradient is furthest from what it should be, and the relative error."""
     # what is zero in exact arithmetic is compared with the size of the others
     floor = 0.05 * torch.stack([grad.norm() for grad in expected_grads.values()]).median()
     of: dict[str, float] = {}
@@ -85,7 +92,15 @@ def errors(model: Any, batch: Any, groups: Sequence[TokenizedGroup]) -> dict[str
         other = grads.get(name, torch.zeros_like(grad))
         of[name] = ((other - grad).norm() / grad.norm().clamp(min=floor)).item()
     worst = max(of, key=lambda name: of[name])
-    return {"logps_error": logps, "grad_error": of[worst], "worst": worst}
+    return worst, of[worst]
+
+
+def stock_rounding(model: Any, groups: Sequence[TokenizedGroup]) -> float:
+    """How far the stock model's own gradients in fp32 are from those in fp64, as far as its layers let it be that."""
+    twin = in_fp64(model)
+    exact = gradients(twin, separate_sums(twin, groups))
+    grads = {name: grad.double() for name, grad in gradients(model, separate_sums(model, groups)).items()}
+    return largest_error(grads, exact)[1]
 
 
 def coverage_of(model_type: str) -> dict[str, Any]:
@@ -114,18 +129,30 @@ def coverage_of(model_type: str) -> dict[str, Any]:
     groups = groups_of(text_ids(model))
     if not check.ok:
         found = _measured(model, pad_pairs(groups), groups)
+        if "reason" in found:
+            return {**record, "status": "refused", "reason": f"padded rows raise in training: {found['reason']}"}
         status = "padded" if found["logps_error"] <= EXACT else "wrong"
         return {**record, "status": status, "reason": check.reason, **found}
     found = _measured(model, pack_pairs(groups), groups)
     if max(found["logps_error"], found["grad_error"]) <= EXACT:
         return {**record, "status": "packed and shared", "reason": "", **found}
     unshared = _measured(model, pack_pairs(groups, prefix_sharing=False), groups)
-    exact = errors(copy.deepcopy(model).double(), pack_pairs(groups), groups)
-    record["fp64"] = {name: exact[name] for name in ("logps_error", "grad_error")}
-    if max(record["fp64"].values()) <= EXACT**2:
-        return {**record, "status": "packed and shared", "reason": "rounding of fp32 alone", **found}
+    padded = _measured(model, pad_pairs(groups), groups)
+    record["rounding"] = rounding = max(stock_rounding(model, groups), padded["grad_error"])
+    if found["logps_error"] <= EXACT and found["grad_error"] <= 10 * rounding:  # as the self-check has it
+        reason = f"rounding alone moves its gradients by {rounding:.0e}"
+        return {**record, **found, "status": "packed and shared", "reason": reason}
     status = "packed" if max(unshared["logps_error"], unshared["grad_error"]) <= EXACT else "wrong"
     return {**record, "status": status, "reason": "the self-check did not see it", **found}
+
+
+def in_fp64(model: Any) -> Any:
+    """A copy, whose experts are multiplied one by one: grouped products know no fp64."""
+    twin = copy.deepcopy(model).double()
+    for module in twin.modules():
+        if hasattr(getattr(module, "config", None), "_experts_implementation"):
+            module.config._experts_implementation = "eager"
+    return twin
 
 
 def _measured(model: Any, batch: Any, groups: Sequence[TokenizedGroup]) -> dict[str, Any]:
@@ -146,7 +173,10 @@ def _child(model_type: str, results: Any) -> None:
         record = coverage_of(model_type)
     except Exception as failure:
         record = {"type": model_type, "status": "wrong", "reason": _line(failure)}
-    results.put({**record, "seconds": round(time.perf_counter() - started, 1)})
+    import transformers
+
+    about = {"transformers": transformers.__version__, "seconds": round(time.perf_counter() - started, 1)}
+    results.put({**record, **about})
 
 
 def run_types(types: Sequence[str], time_limit: float = TIME_LIMIT) -> list[dict[str, Any]]:
@@ -181,15 +211,57 @@ def all_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+def read_results(path: Path = RESULTS) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def docs_table(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown: counts, the types that are packed with shared prompts, and a row with the reason for every other."""
+    by = {status: [record for record in records if record["status"] == status] for status in STATUSES}
+    version = next((record["transformers"] for record in records if "transformers" in record), "")
+    lines = [f"transformers {version}, {len(records)} types:", "", "| | types |", "|---|---|"]
+    lines += [f"| {status} | {len(found)} |" for status, found in by.items()]
+    shared = by["packed and shared"]
+    worst = {name: max((record[name] for record in shared), default=0.0) for name in ("logps_error", "grad_error")}
+    lines += [
+        "",
+        f"Packed with shared prompts (largest error of log-probs {worst['logps_error']:.0e}, of a weight's gradient"
+        f" {worst['grad_error']:.0e}): {', '.join(record['type'] for record in shared)}.",
+    ]
+    noisy = [record for record in shared if record["grad_error"] > EXACT]
+    if noisy:
+        words = ", ".join(f"{record['type']} ({record['grad_error']:.0e})" for record in noisy)
+        lines += ["", f"Among them with gradients that rounding moves by more than {EXACT:.0e}: {words}."]
+    lines += ["", "| type | | why |", "|---|---|---|"]
+    for status in STATUSES[1:]:
+        for record in by[status]:
+            reason = re.sub(r"^[A-Za-z]+(Error|Exception): ", "", record["reason"]).replace("|", "\\|")
+            lines.append(f"| {record['type']} | {status} | {reason[:220]} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_docs(records: Sequence[dict[str, Any]], path: Path = DOCS) -> None:
+    path.write_text(MARKED.sub(lambda found: found[1] + docs_table(records) + found[2], path.read_text()))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", help="model types; all by default")
     parser.add_argument("--out", type=Path, help="JSON lines are written here")
     parser.add_argument("--time_limit", type=float, default=TIME_LIMIT, help="seconds for one type")
+    parser.add_argument("--write", action="store_true", help="into the project's results and docs/models.md")
+    parser.add_argument("--docs", action="store_true", help="docs/models.md from the results as they are")
     options = parser.parse_args(argv)
+    if options.write and options.types:
+        parser.error("--write takes all types")
+    if options.docs:
+        write_docs(read_results())
+        return 0
     records = run_types(options.types or all_types(), options.time_limit)
-    if options.out is not None:
-        options.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for path in filter(None, (options.out, RESULTS if options.write else None)):
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    if options.write:
+        write_docs(records)
     for status in STATUSES:
         print(f"{status}: {sum(record['status'] == status for record in records)}")
     return 0

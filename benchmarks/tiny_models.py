@@ -17,7 +17,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "embedding_dim", "emb_dim"), 32),
     **dict.fromkeys(("word_embed_proj_dim", "input_embedding_size", "output_embedding_size", "lru_width"), 32),
     **dict.fromkeys(("attention_hidden_size", "decoder_hidden_size"), 32),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "dim_ff", "dff", "d_inner", "n_inner", "intermediate_size_mlp"), 48),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "dim_ff", "dff", "d_inner", "n_inner", "intermediate_size_mlp"), 48
+    ),
     **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size", "expert_ffn_hidden_size"), 48),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "dense_intermediate_size"), 16),
     **dict.fromkeys(("shared_experts_intermediate_size", "shared_intermediate_size", "feed_forward_size"), 16),
@@ -44,7 +46,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("local_attention", "keep_window_size"), 16),
     "query_pre_attn_scalar": 8,
     "index_head_dim": 8,
-    "index_n_heads": 2,
+    "index_n_heads": 16,  # the scores of few heads are often 0 for several keys, of which any may be picked
     "index_topk": 4,
     "index_topk_blocks": 2,
     "index_block_size": 4,
@@ -82,7 +84,7 @@ LATENT = {"head_dim": 4, "num_key_value_heads": 4}
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_blocks")
 LAYERS = (*LAYERS, "num_decoder_layers", "num_encoder_layers")
 KINDS = ("layer_types", "layers_block_type", "block_types", "attn_layers")
-DROPOUTS = ("dropout", "drop_rate", "_pdrop", "dropout_prob", "mask_time_prob")
+DROPOUTS = ("dropout", "layerdrop", "drop_rate", "_pdrop", "dropout_prob", "mask_time_prob")
 SMALL_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SMALL_VISION = {**SMALL_VISION, "image_size": 16, "patch_size": 8}
 _BLT = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
@@ -96,10 +98,16 @@ EXTRA: dict[str, dict[str, Any]] = {
         "decoder_config": {**_BLT, "hidden_size_global": 32},
         "global_config": _BLT,
     },
-    "cohere_compass_text": {"rope_parameters": None, "layer_types": ["full_attention", "sliding_attention"] * 2,
-                            "num_hidden_layers": 4},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "num_hidden_layers": 4,
+    },
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "gemma3": {"vision_config": SMALL_VISION, "mm_tokens_per_image": 4, "image_token_index": 90},
@@ -108,13 +116,29 @@ EXTRA: dict[str, dict[str, Any]] = {
         "image_token_id": 90,
     },
     "git": {"vision_config": SMALL_VISION},
-    "got_ocr2": {"vision_config": {**SMALL_VISION, "output_channels": 8, "mlp_dim": 16, "window_size": 2,
-                                   "global_attn_indexes": [0]}, "image_token_index": 90},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
+    "got_ocr2": {
+        "vision_config": {
+            **SMALL_VISION,
+            "output_channels": 8,
+            "mlp_dim": 16,
+            "window_size": 2,
+            "global_attn_indexes": [0],
+        },
+        "image_token_index": 90,
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "num_hidden_layers": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
-    "llama4": {"vision_config": {**SMALL_VISION, "projector_input_dim": 16, "projector_output_dim": 16,
-                                 "vision_output_dim": 16, "pixel_shuffle_ratio": 0.5}, "image_token_index": 90},
+    "llama4": {
+        "vision_config": {
+            **SMALL_VISION,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+            "vision_output_dim": 16,
+            "pixel_shuffle_ratio": 0.5,
+        },
+        "image_token_index": 90,
+    },
     "mamba2": {"head_dim": 16},
     "moss_transcribe_diarize": {
         "audio_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
@@ -122,23 +146,47 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "phi4_multimodal": {
         "vision_config": {**SMALL_VISION, "crop_size": 16, "image_token_id": 90},
-        "audio_config": {"hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2,
-                         "ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "nemo_conv_channels": 16,
-                         "audio_token_id": 91},
+        "audio_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_blocks": 1,
+            "num_attention_heads": 2,
+            "ext_pw_out_channel": 16,
+            "depthwise_separable_out_channel": 16,
+            "nemo_conv_channels": 16,
+            "audio_token_id": 91,
+        },
     },
     "recurrent_gemma": {"num_hidden_layers": 6},
-    "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16],
-                 "local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16, "num_buckets": 4},
-    "roc_bert": {"pronunciation_vocab_size": 9, "shape_vocab_size": 9, "pronunciation_embed_dim": 8,
-                 "shape_embed_dim": 8},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": [16, 16],
+        "axial_pos_embds_dim": [16, 16],
+        "local_attn_chunk_length": 16,
+        "lsh_attn_chunk_length": 16,
+        "num_buckets": 4,
+    },
+    "roc_bert": {
+        "pronunciation_vocab_size": 9,
+        "shape_vocab_size": 9,
+        "pronunciation_embed_dim": 8,
+        "shape_embed_dim": 8,
+    },
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_key_value_heads": 4, "attention_hidden_size": 64, "attention_head_dim": 16},
-    "zamba2": {"num_key_value_heads": 4, "n_mamba_heads": 4, "attention_head_dim": 16},
+    "zamba": {"num_key_value_heads": 4, "attention_hidden_size": 64, "attention_head_dim": 16, "head_dim": 16},
+    "zamba2": {"num_key_value_heads": 4, "n_mamba_heads": 4, "attention_head_dim": 16, "head_dim": 16},
     "zaya": {"num_experts_per_tok": 1, "sliding_window": 8},
-    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
-                       "indexer_compress_ratio": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
 }
-REASONS: dict[str, str] = {}  # types that are no model of text by themselves
+
+
+EXTRA["qwen4_exp"] = {"text_config": EXTRA["qwen4_exp_text"], "image_token_id": 90}
 
 
 def tiny_config(model_type: str) -> Any:
@@ -155,11 +203,7 @@ def tiny_config(model_type: str) -> Any:
     settings = _settings(text)
     if text is default:
         return config_class(**{**settings, **extra})
-    return config_class(**{"text_config": {**settings, **extra.get("text_config", {})}, **without(extra, "text_config")})
-
-
-def without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in names}
+    return config_class(**{**extra, "text_config": {**settings, **extra.get("text_config", {})}})
 
 
 def _settings(default: Any) -> dict[str, Any]:
@@ -172,7 +216,9 @@ def _settings(default: Any) -> dict[str, Any]:
     each = list(dict.fromkeys(getattr(default, kinds))) if kinds else [None]
     num_layers = SEVERAL * len(each)
     settings |= {name: num_layers for name in LAYERS if name in known}
-    if kinds and not isinstance(getattr(type(default), (default.attribute_map or {}).get(kinds, kinds), None), property):
+    if kinds and not isinstance(
+        getattr(type(default), (default.attribute_map or {}).get(kinds, kinds), None), property
+    ):
         settings[kinds] = each * SEVERAL
     if "rotary_pct" not in known and isinstance(getattr(default, "rope_parameters", None), dict):
         settings |= _short_rope(default.rope_parameters)

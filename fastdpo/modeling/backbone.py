@@ -18,7 +18,7 @@ _OF_TEXT = frozenset({"pad_token_id", "bos_token_id", "eos_token_id", "decoder_s
 
 def text_config(model: Any) -> Any:
     """The config of the decoder: the model's own, or the part of a composite's that is about text."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

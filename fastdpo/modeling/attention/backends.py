@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -50,9 +50,10 @@ ATTENTION_BACKENDS = tuple(_CANDIDATES)
 class Observed:
     """What the self-check sees of a model's calls."""
 
-    windows: set[int | None] = field(default_factory=set)  # as handed over, None for layers without
+    windows: set[Any] = field(default_factory=set)  # as handed over, None for layers without
     backends: dict[str, str] = field(default_factory=dict)  # name -> why it was chosen
     num_calls: int = 0
+    num_masks: int = 0  # calls that were handed a mask, which says all that limits them
 
 
 observed: ContextVar[Observed | None] = ContextVar("observed", default=None)
