@@ -18,10 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.modeling.attention import ATTENTION_BACKENDS, PACKED_ATTENTION, PackedLayout, register
+from fastdpo.modeling.attention import (
+    ATTENTION_BACKENDS,
+    PACKED_ATTENTION,
+    PACKED_ATTENTION_WITH_MASKS,
+    PACKED_ATTENTIONS,
+    PackedLayout,
+    masks_of,
+    register,
+)
 from fastdpo.modeling.backbone import backbone_name
 from fastdpo.modeling.head import lm_head
 from fastdpo.modeling.mixers import MixerRows, find_mixers, mixers_of
+from fastdpo.modeling.positions import counting_tables, told_positions
 from fastdpo.modeling.router import load_balancing_loss
 from fastdpo.ops import sequence_logps
 from fastdpo.ops.sequence_loss import GroupEnd, sequence_loss
@@ -42,8 +51,10 @@ class _Prepared:
     generate: Callable[..., Any] | None
     own_methods: dict[str, Any]  # those of the two that were instance attributes
     backbone: str  # name of the decoder among the model's modules
+    tables: list[str]  # names of tables in it that count rows unless they are told positions
     attention_backend: str = "auto"
     excluded_backends: dict[str, str] = field(default_factory=dict)  # that the self-check has found wrong here, and how
+    masks: str = "none"  # what the model gets where it asks for a mask, as the self-check found
     skip_tolerance: float = 0.0  # of the head op, as the next one
     workspace_bytes: int | None = None
 
@@ -128,14 +139,27 @@ def run_mixers_packed(model: nn.Module, like: nn.Module | None = None) -> tuple[
     if any(type(parameter.data) is not Tensor for parameter in bare.parameters()):
         return ()  # no numbers to look at
     known = None if like is None else mixers_of(bare_model(like))
-    is_packed = any(attention.config._attn_implementation == PACKED_ATTENTION for attention in state.attentions)
+    is_packed = any(attention.config._attn_implementation in PACKED_ATTENTIONS for attention in state.attentions)
     _set_attention(state, packed=True)
     try:
         backend = "mask" if state.attention_backend == "mask" else "sdpa"
-        mixers = find_mixers(bare, backend, None if known is None else known.names)
+        mixers = find_mixers(bare, backend, None if known is None else known.names, state.masks)
     finally:
         _set_attention(state, packed=is_packed)
     return mixers.leaks if mixers is not None else ()
+
+
+def give_masks(model: nn.Module, masks: str) -> None:
+    """What a prepared model gets where it asks for a mask; mixers that were found without are looked for again."""
+    bare, state = bare_model(model), prepared_state(model)
+    if state.masks == masks:
+        return
+    is_packed = any(attention.config._attn_implementation in PACKED_ATTENTIONS for attention in state.attentions)
+    _set_attention(state, packed=False)
+    state.masks = masks
+    _set_attention(state, packed=is_packed)
+    if (mixers := mixers_of(bare)) is not None:
+        mixers.forget(bare)
 
 
 def attention_backend(model: nn.Module) -> str:
@@ -156,6 +180,7 @@ def _install(bare: Any) -> None:
         generate=getattr(bare, "generate", None),
         own_methods={name: bare.__dict__[name] for name in ("forward", "generate") if name in bare.__dict__},
         backbone=backbone,
+        tables=counting_tables(bare.get_submodule(backbone)),
     )
     setattr(bare, _STATE, state)
     # bound methods, because a copy of the model then gets methods of its own, also inside what accelerate wraps them in
@@ -169,7 +194,7 @@ def _install(bare: Any) -> None:
 def _own_attention(model: Any, config: Any) -> str:
     """What the model runs on outside packed batches."""
     current: str = config._attn_implementation
-    if current == PACKED_ATTENTION:  # the config object is also that of a model whose last batch was packed
+    if current in PACKED_ATTENTIONS:  # the config object is also that of a model whose last batch was packed
         current = model.get_correct_attn_implementation(None)
     return current
 
@@ -304,7 +329,9 @@ def _run(
 ) -> tuple[Tensor | None, PairLogps]:
     state, layout = prepared_state(model), None
     if batch.varlen is not None:  # made out here, where torch.compile does not look into the branches of a batch
-        layout = PackedLayout(batch.segments, batch.varlen, state.attention_backend, state.excluded_backends)
+        layout = PackedLayout(
+            batch.segments, batch.varlen, state.attention_backend, state.excluded_backends, state.masks
+        )
         run_mixers_packed(model)
     settings = {"packed_layout": layout, "impl": impl, "outputs": tuple(outputs), "router_aux_loss": router_aux_loss}
     result = model(input_ids=batch.input_ids, packed_batch=batch, loss_of=loss_of, summed=tuple(summed), **settings)
@@ -350,7 +377,10 @@ def _forward(
         layout = {"attention_mask": batch.attention_mask}
     if router_aux_loss:
         layout["output_router_logits"] = True
-    backbone = model.get_submodule(state.backbone)(input_ids=batch.input_ids, use_cache=False, **layout)
+    decoder = model.get_submodule(state.backbone)
+    tables = [decoder.get_submodule(name) for name in state.tables]
+    with masks_of(packed_layout), told_positions(tables, layout.get("position_ids")):
+        backbone = decoder(input_ids=batch.input_ids, use_cache=False, **layout)
     hidden_states = backbone.last_hidden_state
     head = lm_head(model)
     rows = hidden_states.flatten(0, 1).index_select(0, batch.logit_rows)
@@ -399,10 +429,11 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _set_attention(state: _Prepared, *, packed: bool) -> None:
+    name = PACKED_ATTENTION if state.masks == "none" else PACKED_ATTENTION_WITH_MASKS
     for attention in state.attentions:
-        if attention.config._attn_implementation != PACKED_ATTENTION:  # the model's own, perhaps changed since
+        if attention.config._attn_implementation not in PACKED_ATTENTIONS:  # the model's own, perhaps changed since
             attention.original = attention.config._attn_implementation
-        attention.config._attn_implementation_internal = PACKED_ATTENTION if packed else attention.original
+        attention.config._attn_implementation_internal = name if packed else attention.original
 
 
 def _set_mixers(model: Any, layout: PackedLayout | None) -> None:
@@ -419,7 +450,7 @@ def _set_mixers(model: Any, layout: PackedLayout | None) -> None:
 def _as_it_came(model: Any) -> Iterator[None]:
     """The attention that the model came with, and its mixers over rows as they are, for the length of one call."""
     state, mixers = getattr(model, _STATE), mixers_of(model)
-    was_packed = [attention.config._attn_implementation == PACKED_ATTENTION for attention in state.attentions]
+    was_packed = [attention.config._attn_implementation in PACKED_ATTENTIONS for attention in state.attentions]
     _set_attention(state, packed=False)
     try:
         with nullcontext() if mixers is None else mixers.running(None):

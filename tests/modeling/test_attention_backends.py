@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 import torch
-from test_packed_logps import GROUPS, UNPACKABLE, build, gradients, separate_sums
+from test_packed_logps import GROUPS, SMALL, build, gradients, separate_sums
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from varlen_emulation import (
@@ -373,7 +373,7 @@ def test_the_mask_of_a_row_lets_every_branch_see_its_prefix_and_itself():
 
 def test_layers_that_only_a_mask_reaches_can_be_packed_when_asked():
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["stablelm"](**UNPACKABLE["stablelm"])).eval()
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["stablelm"](**SMALL)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)

@@ -249,21 +249,37 @@ def test_the_self_check_passes_where_packing_is_exact(model_type):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_window_that_lives_in_the_mask_alone_is_noticed_though_the_probe_is_shorter(monkeypatch):
+@pytest.fixture
+def without_window(monkeypatch):
+    """Layers that do not hand their window to attention: it lives in their mask alone."""
     from fastdpo.modeling import attention
 
-    model = build("mistral", sliding_window=64)
-    assert check_packing(model).ok
     packed_attention = attention.packed_attention
-    without_window = lambda *a, sliding_window=None, **k: packed_attention(*a, **k)  # noqa: E731
-    monkeypatch.setattr(attention, "packed_attention", without_window)
+    monkeypatch.setattr(attention, "packed_attention", lambda *a, sliding_window=None, **k: packed_attention(*a, **k))
     attention.register()
-    check = check_packing(model)
+    yield monkeypatch
     monkeypatch.undo()
     attention.register()
+
+
+def test_a_window_that_lives_in_the_mask_alone_is_read_off_it_though_the_probe_is_shorter(without_window):
+    model = build("mistral", sliding_window=64)
+    assert check_packing(model).ok
+    groups = [TokenizedPair([*range(60)], [*range(40)], [*range(30, 67)])]
+    expected = separate_sums(model, groups)
+    torch.testing.assert_close(packed_logps(model, pack_pairs(groups)).sequences.sums, expected, rtol=1e-5, atol=0)
+
+
+def test_a_window_that_cannot_be_read_is_noticed_though_the_probe_is_shorter(without_window):
+    from fastdpo.modeling.attention import masks
+
+    def unreadable(function):
+        raise ValueError("another release's masks")
+
+    without_window.setattr(masks, "limits_of", unreadable)
+    check = check_packing(build("mistral", sliding_window=64))
     assert not check.ok
     assert "64" in check.reason
-    assert check_packing(model).ok
 
 
 def test_a_head_that_is_more_than_a_linear_layer_is_refused():
@@ -276,7 +292,16 @@ def test_a_head_that_is_more_than_a_linear_layer_is_refused():
         num_attention_heads=4,
         is_decoder=True,
     )
-    with pytest.raises(ValueError, match="logits as its LM head times its last hidden state"):
+    message = r"logits as its LM head times its last hidden state; RobertaForCausalLM has .*lm_head\.dense .*between"
+    with pytest.raises(ValueError, match=message):
+        check_packing(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_model_in_which_tokens_see_those_after_them_is_refused_as_an_encoder():
+    config = CONFIG_MAPPING["bert-generation"](
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    with pytest.raises(ValueError, match="BertGenerationDecoder is an encoder as it is configured"):
         check_packing(AutoModelForCausalLM.from_config(config))
 
 
@@ -306,7 +331,8 @@ def test_attention_that_is_changed_after_preparing_stays_changed():
 
 
 BLOOM = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}
-UNPACKABLE = {"stablelm": SMALL, "bloom": BLOOM}
+MPT = {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}
+UNPACKABLE = {"bloom": BLOOM, "mpt": MPT}  # which make biases of the numbers of rows
 
 
 @pytest.mark.parametrize("model_type", UNPACKABLE)

@@ -12,17 +12,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.training.summary import summary_lines
 
-SMALL = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
 MODELS = {
-    "stablelm": (SMALL, "without packed_layout"),
+    "mpt": ({"vocab_size": 32, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}, "counted by rows"),
     "bloom": ({"vocab_size": 32, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "reach another"),
 }
 BETA = 0.3

@@ -15,23 +15,31 @@ from torch import Tensor, nn
 from fastdpo.data.varlen import varlen_layout
 from fastdpo.modeling.attention.backends import ATTENTION_BACKENDS, BACKENDS, Observed, can_do_without, choose, observed
 from fastdpo.modeling.attention.call import AttentionCall, PackedLayout, UnsupportedAttention
+from fastdpo.modeling.attention.masks import MASKS, carried, masks_of, only_picked, packed_mask
 from fastdpo.modeling.attention.sdpa import masked_attention
+from fastdpo.modeling.positions import scaled_by_position
 
 __all__ = [
     "ATTENTION_BACKENDS",
     "BACKENDS",
+    "MASKS",
     "PACKED_ATTENTION",
+    "PACKED_ATTENTIONS",
+    "PACKED_ATTENTION_WITH_MASKS",
     "AttentionCall",
     "Observed",
     "PackedLayout",
     "UnsupportedAttention",
     "can_do_without",
+    "masks_of",
     "observed",
     "packed_attention",
     "register",
 ]
 
 PACKED_ATTENTION = "fastdpo_packed"
+PACKED_ATTENTION_WITH_MASKS = "fastdpo_packed_with_masks"  # for models that want one, see `masks.py`
+PACKED_ATTENTIONS = (PACKED_ATTENTION, PACKED_ATTENTION_WITH_MASKS)
 
 # What models hand to their attention function besides the arguments below and that does not change its result.
 _WITHOUT_EFFECT = {
@@ -66,17 +74,20 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     packed_layout: PackedLayout | None = None,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function for transformers' AttentionInterface.
 
     Args:
         query: (1, num_heads, T, head_dim); key and value: (1, num_kv_heads, T, head_dim).
-        attention_mask: (1, 1, T, T) bool, under the backend "mask" only.
+        attention_mask: one that carries the layout (`masks.py`), a bias (1, heads, T, T) that a layer made of such a
+            one, or, under the backend "mask", (1, 1, T, T) bool.
         sliding_window: tokens a query sees, itself included.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
         s_aux: (num_heads,) attention sinks, one more logit per row that takes probability and gives no value (gpt-oss).
         packed_layout: the branches of the row.
+        indices: (1, T, k) rows of the keys that a sparse layer picked for each query (DeepSeek V3.2).
     Returns:
         (1, T, num_heads, head_dim), and None for the weights that are never built.
     Raises:
@@ -87,16 +98,34 @@ def packed_attention(
     if unknown or kwargs.get("is_causal") is False:
         what = ", ".join(unknown or ["is_causal=False"])
         raise ValueError(f"packed attention does not implement {what}, which {type(module).__name__} asks for")
+    if indices is not None:
+        attention_mask = only_picked(attention_mask, indices)
+    about, chunk = carried(attention_mask), None
+    is_bias = about is None and attention_mask is not None and attention_mask.is_floating_point()
+    if about is not None:
+        packed_layout, attention_mask, chunk = about.layout, None, about.chunk
+        windows = [window for window in (sliding_window, about.window) if window is not None]
+        sliding_window = min(windows, default=None)
     seen = observed.get() if not torch.compiler.is_compiling() else None
     if seen is not None:
-        seen.windows.add(sliding_window)
+        seen.windows |= {sliding_window, *([f"chunks of {chunk}"] if chunk is not None else [])}
         seen.num_calls += 1
+        seen.num_masks += about is not None or is_bias
     settings: dict[str, Any] = {
         "dropout": dropout,
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
         "softcap": softcap,
         "sinks": s_aux,
     }
+    if packed_layout is not None:
+        query = scaled_by_position(module, query, packed_layout)
+    num_rows, wants_masks = query.shape[2], _has_masks(module)
+    if wants_masks and is_bias:
+        assert attention_mask is not None
+        if attention_mask.shape[-2:] != (num_rows, num_rows):
+            raise ValueError(f"packed attention does not take the attention_mask of {type(module).__name__}")
+        call = AttentionCall(query, key, value, packed_layout or _NO_LAYOUT, window=None, **settings)
+        return masked_attention(call, attention_mask.to(query.dtype)).contiguous(), None
     if packed_layout is None:
         is_row_mask = attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.dim() == 4
         if attention_mask is None or not is_row_mask or sliding_window is not None:
@@ -105,20 +134,31 @@ def packed_attention(
                 " arguments of its forward to its attention, or was called around its own forward"
             )
         call = AttentionCall(query, key, value, _NO_LAYOUT, window=None, **settings)
-        return masked_attention(call, attention_mask), None
+        return masked_attention(call, attention_mask).contiguous(), None
     if attention_mask is not None and packed_layout.backend != "mask":
         raise ValueError(f"packed attention does not take attention_mask, which {type(module).__name__} hands over")
-    is_limited = sliding_window is not None and sliding_window < packed_layout.varlen.max_keys
-    call = AttentionCall(query, key, value, packed_layout, window=sliding_window if is_limited else None, **settings)
+    longest = packed_layout.varlen.max_keys
+    window = sliding_window if sliding_window is not None and sliding_window < longest else None
+    chunk = chunk if chunk is not None and chunk < longest else None
+    call = AttentionCall(query, key, value, packed_layout, window=window, chunk=chunk, **settings)
     name, reason = choose(call)
+    # stock functions give a row's heads side by side, and some layers `view` them as one
     if seen is None:
-        return BACKENDS[name].attend(call), None
+        return BACKENDS[name].attend(call).contiguous(), None
     with seen.running(name, reason, call, sliding_window):
-        return BACKENDS[name].attend(call), None
+        return BACKENDS[name].attend(call).contiguous(), None
+
+
+def _has_masks(module: nn.Module) -> bool:
+    """Whether the model of a layer is one that is given masks: a bias that it hands over is made of such a one."""
+    config = getattr(module, "config", None)
+    return getattr(config, "_attn_implementation", None) == PACKED_ATTENTION_WITH_MASKS
 
 
 def register() -> None:
-    """Makes `packed_attention` known to transformers under PACKED_ATTENTION."""
-    from transformers import AttentionInterface
+    """Makes `packed_attention` known to transformers under both names, and its masks under the second."""
+    from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    for name in PACKED_ATTENTIONS:
+        AttentionInterface.register(name, packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION_WITH_MASKS, packed_mask)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -68,10 +68,11 @@ class CallShape(NamedTuple):
 class Observed:
     """What the self-check sees of a model's calls."""
 
-    windows: set[int | None] = field(default_factory=set)  # as handed over, None for layers without
+    windows: set[Any] = field(default_factory=set)  # as handed over, None for layers without
     backends: dict[str, str] = field(default_factory=dict)  # name -> why it was chosen
     shapes: dict[CallShape, str] = field(default_factory=dict)  # and the backend that ran it
     num_calls: int = 0
+    num_masks: int = 0  # calls that were handed a mask, which says all that limits them
     failed: str | None = None  # the backend that raised
 
     @contextmanager

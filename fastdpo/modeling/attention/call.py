@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class AttentionCall:
     window: int | None  # tokens a query sees, itself included; None where no branch is longer
     softcap: float | None  # logits become `softcap * tanh(logits / softcap)`
     sinks: Tensor | None  # (num_heads,) one more logit a row, which takes probability and gives no value
+    chunk: int | None = None  # tokens see those of their own chunk of so many positions; None where no branch is longer
 
     @property
     def is_grouped(self) -> bool:
@@ -50,6 +52,7 @@ class PackedLayout:
         varlen: the same as index tensors on the row's device.
         backend: name of an attention backend, or "auto"; see `backends.py`.
         excluded: backends that "auto" and "flash" are not to take, and why.
+        masks: what the model gets where it asks for a mask, see `masks.py`.
     """
 
     def __init__(
@@ -58,30 +61,44 @@ class PackedLayout:
         varlen: VarlenLayout,
         backend: str = "auto",
         excluded: Mapping[str, str] | None = None,
+        masks: str = "none",
     ) -> None:
         self.segments = segments
         self.varlen = varlen
         self.backend = backend
         self.excluded = excluded or {}
-        self._branch_masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
-        self._row_masks: dict[int | None, Tensor] = {}
+        self.masks = masks
+        self._branch_masks: dict[tuple[Any, ...], Tensor] = {}
+        self._row_masks: dict[tuple[int | None, int | None], Tensor] = {}
+        self._positions: Tensor | None = None
 
-    def branch_mask(self, num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    def positions(self) -> Tensor:
+        """(T,) of each row within its prefix and branch."""
+        if self._positions is None:
+            varlen = self.varlen
+            row = torch.arange(len(varlen.row_ends) - 1, device=varlen.row_ends.device)
+            branch = torch.bucketize(row, varlen.cu_queries[1:].long(), right=True)
+            prefix_lengths = varlen.cu_keys.diff().long() - varlen.cu_queries.diff().long()
+            self._positions = prefix_lengths[branch] + row - varlen.cu_queries[:-1].long()[branch]
+        return self._positions
+
+    def branch_mask(
+        self, num_queries: int, num_keys: int, window: int | None, device: torch.device, chunk: int | None = None
+    ) -> Tensor:
         """(num_queries, num_keys) bool, True where query i may see key j: the last query sees the last key.
 
         `window` counts the visible tokens including the query itself, as `sliding_window` does in model configs.
         """
-        key = (num_queries, num_keys, window, device)
-        if key not in self._branch_masks:
+        name = (num_queries, num_keys, window, chunk, device)
+        if name not in self._branch_masks:
             query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-            distance = query - torch.arange(num_keys, device=device)[None, :]
-            visible = distance >= 0
-            self._branch_masks[key] = visible if window is None else visible & (distance < window)
-        return self._branch_masks[key]
+            key = torch.arange(num_keys, device=device)[None, :]
+            self._branch_masks[name] = _limited(query >= key, query, key, window, chunk)
+        return self._branch_masks[name]
 
-    def row_mask(self, window: int | None) -> Tensor:
+    def row_mask(self, window: int | None, chunk: int | None = None) -> Tensor:
         """(T, T) bool on the row's device, True where row i may see row j. Made without asking the device anything."""
-        if window not in self._row_masks:
+        if (window, chunk) not in self._row_masks:
             varlen = self.varlen
             row = torch.arange(len(varlen.row_ends) - 1, device=varlen.row_ends.device)
             branch = torch.bucketize(row, varlen.cu_queries[1:].long(), right=True)  # of each row
@@ -92,8 +109,22 @@ class PackedLayout:
             position = prefix_length + row - own_start  # within prefix and branch
             in_own = (row >= own_start[:, None]) & (row <= row[:, None])
             in_prefix = (row >= prefix_start[:, None]) & (row < (prefix_start + prefix_length)[:, None])
-            visible = in_own | in_prefix
-            if window is not None:  # a prefix is the start of its own branch, so that its positions are the query's
-                visible &= position[:, None] - position < window
-            self._row_masks[window] = visible
-        return self._row_masks[window]
+            # a prefix is the start of its own branch, so that its positions are the query's
+            visible = _limited(in_own | in_prefix, position[:, None], position, window, chunk)
+            self._row_masks[window, chunk] = visible
+        return self._row_masks[window, chunk]
+
+    def bias(self, window: int | None, chunk: int | None, dtype: torch.dtype) -> Tensor:
+        """(T, T) the same as numbers to add to logits: 0, and the lowest of the dtype."""
+        visible = self.row_mask(window, chunk)
+        zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return zeros.masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def _limited(visible: Tensor, query: Tensor, key: Tensor, window: int | None, chunk: int | None) -> Tensor:
+    """What is visible within a window and within chunks of positions."""
+    if window is not None:
+        visible = visible & (query - key < window)
+    if chunk is not None:
+        visible = visible & (query // chunk == key // chunk)
+    return visible

@@ -39,14 +39,16 @@ class BranchSdpa:
                 v = torch.cat([values[first][:, :, :num_shared], v], dim=2)
             num_queries, num_keys = q.shape[2], k.shape[2]
             window = call.window if call.window is not None and call.window < num_keys else None
-            is_plain_causal = num_queries == num_keys and window is None
+            chunk = call.chunk if call.chunk is not None and call.chunk < num_keys else None
+            is_whole = window is None and chunk is None
             if call.softcap is not None or call.sinks is not None:
-                mask = layout.branch_mask(num_queries, num_keys, window, q.device)
+                mask = layout.branch_mask(num_queries, num_keys, window, q.device, chunk)
                 outputs.append(explicit_attention(q, k, v, mask, call))
-            elif is_plain_causal or (num_queries == 1 and window is None):
+            elif is_whole and num_queries in (1, num_keys):
                 outputs.append(_sdpa(q, k, v, None, call, is_causal=num_queries > 1))
             else:
-                outputs.append(_sdpa(q, k, v, layout.branch_mask(num_queries, num_keys, window, q.device), call))
+                mask = layout.branch_mask(num_queries, num_keys, window, q.device, chunk)
+                outputs.append(_sdpa(q, k, v, mask, call))
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
@@ -59,11 +61,11 @@ class RowMask:
         return None
 
     def attend(self, call: AttentionCall) -> Tensor:
-        return masked_attention(call, call.layout.row_mask(call.window))
+        return masked_attention(call, call.layout.row_mask(call.window, call.chunk))
 
 
 def masked_attention(call: AttentionCall, mask: Tensor) -> Tensor:
-    """`mask` is bool and broadcasts to (1, num_heads, T, T), True where a query may see a key."""
+    """`mask` broadcasts to (1, num_heads, T, T): True where a query may see a key, or a bias on the logits."""
     if call.softcap is not None or call.sinks is not None:
         return explicit_attention(call.query, call.key, call.value, mask, call).transpose(1, 2)
     return _sdpa(call.query, call.key, call.value, mask, call).transpose(1, 2)
@@ -94,7 +96,8 @@ def explicit_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, 
     logits = query @ key.transpose(2, 3) * call.scale  # (1, heads, Q, K)
     if call.softcap is not None:
         logits = call.softcap * torch.tanh(logits / call.softcap)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(~mask, float("-inf"))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
     if call.sinks is not None:
         sinks = call.sinks.to(logits.dtype).reshape(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1)
         logits = torch.cat([logits, sinks], dim=-1)

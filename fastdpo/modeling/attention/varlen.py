@@ -70,6 +70,8 @@ class VarlenBackend:
 
     def _missing(self, call: AttentionCall) -> str | None:
         """What the call needs and the function lacks."""
+        if call.chunk is not None:
+            return "has no attention in chunks"
         if call.window is not None and "window_size" not in self.parameters:
             return "has no sliding window"
         if call.softcap is not None and "softcap" not in self.parameters:
@@ -193,7 +195,7 @@ class FlashAttn(VarlenBackend):
         return varlen
 
     def _missing(self, call: AttentionCall) -> str | None:
-        if call.sinks is None:
+        if call.sinks is None or call.chunk is not None:
             return super()._missing(call)
         if not self.parameters & {"s_aux", "learnable_sink"}:
             return "has no attention sinks"

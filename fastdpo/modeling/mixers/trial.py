@@ -23,11 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.data.varlen import varlen_layout
-from fastdpo.modeling.attention import Observed, PackedLayout, observed
+from fastdpo.modeling.attention import Observed, PackedLayout, masks_of, observed
+from fastdpo.modeling.attention.masks import copied
+from fastdpo.modeling.backbone import backbone, text_ids
 from fastdpo.modeling.head import execution_device
 from fastdpo.modeling.mixers.adapter import Mixers, own_forward, run_sequences
 from fastdpo.modeling.mixers.arguments import has_rows, leaves, mapped
 from fastdpo.modeling.mixers.rows import MixerRows
+from fastdpo.modeling.positions import counting_tables, told_positions
 
 # Tokens of the prefix, of two branches, and of another sequence. The long ones pass a chunk of 64 tokens.
 _SHORT, _LONG = (6, 4, 5, 3), (37, 41, 45, 13)
@@ -82,13 +85,16 @@ class _Probe:
         return MixerRows(self.layout.segments, self.layout.varlen)
 
 
-def find_mixers(bare: Any, backend: str = "sdpa", names: Sequence[str] | None = None) -> Mixers | None:
+def find_mixers(
+    bare: Any, backend: str = "sdpa", names: Sequence[str] | None = None, masks: str = "none"
+) -> Mixers | None:
     """Looks for the token mixers of a bare model, and puts their adapters in.
 
     Args:
         bare: a causal LM whose layers run packed attention now.
         backend: attention backend, "sdpa" or "mask".
         names: of the mixers, where they are known from a copy of the model.
+        masks: what the model gets where it asks for one.
     Returns:
         None where a packed forward raises, as the packed batch itself will then.
     """
@@ -99,7 +105,7 @@ def find_mixers(bare: Any, backend: str = "sdpa", names: Sequence[str] | None = 
         for module, _ in modes:
             module.training = False
         try:
-            _search(bare, mixers, backend, names)
+            _search(bare, mixers, (backend, masks), names)
         except Exception:
             mixers.forget(bare)
             return None
@@ -110,8 +116,8 @@ def find_mixers(bare: Any, backend: str = "sdpa", names: Sequence[str] | None = 
     return mixers
 
 
-def _search(bare: Any, mixers: Mixers, backend: str, names: Sequence[str] | None) -> None:
-    calls, trial = [], _Trial(bare, mixers, _probe(bare, _SHORT, backend))
+def _search(bare: Any, mixers: Mixers, attention: tuple[str, str], names: Sequence[str] | None) -> None:
+    calls, trial = [], _Trial(bare, mixers, _probe(bare, _SHORT, *attention))
     if names is None:
         calls = trial.recorded()
         for call in calls:
@@ -119,7 +125,7 @@ def _search(bare: Any, mixers: Mixers, backend: str, names: Sequence[str] | None
     else:
         mixers.add(bare, *names)
     if mixers.names:  # the kernels' boundaries, and what remains, are judged on sequences longer than a chunk
-        trial = _Trial(bare, mixers, _probe(bare, _LONG, backend))
+        trial = _Trial(bare, mixers, _probe(bare, _LONG, *attention))
         calls = trial.recorded()
         for call in _flat(calls):
             if call.name in mixers.names and trial.keeps_boundaries(call):
@@ -153,8 +159,8 @@ class _Trial:
 
     def recorded(self) -> list[_Call]:
         """The calls of a packed forward of the backbone: of the modules directly below it, with those below them."""
-        backbone, num_rows, seen = self.bare.base_model, self.probe.num_rows, Observed()
-        stack = [_Call("", backbone, (), {})]
+        decoder, num_rows, seen = backbone(self.bare), self.probe.num_rows, Observed()
+        stack = [_Call("", decoder, (), {})]
         known: set[nn.Module] = set()
         names = {module: name for name, module in self.bare.named_modules()}
 
@@ -171,13 +177,15 @@ class _Trial:
                 known.add(module)
                 stack[-1].children.append(call)
 
-        modules = [module for module in backbone.modules() if module is not backbone]
+        modules = [module for module in decoder.modules() if module is not decoder]
         handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
         handles += [module.register_forward_hook(after, with_kwargs=True) for module in modules]
         token = observed.set(seen)
         try:
-            with self.mixers.running(self.probe.rows()):
-                backbone(input_ids=self.probe.input_ids, use_cache=False, **self.probe.layout_arguments())
+            tables = [decoder.get_submodule(name) for name in counting_tables(decoder)]
+            told = told_positions(tables, self.probe.position_ids)
+            with self.mixers.running(self.probe.rows()), masks_of(self.probe.layout), told:
+                decoder(input_ids=self.probe.input_ids, use_cache=False, **self.probe.layout_arguments())
         finally:
             observed.reset(token)
             for handle in handles:
@@ -268,7 +276,7 @@ class _Trial:
         return redrawn
 
 
-def _probe(bare: Any, lengths: tuple[int, int, int, int], backend: str) -> _Probe:
+def _probe(bare: Any, lengths: tuple[int, int, int, int], backend: str, masks: str) -> _Probe:
     """`lengths`, with a last sequence that keeps the row from being as long as a weight is wide."""
     device = execution_device(bare)
     prefix, first, second, other = lengths
@@ -280,11 +288,11 @@ def _probe(bare: Any, lengths: tuple[int, int, int, int], backend: str) -> _Prob
     segments = ((0, ends[0], 0, 0), (ends[0], ends[1], 0, prefix), (ends[1], ends[2], 0, 0))
     positions = [*range(ends[0]), *range(prefix, prefix + second), *range(other)]
     generator = torch.Generator().manual_seed(0)
-    vocab_size = bare.get_input_embeddings().weight.shape[0]
+    ids = text_ids(bare)
     return _Probe(
         lengths,
-        PackedLayout(segments, varlen_layout(segments).to(device), backend),
-        torch.randint(vocab_size, (1, ends[2]), generator=generator).to(device),
+        PackedLayout(segments, varlen_layout(segments).to(device), backend, masks=masks),
+        ids[torch.randint(len(ids), (1, ends[2]), generator=generator)].to(device),
         torch.tensor([positions], device=device),
     )
 
@@ -304,7 +312,7 @@ def _difference(outputs: list[Tensor], others: list[Tensor]) -> float:
 
 def _copied(value: Any) -> Any:
     """The arguments with copies of the tensors in them, which a module may write into."""
-    return mapped(value, lambda tensor: tensor.clone())
+    return mapped(value, copied)
 
 
 def _without_layout(call: _Call) -> tuple[Any, Any]:
