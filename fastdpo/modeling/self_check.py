@@ -131,9 +131,9 @@ def check_packing(
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             checked = _in_fp32_where_it_fits(model)
-            check_causal(bare_model(checked), device)
             anywhere = "mask" if attention_backend(model) == "mask" else "sdpa"
             with _attention_backend(checked, anywhere), _whole_fp32_products(), short_scales(checked):
+                check_causal(bare_model(checked), device)
                 probe, check = _tried(checked, impl, device)
             give_masks(model, prepared_state(checked).masks)
             if check.ok:
