@@ -1,11 +1,12 @@
 """What a training step is measured on: models by shape, preference rows as text, a tokenizer, and FLOPs of a step.
 
 CPU: "short" is an instruction file of 1,100 rows as it is, "long" has prompts of 1 to 16 and responses of 1 to 8 of its
-texts (an instruction with its answer) put together. The file is instruction-data-with-preference.json of the public
-repository rasbt/LLMs-from-scratch (ch07/04_preference-tuning-with-dpo); the environment variable FASTDPO_BENCH_DATA
-says where it lies. Where it is absent, the project's synthetic reviews take its place, and the record says so. GPU:
-random words of given lengths on a Llama of about a billion parameters. Rows are in one order for every method, and none
-of them is one that a trainer would drop.
+texts (an instruction with its answer) put together; "hybrid short" and "hybrid long" are the same rows on a model in
+which three of four layers are gated delta nets (Qwen3.5's). The file is instruction-data-with-preference.json of the
+public repository rasbt/LLMs-from-scratch (ch07/04_preference-tuning-with-dpo); the environment variable
+FASTDPO_BENCH_DATA says where it lies. Where it is absent, the project's synthetic reviews take its place, and the
+record says so. GPU: random words of given lengths on a Llama of about a billion parameters. Rows are in one order for
+every method, and none of them is one that a trainer would drop.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ class Workload:
     is_tied: bool = False
     learning_rate: float = 1e-4
     mean_lengths: tuple[int, int] | None = None  # tokens of prompt and response, where words are drawn at random
+    is_hybrid: bool = False  # every fourth layer has attention, the others a gated delta net
+
+    @property
+    def num_attention_layers(self) -> int:
+        return self.num_layers // 4 if self.is_hybrid else self.num_layers
 
     def tolerance(self, expected: float) -> float:
         """By how much a loss of an exact method may differ from `expected`, nats.
@@ -57,10 +63,13 @@ class Workload:
 
     def make_model(self, device: str, attention: str = "sdpa") -> nn.Module:
         """The model with random weights, the same in every call on one kind of device."""
-        from transformers import AutoModelForCausalLM, LlamaConfig
+        from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3_5TextConfig
 
         torch.manual_seed(0)
-        config = LlamaConfig(
+        head_dim = self.hidden_size // self.num_heads
+        delta_net = {"head_dim": head_dim, "linear_key_head_dim": head_dim, "linear_value_head_dim": head_dim}
+        delta_net |= {"linear_num_key_heads": self.num_heads, "linear_num_value_heads": self.num_heads}
+        config = (Qwen3_5TextConfig if self.is_hybrid else LlamaConfig)(
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_hidden_layers=self.num_layers,
@@ -69,6 +78,7 @@ class Workload:
             vocab_size=self.vocab_size,
             max_position_embeddings=self.max_length,
             tie_word_embeddings=self.is_tied,
+            **(delta_net if self.is_hybrid else {}),
         )
         with torch.device(device):  # not made in fp32 and cast, which would cast the rotary frequencies too
             return AutoModelForCausalLM.from_config(
@@ -77,6 +87,7 @@ class Workload:
 
 
 _SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_layers": 6, "num_heads": 6, "num_kv_heads": 2}
+_HYBRID: dict[str, Any] = {**_SMALL, "num_layers": 8, "is_hybrid": True}
 _BILLION = {"hidden_size": 2048, "intermediate_size": 8192, "num_layers": 16, "num_heads": 32, "num_kv_heads": 8}
 _GPU: dict[str, Any] = {**_BILLION, "vocab_size": 128256, "dtype": "bfloat16", "is_tied": True, "learning_rate": 1e-5}
 WORKLOADS = {
@@ -85,6 +96,8 @@ WORKLOADS = {
         Workload("tiny", 64, 128, 2, 4, 2, 2000, pairs_per_step=4, max_length=1024),
         Workload("short", **_SMALL, vocab_size=32000, pairs_per_step=8, max_length=1024),
         Workload("long", **_SMALL, vocab_size=32000, pairs_per_step=8, max_length=1024),
+        Workload("hybrid short", **_HYBRID, vocab_size=32000, pairs_per_step=8, max_length=1024),
+        Workload("hybrid long", **_HYBRID, vocab_size=32000, pairs_per_step=8, max_length=1024),
         Workload("1B hh-like", **_GPU, pairs_per_step=64, max_length=1024, mean_lengths=(120, 50)),
         Workload("1B long", **_GPU, pairs_per_step=16, max_length=4096, mean_lengths=(1000, 500)),
     )
@@ -109,7 +122,7 @@ def make_rows(workload: Workload, num_rows: int) -> list[Row]:
     if workload.mean_lengths is not None:
         return [_random_row(workload, rng) for _ in range(num_rows)]
     rows, texts = _file_rows() if source_of(workload) == "instruction file" else _review_rows()
-    if workload.name == "long":
+    if workload.name in ("long", "hybrid long"):
         rows = [_long_row(texts, rng) for _ in range(num_rows)]
     rng.shuffle(rows)
     return [rows[index % len(rows)] for index in range(num_rows)]
@@ -184,7 +197,7 @@ class Work:
 
     def flops(self, workload: Workload, num_backbone_weights: int) -> float:
         """2 per weight and token; 4 per pair and channel in every layer (scores and values)."""
-        attention = 4 * workload.hidden_size * workload.num_layers * self.visible
+        attention = 4 * workload.hidden_size * workload.num_attention_layers * self.visible
         head = 2 * workload.hidden_size * workload.vocab_size * self.head_rows
         return 2 * num_backbone_weights * self.tokens + attention + head
 

@@ -156,8 +156,20 @@ def build_hybrid(model_type, spread=0.05, seed=0, **overrides):
 
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[model_type](**{**HYBRIDS[model_type][0], **overrides})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * spread)
     return model.eval()
+
+
+class WholeDoubles(torch.overrides.TorchFunctionMode):
+    """fp64 for whatever a model in fp64 computes in fp32 all the same, so that rounding hides no mistake."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            return args[0].double()
+        if func in (torch.Tensor.to, torch.Tensor.type):
+            args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
+        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
+        return func(*args, **kwargs)

@@ -25,10 +25,14 @@ from fastdpo.data.varlen import varlen_layout
 from fastdpo.modeling.attention.call import PackedLayout
 from fastdpo.modeling.backbone import backbone
 from fastdpo.modeling.head import lm_head
+from fastdpo.modeling.mixers import MixerRows, mixers_of
 from fastdpo.modeling.packed import bare_model, is_prepared, unprepare_model
 from fastdpo.training.dry_ops import dry_attention, grouped_mm, head_loss
 
 PARTS = ("casts", "gradients", "head", "activations")
+# Of a model whose layers hold states: rows that say how many operations a token takes, and how many are run, which is
+# some seconds. Longer rows are on the line through shorter ones.
+TRIED_TOKENS, MOST_OPS = ((16, 32), (256, 512)), 10_000
 _DRY_ATTENTION = "fastdpo_dry_run"
 
 
@@ -43,6 +47,22 @@ class RowShape:
     @property
     def num_tokens(self) -> int:
         return self.sequences[0] * self.sequences[1] if self.sequences else self.segments[-1][1]
+
+    def shortened(self, share: float) -> RowShape:
+        """As many sequences and branches, each with so much of its tokens, and one at least."""
+
+        def part(length: int) -> int:
+            return max(round(length * share), min(length, 1))
+
+        if self.sequences:
+            return RowShape((), part(self.num_rows), (self.sequences[0], part(self.sequences[1])))
+        segments: list[tuple[int, int, int, int]] = []
+        starts: dict[int, int] = {}  # of a branch, where it starts when all are shorter
+        for start, end, prefix_start, prefix_end in self.segments:
+            at = starts[start] = segments[-1][1] if segments else 0
+            prefix, first = part(prefix_end - prefix_start), starts[prefix_start] if prefix_end else 0
+            segments.append((at, at + part(end - start), first, first + prefix))
+        return RowShape(tuple(segments), part(self.num_rows))
 
 
 @dataclass(frozen=True)
@@ -106,6 +126,53 @@ def dry_step(
         accumulates: gradients of an earlier micro-batch are there already.
         with_grad: False for a forward that keeps nothing, as in evaluation and of a reference.
     """
+    settings: dict[str, Any] = {
+        "impl": impl,
+        "varlen": varlen,
+        "autocast": autocast,
+        "accumulates": accumulates,
+        "with_grad": with_grad,
+        "workspace_bytes": workspace_bytes,
+    }
+    bare = bare_model(model)
+    if not getattr(bare, "_is_stateful", False) and not getattr(mixers_of(bare), "names", ()):
+        return _step(model, row, mode, **settings)[0]
+
+    def step(tokens: int) -> tuple[int, StepPeak, int]:
+        shorter = row.shortened(min(tokens / row.num_tokens, 1.0))
+        return shorter.num_tokens, *_step(model, shorter, mode, **settings)
+
+    # layers that go on from state to state take tokens one by one, or in chunks of some
+    for few, more in TRIED_TOKENS:
+        below, above = step(few), step(more)
+        if above[0] == row.num_tokens:
+            return above[1]
+        if above[2] > 1.3 * below[2]:
+            break
+    ops_per_token = max(above[2] - below[2], 0) / (above[0] - below[0])
+    if above[2] + ops_per_token * (row.num_tokens - above[0]) <= MOST_OPS:
+        return _step(model, row, mode, **settings)[0]
+    num_tokens = int(above[0] + (MOST_OPS - above[2]) / max(ops_per_token, 1e-9))
+    if num_tokens > 2 * above[0]:
+        below, above = step(num_tokens // 2), step(num_tokens)
+    times = (row.num_tokens - below[0]) / (above[0] - below[0])
+    parts = {name: (getattr(below[1], name), getattr(above[1], name)) for name in PARTS}
+    return StepPeak(**{name: int(first + (second - first) * times) for name, (first, second) in parts.items()})
+
+
+def _step(
+    model: nn.Module,
+    row: RowShape,
+    mode: Any,
+    *,
+    impl: str,
+    varlen: bool,
+    autocast: torch.dtype | None,
+    accumulates: bool,
+    with_grad: bool,
+    workspace_bytes: int | None,
+) -> tuple[StepPeak, int]:
+    """Also how many operations it took."""
     bare = bare_model(model)
     model.train(with_grad)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -129,7 +196,7 @@ def dry_step(
         own = sum(p.numel() * p.element_size() for p in trained) if accumulates else 0
         for parameter in trained:
             parameter.grad = None
-    return StepPeak(**{**peak, "gradients": peak["gradients"] + own})
+    return StepPeak(**{**peak, "gradients": peak["gradients"] + own}), live.num_ops
 
 
 def _hidden_states(bare: Any, row: RowShape, varlen: bool) -> Tensor:
@@ -142,6 +209,10 @@ def _hidden_states(bare: Any, row: RowShape, varlen: bool) -> Tensor:
     if not row.sequences:
         packed = PackedLayout(row.segments, varlen_layout(row.segments), "varlen" if varlen else "sdpa")
         layout = {"position_ids": ids, "packed_layout": packed}
+    mixers = mixers_of(bare)
+    if mixers is not None:  # found on the model that this one has the shapes of
+        mixers.install(bare)
+        mixers.rows = None if row.sequences else MixerRows(row.segments, layout["packed_layout"].varlen)
     configs = {id(m.config): m.config for m in bare.modules() if hasattr(getattr(m, "config", None), "model_type")}
     for config in configs.values():
         config._attn_implementation_internal = _DRY_ATTENTION
@@ -157,12 +228,13 @@ class _LiveBytes(TorchDispatchMode):
         self.events: list[tuple[int, int, str]] = []  # (number of the storage, bytes, tag); the end has bytes < 0
         self.numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.weights = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
-        self.count, self.tag = 0, ""
+        self.count, self.tag, self.num_ops = 0, "", 0
 
     def tagged(self, tag: str) -> Any:
         return _Tag(self, tag)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_ops += 1
         is_grouped = func is torch.ops.aten._grouped_mm.default
         result = grouped_mm(*args, **(kwargs or {})) if is_grouped else func(*args, **(kwargs or {}))
         tag = self.tag

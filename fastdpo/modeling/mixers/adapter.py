@@ -43,6 +43,12 @@ class Mixers:
         self.rows: MixerRows | None = None
         bare.__dict__[_MIXERS] = self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mixers:
+        """Of a copy of the model, which has run nothing yet."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.names, twin.by_boundaries, twin.leaks, twin.rows = self.names, set(self.by_boundaries), self.leaks, None
+        return twin
+
     def add(self, bare: nn.Module, *names: str) -> None:
         self.names += tuple(name for name in names if name not in self.names)
         self.install(bare)
