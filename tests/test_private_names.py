@@ -73,6 +73,10 @@ TRAINER = {
 }
 PRIVATE = {
     **TRAINER,
+    "_pack_args": (
+        "triton 3.7.1",
+        lambda: hasattr(__import__("triton.runtime.jit").runtime.jit.JITFunction, "_pack_args"),
+    ),
     "_step_supports_amp_scaling": (
         "torch 2.13",
         lambda: torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)._step_supports_amp_scaling,

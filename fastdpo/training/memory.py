@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 CUDA_BYTES = 640 * MIB  # CUDA's context and libraries, outside the allocator, with cuBLAS's workspace; about right
-CUDA_WORKSPACE_BYTES = 2**28  # of the head op's kernels
+CUDA_WORKSPACE_BYTES = 2**28  # of the head op's kernels, which take more only of what is free
 BYTES_IN_4_BIT = 0.5 + 4 / 64  # per weight: nf4, and an fp32 scale for each block of 64
 _DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 

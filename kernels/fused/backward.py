@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpo.kernels.launch import Blocks, device_blocks
+from fastdpo.kernels.library import library_grads
 from fastdpo.kernels.logits import program_tile, store_tile, tile_grads, tile_logits, tile_operands, tile_strides
 
 
@@ -111,6 +112,10 @@ def fill_logit_grads(
 ) -> None:
     options = bias is not None or softcap is not None
     blocks = blocks or device_blocks(hidden_states, "logit_grads_options" if options else "logit_grads")
+    if blocks.library:
+        rows = (labels, lse_whole, lse_rest, row_scale)
+        head = (first_vocab, num_vocab, logit_scale, softcap)
+        return library_grads(out, hidden_states, weight, bias, *rows, *head, blocks)
     operands, tma = tile_operands(hidden_states, weight, blocks)
     logit_grads_kernel[(triton.cdiv(out.shape[0], blocks.block_t) * triton.cdiv(out.shape[1], blocks.block_v),)](
         out,

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from fastdpo.kernels.finish import finish_grads
 from fastdpo.kernels.launch import Blocks, can_flatten, device_blocks, num_programs, scratch
-from fastdpo.kernels.logits import program_tile, store_tile, tile_logits, tile_operands, tile_strides
-from fastdpo.kernels.merge import EXP_FLOOR, Partials, merge, statistics
+from fastdpo.kernels.library import library_partials
+from fastdpo.kernels.logits import program_tile, tile_logits, tile_operands, tile_strides
+from fastdpo.kernels.merge import Partials, merge, statistics
+from fastdpo.kernels.sums import store_partials
 
 
 @triton.jit(
@@ -69,8 +71,6 @@ def partials_kernel(
         row_block, tile = program_tile(program, T, V, BLOCK_T, BLOCK_V, GROUP_T)
 
         t = row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-        v = tile.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-        in_rows, in_vocab = t < T, v < V
         z, ratio = tile_logits(
             hidden_ptr,
             weight_ptr,
@@ -94,32 +94,32 @@ def partials_kernel(
             TMA,
         )
 
-        label = tl.load(labels_ptr + tl.minimum(t, T - 1))  # (BLOCK_T,)
-        label_column = label - tile.to(tl.int64) * BLOCK_V
-        here = (label_column >= 0) & (label_column < BLOCK_V) & (label < V)
-        is_label = tl.arange(0, BLOCK_V)[None, :] == label_column[:, None]
-        tl.store(label_logit_ptr + t, tl.sum(tl.where(is_label, z, 0.0), axis=1), mask=in_rows & here)
-
-        if WITH_MEAN:
-            sum_z = tl.sum(tl.where(in_vocab[None, :], z, 0.0), axis=1)
-        z = tl.where(in_vocab[None, :], z, -float("inf"))
-        z_max = tl.max(z, axis=1)
-        shifted = z - tl.where(z_max == -float("inf"), 0.0, z_max)[:, None]
-        e = tl.exp(shifted)  # (BLOCK_T, BLOCK_V), 0 beyond the vocabulary
-        if WITH_GRADS:
-            grad = e
-            if HAS_SOFTCAP:
-                grad *= 1.0 - ratio * ratio
-            store_tile(out_ptr, grad, in_rows, row_block, tile, stride_out, BLOCK_T, BLOCK_V)
-        partial = tile.to(tl.int64) * T + t
-        tl.store(max_ptr + partial, z_max, mask=in_rows)
-        tl.store(sumexp_ptr + partial, tl.sum(e, axis=1), mask=in_rows)
-        if WITH_ENTROPY:
-            tl.store(sum_z_exp_ptr + partial, tl.sum(tl.maximum(shifted, EXP_FLOOR) * e, axis=1), mask=in_rows)
-        if WITH_SQUARES:
-            tl.store(sum_sq_exp_ptr + partial, tl.sum(e * e, axis=1), mask=in_rows)
-        if WITH_MEAN:
-            tl.store(sum_z_ptr + partial, sum_z, mask=in_rows)
+        store_partials(
+            z,
+            ratio,
+            t,
+            t < T,
+            tile,
+            T,
+            V,
+            labels_ptr,
+            label_logit_ptr,
+            max_ptr,
+            sumexp_ptr,
+            sum_z_exp_ptr,
+            sum_sq_exp_ptr,
+            sum_z_ptr,
+            out_ptr,
+            row_block,
+            stride_out,
+            HAS_SOFTCAP,
+            WITH_ENTROPY,
+            WITH_SQUARES,
+            WITH_MEAN,
+            WITH_GRADS,
+            BLOCK_T,
+            BLOCK_V,
+        )
 
 
 def fused_forward(
@@ -218,6 +218,9 @@ def _launch_partials(
     wants: dict[str, bool],
     blocks: Blocks,
 ) -> None:
+    if blocks.library:
+        head = (hidden_states, lm_head_weight, bias, labels, logit_scale, softcap)
+        return library_partials(partials, out, *head, wants, blocks)
     (T, H), V = hidden_states.shape, lm_head_weight.shape[0]
     operands, tma = tile_operands(hidden_states, lm_head_weight, blocks)
     num_tiles = triton.cdiv(T, blocks.block_t) * triton.cdiv(V, blocks.block_v)

@@ -26,6 +26,7 @@ class Blocks(NamedTuple):
     num_stages: int
     tma: bool = False  # tiles come through tensor descriptors, where the operands' addresses and strides allow it
     persistent: int = 0  # programs per multiprocessor, which walk the tiles; 0: one program per tile. Sums alone
+    library: bool = False  # the matmul library makes the logits, see `library.py`; block_h and num_stages say nothing
 
     def options(self) -> dict[str, int]:
         """As a launch takes them, but for `tma` and `persistent`."""
@@ -152,13 +153,18 @@ def candidate_blocks(x: Tensor) -> list[Blocks]:
     """What a tuner should try for operands like `x` on the device where it is, the table's shapes among them."""
     capability = capability_of(x)
     if capability is None:
-        return [INTERPRETED, Blocks(16, 32, 32, 1, 1), Blocks(32, 64, 64, 1, 1, tma=True, persistent=2)]
+        others = (Blocks(32, 64, 64, 1, 1, tma=True, persistent=2), Blocks(16, 64, 64, 1, 1, library=True))
+        return [INTERPRETED, Blocks(16, 32, 32, 1, 1), *others]
     table = BLOCKS[max(c for c in BLOCKS if c <= capability)][x.element_size()]
     return list(dict.fromkeys((*candidates_for(capability, x.element_size()), *table)))
 
 
+# Folds of what the library multiplied: of fp32 operands, which miss the matrix units here, perhaps 2 to 4 times faster
+LIBRARY = (Blocks(16, 256, 64, 4, 1, library=True), Blocks(8, 512, 64, 4, 1, library=True))
+
+
 def candidates_for(capability: tuple[int, int], itemsize: int) -> tuple[Blocks, ...]:
-    return CANDIDATES[max(c for c in CANDIDATES if c <= capability)][itemsize]
+    return (*CANDIDATES[max(c for c in CANDIDATES if c <= capability)][itemsize], *LIBRARY)
 
 
 def num_programs(blocks: Blocks, num_tiles: int, x: Tensor) -> int:

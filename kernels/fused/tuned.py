@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 FORMAT = 1
-_BLOCKS = frozenset(("block_t", "block_v", "block_h", "num_warps", "num_stages", "tma", "persistent"))
+_BLOCKS = frozenset(("block_t", "block_v", "block_h", "num_warps", "num_stages", "tma", "persistent", "library"))
 FAMILIES = {  # and the fields of their blocks
     "forward": _BLOCKS,
     "eager": _BLOCKS,

@@ -24,6 +24,7 @@ from fastdpo.kernels.backward import logit_grads_kernel
 from fastdpo.kernels.finish import FINISH_ROWS, finish_grads_kernel
 from fastdpo.kernels.forward import partials_kernel
 from fastdpo.kernels.launch import FLATTENS_FROM, Blocks, blocks_for, candidates_for
+from fastdpo.kernels.library import fold_grads_kernel, fold_kernel
 from fastdpo.kernels.merge import MERGE_ROWS, MERGE_TILES, merge_kernel
 from fastdpo.kernels.products import ProductBlocks, column_sums_kernel, product_table, products_kernel
 from fastdpo.kernels.sparse import kept_logit_grads_kernel
@@ -129,10 +130,25 @@ def token_variants() -> list[Variant]:
     return found
 
 
+def library_variants(blocks: Blocks) -> list[Variant]:
+    """What folds logits that the library has made, plain and with every option."""
+    found = []
+    for on in (False, True):
+        option, sizes = "every option" if on else "plain", {"BLOCK_T": blocks.block_t, "BLOCK_V": blocks.block_v}
+        switches = {"HAS_BIAS": on, "HAS_SOFTCAP": on}
+        fold = sizes | switches | dict.fromkeys(NO_STATISTICS, on) | {"WITH_GRADS": True}
+        found.append(Variant(f"fold, {option}", fold_kernel, fold, None))
+        found.append(Variant(f"fold_grads, {option}", fold_grads_kernel, sizes | switches, None))
+    return found
+
+
 def candidate_variants(capability: tuple[int, int], operand: str) -> list[Variant]:
     """What a tuner may try: the kernels that make tiles, plain; persistent programs only make sums."""
     found = []
     for blocks in candidates_for(capability, itemsize(operand)):
+        if blocks.library:
+            found += library_variants(blocks)
+            continue
         flatten = blocks.persistent > 0 and capability >= FLATTENS_FROM
         found.append(tile_variant("partials", partials_kernel, blocks, False, flatten=flatten, WITH_GRADS=False))
         if not blocks.persistent:

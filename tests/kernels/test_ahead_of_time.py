@@ -11,7 +11,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("ahead_of_time.py")
 MATRIX_UNIT = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 SHARED_LIMIT_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-NO_MATMUL = ("merge", "finish", "column_sums", "token_sums", "row_grads")
+NO_MATMUL = ("merge", "finish", "column_sums", "token_sums", "row_grads", "fold")
 
 
 def compiled_facts(capability, operand, *arguments):
