@@ -152,6 +152,7 @@ def own_names(nodes):
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
             yield node.name
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        targets = [part for target in targets for part in getattr(target, "elts", [target])]
         for target in targets:
             if isinstance(target, ast.Name):
                 yield target.id

@@ -480,7 +480,7 @@ def test_another_tokenizer_and_chat_template_are_used_and_saved(capsys, folder):
         capsys, "train", *words, *short("--output_dir", folder / "new", "--chat_template", folder / "no.jinja")
     )
     assert code == 2
-    assert "chat_template must be a file, a tokenizer, or a template, there is no file" in err
+    assert "chat_template must be a file that exists or a name, got" in err
 
 
 def test_an_8_bit_base_trains_under_an_adapter(capsys, folder):

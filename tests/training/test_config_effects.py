@@ -119,12 +119,14 @@ def test_the_pad_token_is_set_and_saved(tmp_path):
 
 
 def test_code_from_the_hub_is_run_where_that_is_allowed(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
     from fastdpo.training import models
 
     make_llama().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     seen = []
-    for loader in (models.AutoConfig, models.AutoTokenizer, models.AutoModelForCausalLM):
+    for loader in (models.AutoConfig, models.AutoTokenizer, AutoModelForCausalLM):
         real = loader.from_pretrained
         monkeypatch.setattr(
             loader,
