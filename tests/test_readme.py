@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from peers import peer
+from releases import SINCE_5_23
 from tiny import make_byte_tokenizer, make_llama, make_rows
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +84,7 @@ def known_options():
 
     known = {f.name for cls in (DPOConfig, AdapterArguments, RunArguments) for f in fields(cls)} | {"config", "help"}
     known |= options_of("verify") | options_of("plan") | options_of("env") | options_of("migrate") | {"no_x", "x"}
+    known |= SINCE_5_23
     for script in ("benchmarks/gpu_suite", "benchmarks/bench_training_step", "tests/portable"):
         known |= set(re.findall(r"--([a-z_0-9]+)", (ROOT / f"{script}.py").read_text()))
     return known | set(re.findall(r'"--([a-z-]+)"', (ROOT / "kernels/fused/tuning.py").read_text()))

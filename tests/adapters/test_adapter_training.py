@@ -275,6 +275,8 @@ def frozen_adapter(tmp_path, *others):
     model = PeftModel.from_pretrained(make_llama(), tmp_path / "adapter")
     for name in others:
         model.load_adapter(tmp_path / "adapter", name, is_trainable=True)
+    for name, parameter in model.named_parameters():  # of which PEFT before 0.21 makes the active adapter trainable too
+        parameter.requires_grad_(any(f".{other}." in name for other in others))
     return model
 
 

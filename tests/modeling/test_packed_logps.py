@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 from closeness import assert_as_exact, assert_gradients_as_exact
+from releases import config_of
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -77,7 +78,7 @@ WEIGHTS = torch.linspace(-1.0, 1.3, sum(len(g.responses) for g in GROUPS))
 
 def build(model_type, **overrides):
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](**{**MODELS[model_type], **overrides})
+    config = config_of(model_type)(**{**MODELS[model_type], **overrides})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():  # spread the random weights, so that logits and leaks are of size 1

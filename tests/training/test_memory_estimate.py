@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from releases import needs_activation_checkpointing
 from tiny import make_llama, make_rows, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -33,7 +34,8 @@ def make_model(name, lora, checkpointing, **overrides):
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
         model.enable_input_require_grads()
     if checkpointing:
-        bare_model(model).activation_checkpointing_enable()
+        bare = bare_model(model)
+        getattr(bare, "activation_checkpointing_enable", bare.gradient_checkpointing_enable)()
     return prepare_model(model).train()
 
 
@@ -238,8 +240,11 @@ def test_8_bit_optimizers_keep_embeddings_and_small_tensors_in_fp32():
     "settings",
     [
         {"gradient_checkpointing": True},
-        {"activation_checkpointing": True},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}},
+        pytest.param({"activation_checkpointing": True}, marks=needs_activation_checkpointing),
+        pytest.param(
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}},
+            marks=needs_activation_checkpointing,
+        ),
     ],
     ids=lambda settings: "-".join(settings),
 )
@@ -275,6 +280,7 @@ def test_an_optimizer_that_is_given_needs_no_package_of_another(tmp_path):
     assert DPOTrainer(model, args=args, optimizers=given, **rows).optimizer is given[0]
 
 
+@needs_activation_checkpointing
 def test_offloaded_checkpoints_are_refused_where_they_cannot_be(tmp_path):
     offload = {"activation_checkpointing_kwargs": {"offload": True}}
     with pytest.raises(ValueError, match="must not hold offload on a CPU"):
