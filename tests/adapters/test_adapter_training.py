@@ -246,8 +246,14 @@ def test_the_trained_model_merges_in_place(tmp_path):
 
 
 def loaded_inside():
+    """By transformers itself, which from 5.24 on does so beside PEFT 0.22 only."""
     model = make_llama()
-    model.add_adapter(lora())
+    try:
+        model.add_adapter(lora())
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))
     return model
 
 
