@@ -125,6 +125,9 @@ def check_packing(
                 with autocast():
                     run_mixers_packed(model, like=checked)
                     check = _check_run(model, probe, check)
+            mixers = mixers_of(bare_model(model))
+            if check.ok and mixers is not None and mixers.names:
+                check = replace(check, reason=f"{check.reason}; {mixers.describe(bare_model(model))}")
     finally:
         model.train(was_training)
     return replace(check, seconds=time.perf_counter() - started)
