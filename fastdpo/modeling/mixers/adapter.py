@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -166,7 +167,7 @@ def run_sequences(forward: Callable[..., Any], rows: MixerRows, args: Any, kwarg
     gathered = mapped((args, kwargs), lambda tensor: _gather(tensor, rows))
     outputs = []
     for call in rows.calls:
-        own_args, own_kwargs = mapped(gathered, lambda tensor, call=call: tensor.of_call(call), _Gathered)
+        own_args, own_kwargs = mapped(gathered, partial(_Gathered.of_call, call=call), _Gathered)
         outputs.append(forward(*own_args, **own_kwargs))
     return _scattered(outputs, [tuple(call.shape) for call in rows.calls], rows.kept)
 
@@ -174,7 +175,7 @@ def run_sequences(forward: Callable[..., Any], rows: MixerRows, args: Any, kwarg
 def run_with_boundaries(forward: Callable[..., Any], rows: MixerRows, args: Any, kwargs: Any) -> Any:
     """One call over the row of all sequences, whose boundaries the module's kernels keep."""
     gathered = mapped((args, kwargs), lambda tensor: _gather(tensor, rows))
-    own_args, own_kwargs = mapped(gathered, lambda tensor: tensor.whole(), _Gathered)
+    own_args, own_kwargs = mapped(gathered, _Gathered.whole, _Gathered)
     output = forward(*own_args, **own_kwargs, **rows.boundaries)
     return _scattered([output], [(1, rows.varlen.key_rows.shape[0])], rows.kept_keys)
 
