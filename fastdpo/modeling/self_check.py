@@ -140,6 +140,9 @@ def check_packing(
                 with autocast(), short_scales(model):
                     run_mixers_packed(model, like=checked)
                     check = _check_run(model, probe, check)
+            mixers = mixers_of(bare_model(model))
+            if check.ok and mixers is not None and mixers.names:
+                check = replace(check, reason=f"{check.reason}; {mixers.describe(bare_model(model))}")
     finally:
         model.train(was_training)
     _say_what_is_left_out(check)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hybrids import HYBRIDS, WholeDoubles, build_hybrid
-from test_packed_logps import GROUPS, assert_same, build, gradients, separate_sums
+from test_packed_logps import GROUPS, MODELS, VOCAB, assert_same, build, gradients, separate_sums
 
 from fastdpo import TokenizedGroup, TokenizedPair, pack_pairs, packed_logps, pad_pairs
 from fastdpo.modeling import check_packing, packed
@@ -40,6 +40,7 @@ def test_the_self_check_passes_and_leaves_the_model_as_it_was(model_type):
     check = check_packing(model)
     assert check.ok, check.reason
     assert list(mixers_of(model).names) == HYBRIDS[model_type][1]
+    assert check.reason.endswith("over prefix and branch")
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not torch.are_deterministic_algorithms_enabled()
@@ -242,6 +243,33 @@ def test_attention_that_mixes_before_it_attends_is_a_leak_with_a_name():
     check = check_packing(model)
     assert not check.ok
     assert mixers_of(model).leaks == ("model.layers.1",)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_use_the_keys_of_other_layers_are_no_leak(model_type):
+    """They cannot be run by themselves."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    torch.manual_seed(0)
+    settings = {**MODELS["gemma4_text"], "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
+    settings |= {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4}
+    settings |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings)).eval()
+    check = check_packing(model)
+    assert check.ok, check.reason
+    assert mixers_of(model).names == mixers_of(model).leaks == ()
+
+
+def test_a_compiled_model_runs_its_mixers_as_they_are():
+    model = build_hybrid("lfm2")
+    expected = packed_logps(model, pack_pairs(GROUPS)).sequences.sums
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for batch in (pack_pairs(GROUPS), pack_pairs(GROUPS[:2]), pack_pairs(GROUPS)):
+        actual = packed_logps(compiled, batch).sequences.sums
+        torch.testing.assert_close(actual, expected[: len(actual)], rtol=1e-5, atol=1e-5)
+        actual.sum().backward()
 
 
 def test_a_model_in_half_precision_has_the_mixers_of_its_copy_in_single():

@@ -35,7 +35,8 @@ def losses(tmp_path, model_type, has_adapter, **settings):
     if has_adapter:
         import peft
 
-        target = ["in_proj", "x_proj"] if model_type.startswith("mamba") else "all-linear"
+        refused = model_type in ("mamba", "mamba2", "falcon_h1", "nemotron_h")  # PEFT: out_proj, which is all-linear's
+        target = ["in_proj"] if refused else "all-linear"
         peft_config = peft.LoraConfig(r=4, target_modules=target, task_type="CAUSAL_LM")
     args = DPOConfig(
         str(tmp_path),

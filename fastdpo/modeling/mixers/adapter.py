@@ -58,6 +58,14 @@ class Mixers:
         self.names = tuple(name for name in self.names if name not in names)
         self.install(bare)
 
+    def describe(self, bare: nn.Module) -> str:
+        """'6 x Qwen3_5GatedDeltaNet over prefix and branch', with what runs once over the whole row."""
+        kinds: dict[str, int] = {}
+        for name in self.names:
+            kind = type(bare.get_submodule(name)).__name__ + (", in one call" if name in self.by_boundaries else "")
+            kinds[kind] = kinds.get(kind, 0) + 1
+        return "; ".join(f"{count} x {kind}, over prefix and branch" for kind, count in kinds.items())
+
     def forget(self, bare: nn.Module) -> None:
         """As if they had never been looked for."""
         self.remove(bare)
@@ -66,6 +74,9 @@ class Mixers:
     def install(self, bare: nn.Module) -> None:
         """Puts the adapters in, where they are not."""
         modules = dict(bare.named_modules()) if self.names else {}
+        if any(name not in modules for name in self.names):  # other modules have taken their places
+            self.forget(bare)
+            return
         for name in self.names:
             if _ADAPTER not in modules[name].__dict__:
                 _wrap(modules[name], self, name)
@@ -164,7 +175,7 @@ def run_sequences(forward: Callable[..., Any], rows: MixerRows, args: Any, kwarg
 def run_with_boundaries(forward: Callable[..., Any], rows: MixerRows, args: Any, kwargs: Any) -> Any:
     """One call over the row of all sequences, whose boundaries the module's kernels keep."""
     gathered = mapped((args, kwargs), lambda tensor: _gather(tensor, rows))
-    own_args, own_kwargs = mapped(gathered, lambda tensor: tensor.whole(), _Gathered)
+    own_args, own_kwargs = mapped(gathered, _Gathered.whole, _Gathered)
     output = forward(*own_args, **own_kwargs, **rows.boundaries)
     return _scattered([output], [(1, rows.varlen.key_rows.shape[0])], rows.kept_keys)
 

@@ -143,15 +143,21 @@ class _Trial:
             return []
         found = [name for child in call.children for name in self.wrap_mixers_in(child)]
         # what a layer with attention in it mixes besides is a leak
-        if not call.has_rows or call.num_attentions or not self.changes(call, has_mixers=bool(found)):
+        if not call.has_rows or call.num_attentions:
+            return found
+        changes = self.changes(call, has_mixers=bool(found))
+        if not (changes or (changes is None and found)):
             return found
         self.mixers.drop(self.bare, *found)
         self.mixers.add(self.bare, call.name)
         return [call.name]
 
     def leaks(self, calls: list[_Call]) -> Iterator[str]:
-        """Mixers, and modules directly below the backbone, that mix sequences with the adapters on."""
+        """Mixers, and the largest modules around them, that mix sequences with the adapters on."""
         for call in calls:
+            if not call.has_rows:
+                yield from self.leaks(call.children)
+                continue
             below = [inner for inner in _flat([call]) if inner.name in self.mixers.names]
             leaking = [mixer.name for mixer in below if self.changes(mixer)]
             has_mixers = bool(below) or call.num_attentions > 0
@@ -192,8 +198,9 @@ class _Trial:
                 handle.remove()
         return stack[0].children
 
-    def changes(self, call: _Call, *, has_mixers: bool = False) -> bool:
-        """Whether the second branch's rows of the module's output depend on the first branch's.
+    def changes(self, call: _Call, *, has_mixers: bool = False) -> bool | None:
+        """Whether the second branch's rows of the module's output depend on the first branch's; None where the module
+        cannot be run by itself, as where it holds to the shape of an earlier call.
 
         Args:
             has_mixers: something in it mixes the tokens of one sequence. What comes behind that gets other values, and
@@ -211,8 +218,8 @@ class _Trial:
             if difference > rounding:
                 return True
             return _difference(self._output(call, *self._redrawn(call)), same) > max(rounding, most)
-        except Exception:  # a module that holds to the shape of an earlier call
-            return True
+        except Exception:
+            return None
 
     def keeps_boundaries(self, call: _Call) -> bool:
         """Whether the module's own kernels keep the sequences of one row apart, in training as in evaluation."""
@@ -225,7 +232,7 @@ class _Trial:
         try:
             for training in (False, True):
                 call.module.train(training)
-                if self.changes(call):
+                if self.changes(call) is not False:
                     return False
                 apart = _rows_of(run_sequences(forward, rows, *_without_layout(call)), rows.num_rows)
                 with self.mixers.running(rows):
