@@ -69,8 +69,9 @@ def assert_same(before, after, tolerance=1e-5):
     before.train()
     after.train()
     assert_same_logs(logged(after), logged(before), tolerance=tolerance)
+    share = min(100 * tolerance, 0.25)  # in bf16 many signs hang on rounding
     for (name, was), now in zip(before.model.named_parameters(), after.model.parameters(), strict=True):
-        assert distance(now, was) <= 1e-3 * distance(was, start[name]), name
+        assert distance(now, was) <= share * distance(was, start[name]), name
 
 
 @pytest.mark.parametrize("case", CASES)

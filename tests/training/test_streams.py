@@ -137,7 +137,7 @@ def test_rows_of_a_stream_that_the_model_cannot_read_stop_the_run(tmp_path):
 
 
 def test_an_unknown_format_or_an_empty_stream_stops_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"columns of a known format .* \(dataset row 0"):
+    with pytest.raises(ValueError, match=r"columns of a known format .* \(train dataset\)"):
         trainer(tmp_path, stream([{"question": "a", "answer": "b"}]))
     with pytest.raises(ValueError, match="got an empty stream"):
         trainer(tmp_path, generated([]))

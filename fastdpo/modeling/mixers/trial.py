@@ -100,6 +100,7 @@ def find_mixers(
     """
     mixers = Mixers(bare)
     modes = [(module, module.training) for module in bare.modules()]
+    rotary = _rotary_states(bare)
     token = observed.set(Observed())  # whoever looks at the packed batch does not see the trial
     with torch.no_grad(), _deterministic():
         for module, _ in modes:
@@ -113,7 +114,17 @@ def find_mixers(
             observed.reset(token)
             for module, training in modes:
                 module.training = training
+            for module, state in rotary:
+                for name, value in state.items():
+                    setattr(module, name, value)
     return mixers
+
+
+def _rotary_states(bare: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """What rotary embeddings that follow the longest sequence keep of it, which a trial must not change."""
+    names = ("max_seq_len_cached", "inv_freq", "attention_scaling")
+    modules = [module for module in bare.modules() if hasattr(module, names[0])]
+    return [(module, {name: getattr(module, name) for name in names if hasattr(module, name)}) for module in modules]
 
 
 def _search(bare: Any, mixers: Mixers, attention: tuple[str, str], names: Sequence[str] | None) -> None:
