@@ -59,6 +59,13 @@ def make_llama(vocab_size=32, seed=0, **overrides):
     return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
 
 
+def save_model(path, **overrides):
+    """A model and its tokenizer in a folder, as from_pretrained finds them."""
+    make_llama(**overrides).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
 def make_rows(num_rows, seed=0):
     """Preference rows of random words, of uneven lengths."""
     generator = torch.Generator().manual_seed(seed)

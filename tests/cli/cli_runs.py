@@ -2,15 +2,14 @@
 
 import json
 
-from tiny import make_llama, make_rows, make_tokenizer
+import tiny
+from tiny import make_rows
 
 from fastdpo.cli.main import main
 
 
 def save_model(path):
-    make_llama(vocab_size=64).save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return path
+    return tiny.save_model(path, vocab_size=64)
 
 
 def save_rows(path, num_rows=16, seed=0):

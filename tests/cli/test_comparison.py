@@ -5,8 +5,9 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from cli_runs import save_model
 from rich.console import Console
-from tiny import make_llama, make_rows, make_tokenizer
+from tiny import make_rows
 
 from fastdpo.cli.comparison import all_ties, comparison_table
 from fastdpo.cli.main import main
@@ -56,8 +57,7 @@ def test_few_rows_are_said_to_say_little():
 
 
 def test_a_run_prints_the_ties_and_keeps_trls_number_in_its_logs(capsys, tmp_path):
-    make_llama(vocab_size=64).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_model(tmp_path / "model")
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(12)))
     options = ("--max_steps", 2, "--logging_steps", 1, "--disable_tqdm", "true", "--use_cpu", "true")
     paths = ("--model", tmp_path / "model", "--dataset", tmp_path / "pairs.jsonl", "--output_dir", tmp_path / "out")

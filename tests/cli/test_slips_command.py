@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from tiny import make_llama, make_rows, make_tokenizer
+from cli_runs import save_model
+from tiny import make_rows
 
 from fastdpo.cli.main import main
 
@@ -12,8 +13,7 @@ from fastdpo.cli.main import main
 def place(tmp_path_factory):
     """A model, a run of it with a checkpoint, and data."""
     folder = tmp_path_factory.mktemp("slips")
-    make_llama(vocab_size=64).save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
+    save_model(folder / "model")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(12)))
     saving = ("--max_steps", "2", "--save_strategy", "steps", "--save_steps", "2", "--eval_fraction", "0")
     assert main(line(folder, "done", *saving)) == 0

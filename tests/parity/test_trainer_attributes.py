@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peers import peer
-from tiny import make_llama, make_rows, make_tokenizer
+from tiny import make_llama, make_rows, save_model
 from tiny_runs import make_lora, tiny_trainer
 from transformers import TrainerCallback
 
@@ -66,10 +66,7 @@ class Recorder(TrainerCallback):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A saved model: TRL loads its reference from where the policy came from."""
-    path = str(tmp_path_factory.mktemp("model"))
-    make_llama().save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return path
+    return str(save_model(tmp_path_factory.mktemp("model")))
 
 
 def build(package, folder, output_dir, settings, make_adapter):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from tiny import make_llama, make_rows, make_tokenizer
+from tiny import make_llama, make_rows, make_tokenizer, save_model
 from tiny_runs import losses, make_lora, tiny_trainer
 
 from fastdpo.training.models import load_model
@@ -18,10 +18,7 @@ LAYER = "model.layers.0.self_attn.q_proj.weight"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    make_llama().save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return path
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 CHANGES = {

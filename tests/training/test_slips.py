@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from datasets import Dataset
-from tiny import make_llama, make_rows, make_tokenizer
+from tiny import make_llama, make_rows, make_tokenizer, save_model
 from tiny_runs import make_lora, tiny_config, tiny_trainer
 
 from fastdpo import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -137,10 +137,7 @@ def weights_are_not_loaded(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    make_llama().save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return path
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 CLASSES = [(DPOTrainer, DPOConfig), (SFTTrainer, SFTConfig)]
