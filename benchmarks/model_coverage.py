@@ -32,7 +32,7 @@ from torch import Tensor
 from fastdpo import TokenizedGroup, TokenizedPair, pack_pairs, packed_logps, pad_pairs, prepare_model
 from fastdpo.modeling import check_packing
 from fastdpo.modeling.backbone import freeze_towers, text_ids
-from fastdpo.training.model_kinds import check_kind
+from fastdpo.training.setup.model_kinds import check_kind
 
 HERE = Path(__file__).parent
 RESULTS, DOCS = HERE / "results" / "model_coverage.jsonl", HERE.parent / "docs" / "models.md"

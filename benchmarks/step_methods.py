@@ -231,7 +231,7 @@ def _train(trainer: Any, clock: Clock) -> None:
 
 def run_fastdpo(job: Job, workload: Workload, method: Method, device: torch.device, attention: str) -> dict[str, Any]:
     from fastdpo import DPOConfig, DPOTrainer
-    from fastdpo.training.summary import summary_lines
+    from fastdpo.training.callbacks.summary import summary_lines
 
     model = workload.make_model(str(device), attention)
     clock = Clock(job, device)

@@ -8,9 +8,9 @@ import pytest
 from tiny import make_llama, make_rows, make_tokenizer
 
 from fastdpo import DPOConfig, DPOTrainer
-from fastdpo.training import warning_checks
-from fastdpo.training.predictions import PAIR_VALUES
-from fastdpo.training.watch import WINDOW_PAIRS
+from fastdpo.training.callbacks import warning_checks
+from fastdpo.training.callbacks.predictions import PAIR_VALUES
+from fastdpo.training.callbacks.watch import WINDOW_PAIRS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "around_the_loss.md").read_text()
 

@@ -18,8 +18,8 @@ from fastdpo.cli.options.mixtures import checked_parts
 from fastdpo.cli.options.reading import read
 from fastdpo.cli.options.table import read_table, show_only
 from fastdpo.training import DPOConfig, SFTConfig
-from fastdpo.training.config_checks import check_choice, help_text
-from fastdpo.training.trl_names import SETTINGS, translated
+from fastdpo.training.settings.checks import check_choice, help_text
+from fastdpo.training.settings.trl_names import SETTINGS, translated
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

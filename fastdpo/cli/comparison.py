@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from fastdpo.training.base import PackedTrainer
-from fastdpo.training.streams import is_stream
+from fastdpo.training.inputs.streams import is_stream
 
 FEW_ROWS = 30
 _ACCURACY = "rewards/accuracies"

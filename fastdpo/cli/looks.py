@@ -13,9 +13,9 @@ from fastdpo.cli.arguments import RunArguments
 from fastdpo.data.formats import regrouped
 from fastdpo.data.loading import raw_example
 from fastdpo.data.rows import RowPreparer
-from fastdpo.training.config import EngineConfig, SFTConfig
-from fastdpo.training.model_kinds import check_kind
-from fastdpo.training.models import (
+from fastdpo.training.settings.config import EngineConfig, SFTConfig
+from fastdpo.training.setup.model_kinds import check_kind
+from fastdpo.training.setup.models import (
     adapter_base,
     check_model_folder,
     load_tokenizer,

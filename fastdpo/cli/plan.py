@@ -17,8 +17,8 @@ from rich.table import Table
 
 from fastdpo.cli.console import make_console
 from fastdpo.cli.options.parser import RaisingParser
-from fastdpo.training.model_kinds import text_part
-from fastdpo.training.plan import ROUNDING, USABLE_SHARE, Plan, make_plans, pair_tokens
+from fastdpo.training.memory.plan import ROUNDING, USABLE_SHARE, Plan, make_plans, pair_tokens
+from fastdpo.training.setup.model_kinds import text_part
 
 GB = 1e9
 _SHORT = {"optimizer": "state", "reference": "ref.", "gradients": "grads", "activations": "activ.", "overhead": "CUDA"}
@@ -105,7 +105,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
-    from fastdpo.training.model_kinds import check_kind
+    from fastdpo.training.setup.model_kinds import check_kind
 
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)

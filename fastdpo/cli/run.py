@@ -28,12 +28,12 @@ from fastdpo.data.prepare import one_prompt_a_row
 from fastdpo.data.report import StreamReport
 from fastdpo.report.run import write_run_report
 from fastdpo.training.base import PackedTrainer
-from fastdpo.training.checkpoints import checkpoint_folder
-from fastdpo.training.config import EngineConfig, SFTConfig
-from fastdpo.training.memory import MIB
-from fastdpo.training.model_card import training_facts
-from fastdpo.training.models import adapter_base
-from fastdpo.training.summary import peak_memory
+from fastdpo.training.callbacks.model_card import training_facts
+from fastdpo.training.callbacks.summary import peak_memory
+from fastdpo.training.memory.estimate import MIB
+from fastdpo.training.saving.checkpoints import checkpoint_folder
+from fastdpo.training.settings.config import EngineConfig, SFTConfig
+from fastdpo.training.setup.models import adapter_base
 
 RUN_FILE = "fastdpo_run.json"  # marks a directory as the output of a run, with the options it had
 _SIGNS_OF_A_RUN = (RUN_FILE, "trainer_state.json", "config.json", "adapter_config.json", "checkpoint-*")

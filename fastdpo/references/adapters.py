@@ -1,7 +1,7 @@
 """PEFT adapters as references: the model with its adapter off, or with a frozen copy of the adapter as it started.
 
 In: a PeftModel with one active adapter, the one that is trained. The copy is an adapter named "ref"; a model that
-brings one of that name is compared with it. Refuses nothing: `fastdpo.training.adapters` does, before anything is
+brings one of that name is compared with it. Refuses nothing: `fastdpo.training.setup.adapters` does, before anything is
 trained.
 """
 

@@ -19,10 +19,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from fastdpo.report.html import write_report
 from fastdpo.report.plots import training_curves
 from fastdpo.report.sections import Figure, Response, Sample, SampleList, Section, Table, Text
-from fastdpo.training.json_lines import read_lines
-from fastdpo.training.log_history import RESULTS, logs_by_source
-from fastdpo.training.samples import SAMPLES_FILE
-from fastdpo.training.watch import WARNINGS_FILE
+from fastdpo.training.callbacks.json_lines import read_lines
+from fastdpo.training.callbacks.log_history import RESULTS, logs_by_source
+from fastdpo.training.callbacks.samples import SAMPLES_FILE
+from fastdpo.training.callbacks.watch import WARNINGS_FILE
 
 REPORT_FILE = "report.html"
 STATE_FILE = "trainer_state.json"

@@ -30,20 +30,20 @@ from fastdpo.modeling import PackingCheck, check_packing, prepare_model
 from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.references.adapters import is_peft_model
-from fastdpo.training.checkpoints import checkpoint_folder
-from fastdpo.training.collator import PackingCollator, microbatches_of
-from fastdpo.training.config import EngineConfig
-from fastdpo.training.dry_save import check_can_save
-from fastdpo.training.experts import router_coefficient
-from fastdpo.training.finite import FiniteLosses
-from fastdpo.training.layer_kernels import use_layer_kernels
-from fastdpo.training.lost_rows import lost_rows_text
-from fastdpo.training.memory import check_memory_settings
-from fastdpo.training.models import check_lengths, check_token_ids, disable_dropout, forget_accelerate, head_dtype
-from fastdpo.training.rotary import warn_of_mixed_lengths
-from fastdpo.training.saved import SavingTrainer
-from fastdpo.training.streams import check_stream_settings, guarded, is_stream, read_whole
-from fastdpo.training.token_budget import BudgetAtStart, check_can_split, check_row_sizes, steps_in_backward
+from fastdpo.training.callbacks.finite import FiniteLosses
+from fastdpo.training.inputs.collator import PackingCollator, microbatches_of
+from fastdpo.training.inputs.lost_rows import lost_rows_text
+from fastdpo.training.inputs.streams import check_stream_settings, guarded, is_stream, read_whole
+from fastdpo.training.memory.estimate import check_memory_settings
+from fastdpo.training.memory.token_budget import BudgetAtStart, check_can_split, check_row_sizes, steps_in_backward
+from fastdpo.training.saving.checkpoints import checkpoint_folder
+from fastdpo.training.saving.dry_save import check_can_save
+from fastdpo.training.saving.saved import SavingTrainer
+from fastdpo.training.settings.config import EngineConfig
+from fastdpo.training.setup.experts import router_coefficient
+from fastdpo.training.setup.layer_kernels import use_layer_kernels
+from fastdpo.training.setup.models import check_lengths, check_token_ids, disable_dropout, forget_accelerate, head_dtype
+from fastdpo.training.setup.rotary import warn_of_mixed_lengths
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -199,13 +199,13 @@ class PackedTrainer(SavingTrainer):
 
     def summary(self) -> str:
         """What the run will do, as text: model, data, reference, batches, attention, head op, steps and peak memory."""
-        from fastdpo.training.summary import summary_text  # reads this class
+        from fastdpo.training.callbacks.summary import summary_text  # reads this class
 
         return summary_text(self)
 
     def print_summary(self, *more: tuple[str, str]) -> None:
         """Prints the summary and further (what, fact) lines, on the main process; `train` then does not."""
-        from fastdpo.training.summary import print_summary
+        from fastdpo.training.callbacks.summary import print_summary
 
         self._has_said_summary = True
         if self.is_world_process_zero():

@@ -34,14 +34,16 @@ from fastdpo.references.adapters import (
 )
 from fastdpo.references.cache import LogpsCache
 from fastdpo.references.precompute import Scorer, fill_ref_logps, lacks_ref_logps
-from fastdpo.training.adapters import with_adapter
-from fastdpo.training.before_weights import check_before_weights
-from fastdpo.training.config import DPOConfig
-from fastdpo.training.experts import with_load_balancing
+from fastdpo.training.callbacks.predictions import pair_values
 from fastdpo.training.features import FeaturedTrainer
-from fastdpo.training.models import model_name, resolve_model
-from fastdpo.training.predictions import pair_values
-from fastdpo.training.reference import (
+from fastdpo.training.inputs.before_weights import check_before_weights
+from fastdpo.training.inputs.streams import brings_ref_logps, check_not_streamed
+from fastdpo.training.settings.config import DPOConfig
+from fastdpo.training.settings.trl_names import check_methods, is_trls_config, settings_of, tokenizer_given_as
+from fastdpo.training.setup.adapters import with_adapter
+from fastdpo.training.setup.experts import with_load_balancing
+from fastdpo.training.setup.models import model_name, resolve_model
+from fastdpo.training.setup.reference import (
     AskedOnce,
     asked_once,
     choose_reference,
@@ -49,10 +51,8 @@ from fastdpo.training.reference import (
     live_reference,
     too_large_to_hold,
 )
-from fastdpo.training.streams import brings_ref_logps, check_not_streamed
 from fastdpo.training.token_means import TokenMeans
 from fastdpo.training.trl_attributes import TRLAttributes
-from fastdpo.training.trl_names import check_methods, is_trls_config, settings_of, tokenizer_given_as
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -72,7 +72,7 @@ class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
         train_dataset, eval_dataset: `datasets.Dataset`, stream or list of dicts in any form that fastdpo reads, or
             already tokenized; eval_dataset may be a dict of them.
         processing_class: the tokenizer, or a processor with one; by default the one saved with the model.
-        compute_metrics: gets numbers of every pair and no logits, see `predictions.py`.
+        compute_metrics: gets numbers of every pair and no logits, see `callbacks/predictions.py`.
         callbacks, optimizers: as in transformers.Trainer.
         quantization_config: how a model given by name is quantized (BitsAndBytesConfig); needs peft_config.
         peft_config: puts a new adapter on the model; the model as it was before is the reference.

@@ -12,11 +12,11 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fastdpo.references import Reference
 from fastdpo.training.base import FOR_NOTHING, PackedTrainer
-from fastdpo.training.config import DPOConfig
-from fastdpo.training.predictions import Predictions, call_compute_metrics
-from fastdpo.training.samples import EvalSamples
-from fastdpo.training.sync_reference import SyncReference
-from fastdpo.training.watch import TrainingWatch
+from fastdpo.training.callbacks.predictions import Predictions, call_compute_metrics
+from fastdpo.training.callbacks.samples import EvalSamples
+from fastdpo.training.callbacks.sync_reference import SyncReference
+from fastdpo.training.callbacks.watch import TrainingWatch
+from fastdpo.training.settings.config import DPOConfig
 
 
 class FeaturedTrainer(PackedTrainer):
@@ -85,7 +85,7 @@ class FeaturedTrainer(PackedTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As in PackedTrainer, with `predictions` and `label_ids` as described in `predictions.py` unless the loss is
+        """As in PackedTrainer, with `predictions` and `label_ids` of `callbacks/predictions.py` unless the loss is
         all that is asked for.
         """
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only

@@ -20,10 +20,10 @@ from fastdpo.data.prepare import Report, prepare_preference_dataset
 from fastdpo.modeling import check_packing, prepare_model
 from fastdpo.modeling.packed import bare_model
 from fastdpo.references.precompute import Filled, fill_ref_logps
-from fastdpo.training.config import DPOConfig
-from fastdpo.training.models import check_lengths, check_token_ids, resolve_tokenizer
-from fastdpo.training.reference import asked_once, autocast_of
-from fastdpo.training.streams import check_not_streamed
+from fastdpo.training.inputs.streams import check_not_streamed
+from fastdpo.training.settings.config import DPOConfig
+from fastdpo.training.setup.models import check_lengths, check_token_ids, resolve_tokenizer
+from fastdpo.training.setup.reference import asked_once, autocast_of
 
 logger = logging.get_logger(__name__)
 

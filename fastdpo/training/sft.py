@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallbac
 from fastdpo.data.prepare import Report, prepare_sft_dataset
 from fastdpo.metrics import SumAndWeight
 from fastdpo.modeling import packed_loss
-from fastdpo.training.adapters import with_adapter
 from fastdpo.training.base import PackedTrainer
-from fastdpo.training.before_weights import check_before_weights
-from fastdpo.training.config import SFTConfig
-from fastdpo.training.experts import with_load_balancing
-from fastdpo.training.models import resolve_model
-from fastdpo.training.trl_names import SFT_NAMES, tokenizer_given_as
+from fastdpo.training.inputs.before_weights import check_before_weights
+from fastdpo.training.settings.config import SFTConfig
+from fastdpo.training.settings.trl_names import SFT_NAMES, tokenizer_given_as
+from fastdpo.training.setup.adapters import with_adapter
+from fastdpo.training.setup.experts import with_load_balancing
+from fastdpo.training.setup.models import resolve_model
 from fastdpo.types import PackedBatch
 
 

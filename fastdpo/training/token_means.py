@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fastdpo.data.layout import counted_sequences
 from fastdpo.losses import LOSSES
 from fastdpo.references.rows import read_groups
-from fastdpo.training.collator import microbatches_of
-from fastdpo.training.config import DPOConfig
+from fastdpo.training.inputs.collator import microbatches_of
+from fastdpo.training.settings.config import DPOConfig
 
 if TYPE_CHECKING:
     from fastdpo.training.base import PackedTrainer as Base

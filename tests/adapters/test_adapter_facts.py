@@ -7,7 +7,7 @@ import torch
 from tiny import make_llama
 from tiny_runs import make_lora, tiny_trainer
 
-from fastdpo.training.adapter_facts import adapter_lines, fused_experts_left_out
+from fastdpo.training.setup.adapter_facts import adapter_lines, fused_experts_left_out
 
 
 def gpt_oss():

@@ -18,8 +18,8 @@ from fastdpo.references.adapters import (
     starts_from_adapter,
     trained_outside_adapter,
 )
-from fastdpo.training.adapters import PEFT_TYPES, with_adapter
-from fastdpo.training.models import disable_dropout
+from fastdpo.training.setup.adapters import PEFT_TYPES, with_adapter
+from fastdpo.training.setup.models import disable_dropout
 
 LAYERS = ["q_proj", "v_proj", "down_proj"]
 SETTINGS = {  # beyond target_modules, where a method needs more or its default is too large for a tiny model

@@ -11,8 +11,8 @@ from tiny import make_llama, make_rows, make_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastdpo import DPOConfig, DPOTrainer, pack_pairs, packed_logps
-from fastdpo.training.model_card import training_facts
-from fastdpo.training.summary import summary_lines
+from fastdpo.training.callbacks.model_card import training_facts
+from fastdpo.training.callbacks.summary import summary_lines
 
 CASES = {
     "layers": lambda: lora(),

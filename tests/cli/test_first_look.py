@@ -250,7 +250,7 @@ def no_weights(monkeypatch):
     def loaded(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("fastdpo.training.models.load_model", loaded)
+    monkeypatch.setattr("fastdpo.training.setup.models.load_model", loaded)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", loaded)
 
 

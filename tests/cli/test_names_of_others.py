@@ -15,7 +15,7 @@ from fastdpo.cli.arguments import TYPES, parse
 from fastdpo.cli.options import mixtures, names
 from fastdpo.cli.options.adapters import lora_config, quantization_config
 from fastdpo.cli.options.table import read_table
-from fastdpo.training.trl_names import SETTINGS
+from fastdpo.training.settings.trl_names import SETTINGS
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d/d", "--output_dir", "o", "--use_cpu", "true"]
 

@@ -9,8 +9,9 @@ from tiny import make_llama
 from fastdpo.cli import plan as command
 from fastdpo.cli.arguments import AdapterArguments, RunArguments, parse
 from fastdpo.cli.main import main
-from fastdpo.training import DPOConfig, plan
-from fastdpo.training.memory import CUDA_BYTES, MIB
+from fastdpo.training import DPOConfig
+from fastdpo.training.memory import plan
+from fastdpo.training.memory.estimate import CUDA_BYTES, MIB
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from datasets import Dataset, concatenate_datasets
 from fastdpo.data.arrow import arrow_column
 from fastdpo.data.columns import row_lengths
 from fastdpo.data.rows import column_features
-from fastdpo.training.collator import PackingCollator
-from fastdpo.training.largest_batch import largest_microbatch
-from fastdpo.training.models import check_lengths, check_token_ids
+from fastdpo.training.inputs.collator import PackingCollator
+from fastdpo.training.memory.largest_batch import largest_microbatch
+from fastdpo.training.setup.models import check_lengths, check_token_ids
 
 
 def dataset_of(rows):

@@ -14,7 +14,7 @@ from tiny import make_llama, make_tokenizer
 
 from fastdpo import LOSSES, DPOConfig, DPOTrainer, PairScores
 from fastdpo.losses import looks_at_whole_batch, preference_losses
-from fastdpo.training.collator import microbatches_of
+from fastdpo.training.inputs.collator import microbatches_of
 from fastdpo.training.precompute import precompute_ref_logps
 
 BETA = 0.5

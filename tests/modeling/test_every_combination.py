@@ -14,7 +14,7 @@ from test_packed_logps import build
 from varlen_emulation import EMULATIONS
 
 from fastdpo import PackedBatch, TokenizedPair, pack_pairs, packed_logps, prepare_model
-from fastdpo.training.collator import PackingCollator, microbatches_of
+from fastdpo.training.inputs.collator import PackingCollator, microbatches_of
 
 PAIRS = [
     ([5, 6, 7], [8], [9]),  # responses of one token

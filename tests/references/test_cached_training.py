@@ -16,7 +16,7 @@ from tiny import make_llama, make_rows
 from tiny_runs import losses, make_lora, tiny_trainer
 
 from fastdpo.references import precompute
-from fastdpo.training import reference as reference_module
+from fastdpo.training.setup import reference as reference_module
 
 
 def make_trainer(tmp_path, model=None, rows=None, **settings):

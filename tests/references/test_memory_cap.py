@@ -20,7 +20,7 @@ threading.stack_size(2**18)  # stacks count as memory too
 import test_offloading
 from transformers import AutoConfig, AutoModelForCausalLM
 from fastdpo.references import precompute
-from fastdpo.training import reference
+from fastdpo.training.setup import reference
 
 path, folder, cap = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 batches, read_units = [], precompute.read_units

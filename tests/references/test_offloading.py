@@ -11,8 +11,8 @@ from tiny_runs import losses, tiny_config, tiny_trainer
 from fastdpo import TokenizedPair, pack_pairs, packed_logps
 from fastdpo.modeling import check_packing
 from fastdpo.references.fingerprint import reference_facts
-from fastdpo.training import reference as reference_module
-from fastdpo.training.reference import asked_once, too_large_to_hold, weight_bytes
+from fastdpo.training.setup import reference as reference_module
+from fastdpo.training.setup.reference import asked_once, too_large_to_hold, weight_bytes
 
 
 @pytest.fixture

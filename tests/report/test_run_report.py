@@ -8,8 +8,8 @@ import re
 import pytest
 
 from fastdpo.report.run import write_run_report
-from fastdpo.training.samples import SAMPLES_FILE
-from fastdpo.training.watch import WARNINGS_FILE
+from fastdpo.training.callbacks.samples import SAMPLES_FILE
+from fastdpo.training.callbacks.watch import WARNINGS_FILE
 
 HISTORY = [
     {"step": 0, "eval_loss": 0.6931, "eval_rewards/margins": 0.0, "eval_rewards/accuracies": 0.0, "eval_runtime": 1.0},

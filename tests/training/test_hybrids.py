@@ -11,9 +11,9 @@ from fastdpo import DPOConfig, DPOTrainer, TokenizedGroup, pack_pairs, packed_lo
 from fastdpo.evidence.memory import peak_live_bytes
 from fastdpo.modeling import packed_loss
 from fastdpo.modeling.mixers import mixers_of
-from fastdpo.training import dry_run
-from fastdpo.training.dry_run import RowShape, dry_step, fake_mode, shape_only
-from fastdpo.training.summary import summary_lines
+from fastdpo.training.callbacks.summary import summary_lines
+from fastdpo.training.memory import dry_run
+from fastdpo.training.memory.dry_run import RowShape, dry_step, fake_mode, shape_only
 
 ROWS = [  # one prompt twice, responses of one token, responses that share a start, and more than a chunk of 64 tokens
     {"prompt_ids": [1, 5, 6], "chosen_ids": [7], "rejected_ids": [8]},

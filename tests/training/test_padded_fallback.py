@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fastdpo import DPOConfig, DPOTrainer
-from fastdpo.training.summary import summary_lines
+from fastdpo.training.callbacks.summary import summary_lines
 
 MODELS = {
     "mpt": ({"vocab_size": 32, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}, "counted by rows"),

@@ -226,7 +226,7 @@ def test_every_field_of_trls_sft_config_is_known(tmp_path):
 
     from peers import peer
 
-    from fastdpo.training.trl_names import SFT_SETTINGS
+    from fastdpo.training.settings.trl_names import SFT_SETTINGS
 
     known = {f.name for f in dataclasses.fields(SFTConfig)} | set(SFT_SETTINGS)
     assert {f.name for f in dataclasses.fields(peer("trl").SFTConfig)} <= known

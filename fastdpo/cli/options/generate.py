@@ -16,7 +16,7 @@ from fastdpo.cli.arguments import GROUPS, TYPES
 from fastdpo.cli.options.from_fields import fields_parser
 from fastdpo.cli.options.table import FILE
 from fastdpo.cli.options.values import OrNone
-from fastdpo.training.trl_names import SETTINGS, line_instead
+from fastdpo.training.settings.trl_names import SETTINGS, line_instead
 
 _NAMES_OF_TYPES = {"string_to_bool": "bool", "json_object": "json object", "json_list": "json list"}
 

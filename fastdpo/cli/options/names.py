@@ -2,7 +2,7 @@
 
 In: a name that is no option of fastdpo, and its value. Out: our options and their values, or variables of the
 environment. Refuses, with the line to write, what has no counterpart. TRL's own former settings are in
-`fastdpo.training.trl_names`, and several sets of data in `mixtures`.
+`fastdpo.training.settings.trl_names`, and several sets of data in `mixtures`.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def _evaluate_as_trl(book: Book) -> None:
 
 def _follow_former(former: dict[str, Any], book: Book) -> None:
     """Settings that TRL has dropped since."""
-    from fastdpo.training.trl_names import SETTINGS  # in a package that imports transformers
+    from fastdpo.training.settings.trl_names import SETTINGS  # in a package that imports transformers
 
     for name, value in former.items():
         entry = SETTINGS[name]

@@ -1,0 +1,217 @@
+"""What policy and reference answer, side by side: at every evaluation, to the console, the loggers and the report.
+
+In: a built trainer. At each evaluation the first `num_eval_samples` prompts of the evaluation data go to the policy and
+to a live reference; where the reference is cached or absent, to the policy before its first step instead. Out: a table
+on the console, in TensorBoard and W&B where they are on, and lines of SAMPLES_FILE in the output directory. Refuses
+FSDP and DeepSpeed, which hold weights in parts. Generation runs on the model's original attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from torch import nn
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.utils import logging
+
+from fastdpo.modeling.generation import generate_ids, special_ids
+from fastdpo.references import AdapterReference, FrozenReference
+from fastdpo.references.adapters import as_reference
+from fastdpo.training.callbacks.json_lines import append_lines, read_lines
+from fastdpo.training.callbacks.warning_checks import samples_grow
+from fastdpo.training.setup.models import learned_positions
+
+logger = logging.get_logger(__name__)
+
+SAMPLES_FILE = "fastdpo_samples.jsonl"
+BATCH_SIZE = 16  # prompts generated at a time
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One prompt at one evaluation; a line of SAMPLES_FILE."""
+
+    step: int
+    prompt: str
+    policy: str
+    policy_tokens: int
+    reference: str | None  # None where nothing is known of it
+    reference_tokens: int | None
+    reference_name: str  # "reference", or "before training"
+
+
+class Response(NamedTuple):
+    """What a model answered to one prompt."""
+
+    text: str
+    num_tokens: int
+
+
+class EvalSamples(TrainerCallback):
+    """`answered` holds all samples of the run.
+
+    Raises:
+        ValueError: there is no evaluation data, or weights are in parts.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "num_eval_samples must be 0 under FSDP and DeepSpeed, whose processes hold parts of weights"
+            )
+        if trainer.eval_dataset is None:
+            raise ValueError(f"num_eval_samples must be 0 without eval_dataset, got {trainer.args.num_eval_samples}")
+        self.trainer = trainer
+        num_positions = learned_positions(trainer.model) or math.inf
+        longest = num_positions - trainer.args.eval_sample_tokens
+        self.prompt_ids = _prompts(trainer.eval_dataset, trainer.args.num_eval_samples, longest)
+        if not self.prompt_ids:
+            raise ValueError(
+                "num_eval_samples must be 0: no row of eval_dataset has a prompt of its own"
+                + (f" of at most {longest} tokens, which leave eval_sample_tokens" if longest < math.inf else "")
+            )
+        self.answered: list[Answered] = []
+        self._of_reference: list[Response] | None = None  # once it is known and stays as it is
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir) / SAMPLES_FILE
+        if state.global_step == 0:  # what stands there is of another run, but for an evaluation before this one
+            path.unlink(missing_ok=True)
+            self.answered = [entry for entry in self.answered if entry.step == 0]
+            self._write(self.answered)
+            if self._live_reference() is None:
+                self._of_reference = self._generate(self.trainer.model)
+        elif path.is_file():
+            found = [Answered(**line) for line in read_lines(path)]
+            before = found[: len(found) - len(self.answered)] or found  # an evaluation since then asked the start again
+            self.answered = [entry for entry in before if entry.step <= state.global_step]  # those after it come again
+            path.unlink()
+            self._write(self.answered)
+            first = self.answered[: len(self.prompt_ids)]
+            known = [Response(e.reference, e.reference_tokens or 0) for e in first if e.reference is not None]
+            if len(known) == len(self.prompt_ids) and self._live_reference() is None:
+                self._of_reference = known
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        is_new = not self.answered or self.answered[-1].step != state.global_step  # several datasets: once
+        if state.is_world_process_zero and is_new:
+            self.take(state.global_step)
+
+    def take(self, step: int) -> list[Answered]:
+        """Generates, shows and keeps the samples of this moment."""
+        policy = self._generate(self.trainer.model)
+        references, live = self._of_reference, self._live_reference()
+        if references is None and live is not None:
+            with live as model:
+                references = self._generate(model)
+        elif references is None and step == 0:
+            references = policy
+        if not self.trainer.args.sync_ref_model:
+            self._of_reference = references
+        name = "before training" if live is None else "reference"
+        prompts = self._decoded(self.prompt_ids)
+        unknown = [(None, None)] * len(prompts)
+        new = [
+            Answered(step, prompt, ours.text, ours.num_tokens, *theirs, name)
+            for prompt, ours, theirs in zip(prompts, policy, references or unknown, strict=True)
+        ]
+        self.answered.extend(new)
+        self._write(new)
+        self._show(new)
+        if self.trainer.watch is not None and references is not None:
+            lengths = [[response.num_tokens for response in responses] for responses in (policy, references)]
+            self.trainer.watch.say("samples_grow", samples_grow(*lengths), self.trainer.args, step)
+        return new
+
+    def _write(self, entries: Sequence[Answered]) -> None:
+        if not entries:
+            return
+        append_lines(Path(self.trainer.args.output_dir) / SAMPLES_FILE, map(asdict, entries))
+
+    def _live_reference(self) -> Any:
+        """A context that gives the model to ask, or None."""
+        reference = self.trainer.reference
+        if isinstance(reference, FrozenReference):
+            return nullcontext(reference.model)
+        if isinstance(reference, AdapterReference):
+            return _asked(reference)
+        return None
+
+    def _generate(self, model: nn.Module) -> list[Response]:
+        args, tokenizer = self.trainer.args, self.trainer.processing_class
+        pad_id, eos_ids = special_ids(model, tokenizer)
+        with self.trainer.accelerator.autocast():
+            ids = generate_ids(
+                model,
+                self.prompt_ids,
+                pad_id=pad_id,
+                eos_ids=eos_ids,
+                max_new_tokens=args.eval_sample_tokens,
+                temperature=args.eval_sample_temperature,
+                batch_size=BATCH_SIZE,
+                seed=args.seed,
+            )
+        return [Response(text, len(row)) for text, row in zip(self._decoded(ids), ids, strict=True)]
+
+    def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        tokenizer = self.trainer.processing_class
+        texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return texts
+
+    def _show(self, samples: list[Answered]) -> None:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        step, reference_name = samples[0].step, samples[0].reference_name
+        columns = ["prompt", "policy", reference_name]
+        rows = [[entry.prompt, entry.policy, entry.reference or ""] for entry in samples]
+        table = Table(title=f"samples at step {step}", show_lines=True)
+        for column in columns:
+            table.add_column(column, ratio=1, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell.strip()) for cell in row))  # not markup: texts may hold brackets
+        Console().print(table)
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_text("eval/samples", _markdown(columns, rows), step)
+            if isinstance(callback, WandbCallback):
+                import wandb  # type: ignore[import-not-found]
+
+                if wandb.run is not None:
+                    wandb.log({"eval/samples": wandb.Table(columns=columns, data=rows), "train/global_step": step})
+
+
+@contextmanager
+def _asked(reference: AdapterReference) -> Iterator[nn.Module]:
+    with as_reference(reference.peft_model):
+        yield reference.peft_model
+
+
+def _prompts(eval_dataset: Any, num_prompts: int, longest: float) -> list[list[int]]:
+    """The first prompts of at most `longest` tokens that differ, of the first dataset where there are several."""
+    dataset = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
+    prompts: dict[tuple[int, ...], None] = {}
+    for row in dataset.select_columns(["prompt_ids"]) if isinstance(dataset, Dataset) else dataset:
+        if len(prompts) == num_prompts:
+            break
+        # a prompt that truncation cut differently for each response is in none of them
+        if 0 < len(row["prompt_ids"]) <= longest:
+            prompts[tuple(row["prompt_ids"])] = None
+    return [list(prompt) for prompt in prompts]
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.strip().replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
+
+    return "\n".join([line(columns), "|" + " --- |" * len(columns), *map(line, rows)])

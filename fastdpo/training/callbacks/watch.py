@@ -1,0 +1,89 @@
+"""Warnings that a practitioner wants: each known way of going wrong is said once in a run, with its number.
+
+In: what training logs. Out: a warning, and a line of WARNINGS_FILE in the output directory, where the report finds it.
+Training is left alone. What counts as wrong stands in `warning_checks.py`; numbers are means over the last WINDOW_PAIRS
+pairs, so that small batches do not cry wolf.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from fastdpo.training.callbacks.json_lines import append_lines, read_lines
+from fastdpo.training.callbacks.warning_checks import CHECKS, Progress, reference_is_not_the_start
+
+logger = logging.get_logger(__name__)
+
+WARNINGS_FILE = "fastdpo_warnings.jsonl"
+WINDOW_PAIRS = 256  # an accuracy of one half has a standard error of 0.03 over so many
+
+
+class TrainingWatch(TrainerCallback):
+    """`given` holds the warnings of the run by name."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.given: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.given = {}
+        self._window: deque[tuple[int, Mapping[str, float]]] = deque()  # (pairs, means over them)
+        self._first_step = self._last_step = state.global_step
+        self._first: dict[str, float] | None = None  # means over the first full window
+        self._best_margin = -math.inf
+        path = Path(args.output_dir) / WARNINGS_FILE
+        if not state.is_world_process_zero or not path.is_file():
+            return
+        if state.global_step == 0:
+            path.unlink()
+        else:  # what was said before the run was resumed
+            self.given = {entry["name"]: entry["message"] for entry in read_lines(path)}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        is_first = self._first_step == 0 and state.global_step == 1
+        if is_first and state.is_world_process_zero and self.trainer.reference.mode != "none":
+            means = self.trainer._metrics["train"].peek()
+            message = reference_is_not_the_start(means, args.beta, has_dropout=not args.disable_dropout)
+            self.say("reference_is_not_the_start", message, args, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or "rewards/chosen" not in (logs or {}):
+            return
+        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self._window.append(((state.global_step - self._last_step) * rows_per_step, dict(logs)))
+        self._last_step = state.global_step
+        while sum(pairs for pairs, _ in self._window) - self._window[0][0] >= WINDOW_PAIRS:
+            self._window.popleft()
+        if sum(pairs for pairs, _ in self._window) < WINDOW_PAIRS:
+            return
+        means = _means(self._window)
+        if self._first is None:
+            self._first = means
+        if not args.sync_ref_model:
+            self._best_margin = max(self._best_margin, means["rewards/margins"])
+        has_reference = self.trainer.reference.mode != "none"
+        progress = Progress(means, self._first, self._best_margin, has_reference, args)
+        for name, check in CHECKS.items():
+            self.say(name, check(progress), args, state.global_step)
+
+    def say(self, name: str, message: str | None, args: Any, step: int) -> None:
+        """Gives a warning, if there is a message and it is the first of its name."""
+        if message is None or name in self.given:
+            return
+        self.given[name] = message
+        logger.warning(f"Step {step}: {message}. (Said once; training_warnings=False turns such warnings off.)")
+        append_lines(Path(args.output_dir) / WARNINGS_FILE, [{"step": step, "name": name, "message": message}])
+
+
+def _means(window: deque[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """Means over the pairs of the window, of what its last entry has."""
+    total = sum(pairs for pairs, _ in window)
+    keys = [key for key in window[-1][1] if key.startswith(("rewards/", "logps/", "lengths/"))]
+    return {key: sum(pairs * logs[key] for pairs, logs in window) / total for key in keys}

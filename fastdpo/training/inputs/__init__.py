@@ -1,0 +1,1 @@
+"""How rows reach the model: streams, checks of first rows, the collator and the copy to the device."""

@@ -1,0 +1,70 @@
+"""Rows of token columns in, one packed or padded batch out, as the dict of tensors that Trainer moves to the device.
+
+Where a micro-batch may only have so many tokens, a batch that has more is a dict of several: what they have together
+under the keys that Trainer reads, and each of them under `microbatches`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastdpo.data.microbatches import lay_out_batch, num_padded_rows, packed_microbatches, padded_microbatches
+from fastdpo.data.packing import pack_layouts, pad_pairs
+from fastdpo.data.prepare import group_from_columns
+from fastdpo.training.inputs.transfer import OneBuffer
+from fastdpo.types import PackedBatch, TokenizedGroup
+
+
+@dataclass
+class PackingCollator:
+    """`[PackedBatch(**inputs) for inputs in microbatches_of(collator(rows))]` are the batches."""
+
+    is_packed: bool = True
+    prefix_sharing: bool = True
+    pad_token_id: int = 0
+    pad_to_multiple_of: int | None = None  # tokens of a row; what this adds is not counted in max_tokens
+    max_tokens: int | None = None  # of a micro-batch, as it runs: shared prefixes once, padding too; None for no limit
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        groups = [group_from_columns(row) for row in rows]
+        batches = [batch.asdict() for batch in (self._packed(groups) if self.is_packed else self._padded(groups))]
+        if len(batches) == 1:
+            return OneBuffer(batches[0])
+        return OneBuffer(
+            {
+                "pairs": torch.cat([batch["pairs"] for batch in batches]),  # first: Trainer reads the batch size there
+                "input_ids": torch.cat([batch["input_ids"].reshape(1, -1) for batch in batches], dim=1),
+                "microbatches": tuple(batches),
+            }
+        )
+
+    def num_tokens(self, group: TokenizedGroup) -> int:
+        """Tokens that a group takes in a micro-batch of its own."""
+        if self.is_packed:
+            return sum(layout.num_tokens for layout in lay_out_batch([group], prefix_sharing=self.prefix_sharing))
+        return num_padded_rows(group) * (len(group.prompt_ids) + max(map(len, group.responses)))
+
+    def _packed(self, groups: Sequence[TokenizedGroup]) -> list[PackedBatch]:
+        layouts = lay_out_batch(groups, prefix_sharing=self.prefix_sharing, max_tokens=self.max_tokens)
+        parts = [layouts] if self.max_tokens is None else packed_microbatches(layouts, self.max_tokens)
+        return [pack_layouts(some, **self._padding()) for some in parts]
+
+    def _padded(self, groups: Sequence[TokenizedGroup]) -> list[PackedBatch]:
+        if self.max_tokens is None:
+            return [pad_pairs(groups, **self._padding())]
+        return [
+            pad_pairs([groups[i] for i in items], example_ids=items, **self._padding())
+            for items in padded_microbatches(groups, self.max_tokens)
+        ]
+
+    def _padding(self) -> dict[str, Any]:
+        return {"pad_token_id": self.pad_token_id, "multiple_of": self.pad_to_multiple_of or 1}
+
+
+def microbatches_of(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The dicts of the batches that a collated batch consists of."""
+    return list(inputs.get("microbatches", (dict(inputs),)))

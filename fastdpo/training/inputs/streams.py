@@ -1,0 +1,124 @@
+"""What a run on streamed data checks and knows, where one on a dataset looks at all rows before it starts.
+
+In: `datasets.IterableDataset`, raw or of token columns. Out: the stream whose groups are checked as they pass, its
+first rows. Refused with ValueError: settings that need all rows at once, a group that the model cannot read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from torch import nn
+
+from fastdpo.data.arrow import arrow_column
+from fastdpo.data.loading import dataset_from_rows
+from fastdpo.data.rows import column_features
+from fastdpo.data.streaming import checked_stream
+from fastdpo.modeling.packed import bare_model
+from fastdpo.training.setup.models import learned_positions
+from fastdpo.types import TokenizedGroup
+
+_KNOWN_ROWS = 64
+
+
+def is_stream(dataset: Any) -> bool:
+    return isinstance(dataset, IterableDataset)
+
+
+def check_stream_settings(args: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    """Refuses what cannot be done with streams.
+
+    Raises:
+        ValueError: no number of steps, an order other than the stream's, or rows to be refused before the run.
+    """
+    # accelerate would take batches of a stream apart to send each process a part; ours are not rows of tensors
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError("accelerator_config.dispatch_batches must not be True: packed batches cannot be divided")
+    args.accelerator_config.dispatch_batches = False
+    evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+    if is_stream(train_dataset):
+        if args.max_steps <= 0:
+            raise ValueError(f"max_steps must be > 0 where train_dataset is streamed, got {args.max_steps}")
+        for name in ("regroup_dataset", "length_bucketing"):
+            if getattr(args, name):
+                raise ValueError(f"{name} must be off where train_dataset is streamed: the order is the stream's")
+    has_limit = args.max_tokens_per_microbatch is not None and args.on_oversized_row == "raise"
+    if has_limit and any(map(is_stream, [train_dataset, *evaluated])):
+        raise ValueError("on_oversized_row must be 'alone' with streamed data, whose rows are not known beforehand")
+
+
+def read_whole(stream: IterableDataset) -> Dataset:
+    """The rows of a stream that several processes evaluate: of a dataset it is known which rows are repeated so that
+    all have as many batches, and these do not count."""
+    return dataset_from_rows(list(stream.with_format(None)))
+
+
+class _ReadByAll(IterableDataset):
+    """A stream that every process reads, to take its part of each batch.
+
+    accelerate would give each process files of its own where there are enough. Then one ends before the others, in the
+    middle of an accumulated step or not, and waits for them for ever.
+    """
+
+    n_shards = 1
+
+
+def guarded(stream: IterableDataset, model: nn.Module, name: str) -> IterableDataset:
+    """The stream of token columns for all processes, in which a group raises ValueError that the model cannot read."""
+    num_embeddings = bare_model(model).get_input_embeddings().weight.shape[0]
+    check = partial(_check_group, num_embeddings=num_embeddings, num_positions=learned_positions(model), name=name)
+    checked = checked_stream(stream, check)
+    checked.__class__ = _ReadByAll
+    return checked
+
+
+def first_rows(stream: IterableDataset, num_rows: int) -> Dataset:
+    """At most so many rows from the start of a stream of token columns; it starts again afterwards."""
+    return Dataset.from_list(list(stream.take(num_rows)), features=column_features(with_state=False))
+
+
+def known_rows(dataset: Any) -> Any:
+    """The dataset, or the first rows of a stream, which stand for all of it where sizes are estimated."""
+    return first_rows(dataset, _KNOWN_ROWS) if is_stream(dataset) else dataset
+
+
+def brings_ref_logps(dataset: Dataset | IterableDataset) -> bool:
+    """Whether every row has reference log-probs; of a stream, whether the first has."""
+    if isinstance(dataset, IterableDataset):
+        dataset = first_rows(dataset, 1)
+    return len(dataset) > 0 and arrow_column(dataset, "ref_logps").null_count == 0
+
+
+def check_not_streamed(datasets: Mapping[str, Any], args: Any) -> None:
+    """Refuses streams where references are cached, which would have to be read once before training.
+
+    Args:
+        args: by which name it was asked for.
+    Raises:
+        ValueError: one of the datasets is a stream.
+    """
+    streamed = [name for name, dataset in datasets.items() if is_stream(dataset)]
+    if streamed:
+        by_trls_name = args.precompute_ref_log_probs
+        rule = "precompute_ref_log_probs must be off" if by_trls_name else "reference must not be 'cached'"
+        raise ValueError(
+            f"{rule} where the {streamed[0]} dataset is streamed, unless all data brings"
+            " ref_chosen_logps and ref_rejected_logps: it would have to be read before training; use"
+            " reference='frozen' or 'adapter', which compute them batch by batch"
+        )
+
+
+def _check_group(group: TokenizedGroup, *, num_embeddings: int, num_positions: int | None, name: str) -> None:
+    for ids in (group.prompt_ids, *group.responses):
+        for bound in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= bound < num_embeddings:
+                raise ValueError(f"token ids must be in [0, {num_embeddings}), the {name} stream has {bound}")
+    longest = len(group.prompt_ids) + max(map(len, group.responses))
+    if num_positions is not None and longest > num_positions:
+        raise ValueError(
+            f"max_length must be at most {num_positions}, the positions that the model has learned; the {name} stream"
+            f" has a sequence of {longest} tokens"
+        )

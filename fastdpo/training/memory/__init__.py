@@ -1,0 +1,1 @@
+"""How much memory a run takes: estimated, planned for, and kept within by splitting batches."""

@@ -1,0 +1,278 @@
+"""One training step on tensors without storage, to see what it would hold at once: no formula per architecture.
+
+In: a model made by `shape_only`, and the shape of a packed row. Out: the bytes that live at the peak of forward and
+backward beyond the weights, by part. Layers, autocast, adapters and checkpointing are the model's own code; attention
+and the LM head, whose code looks at numbers, are replaced by functions that allocate what the real ones do. Nothing is
+computed, no weight is read: 32 layers of a 7B model take about two seconds on a CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastdpo.data.varlen import varlen_layout
+from fastdpo.modeling.attention.call import PackedLayout
+from fastdpo.modeling.backbone import backbone
+from fastdpo.modeling.head import lm_head
+from fastdpo.modeling.mixers import MixerRows, mixers_of
+from fastdpo.modeling.packed import bare_model, is_prepared, unprepare_model
+from fastdpo.training.memory.dry_ops import dry_attention, grouped_mm, head_loss
+
+PARTS = ("casts", "gradients", "head", "activations")
+# Of a model whose layers hold states: rows that say how many operations a token takes, and how many are run, which is
+# some seconds. Longer rows are on the line through shorter ones.
+TRIED_TOKENS, MOST_OPS = ((16, 32), (256, 512)), 10_000
+_DRY_ATTENTION = "fastdpo_dry_run"
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """What one micro-batch looks like, as far as memory goes."""
+
+    segments: tuple[tuple[int, int, int, int], ...]  # as in PackedBatch
+    num_rows: int  # hidden states that go through the LM head
+    sequences: tuple[int, int] | None = None  # (S, L) of a padded batch, which has no segments
+
+    @property
+    def num_tokens(self) -> int:
+        return self.sequences[0] * self.sequences[1] if self.sequences else self.segments[-1][1]
+
+    def shortened(self, share: float) -> RowShape:
+        """As many sequences and branches, each with so much of its tokens, and one at least."""
+
+        def part(length: int) -> int:
+            return max(round(length * share), min(length, 1))
+
+        if self.sequences:
+            return RowShape((), part(self.num_rows), (self.sequences[0], part(self.sequences[1])))
+        segments: list[tuple[int, int, int, int]] = []
+        starts: dict[int, int] = {}  # of a branch, where it starts when all are shorter
+        for start, end, prefix_start, prefix_end in self.segments:
+            at = starts[start] = segments[-1][1] if segments else 0
+            prefix, first = part(prefix_end - prefix_start), starts[prefix_start] if prefix_end else 0
+            segments.append((at, at + part(end - start), first, first + prefix))
+        return RowShape(tuple(segments), part(self.num_rows))
+
+
+@dataclass(frozen=True)
+class StepPeak:
+    """Bytes beyond the weights at the moment when most is held; the parts add up to the total."""
+
+    casts: int  # copies of weights in autocast's dtype
+    gradients: int  # of the weights, as far as they are there
+    head: int  # the head op's workspace, dH, and dW until it becomes the weight's gradient
+    activations: int  # everything else
+
+    @property
+    def total(self) -> int:
+        return self.casts + self.gradients + self.head + self.activations
+
+
+def fake_mode() -> Any:
+    """The mode under which a shape-only model is made and run."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def shape_only(model: nn.Module, mode: Any) -> nn.Module:
+    """A copy of the model whose weights have shapes and dtypes and no memory; 4-bit layers become bf16 ones."""
+    with mode:
+        memo: dict[int, Any] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            empty: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
+            is_weight = isinstance(tensor, nn.Parameter) and tensor.dtype.is_floating_point
+            memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_weight else empty
+        for module in model.modules():
+            given: Any = module
+            if type(module).__name__ == "Linear4bit" and not hasattr(module, "base_layer"):  # bitsandbytes', not PEFT's
+                linear = nn.Linear(given.in_features, given.out_features, given.bias is not None, dtype=torch.bfloat16)
+                memo[id(module)] = linear.requires_grad_(False)
+        dry: nn.Module = copy.deepcopy(model, memo)
+        bare = bare_model(dry)
+        if is_prepared(bare):
+            unprepare_model(bare)
+    return dry
+
+
+def dry_step(
+    model: nn.Module,
+    row: RowShape,
+    mode: Any,
+    *,
+    impl: str,
+    varlen: bool,
+    autocast: torch.dtype | None = None,
+    accumulates: bool = False,
+    with_grad: bool = True,
+    workspace_bytes: int | None = None,
+) -> StepPeak:
+    """What forward and backward of one micro-batch hold at their peak, or a forward alone.
+
+    Args:
+        model: from `shape_only`, or made under `mode`.
+        impl: "triton" or "tiled", whose workspace the head has.
+        varlen: whether attention is one call over gathered keys, or one call per branch with its mask.
+        autocast: dtype of autocast; None: off.
+        accumulates: gradients of an earlier micro-batch are there already.
+        with_grad: False for a forward that keeps nothing, as in evaluation and of a reference.
+    """
+    settings: dict[str, Any] = {
+        "impl": impl,
+        "varlen": varlen,
+        "autocast": autocast,
+        "accumulates": accumulates,
+        "with_grad": with_grad,
+        "workspace_bytes": workspace_bytes,
+    }
+    bare = bare_model(model)
+    if not getattr(bare, "_is_stateful", False) and not getattr(mixers_of(bare), "names", ()):
+        return _step(model, row, mode, **settings)[0]
+
+    def step(tokens: int) -> tuple[int, StepPeak, int]:
+        shorter = row.shortened(min(tokens / row.num_tokens, 1.0))
+        return shorter.num_tokens, *_step(model, shorter, mode, **settings)
+
+    # layers that go on from state to state take tokens one by one, or in chunks of some
+    for few, more in TRIED_TOKENS:
+        below, above = step(few), step(more)
+        if above[0] == row.num_tokens:
+            return above[1]
+        if above[2] > 1.3 * below[2]:
+            break
+    ops_per_token = max(above[2] - below[2], 0) / (above[0] - below[0])
+    if above[2] + ops_per_token * (row.num_tokens - above[0]) <= MOST_OPS:
+        return _step(model, row, mode, **settings)[0]
+    num_tokens = int(above[0] + (MOST_OPS - above[2]) / max(ops_per_token, 1e-9))
+    if num_tokens > 2 * above[0]:
+        below, above = step(num_tokens // 2), step(num_tokens)
+    times = (row.num_tokens - below[0]) / (above[0] - below[0])
+    parts = {name: (getattr(below[1], name), getattr(above[1], name)) for name in PARTS}
+    return StepPeak(**{name: int(first + (second - first) * times) for name, (first, second) in parts.items()})
+
+
+def _step(
+    model: nn.Module,
+    row: RowShape,
+    mode: Any,
+    *,
+    impl: str,
+    varlen: bool,
+    autocast: torch.dtype | None,
+    accumulates: bool,
+    with_grad: bool,
+    workspace_bytes: int | None,
+) -> tuple[StepPeak, int]:
+    """Also how many operations it took."""
+    bare = bare_model(model)
+    model.train(with_grad)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with mode:
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter) if accumulates else None
+        live = _LiveBytes([*model.parameters(), *model.buffers(), *(p.grad for p in trained if p.grad is not None)])
+        context = nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
+        with live:
+            with context, torch.set_grad_enabled(with_grad):
+                hidden_states = _hidden_states(bare, row, varlen)
+                rows = hidden_states.flatten(0, 1).index_select(0, torch.zeros(row.num_rows, dtype=torch.int64))
+                with live.tagged("head"):
+                    rows, weight, adapter_weight = lm_head(bare).operands(rows, split=with_grad)
+                    dtype = autocast or weight.dtype
+                    loss: Any = head_loss(rows, weight, adapter_weight, dtype, impl, workspace_bytes)
+            del hidden_states, rows
+            if loss.requires_grad:
+                loss.backward()
+        peak = live.peak([p.grad for p in trained if p.grad is not None and not accumulates])
+        own = sum(p.numel() * p.element_size() for p in trained) if accumulates else 0
+        for parameter in trained:
+            parameter.grad = None
+    return StepPeak(**{**peak, "gradients": peak["gradients"] + own}), live.num_ops
+
+
+def _hidden_states(bare: Any, row: RowShape, varlen: bool) -> Tensor:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_DRY_ATTENTION, dry_attention)
+    shape = row.sequences or (1, row.num_tokens)
+    ids = torch.zeros(shape, dtype=torch.int64)
+    layout: dict[str, Any] = {}
+    if not row.sequences:
+        packed = PackedLayout(row.segments, varlen_layout(row.segments), "varlen" if varlen else "sdpa")
+        layout = {"position_ids": ids, "packed_layout": packed}
+    mixers = mixers_of(bare)
+    if mixers is not None:  # found on the model that this one has the shapes of
+        mixers.install(bare)
+        mixers.rows = None if row.sequences else MixerRows(row.segments, layout["packed_layout"].varlen)
+    configs = {id(m.config): m.config for m in bare.modules() if hasattr(getattr(m, "config", None), "model_type")}
+    for config in configs.values():
+        config._attn_implementation_internal = _DRY_ATTENTION
+    hidden_states: Tensor = backbone(bare)(input_ids=ids, use_cache=False, **layout).last_hidden_state
+    return hidden_states
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Takes down when each storage is made and when it ends."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.events: list[tuple[int, int, str]] = []  # (number of the storage, bytes, tag); the end has bytes < 0
+        self.numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.weights = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+        self.count, self.tag, self.num_ops = 0, "", 0
+
+    def tagged(self, tag: str) -> Any:
+        return _Tag(self, tag)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_ops += 1
+        is_grouped = func is torch.ops.aten._grouped_mm.default
+        result = grouped_mm(*args, **(kwargs or {})) if is_grouped else func(*args, **(kwargs or {}))
+        tag = self.tag
+        if not tag and func is torch.ops.aten._to_copy.default and args[0].untyped_storage() in self.weights:
+            tag = "casts"
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage(), tag or "activations")
+        return result
+
+    def _see(self, storage: Any, tag: str) -> None:
+        if storage in self.numbers or storage in self.weights:
+            return
+        number, size = self.count, storage.nbytes()
+        self.count += 1
+        self.numbers[storage] = number
+        self.events.append((number, size, tag))
+        weakref.finalize(storage, self.events.append, (number, -size, tag)).atexit = False
+
+    def peak(self, gradients: Sequence[Tensor]) -> dict[str, int]:
+        """Bytes by part at the peak; storages that ended up as gradients of weights are counted as these."""
+        final = {self.numbers.get(gradient.untyped_storage()) for gradient in gradients}
+        now, best = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+        total = most = 0
+        for number, size, tag in self.events:
+            now["gradients" if number in final else tag] += size
+            total += size
+            if total > most:
+                most, best = total, dict(now)
+        return best
+
+
+class _Tag:
+    def __init__(self, live: _LiveBytes, tag: str) -> None:
+        self.live, self.tag = live, tag
+
+    def __enter__(self) -> None:
+        self.live.tag = self.tag
+
+    def __exit__(self, *_: Any) -> None:
+        self.live.tag = ""

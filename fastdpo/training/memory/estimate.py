@@ -1,0 +1,228 @@
+"""What a run will hold at its peak, part by part: shown before it starts, and what `fastdpo plan` decides by.
+
+In: a built trainer, or a model without storage (`dry_run`). Out: bytes. Weights, optimizer and reference are sums over
+parameters; gradients, activations, autocast's copies of weights and the head's workspace come from dry runs of a step,
+of an evaluation and of a larger reference, of which the one that takes most counts. The tests hold the sum to what a
+step on the CPU allocates. Not in it: sharding (FSDP, DeepSpeed), which holds less. On a GPU it has not been compared
+yet.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+
+from fastdpo.modeling.packed import bare_model
+from fastdpo.ops.engine import resolve_impl
+from fastdpo.training.memory.dry_run import StepPeak, dry_step, fake_mode, shape_only
+from fastdpo.training.memory.largest_batch import is_measured_later, largest_in_order, largest_microbatch
+from fastdpo.training.setup.models import head_dtype
+from fastdpo.training.setup.optimizers import (
+    check_optimizer_package,
+    optimizer_name,
+    optimizer_state_bytes,
+    optimizer_step_bytes,
+    trained_parameters,
+)
+
+if TYPE_CHECKING:
+    from fastdpo.training.base import PackedTrainer
+
+MIB = 2**20
+CUDA_BYTES = 640 * MIB  # CUDA's context and libraries, outside the allocator, with cuBLAS's workspace; about right
+CUDA_WORKSPACE_BYTES = 2**28  # of the head op's kernels, which take more only of what is free
+BYTES_IN_4_BIT = 0.5 + 4 / 64  # per weight: nf4, and an fp32 scale for each block of 64
+_DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the training device at the moment of a run when most is held."""
+
+    weights: int
+    optimizer: int  # its state, and what its step takes where that is the peak
+    reference: int  # a second model; 0 for an adapter, cached log-probs, or none
+    casts: int  # copies of weights in autocast's dtype
+    gradients: int
+    head: int  # the head op's workspace and fp32 sums
+    activations: int
+    overhead: int  # outside PyTorch's allocator; 0 on a CPU
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts().values())
+
+    @property
+    def allocated(self) -> int:
+        """What PyTorch counts (`torch.cuda.max_memory_allocated`)."""
+        return self.total - self.overhead
+
+    def parts(self) -> dict[str, int]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __str__(self) -> str:
+        shown = {name: size for name, size in self.parts().items() if name != "overhead" and size >= MIB / 2}
+        parts = ", ".join(f"{name} {size / MIB:,.0f}" for name, size in shown.items())
+        outside = f"CUDA itself takes some {self.overhead / MIB:,.0f}" if self.overhead else "Python itself comes"
+        return (
+            f"about {self.allocated / MIB:,.0f} MiB (an estimate)"
+            + (f": {parts}" if parts else "")
+            + f"; {outside} on top"
+        )
+
+
+def check_memory_settings(args: Any) -> None:
+    """Refuses what would fail when training starts, after data and reference have been prepared.
+
+    Raises:
+        ValueError: an optimizer whose package is not installed, or checkpoints offloaded from a device that has none.
+    """
+    check_optimizer_package(optimizer_name(args))
+    kwargs = _checkpointing_kwargs(args)
+    if kwargs.get("offload") and args.device.type == "cpu":
+        raise ValueError(f"activation_checkpointing_kwargs must not hold offload on a CPU, got {kwargs}")
+    if kwargs.get("offload") and not args.gradient_checkpointing:
+        raise ValueError(f"gradient_checkpointing must be on for activation_checkpointing_kwargs={kwargs}")
+
+
+def _checkpointing_kwargs(args: Any) -> dict[str, Any]:
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the second until transformers 6
+    return dict(next((kwargs for name in names if (kwargs := getattr(args, name, None))), {}))
+
+
+def enable_checkpointing(dry: nn.Module, kwargs: dict[str, Any]) -> None:
+    """As Trainer does it, from `activation_checkpointing_kwargs`; what is offloaded to host memory takes none here."""
+    bare = bare_model(dry)
+    kwargs = dict(kwargs)
+    is_offloaded = kwargs.pop("offload", False)
+    every = {name: kwargs.pop(name) for name in ("every_n_layers",) if name in kwargs}
+    enable = getattr(bare, "activation_checkpointing_enable", None) or bare.gradient_checkpointing_enable
+    enable(kwargs or None, **every)
+    for module in bare.modules() if is_offloaded else ():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = _offloaded(module._gradient_checkpointing_func)
+
+
+def _offloaded(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Checkpointing that keeps nothing on the device, as transformers' does within `save_on_cpu`."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (tensor.shape, tensor.dtype), lambda about: torch.empty(about[0], dtype=about[1])
+        )
+        with hooks:
+            return checkpoint(*args, **kwargs)
+
+    return run
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers as they are stored, 4-bit ones packed and with their scales."""
+    tensors = {*model.parameters(), *model.buffers()}
+    return sum(tensor.numel() * tensor.element_size() + _scale_bytes(tensor) for tensor in tensors)
+
+
+def _scale_bytes(weight: Any) -> int:
+    """Of bitsandbytes' 4-bit weights: a scale for each block, and where these are quantized too, theirs."""
+    state, total = getattr(weight, "quant_state", None), 0
+    while state is not None:
+        total += state.absmax.numel() * state.absmax.element_size()
+        state = getattr(state, "state2", None)
+    return total
+
+
+def _largest_4_bit_layer(model: nn.Module) -> int:
+    """Bytes of the copy in bf16 that is made for as long as a product takes."""
+    layers: list[Any] = [layer for layer in model.modules() if type(layer).__name__ == "Linear4bit"]
+    return max((2 * layer.in_features * layer.out_features for layer in layers), default=0)
+
+
+def estimate_step(
+    dry: nn.Module,
+    peak: StepPeak,
+    *,
+    optim: str,
+    weight_bytes: int,
+    reference_bytes: int = 0,
+    forwards: Sequence[StepPeak] = (),
+    bucket_bytes: int = 0,
+    on_gpu: bool,
+) -> MemoryEstimate:
+    """The estimate for the model and the micro-batch behind a dry run.
+
+    Args:
+        dry, peak: the model given to `dry_step`, and what came back.
+        weight_bytes, reference_bytes: of the two models.
+        forwards: peaks of what else runs: evaluation, a reference.
+        bucket_bytes: in which DDP keeps gradients a second time.
+    """
+    trained = [p for p in dry.parameters() if p.requires_grad]
+    state = optimizer_state_bytes(optim, trained_parameters(dry))
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    of_step = optimizer_step_bytes(optim, trained, on_gpu)
+    update = MemoryEstimate(weight_bytes, state + of_step, reference_bytes, 0, gradients, 0, 0, 0)
+    moments = [update]
+    for run in (peak, *forwards):
+        parts = {f.name: getattr(run, f.name) for f in fields(run)}
+        moments.append(MemoryEstimate(weight_bytes, state, reference_bytes, **parts, overhead=0))
+    most = max(moments, key=lambda moment: moment.total)
+    return replace(most, gradients=most.gradients + bucket_bytes, overhead=CUDA_BYTES if on_gpu else 0)
+
+
+def estimate_peak_memory(trainer: PackedTrainer) -> MemoryEstimate:
+    """Bytes at the peak of training and evaluation, for the largest micro-batches to be expected."""
+    args = trainer.args
+    mode = fake_mode()
+    dry = shape_only(trainer.model, mode)
+    if args.gradient_checkpointing:
+        enable_checkpointing(dry, _checkpointing_kwargs(args))
+    impl = resolve_impl(args.impl, args.device, head_dtype(trainer.model, args))
+    is_split = trainer.collator.max_tokens is not None or is_measured_later(trainer)
+    accumulates = args.gradient_accumulation_steps > 1 or is_split
+    settings: dict[str, Any] = {
+        "impl": impl if impl != "reference" else "tiled",
+        "varlen": any(name.startswith(("flash", "varlen")) for name in trainer.packing_check.backends),
+        "autocast": torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        "workspace_bytes": args.workspace_bytes,
+    }
+    row = largest_microbatch(trainer)
+    peak = dry_step(dry, row, mode, **settings, accumulates=accumulates)
+    gradients = sum(p.numel() * p.element_size() for p in dry.parameters() if p.requires_grad)
+    forwards = [
+        dry_step(dry, evaluated, mode, **settings, with_grad=False)
+        for dataset in _evaluated(trainer)
+        if (evaluated := largest_in_order(trainer, dataset)).num_tokens > row.num_tokens
+    ]
+    frozen: Any = getattr(getattr(trainer, "reference", None), "model", None)
+    is_second = frozen is not None and bare_model(frozen) is not bare_model(trainer.model)
+    reference_bytes = model_bytes(frozen) if is_second else 0
+    if reference_bytes > model_bytes(trainer.model):
+        of_reference = dry_step(shape_only(frozen, mode), row, mode, **settings, with_grad=False)
+        forwards.append(replace(of_reference, gradients=gradients if accumulates else 0))
+    estimate = estimate_step(
+        dry,
+        peak,
+        optim=optimizer_name(args),
+        weight_bytes=model_bytes(trainer.model),
+        reference_bytes=reference_bytes,
+        forwards=forwards,
+        bucket_bytes=gradients if trainer.accelerator.distributed_type in _DDP else 0,
+        on_gpu=args.device.type == "cuda",
+    )
+    return replace(estimate, casts=estimate.casts + _largest_4_bit_layer(trainer.model))
+
+
+def _evaluated(trainer: PackedTrainer) -> list[Any]:
+    found: Any = trainer.eval_dataset
+    return list(found.values()) if isinstance(found, dict) else [] if found is None else [found]
+
+
+def planned_impl() -> str:
+    """The head op of a GPU, or its twin where triton is not installed."""
+    return "triton" if importlib.util.find_spec("triton") else "tiled"

@@ -1,0 +1,190 @@
+"""Ways to train a model that fit an amount of memory, each with the longest pair that it takes, from a config alone.
+
+In: a config and bytes. Out: a Plan for every candidate, those that do not fit among them. Each is a dry run of a step
+(`dry_run`), repeated for a few lengths. Refuses LoRA where peft is not installed.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdpo.modeling.backbone import freeze_towers
+from fastdpo.training.memory.dry_run import RowShape, StepPeak, dry_step, fake_mode, shape_only
+from fastdpo.training.memory.estimate import (
+    BYTES_IN_4_BIT,
+    CUDA_WORKSPACE_BYTES,
+    MemoryEstimate,
+    enable_checkpointing,
+    estimate_step,
+    model_bytes,
+    planned_impl,
+)
+from fastdpo.training.setup.adapter_targets import on_text_layers
+from fastdpo.training.setup.model_kinds import auto_class
+
+ROUNDING = 256  # tokens
+MEASURED_TOKENS = (512, 8192, 131072)  # what is between them and beyond is on the lines through them
+REFINEMENTS, CLOSE = 5, 0.98  # dry runs at most, and the share of the memory at which no more are made
+USABLE_SHARE = 0.95  # of the memory; the rest is for fragments of the allocator
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One way to train the model."""
+
+    method: str  # "full", "lora" or "qlora"
+    checkpointing: bool
+    reference: str  # "frozen", "cached" or "adapter"
+    optim: str
+
+    @property
+    def needs_bitsandbytes(self) -> bool:
+        return self.method == "qlora" or "bnb" in self.optim or "paged" in self.optim
+
+    def options(self, tokens: int, lora_r: int) -> str:
+        """What `fastdpo train` is to be given."""
+        parts = ["--bf16 true", f"--gradient_checkpointing {str(self.checkpointing).lower()}"]
+        if self.method != "full":
+            parts += ["--use_peft", f"--lora_r {lora_r}", '--model_init_kwargs \'{"dtype": "bfloat16"}\'']
+        if self.method == "qlora":
+            parts.append("--load_in_4bit")
+        parts += [f"--reference {self.reference}", f"--optim {self.optim}", f"--max_tokens_per_microbatch {tokens}"]
+        return " ".join(parts)
+
+
+# From what changes the model most and runs fastest to what holds least. Full training keeps fp32 weights.
+CANDIDATES = [
+    *(
+        Settings("full", checkpointing, reference, optim)
+        for optim in ("adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit")
+        for checkpointing in (False, True)
+        for reference in ("frozen", "cached")
+    ),
+    *(
+        Settings(method, checkpointing, "adapter", "adamw_torch_fused")
+        for method in ("lora", "qlora")
+        for checkpointing in (False, True)
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to train, with what fits."""
+
+    settings: Settings
+    tokens: int  # of the largest micro-batch that fits, which is the longest pair, prompt once; 0 where none does
+    estimate: MemoryEstimate  # at so many tokens, or of a pair of ROUNDING tokens where nothing fits
+
+
+def pair_tokens(max_length: int) -> int:
+    """Tokens of a packed pair whose longer sequence has max_length: prompt of two thirds, and two responses."""
+    return math.ceil(max_length * 4 / 3)
+
+
+def pair_shape(num_tokens: int) -> RowShape:
+    """One pair: half of the tokens prompt, a quarter each response."""
+    prompt, chosen = num_tokens // 2, num_tokens // 2 + num_tokens // 4
+    return RowShape(((0, chosen, 0, 0), (chosen, num_tokens, 0, prompt)), num_tokens - prompt)
+
+
+def make_plans(config: Any, memory: int, lora_r: int, least: int) -> list[Plan]:
+    """Every candidate, with the largest micro-batch that `memory` bytes hold; 0 tokens where `least` do not fit."""
+    models: dict[tuple[bool, bool], Callable[[Settings, int], MemoryEstimate]] = {}
+    plans = []
+    for settings in CANDIDATES:
+        key = (settings.method == "full", settings.checkpointing)
+        if key not in models:
+            models[key] = _estimator(config, *key, lora_r)
+        plans.append(_plan(settings, models[key], memory * USABLE_SHARE, least))
+    return plans
+
+
+def _plan(settings: Settings, estimate: Callable[[Settings, int], MemoryEstimate], memory: float, least: int) -> Plan:
+    smallest = estimate(settings, least)
+    if smallest.total > memory:
+        return Plan(settings, 0, smallest)
+    known = [(tokens, estimate(settings, tokens).total) for tokens in MEASURED_TOKENS]
+    below, above = next((pair for pair in pairwise(known) if memory <= pair[1][1]), tuple(known[-2:]))
+    tokens = 0
+    # memory is made of lines that bend upwards: what is between two points is below theirs
+    for _ in range(REFINEMENTS):
+        slope = max(above[1] - below[1], 1) / (above[0] - below[0])
+        guess = max(int(below[0] + (memory - below[1]) / slope) // ROUNDING * ROUNDING, 0)
+        if guess < ROUNDING or guess == tokens:
+            break
+        total = estimate(settings, guess).total
+        if total <= memory:
+            tokens = max(tokens, guess)
+            below = (guess, total)
+            if total > CLOSE * memory or guess >= above[0]:
+                break
+        else:
+            above = (guess, total)
+            if guess <= below[0]:
+                below = (0, min(below[1], total - 1))
+    if tokens < least:
+        return Plan(settings, 0, smallest)
+    return Plan(settings, tokens, estimate(settings, tokens))
+
+
+def _estimator(config: Any, full: bool, checkpointing: bool, lora_r: int) -> Callable[[Settings, int], MemoryEstimate]:
+    """Estimates by settings and tokens; dry runs are shared by settings that differ in sums over parameters alone."""
+    mode = fake_mode()
+    model, plain_bytes, four_bit_bytes, largest = _build(config, full, lora_r)
+    dry: Any = shape_only(model, mode)
+    if checkpointing:
+        enable_checkpointing(dry, {})
+    peaks: dict[int, StepPeak] = {}
+
+    def estimate(settings: Settings, tokens: int) -> MemoryEstimate:
+        if tokens not in peaks:
+            peaks[tokens] = dry_step(
+                dry,
+                pair_shape(tokens),
+                mode,
+                impl=planned_impl(),
+                varlen=True,
+                autocast=torch.bfloat16,
+                accumulates=True,
+                workspace_bytes=CUDA_WORKSPACE_BYTES,
+            )
+        reference = plain_bytes if settings.reference == "frozen" else 0
+        sizes: dict[str, Any] = {"weight_bytes": plain_bytes, "reference_bytes": reference}
+        result = estimate_step(dry, peaks[tokens], optim=settings.optim, **sizes, on_gpu=True)
+        if settings.method == "qlora":  # a layer at a time is turned back into bf16
+            result = replace(result, weights=four_bit_bytes, casts=result.casts + largest)
+        return result
+
+    return estimate
+
+
+def _build(config: Any, full: bool, lora_r: int) -> tuple[nn.Module, int, int, int]:
+    """A model without storage; its bytes, those with a base in 4 bits, and those of its largest layer in bf16."""
+    with torch.device("meta"):
+        model: Any = auto_class(config).from_config(config, dtype=torch.float32 if full else torch.bfloat16)
+    model.tie_weights()
+    freeze_towers(model)
+    head = model.get_output_embeddings()
+    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    if not full:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise ValueError('a plan with LoRA needs the peft package: pip install "fastdpo[peft]"') from error
+        lora = LoraConfig(r=lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+        with warnings.catch_warnings():  # of transformers about a name that PEFT still uses
+            warnings.simplefilter("ignore", FutureWarning)
+            model = get_peft_model(model, on_text_layers(model, lora), low_cpu_mem_usage=True)
+        model.enable_input_require_grads()
+    plain = model_bytes(model)
+    saved = sum(w.numel() * (w.element_size() - BYTES_IN_4_BIT) for w in linear)
+    return model, plain, int(plain - saved), max((w.numel() * 2 for w in linear), default=0)

@@ -1,0 +1,216 @@
+"""How many tokens a micro-batch may have: which rows exceed a given number, and which number fits the free memory.
+
+The number for "auto" is measured, not modelled: batches of real rows, a small one and a larger one, are run forward and
+backward, and what the larger one takes more is what further tokens will take. Attention over variable lengths, the
+layers with or without checkpointing, and the head's rows all take memory in proportion to tokens. It has not run on a
+GPU yet: the tests measure saved activations on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
+
+from fastdpo.data.columns import row_lengths
+from fastdpo.data.prepare import group_from_columns
+from fastdpo.training.inputs.collator import PackingCollator
+from fastdpo.training.setup.optimizers import optimizer_name, optimizer_state_bytes, trained_parameters
+from fastdpo.types import PackedBatch
+
+logger = logging.get_logger(__name__)
+
+USABLE_SHARE = 0.85  # of the free memory; the rest is for fragments of the allocator and for sequences above average
+PROBE_TOKENS = 3072  # of the larger batch that is measured; the smaller one has a third of its rows
+ROUNDING = 256  # tokens
+
+
+def check_row_sizes(dataset: Dataset, name: str, collator: PackingCollator, on_oversized_row: str) -> None:
+    """Warns once of rows that exceed the collator's limit by themselves, or refuses them.
+
+    Raises:
+        ValueError: there is such a row, and on_oversized_row is "raise".
+    """
+    limit = collator.max_tokens
+    if limit is None or not isinstance(dataset, Dataset):  # the rows of a stream are not known
+        return
+    lengths = row_lengths(dataset)
+    if collator.is_packed:
+        at_most = lengths.per_row(lengths.sequences)  # as if nothing were shared
+    else:
+        longest = np.zeros_like(lengths.prompts)
+        np.maximum.at(longest, lengths.rows, lengths.sequences)
+        at_most = longest * np.bincount(lengths.rows)
+    candidates = np.flatnonzero(at_most > limit).tolist()
+    sizes = {row: collator.num_tokens(group_from_columns(dataset[row])) for row in candidates}
+    oversized = [row for row, size in sizes.items() if size > limit]
+    if not oversized:
+        return
+    largest = max(oversized, key=lambda row: sizes[row])
+    found = (
+        f"{len(oversized)} of {len(dataset)} rows of the {name} dataset have more tokens than"
+        f" max_tokens_per_microbatch={limit}: row {largest} (counted from 0) has {sizes[largest]}"
+    )
+    if on_oversized_row == "raise":
+        raise ValueError(f"{found}; raise the limit, lower max_length, or set on_oversized_row='alone'")
+    logger.warning(f"{found}. Each of them runs in a micro-batch of its own, which takes more memory.")
+
+
+class MemoryMeter(Protocol):
+    """What `tokens_that_fit` needs to know of a device's memory, in bytes."""
+
+    def free(self) -> int:
+        """What can still be allocated."""
+        ...
+
+    def peak_of(self, run: Callable[[], None]) -> int:
+        """What `run` has allocated at its peak beyond what was allocated before."""
+        ...
+
+
+class CudaMeter:
+    """The memory of one CUDA device, below this process's share where that was limited."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def free(self) -> int:
+        allocated = torch.cuda.memory_allocated(self.device)
+        outside, total = torch.cuda.mem_get_info(self.device)
+        free = outside + torch.cuda.memory_reserved(self.device) - allocated
+        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(self.device)
+        return min(free, int(share * total) - allocated)
+
+    def peak_of(self, run: Callable[[], None]) -> int:
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        run()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+
+def tokens_that_fit(
+    run_rows: Callable[[list[dict[str, Any]]], None],
+    dataset: Dataset,
+    collator: PackingCollator,
+    meter: MemoryMeter,
+    reserved_bytes: int,
+) -> int:
+    """The tokens of the largest micro-batch that the free memory holds.
+
+    Args:
+        run_rows: runs a batch of rows forward and backward, and leaves nothing behind.
+        reserved_bytes: kept for what is not allocated yet, the optimizer's state.
+    Raises:
+        ValueError: there is no room for a micro-batch worth the name.
+    """
+    rows = _first_rows(dataset, collator, PROBE_TOKENS)
+    batches = [rows[: max(len(rows) // 3, 1)], rows]
+    run_rows(batches[0])  # libraries allocate their workspaces in the first run
+    peaks = [meter.peak_of(partial(run_rows, batch)) for batch in batches]
+    tokens = [collator(batch)["input_ids"].numel() for batch in batches]
+    return fit_line(tokens, peaks, meter.free() * USABLE_SHARE - reserved_bytes)
+
+
+def fit_line(tokens: list[int], peaks: list[int], num_bytes: float) -> int:
+    """Where the line through two measurements reaches `num_bytes`, in tokens, rounded down.
+
+    Raises:
+        ValueError: fewer tokens than the rounding, or a line that does not rise.
+    """
+    per_token = (peaks[1] - peaks[0]) / max(tokens[1] - tokens[0], 1)
+    fixed = max(peaks[0] - per_token * tokens[0], 0)  # gradients of the weights, workspaces
+    fitting = (num_bytes - fixed) / per_token if per_token > 0 else 0
+    if fitting < ROUNDING:
+        raise ValueError(
+            "max_tokens_per_microbatch must be a number here: 'auto' found no room for a micro-batch"
+            f" ({per_token:,.0f} bytes a token and {fixed:,.0f} once, {num_bytes:,.0f} free)"
+        )
+    return int(fitting) // ROUNDING * ROUNDING
+
+
+def _first_rows(dataset: Dataset, collator: PackingCollator, num_tokens: int) -> list[dict[str, Any]]:
+    """Rows from the start of the dataset with about so many tokens, or all rows where it has fewer."""
+    rows: list[dict[str, Any]] = []
+    found = 0
+    for row in dataset:
+        if found >= num_tokens:
+            break
+        rows.append(row)
+        found += collator.num_tokens(group_from_columns(row))
+    return rows
+
+
+def optimizer_bytes(model: nn.Module, optimizer: Any, name: str) -> int:
+    """What the optimizer's state will still take once it has stepped, by its name."""
+    if optimizer is not None and len(optimizer.state) > 0:
+        return 0
+    return optimizer_state_bytes(name, trained_parameters(model))
+
+
+def steps_in_backward(trainer: Trainer) -> bool:
+    """Whether weights change before the whole gradient is there: DeepSpeed's engine, and LOMO."""
+    return trainer.is_deepspeed_enabled or "lomo" in optimizer_name(trainer.args)
+
+
+def check_can_split(trainer: Trainer) -> None:
+    """Refuses what cannot run a batch in micro-batches.
+
+    Raises:
+        ValueError: an engine that steps by itself in backward, or "auto" where free memory says nothing.
+    """
+    budget = trainer.args.max_tokens_per_microbatch
+    optim = optimizer_name(trainer.args)
+    if steps_in_backward(trainer):
+        what = "DeepSpeed" if trainer.is_deepspeed_enabled else f"optim {optim!r}"
+        raise ValueError(f"max_tokens_per_microbatch must be None under {what}, which ends a step itself, got {budget}")
+    if budget == "auto" and trainer.is_fsdp_enabled:
+        raise ValueError(
+            "max_tokens_per_microbatch must be a number under FSDP: weights are gathered while a layer runs, which"
+            " the measurement of one process does not see, got 'auto'"
+        )
+
+
+class BudgetAtStart(TrainerCallback):
+    """Finds the number for "auto" once model, optimizer and checkpointing are as they will be."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if args.max_tokens_per_microbatch != "auto" or trainer.collator.max_tokens is not None:
+            return
+        meter = self.meter()
+        if meter is None:
+            logger.info("max_tokens_per_microbatch='auto' sets no limit on a CPU")
+            return
+        reserved = optimizer_bytes(trainer.model, trainer.optimizer, optimizer_name(args))
+        fitting = tokens_that_fit(self.run_rows, trainer.train_dataset, trainer.collator, meter, reserved)
+        trainer.collator.max_tokens = fitting
+        logger.warning(f"max_tokens_per_microbatch='auto' found room for {fitting} tokens")
+        check_row_sizes(trainer.train_dataset, "train", trainer.collator, args.on_oversized_row)
+
+    def run_rows(self, rows: list[dict[str, Any]]) -> None:
+        """One micro-batch forward and backward, as in training but for its gradients, which are dropped."""
+        trainer = self.trainer
+        devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+        was_training = trainer.model.training
+        trainer.model.train()
+        with torch.random.fork_rng(devices=devices):
+            batch = PackedBatch(**trainer.collator(rows)).to(trainer.args.device)
+            with trainer.accelerator.autocast():
+                loss, _ = trainer._loss_sum(trainer.model, batch)
+            loss.backward()
+        trainer.model.zero_grad(set_to_none=True)
+        trainer.model.train(was_training)
+
+    def meter(self) -> MemoryMeter | None:
+        device = self.trainer.args.device
+        return CudaMeter(device) if device.type == "cuda" else None

@@ -1,0 +1,1 @@
+"""Checkpoints: checked before training, written, and found again."""

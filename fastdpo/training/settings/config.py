@@ -1,0 +1,397 @@
+"""The settings of a run: TrainingArguments plus what the engine, the data and the losses need.
+
+Names are TRL's wherever TRL has the setting. What a type cannot check, `__post_init__` does, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from fastdpo.data.chat.templates import resolve_template, training_templates
+from fastdpo.data.formats import FORMAT_NAMES, check_columns
+from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.losses import is_listwise
+from fastdpo.modeling.attention import ATTENTION_BACKENDS
+from fastdpo.ops.validation import IMPLS, check_settings
+from fastdpo.references import REFERENCE_MODES
+from fastdpo.training.settings.checks import (
+    as_dict,
+    check_choice,
+    check_count,
+    check_number,
+    check_order_of_rows,
+    check_packing_settings,
+    check_steps,
+    check_trainer_settings,
+    count_or_auto,
+    help_text,
+    offload_checkpoints,
+    parse_max_memory,
+    resolve_checkpointing,
+    with_torch_dtype,
+)
+from fastdpo.training.settings.features import FeatureSettings
+from fastdpo.training.settings.losses import LossSettings
+from fastdpo.training.settings.trl_names import takes_trl_names, takes_trls_sft_names
+
+logger = logging.get_logger(__name__)
+
+PACKING_MODES = ("auto", "packed", "padded")
+OVERSIZED_ROWS = ("alone", "raise")
+WORKERS_ON_A_GPU = 2  # collating on the process that launches leaves a GPU idle for 5 to 15 ms a step
+
+
+@dataclass
+class EngineConfig(TrainingArguments):
+    """What DPOConfig and SFTConfig have in common."""
+
+    # Defaults that differ from TrainingArguments, the first two because TRL's do
+    logging_steps: float = field(default=10, metadata=help_text("Log every so many optimizer steps."))
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata=help_text("Recompute activations in backward. Default: on where there is a GPU, else off."),
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata=help_text("bf16 autocast. Default: on where a GPU supports it and fp16 is off, else off."),
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata=help_text("Needless: columns that nothing reads are gone once the data is tokenized.")
+    )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata=help_text(
+            "Processes that collate batches while the GPU works. Default: 2 where there is a GPU, else 0; streams 0."
+        ),
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata=help_text("Must stay off: a loss that is not finite stops the run and saves its batch.")
+    )
+
+    # Model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata=help_text("Keyword arguments of from_pretrained, where the model is given by name (JSON)."),
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata=help_text("Run code that models and tokenizers bring along from the Hub.")
+    )
+    disable_dropout: bool = field(
+        default=True, metadata=help_text("Set every dropout of policy and reference to 0, LoRA's too.")
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata=help_text(
+            "Weight of the load-balancing loss of mixture-of-experts models. Default: the one in the model's config;"
+            " 0 turns it off."
+        ),
+    )
+
+    # Data
+    max_length: int | None = field(
+        default=1024, metadata=help_text("Tokens kept of prompt + response. None keeps all.")
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata=help_text("Tokens kept of the prompt. None keeps all.")
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata=help_text("keep_start or keep_end: which end of a long sequence or prompt stays."),
+    )
+    on_bad_row: str = field(
+        default="drop",
+        metadata=help_text("drop: leave out rows that cannot be used, count and list them. raise: stop."),
+    )
+    on_long_row: str = field(
+        default="truncate",
+        metadata=help_text(
+            "What becomes of a row longer than max_length or max_prompt_length. truncate: it is cut. drop: it is left"
+            " out, counted and listed. raise: stop."
+        ),
+    )
+    on_lost_content: str = field(
+        default="warn",
+        metadata=help_text(
+            "What becomes of a row of which the chat template leaves something out: a thought, a call, a message. warn:"
+            " it is trained on, counted and reported. drop: it is left out. raise: stop."
+        ),
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata=help_text(
+            "Chat template of the run: a file, Jinja, or a name: "
+            f"{', '.join(training_templates())}, which keep the thoughts of the trained turn and are not saved with the"
+            " tokenizer, or one of several that the tokenizer has. Default: the tokenizer's."
+        ),
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata=help_text(
+            'Variables for the chat template (JSON: {"enable_thinking": false}); those of a row win over these.'
+        ),
+    )
+    dataset_format: str = field(
+        default="auto",
+        metadata=help_text(f"How rows are read. auto: by their columns. Else one of {', '.join(FORMAT_NAMES)}."),
+    )
+    columns: dict[str, Any] | str | None = field(
+        default=None,
+        metadata=help_text(
+            "What the dataset's columns are, where they have names of their own: prompt=instruction,rejected=worst."
+            " ignore=foo,bar: columns that are not to be read. Also JSON."
+        ),
+    )
+    dataset_num_proc: int | None = field(default=None, metadata=help_text("Processes that tokenize."))
+    pad_token: str | None = field(
+        default=None,
+        metadata=help_text("A token of the vocabulary to make the tokenizer's pad_token, also when saved."),
+    )
+
+    # Engine
+    packing: str = field(
+        default="auto",
+        metadata=help_text(
+            "packed: one row without padding. padded: one row per sequence. auto: packed where a check on this model"
+            " shows that it is exact, else padded with a warning."
+        ),
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata=help_text(
+            "TRL's name for rows without padding. They are the default here (packing), so it asks for nothing."
+        ),
+    )
+    pad_to_multiple_of: int | str | None = field(
+        default="auto",
+        metadata=help_text(
+            "Pad every row of a batch, packed or padded, to a multiple of so many tokens, for compilers that want few"
+            " shapes; it changes no number. auto and None: do not."
+        ),
+    )
+    prefix_sharing: bool = field(
+        default=True, metadata=help_text("Compute what the responses to a prompt have in common once.")
+    )
+    max_tokens_per_microbatch: int | str | None = field(
+        default=None,
+        metadata=help_text(
+            "Run per_device_train_batch_size pairs in packed micro-batches of at most so many tokens, shared ones"
+            " counted once; loss and gradient are those of the whole batch. auto: what fits the free memory of the"
+            " GPU, found once when training starts; on a CPU no limit. None: no limit."
+        ),
+    )
+    on_oversized_row: str = field(
+        default="alone",
+        metadata=help_text(
+            "What becomes of a row that has more than max_tokens_per_microbatch tokens. alone: it runs in a micro-batch"
+            " of its own, with a warning at the start. raise: the run does not start."
+        ),
+    )
+    regroup_dataset: bool = field(
+        default=False,
+        metadata=help_text(
+            "Visit the rows of a prompt one after the other, so that they meet in a batch and the prompt is computed"
+            " once. It changes the order: prompts are shuffled, rows are not, and a step sees fewer prompts."
+        ),
+    )
+    length_bucketing: bool = field(
+        default=False,
+        metadata=help_text(
+            "Make steps of rows of similar length: less padding where batches are padded, less waiting of processes for"
+            " each other. It costs a uniform order: long and short rows do not meet in a step, so gradients of"
+            " different steps differ more."
+        ),
+    )
+    attention_backend: str = field(
+        default="auto",
+        metadata=help_text(
+            "Attention over packed rows. flash: flash-attn, flash2 to flash4 one generation of it. varlen: torch's"
+            " varlen_attn. sdpa: one call per branch. mask: a mask over the whole row. auto: the first of these, mask"
+            " excepted, that can run the model exactly."
+        ),
+    )
+    impl: str = field(
+        default="auto", metadata=help_text("Head op: triton, tiled, reference, or auto (triton on CUDA).")
+    )
+    skip_tolerance: float = field(
+        default=0.0,
+        metadata=help_text(
+            "Probability mass in [0, 1) that backward may leave out of any token's softmax in the head: what a trained"
+            " model rules out is skipped. 0 is exact. Above 0 logits are computed a second time in backward."
+        ),
+    )
+    workspace_bytes: int | None = field(
+        default=None,
+        metadata=help_text(
+            "Most bytes that a pass of the head op takes beyond gradients. Default: 256 MiB on a GPU, up to 1 GiB of"
+            " what is free where the head is trained; 32 MiB elsewhere."
+        ),
+    )
+    activation_offloading: bool = field(
+        default=False,
+        metadata=help_text(
+            "Move what gradient checkpointing keeps to host memory; GPU only. The same as offload in"
+            " activation_checkpointing_kwargs."
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("packing", self.packing, PACKING_MODES)
+        check_choice("impl", self.impl, IMPLS)
+        check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        check_choice("on_oversized_row", self.on_oversized_row, OVERSIZED_ROWS)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_count(name, getattr(self, name))
+        check_count("dataset_num_proc", self.dataset_num_proc, optional=True)
+        check_number("learning_rate", self.learning_rate, least=0.0)
+        if self.router_aux_loss_coef is not None:
+            check_number("router_aux_loss_coef", self.router_aux_loss_coef, least=0.0)
+        self.max_tokens_per_microbatch = count_or_auto("max_tokens_per_microbatch", self.max_tokens_per_microbatch)
+        self.pad_to_multiple_of = count_or_auto("pad_to_multiple_of", self.pad_to_multiple_of)
+        self.model_init_kwargs = as_dict("model_init_kwargs", self.model_init_kwargs)
+        self.columns = check_columns(self.columns)
+        self.chat_template_kwargs = as_dict("chat_template_kwargs", self.chat_template_kwargs)
+        self.init_kwargs()
+        self.tokenization_settings()
+        check_settings(1.0, None, (), self.skip_tolerance, self.workspace_bytes, self.impl)
+        check_steps(self)
+        check_order_of_rows(self)
+        check_packing_settings(self)
+        check_trainer_settings(self)
+        self.remove_unused_columns = False  # prepared datasets have no others
+        self._follow_device()
+        super().__post_init__()
+
+    def _follow_device(self) -> None:
+        """Gives the settings that have a default of their own on a GPU the one of this machine."""
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
+        resolve_checkpointing(self, on_gpu)
+        if self.activation_offloading:
+            offload_checkpoints(self, on_gpu)
+        self.has_default_workers = self.dataloader_num_workers is None
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = WORKERS_ON_A_GPU if on_gpu else 0
+        if not on_gpu:
+            self.dataloader_pin_memory = False
+            if self.fp16:
+                logger.warning("fp16 on a CPU is slow and overflows above 65,504: use bf16, or neither")
+
+    def to_dict(self) -> dict[str, Any]:
+        """TrainingArguments', which takes everything called ..._token for a secret, with the pad_token as it is."""
+        return {**super().to_dict(), "pad_token": self.pad_token}
+
+    def init_kwargs(self) -> dict[str, Any]:
+        """What from_pretrained is given where a model is loaded by name."""
+        trust = {"trust_remote_code": True} if self.trust_remote_code else {}
+        return {**trust, **with_torch_dtype(self.model_init_kwargs)}
+
+    def tokenization_settings(self) -> TokenizationSettings:
+        return TokenizationSettings(
+            max_length=self.max_length,
+            max_prompt_length=self.max_prompt_length,
+            truncation_mode=self.truncation_mode,
+            on_bad_row=self.on_bad_row,
+            on_long_row=self.on_long_row,
+            on_lost_content=self.on_lost_content,
+            chat_template=None if self.chat_template is None else resolve_template(self.chat_template),
+            chat_template_kwargs=as_dict("chat_template_kwargs", self.chat_template_kwargs),
+            dataset_format=self.dataset_format,
+            columns=check_columns(self.columns),
+        )
+
+
+@takes_trl_names
+@dataclass
+class DPOConfig(FeatureSettings, LossSettings, EngineConfig):
+    """Settings of DPOTrainer. Everything else is transformers.TrainingArguments.
+
+    Raises:
+        ValueError: a value that cannot work, with the argument, the rule and the value.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata=help_text("Peak learning rate."))
+    reference_free: bool = field(
+        default=False, metadata=help_text("Compare with a uniform reference; the same as reference=none.")
+    )
+    reference: str = field(
+        default="auto",
+        metadata=help_text(
+            "Where reference log-probs come from. frozen: a copy of the start or ref_model. adapter: the policy with"
+            " its adapter off. cached: computed once before training and kept on disk, or columns of the dataset."
+            " none: no reference. auto: the cheapest that is exact."
+        ),
+    )
+    precompute_ref_log_probs: bool = field(default=False, metadata=help_text("TRL's name of reference=cached."))
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata=help_text(
+            "Folder of cached reference log-probs. Default: fastdpo/ref_logps in ~/.cache (XDG_CACHE_HOME)."
+        ),
+    )
+    ref_max_memory: dict[str | int, Any] | str | None = field(
+        default=None,
+        metadata=help_text(
+            'Most memory for the reference\'s weights, as transformers\' max_memory (JSON: {"0": "20GiB", "cpu":'
+            ' "60GiB"}). A larger reference is cached, its weights read from memory and disk layer by layer.'
+        ),
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None,
+        metadata=help_text(
+            "Most prompts of a batch while references are cached. Default: as many as ref_tokens_per_batch holds."
+        ),
+    )
+    ref_tokens_per_batch: int | None = field(
+        default=None,
+        metadata=help_text(
+            "Tokens of a packed batch while references are cached. Default: 16384 on a GPU, else 4096; 8 times that"
+            " where weights are offloaded."
+        ),
+    )
+    token_metrics: bool = field(
+        default=True,
+        metadata=help_text("Log entropy, mean_token_accuracy and mean logits, at a small cost in the head op."),
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("reference", self.reference, REFERENCE_MODES)
+        self.check_losses()
+        self.ref_max_memory = parse_max_memory(self.ref_max_memory)
+        for name in ("ref_tokens_per_batch", "precompute_ref_batch_size"):
+            check_count(name, getattr(self, name), optional=True)
+        if self.precompute_ref_log_probs:
+            if self.reference not in ("auto", "cached") or self.reference_free:
+                asked = "reference_free" if self.reference_free else f"reference={self.reference!r}"
+                raise ValueError(f"precompute_ref_log_probs must be off with {asked}: it is reference='cached'")
+            self.reference = "cached"
+        if self.reference_free and self.reference not in ("auto", "none"):
+            raise ValueError(f"reference must be 'none' or 'auto' where reference_free is set, got {self.reference!r}")
+        self.check_features()
+        super().__post_init__()
+
+    def tokenization_settings(self) -> TokenizationSettings:
+        is_cut = self.ld_alpha is not None
+        return replace(super().tokenization_settings(), rankings=is_listwise(self), shared_parts=is_cut)
+
+
+@takes_trls_sft_names
+@dataclass
+class SFTConfig(EngineConfig):
+    """Settings of SFTTrainer. Everything else is transformers.TrainingArguments.
+
+    Raises:
+        ValueError: a value that cannot work, with the argument, the rule and the value.
+    """
+
+    learning_rate: float = field(default=2e-5, metadata=help_text("Peak learning rate."))
+
+    def __post_init__(self) -> None:
+        if str(self.packing).lower() in ("true", "false"):  # as TRL's SFTConfig has it
+            self.packing = "packed" if str(self.packing).lower() == "true" else "auto"
+        super().__post_init__()

@@ -1,0 +1,117 @@
+"""The settings of the loss: which ones, how they are added, and what they are computed with. Part of DPOConfig.
+
+Names and defaults are TRL's where TRL has the setting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastdpo.losses import (
+    DIVERGENCES,
+    LOSSES,
+    check_combination,
+    check_loss_settings,
+    looks_at_whole_batch,
+    losses_where,
+)
+from fastdpo.training.settings.checks import help_text
+from fastdpo.training.settings.trl_names import RENAMED_LOSSES
+
+
+@dataclass
+class LossSettings:
+    """Fields of DPOConfig; `check_losses` raises ValueError for what cannot work."""
+
+    beta: float = field(
+        default=0.1,
+        metadata=help_text("Temperature of the implicit reward, > 0: larger stays closer to the reference."),
+    )
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata=help_text(f"One or more of {', '.join(LOSSES)}; several are added, with loss_weights."),
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata=help_text("What each loss of loss_type is multiplied by. Default: 1 each.")
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata=help_text(
+            "Probability that a preference label is flipped, in [0, 0.5). Read by"
+            f" {', '.join(losses_where(lambda loss: loss.smoothed))}; with sigmoid it is conservative DPO."
+        ),
+    )
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata=help_text(f"Divergence that holds the policy to the reference: one of {', '.join(DIVERGENCES)}."),
+    )
+    f_alpha_divergence_coef: float = field(default=0.5, metadata=help_text("The alpha of alpha_divergence."))
+    ld_alpha: float | None = field(
+        default=None,
+        metadata=help_text(
+            "Weight, in [0, 1], of the tokens by which a response is longer than the other one of its pair: LD-DPO."
+            " Default: they weigh as much as all others."
+        ),
+    )
+    use_weighting: bool = field(
+        default=False, metadata=help_text("Weigh pairs, not sft, by how typical of the policy both are: WPO.")
+    )
+    discopop_tau: float = field(
+        default=0.05,
+        metadata=help_text("Width of discopop's step from one loss to the other, in units of beta * margin."),
+    )
+    gamma_beta_ratio: float = field(
+        default=0.25,
+        metadata=help_text("simpo: the margin asked for, in nats per token; gamma / beta. beta is 2 to 10."),
+    )
+    cpo_alpha: float = field(default=1.0, metadata=help_text("cpo: weight of the negative log-likelihood per token."))
+
+    def check_losses(self) -> None:
+        self.loss_type = _names(self.loss_type)
+        for name in self.loss_type:
+            if name in RENAMED_LOSSES:
+                raise ValueError(f"loss_type has no {name!r} any more; instead: {RENAMED_LOSSES[name]}")
+        check_loss_settings(self.loss_type, self)
+        check_combination(self)
+        self._check_splitting()
+        self._check_reference()
+
+    def _check_splitting(self) -> None:
+        budget = getattr(self, "max_tokens_per_microbatch", None)
+        if budget is not None and looks_at_whole_batch(self):
+            raise ValueError(
+                f"max_tokens_per_microbatch must be None for loss_type {self.loss_type}, which is not a sum over pairs:"
+                f" its batch cannot be split, got {budget!r}"
+            )
+
+    def _check_reference(self) -> None:
+        """Losses without a reference take none; f-divergences are divergences from one."""
+        settings: Any = self
+        free = losses_where(lambda loss: not loss.reference, self.loss_type)
+        if free:
+            asked = {"reference": settings.reference, "precompute_ref_log_probs": settings.precompute_ref_log_probs}
+            if asked["reference"] not in ("auto", "none"):
+                raise ValueError(
+                    f"reference must be 'auto' or 'none' for loss_type {free[0]!r}, which has none, got"
+                    f" {asked['reference']!r}"
+                )
+            if asked["precompute_ref_log_probs"]:
+                raise ValueError(
+                    f"precompute_ref_log_probs must be off for loss_type {free[0]!r}, which has no reference, got True"
+                )
+            settings.reference = "none"
+        has_none = settings.reference_free or settings.reference == "none"
+        if has_none and self.f_divergence_type != "reverse_kl":
+            raise ValueError(
+                "f_divergence_type must be 'reverse_kl' where there is no reference to diverge from, got"
+                f" {self.f_divergence_type!r}"
+            )
+
+
+def _names(loss_type: str | list[str]) -> list[str]:
+    """Names from a list or from text with commas, as command lines and TRL's older configs have it."""
+    parts = [loss_type] if isinstance(loss_type, str) else loss_type
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"loss_type must be a name or a list of names, got {loss_type!r}")
+    return [name.strip() for part in parts for name in part.split(",")]

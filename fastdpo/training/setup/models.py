@@ -1,0 +1,362 @@
+"""What has to be true of model and tokenizer before anything is trained, and how a model given by name is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
+
+from fastdpo.data.arrow import arrow_column
+from fastdpo.data.chat.templates import give_template
+from fastdpo.data.columns import row_lengths
+from fastdpo.data.tokenization import padding_id
+from fastdpo.modeling.backbone import backbone, freeze_towers
+from fastdpo.modeling.packed import bare_model
+from fastdpo.training.settings.config import EngineConfig
+from fastdpo.training.setup.checkpoint_keys import check_all_loaded
+from fastdpo.training.setup.model_kinds import auto_class, check_kind, has_other_parts, is_encoder
+from fastdpo.training.setup.source_files import source_file
+
+logger = logging.get_logger(__name__)
+
+# of from_pretrained: for configs and tokenizers too
+_WHERE_FROM = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "local_files_only", "gguf_file")
+
+
+def resolve_model(
+    model: str | nn.Module,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
+    args: EngineConfig,
+    quantization_config: Any = None,
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Model and tokenizer as objects, loaded where they are given by name, and checked against each other.
+
+    Args:
+        args: model_init_kwargs, trust_remote_code and pad_token are read.
+    Raises:
+        ValueError: one of them cannot be found, or they cannot be trained together.
+    """
+    if not isinstance(model, str | nn.Module):
+        raise ValueError(f"model must be a model or the name of one, got {model!r}")
+    init_kwargs = args.init_kwargs()
+    if isinstance(model, str):
+        check_config(model, init_kwargs)
+    tokenizer = resolve_tokenizer(model, tokenizer, args)
+    if isinstance(model, str):
+        if quantization_config is not None and "quantization_config" in init_kwargs:
+            raise ValueError("quantization_config must not be given twice, as an argument and in model_init_kwargs")
+        options = {} if quantization_config is None else {"quantization_config": quantization_config}
+        model = load_model(model, init_kwargs, **options)
+    elif quantization_config is not None:
+        raise ValueError("quantization_config must be None where model is a model and not a name")
+    elif args.model_init_kwargs is not None:
+        logger.warning("model_init_kwargs changes nothing about the model, which is given as an object.")
+    check_model_and_tokenizer(model, tokenizer)
+    freeze_towers(bare_model(model))
+    return model, tokenizer
+
+
+def resolve_tokenizer(
+    model: str | nn.Module, tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None, args: EngineConfig
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that was given, by itself or in a processor, or the one that is saved with the model; with
+    `args.pad_token` and that chat template of `args` that it is saved with, if there are any.
+
+    Raises:
+        ValueError: there is none, it is none for text, or pad_token is not in its vocabulary.
+    """
+    if tokenizer is None:
+        tokenizer = load_tokenizer(model_name(model), args.init_kwargs())
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = tokenizer_of(tokenizer)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"processing_class must be a text tokenizer, got {type(tokenizer).__name__}")
+    if args.pad_token is not None:
+        if args.pad_token not in tokenizer.get_vocab():
+            raise ValueError(f"pad_token must be in the tokenizer's vocabulary, got {args.pad_token!r}")
+        tokenizer.pad_token = args.pad_token
+    if args.chat_template is not None:
+        give_template(tokenizer, args.chat_template)
+    return tokenizer
+
+
+def tokenizer_of(processor: ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer in a processor, with the processor's chat template where it has none of its own.
+
+    Raises:
+        ValueError: there is none.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(f"processing_class must have a tokenizer, {type(processor).__name__} has none")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = getattr(processor, "chat_template", None)
+    return tokenizer
+
+
+def model_name(model: str | nn.Module) -> str:
+    """Where a model was loaded from; empty where it does not say."""
+    return model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+
+
+def check_model_folder(name: str) -> None:
+    """What a local path must be, said before libraries take it for a name on the Hub."""
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise ValueError(f"model must be a local directory or a model name on the Hub, there is no directory {name}")
+
+
+def check_config(name: str, init_kwargs: dict[str, Any]) -> None:
+    """Looks at the config of a model, or of an adapter's base, and at no weight.
+
+    Raises:
+        ValueError: there is no such model, or it has no causal LM.
+    """
+    check_model_folder(name)
+    base = adapter_base(name) or name
+    try:
+        check_kind(AutoConfig.from_pretrained(base, **where_from(init_kwargs)), base)
+    except OSError as error:
+        raise ValueError(_no_model(base, error)) from error
+
+
+def _no_model(name: str, error: Exception) -> str:
+    return f"model must be a local directory or a model name on the Hub, got {name!r}: {error}"
+
+
+def adapter_base(name: str) -> str | None:
+    """The model that a folder with an adapter was trained on; None where the folder holds a model, or is none.
+
+    Raises:
+        ValueError: the adapter does not say what it was trained on.
+    """
+    folder = Path(name)
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return None
+    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{name}/adapter_config.json must name the adapter's base_model_name_or_path, got {base!r}")
+    return str(base)
+
+
+def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that is saved with a model, found as `init_kwargs` say that the model is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not name:
+        raise ValueError("processing_class must be given: the model does not say where its tokenizer is")
+    where = where_from(init_kwargs)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    except (OSError, ValueError) as error:
+        base = adapter_base(name)
+        if base is not None:  # whose tokenizer was not saved beside it
+            return load_tokenizer(base, init_kwargs)
+        raise ValueError(
+            f"the model must come with a tokenizer, or processing_class be given: there is none in {name!r}: {error}"
+        ) from error
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processors_template(name, where)
+    return tokenizer
+
+
+def _processors_template(name: str, where: dict[str, Any]) -> str | None:
+    """The chat template that a checkpoint keeps with its processor; None where it has no processor, or none in it."""
+    try:
+        if not has_other_parts(AutoConfig.from_pretrained(name, **where)):
+            return None
+    except (OSError, ValueError):  # a folder with a tokenizer and no model
+        return None
+    try:
+        return getattr(AutoProcessor.from_pretrained(name, **where), "chat_template", None)
+    except Exception:  # whatever its parts need that is not installed: the file says it as well
+        legacy = source_file(name, "chat_template.json", where)
+        return None if legacy is None else json.loads(legacy.read_text()).get("chat_template")
+
+
+def where_from(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Those arguments of from_pretrained that configs and tokenizers take too."""
+    return {key: value for key, value in (init_kwargs or {}).items() if key in _WHERE_FROM}
+
+
+def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
+    """A causal LM by name or path, or a model with one inside, in fp32 unless `model_init_kwargs` names a dtype.
+
+    A folder that holds an adapter gives its base model with the adapter on, a PeftModel that can be trained on.
+
+    Raises:
+        ValueError: there is no such model, it has no causal LM, or its weights are not all there.
+    """
+    base = adapter_base(name_or_path)
+    if base is not None:
+        return _with_saved_adapter(load_model(base, model_init_kwargs, **kwargs), name_or_path, model_init_kwargs)
+    options: dict[str, Any] = {"dtype": torch.float32, **(model_init_kwargs or {}), **kwargs}
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **where_from(options))
+        check_kind(config, str(name_or_path))
+        loading = auto_class(config, str(name_or_path), **where_from(options))
+        loaded = loading.from_pretrained(name_or_path, **options, output_loading_info=True)
+    except TypeError as error:
+        raise ValueError(
+            f"model_init_kwargs must be arguments of from_pretrained, got {model_init_kwargs}: {error}"
+        ) from error
+    except ImportError as error:  # of a quantization, or of attn_implementation
+        raise ValueError(f"loading {name_or_path!r} needs a package that is not installed: {error}") from error
+    except OSError as error:
+        raise ValueError(_no_model(name_or_path, error)) from error
+    except RuntimeError as error:
+        if "mismatched" not in str(error):
+            raise
+        raise ValueError(f"model must have weights of its config's sizes in {str(name_or_path)!r}: {error}") from error
+    model, info = loaded
+    check_all_loaded(str(name_or_path), info)
+    return model
+
+
+def _with_saved_adapter(base: nn.Module, folder: str, model_init_kwargs: dict[str, Any] | None) -> nn.Module:
+    """The base model with the adapter of a folder on, to be trained on."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError('loading an adapter needs the peft package: pip install "fastdpo[peft]"') from error
+    num_embeddings = _saved_embeddings(folder)
+    if num_embeddings is None and (Path(folder) / "tokenizer_config.json").is_file():
+        num_tokens = len(load_tokenizer(folder, model_init_kwargs))
+        num_embeddings = max(num_tokens, base.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    if num_embeddings is not None:  # it was trained with tokens that the base does not have
+        base.resize_token_embeddings(num_embeddings)  # type: ignore[operator]
+    return PeftModel.from_pretrained(base, folder, is_trainable=True)
+
+
+# Where an adapter's file shows the size of the vocabulary: the end of a weight's name, and which dimension it is
+_VOCABULARY_DIMENSIONS = (
+    (re.compile(r"(embed_tokens|embed_in|wte|lm_head|embed_out)(\.modules_to_save|\.base_layer)?\.weight$"), 0),
+    (re.compile(r"(lm_head|embed_out)\.lora_B\.weight$"), 0),
+    (re.compile(r"\.lora_embedding_A$"), 1),
+)
+
+
+def _saved_embeddings(folder: str) -> int | None:
+    """Tokens that the weights saved with an adapter know; None where none of them shows it."""
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  # it is no dict
+            for pattern, dimension in _VOCABULARY_DIMENSIONS:
+                if pattern.search(name):
+                    return int(file.get_slice(name).get_shape()[dimension])
+    return None
+
+
+def check_model_and_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses what would fail late or train nonsense.
+
+    Raises:
+        ValueError: the model is an encoder, or the tokenizer has no EOS, or none that the model embeds.
+    """
+    bare = bare_model(model)
+    if hasattr(bare, "config") and is_encoder(bare.config):
+        raise ValueError(
+            f"model must be a causal LM, {type(bare).__name__} is an encoder: every token sees those after it"
+        )
+    num_embeddings = bare.get_input_embeddings().weight.shape[0]
+    if tokenizer.eos_token_id is None:
+        raise ValueError("processing_class must have an EOS token: without one no response would learn to end")
+    if len(tokenizer) <= num_embeddings:
+        return
+    too_many = f"{len(tokenizer)} tokens where the model has {num_embeddings} embeddings"
+    remedy = "call model.resize_token_embeddings(len(tokenizer)) to train them"
+    if max(padding_id(tokenizer), tokenizer.eos_token_id) >= num_embeddings:
+        raise ValueError(
+            f"processing_class must have its EOS and PAD among the model's embeddings, got {too_many}; {remedy}"
+        )
+    logger.warning(f"The tokenizer has {too_many}: a row that holds one of the others stops the run; {remedy}.")
+
+
+def check_token_ids(dataset: Dataset, num_embeddings: int, name: str) -> None:
+    """Refuses token columns that point outside the embedding, as datasets that come tokenized may.
+
+    Raises:
+        ValueError: an id is not in [0, num_embeddings).
+    """
+    for column, depth in (("prompt_ids", 1), ("responses", 2)):
+        ids = arrow_column(dataset, column)
+        for _ in range(depth):
+            ids = pyarrow.compute.list_flatten(ids)
+        bounds = pyarrow.compute.min_max(ids).as_py()
+        for bound in (bounds["min"], bounds["max"]):
+            if bound is not None and not 0 <= bound < num_embeddings:
+                raise ValueError(
+                    f"token ids must be in [0, {num_embeddings}), the {name} dataset has {bound} in {column}"
+                )
+
+
+def check_lengths(model: nn.Module, dataset: Dataset, name: str) -> None:
+    """Refuses sequences longer than the table of learned positions; rotary positions have no such end.
+
+    Raises:
+        ValueError: a sequence is longer than the model has positions.
+    """
+    num_positions = learned_positions(model)
+    if num_positions is None:
+        return
+    longest = int(row_lengths(dataset).sequences.max())
+    if longest > num_positions:
+        raise ValueError(
+            f"max_length must be at most {num_positions}, the positions that {type(bare_model(model)).__name__} has"
+            f" learned; the {name} dataset has a sequence of {longest} tokens"
+        )
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions the model has a table of; None where it has none."""
+    decoder = backbone(bare_model(model))  # towers have tables of their own, of patches and frames
+    tables = [
+        module.num_embeddings - getattr(module, "offset", 0)
+        for path, module in decoder.named_modules()
+        if isinstance(module, nn.Embedding) and any(part in path for part in ("wpe", "position"))
+    ]
+    return min(tables) if tables else None
+
+
+def head_dtype(model: nn.Module, args: Any) -> torch.dtype:
+    """The dtype in which the LM head is multiplied: autocast's where it is on, else the weight's."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return bare_model(model).get_output_embeddings().weight.dtype
+
+
+def forget_accelerate(model: nn.Module) -> None:
+    """Undoes what an earlier `Accelerator.prepare` left on a model: its marks and its autocast around forward.
+
+    A model that is marked as prepared, as an evaluation before training leaves it, would not be wrapped in DDP again:
+    its processes would train apart.
+    """
+    for module in model.modules():
+        module.__dict__.pop("_is_accelerate_prepared", None)
+        if "_original_forward" in module.__dict__:
+            module.forward = module.__dict__.pop("_original_forward")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability to 0: modules, and the attributes that layers read, PEFT's by name of adapter."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+            elif "dropout" in name and isinstance(value, dict):
+                value.update({key: 0.0 for key, p in value.items() if isinstance(p, float)})

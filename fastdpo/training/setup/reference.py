@@ -1,0 +1,308 @@
+"""Which reference a run has, and the models behind it: chosen by name or as the cheapest that is exact, loaded, asked
+once for all rows where they are cached, and freed.
+
+In: the config, the policy before its first step, and the reference that the user gave, if any. Refuses what cannot be
+the reference of this policy.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.data.packing import pack_pairs, pad_pairs
+from fastdpo.data.tokenization import padding_id
+from fastdpo.losses import losses_where
+from fastdpo.modeling import prepare_model
+from fastdpo.modeling.packed import bare_model, unprepare_model
+from fastdpo.references import AdapterReference, FrozenReference
+from fastdpo.references.adapters import (
+    REFERENCE_ADAPTER,
+    brings_reference,
+    is_peft_model,
+    starts_from_adapter,
+    trained_outside_adapter,
+)
+from fastdpo.references.cache import LogpsCache
+from fastdpo.references.fingerprint import reference_facts
+from fastdpo.references.precompute import Scorer
+from fastdpo.training.settings.config import DPOConfig
+from fastdpo.training.setup.model_kinds import auto_class
+from fastdpo.training.setup.models import (
+    adapter_base,
+    check_model_and_tokenizer,
+    check_model_folder,
+    load_model,
+    where_from,
+)
+from fastdpo.types import PackedBatch, TokenizedGroup
+
+_TOKENS_PER_BATCH = {"cuda": 16384}  # forward only: a few times what a training step could hold
+_TOKENS_PER_BATCH_ELSEWHERE = 4096
+_FACTOR_OFFLOADED = 8  # every batch reads all weights again
+
+
+def choose_reference(
+    args: DPOConfig, model: nn.Module, ref_model: Any, has_ref_logps: bool, *, too_large: str = ""
+) -> tuple[str, str]:
+    """The reference mode and the reason for it.
+
+    Args:
+        has_ref_logps: every row of the training and evaluation data brings reference log-probs.
+        too_large: why a second model cannot be held, from `too_large_to_hold`.
+    Raises:
+        ValueError: the mode that was asked for cannot work with the model or the dataset.
+    """
+    has_adapter = is_peft_model(model)
+    outside = trained_outside_adapter(model) if has_adapter else None
+    mode = "none" if args.reference_free else args.reference
+    free = next(iter(losses_where(lambda loss: not loss.reference, args.loss_type)), None)
+    if mode == "none" and ref_model is not None:
+        why = f"loss_type={free!r}" if free else "reference='none' or reference_free"
+        raise ValueError(f"ref_model must be None where there is no reference ({why})")
+    if mode == "adapter" and (not has_adapter or ref_model is not None or outside):
+        why = f"{outside} is trained too" if outside else "ref_model is given" if has_adapter else "there is no adapter"
+        raise ValueError(f"reference must not be 'adapter' here: {why}")
+    if mode == "frozen" and too_large:
+        raise ValueError(f"reference must be 'cached' or 'auto' here, got 'frozen': {too_large}")
+    if mode != "auto":
+        return mode, f"loss_type {free!r} has none" if free else "asked for"
+    if ref_model is not None:
+        return ("cached", too_large) if too_large else ("frozen", "ref_model was given")
+    if has_ref_logps:
+        return "cached", "the dataset brings ref_chosen_logps and ref_rejected_logps"
+    if too_large and (outside or not has_adapter):
+        return "cached", too_large
+    if outside:
+        return "frozen", f"{outside} is trained beside the adapter, so the reference is a copy: {_adapter_start(model)}"
+    if has_adapter:
+        return "adapter", f"{_adapter_start(model)} is the reference, which needs no second model"
+    return "frozen", "all weights are trained, so the reference is a copy of the start"
+
+
+def _adapter_start(model: nn.Module) -> str:
+    if brings_reference(model):
+        return "the model with the adapter 'ref' that it brings"
+    return "the model as its adapter starts" if starts_from_adapter(model) else "the model without its adapter"
+
+
+def check_beside_policy(reference: nn.Module, policy: nn.Module) -> None:
+    """A given reference must be another model over the same vocabulary.
+
+    Raises:
+        ValueError: it shares weights with the policy, or has another vocabulary.
+    """
+    trained = {p.data_ptr() for p in policy.parameters()} - {0}  # of weights that are elsewhere
+    if any(p.data_ptr() in trained for p in reference.parameters()):
+        raise ValueError("ref_model must not share weights with the model that is trained; give it a copy")
+    num_tokens = [bare_model(m).get_output_embeddings().weight.shape[0] for m in (policy, reference)]
+    if num_tokens[0] != num_tokens[1]:
+        raise ValueError(f"ref_model must have the policy's vocabulary of {num_tokens[0]} logits, got {num_tokens[1]}")
+
+
+def too_large_to_hold(args: DPOConfig, policy: nn.Module, ref_model: str | nn.Module | None) -> str:
+    """Why the reference's weights do not fit `ref_max_memory` on the training device; empty where they do."""
+    device = args.device
+    limit = _own_limits(args).get((device.index or 0) if device.type == "cuda" else device.type)
+    if limit is None:
+        return ""
+    num_bytes = weight_bytes(policy if ref_model is None else ref_model, args.init_kwargs())
+    if num_bytes <= limit:
+        return ""
+    return f"the reference's weights ({num_bytes:,} bytes) exceed ref_max_memory ({limit:,} bytes on {device})"
+
+
+def _own_limits(args: DPOConfig) -> dict[Any, int]:
+    """`ref_max_memory` for this process, which has one GPU. Of several, all have the smallest limit that a GPU was
+    given, so that all decide alike."""
+    limits: Any = args.ref_max_memory or {}
+    of_gpus = {device: amount for device, amount in limits.items() if isinstance(device, int)}
+    others = {device: amount for device, amount in limits.items() if not isinstance(device, int)}
+    if args.device.type != "cuda" or not of_gpus:
+        return others
+    own = args.device.index or 0
+    amount = min(of_gpus.values()) if args.world_size > 1 else of_gpus.get(own)
+    return others if amount is None else {own: amount, **others}
+
+
+def weight_bytes(model: str | nn.Module, model_init_kwargs: dict[str, Any] | None = None) -> int:
+    """Bytes of a model's weights; of one given by name without loading it."""
+    if isinstance(model, str):
+        from transformers import AutoConfig
+
+        options = {"dtype": torch.float32, **(model_init_kwargs or {})}
+        loading, model = where_from(options), adapter_base(model) or model
+        trust = {key: loading[key] for key in ("trust_remote_code",) if key in loading}
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(model, **loading)
+            dtype = config.dtype if options["dtype"] == "auto" else options["dtype"]
+            model = auto_class(config).from_config(config, dtype=dtype, **trust)
+    parameters: list[Tensor] = list(model.parameters())  # type: ignore[union-attr]
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def live_reference(
+    args: DPOConfig, policy: nn.Module, ref_model: str | nn.Module | None, tokenizer: Any
+) -> FrozenReference:
+    """A model beside the policy, held for the whole run: a copy of its start, with the adapter "ref" on where it brings
+    one, or the model that was given."""
+    if ref_model is None:
+        frozen: Any = copy.deepcopy(policy)
+        if is_peft_model(frozen) and brings_reference(frozen):
+            frozen.set_adapter(REFERENCE_ADAPTER)
+    else:
+        frozen = load_model(ref_model, args.init_kwargs()) if isinstance(ref_model, str) else ref_model
+        check_model_and_tokenizer(frozen, tokenizer)
+        check_beside_policy(frozen, policy)
+    prepare_model(frozen).requires_grad_(False)
+    if getattr(frozen, "hf_device_map", None) is None and not getattr(frozen, "is_quantized", False):
+        frozen.to(args.device)
+    return FrozenReference(frozen.eval(), impl=args.impl)
+
+
+@dataclass(frozen=True)
+class AskedOnce:
+    """A reference before training, as long as it can be asked."""
+
+    reference: FrozenReference | AdapterReference
+    model: nn.Module  # what runs
+    adapter: str | None = None  # that is on
+    is_offloaded: bool = False  # its weights come from memory or disk for every batch
+
+    def cache(self, args: DPOConfig) -> LogpsCache:
+        """Where its log-probs are kept."""
+        return LogpsCache(
+            args.ref_cache_dir, reference_facts(self.model, adapter=self.adapter, computed_in=_computed_in(args))
+        )
+
+    def scorer(self, args: DPOConfig, *, is_packed: bool, tokenizer: Any) -> Scorer:
+        """How its log-probs are computed."""
+        device = args.device
+        pad_token_id = padding_id(tokenizer)
+
+        def score(batch: PackedBatch) -> Tensor:
+            with autocast_of(args):
+                return self.reference.sums(self.model, batch.to(device))
+
+        def collate(groups: Sequence[TokenizedGroup]) -> PackedBatch:
+            if is_packed:
+                return pack_pairs(groups, prefix_sharing=args.prefix_sharing)
+            return pad_pairs(groups, pad_token_id=pad_token_id)
+
+        tokens = args.ref_tokens_per_batch
+        if tokens is None:
+            tokens = _TOKENS_PER_BATCH.get(device.type, _TOKENS_PER_BATCH_ELSEWHERE)
+            tokens *= _FACTOR_OFFLOADED if self.is_offloaded else 1
+        most_prompts = args.precompute_ref_batch_size
+        return Scorer(score, collate, is_packed, tokens, not args.disable_tqdm, most_prompts)
+
+
+def autocast_of(args: DPOConfig) -> Any:
+    """The precision of the run as a context, as accelerate sets it for a live reference."""
+    dtype = torch.float16 if args.fp16 else torch.bfloat16
+    return torch.autocast(args.device.type, dtype=dtype, enabled=bool(args.fp16 or args.bf16))
+
+
+def _computed_in(args: DPOConfig) -> str:
+    return "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
+
+
+@contextmanager
+def asked_once(
+    args: DPOConfig,
+    policy: nn.Module | None,
+    ref_model: str | nn.Module | None,
+    tokenizer: Any,
+    quantization_config: Any = None,
+) -> Iterator[AskedOnce]:
+    """The reference, on the training device or offloaded to fit `ref_max_memory`, for the length of the context.
+
+    Args:
+        policy: the model that is trained, before it is; None where `ref_model` is asked and nothing is trained.
+        ref_model: by default the policy as it is now.
+        quantization_config: how a reference given by name is quantized.
+    """
+    if ref_model is None:
+        assert policy is not None
+        with _moved(policy, args):
+            yield _start_of(policy, args)
+        return
+    with tempfile.TemporaryDirectory(prefix="fastdpo_offload_", ignore_cleanup_errors=True) as folder:
+        model = _loaded(args, ref_model, folder, quantization_config)
+        check_model_and_tokenizer(model, tokenizer)
+        if policy is not None:
+            check_beside_policy(model, policy)
+        with _on_device(args, model) as is_offloaded:
+            adapter = str(model.active_adapter) if is_peft_model(model) else None
+            yield AskedOnce(FrozenReference(prepare_model(model), impl=args.impl), model, adapter, is_offloaded)
+
+
+@contextmanager
+def _moved(model: nn.Module, args: DPOConfig) -> Iterator[None]:
+    """The model on the training device, and then back where it was (FSDP takes policies from the CPU)."""
+    came_on = next(model.parameters()).device
+    if came_on.type == args.device.type:
+        yield
+        return
+    model.to(args.device)
+    try:
+        yield
+    finally:
+        model.to(came_on)
+
+
+def give_memory_back() -> None:
+    """What a freed reference took, for training to use; to be called when nothing holds it any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _on_device(args: DPOConfig, model: nn.Module) -> Iterator[bool]:
+    """The model where it can run, and whether its weights come from elsewhere; afterwards as it came."""
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None) is not None:
+        yield any(hasattr(module, "_hf_hook") for module in model.modules())
+        return
+    if not too_large_to_hold(args, model, None):
+        with _moved(model, args):
+            yield False
+        return
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    unprepare_model(model)  # both wrap the model's forward, and have to be taken off in turn
+    cpu_offload(model, execution_device=args.device)
+    try:
+        yield True
+    finally:
+        unprepare_model(model)
+        remove_hook_from_submodules(model)
+
+
+def _start_of(policy: nn.Module, args: DPOConfig) -> AskedOnce:
+    if not is_peft_model(policy):
+        return AskedOnce(FrozenReference(policy, impl=args.impl), policy)
+    if brings_reference(policy):
+        return AskedOnce(AdapterReference(policy, impl=args.impl), policy, adapter=REFERENCE_ADAPTER)
+    if starts_from_adapter(policy):
+        return AskedOnce(FrozenReference(policy, impl=args.impl), policy, adapter=str(policy.active_adapter))
+    return AskedOnce(AdapterReference(policy, impl=args.impl), policy)
+
+
+def _loaded(args: DPOConfig, ref_model: str | nn.Module, folder: str, quantization_config: Any) -> nn.Module:
+    if not isinstance(ref_model, str):
+        return ref_model
+    check_model_folder(ref_model)
+    options: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
+    if args.ref_max_memory is not None:
+        options |= {"device_map": "auto", "max_memory": _own_limits(args), "offload_folder": folder}
+    return load_model(ref_model, args.init_kwargs(), **options)
