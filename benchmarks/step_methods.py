@@ -362,7 +362,7 @@ def collate(rows: list[dict[str, list[int]]], device: torch.device) -> dict[str,
 
 def _tokenized(job: Job, workload: Workload) -> list[dict[str, list[int]]]:
     from fastdpo.data.prepare import prepare_preference_dataset
-    from fastdpo.data.tokenization import TokenizationSettings
+    from fastdpo.data.tokens.tokenization import TokenizationSettings
 
     settings = TokenizationSettings(max_length=workload.max_length, on_bad_row="raise")
     prepared, _ = prepare_preference_dataset(_dataset(job, workload), make_tokenizer(workload), settings)

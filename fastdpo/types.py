@@ -96,7 +96,7 @@ class TokenizedPair(TokenizedGroup):
 
 @dataclass(frozen=True)
 class VarlenLayout:
-    """N branches of a packed row of T tokens as variable-length attention takes them; `fastdpo.data.varlen` shows one.
+    """N branches of a packed row of T tokens as variable-length attention takes them; see `data/batches/varlen.py`.
 
     Queries are the rows in order; the keys of a branch are its prefix's rows and its own, one after the other.
     """
@@ -117,7 +117,7 @@ class VarlenLayout:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B pairs over S sequences, laid out for one forward of the model. Made by `fastdpo.data.packing`.
+    """B pairs over S sequences, laid out for one forward of the model. Made by `fastdpo.data.batches.packing`.
 
     Packed (`attention_mask` is None): one row of T tokens, every group as `[shared prefix | branch | branch ...]`.
     Padded (`segments` is empty): one right-padded row per sequence, or for several of equal tokens, for models whose

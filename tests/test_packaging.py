@@ -62,7 +62,7 @@ def test_a_wheel_holds_the_kernels_under_fastdpo(tmp_path):
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert "fastdpo/kernels/launch.py" in names
     assert {"fastdpo/cli/options/options.json", "fastdpo/cli/launch/fsdp2.yaml"} <= set(names)
-    assert "fastdpo/data/chat/templates/qwen3.jinja" in names
+    assert "fastdpo/data/tokens/chat/templates/qwen3.jinja" in names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
     assert "fastdpo/py.typed" in names
 

@@ -117,7 +117,7 @@ def test_the_readme_is_the_way_to_every_page():
 
 
 def test_the_page_on_data_names_every_format_of_rows():
-    from fastdpo.data.formats import FORMATS, SFT_FORMS
+    from fastdpo.data.forms.formats import FORMATS, SFT_FORMS
 
     first_cells = re.findall(r"^\| (`.+?) \|", PAGES["docs/data.md"], flags=re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", " ".join(first_cells))) - {"dataset_format"}

@@ -18,7 +18,7 @@ from transformers import PrinterCallback
 
 from fastdpo.alignment.generate import kl_to_reference, sample_responses
 from fastdpo.alignment.results import Estimate, PolicyResult, SweepResult
-from fastdpo.data.packing import pack_pairs, pad_pairs
+from fastdpo.data.batches.packing import pack_pairs, pad_pairs
 from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset
 from fastdpo.modeling import check_packing, packed_logps
 from fastdpo.training import DPOConfig, DPOTrainer

@@ -10,9 +10,9 @@ from itertools import islice
 from typing import Any
 
 from fastdpo.cli.arguments import RunArguments
-from fastdpo.data.formats import regrouped
-from fastdpo.data.loading import raw_example
-from fastdpo.data.rows import RowPreparer
+from fastdpo.data.forms.formats import regrouped
+from fastdpo.data.rows.columns import RowPreparer
+from fastdpo.data.sources.loading import raw_example
 from fastdpo.training.settings.config import EngineConfig, SFTConfig
 from fastdpo.training.setup.model_kinds import check_kind
 from fastdpo.training.setup.models import (

@@ -22,10 +22,10 @@ from fastdpo.cli.options.adapters import (
     warn_of_dropout,
 )
 from fastdpo.cli.threads import FreeCores, busy_cores_warning
-from fastdpo.data.loading import load_preference_dataset, stream_preference_dataset
 from fastdpo.data.mixture import load_mixture
 from fastdpo.data.prepare import one_prompt_a_row
-from fastdpo.data.report import StreamReport
+from fastdpo.data.rows.report import StreamReport
+from fastdpo.data.sources.loading import load_preference_dataset, stream_preference_dataset
 from fastdpo.report.run import write_run_report
 from fastdpo.training.base import PackedTrainer
 from fastdpo.training.callbacks.model_card import training_facts

@@ -1,1 +1,1 @@
-"""From files to packed batches: loading, then formats, tokenization and prepare (with its report), then packing."""
+"""From files to packed batches: sources, forms, tokens, batches and rows are its rooms; `prepare` joins them."""

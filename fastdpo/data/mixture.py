@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdpo.data.loading import ROW_JSON, load_preference_dataset, raw_example, stream_preference_dataset
 from fastdpo.data.prepare import one_prompt_a_row
+from fastdpo.data.sources.loading import ROW_JSON, load_preference_dataset, raw_example, stream_preference_dataset
 
 _SLICED = re.compile(r"[\[+]")  # train[:10%], train+test: as in datasets.load_dataset
 _PIECE = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")

@@ -1,7 +1,7 @@
 """From a dataset of examples to a dataset of token columns, and the report of what happened on the way.
 
 In: a `datasets.Dataset`, a list of dicts, or a `datasets.IterableDataset`, of any format in `formats`, or already
-tokenized (`fastdpo.data.rows`). Out: for the rows that can be used, the columns of a `TokenizedGroup`, which
+tokenized (`fastdpo.data.rows.columns`). Out: for the rows that can be used, the columns of a `TokenizedGroup`, which
 `group_from_columns` turns back into one. Those of a Dataset are kept in datasets' cache, so that the same rows,
 tokenizer and settings are tokenized once, whatever the run; a stream is tokenized as it is read.
 Refused with ValueError: what `formats` refuses, a tokenizer that is none, a dataset of which nothing is left.
@@ -14,17 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fastdpo.data.arrow import arrow_column, features_of_fill_ins
-from fastdpo.data.cache import cache_file, tokens_fingerprint
-from fastdpo.data.first_row import first_row
-from fastdpo.data.formats import regrouped
 from fastdpo.data.forms.columns import ColumnLedger
-from fastdpo.data.loading import dataset_from_rows, raw_example
-from fastdpo.data.notes import note_counts
-from fastdpo.data.report import DataReport, Report, TokenStats
-from fastdpo.data.rows import GROUP_COLUMNS, STATE_COLUMNS, RowPreparer, column_features, group_from_columns
+from fastdpo.data.forms.formats import regrouped
+from fastdpo.data.rows.columns import GROUP_COLUMNS, STATE_COLUMNS, RowPreparer, column_features, group_from_columns
+from fastdpo.data.rows.first_row import first_row
+from fastdpo.data.rows.report import DataReport, Report, TokenStats
+from fastdpo.data.sources.arrow import arrow_column, features_of_fill_ins
+from fastdpo.data.sources.cache import cache_file, tokens_fingerprint
+from fastdpo.data.sources.loading import dataset_from_rows, raw_example
 from fastdpo.data.streaming import prepare_stream
-from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.data.tokens.notes import note_counts
+from fastdpo.data.tokens.tokenization import TokenizationSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

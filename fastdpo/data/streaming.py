@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fastdpo.data.first_row import row_lines
-from fastdpo.data.formats import regrouped
-from fastdpo.data.loading import raw_example
-from fastdpo.data.notes import Note
-from fastdpo.data.report import StreamReport
-from fastdpo.data.rows import GROUP_COLUMNS, RowPreparer, column_features, group_from_columns
-from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.data.forms.formats import regrouped
+from fastdpo.data.rows.columns import GROUP_COLUMNS, RowPreparer, column_features, group_from_columns
+from fastdpo.data.rows.first_row import row_lines
+from fastdpo.data.rows.report import StreamReport
+from fastdpo.data.sources.loading import raw_example
+from fastdpo.data.tokens.notes import Note
+from fastdpo.data.tokens.tokenization import TokenizationSettings
 from fastdpo.types import TokenizedGroup
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from fastdpo.losses.settings import LossConfig
 from fastdpo.types import PairScores
 
 # With ld_alpha, sequence i of a pair is followed by i + 2: the same tokens, of which only those count that both
-# responses have the length for. `fastdpo.data.loss_rows` makes such rows.
+# responses have the length for. `fastdpo.data.rows.loss_rows` makes such rows.
 SHARED_PARTS_AFTER = 2
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.data.tokenization import padding_id
+from fastdpo.data.tokens.tokenization import padding_id
 from fastdpo.modeling.packed import bare_model
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.data.packing import pack_pairs, pad_pairs
+from fastdpo.data.batches.packing import pack_pairs, pad_pairs
 from fastdpo.modeling.attention import BACKENDS, MASKS, Observed, UnsupportedAttention, can_do_without, observed
 from fastdpo.modeling.attention.check import attention_fault, scores_note
 from fastdpo.modeling.backbone import text_config, text_ids

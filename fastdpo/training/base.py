@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from fastdpo.data.columns import prompt_numbers, row_lengths
+from fastdpo.data.batches.lengths import prompt_numbers, row_lengths
+from fastdpo.data.batches.samplers import LengthSampler, PromptSampler
 from fastdpo.data.prepare import Report
-from fastdpo.data.samplers import LengthSampler, PromptSampler
-from fastdpo.data.tokenization import padding_id
+from fastdpo.data.tokens.tokenization import padding_id
 from fastdpo.metrics import MetricMeans, SumAndWeight
 from fastdpo.modeling import PackingCheck, check_packing, prepare_model
 from fastdpo.modeling.packed import bare_model

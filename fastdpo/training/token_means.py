@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from fastdpo.data.layout import counted_sequences
+from fastdpo.data.batches.layout import counted_sequences
 from fastdpo.losses import LOSSES
 from fastdpo.references.rows import read_groups
 from fastdpo.training.inputs.collator import microbatches_of

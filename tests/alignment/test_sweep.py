@@ -9,7 +9,7 @@ from tiny import make_llama, make_rows, make_tokenizer
 
 from fastdpo.alignment.sweep import Measurement, pair_logps, sweep_beta
 from fastdpo.data.prepare import prepare_preference_dataset
-from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.data.tokens.tokenization import TokenizationSettings
 from fastdpo.training import DPOConfig
 
 HELDOUT = make_rows(13, seed=1)

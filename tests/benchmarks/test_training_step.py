@@ -16,7 +16,7 @@ from step_methods import METHODS, Job, Method
 from step_workloads import WORKLOADS, Work, make_rows
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdpo.data.packing import pack_pairs
+from fastdpo.data.batches.packing import pack_pairs
 from fastdpo.types import TokenizedPair
 
 CPU = torch.device("cpu")

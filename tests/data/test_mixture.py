@@ -6,8 +6,8 @@ import pytest
 from datasets import Dataset
 from tiny import make_rows
 
-from fastdpo.data.loading import ROW_JSON, raw_example
 from fastdpo.data.mixture import load_mixture
+from fastdpo.data.sources.loading import ROW_JSON, raw_example
 
 
 def save(path, rows):

@@ -4,10 +4,10 @@ import pytest
 from datasets import Dataset
 from tiny_tokenizers import byte_level_tokenizer
 
-from fastdpo.data.loading import load_preference_dataset
 from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset, prepare_sft_dataset
-from fastdpo.data.report import DataReport, TokenStats
-from fastdpo.data.tokenization import TokenizationSettings, tokenize_row
+from fastdpo.data.rows.report import DataReport, TokenStats
+from fastdpo.data.sources.loading import load_preference_dataset
+from fastdpo.data.tokens.tokenization import TokenizationSettings, tokenize_row
 from fastdpo.types import PreferenceRow
 
 SETTINGS = TokenizationSettings(max_length=64)

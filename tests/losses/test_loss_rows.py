@@ -5,9 +5,9 @@ from datasets import Dataset
 from tiny import make_rows, make_tokenizer
 
 from fastdpo import DPOConfig, TokenizedGroup, TokenizedPair, pack_pairs, pad_pairs
-from fastdpo.data.loss_rows import ranking_of, with_shared_parts
-from fastdpo.data.microbatches import padded_microbatches
+from fastdpo.data.batches.microbatches import padded_microbatches
 from fastdpo.data.prepare import prepare_preference_dataset
+from fastdpo.data.rows.loss_rows import ranking_of, with_shared_parts
 from fastdpo.data.values import BadRow
 
 

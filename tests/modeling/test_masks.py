@@ -15,7 +15,7 @@ from transformers.masking_utils import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fastdpo import pack_pairs, packed_logps
-from fastdpo.data.varlen import varlen_layout
+from fastdpo.data.batches.varlen import varlen_layout
 from fastdpo.modeling import check_packing
 from fastdpo.modeling.attention import PackedLayout, masks_of
 from fastdpo.modeling.attention.masks import carried, limits_of, only_picked, packed_mask

@@ -4,7 +4,7 @@ import pytest
 from tiny import make_rows, make_tokenizer
 
 from fastdpo.data.prepare import prepare_preference_dataset
-from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.data.tokens.tokenization import TokenizationSettings
 
 
 @pytest.fixture

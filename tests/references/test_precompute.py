@@ -14,9 +14,9 @@ from datasets import Dataset
 from tiny import make_llama, make_rows, make_tokenizer
 
 from fastdpo import pack_pairs, packed_logps
-from fastdpo.data.packing import pad_pairs
+from fastdpo.data.batches.packing import pad_pairs
 from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset
-from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.data.tokens.tokenization import TokenizationSettings
 from fastdpo.references import precompute
 from fastdpo.references.cache import LogpsCache
 from fastdpo.references.fingerprint import reference_facts
@@ -259,7 +259,7 @@ import test_precompute
 from pathlib import Path
 from tiny import make_rows, make_tokenizer
 from fastdpo.data.prepare import prepare_preference_dataset
-from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.data.tokens.tokenization import TokenizationSettings
 from fastdpo.references import precompute
 
 dataset, _ = prepare_preference_dataset(make_rows(40), make_tokenizer(), TokenizationSettings())

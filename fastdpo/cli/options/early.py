@@ -16,7 +16,7 @@ from typing import Any
 
 from fastdpo.cli.options.reading import nearest_file, read
 from fastdpo.cli.options.table import read_table, table_parser
-from fastdpo.data.loading import SUFFIXES
+from fastdpo.data.sources.loading import SUFFIXES
 
 _OF_A_MODEL = ("config.json", "adapter_config.json")
 

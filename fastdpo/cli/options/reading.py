@@ -21,7 +21,7 @@ import yaml
 
 from fastdpo.cli.options import mixtures, names
 from fastdpo.cli.options.values import typed, words_of
-from fastdpo.data.loading import SUFFIXES
+from fastdpo.data.sources.loading import SUFFIXES
 
 # of (former names with their values, all that the source gives): our options, and what is to be said of it
 FormerNames = Callable[[dict[str, Any], dict[str, Any]], tuple[dict[str, Any], list[str]]]

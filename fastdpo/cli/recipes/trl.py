@@ -13,7 +13,7 @@ from fastdpo.cli.options import mixtures, names
 from fastdpo.cli.options.table import read_table
 from fastdpo.cli.recipes.book import Book, Rule, follow
 from fastdpo.cli.recipes.common import put_data
-from fastdpo.data.loading import SUFFIXES
+from fastdpo.data.sources.loading import SUFFIXES
 
 MARKS_OF_TRL = ("dataset_name", "datasets", "dataset_train_split", "dataset_test_split", "test_split_size", "dtype")
 MARKS_OF_HANDBOOK = (

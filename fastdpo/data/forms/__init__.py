@@ -1,5 +1,5 @@
 """The general forms of preference and fine-tuning rows: TRL's, those of other trainers, and those that any dataset may
-have. Datasets with columns of their own are in `fastdpo.data.adapters`.
+have. Datasets with columns of their own are in `fastdpo.data.forms.adapters`.
 
 In: rows with the columns that FORMS and SFT_FORMS list, or with other names of the same kinds (`columns`). Out: a
 `PreferenceRow`. Four modules read cells (`roles`, `messages`, `json_text`, `text`), two put a row together (`context`,

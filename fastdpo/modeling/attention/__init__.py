@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.data.varlen import varlen_layout
+from fastdpo.data.batches.varlen import varlen_layout
 from fastdpo.modeling.attention.backends import ATTENTION_BACKENDS, BACKENDS, Observed, can_do_without, choose, observed
 from fastdpo.modeling.attention.call import AttentionCall, PackedLayout, UnsupportedAttention
 from fastdpo.modeling.attention.masks import MASKS, carried, masks_of, only_picked, packed_mask

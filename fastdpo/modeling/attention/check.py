@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastdpo.data.varlen import varlen_layout
+from fastdpo.data.batches.varlen import varlen_layout
 from fastdpo.modeling.attention.backends import BACKENDS, CallShape, choose
 from fastdpo.modeling.attention.call import AttentionCall, PackedLayout
 

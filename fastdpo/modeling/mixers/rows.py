@@ -1,7 +1,7 @@
 """Which rows of a packed row a token mixer runs on: segments in, index tensors out.
 
 A mixer needs the tokens of `prefix + branch` in order, and of what it gives only the branch's own rows are kept. The
-first pair of `fastdpo/data/packing.py`, prompt [1 2], responses [3 4] and [5], has segments (0,4, 0,0) (4,5, 0,2):
+first pair of `data/batches/packing.py`, prompt [1 2], responses [3 4] and [5], has segments (0,4, 0,0) (4,5, 0,2):
 
     gathered      0 1 2 3 | 0 1 4         rows of the packed row, as `VarlenLayout.key_rows` has them
     one call      0 1 2 3                 of two sequences: indices into the gathered rows, the shorter one with its

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.data.varlen import varlen_layout
+from fastdpo.data.batches.varlen import varlen_layout
 from fastdpo.modeling.attention import Observed, PackedLayout, masks_of, observed
 from fastdpo.modeling.attention.masks import copied
 from fastdpo.modeling.backbone import backbone, text_ids

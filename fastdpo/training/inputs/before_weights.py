@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastdpo.data.first_row import check_first_row
+from fastdpo.data.rows.first_row import check_first_row
 from fastdpo.training.settings.config import EngineConfig
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from fastdpo.data.microbatches import lay_out_batch, num_padded_rows, packed_microbatches, padded_microbatches
-from fastdpo.data.packing import pack_layouts, pad_pairs
+from fastdpo.data.batches.microbatches import lay_out_batch, num_padded_rows, packed_microbatches, padded_microbatches
+from fastdpo.data.batches.packing import pack_layouts, pad_pairs
 from fastdpo.data.prepare import group_from_columns
 from fastdpo.training.inputs.transfer import OneBuffer
 from fastdpo.types import PackedBatch, TokenizedGroup

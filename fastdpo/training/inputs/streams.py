@@ -13,9 +13,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from torch import nn
 
-from fastdpo.data.arrow import arrow_column
-from fastdpo.data.loading import dataset_from_rows
-from fastdpo.data.rows import column_features
+from fastdpo.data.rows.columns import column_features
+from fastdpo.data.sources.arrow import arrow_column
+from fastdpo.data.sources.loading import dataset_from_rows
 from fastdpo.data.streaming import checked_stream
 from fastdpo.modeling.packed import bare_model
 from fastdpo.training.setup.models import learned_positions

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdpo.data.varlen import varlen_layout
+from fastdpo.data.batches.varlen import varlen_layout
 from fastdpo.modeling.attention.call import PackedLayout
 from fastdpo.modeling.backbone import backbone
 from fastdpo.modeling.head import lm_head

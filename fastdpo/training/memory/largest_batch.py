@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastdpo.data.columns import row_lengths
+from fastdpo.data.batches.lengths import row_lengths
 from fastdpo.training.inputs.collator import microbatches_of
 from fastdpo.training.inputs.streams import known_rows
 from fastdpo.training.memory.dry_run import RowShape

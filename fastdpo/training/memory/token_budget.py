@@ -19,7 +19,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from fastdpo.data.columns import row_lengths
+from fastdpo.data.batches.lengths import row_lengths
 from fastdpo.data.prepare import group_from_columns
 from fastdpo.training.inputs.collator import PackingCollator
 from fastdpo.training.setup.optimizers import optimizer_name, optimizer_state_bytes, trained_parameters

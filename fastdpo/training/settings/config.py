@@ -12,9 +12,9 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from fastdpo.data.chat.templates import resolve_template, training_templates
-from fastdpo.data.formats import FORMAT_NAMES, check_columns
-from fastdpo.data.tokenization import TokenizationSettings
+from fastdpo.data.forms.formats import FORMAT_NAMES, check_columns
+from fastdpo.data.tokens.chat.templates import resolve_template, training_templates
+from fastdpo.data.tokens.tokenization import TokenizationSettings
 from fastdpo.losses import is_listwise
 from fastdpo.modeling.attention import ATTENTION_BACKENDS
 from fastdpo.ops.validation import IMPLS, check_settings

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
-from fastdpo.data.arrow import arrow_column
-from fastdpo.data.chat.templates import give_template
-from fastdpo.data.columns import row_lengths
-from fastdpo.data.tokenization import padding_id
+from fastdpo.data.batches.lengths import row_lengths
+from fastdpo.data.sources.arrow import arrow_column
+from fastdpo.data.tokens.chat.templates import give_template
+from fastdpo.data.tokens.tokenization import padding_id
 from fastdpo.modeling.backbone import backbone, freeze_towers
 from fastdpo.modeling.packed import bare_model
 from fastdpo.training.settings.config import EngineConfig

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.data.packing import pack_pairs, pad_pairs
-from fastdpo.data.tokenization import padding_id
+from fastdpo.data.batches.packing import pack_pairs, pad_pairs
+from fastdpo.data.tokens.tokenization import padding_id
 from fastdpo.losses import losses_where
 from fastdpo.modeling import prepare_model
 from fastdpo.modeling.packed import bare_model, unprepare_model

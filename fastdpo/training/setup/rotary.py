@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import nn
 from transformers.utils import logging
 
-from fastdpo.data.columns import row_lengths
+from fastdpo.data.batches.lengths import row_lengths
 from fastdpo.modeling.packed import bare_model
 
 logger = logging.get_logger(__name__)

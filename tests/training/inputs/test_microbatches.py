@@ -12,7 +12,7 @@ from tiny import make_llama, make_rows, make_tokenizer
 from transformers import TrainerCallback
 
 from fastdpo import DPOConfig, DPOTrainer, PackedBatch, SFTConfig, SFTTrainer, TokenizedGroup
-from fastdpo.data.microbatches import first_fit_decreasing, lay_out_batch
+from fastdpo.data.batches.microbatches import first_fit_decreasing, lay_out_batch
 from fastdpo.training.callbacks.summary import summary_lines
 from fastdpo.training.inputs.collator import PackingCollator, microbatches_of
 from fastdpo.training.memory.estimate import largest_microbatch

@@ -8,7 +8,7 @@ from tiny import make_rows
 from torch.utils.data import BatchSampler, DataLoader
 
 from fastdpo import DPOConfig
-from fastdpo.data.samplers import LengthSampler, PromptSampler
+from fastdpo.data.batches.samplers import LengthSampler, PromptSampler
 
 
 def test_rows_of_a_prompt_are_visited_together_in_a_new_order_each_epoch():

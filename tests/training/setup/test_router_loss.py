@@ -9,7 +9,7 @@ from tiny import make_llama, make_rows, make_tokenizer
 from tiny_runs import SILENT, logged, tiny_trainer, trl_trainer
 
 from fastdpo import SFTConfig, SFTTrainer, TokenizedGroup, TokenizedPair, pack_pairs
-from fastdpo.data.packing import pad_pairs
+from fastdpo.data.batches.packing import pad_pairs
 from fastdpo.modeling import packed_logps
 from fastdpo.modeling.router import load_balancing_loss
 from fastdpo.types import PackedBatch

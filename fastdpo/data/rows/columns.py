@@ -1,0 +1,270 @@
+"""From examples to the columns of `TokenizedGroup`s and what is to be reported of them, and back.
+
+In: examples of any format in `formats`, or already tokenized (`prompt_ids`, `chosen_ids`, `rejected_ids`, optionally
+`ref_chosen_logps` and `ref_rejected_logps`, or the columns made here). Out: GROUP_COLUMNS and STATE_COLUMNS; a row
+that cannot be used has its reason in `bad_row`, its notes, and nothing else. Refused with ValueError: what `formats`
+refuses.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fastdpo.data.forms import as_transcript
+from fastdpo.data.forms.columns import columns_text
+from fastdpo.data.forms.formats import read_row, template_kwargs
+from fastdpo.data.rows.loss_rows import as_ranking, with_shared_parts
+from fastdpo.data.sources.loading import raw_example
+from fastdpo.data.tokens.notes import OPENS, Note, as_columns, loss_reason, note_features
+from fastdpo.data.tokens.settings import TokenizationSettings
+from fastdpo.data.tokens.tokenization import EncodedRow, RowEncoder
+from fastdpo.data.tokens.truncation import LeftOut, truncate
+from fastdpo.data.values import BadRow, best_response
+from fastdpo.types import PreferenceRow, TokenizedGroup
+
+GROUP_COLUMNS = ("prompt_ids", "responses", "loss_masks", "ref_logps", "preferences")
+STATE_COLUMNS = (
+    "bad_row",
+    "is_truncated",
+    "has_one_cut",
+    "has_stale_ref_logps",
+    "is_merged",
+    "is_transcript",
+    "notes",
+    "num_prompt_tokens",
+    "num_chosen_tokens",
+    "num_rejected_tokens",
+    "columns",
+)
+
+
+def group_from_columns(example: Mapping[str, Any]) -> TokenizedGroup:
+    """The group in one row of a prepared dataset, or of one with the columns prompt_ids, chosen_ids, rejected_ids."""
+    if "responses" in example:
+        preferences = example.get("preferences")
+        return TokenizedGroup(
+            example["prompt_ids"],
+            example["responses"],
+            example.get("loss_masks"),
+            example.get("ref_logps"),
+            ((0, 1),) if preferences is None else tuple((chosen, rejected) for chosen, rejected in preferences),
+        )
+    return TokenizedGroup(
+        example["prompt_ids"], (example["chosen_ids"], example["rejected_ids"]), ref_logps=_ref_logps(example)
+    )
+
+
+def column_features(*, with_state: bool = True) -> Any:
+    """Spelled out, because a column that is None in the first thousand rows would be typed as null."""
+    from datasets import Features, List, Value
+
+    ids, count = List(Value("int32")), Value("int32")
+    columns = {
+        "prompt_ids": ids,
+        "responses": List(ids),
+        "loss_masks": List(List(Value("bool"))),
+        "ref_logps": List(Value("float64")),
+        "preferences": List(ids),
+        "bad_row": Value("string"),
+        "is_truncated": Value("bool"),
+        "has_one_cut": Value("bool"),  # one side of a pair has lost its end, the other has not
+        "has_stale_ref_logps": Value("bool"),
+        "is_merged": Value("bool"),
+        "is_transcript": Value("bool"),
+        "notes": note_features(),
+        "num_prompt_tokens": count,
+        "num_chosen_tokens": List(count),  # of each pair; of the response where there is no pair
+        "num_rejected_tokens": List(count),
+        "columns": Value("string"),  # `columns_text` of what became of the row's columns
+    }
+    return Features({name: columns[name] for name in (*GROUP_COLUMNS, *(STATE_COLUMNS if with_state else ()))})
+
+
+@dataclass
+class RowPreparer:
+    """Examples to columns, many at a time. What it finds out about tokenizer and template stays with it; a copy in
+    another process begins anew."""
+
+    tokenizer: Any
+    settings: TokenizationSettings
+    is_sft: bool
+    features: Any = None  # of the dataset, whose Arrow has filled in what rows lack; None for examples out of Python
+    _encoder: RowEncoder | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_encoder": None}
+
+    def __call__(self, batch: Mapping[str, list[Any]], rows: Sequence[int]) -> dict[str, list[Any]]:
+        """A batch of examples as `Dataset.map` gives it: lists of values by column.
+
+        Args:
+            rows: their numbers, for errors.
+        Raises:
+            ValueError: what `formats` refuses, or a bad row where `settings` say to stop at it.
+        """
+        with _uncollected():
+            return self._batch(batch, rows)
+
+    def _batch(self, batch: Mapping[str, list[Any]], rows: Sequence[int]) -> dict[str, list[Any]]:
+        examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        columns = self.columns(examples, rows)
+        return {name: [one[name] for one in columns] for name in (*GROUP_COLUMNS, *STATE_COLUMNS)}
+
+    def columns(self, examples: Sequence[Mapping[str, Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The columns of each example; see `__call__`."""
+        settings = self.settings
+        if self._encoder is None:
+            self._encoder = RowEncoder(self.tokenizer, settings.chat_template, settings.chat_template_kwargs)
+        read = [self._read(example) for example in examples]
+        waiting = iter(self._encoder.encode([(one.row, one.kwargs) for one in read if one.row is not None]))
+        columns = []
+        for one, row in zip(read, rows, strict=True):
+            encoded = EncodedRow(one.group, one.error) if one.row is None else next(waiting)
+            columns.append(self._finished(one, encoded, row))
+        return columns
+
+    def _read(self, example: Mapping[str, Any]) -> _ReadRow:
+        """The example as a row for the encoder, as a group that is tokenized already, or as an error."""
+        try:
+            example = raw_example(example, self.features)
+            if "prompt_ids" in example and ("responses" in example or {"chosen_ids", "rejected_ids"} <= example.keys()):
+                return _ReadRow(group=_tokenized_group(example, self.is_sft))
+            settings = self.settings
+            row, row_format = read_row(example, settings.dataset_format, is_sft=self.is_sft, columns=settings.columns)
+            kwargs = template_kwargs(example, settings.columns)
+            assert self._encoder is not None
+            is_transcript = row_format.may_be_transcript and row.is_conversational
+            is_transcript = is_transcript and not self._encoder.takes_messages(kwargs)
+            ref_logps = None if self.is_sft else _ref_logps(example, row)
+        except ValueError as error:
+            return _ReadRow(error=error)
+        columns = columns_text(row.columns)
+        return _ReadRow(as_transcript(row) if is_transcript else row, kwargs, ref_logps, is_transcript, columns)
+
+    def _finished(self, read: _ReadRow, encoded: EncodedRow, row: int) -> dict[str, Any]:
+        """The columns of one example; a row that cannot be used has only its reason and notes."""
+        settings, notes = self.settings, encoded.notes
+        try:
+            if encoded.error is not None:
+                raise encoded.error
+            self._check_losses(notes)
+            assert encoded.group is not None
+            whole = encoded.group if read.row is None else replace(encoded.group, ref_logps=read.ref_logps)
+            group = truncate(whole, settings)
+            has_one_cut = _has_one_cut(whole, group, settings)
+            group = as_ranking(group) if settings.rankings else group
+            stored = with_shared_parts(group) if settings.shared_parts else group
+        except BadRow as error:
+            if settings.on_bad_row == "raise" and not isinstance(error, LeftOut):
+                raise ValueError(f"dataset row {row} (counted from 0) cannot be used: {error.reason}") from None
+            bad = {"bad_row": error.reason, "notes": as_columns(notes)}
+            return dict.fromkeys((*GROUP_COLUMNS, *STATE_COLUMNS)) | bad
+        except ValueError as error:
+            raise ValueError(f"{error} (dataset row {row}, counted from 0)") from None
+        num_context = [_num_context_tokens(group, index) for index in range(len(group.responses))]
+        lengths = [len(r) - n for r, n in zip(group.responses, num_context, strict=True)]
+        return {
+            "prompt_ids": group.prompt_ids,
+            "responses": stored.responses,
+            "loss_masks": stored.loss_masks,
+            "ref_logps": stored.ref_logps,
+            "preferences": stored.preferences,
+            "bad_row": None,
+            "is_truncated": _num_tokens(group) < _num_tokens(whole),
+            "has_one_cut": has_one_cut,
+            "has_stale_ref_logps": whole.ref_logps is not None and group.ref_logps is None,
+            "is_merged": encoded.is_merged and not any(note.kind == OPENS for note in notes),
+            "is_transcript": read.is_transcript,
+            "notes": as_columns(notes),
+            "num_prompt_tokens": len(group.prompt_ids) + num_context[0],
+            "num_chosen_tokens": [lengths[chosen] for chosen, _ in group.preferences] or lengths,
+            "num_rejected_tokens": [lengths[rejected] for _, rejected in group.preferences],
+            "columns": read.columns,
+        }
+
+    def _check_losses(self, notes: Sequence[Note]) -> None:
+        """Refuses a row that has lost something, where that is asked for."""
+        lost = [note for note in notes if note.is_loss]
+        if not lost or self.settings.on_lost_content == "warn":
+            return
+        reason = loss_reason(lost)
+        if self.settings.on_lost_content == "drop":
+            raise LeftOut(reason)
+        example = next((f" ({note.example})" for note in lost if note.example), "")
+        raise ValueError(
+            f"{reason}{example}: another chat_template or chat_template_kwargs may keep it; on_lost_content='warn'"
+            " trains without it, 'drop' leaves such rows out"
+        )
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the search for garbage: a batch makes thousands of lists and no cycles, and each search looks through all
+    that was imported."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@dataclass(frozen=True)
+class _ReadRow:
+    """One example, read."""
+
+    row: PreferenceRow | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)  # for the chat template
+    ref_logps: tuple[float, float] | None = None
+    is_transcript: bool = False  # messages that became text
+    columns: str = ""  # what became of the example's columns, as `columns_text` has it
+    group: TokenizedGroup | None = None
+    error: ValueError | None = None
+
+
+def _ref_logps(example: Mapping[str, Any], row: PreferenceRow | None = None) -> tuple[float, float] | None:
+    """Reference log-probs that a row brings for its chosen and rejected response."""
+    if row is not None and len(row.responses) != 2:
+        return None
+    chosen, rejected = example.get("ref_chosen_logps"), example.get("ref_rejected_logps")
+    return None if chosen is None or rejected is None else (chosen, rejected)
+
+
+def _tokenized_group(example: Mapping[str, Any], is_sft: bool) -> TokenizedGroup:
+    responses = example["responses"] if "responses" in example else [example["chosen_ids"], example["rejected_ids"]]
+    if example["prompt_ids"] is None or responses is None or any(response is None for response in responses):
+        raise BadRow("response is not a list of token ids")
+    if any(len(response) == 0 for response in responses):
+        raise BadRow("empty response")
+    group = group_from_columns(example)
+    if not is_sft:
+        if not group.preferences:
+            raise BadRow("no response is better than another")
+        return group
+    chosen = best_response(group.preferences)
+    masks = None if group.loss_masks is None else [group.loss_masks[chosen]]
+    return TokenizedGroup(group.prompt_ids, [group.responses[chosen]], masks, preferences=())
+
+
+def _num_context_tokens(group: TokenizedGroup, index: int) -> int:
+    """Leading tokens of a response that are its own prompt (see TokenizedGroup)."""
+    if group.loss_masks is None or len(group.prompt_ids) > 0:
+        return 0
+    return list(group.loss_masks[index]).index(True)
+
+
+def _num_tokens(group: TokenizedGroup) -> int:
+    return sum(len(group.prompt_ids) + len(response) for response in group.responses)
+
+
+def _has_one_cut(whole: TokenizedGroup, group: TokenizedGroup, settings: TokenizationSettings) -> bool:
+    """Whether one side of a pair has lost its end, and with it the EOS, while the other has kept it."""
+    if settings.truncation_mode == "keep_end":
+        return False
+    is_cut = [len(after) < len(before) for before, after in zip(whole.responses, group.responses, strict=True)]
+    return any(is_cut[chosen] != is_cut[rejected] for chosen, rejected in group.preferences)

@@ -1,0 +1,237 @@
+"""What preparing a dataset did, in numbers (`DataReport`) and in words (`DataReport.lines`); of a stream, what it has
+done so far (`StreamReport`).
+
+Row numbers count from 0, in the order of the dataset.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fastdpo.data.forms.columns import ColumnLedger
+from fastdpo.data.tokens.notes import FIELD, LOST, OPENS, PLAIN_TEXT, SPELLED, STAYED, UNKNOWN, Note, NoteCounts
+
+SHOWN_ROWS = 8  # row numbers per reason in the text; the report itself holds all
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Distribution of a number of tokens over the kept rows."""
+
+    mean: float
+    median: float
+    p95: int  # the smallest length that 95 % of the rows do not exceed
+    max: int
+    total: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> TokenStats:
+        """Statistics of at least one length."""
+        ordered = sorted(lengths)
+        p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
+        return cls(statistics.fmean(ordered), statistics.median(ordered), p95, ordered[-1], sum(ordered))
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the rows of one dataset."""
+
+    kind: str  # what a row is: "pairs" or "examples"
+    num_rows: int
+    num_kept: int
+    dropped: dict[str, tuple[int, ...]] = field(default_factory=dict)  # reason -> rows
+    num_truncated: int = 0  # kept rows that lost tokens to max_prompt_length or max_length
+    num_one_cut: int = 0  # those of them in which one side of a pair lost its end, and its EOS, and the other did not
+    num_stale_ref_logps: int = 0  # those of them that brought reference log-probs, which are not used
+    num_merged_boundary: int = 0  # kept rows whose prompt ends in tokens that merge with the response
+    num_pairs: int = 0  # of the kept rows; a row of ranked answers has several
+    num_transcripts: int = 0  # kept rows whose messages were written as text, for lack of a chat template
+    unread: tuple[str, ...] = ()  # columns of the dataset, and keys of its messages, that were not read
+    first_row: tuple[tuple[str, str], ...] = ()  # the first row that can be used: who says what
+    notes: NoteCounts = field(default_factory=NoteCounts)  # what templates left out, and the like
+    tokens: dict[str, TokenStats] = field(
+        default_factory=dict
+    )  # "prompt", "chosen", "rejected"; SFT "prompt", "response"
+
+    @property
+    def num_dropped(self) -> int:
+        return self.num_rows - self.num_kept
+
+    def stale_line(self) -> str:
+        """What became of reference log-probs that the data brought for longer texts."""
+        return (
+            f"left the reference log-probs of {self.num_stale_ref_logps} {self.kind} unused: they are those of the"
+            " whole text, which is cut here"
+        )
+
+    def warnings(self) -> list[str]:
+        """What of the report a user must not miss."""
+        stale = [self.stale_line()] if self.num_stale_ref_logps else []
+        return [*stale, *loss_lines(self.notes, self.num_rows)]
+
+    def lines(self) -> list[str]:
+        """The report for people: rows kept, dropped rows by reason, what the template left out, what was cut, token
+        statistics."""
+        kind, pairs = self.kind, ""
+        if self.num_pairs > self.num_kept:
+            kind, pairs = "prompts", f" with {self.num_pairs} pairs of answers"
+        lines = [f"kept {self.num_kept} of {self.num_rows} {kind}{pairs}{_dropped_text(self.dropped)}"]
+        if self.unread:
+            lines.append(unread_line(self.unread))
+        lines += loss_lines(self.notes, self.num_rows)
+        if self.num_truncated:
+            lines.append(f"truncated {self.num_truncated} {kind}")
+        if self.num_one_cut:
+            lines.append(
+                f"one side alone lost its end, and with it the end-of-text token, in {self.num_one_cut} of these:"
+                " a longer max_length, or on_long_row='drop', compares whole answers"
+            )
+        if self.num_stale_ref_logps:
+            lines.append(self.stale_line())
+        if self.num_merged_boundary:
+            lines.append(
+                f"moved the prompt's last tokens to the response in {self.num_merged_boundary} {kind}, "
+                "where prompt and response are tokenized differently together than apart"
+            )
+        if self.num_transcripts:
+            lines.append(
+                f'wrote the messages of {self.num_transcripts} {kind} as text, "Human: ... Assistant: ...", because the'
+                " tokenizer has no chat template"
+            )
+        lines += note_lines(self.notes, kind)
+        if self.tokens:
+            lines.append(f"{'tokens':<10}{'mean':>9}{'median':>9}{'p95':>7}{'max':>7}{'total':>11}")
+        for name, stats in self.tokens.items():
+            row = f"{stats.mean:>9.1f}{stats.median:>9.1f}{stats.p95:>7}{stats.max:>7}{stats.total:>11}"
+            lines.append(f"{name:<10}{row}")
+        return lines
+
+
+class StreamReport:
+    """What became of the rows of a stream that have been read in this process; those that data loader workers read are
+    not known here. A row that is read again, in a later epoch, counts once."""
+
+    tokens: dict[str, TokenStats]
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.tokens = {}  # of a stream, nobody knows before its end
+        self.num_rows = 0
+        self.first_row: tuple[tuple[str, str], ...] = ()
+        self.notes = NoteCounts()
+        self._reasons: dict[int, str] = {}  # of rows that could not be used
+        self._columns = ColumnLedger()
+
+    def add_columns(self, row: int, columns: str | None) -> None:
+        """Takes down what became of the columns of a row, as `columns_text` has it.
+
+        Raises:
+            ValueError: a column is text in this row and messages in an earlier one, or the other way round.
+        """
+        if columns:
+            self._columns.add(columns, lambda _: row)
+
+    def add(self, row: int, reason: str | None, notes: Sequence[Note] = ()) -> None:
+        """Takes down a row that was read; the first one of every reason to drop it is told at once, and so is what the
+        first of each kind has lost."""
+        if row >= self.num_rows:
+            self._add_notes(row, notes)
+        self.num_rows = max(self.num_rows, row + 1)
+        if reason is None or row in self._reasons:
+            return
+        if reason not in self._reasons.values():
+            from transformers.utils import logging
+
+            logger = logging.get_logger(__name__)
+            logger.warning(f"left out row {row} of a stream (counted from 0): {reason}; others like it are counted")
+        self._reasons[row] = reason
+
+    def _add_notes(self, row: int, notes: Sequence[Note]) -> None:
+        from transformers.utils import logging
+
+        known = {(kind, what) for kind in (LOST, UNKNOWN, OPENS, PLAIN_TEXT) for what in self.notes.whats(kind)}
+        self.notes.add(row, notes)
+        new = NoteCounts()
+        new.add(row, [note for note in notes if (note.kind, note.what) not in known])
+        for line in [*loss_lines(new, 1), *note_lines(new, self.kind)]:
+            logging.get_logger(__name__).warning(f"row {row} while streaming: {line}; others like it are counted")
+
+    @property
+    def num_kept(self) -> int:
+        return self.num_rows - len(self._reasons)
+
+    @property
+    def dropped(self) -> dict[str, tuple[int, ...]]:
+        rows: dict[str, list[int]] = {}
+        for row, reason in sorted(self._reasons.items()):
+            rows.setdefault(reason, []).append(row)
+        return {reason: tuple(found) for reason, found in rows.items()}
+
+    def lines(self) -> list[str]:
+        """The report for people, so far."""
+        kept = f"kept {self.num_kept} of the first {self.num_rows} {self.kind}{_dropped_text(self.dropped)}"
+        first = "a stream, tokenized as it is read" + (f"; {kept}" if self.num_rows else "")
+        unread = [unread_line(self._columns.unread)] if self._columns.unread else []
+        return [first, *unread, *loss_lines(self.notes, self.num_rows)]
+
+
+Report = DataReport | StreamReport
+
+
+def unread_line(unread: Sequence[str]) -> str:
+    """Which columns the rows have that no form reads."""
+    return f"columns not read: {', '.join(unread)}"
+
+
+def loss_lines(notes: NoteCounts, num_rows: int) -> list[str]:
+    """What rows said and their tokens do not, by what it was, on which side and in how many, with an example of each;
+    and what the prompt alone says."""
+    lines = []
+    for kind, words in ((LOST, "the chat template leaves out {}"), (UNKNOWN, "the tokenizer does not know some {}")):
+        for what in notes.whats(kind):
+            counts = ", ".join(f"{count:,} of {num_rows:,} {side}" for side, count in notes.sides(kind, what).items())
+            row, example = notes.example(kind, what)
+            lines.append(f"{words.format(what)}: {counts}; row {row}" + (f": {example!r}" if example else ""))
+    ends = notes.whats(OPENS)
+    if ends:
+        more = f" and {len(ends) - 1} other ends" if len(ends) > 1 else ""
+        lines.append(
+            f"the prompt alone ends in {ends[0]!r}{more}, which does not stand before the response:"
+            f" {notes.num_rows(OPENS):,} of {num_rows:,}; it is not trained on, but the model will be prompted with it."
+            " Another chat_template, or chat_template_kwargs such as enable_thinking, may render both alike"
+        )
+    return lines
+
+
+def note_lines(notes: NoteCounts, kind: str) -> list[str]:
+    """What else is to be said of rows of this kind, "pairs" or "examples"."""
+    lines = []
+    if notes.num_rows(STAYED):
+        lines.append(
+            f"special tokens that messages spell out stay control tokens in {notes.num_rows(STAYED):,} {kind}: the"
+            " tokenizer makes them of their characters too"
+        )
+    if notes.num_rows(SPELLED):
+        names = ", ".join(notes.whats(SPELLED))
+        lines.append(f"plain text spells out {names} in {notes.num_rows(SPELLED):,} {kind}, a control token there")
+    if notes.num_rows(PLAIN_TEXT):
+        lines.append(
+            f"{notes.num_rows(PLAIN_TEXT):,} {kind} are plain text, which goes to the model as it is, without the chat"
+            " template"
+        )
+    if notes.num_rows(FIELD):
+        lines.append(f"fields of messages that the chat template does not read: {', '.join(notes.whats(FIELD))}")
+    return lines
+
+
+def _dropped_text(dropped: dict[str, tuple[int, ...]]) -> str:
+    if not dropped:
+        return ""
+    reasons = []
+    for reason, rows in sorted(dropped.items(), key=lambda item: -len(item[1])):
+        shown = ", ".join(map(str, rows[:SHOWN_ROWS])) + (", ..." if len(rows) > SHOWN_ROWS else "")
+        reasons.append(f"{reason} ({len(rows)}: {'row' if len(rows) == 1 else 'rows'} {shown})")
+    return f"; dropped {sum(map(len, dropped.values()))}: " + ", ".join(reasons)

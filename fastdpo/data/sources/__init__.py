@@ -1,0 +1,1 @@
+"""Where rows come from: files and datasets by name, Arrow columns, and the cache of tokenized rows."""

@@ -1,0 +1,120 @@
+"""A tokenized group cut to the lengths of a run, and the checks that hold for groups before and after.
+
+In: a `TokenizedGroup`. Out: the group that is trained on. Refused with BadRow: a group without a usable difference, or
+without room for a response; LeftOut: one that would be cut, where `on_long_row` is "drop". Refused with ValueError: the
+same where it is "raise".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastdpo.data.tokens.settings import TokenizationSettings
+from fastdpo.data.values import BadRow
+from fastdpo.types import TokenizedGroup
+
+EQUAL = "chosen equals rejected"
+
+
+class LeftOut(BadRow):
+    """A row that could be used and is left out because the settings say so, whatever `on_bad_row` says."""
+
+
+def truncate(group: TokenizedGroup, settings: TokenizationSettings) -> TokenizedGroup:
+    """The group cut to `max_prompt_length`, then to `max_length` tokens per sequence, without reference log-probs then.
+
+    keep_start cuts sequences at their end; a prompt that leaves no room for a response makes the row bad. keep_end
+    keeps the last `max_length` tokens of each sequence by itself, which may leave prompts that differ. Example,
+    max_length 4: prompt 1 2 3, chosen 4, rejected 5 6 gives 1 2 3 4 and 2 3 5 6, stored without a prompt, masks F F F T
+    and F F T T.
+    """
+    keep_end = settings.truncation_mode == "keep_end"
+    limit, length = settings.max_prompt_length, settings.max_length
+    if settings.on_long_row != "truncate":
+        _refuse_long(group, settings)
+    prompt, responses, masks = list(group.prompt_ids), group.responses, group.loss_masks
+    equal_reason = EQUAL
+    ref_logps = group.ref_logps
+    if limit is not None and len(prompt) > limit:
+        ref_logps = None  # those of the whole text, of which nothing can be taken away
+        prompt = prompt[-limit:] if keep_end else prompt[:limit]
+    if length is not None and len(prompt) + max(map(len, responses)) > length:
+        ref_logps = None
+        equal_reason = "chosen equals rejected after truncation"
+        if keep_end:
+            prompt, responses, masks = _keep_ends(prompt, responses, masks, length)
+        elif len(prompt) >= length:
+            raise BadRow("prompt fills max_length")
+        else:
+            responses = [list(response)[: length - len(prompt)] for response in responses]
+            masks = [list(mask)[: length - len(prompt)] for mask in masks] if masks is not None else None
+    return checked_group(prompt, responses, masks, group.preferences, equal_reason, ref_logps)
+
+
+def _refuse_long(group: TokenizedGroup, settings: TokenizationSettings) -> None:
+    """Refuses a group that would be cut: with BadRow where such rows are left out, with ValueError where they stop.
+
+    Raises:
+        ValueError: the group has more tokens than `max_prompt_length` or `max_length`.
+    """
+    num_prompt = len(group.prompt_ids)
+    counts = {"max_prompt_length": num_prompt, "max_length": num_prompt + max(map(len, group.responses))}
+    for name, count in counts.items():
+        most = getattr(settings, name)
+        if most is None or count <= most:
+            continue
+        if settings.on_long_row == "drop":
+            raise LeftOut(f"longer than {name}")
+        raise ValueError(
+            f"{name} must be at least {count} for all rows to be whole, got {most}; on_long_row='truncate' cuts them,"
+            " 'drop' leaves them out"
+        )
+
+
+def _keep_ends(
+    prompt: list[int], responses: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]] | None, length: int
+) -> tuple[list[int], Sequence[Sequence[int]], Sequence[Sequence[bool]] | None]:
+    """The last `length` tokens of every sequence; the prompt stays apart only if all keep the same part of it."""
+    full_masks = masks if masks is not None else [[True] * len(response) for response in responses]
+    cuts = [max(0, len(prompt) + len(response) - length) for response in responses]
+    kept_prompts = [prompt[cut:] for cut in cuts]
+    kept = [list(response)[max(0, cut - len(prompt)) :] for cut, response in zip(cuts, responses, strict=True)]
+    kept_masks = [list(mask)[-len(response) :] for mask, response in zip(full_masks, kept, strict=True)]
+    if all(len(kept_prompt) == len(kept_prompts[0]) for kept_prompt in kept_prompts):
+        return kept_prompts[0], kept, None if masks is None else kept_masks
+    sequences = [start + response for start, response in zip(kept_prompts, kept, strict=True)]
+    return [], sequences, [[False] * len(start) + mask for start, mask in zip(kept_prompts, kept_masks, strict=True)]
+
+
+def checked_group(
+    prompt: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[bool]] | None,
+    preferences: Sequence[tuple[int, int]],
+    equal_reason: str,
+    ref_logps: Sequence[float] | None = None,
+) -> TokenizedGroup:
+    """The group, after the checks that hold before and after truncation.
+
+    Without a prompt token (and without a BOS) nothing predicts a response's first token: it is kept and not scored.
+    """
+    preferences = different_pairs(preferences, [list(response) for response in responses], equal_reason)
+    if not prompt:
+        masks = masks if masks is not None else [[True] * len(response) for response in responses]
+        masks = [[False, *list(mask)[1:]] for mask in masks]
+        if not all(any(mask) for mask in masks):
+            raise BadRow("empty prompt")
+    elif masks is not None and not all(any(mask) for mask in masks):
+        raise BadRow("no token of a response is scored")
+    return TokenizedGroup(prompt, responses, masks, ref_logps, preferences)
+
+
+def different_pairs(
+    preferences: Sequence[tuple[int, int]], responses: Sequence[Any], equal_reason: str
+) -> tuple[tuple[int, int], ...]:
+    """The preferences between different responses; a row that has none left cannot be used."""
+    kept = tuple((chosen, rejected) for chosen, rejected in preferences if responses[chosen] != responses[rejected])
+    if preferences and not kept:
+        raise BadRow(equal_reason)
+    return kept
