@@ -26,8 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import append_lines, machine_facts
-from step_worker import QUIET
+from shared.measure import append_lines, machine_facts
+from steps.worker import QUIET
 
 METHODS = ("TRL", "fastdpo")
 CHATML = (

@@ -21,9 +21,8 @@ from typing import Any
 
 import pytest
 import torch
-from measure import MIB, append_lines, free_bytes, interleaved_ms, machine_facts, matmul_job, matmul_shape, peak_mib
-from methods import MAKERS, PASSES, TUNED, Method, available, facts_of, job, needed_bytes
-from problem import (
+from heads.methods import MAKERS, PASSES, TUNED, Method, available, facts_of, job, needed_bytes
+from heads.problem import (
     CPU_SHAPES,
     GPU_SHAPES,
     RISKY_SHAPES,
@@ -33,6 +32,16 @@ from problem import (
     errors,
     make_problem,
     with_reference,
+)
+from shared.measure import (
+    MIB,
+    append_lines,
+    free_bytes,
+    interleaved_ms,
+    machine_facts,
+    matmul_job,
+    matmul_shape,
+    peak_mib,
 )
 
 REFERENCE = "plain, response rows"  # whose own error against fp64 says what is wrong

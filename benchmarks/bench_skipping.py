@@ -2,12 +2,12 @@
 
     python benchmarks/bench_skipping.py [--quick] [--runs N] [--out FILE.jsonl] [--shapes ...] [--tolerances ...]
 
-The distribution is made and measured by `trained.py`; its figures stand in every record. Ids are in random order first,
-then by frequency, which shows what ordering a vocabulary would be worth. "promised" is the time that the kept share of
-the tiles allows: the exact forward plus that share of the exact backward. "unordered" is the kept share without sorting
-rows by how sure the model is, which the op does before it makes blocks of them. Errors are relative to the exact
-gradient in the same dtype (Frobenius norm); "of bound" is the error over what linear_logps's docstring allows at that
-tolerance.
+The distribution is made and measured by `heads/trained.py`; its figures stand in every record. Ids are in random order
+first, then by frequency, which shows what ordering a vocabulary would be worth. "promised" is the time that the kept
+share of the tiles allows: the exact forward plus that share of the exact backward. "unordered" is the kept share
+without sorting rows by how sure the model is, which the op does before it makes blocks of them. Errors are relative to
+the exact gradient in the same dtype (Frobenius norm); "of bound" is the error over what linear_logps's docstring allows
+at that tolerance.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import append_lines, interleaved_ms, machine_facts
-from problem import Shape
+from heads.problem import Shape
+from heads.trained import TOP, TrainedHead, permuted, statistics, trained_head
+from shared.measure import append_lines, interleaved_ms, machine_facts
 from torch import Tensor
-from trained import TOP, TrainedHead, permuted, statistics, trained_head
 
 from fastdpo import linear_logps
 from fastdpo.ops.engine import engine_of, resolve_impl

@@ -3,13 +3,13 @@
     python benchmarks/bench_training_step.py [--quick] [--workloads ...] [--methods ...] [--steps N] [--rounds N]
                                              [--max-seconds S] [--out FILE.jsonl [--resume]] [--data FILE.json]
 
-Same model, rows, order, dtype and optimizer for everybody (see step_methods.py). Methods take turns in rounds; on a CPU
-every turn is a process of its own, whose peak resident memory is reported. Losses of the first steps are compared with
-those of the first method in the run that has some, whose own first one must be ln 2: a method that is off by more than
-the tolerance (1e-4 in fp32, see Workload.tolerance) gets no speed but the reason. "7B QLoRA" asks whether a step fits
-in 24 GB (step_qlora.py). With --resume, what FILE has a line of is not measured again; the exit code is 3 where
+Model, rows, order, dtype and optimizer are the same for everybody (steps/methods.py). Methods take turns in rounds; on
+a CPU every turn is a process of its own, whose peak resident memory is reported. Losses of the first steps are compared
+with those of the first method in the run that has some, whose own first one must be ln 2: a method that is off by more
+than the tolerance (1e-4 in fp32, see Workload.tolerance) gets no speed but the reason. "7B QLoRA" asks whether a step
+fits in 24 GB (steps/qlora.py). With --resume, what FILE has a line of is not measured again; the exit code is 3 where
 something was left out for lack of time. --data says where the instruction file of the CPU workloads is
-(step_workloads.py).
+(steps/workloads.py).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import append_lines, elapsed_ms, machine_facts, matmul_job
-from step_methods import METHODS, NUM_CHECKED, Job
-from step_table import qlora_text, training_table
-from step_worker import Worker
-from step_workloads import (
+from shared.measure import append_lines, elapsed_ms, machine_facts, matmul_job
+from steps.methods import METHODS, NUM_CHECKED, Job
+from steps.tables import qlora_text, training_table
+from steps.worker import Worker
+from steps.workloads import (
     CPU_WORKLOADS,
     DATA_VARIABLE,
     GPU_WORKLOADS,
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_qlora(
     options: argparse.Namespace, facts: dict[str, Any], known: dict[str, dict[str, Any]], left: float
 ) -> list[str]:
-    from step_qlora import measure
+    from steps.qlora import measure
 
     name = "7B QLoRA"
     if not known and left <= 0:

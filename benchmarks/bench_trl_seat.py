@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import append_lines, machine_facts
-from step_methods import METHODS, Job
-from step_worker import QUIET, answer
-from step_workloads import CPU_WORKLOADS, GPU_WORKLOADS, WORKLOADS
+from shared.measure import append_lines, machine_facts
+from steps.methods import METHODS, Job
+from steps.worker import QUIET, answer
+from steps.workloads import CPU_WORKLOADS, GPU_WORKLOADS, WORKLOADS
 
 BEFORE, AFTER = "before", "after"
 TRL_METHODS = [name for name, method in METHODS.items() if method.kind == "trl"]

@@ -6,9 +6,9 @@
     python benchmarks/model_coverage.py --write              # all, into results/ and docs/models.md
     python benchmarks/model_coverage.py --docs               # docs/models.md from the results as they are
 
-A tiny random model of each type (`tiny_models.py`), in a process of its own with a time limit, is asked what a run
-would ask of it: the self-check decides; then log-probs and the gradients of all weights are held to separate forwards
-of the stock model, in fp32. The status is one of STATUSES, with the reason.
+A tiny random model of each type (`shared/tiny_models.py`), in a process of its own with a time limit, is asked what a
+run would ask of it: the self-check decides; then log-probs and the gradients of all weights are held to separate
+forwards of the stock model, in fp32. The status is one of STATUSES, with the reason.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import build_tiny, tiny_config
+from shared.tiny_models import build_tiny, tiny_config
 from torch import Tensor
 
 from fastdpo import TokenizedGroup, TokenizedPair, pack_pairs, packed_logps, pad_pairs, prepare_model

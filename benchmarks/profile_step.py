@@ -14,9 +14,9 @@ from collections import Counter
 from typing import Any
 
 import torch
-from measure import append_lines, machine_facts
-from step_methods import METHODS, Job, _dataset, _settings
-from step_workloads import GPU_WORKLOADS, WORKLOADS, make_tokenizer
+from shared.measure import append_lines, machine_facts
+from steps.methods import METHODS, Job, _dataset, _settings
+from steps.workloads import GPU_WORKLOADS, WORKLOADS, make_tokenizer
 from torch.profiler import ProfilerActivity, profile
 
 NUM_WARMUPS, NUM_STEPS = 4, 10

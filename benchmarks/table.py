@@ -12,39 +12,17 @@ Of several records of one measurement the last one counts. What failed has its l
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from step_table import training_table
+from shared.records import MACHINE, SHAPE, Record, groups, machine_of, read, shape_of
+from steps.tables import training_table
 
 HERE = Path(__file__).parent
 README, RESULTS = HERE / "README.md", HERE / "results"
 MARKED = re.compile(r"(<!-- table: (\S+\.jsonl) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOTHING = "No measurement has been kept yet.\n"
-SHAPE = ("num_tokens", "num_rows", "hidden_size", "vocab_size", "dtype")
-MACHINE = ("device", "num_threads")
-
-Record = dict[str, Any]
-
-
-def read(path: Path) -> list[Record]:
-    """The last record of each measurement, in the order of their first ones. A file that is missing is empty."""
-    if not path.exists():
-        return []
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    keys = (*MACHINE, *SHAPE, "pass", "method", "order", "tolerance", "workload")
-    return list({tuple(record.get(key) for key in keys): record for record in records}.values())
-
-
-def groups(records: Iterable[Record], keys: tuple[str, ...]) -> dict[tuple[Any, ...], list[Record]]:
-    found: dict[tuple[Any, ...], list[Record]] = {}
-    for record in records:
-        found.setdefault(tuple(record.get(key) for key in keys), []).append(record)
-    return found
 
 
 def tables(records: list[Record]) -> str:
@@ -64,16 +42,6 @@ def tables(records: list[Record]) -> str:
         else:
             parts += [head_op_table(name, rows) for (name,), rows in groups(same, ("pass",)).items()]
     return "\n".join(parts)
-
-
-def shape_of(record: Record) -> str:
-    return "T{num_tokens}-R{num_rows}-H{hidden_size}-V{vocab_size}-{dtype}".format(**record)
-
-
-def machine_of(record: Record) -> str:
-    where = f"{record['device']}" if record.get("cuda") else f"{record['device']}, {record['num_threads']} threads"
-    versions = {"driver": "driver", "cuda": "CUDA", "torch": "torch", "triton": "Triton", "commit": "commit"}
-    return ", ".join([where, *(f"{label} {record[key]}" for key, label in versions.items() if record.get(key))])
 
 
 def head_op_table(pass_name: str, records: list[Record]) -> str:
@@ -160,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.files:
         print("\n".join(map(tables, records)))
     if options.plots:
-        from plots import write_plots
+        from shared.plots import write_plots  # needs matplotlib, which a GPU machine may lack
 
         for path in write_plots([record for found in records for record in found], options.plots):
             print(path)

@@ -4,12 +4,11 @@ import argparse
 from dataclasses import replace
 
 import bench_linear_logps as bench
-import methods
-import problem
 import pytest
 import torch
-from methods import PASSES, Method
-from problem import Shape
+from heads import methods, problem
+from heads.methods import PASSES, Method
+from heads.problem import Shape
 
 SHAPE = Shape(128, 64, 48, 1021, "float32")
 OPERANDS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # which argument is the left matrix

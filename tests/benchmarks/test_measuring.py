@@ -2,9 +2,9 @@
 
 import json
 
-import measure
 import pytest
 import torch
+from shared import measure
 
 needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="counts allocations of the CPU")
 

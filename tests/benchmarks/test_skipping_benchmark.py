@@ -5,8 +5,8 @@ from dataclasses import asdict, replace
 import bench_skipping as bench
 import pytest
 import torch
-import trained
-from problem import Shape
+from heads import trained
+from heads.problem import Shape
 
 SHAPE = Shape(512, 512, 192, 4000, "float32")
 

@@ -136,7 +136,7 @@ def test_check_fails_until_the_readme_is_written_anew(head_op, tmp_path, monkeyp
 
 def test_plots_are_written_for_both_kinds_and_are_the_same_each_time(head_op, skipping, tmp_path):
     pytest.importorskip("matplotlib")
-    from plots import write_plots
+    from shared.plots import write_plots
 
     records = table.read(head_op) + table.read(skipping)
     paths = write_plots(records, tmp_path / "plots")

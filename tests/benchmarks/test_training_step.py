@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import bench_training_step as bench
 import pytest
-import step_methods
-import step_qlora
-import step_table
-import step_worker
-import step_workloads
 import torch
-from step_methods import METHODS, Job, Method
-from step_workloads import WORKLOADS, Work, make_rows
+from steps import methods as step_methods
+from steps import qlora as step_qlora
+from steps import tables as step_table
+from steps import worker as step_worker
+from steps import workloads as step_workloads
+from steps.methods import METHODS, Job, Method
+from steps.workloads import WORKLOADS, Work, make_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdpo.data.batches.packing import pack_pairs

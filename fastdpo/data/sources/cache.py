@@ -68,5 +68,5 @@ def _tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:
 def _code_hash() -> str:
     from datasets.fingerprint import Hasher
 
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     return Hasher.hash([file.read_text() for file in (package.parent / "types.py", *sorted(package.rglob("*.py")))])

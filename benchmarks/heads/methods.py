@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from problem import BETA, Problem, Shape, dpo_loss
 from torch import Tensor
+
+from heads.problem import BETA, Problem, Shape, dpo_loss
 
 TUNED = "FASTDPO_BENCH_TUNED"  # of the environment: tuned blocks for a row of their own; the row "fastdpo" is without
 PASSES = ("forward", "forward+backward", "frozen head", "dpo loss")

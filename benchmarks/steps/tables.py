@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-Record = dict[str, Any]
+from shared.records import Record
+
 BASELINES = ("TRL", "TRL, defaults")  # live reference
 CACHED_BASELINES = ("TRL, cached", "TRL, best")
 

@@ -1,6 +1,6 @@
 """Plots of the benchmarks' records: time (or speed) and memory per method, or time and error against skip_tolerance.
 
-In: records as `table.read` gives them. Out: one PNG per machine and shape.
+In: records as `records.read` gives them. Out: one PNG per machine and shape.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from step_table import training_figure
-from table import MACHINE, SHAPE, Record, groups, machine_of, shape_of
+from steps.tables import training_figure
+
+from shared.records import MACHINE, SHAPE, Record, groups, machine_of, shape_of
 
 OWN, OTHER, SPREAD = "#c44e52", "#8c9bb0", "#404040"
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from step_workloads import WORKLOADS, Work, Workload, make_rows, make_tokenizer
 from torch import Tensor, nn
+
+from steps.workloads import WORKLOADS, Work, Workload, make_rows, make_tokenizer
 
 BETA = 0.1
 NUM_CHECKED = 3  # first steps whose losses are compared

@@ -44,12 +44,12 @@ class Worker:
         if self.process is None:
             with self.log.open("w") as log:
                 self.process = subprocess.Popen(
-                    [sys.executable, str(Path(__file__))],
+                    [sys.executable, "-m", "steps.worker"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
                     text=True,
-                    env={**os.environ, **QUIET, "HF_DATASETS_CACHE": self.folder.name},
+                    env={**os.environ, **QUIET, "HF_DATASETS_CACHE": self.folder.name, "PYTHONPATH": _search_path()},
                 )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -76,10 +76,16 @@ class Worker:
             self.process = None
 
 
+def _search_path() -> str:
+    """PYTHONPATH of the process: the benchmarks' folder first, as it is for the driver."""
+    return os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def answer(line: str) -> dict[str, Any]:
     import torch
-    from step_methods import Job, _release, run
-    from step_workloads import WORKLOADS, num_linear_weights
+
+    from steps.methods import Job, _release, run
+    from steps.workloads import WORKLOADS, num_linear_weights
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _forget_the_last_job(device)
@@ -102,7 +108,8 @@ def answer(line: str) -> dict[str, Any]:
 
 def _forget_the_last_job(device: Any) -> None:
     from accelerate.state import AcceleratorState, GradientState
-    from step_methods import _release
+
+    from steps.methods import _release
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

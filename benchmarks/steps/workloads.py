@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 DATA_VARIABLE = "FASTDPO_BENCH_DATA"  # which the processes that measure inherit
-BESIDE_THE_CLONE = Path(__file__).resolve().parents[2] / "shared" / "data" / "llms-from-scratch-preference.json"
+BESIDE_THE_CLONE = Path(__file__).resolve().parents[3] / "shared" / "data" / "llms-from-scratch-preference.json"
 SEPARATOR = "\n"  # after an instruction and between texts; one character, which merges with nothing
 
 Row = dict[str, str]

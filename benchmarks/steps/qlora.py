@@ -46,10 +46,10 @@ def measure(shape: dict[str, int] | None = None, segment: int = SEGMENT, device:
 def _measure(shape: dict[str, int], segment: int, device: str) -> dict[str, Any]:
     from datasets import Dataset
     from peft import LoraConfig
-    from step_workloads import WORKLOADS, make_tokenizer
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from fastdpo import DPOConfig, DPOTrainer
+    from steps.workloads import WORKLOADS, make_tokenizer
 
     torch.manual_seed(0)
     config = LlamaConfig(**shape, max_position_embeddings=4 * segment)

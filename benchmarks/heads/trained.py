@@ -17,8 +17,9 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from problem import Shape
 from torch import Tensor
+
+from heads.problem import Shape
 
 TOP = 1000
 TAIL_SHARE = 0.1

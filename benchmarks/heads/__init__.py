@@ -1,0 +1,1 @@
+"""The head op's benchmark: its problems, and who solves them."""
