@@ -142,6 +142,8 @@ class PackedBatch:
     example_ids: Tensor | None = None  # (S,) int64, which of the collated examples brought the sequence
     varlen: VarlenLayout | None = None  # packed only
     uses: Tensor | None = None  # like input_ids: sides of pairs that the position is part of; 0 is padding
+    shared_parts: Tensor | None = None  # (B, 2) int64, with ld_alpha: the sequences of a pair up to their shared length
+    mean_chosen_length: Tensor | None = None  # (), over the optimizer step or evaluation; None: over this batch
 
     def __post_init__(self) -> None:
         if isinstance(self.varlen, dict):  # as `asdict` has it

@@ -22,6 +22,32 @@ LAYERS = [
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# inside two subpackages, in the same way: their folders and their own modules
+INSIDE = {
+    "data": [
+        ["values"],
+        ["sources"],
+        ["forms"],
+        ["tokens"],
+        ["batches"],
+        ["rows"],
+        ["streaming", "synthetic"],
+        ["prepare"],
+        ["mixture"],
+    ],
+    "training": [
+        ["settings"],
+        ["setup"],
+        ["inputs"],
+        ["run"],
+        ["memory"],
+        ["saving"],
+        ["callbacks"],
+        ["evaluation", "token_means", "trl_attributes"],
+        ["base"],
+        ["dpo", "sft", "precompute"],
+    ],
+}
 SOURCES = [*sorted((ROOT / "fastdpo").rglob("*.py")), *sorted((ROOT / "kernels").rglob("*.py"))]
 
 
@@ -54,6 +80,70 @@ def test_a_module_imports_only_from_layers_to_its_left(path):
     assert layer in RANK, f"{layer} has no place in the order of layers"
     for imported in imported_layers(path):
         assert imported == layer or RANK[imported] < RANK[layer], f"{layer} imports {imported}"
+
+
+@pytest.mark.parametrize("package", INSIDE)
+def test_the_parts_of_a_subpackage_import_only_from_parts_to_their_left(package):
+    rank = {name: number for number, names in enumerate(INSIDE[package]) for name in names}
+    root, prefix = ROOT / "fastdpo" / package, f"fastdpo.{package}."
+    for path in sorted(root.rglob("*.py")):
+        part = path.relative_to(root).parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        assert part in rank, f"{part} has no place in the order of {package}"
+        for name in sorted(MODULES[module_name(path)]):
+            if name.startswith(prefix):
+                imported = name.removeprefix(prefix).split(".")[0]
+                assert imported == part or rank[imported] < rank[part], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def module_name(path):
+    """The name that a module is imported by; of the benchmarks, whose folder is on the path, without it."""
+    for root, package in {ROOT / "fastdpo": "fastdpo", ROOT / "kernels" / "fused": "fastdpo.kernels"}.items():
+        if root in path.parents:
+            parts = (package, *path.relative_to(root).with_suffix("").parts)
+            break
+    else:
+        parts = path.relative_to(ROOT / "benchmarks").with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imports_by_module(sources):
+    """For each module the modules that it imports, wherever in it that stands."""
+    names = {module_name(path): path for path in sources}
+    found = {}
+    for name, path in names.items():
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    imported.add(inner if inner in names else node.module)
+            elif isinstance(node, ast.Import):
+                imported.update(alias.name for alias in node.names)
+        found[name] = (imported & names.keys()) - {name}
+    return found
+
+
+MODULES = imports_by_module([*SOURCES, *sorted((ROOT / "benchmarks").rglob("*.py"))])
+
+
+def circle(modules):
+    """Modules that import each other in a circle, with those that lead to it; or none."""
+    left = dict(modules)
+    while done := [name for name, imported in left.items() if not imported & left.keys()]:
+        for name in done:
+            del left[name]
+    return sorted(left)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Also not inside a function or under TYPE_CHECKING."""
+    assert circle(MODULES) == []
+
+
+def test_the_check_for_circles_sees_one():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]  # a leads to one
 
 
 def test_the_layer_check_sees_an_import_that_points_right(tmp_path):

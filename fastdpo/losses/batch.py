@@ -55,13 +55,3 @@ def plackett_luce(scores: PairScores, config: LossConfig) -> Tensor:
     is_left = (rankings[:, None] == rankings) & (place >= place[:, None])  # (B, B): j is below stage i in its ranking
     left = rejected.expand(num_pairs, num_pairs).masked_fill(~is_left, -torch.inf).logsumexp(1)
     return torch.logaddexp(chosen, left) - chosen
-
-
-def rankings_of(pairs: Tensor) -> Tensor:
-    """(B,) int64: the ranking that each of (B, 2) pairs of sequences is a stage of, counted from 0.
-
-    A pair goes on where the one before it ended: (0, 1) (1, 2) is a ranking of three, (3, 4) the next one.
-    """
-    starts = torch.ones(len(pairs), dtype=torch.int64, device=pairs.device)
-    starts[1:] = pairs[1:, 0] != pairs[:-1, 1]
-    return starts.cumsum(0) - 1

@@ -9,15 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdpo.losses.batch import rankings_of
 from fastdpo.losses.divergence import under_divergence
 from fastdpo.losses.registry import LOSSES
 from fastdpo.losses.settings import LossConfig
 from fastdpo.types import PairScores
-
-# With ld_alpha, sequence i of a pair is followed by i + 2: the same tokens, of which only those count that both
-# responses have the length for. `fastdpo.data.rows.loss_rows` makes such rows.
-SHARED_PARTS_AFTER = 2
 
 
 def pair_scores(
@@ -27,6 +22,8 @@ def pair_scores(
     ref_sums: Tensor,
     config: LossConfig,
     *,
+    shared_parts: Tensor | None = None,
+    rankings: Tensor | None = None,
     mean_chosen_length: Tensor | None = None,
     log_sum_sq_probs: Tensor | None = None,
 ) -> PairScores:
@@ -35,37 +32,38 @@ def pair_scores(
     Args:
         pairs: (B, 2) int64, the sequences of chosen and rejected.
         sums, lengths, ref_sums: (S,) summed log-probs of the policy and of the reference, nats, and counted tokens.
+        shared_parts: (B, 2) int64, the sequences of each pair up to their shared length; needed with `ld_alpha`.
+        rankings: (B,) int64, the ranking that each pair is a stage of; read by listwise losses.
         mean_chosen_length: (), tokens per chosen response over the optimizer step, where a loss is a mean over tokens.
         log_sum_sq_probs: (S,) sums over the tokens of each sequence, needed with `use_weighting`.
     """
     chosen, rejected = pairs.unbind(1)
-    policy, reference = _weighed(sums, config.ld_alpha), _weighed(ref_sums, config.ld_alpha)
+    policy_sums, reference_sums = sums[pairs], ref_sums[pairs]
+    if config.ld_alpha is not None:
+        assert shared_parts is not None
+        policy_sums = _weighed(policy_sums, sums[shared_parts], config.ld_alpha)
+        reference_sums = _weighed(reference_sums, ref_sums[shared_parts], config.ld_alpha)
     weights = None
     if config.use_weighting and log_sum_sq_probs is not None:
         likelihoods = relative_likelihoods(sums, log_sum_sq_probs, lengths)
         weights = likelihoods[chosen] * likelihoods[rejected]
     return PairScores(
-        policy_chosen_logps=policy[chosen],
-        policy_rejected_logps=policy[rejected],
-        ref_chosen_logps=reference[chosen],
-        ref_rejected_logps=reference[rejected],
+        policy_chosen_logps=policy_sums[:, 0],
+        policy_rejected_logps=policy_sums[:, 1],
+        ref_chosen_logps=reference_sums[:, 0],
+        ref_rejected_logps=reference_sums[:, 1],
         chosen_lengths=lengths[chosen],
         rejected_lengths=lengths[rejected],
         chosen_sums=None if config.ld_alpha is None else sums[chosen],
         mean_chosen_length=mean_chosen_length,
         pair_weights=weights,
-        rankings=rankings_of(pairs) if is_listwise(config) else None,
+        rankings=rankings,
     )
 
 
-def _weighed(sums: Tensor, ld_alpha: float | None) -> Tensor:
-    """(S,) sums in which tokens beyond the shared length weigh `ld_alpha`; LD-DPO, arXiv 2409.06411.
-
-    Only sequences that are followed by their shared part have a meaning in the result.
-    """
-    if ld_alpha is None:
-        return sums
-    return ld_alpha * sums + (1 - ld_alpha) * sums.roll(-SHARED_PARTS_AFTER)
+def _weighed(whole: Tensor, shared: Tensor, ld_alpha: float) -> Tensor:
+    """(B, 2) sums in which tokens beyond the shared length weigh `ld_alpha`; LD-DPO, arXiv 2409.06411."""
+    return ld_alpha * whole + (1 - ld_alpha) * shared
 
 
 def relative_likelihoods(sums: Tensor, log_sum_sq_probs: Tensor, lengths: Tensor) -> Tensor:

@@ -99,6 +99,6 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         if torch.version.hip is not None or capability < (8, 0):
             return f"needs an NVIDIA GPU of compute capability 8.0 or more, got {torch.cuda.get_device_name(device)}"
         return None
-    from fastdpo.kernels.launch import is_interpreted
+    from fastdpo.kernels.logits import is_interpreted
 
     return None if is_interpreted() else "needs a CUDA device (or TRITON_INTERPRET=1 set before the first use), got cpu"

@@ -17,33 +17,39 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from fastdpo.data.batches.lengths import prompt_numbers, row_lengths
-from fastdpo.data.batches.samplers import LengthSampler, PromptSampler
 from fastdpo.data.prepare import Report
-from fastdpo.data.tokens.tokenization import padding_id
-from fastdpo.metrics import MetricMeans, SumAndWeight
+from fastdpo.metrics import MetricMeans
 from fastdpo.modeling import PackingCheck, check_packing, prepare_model
-from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
-from fastdpo.references.adapters import is_peft_model
+from fastdpo.references import Reference
+from fastdpo.references.adapters import (
+    REFERENCE_ADAPTER,
+    is_peft_model,
+    without_reference_adapter,
+    without_reference_weights,
+)
 from fastdpo.training.callbacks.finite import FiniteLosses
-from fastdpo.training.inputs.collator import PackingCollator, microbatches_of
-from fastdpo.training.inputs.lost_rows import lost_rows_text
+from fastdpo.training.callbacks.model_card import ModelCard, tag_model
+from fastdpo.training.callbacks.summary import print_summary, summary_text
+from fastdpo.training.callbacks.sync_reference import SyncReference
+from fastdpo.training.evaluation import Evaluation, StepResult
+from fastdpo.training.inputs.collator import collator_for, microbatches_of
+from fastdpo.training.inputs.order import sampler_for
+from fastdpo.training.inputs.prepared_rows import check_rows, warn_of_lost_rows
 from fastdpo.training.inputs.streams import check_stream_settings, guarded, is_stream, read_whole
 from fastdpo.training.memory.estimate import check_memory_settings
 from fastdpo.training.memory.token_budget import BudgetAtStart, check_can_split, check_row_sizes, steps_in_backward
 from fastdpo.training.saving.checkpoints import checkpoint_folder
 from fastdpo.training.saving.dry_save import check_can_save
-from fastdpo.training.saving.saved import SavingTrainer
+from fastdpo.training.saving.saved import SavedModel
 from fastdpo.training.settings.config import EngineConfig
 from fastdpo.training.setup.experts import router_coefficient
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
-from fastdpo.training.setup.models import check_lengths, check_token_ids, disable_dropout, forget_accelerate, head_dtype
-from fastdpo.training.setup.rotary import warn_of_mixed_lengths
+from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -51,13 +57,18 @@ logger = logging.get_logger(__name__)
 FOR_NOTHING = "for_nothing"  # key of a micro-batch that only takes part in what all processes do together
 
 
-class PackedTrainer(SavingTrainer):
+class PackedTrainer(Trainer):
     """Base of DPOTrainer and SFTTrainer; see there."""
 
+    method = ""  # "dpo", "sft": a tag of the model and of its card
     args: EngineConfig
     # every subclass's loss is already a mean over the step's items, so Trainer must not divide it again
     loss_is_scaled_for_ga = True
-    _has_said_summary = False
+    reference: Reference | None = None
+    reference_reason = ""
+    dataset_name: str | None = None  # for the model card, where the dataset has a name
+    _summary_is_due = True
+    _evaluation: Evaluation | None = None  # under way
 
     def __init__(
         self,
@@ -67,11 +78,13 @@ class PackedTrainer(SavingTrainer):
         train_dataset: Any,
         eval_dataset: Any,
         processing_class: PreTrainedTokenizerBase,
+        processor: ProcessorMixin | None,
         callbacks: list[TrainerCallback] | None,
         **trainer_arguments: Any,
     ) -> None:
         self.data_reports: dict[str, Report] = {}  # by "train", "eval" or "eval_<name>"
-        self._metrics = {"train": MetricMeans(), "eval": MetricMeans()}
+        self.warnings_given: dict[str, str] = {}  # of training, by name
+        self.train_means = MetricMeans()  # since the last log
         self._num_train_tokens = 0  # since the last log
         self._losses = FiniteLosses()
         tokenizer = self.processing_class = processing_class
@@ -107,13 +120,7 @@ class PackedTrainer(SavingTrainer):
             raise ValueError(
                 f"data_collator must be None where max_tokens_per_microbatch is set, which splits batches, got {budget}"
             )
-        multiple = args.pad_to_multiple_of
-        self.collator = PackingCollator(
-            prefix_sharing=args.prefix_sharing,
-            pad_token_id=padding_id(tokenizer),
-            pad_to_multiple_of=multiple if isinstance(multiple, int) else None,
-            max_tokens=budget if isinstance(budget, int) else None,
-        )
+        self.collator = collator_for(args, tokenizer)
         super().__init__(
             model=model,
             args=args,
@@ -124,7 +131,11 @@ class PackedTrainer(SavingTrainer):
             callbacks=callbacks,
             **trainer_arguments,
         )
-        self.tag_model()
+        tag_model(self.model, self.method)
+        self.saved = SavedModel(self.model, args, processor)
+        self.restored: list[SyncReference] = []  # what a checkpoint holds beside model and optimizer
+        self.card = ModelCard(self)
+        self.add_callback(self.card)
         self.model_accepts_loss_kwargs = True  # Trainer then counts items through _get_num_items_in_batch
         resolve_impl(args.impl, args.device, head_dtype(self.model, args))  # a named impl that cannot run raises here
         self.router_aux_loss_coef = router_coefficient(args, self.model)
@@ -132,7 +143,7 @@ class PackedTrainer(SavingTrainer):
         self.packing_check = self._check_packing(self.model)
         if budget is not None:
             check_can_split(self)
-            self.add_callback(BudgetAtStart(self))
+            self.add_callback(BudgetAtStart(self.train_dataset, self.collator, self._loss_of))
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **evaluated}.items():
             if dataset is not None:
@@ -148,13 +159,23 @@ class PackedTrainer(SavingTrainer):
         """How many items (pairs or tokens) of a collated batch the loss is a mean over."""
         raise TypeError(f"{type(self).__name__} must say what its loss is a mean over")
 
-    def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, SumAndWeight]]:
-        """The loss summed over the batch's items, with a graph, and the batch's metrics."""
+    def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> StepResult:
+        """The loss of a micro-batch, and its metrics."""
         raise TypeError(f"{type(self).__name__} must say what its loss is")
 
     def _first_rows(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
         """The batch with the items of its first rows; what was computed for the others is not counted."""
         raise TypeError(f"{type(self).__name__} must say what the items of a row are")
+
+    def _tell_step(self, parts: list[dict[str, Any]], reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Writes into all micro-batches of an optimizer step what their losses must know of the whole step.
+
+        `reduce` sums over processes. Nothing has to be known of a loss that is a sum over items.
+        """
+
+    def _start_evaluation(self, dataset: Any, *, loss_only: bool) -> Evaluation:
+        """What an evaluation of `dataset` collects, and what its losses must know of all of it."""
+        return Evaluation()
 
     # Before training
 
@@ -168,12 +189,8 @@ class PackedTrainer(SavingTrainer):
             prepared, self.data_reports[name] = self._prepare_dataset(dataset)
         if is_stream(prepared):
             return guarded(prepared, model, name)
-        check_lengths(model, prepared, name)
-        warn_of_mixed_lengths(model, prepared, name)
-        check_token_ids(prepared, bare_model(model).get_input_embeddings().weight.shape[0], name)
-        report = self.data_reports[name]
-        if report.num_kept < report.num_rows:
-            logger.warning(lost_rows_text(report, name, self.args))
+        check_rows(model, prepared, name)
+        warn_of_lost_rows(self.data_reports[name], name, self.args)
         return prepared
 
     def _check_packing(self, model: nn.Module) -> PackingCheck:
@@ -199,15 +216,11 @@ class PackedTrainer(SavingTrainer):
 
     def summary(self) -> str:
         """What the run will do, as text: model, data, reference, batches, attention, head op, steps and peak memory."""
-        from fastdpo.training.callbacks.summary import summary_text  # reads this class
-
         return summary_text(self)
 
     def print_summary(self, *more: tuple[str, str]) -> None:
         """Prints the summary and further (what, fact) lines, on the main process; `train` then does not."""
-        from fastdpo.training.callbacks.summary import print_summary
-
-        self._has_said_summary = True
+        self._summary_is_due = False
         if self.is_world_process_zero():
             print_summary(self, more)
 
@@ -220,8 +233,8 @@ class PackedTrainer(SavingTrainer):
         """
         has_adapter = is_peft_model(self.model)
         resume = checkpoint_folder(resume_from_checkpoint, self.args.output_dir, has_adapter=has_adapter)
-        check_can_save(self)
-        if self.train_dataset is not None and not (self._has_said_summary or self.args.disable_tqdm):
+        check_can_save(self, self.saved, self.card.write, is_sharded=self._shards_weights())
+        if self.train_dataset is not None and self._summary_is_due and not self.args.disable_tqdm:
             self.print_summary()
         if self.model_wrapped is self.model:
             self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
@@ -230,30 +243,17 @@ class PackedTrainer(SavingTrainer):
         self._losses.settle(self)
         return output
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._losses.settle(self)  # nothing is saved, logged or evaluated after a step that should not have been
-        super()._save_checkpoint(*args, **kwargs)
-
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        args, seed = self.args, self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-        def epoch_of() -> int:
-            return int(self.state.epoch or 0)
-
-        if args.regroup_dataset:
-            return PromptSampler(prompt_numbers(dataset), seed, epoch_of)
-        if args.length_bucketing:
-            lengths = row_lengths(dataset)
-            step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            return LengthSampler(lengths.per_row(lengths.sequences), step_size, seed, epoch_of)
-        return super()._get_train_sampler(train_dataset)
+        own = sampler_for(self.args, dataset, lambda: int(self.state.epoch or 0))
+        return super()._get_train_sampler(train_dataset) if own is None else own
 
     # The loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Items of all micro-batches of one optimizer step, on all processes."""
         parts = [part for inputs in batch_samples for part in microbatches_of(inputs)]
+        self._tell_step(parts, self._reduce)
         num_items = sum(self._num_items(part) for part in parts)
         count = torch.full((), num_items, device=device)  # a fill: a copy from the host would wait for the device
         if self.args.world_size > 1:
@@ -266,6 +266,7 @@ class PackedTrainer(SavingTrainer):
         """Trainer's, once for each micro-batch of the batch; gradients are reduced after the last one."""
         parts = microbatches_of(inputs)
         if num_items_in_batch is None:  # called from outside the loop: the mean over this batch
+            self._tell_step(parts)
             num_items_in_batch = sum(self._num_items(part) for part in parts) * self.accelerator.num_processes
         parts, losses = self._in_step(parts), []
         for part in parts[:-1]:
@@ -299,6 +300,8 @@ class PackedTrainer(SavingTrainer):
         """Sum over the batch's items, divided by the items of the whole optimizer step (of the batch in evaluation)."""
         is_training = model.training
         parts = microbatches_of(inputs)
+        if not is_training or num_items_in_batch is None:
+            self._tell_step(parts)
         if not is_training:
             parts = [self._without_repeated_rows(part) for part in self._in_step(parts)]
         loss_sum = torch.stack([self._part_loss_sum(model, part) for part in parts]).sum()
@@ -312,19 +315,23 @@ class PackedTrainer(SavingTrainer):
         """The summed loss of one micro-batch, whose metrics are taken down."""
         batch = PackedBatch(**{key: value for key, value in part.items() if key != FOR_NOTHING})
         with self.accelerator.autocast():  # policy and reference alike, wrapped by accelerate or not
-            loss_sum, metrics = self._loss_sum(model, batch)
+            result = self._loss_sum(model, batch)
         if FOR_NOTHING in part:
-            return loss_sum * 0.0
-        means = self._metrics["train" if model.training else "eval"]
-        means.add(metrics)
+            return result.loss * 0.0
         if model.training:
+            self.train_means.add(result.metrics)
             self._num_train_tokens += batch.num_tokens
-            self._losses.add(loss_sum, part)
+            self._losses.add(result.loss, part)
             if steps_in_backward(self):
                 self._losses.check(self)
-        else:
-            means.add({"loss": (loss_sum.detach(), self._num_items(part))})
-        return loss_sum
+        elif self._evaluation is not None:
+            self._evaluation.add(result, self._num_items(part))
+        return result.loss
+
+    def _loss_of(self, batch: PackedBatch) -> Tensor:
+        """The loss of a batch by itself, in the precision of the run."""
+        with self.accelerator.autocast():
+            return self._loss_sum(self.model, batch).loss
 
     def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch without the rows that accelerate repeats to give every process as many in the last step."""
@@ -349,9 +356,8 @@ class PackedTrainer(SavingTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._losses.settle(self)
-        _drop_preparation_time(logs)
         if "loss" in logs:
-            logs.update(self._metrics["train"].pop(self._reduce))
+            logs.update(self.train_means.pop(self._reduce))
             logs["num_tokens"] = self._num_tokens_so_far()
             self._num_train_tokens = 0
         super().log(logs, start_time)
@@ -369,17 +375,36 @@ class PackedTrainer(SavingTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
+        if self._evaluation is not None:
+            self._evaluation.end_batch()
         return loss.detach(), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Trainer's loop, with means over items in place of its means over batches."""
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's loop, with means over items in place of its means over batches.
+
+        `predictions` and `label_ids` are those of `callbacks/predictions.py`, unless the loss is all that is asked for.
+        """
         self._losses.settle(self)
-        self._metrics["eval"].pop()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self._metrics["eval"].pop(self._reduce)
+        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        dataset = getattr(dataloader, "dataset", None)
+        evaluation = self._evaluation = self._start_evaluation(dataset, loss_only=loss_only)
+        arguments = dataloader, description, prediction_loss_only, ignore_keys
+        try:
+            output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix)
+        finally:
+            self._evaluation = None
+        output.metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)  # how long moving the model took
+        means = evaluation.means.pop(self._reduce)
         means["num_tokens"] = self._num_tokens_so_far()  # as TRL: how far training has come
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in means.items()})
-        return output
+        return evaluation.with_predictions(output, self.compute_metrics, metric_key_prefix, self.args)
 
     def evaluate(
         self,
@@ -396,17 +421,48 @@ class PackedTrainer(SavingTrainer):
         """Trainer's; raw rows are tokenized first. Metrics as in `evaluate`; there are no predictions."""
         if not self._is_prepared(test_dataset):
             test_dataset = self._prepared(test_dataset, metric_key_prefix, self.model)
-        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
-        _drop_preparation_time(output.metrics)
-        return output
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     @staticmethod
     def _is_prepared(dataset: Any) -> bool:
         is_ours = isinstance(dataset, Dataset | IterableDataset)
         return is_ours and {"prompt_ids", "responses"} <= set(dataset.column_names or ())
 
+    # Checkpoints
 
-def _drop_preparation_time(metrics: dict[str, float]) -> None:
-    """Takes out what Trainer adds where nothing has been trained yet: how long it took to move the model."""
-    for key in [key for key in metrics if key.endswith("_model_preparation_time")]:
-        del metrics[key]
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, with the model card beside the model."""
+        self._losses.settle(self)  # nothing is saved, logged or evaluated after a step that should not have been
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self.card.write(output_dir or self.args.output_dir)
+
+    def create_model_card(self, *args: Any, **metadata: Any) -> None:
+        """Writes README.md into the output directory; arguments as in `ModelCard.write`."""
+        self.card.write(self.args.output_dir, *args, **metadata)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Trainer's, without the reference's adapter: it is where training started, and no part of what came out."""
+        if is_peft_model(self.model) and REFERENCE_ADAPTER in self.model.peft_config:
+            state_dict = without_reference_weights(self.model.state_dict() if state_dict is None else state_dict)
+        with without_reference_adapter(self.model):
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.saved.add_to(self.args.output_dir if output_dir is None else output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._holds_parts() or not self.saved.load(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for part in self.restored:
+            part.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self._holds_parts() or not self.saved.load(best):
+            super()._load_best_model()
+        for part in self.restored:  # what makes it the best was measured against the reference of that step
+            part.load(best)
+
+    def _holds_parts(self) -> bool:
+        """Whether processes hold parts of the weights."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled

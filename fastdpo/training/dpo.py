@@ -7,10 +7,10 @@ rows -> token columns (data) -> PackedBatch (collator) -> log-probs of policy (m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
@@ -18,41 +18,31 @@ from transformers.utils import logging
 
 from fastdpo.data.prepare import Report, prepare_preference_dataset
 from fastdpo.losses import LOSSES, is_listwise, looks_at_whole_batch, pair_scores, preference_losses
-from fastdpo.losses.batch import rankings_of
-from fastdpo.losses.scores import SHARED_PARTS_AFTER
-from fastdpo.metrics import SumAndWeight, pair_metrics, token_metrics
+from fastdpo.metrics import pair_metrics, token_metrics
 from fastdpo.modeling import packed_loss
 from fastdpo.references import AdapterReference, DatasetReference, NoReference, Reference
 from fastdpo.references.adapters import (
-    REFERENCE_ADAPTER,
     brings_reference,
     copy_adapter_as_reference,
-    is_peft_model,
     starts_from_adapter,
-    without_reference_adapter,
-    without_reference_weights,
 )
-from fastdpo.references.cache import LogpsCache
-from fastdpo.references.precompute import Scorer, fill_ref_logps, lacks_ref_logps
-from fastdpo.training.callbacks.predictions import pair_values
-from fastdpo.training.features import FeaturedTrainer
+from fastdpo.training.base import PackedTrainer
+from fastdpo.training.callbacks.predictions import Predictions, pair_values
+from fastdpo.training.callbacks.samples import EvalSamples
+from fastdpo.training.callbacks.sync_reference import SyncReference
+from fastdpo.training.callbacks.watch import TrainingWatch
+from fastdpo.training.evaluation import Evaluation, StepResult
 from fastdpo.training.inputs.before_weights import check_before_weights
-from fastdpo.training.inputs.streams import brings_ref_logps, check_not_streamed
+from fastdpo.training.inputs.cached_reference import CachedReference
+from fastdpo.training.inputs.streams import brings_ref_logps
 from fastdpo.training.settings.config import DPOConfig
 from fastdpo.training.settings.trl_names import check_methods, is_trls_config, settings_of, tokenizer_given_as
 from fastdpo.training.setup.adapters import with_adapter
 from fastdpo.training.setup.experts import with_load_balancing
 from fastdpo.training.setup.models import model_name, resolve_model
-from fastdpo.training.setup.reference import (
-    AskedOnce,
-    asked_once,
-    choose_reference,
-    give_memory_back,
-    live_reference,
-    too_large_to_hold,
-)
-from fastdpo.training.token_means import TokenMeans
-from fastdpo.training.trl_attributes import TRLAttributes
+from fastdpo.training.setup.reference import choose_reference, live_reference, too_large_to_hold
+from fastdpo.training.token_means import mean_length_of_batches, mean_length_of_dataset, reads_mean_length
+from fastdpo.training.trl_attributes import with_trl_attributes
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -60,7 +50,8 @@ logger = logging.get_logger(__name__)
 TOKEN_METRICS = ("entropy", "mean_logits", "is_top1")
 
 
-class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
+@with_trl_attributes
+class DPOTrainer(PackedTrainer):
     """Direct Preference Optimization of a causal LM.
 
     Args:
@@ -80,10 +71,12 @@ class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
         ValueError: arguments that cannot work together, before any weight is changed.
     """
 
+    method = "dpo"
     args: DPOConfig
-    _cache: LogpsCache | None = None  # of a reference that has been asked once, for datasets that come later
-    _asked: AskedOnce | None = None  # that reference, where it is the policy itself
-    _ref_model: str | nn.Module | None = None  # that reference, where it was given; a model is held until training
+    reference: Reference
+    eval_samples: EvalSamples | None = None  # what policy and reference answered at each evaluation
+    watch: TrainingWatch | None = None  # the warnings of this run
+    _cached: CachedReference | None = None  # for datasets that come later
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -114,7 +107,6 @@ class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
             )
         check_before_weights(args, train_dataset, eval_dataset, is_sft=False)
         policy, tokenizer = resolve_model(model, processing_class, args, quantization_config)
-        self.processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
         policy = with_adapter(policy, peft_config, args, trains=train_dataset is not None)
         super().__init__(
             policy,
@@ -123,6 +115,7 @@ class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
             train_dataset,
             eval_dataset,
             tokenizer,
+            processing_class if isinstance(processing_class, ProcessorMixin) else None,
             callbacks,
             compute_metrics=compute_metrics,
             optimizers=optimizers,
@@ -135,7 +128,45 @@ class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
             too_large=too_large_to_hold(args, policy, ref_model),
         )
         self.reference = self._make_reference(mode, ref_model)
-        self.add_features()
+        self._add_callbacks()
+
+    def _add_callbacks(self) -> None:
+        """What the settings ask for around the steps.
+
+        Raises:
+            ValueError: a setting that cannot work with model, data or reference.
+        """
+        args, is_sharded = self.args, self._holds_parts()
+        if self.compute_metrics is not None and args.include_for_metrics:
+            raise ValueError(
+                "include_for_metrics must be empty: compute_metrics gets the numbers of every pair and no inputs, got"
+                f" {args.include_for_metrics}"
+            )
+        if args.sync_ref_model:
+            synced = SyncReference(self.reference, self.model, is_sharded=is_sharded)
+            self.add_callback(synced)
+            self.restored.append(synced)
+            self.reference_reason += f"; it moves towards the policy every {args.ref_model_sync_steps} steps"
+        if args.training_warnings:
+            has_reference = self.reference.mode != "none"
+            means, given = self.train_means.peek, self.warnings_given
+            self.watch = TrainingWatch(has_reference=has_reference, first_means=means, given=given)
+            self.add_callback(self.watch)
+        if args.num_eval_samples:
+            self.eval_samples = EvalSamples(
+                args,
+                self.model,
+                self.reference,
+                self.processing_class,
+                self.eval_dataset,
+                autocast=self.accelerator.autocast,
+                callbacks=self.callback_handler.callbacks,
+                watch=self.watch,
+                is_sharded=is_sharded,
+            )
+            self.add_callback(self.eval_samples)
+
+    # The reference
 
     def _datasets(self) -> dict[str, Dataset]:
         """What the run will see, by "train", "eval" or "eval_<name>"."""
@@ -154,9 +185,7 @@ class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
             return NoReference()
         if mode == "cached":
             if not self._has_ref_logps():
-                check_not_streamed(self._datasets(), self.args)
                 self._cache_reference(ref_model)
-                give_memory_back()
             return DatasetReference()
         if mode == "adapter":
             moves = starts_from_adapter(self.model) or self.args.sync_ref_model
@@ -170,61 +199,29 @@ class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
 
     def _cache_reference(self, ref_model: str | nn.Module | None) -> None:
         """Fills the rows of all datasets, and frees the reference."""
-        with asked_once(self.args, self.model, ref_model, self.processing_class) as asked:
-            if ref_model is not None:
-                self._check_packing(asked.model)
-            cache = asked.cache(self.args)
-            scorer = asked.scorer(self.args, is_packed=self.is_packed, tokenizer=self.processing_class)
-            filled, counts = {}, []
-            for name, dataset in self._datasets().items():
-                filled[name], count = fill_ref_logps(dataset, cache, scorer, name=name)
-                counts.append(f"{name} {count}")
+        cached = CachedReference(self.args, self.model, ref_model, self.processing_class)
+        filled, done = cached.fill(self._datasets(), self._runs_packed)
         self.train_dataset: Any = filled.get("train")
         eval_dataset: Any = self.eval_dataset
         if isinstance(eval_dataset, dict):
             self.eval_dataset: Any = {name: filled[f"eval_{name}"] for name in eval_dataset}
         else:
             self.eval_dataset = filled.get("eval")
-        self.reference_reason += f"; {'; '.join(counts)}; in {cache.folder}"
-        self._cache, self._ref_model = cache, ref_model
-        self._asked = asked if ref_model is None else None
+        self.reference_reason += f"; {done}"
+        self._cached = cached
+        self.add_callback(cached)
+
+    def _runs_packed(self, model: nn.Module) -> bool:
+        if model is not self.model:
+            self._check_packing(model)
+        return self.is_packed
 
     def _prepared(self, dataset: Any, name: str, model: nn.Module) -> Any:
         """As in PackedTrainer; a dataset that comes after the reference was cached gets its log-probs too."""
         prepared = super()._prepared(dataset, name, model)
-        if prepared is None or self._cache is None:
-            return prepared
-        check_not_streamed({name: prepared}, self.args)
-        with self._asked_again(prepared, self._cache) as scorer:
-            return fill_ref_logps(prepared, self._cache, scorer, name=name)[0]
+        return prepared if prepared is None or self._cached is None else self._cached.fill_late(prepared, name)
 
-    @contextmanager
-    def _asked_again(self, dataset: Dataset, cache: LogpsCache) -> Iterator[Scorer | None]:
-        """How rows that came after the reference was cached are scored; None where nothing is missing, or where it is
-        gone: a policy of which all weights are trained is its own reference until the first step."""
-        own = self._asked
-        if own is not None and not isinstance(own.reference, AdapterReference) and self.state.global_step > 0:
-            own = None
-        if (own is None and self._ref_model is None) or not lacks_ref_logps(dataset, cache):
-            yield None
-            return
-        asked_again = asked_once(self.args, self.model, self._ref_model, self.processing_class)
-        with asked_again if own is None else nullcontext(own) as asked:
-            scorer = asked.scorer(self.args, is_packed=self.is_packed, tokenizer=self.processing_class)
-            yield scorer if asked.cache(self.args).key == cache.key else None
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in PackedTrainer; a reference that was cached is not held beside the policy."""
-        if isinstance(self._ref_model, nn.Module):
-            self._ref_model = None
-        return super().train(*args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Trainer's, without the reference's adapter: it is where training started, and no part of what came out."""
-        if is_peft_model(self.model) and REFERENCE_ADAPTER in self.model.peft_config:
-            state_dict = without_reference_weights(self.model.state_dict() if state_dict is None else state_dict)
-        with without_reference_adapter(self.model):
-            super()._save(output_dir, state_dict)
+    # The loss
 
     def _prepare_dataset(self, dataset: Any) -> tuple[Any, Report]:
         return prepare_preference_dataset(
@@ -234,20 +231,37 @@ class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
     def _num_items(self, inputs: dict[str, Any]) -> int:
         """Pairs, or rankings where the loss is one of rankings."""
         pairs = inputs["pairs"]
-        if is_listwise(self.args) and len(pairs):
-            return int(rankings_of(pairs)[-1]) + 1
+        if is_listwise(self.args):
+            return len(_rankings(inputs["example_ids"], pairs).unique_consecutive())
         return len(pairs)
 
     def _first_rows(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
-        pairs = inputs["pairs"]
-        return {**inputs, "pairs": pairs[inputs["example_ids"][pairs[:, 0]] < num_rows]}
+        is_kept = inputs["example_ids"][inputs["pairs"][:, 0]] < num_rows
+        of_pairs = [name for name in ("pairs", "shared_parts") if inputs[name] is not None]
+        return {**inputs, **{name: inputs[name][is_kept] for name in of_pairs}}
 
-    def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, SumAndWeight]]:
+    def _tell_step(self, parts: list[dict[str, Any]], reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        if not reads_mean_length(self.args):
+            return
+        mean = None if self._evaluation is None else self._evaluation.mean_chosen_length
+        if mean is None:
+            mean = mean_length_of_batches(parts, self.args.device, reduce)
+        for part in parts:
+            part["mean_chosen_length"] = mean
+
+    def _start_evaluation(self, dataset: Any, *, loss_only: bool) -> Evaluation:
+        """A stream is not read beforehand: there the mean length is that of each batch."""
+        mean = None
+        if reads_mean_length(self.args) and isinstance(dataset, Dataset):
+            mean = torch.tensor(mean_length_of_dataset(dataset), dtype=torch.float32, device=self.args.device)
+        return Evaluation(mean, None if loss_only else Predictions())
+
+    def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> StepResult:
         args = self.args
-        if args.ld_alpha is not None and batch.num_sequences < 2 * SHARED_PARTS_AFTER * batch.num_pairs:
-            raise ValueError(
-                "ld_alpha needs rows made for it: these lack the parts up to the length that a pair shares"
-            )
+        if args.ld_alpha is not None and batch.shared_parts is None:
+            raise ValueError("data_collator must give shared_parts where ld_alpha is set, as PackingCollator can")
+        assert batch.example_ids is not None
+        rankings = _rankings(batch.example_ids, batch.pairs) if is_listwise(args) else None
         ref_sums = self.reference.sums(model, batch)  # first: then the policy's head knows the weight of each pair
 
         def loss_of(sums: Tensor, lengths: Tensor, sequences: slice, pairs: slice, **statistics: Tensor) -> Tensor:
@@ -257,7 +271,9 @@ class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
                 lengths,
                 ref_sums[sequences],
                 args,
-                mean_chosen_length=self.mean_chosen_length,
+                shared_parts=None if batch.shared_parts is None else batch.shared_parts[pairs] - sequences.start,
+                rankings=None if rankings is None else rankings[pairs],
+                mean_chosen_length=batch.mean_chosen_length,
                 **statistics,
             )
             return preference_losses(scores, args).sum()
@@ -272,17 +288,23 @@ class DPOTrainer(TRLAttributes, TokenMeans, FeaturedTrainer):
         }
         loss, policy = packed_loss(model, batch, loss_of, **settings)
         found = policy.sequences
-        scores = pair_scores(batch.pairs, found.sums.detach(), found.lengths, ref_sums, args)
+        scores = pair_scores(
+            batch.pairs, found.sums.detach(), found.lengths, ref_sums, args, shared_parts=batch.shared_parts
+        )
         per_token = any(LOSSES[name].rewards_per_token for name in args.loss_type)
         metrics = pair_metrics(scores, args.beta, per_token=per_token)
         metrics.update(token_metrics(policy, batch.token_rows, batch.cu_seqlens, batch.pairs, impl=args.impl))
         if policy.aux_loss is not None:
-            num_items = self._num_items({"pairs": batch.pairs})
+            num_items = self._num_items({"pairs": batch.pairs, "example_ids": batch.example_ids})
             loss, balance = with_load_balancing(loss, policy.aux_loss, self.router_aux_loss_coef, num_items)
             metrics.update(balance)
-        if self._predictions is not None:
-            self._pair_values = pair_values(scores, batch, args.beta, per_token=per_token)
-        return loss, metrics
+        values = None if model.training else pair_values(scores, batch, args.beta, per_token=per_token)
+        return StepResult(loss, metrics, values)
+
+
+def _rankings(example_ids: Tensor, pairs: Tensor) -> Tensor:
+    """(B,) the ranking that each of (B, 2) pairs of sequences is a stage of: every example of the batch brings one."""
+    return example_ids[pairs[:, 0]]
 
 
 def _as_config(args: Any, model: Any) -> DPOConfig:

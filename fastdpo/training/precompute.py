@@ -20,9 +20,10 @@ from fastdpo.data.prepare import Report, prepare_preference_dataset
 from fastdpo.modeling import check_packing, prepare_model
 from fastdpo.modeling.packed import bare_model
 from fastdpo.references.precompute import Filled, fill_ref_logps
+from fastdpo.training.inputs.prepared_rows import check_rows
 from fastdpo.training.inputs.streams import check_not_streamed
 from fastdpo.training.settings.config import DPOConfig
-from fastdpo.training.setup.models import check_lengths, check_token_ids, resolve_tokenizer
+from fastdpo.training.setup.models import resolve_tokenizer
 from fastdpo.training.setup.reference import asked_once, autocast_of
 
 logger = logging.get_logger(__name__)
@@ -82,8 +83,7 @@ def precompute_ref_logps(
                 prepared, reports[part] = prepare_preference_dataset(
                     rows, tokenizer, args.tokenization_settings(), num_proc=args.dataset_num_proc
                 )
-            check_lengths(asked.model, prepared, part)
-            check_token_ids(prepared, bare.get_input_embeddings().weight.shape[0], part)
+            check_rows(asked.model, prepared, part)
             _, counts[part] = fill_ref_logps(prepared, cache, scorer, name=part)
         num_parameters = sum(p.numel() for p in bare.parameters())
         what = f"{type(bare).__name__}, {num_parameters:,} parameters"

@@ -17,6 +17,7 @@ from fastdpo.data.prepare import Report, prepare_sft_dataset
 from fastdpo.metrics import SumAndWeight
 from fastdpo.modeling import packed_loss
 from fastdpo.training.base import PackedTrainer
+from fastdpo.training.evaluation import StepResult
 from fastdpo.training.inputs.before_weights import check_before_weights
 from fastdpo.training.settings.config import SFTConfig
 from fastdpo.training.settings.trl_names import SFT_NAMES, tokenizer_given_as
@@ -58,7 +59,6 @@ class SFTTrainer(PackedTrainer):
             processing_class = tokenizer_given_as(renamed, processing_class, SFTConfig, SFT_NAMES)
         check_before_weights(args, train_dataset, eval_dataset, is_sft=True)
         policy, tokenizer = resolve_model(model, processing_class, args, quantization_config)
-        self.processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
         policy = with_adapter(policy, peft_config, args, trains=train_dataset is not None)
         super().__init__(
             policy,
@@ -67,6 +67,7 @@ class SFTTrainer(PackedTrainer):
             train_dataset,
             eval_dataset,
             tokenizer,
+            processing_class if isinstance(processing_class, ProcessorMixin) else None,
             callbacks,
             optimizers=optimizers,
         )
@@ -85,7 +86,7 @@ class SFTTrainer(PackedTrainer):
         token_rows = inputs["token_rows"][keep.repeat_interleave(lengths)]
         return {**inputs, "cu_seqlens": cu_seqlens, "token_rows": token_rows}
 
-    def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> tuple[Tensor, dict[str, SumAndWeight]]:
+    def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> StepResult:
         def loss_of(sums: Tensor, lengths: Tensor, sequences: slice, pairs: slice) -> Tensor:
             return -sums.sum()
 
@@ -108,4 +109,4 @@ class SFTTrainer(PackedTrainer):
         if logps.aux_loss is not None:
             loss, balance = with_load_balancing(loss, logps.aux_loss, self.router_aux_loss_coef, rows.numel())
             metrics.update(balance)
-        return loss, metrics
+        return StepResult(loss, metrics)

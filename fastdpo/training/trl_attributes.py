@@ -8,13 +8,14 @@ TRL's, in 1.16 and before, that mean nothing here, with an AttributeError that s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
-from transformers import Trainer
 
 from fastdpo.references import FrozenReference, Reference
 from fastdpo.references.adapters import REFERENCE_ADAPTER, is_peft_model
+
+T = TypeVar("T")
 
 # What to read in place of attributes of TRL's trainer that have no meaning here.
 INSTEAD: Mapping[str, str] = {
@@ -43,11 +44,24 @@ INSTEAD: Mapping[str, str] = {
 }
 
 
+# By TRL's names on its trainer, the config's.
+_LOSS_SETTINGS: Mapping[str, str] = {
+    "beta": "beta",
+    "loss_types": "loss_type",
+    "loss_weights": "loss_weights",
+    "label_smoothing": "label_smoothing",
+    "f_divergence_type": "f_divergence_type",
+    "f_alpha_divergence_coef": "f_alpha_divergence_coef",
+    "ld_alpha": "ld_alpha",
+    "use_weighting": "use_weighting",
+}
+
+
 class _LossSetting:
     """A setting of the loss as an attribute of the trainer; what is assigned is checked and read from then on."""
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = "loss_type" if name == "loss_types" else name
+    def __init__(self, name: str) -> None:
+        self.name = name  # in the settings
 
     def __get__(self, trainer: Any, owner: type | None = None) -> Any:
         if trainer is None:
@@ -66,53 +80,46 @@ class _LossSetting:
             raise
 
 
-class TRLAttributes(Trainer):
-    """Base of DPOTrainer: the public attributes of TRL 1.16's that are not its methods."""
+def with_trl_attributes(trainer_class: type[T]) -> type[T]:
+    """The class with the public attributes of TRL 1.16's DPOTrainer that are not its methods."""
+    for name, setting in _LOSS_SETTINGS.items():
+        setattr(trainer_class, name, _LossSetting(setting))
+    for read in (ref_model, ref_adapter_name, precompute_ref_logps, aux_loss_enabled, padding_free):
+        setattr(trainer_class, read.__name__, property(read))
+    trainer_class.__getattr__ = _say_what_to_read  # type: ignore[attr-defined]
+    return trainer_class
 
-    reference: Reference
-    router_aux_loss_coef: float
-    is_packed: bool
 
-    beta = _LossSetting()
-    loss_types = _LossSetting()
-    loss_weights = _LossSetting()
-    label_smoothing = _LossSetting()
-    f_divergence_type = _LossSetting()
-    f_alpha_divergence_coef = _LossSetting()
-    ld_alpha = _LossSetting()
-    use_weighting = _LossSetting()
+def ref_model(trainer: Any) -> nn.Module | None:
+    """The model that is held beside the policy; None where the reference is an adapter, cached, or none at all."""
+    return trainer.reference.model if isinstance(trainer.reference, FrozenReference) else None
 
-    @property
-    def ref_model(self) -> nn.Module | None:
-        """The model that is held beside the policy; None where the reference is an adapter, cached, or none at all."""
-        reference = self.__dict__.get("reference")
-        return reference.model if isinstance(reference, FrozenReference) else None
 
-    @property
-    def ref_adapter_name(self) -> str | None:
-        """The adapter that is the reference; None where the model without an adapter, or another model, is."""
-        has_one = is_peft_model(self.model) and REFERENCE_ADAPTER in self.model.peft_config
-        return REFERENCE_ADAPTER if has_one else None
+def ref_adapter_name(trainer: Any) -> str | None:
+    """The adapter that is the reference; None where the model without an adapter, or another model, is."""
+    has_one = is_peft_model(trainer.model) and REFERENCE_ADAPTER in trainer.model.peft_config
+    return REFERENCE_ADAPTER if has_one else None
 
-    @property
-    def precompute_ref_logps(self) -> bool:
-        """Whether reference log-probs were there before training: computed once, or brought by the rows."""
-        reference = self.__dict__.get("reference")
-        return self.args.reference == "cached" if reference is None else reference.mode == "cached"
 
-    @property
-    def aux_loss_enabled(self) -> bool:
-        """Whether the experts' load-balancing loss is added."""
-        return self.router_aux_loss_coef > 0
+def precompute_ref_logps(trainer: Any) -> bool:
+    """Whether reference log-probs were there before training: computed once, or brought by the rows."""
+    reference: Reference | None = trainer.reference
+    return trainer.args.reference == "cached" if reference is None else reference.mode == "cached"
 
-    @property
-    def padding_free(self) -> bool:
-        """Whether batches are rows without padding, which is the default here."""
-        return self.is_packed
 
-    def __getattr__(self, name: str) -> Any:
-        """Of names that nothing here has: TRL's with what to read instead."""
-        message = f"{type(self).__name__!r} object has no attribute {name!r}"
-        if name in INSTEAD:
-            message += f", which TRL's DPOTrainer has or had; read {INSTEAD[name]}"
-        raise AttributeError(message, name=name, obj=self)
+def aux_loss_enabled(trainer: Any) -> bool:
+    """Whether the experts' load-balancing loss is added."""
+    return trainer.router_aux_loss_coef > 0
+
+
+def padding_free(trainer: Any) -> bool:
+    """Whether batches are rows without padding, which is the default here."""
+    return trainer.is_packed
+
+
+def _say_what_to_read(trainer: Any, name: str) -> Any:
+    """Of names that nothing here has: TRL's with what to read instead."""
+    message = f"{type(trainer).__name__!r} object has no attribute {name!r}"
+    if name in INSTEAD:
+        message += f", which TRL's DPOTrainer has or had; read {INSTEAD[name]}"
+    raise AttributeError(message, name=name, obj=trainer)

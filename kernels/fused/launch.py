@@ -203,13 +203,6 @@ def as_if_on(capability: tuple[int, int]) -> Iterator[None]:
         _as_if.pop()
 
 
-def is_interpreted() -> bool:
-    """Whether the kernels were defined to run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
-    from fastdpo.kernels.logits import INTERPRETED
-
-    return INTERPRETED.value
-
-
 def scratch(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
     """Uninitialized workspace. Buffers that are not results come from here, so that tests can fill them with nan."""
     return torch.empty(shape, dtype=dtype, device=like.device)

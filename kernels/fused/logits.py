@@ -22,6 +22,11 @@ IGNORED = tl.constexpr(IGNORE_INDEX)
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
+def is_interpreted() -> bool:
+    """Whether the kernels were defined to run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
+    return INTERPRETED.value
+
+
 @triton.jit
 def program_tile(program, T, V, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_T: tl.constexpr):
     """Row block and vocabulary tile number `program`; GROUP_T row blocks precede the next tile: weights stay in L2."""

@@ -24,7 +24,8 @@ from torch import Tensor
 from fastdpo.kernels import tuned
 from fastdpo.kernels.backward import fill_logit_grads
 from fastdpo.kernels.forward import fused_forward, fused_forward_with_grads
-from fastdpo.kernels.launch import Blocks, candidate_blocks, device_blocks, is_interpreted
+from fastdpo.kernels.launch import Blocks, candidate_blocks, device_blocks
+from fastdpo.kernels.logits import is_interpreted
 from fastdpo.kernels.precompile import Compiled, compiling_only
 from fastdpo.kernels.products import product_blocks, product_candidates, products
 from fastdpo.kernels.rounds import plan_rounds

@@ -8,7 +8,6 @@ import torch
 
 from fastdpo import LOSSES, PairScores
 from fastdpo.losses import DIVERGENCES, losses_where, pair_scores, preference_losses
-from fastdpo.losses.batch import rankings_of
 from fastdpo.losses.scores import relative_likelihoods
 
 
@@ -138,12 +137,6 @@ def test_plackett_luce_of_two_responses_is_sigmoid():
     torch.testing.assert_close(*values)
 
 
-def test_pairs_that_go_on_where_the_last_one_ended_are_one_ranking():
-    pairs = torch.tensor([[0, 1], [1, 2], [3, 4], [6, 5], [5, 7]])
-    assert rankings_of(pairs).tolist() == [0, 0, 1, 2, 2]
-    assert rankings_of(pairs[:0]).tolist() == []
-
-
 # f-divergences
 
 
@@ -220,7 +213,8 @@ def test_tokens_beyond_the_shared_length_weigh_ld_alpha_in_policy_and_reference(
     """Chosen -5, of which -2 within the shared length: -2 - 3 / 4. All else is within it."""
     sums, ref_sums = torch.tensor([-5.0, -1.0, -2.0, -1.0]), torch.tensor([-9.0, -3.0, -1.0, -3.0])
     lengths = torch.tensor([4, 2, 2, 2])
-    scores = pair_scores(torch.tensor([[0, 1]]), sums, lengths, ref_sums, settings(ld_alpha=0.25))
+    pairs, shared_parts = torch.tensor([[0, 1]]), torch.tensor([[2, 3]])
+    scores = pair_scores(pairs, sums, lengths, ref_sums, settings(ld_alpha=0.25), shared_parts=shared_parts)
     assert scores.policy_chosen_logps.tolist() == [-2.75]
     assert scores.policy_rejected_logps.tolist() == [-1.0]
     assert scores.ref_chosen_logps.tolist() == [-3.0]

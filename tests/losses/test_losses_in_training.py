@@ -227,7 +227,7 @@ def test_loss_gradient_and_rewards_are_those_of_separate_forwards(tmp_path, monk
         assert (num_parts > 2) == ("split" in way), way
         assert abs(value.item() - exact.loss) <= exact.loss_error, way
         assert distance(gradient, exact.gradient) <= exact.gradient_error, way
-        logged = trainer._metrics["train"].pop()
+        logged = trainer.train_means.pop()
         for name, reward in zip(("rewards/chosen", "rewards/rejected"), exact.rewards, strict=True):
             assert abs(logged[name] - reward) <= exact.reward_error + 1e-6 * abs(reward), (way, name)
     # what is allowed stays far below what a wrong loss would be off by
@@ -312,7 +312,7 @@ def test_a_stream_gives_the_tokens_of_each_step_to_sft(tmp_path):
 
 def test_rows_that_were_not_made_for_ld_alpha_are_refused(tmp_path):
     trainer = make_trainer(tmp_path, ld_alpha=0.5)
-    with pytest.raises(ValueError, match="ld_alpha needs rows made for it"):
+    with pytest.raises(ValueError, match="ld_alpha must be None for these rows"):
         trainer.training_step(trainer.model, trainer.collator(ROWS))
 
 

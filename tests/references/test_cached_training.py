@@ -37,7 +37,7 @@ def computed(monkeypatch):
         counts.append(count.num_computed)
         return filled, count
 
-    for module in ("fastdpo.training.dpo", "fastdpo.training.precompute"):
+    for module in ("fastdpo.training.inputs.cached_reference", "fastdpo.training.precompute"):
         monkeypatch.setattr(f"{module}.fill_ref_logps", counting)
     return counts
 

@@ -143,9 +143,9 @@ def test_a_reference_that_cannot_be_had_is_refused(tmp_path):
 
 
 def test_an_implementation_that_cannot_run_here_is_refused(tmp_path, monkeypatch):
-    from fastdpo.kernels import launch
+    from fastdpo.kernels import logits
 
-    monkeypatch.setattr(launch, "is_interpreted", lambda: False)
+    monkeypatch.setattr(logits, "is_interpreted", lambda: False)
     with pytest.raises(ValueError, match='impl="triton"'):
         build(tmp_path, impl="triton")
 

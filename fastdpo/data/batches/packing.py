@@ -29,11 +29,14 @@ from fastdpo.data.batches.layout import GroupLayout, counted_sequences, lay_out
 from fastdpo.data.batches.varlen import varlen_layout
 from fastdpo.types import PackedBatch, TokenizedGroup
 
+SHARED_PARTS_AFTER = 2  # with ld_alpha, the shared part of sequence i is sequence i + 2 (`data/rows/loss_rows.py`)
+
 
 class _BatchBuilder:
     """What packed and padded layouts have in common: pairs, labels, and which row predicts what."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared_parts: bool) -> None:
+        self.brings_shared_parts = shared_parts
         self.pairs: list[tuple[int, int]] = []
         self.logit_rows: list[np.ndarray] = []
         self.labels: list[np.ndarray] = []
@@ -71,8 +74,9 @@ class _BatchBuilder:
 
     def build(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **layout) -> PackedBatch:
         lengths = [0, *(len(rows) for rows in self.token_rows)]
+        pairs = torch.tensor(self.pairs, dtype=torch.int64).reshape(-1, 2)
         return PackedBatch(
-            pairs=torch.tensor(self.pairs, dtype=torch.int64).reshape(-1, 2),
+            pairs=pairs,
             input_ids=input_ids,
             position_ids=position_ids,
             logit_rows=_concatenate(self.logit_rows),
@@ -83,8 +87,21 @@ class _BatchBuilder:
             group_ends=tuple(self.group_ends),
             example_ids=torch.tensor(self.example_ids, dtype=torch.int64),
             ref_logps=torch.tensor(self.ref_logps, dtype=torch.float32) if self.ref_logps else None,
+            shared_parts=self._shared_parts(pairs) if self.brings_shared_parts else None,
             **layout,
         )
+
+    def _shared_parts(self, pairs: torch.Tensor) -> torch.Tensor:
+        """(B, 2): the sequences that hold the shared parts of each pair.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if len(self.token_rows) < 2 * SHARED_PARTS_AFTER * len(pairs):
+            raise ValueError(
+                "ld_alpha must be None for these rows: they lack the responses up to the length that each pair shares"
+            )
+        return pairs + SHARED_PARTS_AFTER
 
 
 def _concatenate(parts: list[np.ndarray]) -> torch.Tensor:
@@ -105,18 +122,21 @@ def pack_pairs(groups: Sequence[TokenizedGroup], *, prefix_sharing: bool = True)
     )
 
 
-def pack_layouts(layouts: Sequence[GroupLayout], *, pad_token_id: int = 0, multiple_of: int = 1) -> PackedBatch:
+def pack_layouts(
+    layouts: Sequence[GroupLayout], *, pad_token_id: int = 0, multiple_of: int = 1, shared_parts: bool = False
+) -> PackedBatch:
     """The groups of `layouts` in one row.
 
     Args:
+        shared_parts: groups hold the shared parts of their pairs, see `with_shared_parts`.
         multiple_of: of how many tokens the row's length is to be a multiple. What is missing is padding at its end, a
             branch of its own that nothing reads.
     Raises:
-        ValueError: there is no group.
+        ValueError: there is no group, or it lacks the shared parts of its pairs.
     """
     if not layouts:
         raise ValueError("groups must hold at least one group, got none")
-    batch = _BatchBuilder()
+    batch = _BatchBuilder(shared_parts=shared_parts)
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     segments: list[tuple[int, int, int, int]] = []
@@ -176,21 +196,23 @@ def pad_pairs(
     pad_token_id: int = 0,
     multiple_of: int = 1,
     example_ids: Sequence[int] | None = None,
+    shared_parts: bool = False,
 ) -> PackedBatch:
     """Lays sequences out in right-padded rows, for models whose attention cannot be packed; equal ones share a row.
 
     Args:
+        shared_parts: groups hold the shared parts of their pairs, see `with_shared_parts`.
         multiple_of: of how many tokens the rows' length is to be a multiple.
         example_ids: which example of the batch each group is; by default they are counted from 0.
     Raises:
-        ValueError: there is no group.
+        ValueError: there is no group, or it lacks the shared parts of its pairs.
     """
     if not groups:
         raise ValueError("groups must hold at least one group, got none")
     sequences_of_groups = [counted_sequences(group) for group in groups]
     width = max(len(s.tokens) for sequences in sequences_of_groups for s in sequences)
     width += -width % multiple_of
-    batch = _BatchBuilder()
+    batch = _BatchBuilder(shared_parts=shared_parts)
     rows: list[np.ndarray] = []  # of input_ids
     masks: list[np.ndarray] = []
     uses: list[np.ndarray] = []

@@ -17,8 +17,8 @@ from dataclasses import replace
 from itertools import pairwise
 
 from fastdpo.data.batches.layout import counted_sequences
+from fastdpo.data.batches.packing import SHARED_PARTS_AFTER
 from fastdpo.data.values import BadRow
-from fastdpo.losses.scores import SHARED_PARTS_AFTER
 from fastdpo.types import TokenizedGroup
 
 

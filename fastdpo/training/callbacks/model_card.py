@@ -1,6 +1,6 @@
 """The README.md of a trained model, with the facts of its run: where it comes from, what was optimized, how far.
 
-In: a trainer. Out: README.md beside the model, at every checkpoint in the output directory, at `save_model` in the
+In: a Run. Out: README.md beside the model, at every checkpoint in the output directory, at `save_model` in the
 folder saved to, and before `push_to_hub` uploads it. Nothing is written that the run does not know; what it warned of
 is written too.
 """
@@ -16,12 +16,13 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 from torch import nn
-from transformers import Trainer
+from transformers import TrainerCallback
 
 from fastdpo.modeling.backbone import is_composite
 from fastdpo.modeling.packed import bare_model
 from fastdpo.references.adapters import is_peft_model
 from fastdpo.training.callbacks.log_history import RESULTS, logs_by_source
+from fastdpo.training.run import Run
 from fastdpo.training.settings.losses import LossSettings
 from fastdpo.training.setup.model_kinds import auto_classes
 from fastdpo.training.setup.optimizers import optimizer_name
@@ -31,48 +32,16 @@ PAPERS = {"dpo": "https://arxiv.org/abs/2305.18290"}
 _NAMES_IN_TRANSFORMERS = {"finetuned_from": "base_model", "dataset": "datasets", "tasks": "pipeline_tag"}
 
 
-class CardTrainer(Trainer):
-    """Trainer that describes what it trained."""
+class ModelCard(TrainerCallback):
+    """Writes README.md at every checkpoint, and where it is told to."""
 
-    method = ""  # "dpo", "sft": a tag of the card
-    dataset_name: str | None = None  # for the card, where the dataset has a name
+    def __init__(self, run: Run) -> None:
+        self.run = run
 
-    def tag_model(self) -> None:
-        """Tags the model as transformers does, so that its own card and `push_to_hub` name how it was trained."""
-        model = bare_model(self.model)
-        if hasattr(model, "add_model_tags"):
-            model.add_model_tags(["fastdpo", self.method])
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.write(args.output_dir)
 
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | Sequence[str] | None = None,
-        **metadata: Any,
-    ) -> None:
-        """Writes README.md into the output directory.
-
-        Args:
-            model_name: the title; by default that of the repository or of the output directory.
-            dataset_name: on the Hub, or in words.
-            tags: besides those of fastdpo and of the method.
-            metadata: more of the card's metadata, such as license or language; transformers' names for it are taken.
-        """
-        for name, name_on_card in _NAMES_IN_TRANSFORMERS.items():
-            if name in metadata:
-                metadata[name_on_card] = metadata.pop(name)
-        self._write_card(self.args.output_dir, model_name, dataset_name, tags, **metadata)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call:
-            self._write_card(output_dir or self.args.output_dir)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.create_model_card()
-        super()._save_checkpoint(model, trial)
-
-    def _write_card(
+    def write(
         self,
         folder: str,
         model_name: str | None = None,
@@ -80,69 +49,87 @@ class CardTrainer(Trainer):
         tags: str | Sequence[str] | None = None,
         **metadata: Any,
     ) -> None:
-        if not self.is_world_process_zero():
+        """README.md of `folder`, on the main process.
+
+        Args:
+            model_name: the title; by default that of the repository or of the folder.
+            dataset_name: on the Hub, or in words.
+            tags: besides those of fastdpo and of the method.
+            metadata: more of the card's metadata, such as license or language; transformers' names for it are taken.
+        """
+        if not self.run.state.is_world_process_zero:
             return
-        name = model_name or (self.hub_model_id or "").split("/")[-1] or Path(folder).absolute().name
-        dataset_name = dataset_name or self.dataset_name
+        for name, name_on_card in _NAMES_IN_TRANSFORMERS.items():
+            if name in metadata:
+                metadata[name_on_card] = metadata.pop(name)
+        name = model_name or (self.run.hub_model_id or "").split("/")[-1] or Path(folder).absolute().name
         tags = [tags] if isinstance(tags, str) else list(tags or [])
         path = Path(folder) / "README.md"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(model_card(self, name, dataset_name, tags, metadata), encoding="utf-8")
+        path.write_text(
+            model_card(self.run, name, dataset_name or self.run.dataset_name, tags, metadata), encoding="utf-8"
+        )
+
+
+def tag_model(model: nn.Module, method: str) -> None:
+    """Tags the model as transformers does, so that its own card and `push_to_hub` name how it was trained."""
+    bare = bare_model(model)
+    if hasattr(bare, "add_model_tags"):
+        bare.add_model_tags(["fastdpo", method])
 
 
 def model_card(
-    trainer: CardTrainer,
+    run: Run,
     name: str,
     dataset_name: str | None,
     tags: Sequence[str],
     metadata: Mapping[str, Any],
 ) -> str:
     """The text of README.md."""
-    is_adapter = is_peft_model(trainer.model)
-    own_tags = ["fastdpo", trainer.method, *(["lora"] if is_adapter else [])]
-    model_tags = getattr(bare_model(trainer.model), "model_tags", None) or []
-    base = getattr(bare_model(trainer.model).config, "_name_or_path", "") or None
+    is_adapter = is_peft_model(run.model)
+    own_tags = ["fastdpo", run.method, *(["lora"] if is_adapter else [])]
+    model_tags = getattr(bare_model(run.model), "model_tags", None) or []
+    base = getattr(bare_model(run.model).config, "_name_or_path", "") or None
     on_hub = {"base_model": base if base and not _is_local(base) else None}
     if dataset_name and dataset_name.count("/") == 1 and not _is_local(dataset_name):
         on_hub["datasets"] = dataset_name
     known = {
         "model_name": name,
         "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": "image-text-to-text" if is_composite(bare_model(trainer.model)) else "text-generation",
+        "pipeline_tag": "image-text-to-text" if is_composite(bare_model(run.model)) else "text-generation",
         "tags": list(dict.fromkeys([*own_tags, *model_tags, *tags])),
     }
     data = ModelCardData(**{**known, **{key: value for key, value in on_hub.items() if value}, **metadata})
     start = f"`{Path(base).name}`" if base else "A model"  # of a local one its name and not where it lies
     if on_hub["base_model"]:
         start = f"[{base}](https://huggingface.co/{base})"
-    method = trainer.method.upper()
-    method = f"[{method}]({PAPERS[trainer.method]})" if trainer.method in PAPERS else method
+    method = run.method.upper()
+    method = f"[{method}]({PAPERS[run.method]})" if run.method in PAPERS else method
     data_words = f" on {dataset_name}" if dataset_name else ""
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
         f"{start}, trained by {method}{data_words} with fastdpo.",
-        f"## Use\n\n```python\n{_usage(trainer, is_adapter)}\n```",
-        f"## Training\n\n{_table(('', ''), training_facts(trainer))}",
+        f"## Use\n\n```python\n{_usage(run, is_adapter)}\n```",
+        f"## Training\n\n{_table(('', ''), training_facts(run))}",
     ]
-    results = _results(trainer.state.log_history)
+    results = _results(run.state.log_history)
     if results:
         parts.append(f"## Results\n\n{_table(results[0], results[1:])}\n\nRewards and log-probs are in nats.")
-    watch = getattr(trainer, "watch", None)
-    if watch is not None and watch.given:
-        parts.append("## What training warned of\n\n" + "\n".join(f"- {text}." for text in watch.given.values()))
+    if run.warnings_given:
+        parts.append("## What training warned of\n\n" + "\n".join(f"- {text}." for text in run.warnings_given.values()))
     parts.append(f"## Versions\n\n{_versions()}")
     return "\n\n".join(parts) + "\n"
 
 
-def training_facts(trainer: Any) -> list[tuple[str, str]]:
+def training_facts(run: Run) -> list[tuple[str, str]]:
     """(what, fact) of the run, in reading order."""
-    args, model, state = trainer.args, trainer.model, trainer.state
-    facts = []
-    if hasattr(args, "loss_type"):
-        reason = "; ".join(part for part in trainer.reference_reason.split("; ") if not part.startswith("in "))
-        facts += [*_loss_facts(args), ("reference", f"{trainer.reference.mode}: {reason}")]  # not in which folder
-    facts += [(f"{name} data", report.lines()[0]) for name, report in trainer.data_reports.items()]
+    args, model, state = run.args, run.model, run.state
+    facts: list[tuple[str, str]] = []
+    if run.reference is not None:
+        reason = "; ".join(part for part in run.reference_reason.split("; ") if not part.startswith("in "))
+        facts += [*_loss_facts(args), ("reference", f"{run.reference.mode}: {reason}")]  # not in which folder
+    facts += [(f"{name} data", report.lines()[0]) for name, report in run.data_reports.items()]
     bare = bare_model(model)  # whose own count knows how many a 4-bit weight packs into one
     num_trained = bare.num_parameters(only_trainable=True)
     facts.append(("trained parameters", f"{num_trained:,} of {bare.num_parameters():,}"))
@@ -188,9 +175,9 @@ def _results(history: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [["at the last log", *last], *rows] if rows else []
 
 
-def _usage(trainer: CardTrainer, is_adapter: bool) -> str:
-    where = trainer.hub_model_id or "path/to/this/folder"
-    bare = bare_model(trainer.model)
+def _usage(run: Run, is_adapter: bool) -> str:
+    where = run.hub_model_id or "path/to/this/folder"
+    bare = bare_model(run.model)
     kind = _auto_class_of(bare)
     reader = "AutoProcessor" if is_composite(bare) else "AutoTokenizer"
     reads = f'{"processor" if is_composite(bare) else "tokenizer"} = {reader}.from_pretrained("{where}")'

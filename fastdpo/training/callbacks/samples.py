@@ -9,7 +9,7 @@ FSDP and DeepSpeed, which hold weights in parts. Generation runs on the model's 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +22,12 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.utils import logging
 
 from fastdpo.modeling.generation import generate_ids, special_ids
-from fastdpo.references import AdapterReference, FrozenReference
+from fastdpo.references import AdapterReference, FrozenReference, Reference
 from fastdpo.references.adapters import as_reference
 from fastdpo.training.callbacks.json_lines import append_lines, read_lines
 from fastdpo.training.callbacks.warning_checks import samples_grow
+from fastdpo.training.callbacks.watch import TrainingWatch
+from fastdpo.training.settings.config import DPOConfig
 from fastdpo.training.setup.models import learned_positions
 
 logger = logging.get_logger(__name__)
@@ -57,21 +59,39 @@ class Response(NamedTuple):
 class EvalSamples(TrainerCallback):
     """`answered` holds all samples of the run.
 
+    Args:
+        autocast: the precision of the run, as a context.
+        callbacks: of the run, among which are its loggers.
+        watch: is told how long the answers are.
+        is_sharded: processes hold parts of the weights.
     Raises:
         ValueError: there is no evaluation data, or weights are in parts.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    def __init__(
+        self,
+        args: DPOConfig,
+        policy: nn.Module,
+        reference: Reference,
+        tokenizer: Any,
+        eval_dataset: Any,
+        *,
+        autocast: Callable[[], Any],
+        callbacks: Sequence[TrainerCallback],
+        watch: TrainingWatch | None,
+        is_sharded: bool,
+    ) -> None:
+        if is_sharded:
             raise ValueError(
                 "num_eval_samples must be 0 under FSDP and DeepSpeed, whose processes hold parts of weights"
             )
-        if trainer.eval_dataset is None:
-            raise ValueError(f"num_eval_samples must be 0 without eval_dataset, got {trainer.args.num_eval_samples}")
-        self.trainer = trainer
-        num_positions = learned_positions(trainer.model) or math.inf
-        longest = num_positions - trainer.args.eval_sample_tokens
-        self.prompt_ids = _prompts(trainer.eval_dataset, trainer.args.num_eval_samples, longest)
+        if eval_dataset is None:
+            raise ValueError(f"num_eval_samples must be 0 without eval_dataset, got {args.num_eval_samples}")
+        self.args, self.policy, self.reference, self.tokenizer = args, policy, reference, tokenizer
+        self.autocast, self.callbacks, self.watch = autocast, callbacks, watch
+        num_positions = learned_positions(policy) or math.inf
+        longest = num_positions - args.eval_sample_tokens
+        self.prompt_ids = _prompts(eval_dataset, args.num_eval_samples, longest)
         if not self.prompt_ids:
             raise ValueError(
                 "num_eval_samples must be 0: no row of eval_dataset has a prompt of its own"
@@ -89,7 +109,7 @@ class EvalSamples(TrainerCallback):
             self.answered = [entry for entry in self.answered if entry.step == 0]
             self._write(self.answered)
             if self._live_reference() is None:
-                self._of_reference = self._generate(self.trainer.model)
+                self._of_reference = self._generate(self.policy)
         elif path.is_file():
             found = [Answered(**line) for line in read_lines(path)]
             before = found[: len(found) - len(self.answered)] or found  # an evaluation since then asked the start again
@@ -108,14 +128,14 @@ class EvalSamples(TrainerCallback):
 
     def take(self, step: int) -> list[Answered]:
         """Generates, shows and keeps the samples of this moment."""
-        policy = self._generate(self.trainer.model)
+        policy = self._generate(self.policy)
         references, live = self._of_reference, self._live_reference()
         if references is None and live is not None:
             with live as model:
                 references = self._generate(model)
         elif references is None and step == 0:
             references = policy
-        if not self.trainer.args.sync_ref_model:
+        if not self.args.sync_ref_model:
             self._of_reference = references
         name = "before training" if live is None else "reference"
         prompts = self._decoded(self.prompt_ids)
@@ -127,19 +147,19 @@ class EvalSamples(TrainerCallback):
         self.answered.extend(new)
         self._write(new)
         self._show(new)
-        if self.trainer.watch is not None and references is not None:
+        if self.watch is not None and references is not None:
             lengths = [[response.num_tokens for response in responses] for responses in (policy, references)]
-            self.trainer.watch.say("samples_grow", samples_grow(*lengths), self.trainer.args, step)
+            self.watch.say("samples_grow", samples_grow(*lengths), self.args, step)
         return new
 
     def _write(self, entries: Sequence[Answered]) -> None:
         if not entries:
             return
-        append_lines(Path(self.trainer.args.output_dir) / SAMPLES_FILE, map(asdict, entries))
+        append_lines(Path(self.args.output_dir) / SAMPLES_FILE, map(asdict, entries))
 
     def _live_reference(self) -> Any:
         """A context that gives the model to ask, or None."""
-        reference = self.trainer.reference
+        reference = self.reference
         if isinstance(reference, FrozenReference):
             return nullcontext(reference.model)
         if isinstance(reference, AdapterReference):
@@ -147,9 +167,9 @@ class EvalSamples(TrainerCallback):
         return None
 
     def _generate(self, model: nn.Module) -> list[Response]:
-        args, tokenizer = self.trainer.args, self.trainer.processing_class
+        args, tokenizer = self.args, self.tokenizer
         pad_id, eos_ids = special_ids(model, tokenizer)
-        with self.trainer.accelerator.autocast():
+        with self.autocast():
             ids = generate_ids(
                 model,
                 self.prompt_ids,
@@ -163,8 +183,8 @@ class EvalSamples(TrainerCallback):
         return [Response(text, len(row)) for text, row in zip(self._decoded(ids), ids, strict=True)]
 
     def _decoded(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        tokenizer = self.trainer.processing_class
-        texts: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        texts: list[str] = self.tokenizer.batch_decode(rows, **options)
         return texts
 
     def _show(self, samples: list[Answered]) -> None:
@@ -181,7 +201,7 @@ class EvalSamples(TrainerCallback):
         for row in rows:
             table.add_row(*(Text(cell.strip()) for cell in row))  # not markup: texts may hold brackets
         Console().print(table)
-        for callback in self.trainer.callback_handler.callbacks:
+        for callback in self.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_text("eval/samples", _markdown(columns, rows), step)
             if isinstance(callback, WandbCallback):

@@ -18,105 +18,103 @@ from fastdpo.modeling.backbone import tower_names
 from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.references.adapters import is_peft_model
-from fastdpo.training.base import PackedTrainer
 from fastdpo.training.inputs.streams import is_stream
 from fastdpo.training.memory.estimate import estimate_peak_memory
 from fastdpo.training.memory.largest_batch import is_measured_later
+from fastdpo.training.run import Run
 from fastdpo.training.setup.adapter_facts import adapter_lines
 from fastdpo.training.setup.models import head_dtype
 
 
-def summary_lines(trainer: PackedTrainer) -> list[tuple[str, str]]:
+def summary_lines(run: Run) -> list[tuple[str, str]]:
     """(what, fact) pairs in reading order, for the start of a run."""
-    lines = [("model", _model(trainer))]
-    if is_peft_model(trainer.model):
-        about, *more = adapter_lines(trainer.model)
+    lines = [("model", _model(run))]
+    if is_peft_model(run.model):
+        about, *more = adapter_lines(run.model)
         lines += [("adapter", about), *(("", line) for line in more)]
-    for name, report in trainer.data_reports.items():
+    for name, report in run.data_reports.items():
         text = report.lines()
         lines += [(f"{name} data", text[0]), *(("", line) for line in text[1:])]
         if name == "train":
             lines += [
                 ("first row" if i == 0 else "", f"{what}: {said}") for i, (what, said) in enumerate(report.first_row)
             ]
-    reference = getattr(trainer, "reference", None)
+    reference = run.reference
     if reference is not None:
-        lines.append(("reference", f"{reference.mode}: {trainer.reference_reason}"))
-    lines.append(("batches", _batches(trainer)))
-    lines.append(("attention", _attention(trainer)))
-    if trainer.is_packed and trainer.packing_check.note is not None:
-        lines.append(("", trainer.packing_check.note))
-    lines.append(("head op", _head_op(trainer)))
-    lines.append(("steps", _steps(trainer)))
-    lines.append(("peak memory", _peak_memory(trainer)))
+        lines.append(("reference", f"{reference.mode}: {run.reference_reason}"))
+    lines.append(("batches", _batches(run)))
+    lines.append(("attention", _attention(run)))
+    if run.is_packed and run.packing_check.note is not None:
+        lines.append(("", run.packing_check.note))
+    lines.append(("head op", _head_op(run)))
+    lines.append(("steps", _steps(run)))
+    lines.append(("peak memory", _peak_memory(run)))
     return lines
 
 
-def summary_text(trainer: PackedTrainer) -> str:
+def summary_text(run: Run) -> str:
     """The lines as plain text, one below the other; state of random generators stays as it is."""
-    lines = _lines_apart(trainer)
+    lines = _lines_apart(run)
     width = max(len(what) for what, _ in lines)
     return "\n".join(f"{what:<{width}}  {fact}" for what, fact in lines)
 
 
-def print_summary(trainer: PackedTrainer, more: Sequence[tuple[str, str]] = ()) -> None:
+def print_summary(run: Run, more: Sequence[tuple[str, str]] = ()) -> None:
     """The lines and those of `more` on the terminal, or as wide as 140 characters in a file or a pipe."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    for what, fact in [*_lines_apart(trainer), *more]:
+    for what, fact in [*_lines_apart(run), *more]:
         table.add_row(what, Text(fact))  # what rows say may look like markup
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def _lines_apart(trainer: PackedTrainer) -> list[tuple[str, str]]:
+def _lines_apart(run: Run) -> list[tuple[str, str]]:
     with torch.random.fork_rng(devices=[]):  # the order of the rows must not depend on what is said of them
-        return summary_lines(trainer)
+        return summary_lines(run)
 
 
-def _model(trainer: PackedTrainer) -> str:
-    model = bare_model(trainer.model)  # whose own count knows how many a 4-bit weight packs into one
+def _model(run: Run) -> str:
+    model = bare_model(run.model)  # whose own count knows how many a 4-bit weight packs into one
     total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
     share = "all trained" if trained == total else f"{trained:,} trained"
-    autocast = "bf16 autocast" if trainer.args.bf16 else "fp16 autocast" if trainer.args.fp16 else "no autocast"
+    autocast = "bf16 autocast" if run.args.bf16 else "fp16 autocast" if run.args.fp16 else "no autocast"
     towers = tower_names(model)
     share += f"; {', '.join(towers)} stay as they are" if towers else ""
-    return f"{type(model).__name__}, {total:,} parameters ({share}), {dtypes}, {autocast}, {trainer.args.device}"
+    return f"{type(model).__name__}, {total:,} parameters ({share}), {dtypes}, {autocast}, {run.args.device}"
 
 
-def _batches(trainer: PackedTrainer) -> str:
-    limit = trainer.collator.max_tokens
-    auto = (
-        ", in micro-batches of what the free memory holds" if trainer.args.max_tokens_per_microbatch == "auto" else ""
-    )
+def _batches(run: Run) -> str:
+    limit = run.collator.max_tokens
+    auto = ", in micro-batches of what the free memory holds" if run.args.max_tokens_per_microbatch == "auto" else ""
     split = auto if limit is None else f", in micro-batches of at most {limit:,} tokens"
-    if not trainer.is_packed:
+    if not run.is_packed:
         return "padded: one row per sequence" + split
-    shares = trainer.args.prefix_sharing and any(report.kind == "pairs" for report in trainer.data_reports.values())
+    shares = run.args.prefix_sharing and any(report.kind == "pairs" for report in run.data_reports.values())
     return "packed: one row without padding" + (", what responses share computed once" if shares else "") + split
 
 
-def _attention(trainer: PackedTrainer) -> str:
-    check = trainer.packing_check
-    if trainer.is_packed:
+def _attention(run: Run) -> str:
+    check = run.packing_check
+    if run.is_packed:
         return str(check)
-    reason = "packing='padded' was asked for" if trainer.args.packing == "padded" else check.reason
-    return f"{bare_model(trainer.model).config._attn_implementation}, the model's own: {reason}"
+    reason = "packing='padded' was asked for" if run.args.packing == "padded" else check.reason
+    return f"{bare_model(run.model).config._attn_implementation}, the model's own: {reason}"
 
 
-def _head_op(trainer: PackedTrainer) -> str:
-    weight = bare_model(trainer.model).get_output_embeddings().weight
-    impl = resolve_impl(trainer.args.impl, trainer.args.device, head_dtype(trainer.model, trainer.args))
-    why = "asked for" if trainer.args.impl != "auto" else f"chosen for {trainer.args.device.type}"
+def _head_op(run: Run) -> str:
+    weight = bare_model(run.model).get_output_embeddings().weight
+    impl = resolve_impl(run.args.impl, run.args.device, head_dtype(run.model, run.args))
+    why = "asked for" if run.args.impl != "auto" else f"chosen for {run.args.device.type}"
     return f"{impl} ({why}); vocabulary {weight.shape[0]:,}, hidden size {weight.shape[1]:,}"
 
 
-def _steps(trainer: PackedTrainer) -> str:
-    args = trainer.args
+def _steps(run: Run) -> str:
+    args = run.args
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    is_known = trainer.train_dataset is not None and not is_stream(trainer.train_dataset)
-    per_epoch = math.ceil(len(trainer.train_dataset) / per_step) if is_known else 0
+    is_known = run.train_dataset is not None and not is_stream(run.train_dataset)
+    per_epoch = math.ceil(len(run.train_dataset) / per_step) if is_known else 0
     epoch = f"{per_epoch} an epoch" if is_known else "of a stream"
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     return (
@@ -125,12 +123,12 @@ def _steps(trainer: PackedTrainer) -> str:
     )
 
 
-def _peak_memory(trainer: PackedTrainer) -> str:
+def _peak_memory(run: Run) -> str:
     try:
-        estimate = estimate_peak_memory(trainer)
+        estimate = estimate_peak_memory(run)
     except Exception as error:  # whatever a model's code does with tensors that hold no numbers, it can be trained
         return f"not estimated: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if is_measured_later(trainer):
+    if is_measured_later(run):
         return f"micro-batches grow to what is free when training starts; the longest row alone takes {estimate}"
     return str(estimate)
 

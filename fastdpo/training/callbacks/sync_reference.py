@@ -67,16 +67,18 @@ def mix(weights: dict[str, tuple[Tensor, Tensor]], alpha: float) -> None:
 class SyncReference(TrainerCallback):
     """Mixes at the end of every `ref_model_sync_steps`-th optimizer step, and saves with every checkpoint.
 
+    Args:
+        is_sharded: processes hold parts of the weights.
     Raises:
         ValueError: the run has no reference that could be mixed.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    def __init__(self, reference: Reference, policy: nn.Module, *, is_sharded: bool) -> None:
+        if is_sharded:
             raise ValueError(
                 "sync_ref_model must be off under FSDP and DeepSpeed, whose processes hold parts of weights"
             )
-        self.weights = mixed_weights(trainer.reference, trainer.model)
+        self.weights = mixed_weights(reference, policy)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % args.ref_model_sync_steps == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,26 @@ WINDOW_PAIRS = 256  # an accuracy of one half has a standard error of 0.03 over 
 
 
 class TrainingWatch(TrainerCallback):
-    """`given` holds the warnings of the run by name."""
+    """`given` holds the warnings of the run by name.
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.given: dict[str, str] = {}
+    Args:
+        has_reference: the loss compares with a reference.
+        first_means: the metrics of training since the last log, on this process.
+        given: is filled with the warnings.
+    """
+
+    def __init__(
+        self,
+        *,
+        has_reference: bool,
+        first_means: Callable[[], Mapping[str, float]],
+        given: dict[str, str] | None = None,
+    ) -> None:
+        self.has_reference, self.first_means = has_reference, first_means
+        self.given: dict[str, str] = {} if given is None else given
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.given = {}
+        self.given.clear()
         self._window: deque[tuple[int, Mapping[str, float]]] = deque()  # (pairs, means over them)
         self._first_step = self._last_step = state.global_step
         self._first: dict[str, float] | None = None  # means over the first full window
@@ -44,13 +56,12 @@ class TrainingWatch(TrainerCallback):
         if state.global_step == 0:
             path.unlink()
         else:  # what was said before the run was resumed
-            self.given = {entry["name"]: entry["message"] for entry in read_lines(path)}
+            self.given.update({entry["name"]: entry["message"] for entry in read_lines(path)})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         is_first = self._first_step == 0 and state.global_step == 1
-        if is_first and state.is_world_process_zero and self.trainer.reference.mode != "none":
-            means = self.trainer._metrics["train"].peek()
-            message = reference_is_not_the_start(means, args.beta, has_dropout=not args.disable_dropout)
+        if is_first and state.is_world_process_zero and self.has_reference:
+            message = reference_is_not_the_start(self.first_means(), args.beta, has_dropout=not args.disable_dropout)
             self.say("reference_is_not_the_start", message, args, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -68,8 +79,7 @@ class TrainingWatch(TrainerCallback):
             self._first = means
         if not args.sync_ref_model:
             self._best_margin = max(self._best_margin, means["rewards/margins"])
-        has_reference = self.trainer.reference.mode != "none"
-        progress = Progress(means, self._first, self._best_margin, has_reference, args)
+        progress = Progress(means, self._first, self._best_margin, self.has_reference, args)
         for name, check in CHECKS.items():
             self.say(name, check(progress), args, state.global_step)
 

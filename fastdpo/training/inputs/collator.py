@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.batches.microbatches import lay_out_batch, num_padded_rows, packed_microbatches, padded_microbatches
 from fastdpo.data.batches.packing import pack_layouts, pad_pairs
 from fastdpo.data.prepare import group_from_columns
+from fastdpo.data.tokens.tokenization import padding_id
 from fastdpo.training.inputs.transfer import OneBuffer
+from fastdpo.training.settings.config import EngineConfig
 from fastdpo.types import PackedBatch, TokenizedGroup
 
 
@@ -28,6 +31,7 @@ class PackingCollator:
     pad_token_id: int = 0
     pad_to_multiple_of: int | None = None  # tokens of a row; what this adds is not counted in max_tokens
     max_tokens: int | None = None  # of a micro-batch, as it runs: shared prefixes once, padding too; None for no limit
+    shared_parts: bool = False  # rows hold the shared parts of their pairs, as ld_alpha needs them
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         groups = [group_from_columns(row) for row in rows]
@@ -51,20 +55,36 @@ class PackingCollator:
     def _packed(self, groups: Sequence[TokenizedGroup]) -> list[PackedBatch]:
         layouts = lay_out_batch(groups, prefix_sharing=self.prefix_sharing, max_tokens=self.max_tokens)
         parts = [layouts] if self.max_tokens is None else packed_microbatches(layouts, self.max_tokens)
-        return [pack_layouts(some, **self._padding()) for some in parts]
+        return [pack_layouts(some, **self._options()) for some in parts]
 
     def _padded(self, groups: Sequence[TokenizedGroup]) -> list[PackedBatch]:
         if self.max_tokens is None:
-            return [pad_pairs(groups, **self._padding())]
+            return [pad_pairs(groups, **self._options())]
         return [
-            pad_pairs([groups[i] for i in items], example_ids=items, **self._padding())
+            pad_pairs([groups[i] for i in items], example_ids=items, **self._options())
             for items in padded_microbatches(groups, self.max_tokens)
         ]
 
-    def _padding(self) -> dict[str, Any]:
-        return {"pad_token_id": self.pad_token_id, "multiple_of": self.pad_to_multiple_of or 1}
+    def _options(self) -> dict[str, Any]:
+        return {
+            "pad_token_id": self.pad_token_id,
+            "multiple_of": self.pad_to_multiple_of or 1,
+            "shared_parts": self.shared_parts,
+        }
 
 
-def microbatches_of(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The dicts of the batches that a collated batch consists of."""
-    return list(inputs.get("microbatches", (dict(inputs),)))
+def collator_for(args: EngineConfig, tokenizer: PreTrainedTokenizerBase) -> PackingCollator:
+    """The collator of a run, which packs unless it is told otherwise."""
+    multiple, budget = args.pad_to_multiple_of, args.max_tokens_per_microbatch
+    return PackingCollator(
+        prefix_sharing=args.prefix_sharing,
+        pad_token_id=padding_id(tokenizer),
+        pad_to_multiple_of=multiple if isinstance(multiple, int) else None,
+        max_tokens=budget if isinstance(budget, int) else None,
+        shared_parts=getattr(args, "ld_alpha", None) is not None,
+    )
+
+
+def microbatches_of(inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The dicts of the batches that a collated batch consists of: those of its micro-batches, or itself."""
+    return list(inputs.get("microbatches", (inputs,)))

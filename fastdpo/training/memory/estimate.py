@@ -1,6 +1,6 @@
 """What a run will hold at its peak, part by part: shown before it starts, and what `fastdpo plan` decides by.
 
-In: a built trainer, or a model without storage (`dry_run`). Out: bytes. Weights, optimizer and reference are sums over
+In: a Run, or a model without storage (`dry_run`). Out: bytes. Weights, optimizer and reference are sums over
 parameters; gradients, activations, autocast's copies of weights and the head's workspace come from dry runs of a step,
 of an evaluation and of a larger reference, of which the one that takes most counts. The tests hold the sum to what a
 step on the CPU allocates. Not in it: sharding (FSDP, DeepSpeed), which holds less. On a GPU it has not been compared
@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -22,6 +22,7 @@ from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.training.memory.dry_run import StepPeak, dry_step, fake_mode, shape_only
 from fastdpo.training.memory.largest_batch import is_measured_later, largest_in_order, largest_microbatch
+from fastdpo.training.run import Run
 from fastdpo.training.setup.models import head_dtype
 from fastdpo.training.setup.optimizers import (
     check_optimizer_package,
@@ -30,9 +31,6 @@ from fastdpo.training.setup.optimizers import (
     optimizer_step_bytes,
     trained_parameters,
 )
-
-if TYPE_CHECKING:
-    from fastdpo.training.base import PackedTrainer
 
 MIB = 2**20
 CUDA_BYTES = 640 * MIB  # CUDA's context and libraries, outside the allocator, with cuBLAS's workspace; about right
@@ -175,51 +173,51 @@ def estimate_step(
     return replace(most, gradients=most.gradients + bucket_bytes, overhead=CUDA_BYTES if on_gpu else 0)
 
 
-def estimate_peak_memory(trainer: PackedTrainer) -> MemoryEstimate:
+def estimate_peak_memory(run: Run) -> MemoryEstimate:
     """Bytes at the peak of training and evaluation, for the largest micro-batches to be expected."""
-    args = trainer.args
+    args = run.args
     mode = fake_mode()
-    dry = shape_only(trainer.model, mode)
+    dry = shape_only(run.model, mode)
     if args.gradient_checkpointing:
         enable_checkpointing(dry, _checkpointing_kwargs(args))
-    impl = resolve_impl(args.impl, args.device, head_dtype(trainer.model, args))
-    is_split = trainer.collator.max_tokens is not None or is_measured_later(trainer)
+    impl = resolve_impl(args.impl, args.device, head_dtype(run.model, args))
+    is_split = run.collator.max_tokens is not None or is_measured_later(run)
     accumulates = args.gradient_accumulation_steps > 1 or is_split
     settings: dict[str, Any] = {
         "impl": impl if impl != "reference" else "tiled",
-        "varlen": any(name.startswith(("flash", "varlen")) for name in trainer.packing_check.backends),
+        "varlen": any(name.startswith(("flash", "varlen")) for name in run.packing_check.backends),
         "autocast": torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         "workspace_bytes": args.workspace_bytes,
     }
-    row = largest_microbatch(trainer)
+    row = largest_microbatch(run)
     peak = dry_step(dry, row, mode, **settings, accumulates=accumulates)
     gradients = sum(p.numel() * p.element_size() for p in dry.parameters() if p.requires_grad)
     forwards = [
         dry_step(dry, evaluated, mode, **settings, with_grad=False)
-        for dataset in _evaluated(trainer)
-        if (evaluated := largest_in_order(trainer, dataset)).num_tokens > row.num_tokens
+        for dataset in _evaluated(run)
+        if (evaluated := largest_in_order(run, dataset)).num_tokens > row.num_tokens
     ]
-    frozen: Any = getattr(getattr(trainer, "reference", None), "model", None)
-    is_second = frozen is not None and bare_model(frozen) is not bare_model(trainer.model)
+    frozen: Any = getattr(run.reference, "model", None)
+    is_second = frozen is not None and bare_model(frozen) is not bare_model(run.model)
     reference_bytes = model_bytes(frozen) if is_second else 0
-    if reference_bytes > model_bytes(trainer.model):
+    if reference_bytes > model_bytes(run.model):
         of_reference = dry_step(shape_only(frozen, mode), row, mode, **settings, with_grad=False)
         forwards.append(replace(of_reference, gradients=gradients if accumulates else 0))
     estimate = estimate_step(
         dry,
         peak,
         optim=optimizer_name(args),
-        weight_bytes=model_bytes(trainer.model),
+        weight_bytes=model_bytes(run.model),
         reference_bytes=reference_bytes,
         forwards=forwards,
-        bucket_bytes=gradients if trainer.accelerator.distributed_type in _DDP else 0,
+        bucket_bytes=gradients if run.accelerator.distributed_type in _DDP else 0,
         on_gpu=args.device.type == "cuda",
     )
-    return replace(estimate, casts=estimate.casts + _largest_4_bit_layer(trainer.model))
+    return replace(estimate, casts=estimate.casts + _largest_4_bit_layer(run.model))
 
 
-def _evaluated(trainer: PackedTrainer) -> list[Any]:
-    found: Any = trainer.eval_dataset
+def _evaluated(run: Run) -> list[Any]:
+    found: Any = run.eval_dataset
     return list(found.values()) if isinstance(found, dict) else [] if found is None else [found]
 
 

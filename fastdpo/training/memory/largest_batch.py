@@ -1,13 +1,13 @@
 """The largest micro-batches to be expected of a run, as far as memory goes: in training, and in evaluation.
 
-In: a built trainer. Out: a RowShape. Batches are compared by the lengths of their rows; only the largest are collated.
+In: a Run. Out: a RowShape. Batches are compared by the lengths of their rows; only the largest are collated.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,20 +15,18 @@ from fastdpo.data.batches.lengths import row_lengths
 from fastdpo.training.inputs.collator import microbatches_of
 from fastdpo.training.inputs.streams import known_rows
 from fastdpo.training.memory.dry_run import RowShape
+from fastdpo.training.run import Run
 from fastdpo.types import PackedBatch
-
-if TYPE_CHECKING:
-    from fastdpo.training.base import PackedTrainer
 
 
 class _Sizes:
     """Tokens that rows of a dataset take in a batch, from their lengths alone."""
 
-    def __init__(self, trainer: PackedTrainer, dataset: Any) -> None:
+    def __init__(self, run: Run, dataset: Any) -> None:
         lengths = row_lengths(dataset)
-        self.is_packed = trainer.is_packed
+        self.is_packed = run.is_packed
         self.num_responses = lengths.per_row(np.ones_like(lengths.responses))
-        copies = 1 if trainer.args.prefix_sharing else self.num_responses
+        copies = 1 if run.args.prefix_sharing else self.num_responses
         self.packed = copies * lengths.prompts + lengths.per_row(lengths.responses)
         self.longest = np.zeros_like(lengths.prompts)
         np.maximum.at(self.longest, lengths.rows, lengths.sequences)
@@ -44,35 +42,35 @@ class _Sizes:
         )
 
 
-def largest_microbatch(trainer: PackedTrainer, num_draws: int = 200) -> RowShape:
+def largest_microbatch(run: Run, num_draws: int = 200) -> RowShape:
     """The largest micro-batch of some randomly drawn batches, and of the longest row alone; where steps are made of
     rows of similar length, of the longest rows; where the number of tokens is still to be measured, of the longest row.
     """
-    dataset: Any = known_rows(trainer.train_dataset)
+    dataset: Any = known_rows(run.train_dataset)
     if dataset is None or len(dataset) == 0:
         return RowShape(((0, 1, 0, 0),), 1)
     draw = random.Random(0)
-    size = min(trainer.args.per_device_train_batch_size, len(dataset))
-    sizes = _Sizes(trainer, dataset)
+    size = min(run.args.per_device_train_batch_size, len(dataset))
+    sizes = _Sizes(run, dataset)
     by_size = sizes.alone().argsort().tolist()
     candidates = [by_size[-1:]]
-    if trainer.args.length_bucketing:
+    if run.args.length_bucketing:
         candidates.append(by_size[-size:])
-    elif not is_measured_later(trainer):
+    elif not is_measured_later(run):
         candidates.append(max((draw.sample(range(len(dataset)), size) for _ in range(num_draws)), key=sizes.together))
-    return _largest_part(trainer, dataset, candidates)
+    return _largest_part(run, dataset, candidates)
 
 
-def largest_in_order(trainer: PackedTrainer, dataset: Any) -> RowShape:
+def largest_in_order(run: Run, dataset: Any) -> RowShape:
     """The largest micro-batch of an evaluation, which takes rows as they come."""
     dataset = known_rows(dataset)
-    sizes, size = _Sizes(trainer, dataset), trainer.args.per_device_eval_batch_size
+    sizes, size = _Sizes(run, dataset), run.args.per_device_eval_batch_size
     batches = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
-    return _largest_part(trainer, dataset, [max(batches, key=sizes.together)])
+    return _largest_part(run, dataset, [max(batches, key=sizes.together)])
 
 
-def _largest_part(trainer: PackedTrainer, dataset: Any, batches: Sequence[Sequence[int]]) -> RowShape:
-    inputs = [trainer.collator([dataset[row] for row in rows]) for rows in batches]
+def _largest_part(run: Run, dataset: Any, batches: Sequence[Sequence[int]]) -> RowShape:
+    inputs = [run.collator([dataset[row] for row in rows]) for rows in batches]
     parts = [PackedBatch(**part) for some in inputs for part in microbatches_of(some)]
     batch = max(parts, key=lambda part: part.input_ids.numel())
     shape = tuple(batch.input_ids.shape)
@@ -81,7 +79,7 @@ def _largest_part(trainer: PackedTrainer, dataset: Any, batches: Sequence[Sequen
     return RowShape((), len(batch.labels), (shape[0], shape[1]))
 
 
-def is_measured_later(trainer: PackedTrainer) -> bool:
+def is_measured_later(run: Run) -> bool:
     """Whether max_tokens_per_microbatch="auto" has still to find what fits the GPU when training starts."""
-    is_auto = trainer.args.max_tokens_per_microbatch == "auto" and trainer.collator.max_tokens is None
-    return is_auto and trainer.args.device.type == "cuda"
+    is_auto = run.args.max_tokens_per_microbatch == "auto" and run.collator.max_tokens is None
+    return is_auto and run.args.device.type == "cuda"

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -178,39 +178,40 @@ def check_can_split(trainer: Trainer) -> None:
 
 
 class BudgetAtStart(TrainerCallback):
-    """Finds the number for "auto" once model, optimizer and checkpointing are as they will be."""
+    """Finds the number for "auto" once model, optimizer and checkpointing are as they will be.
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    Args:
+        collator: is told the number.
+        loss_of: the loss of a micro-batch, with a graph, in the precision of the run.
+    """
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        if args.max_tokens_per_microbatch != "auto" or trainer.collator.max_tokens is not None:
+    def __init__(self, dataset: Any, collator: PackingCollator, loss_of: Callable[[PackedBatch], Tensor]) -> None:
+        self.dataset, self.collator, self.loss_of = dataset, collator, loss_of
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if args.max_tokens_per_microbatch != "auto" or self.collator.max_tokens is not None:
             return
-        meter = self.meter()
+        meter = self.meter(args.device)
         if meter is None:
             logger.info("max_tokens_per_microbatch='auto' sets no limit on a CPU")
             return
-        reserved = optimizer_bytes(trainer.model, trainer.optimizer, optimizer_name(args))
-        fitting = tokens_that_fit(self.run_rows, trainer.train_dataset, trainer.collator, meter, reserved)
-        trainer.collator.max_tokens = fitting
+        reserved = optimizer_bytes(model, optimizer, optimizer_name(args))
+        run_rows = partial(self.run_rows, model, args.device)
+        fitting = tokens_that_fit(run_rows, self.dataset, self.collator, meter, reserved)
+        self.collator.max_tokens = fitting
         logger.warning(f"max_tokens_per_microbatch='auto' found room for {fitting} tokens")
-        check_row_sizes(trainer.train_dataset, "train", trainer.collator, args.on_oversized_row)
+        check_row_sizes(self.dataset, "train", self.collator, args.on_oversized_row)
 
-    def run_rows(self, rows: list[dict[str, Any]]) -> None:
+    def run_rows(self, model: nn.Module, device: torch.device, rows: list[dict[str, Any]]) -> None:
         """One micro-batch forward and backward, as in training but for its gradients, which are dropped."""
-        trainer = self.trainer
-        devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
-        was_training = trainer.model.training
-        trainer.model.train()
-        with torch.random.fork_rng(devices=devices):
-            batch = PackedBatch(**trainer.collator(rows)).to(trainer.args.device)
-            with trainer.accelerator.autocast():
-                loss, _ = trainer._loss_sum(trainer.model, batch)
-            loss.backward()
-        trainer.model.zero_grad(set_to_none=True)
-        trainer.model.train(was_training)
+        was_training = model.training
+        model.train()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            self.loss_of(PackedBatch(**self.collator(rows)).to(device)).backward()
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
 
-    def meter(self) -> MemoryMeter | None:
-        device = self.trainer.args.device
+    def meter(self, device: torch.device) -> MemoryMeter | None:
         return CudaMeter(device) if device.type == "cuda" else None

@@ -1,6 +1,6 @@
 """A save of everything but the weights before the first step, so that no checkpoint fails that could have been known.
 
-In: a trainer that is about to train. Out: nothing; what was written is gone again. Refused: a config, tokenizer,
+In: a run that is about to train. Out: nothing; what was written is gone again. Refused: a config, tokenizer,
 adapter or card that cannot be written, weights that share memory without the model saying so. A generation config with
 flags of sampling and without sampling, which transformers refuses to save, gets `do_sample`.
 """
@@ -18,21 +18,25 @@ from transformers.utils import logging
 
 from fastdpo.modeling.packed import bare_model
 from fastdpo.references.adapters import REFERENCE_ADAPTER, is_peft_model
+from fastdpo.training.run import Run
+from fastdpo.training.saving.saved import SavedModel
 
 logger = logging.get_logger(__name__)
 
 
-def check_can_save(trainer: Any) -> None:
+def check_can_save(run: Run, saved: SavedModel, write_card: Callable[[str], None], *, is_sharded: bool = False) -> None:
     """Writes into a temporary folder what a checkpoint holds beside weights and optimizer.
 
+    Args:
+        is_sharded: processes hold parts of the weights, which are then not looked at.
     Raises:
         ValueError: a part of it cannot be written.
     """
-    if not trainer.args.should_save:
+    if not run.args.should_save:
         return
-    _mend_generation_config(bare_model(trainer.model))
+    _mend_generation_config(bare_model(run.model))
     with tempfile.TemporaryDirectory(prefix="fastdpo_dry_save_") as folder:
-        for what, save in _parts(trainer, folder):
+        for what, save in _parts(run, saved, write_card, folder, is_sharded=is_sharded):
             try:
                 save()
             except Exception as error:  # whatever a library, or a model's own code, makes of what it cannot write
@@ -42,20 +46,24 @@ def check_can_save(trainer: Any) -> None:
                 ) from error
 
 
-def _parts(trainer: Any, folder: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-    model, tokenizer = bare_model(trainer.model), trainer.processing_class
+def _parts(
+    run: Run, saved: SavedModel, write_card: Callable[[str], None], folder: str, *, is_sharded: bool
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    model: Any = bare_model(run.model)
+    tokenizer = run.processing_class
     yield "the model's config", lambda: model.config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         yield "the model's generation_config", lambda: model.generation_config.save_pretrained(folder)
     yield "processing_class, the tokenizer,", lambda: tokenizer.save_pretrained(folder)
-    yield "the processor", lambda: trainer.save_processor(folder)
-    yield "args, the settings,", lambda: torch.save(trainer.args, Path(folder) / "training_args.bin")
-    yield "the model card", lambda: trainer._write_card(folder)
-    if not is_peft_model(trainer.model):
-        if not trainer._shards_weights():
+    yield "the processor", lambda: saved.save_processor(folder)
+    yield "args, the settings,", lambda: torch.save(run.args, Path(folder) / "training_args.bin")
+    yield "the model card", lambda: write_card(folder)
+    if not is_peft_model(run.model):
+        if not is_sharded:
             yield "the model's weights", lambda: _check_shared(model)
         return
-    for name, config in trainer.model.peft_config.items():
+    configs: Any = run.model.peft_config
+    for name, config in configs.items():
         if name != REFERENCE_ADAPTER:
             yield f"the config of the adapter {name!r}", partial(config.save_pretrained, folder)
 

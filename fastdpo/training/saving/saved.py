@@ -1,4 +1,4 @@
-"""SavingTrainer: what is saved loads where the original loads, and is read back as it was saved.
+"""SavedModel: what is saved loads where the original loads, and is read back as it was saved.
 
 transformers writes weights under the names of the checkpoint that they came from, which are not always the module's
 (experts one by one, towers under other prefixes), and Trainer reads them back by the module's names: what it does not
@@ -16,24 +16,28 @@ from torch import nn
 from fastdpo.modeling.backbone import is_composite
 from fastdpo.modeling.packed import bare_model
 from fastdpo.references.adapters import is_peft_model
-from fastdpo.training.callbacks.model_card import CardTrainer
+from fastdpo.training.settings.config import EngineConfig
 from fastdpo.training.setup.checkpoint_keys import check_all_loaded
 from fastdpo.training.setup.models import model_name, where_from
 from fastdpo.training.setup.source_files import OtherParts, add_other_parts, copy_processor_files, other_parts
 
 
-class SavingTrainer(CardTrainer):
-    """Trainer whose checkpoints are what the original checkpoint is, with other weights."""
+class SavedModel:
+    """The files of a run's checkpoints that are not transformers' own, and how weights come back from them.
 
-    processor: Any = None  # that brought the tokenizer, where one was given
+    Args:
+        processor: that brought the tokenizer, where one was given.
+    """
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = self.args.output_dir if output_dir is None else output_dir
-            self.save_processor(folder)
-            if self._other_parts is not None and not is_peft_model(self.model):
-                add_other_parts(bare_model(self.model), self._other_parts, folder)
+    def __init__(self, model: nn.Module, args: EngineConfig, processor: Any) -> None:
+        self.model, self.args, self.processor = model, args, processor
+
+    def add_to(self, folder: str) -> None:
+        """Writes what belongs beside the weights in `folder`: processor files, and what the original checkpoint holds
+        that was not loaded."""
+        self.save_processor(folder)
+        if self._other_parts is not None and not is_peft_model(self.model):
+            add_other_parts(bare_model(self.model), self._other_parts, folder)
 
     def save_processor(self, folder: str) -> None:
         """What turns images and sound into the model's inputs, as it came, beside the tokenizer."""
@@ -48,23 +52,14 @@ class SavingTrainer(CardTrainer):
         bare = bare_model(self.model)
         return other_parts(bare, model_name(bare), where_from(self.args.init_kwargs()))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._load_as_saved(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if not self._load_as_saved(self.state.best_model_checkpoint):
-            super()._load_best_model()
-
-    def _load_as_saved(self, folder: str | None) -> bool:
-        """Reads whole weights into the model; False where they are not in one piece, or an adapter is what was saved.
+    def load(self, folder: str | None) -> bool:
+        """Reads whole weights into the model, which must not be sharded; False where an adapter is what was saved.
 
         Raises:
             ValueError: a weight is missing in the folder, or one is there that the model does not have.
         """
         bare = bare_model(self.model)
-        is_elsewhere = self.is_fsdp_enabled or self.is_deepspeed_enabled or is_peft_model(self.model)
-        if folder is None or is_elsewhere or not hasattr(type(bare), "from_pretrained"):
+        if folder is None or is_peft_model(self.model) or not hasattr(type(bare), "from_pretrained"):
             return False
         widest = max((p.dtype for p in bare.parameters()), key=lambda dtype: dtype.itemsize)
         loaded, info = type(bare).from_pretrained(folder, dtype=widest, output_loading_info=True)

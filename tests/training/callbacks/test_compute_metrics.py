@@ -87,7 +87,7 @@ def test_predict_returns_the_numbers_and_evaluate_without_a_function_none(tmp_pa
     assert output.predictions["chosen_logps"].shape == (7,)
     assert output.label_ids.shape == (7, 2)
     assert output.metrics["test_logps/chosen"] == pytest.approx(output.predictions["chosen_logps"].mean(), rel=1e-5)
-    assert fast._predictions is None
+    assert fast._evaluation is None
 
 
 def test_batch_eval_metrics_is_one_call_with_the_result(tmp_path):

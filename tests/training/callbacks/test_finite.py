@@ -3,6 +3,8 @@
 The waiting of a GPU is stood in for by a CPU whose fused AdamW knows `found_inf` as well.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import make_llama
@@ -23,9 +25,9 @@ def spoiling(trainer, bad_call, value=float("nan")):
     loss_sum, calls = trainer._loss_sum, []
 
     def spoiled(model, batch):
-        loss, metrics = loss_sum(model, batch)
+        result = loss_sum(model, batch)
         calls.append(batch)
-        return (loss * value if len(calls) == bad_call + 1 else loss), metrics
+        return replace(result, loss=result.loss * value) if len(calls) == bad_call + 1 else result
 
     trainer._loss_sum = spoiled
     return trainer

@@ -28,7 +28,7 @@ class Run:
     """Feeds a watch logs of 32 pairs a step, by default of as many steps as the watch takes means over."""
 
     def __init__(self, output_dir, mode="frozen", step=0, **settings):
-        self.watch = TrainingWatch(SimpleNamespace(reference=SimpleNamespace(mode=mode)))
+        self.watch = TrainingWatch(has_reference=mode != "none", first_means=dict)
         self.args = SimpleNamespace(
             output_dir=str(output_dir),
             train_batch_size=8,

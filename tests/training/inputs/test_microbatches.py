@@ -1,6 +1,7 @@
 """A batch that runs in micro-batches gives the loss, the gradient and the metrics of the whole batch."""
 
 import copy
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -389,7 +390,7 @@ def test_auto_is_found_once_from_memory_and_leaves_no_trace(tmp_path, monkeypatc
     rows = make_rows(400)
     found = {}
     for num_bytes in (40e6, 80e6):
-        monkeypatch.setattr(BudgetAtStart, "meter", lambda self, n=num_bytes: SavedTensors(n))
+        monkeypatch.setattr(BudgetAtStart, "meter", lambda self, device, n=num_bytes: SavedTensors(n))
         auto = dpo_trainer(
             tmp_path, rows, per_device_train_batch_size=40, max_tokens_per_microbatch="auto", max_steps=3
         )
@@ -402,11 +403,12 @@ def test_auto_is_found_once_from_memory_and_leaves_no_trace(tmp_path, monkeypatc
     assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-5)
     assert auto.state.log_history[0]["num_tokens"] == plain.state.log_history[0]["num_tokens"]
     # what more memory holds is what it costs, measured again on batches of other sizes
-    meter, budget = SavedTensors(0), BudgetAtStart(auto)
+    meter, budget = SavedTensors(0), BudgetAtStart(auto.train_dataset, auto.collator, auto._loss_of)
     auto.collator.max_tokens = None
     batches = [list(auto.train_dataset)[:num_rows] for num_rows in (40, 400)]
     sizes = [auto.collator(batch)["input_ids"].numel() for batch in batches]
-    peaks = [meter.peak_of(lambda batch=batch: budget.run_rows(batch)) for batch in batches]
+    run_rows = partial(budget.run_rows, auto.model, auto.args.device)
+    peaks = [meter.peak_of(partial(run_rows, batch)) for batch in batches]
     per_token = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
     assert (found[80e6] - found[40e6]) * per_token == pytest.approx(0.85 * 40e6, rel=0.1)
 
