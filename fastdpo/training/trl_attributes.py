@@ -74,7 +74,7 @@ class _LossSetting:
         before = getattr(trainer.args, self.name)
         setattr(trainer.args, self.name, value)
         try:
-            trainer.args.check_losses()
+            trainer.args.check()
         except ValueError:
             setattr(trainer.args, self.name, before)
             raise

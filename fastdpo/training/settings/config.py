@@ -15,7 +15,7 @@ from transformers.utils import logging
 from fastdpo.data.forms.formats import FORMAT_NAMES, check_columns
 from fastdpo.data.tokens.chat.templates import resolve_template, training_templates
 from fastdpo.data.tokens.tokenization import TokenizationSettings
-from fastdpo.losses import is_listwise
+from fastdpo.losses import is_listwise, looks_at_whole_batch, losses_where
 from fastdpo.modeling.attention import ATTENTION_BACKENDS
 from fastdpo.ops.validation import IMPLS, check_settings
 from fastdpo.references import REFERENCE_MODES
@@ -360,20 +360,55 @@ class DPOConfig(FeatureSettings, LossSettings, EngineConfig):
     )
 
     def __post_init__(self) -> None:
-        check_choice("reference", self.reference, REFERENCE_MODES)
-        self.check_losses()
         self.ref_max_memory = parse_max_memory(self.ref_max_memory)
         for name in ("ref_tokens_per_batch", "precompute_ref_batch_size"):
             check_count(name, getattr(self, name), optional=True)
-        if self.precompute_ref_log_probs:
-            if self.reference not in ("auto", "cached") or self.reference_free:
-                asked = "reference_free" if self.reference_free else f"reference={self.reference!r}"
-                raise ValueError(f"precompute_ref_log_probs must be off with {asked}: it is reference='cached'")
-            self.reference = "cached"
+        self.check_features()
+        self.check()
+        super().__post_init__()
+
+    def check(self) -> None:
+        """Refuses settings of loss, reference and features that cannot work together; again where one was changed.
+
+        Raises:
+            ValueError: with the setting, the rule and the value.
+        """
+        self.check_losses()
+        self.reference = self._reference_mode()
+        has_none = self.reference_free or self.reference == "none"
+        if has_none and self.f_divergence_type != "reverse_kl":
+            raise ValueError(
+                "f_divergence_type must be 'reverse_kl' where there is no reference to diverge from, got"
+                f" {self.f_divergence_type!r}"
+            )
+        if self.max_tokens_per_microbatch is not None and looks_at_whole_batch(self):
+            raise ValueError(
+                f"max_tokens_per_microbatch must be None for loss_type {self.loss_type}, which is not a sum over pairs:"
+                f" its batch cannot be split, got {self.max_tokens_per_microbatch!r}"
+            )
+        if self.sync_ref_model and (has_none or self.reference == "cached"):
+            mode = "none" if has_none else "cached"
+            why = "there is none to move" if has_none else "cached log-probs would be those of a reference that is gone"
+            raise ValueError(f"sync_ref_model must be off where the reference is {mode!r}: {why}")
+
+    def _reference_mode(self) -> str:
+        """The mode that reference, reference_free, precompute_ref_log_probs and the losses ask for together."""
+        check_choice("reference", self.reference, REFERENCE_MODES)
+        free = losses_where(lambda loss: not loss.reference, self.loss_type)
+        if free and self.reference not in ("auto", "none"):
+            raise ValueError(
+                f"reference must be 'auto' or 'none' for loss_type {free[0]!r}, which has none, got {self.reference!r}"
+            )
+        if free and self.precompute_ref_log_probs:
+            raise ValueError(
+                f"precompute_ref_log_probs must be off for loss_type {free[0]!r}, which has no reference, got True"
+            )
+        if self.precompute_ref_log_probs and (self.reference not in ("auto", "cached") or self.reference_free):
+            asked = "reference_free" if self.reference_free else f"reference={self.reference!r}"
+            raise ValueError(f"precompute_ref_log_probs must be off with {asked}: it is reference='cached'")
         if self.reference_free and self.reference not in ("auto", "none"):
             raise ValueError(f"reference must be 'none' or 'auto' where reference_free is set, got {self.reference!r}")
-        self.check_features()
-        super().__post_init__()
+        return "none" if free else "cached" if self.precompute_ref_log_probs else self.reference
 
     def tokenization_settings(self) -> TokenizationSettings:
         is_cut = self.ld_alpha is not None

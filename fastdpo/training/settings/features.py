@@ -12,7 +12,7 @@ from fastdpo.training.settings.checks import check_count, check_number, help_tex
 
 @dataclass
 class FeatureSettings:
-    """Fields of DPOConfig; `check_features` raises ValueError for what cannot work."""
+    """Fields of DPOConfig; `check_features` raises ValueError where one of these fields cannot work."""
 
     sync_ref_model: bool = field(
         default=False,
@@ -48,11 +48,3 @@ class FeatureSettings:
         check_count("num_eval_samples", self.num_eval_samples, least=0)
         check_count("eval_sample_tokens", self.eval_sample_tokens)
         check_number("eval_sample_temperature", self.eval_sample_temperature, least=0.0)
-        reference = "none" if getattr(self, "reference_free", False) else getattr(self, "reference", "auto")
-        if self.sync_ref_model and reference in ("cached", "none"):
-            why = (
-                "log-probs computed once would be those of a reference that is gone"
-                if reference == "cached"
-                else "there is none to move"
-            )
-            raise ValueError(f"sync_ref_model must be off where the reference is {reference!r}: {why}")

@@ -6,14 +6,12 @@ Names and defaults are TRL's where TRL has the setting.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from fastdpo.losses import (
     DIVERGENCES,
     LOSSES,
     check_combination,
     check_loss_settings,
-    looks_at_whole_batch,
     losses_where,
 )
 from fastdpo.training.settings.checks import help_text
@@ -22,7 +20,7 @@ from fastdpo.training.settings.trl_names import RENAMED_LOSSES
 
 @dataclass
 class LossSettings:
-    """Fields of DPOConfig; `check_losses` raises ValueError for what cannot work."""
+    """Fields of DPOConfig; `check_losses` raises ValueError where these fields cannot work, alone or together."""
 
     beta: float = field(
         default=0.1,
@@ -74,39 +72,6 @@ class LossSettings:
                 raise ValueError(f"loss_type has no {name!r} any more; instead: {RENAMED_LOSSES[name]}")
         check_loss_settings(self.loss_type, self)
         check_combination(self)
-        self._check_splitting()
-        self._check_reference()
-
-    def _check_splitting(self) -> None:
-        budget = getattr(self, "max_tokens_per_microbatch", None)
-        if budget is not None and looks_at_whole_batch(self):
-            raise ValueError(
-                f"max_tokens_per_microbatch must be None for loss_type {self.loss_type}, which is not a sum over pairs:"
-                f" its batch cannot be split, got {budget!r}"
-            )
-
-    def _check_reference(self) -> None:
-        """Losses without a reference take none; f-divergences are divergences from one."""
-        settings: Any = self
-        free = losses_where(lambda loss: not loss.reference, self.loss_type)
-        if free:
-            asked = {"reference": settings.reference, "precompute_ref_log_probs": settings.precompute_ref_log_probs}
-            if asked["reference"] not in ("auto", "none"):
-                raise ValueError(
-                    f"reference must be 'auto' or 'none' for loss_type {free[0]!r}, which has none, got"
-                    f" {asked['reference']!r}"
-                )
-            if asked["precompute_ref_log_probs"]:
-                raise ValueError(
-                    f"precompute_ref_log_probs must be off for loss_type {free[0]!r}, which has no reference, got True"
-                )
-            settings.reference = "none"
-        has_none = settings.reference_free or settings.reference == "none"
-        if has_none and self.f_divergence_type != "reverse_kl":
-            raise ValueError(
-                "f_divergence_type must be 'reverse_kl' where there is no reference to diverge from, got"
-                f" {self.f_divergence_type!r}"
-            )
 
 
 def _names(loss_type: str | list[str]) -> list[str]:
