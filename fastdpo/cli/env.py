@@ -30,7 +30,6 @@ VARIABLES = (
     *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "TRITON_INTERPRET"),
     *("ONEDNN_MAX_CPU_ISA", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "HF_HUB_OFFLINE", "NCCL_P2P_DISABLE"),
 )
-_IMPLS = ("triton", "tiled", "reference")
 
 
 def main(argv: list[str]) -> int:
@@ -168,11 +167,11 @@ def _head_op() -> dict[str, Any]:
     """Which implementations run here, and which one "auto" takes."""
     import torch
 
-    from fastdpo.ops.engine import resolve_impl
+    from fastdpo.ops.engine import NAMES, resolve_impl
 
     device, facts = _device(), {}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for impl in _IMPLS:
+    for impl in NAMES:
         try:
             resolve_impl(impl, device, dtype)
             facts[impl] = "can run"

@@ -14,11 +14,11 @@ import torch
 import fastdpo
 from fastdpo.evidence.checks import CHECKS, Line, Subject
 from fastdpo.evidence.problems import Shape
+from fastdpo.ops.engine import NAMES
 
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32", "float16")}  # by default, per device
 ALL_DTYPES = DTYPES["cuda"]
 MIN_ROWS = 32  # with fewer, one lucky rounding of plain PyTorch's decides
-IMPLS = ("triton", "tiled", "reference")
 
 
 def verify(
@@ -49,7 +49,7 @@ def verify(
     if shape is not None and shape.rows < MIN_ROWS:
         raise ValueError(f"rows must be at least {MIN_ROWS} (of fewer, single roundings decide), got {shape.rows}")
     lines = []
-    for impl in IMPLS:
+    for impl in NAMES:
         for dtype in dtypes:
             lines += verify_one(Subject(impl, dtype, place, shape or default_shape(impl, place)), each)
     return lines

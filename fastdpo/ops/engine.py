@@ -41,22 +41,24 @@ class Engine(NamedTuple):
     most_workspace_bytes: int  # and where each chunk of rows reads and writes the sums of a large dW
 
 
-def engine_of(impl: str) -> Engine:
-    """The engine behind "tiled" or "triton"; the latter brings in triton."""
-    if impl == "tiled":
-        return Engine(
-            tiled_forward,
-            tiled_forward_with_grads,
-            TiledLogitGrads,
-            tiled_skipping_gradients,
-            skip_blocks,
-            accumulator_dtype,
-            1,
-            1,
-            1,
-            WORKSPACE_BYTES,
-            WORKSPACE_BYTES,
-        )
+def _tiled() -> Engine:
+    return Engine(
+        tiled_forward,
+        tiled_forward_with_grads,
+        TiledLogitGrads,
+        tiled_skipping_gradients,
+        skip_blocks,
+        accumulator_dtype,
+        1,
+        1,
+        1,
+        WORKSPACE_BYTES,
+        WORKSPACE_BYTES,
+    )
+
+
+def _triton() -> Engine:
+    """Brings in triton."""
     from fastdpo.ops import fused
 
     return Engine(
@@ -72,6 +74,19 @@ def engine_of(impl: str) -> Engine:
         fused.WORKSPACE_BYTES,
         max(fused.WORKSPACE_BYTES, fused.MOST_WORKSPACE_BYTES),
     )
+
+
+ENGINES: dict[str, Callable[[], Engine]] = {
+    "triton": _triton,
+    "tiled": _tiled,
+}
+NAMES = (*ENGINES, "reference")  # the last is plain PyTorch with full logits, `reference.py`
+IMPLS = ("auto", *NAMES)  # what the argument `impl` takes
+
+
+def engine_of(impl: str) -> Engine:
+    """The engine of that name."""
+    return ENGINES[impl]()
 
 
 def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:

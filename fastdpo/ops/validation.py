@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdpo.ops.engine import IMPLS
 from fastdpo.types import IGNORE_INDEX, TOKEN_OUTPUTS
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-IMPLS = ("auto", "triton", "tiled", "reference")
 
 
 def check_head(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:

@@ -17,7 +17,8 @@ from fastdpo.data.tokens.chat.templates import resolve_template, training_templa
 from fastdpo.data.tokens.tokenization import TokenizationSettings
 from fastdpo.losses import is_listwise, looks_at_whole_batch, losses_where
 from fastdpo.modeling.attention import ATTENTION_BACKENDS
-from fastdpo.ops.validation import IMPLS, check_settings
+from fastdpo.ops.engine import IMPLS
+from fastdpo.ops.validation import check_settings
 from fastdpo.references import REFERENCE_MODES
 from fastdpo.training.settings.checks import (
     as_dict,
