@@ -33,15 +33,15 @@ NUMERIC = (
     "modeling", "ops", "parity", "references", "test_metrics.py", "training", "wrong",
 )  # fmt: skip
 COUNTS_BYTES = (
-    "ops/test_peak_memory.py", "references/test_memory_cap.py", "training/test_memory_estimate.py",
-    "training/test_memory_of_a_run.py",
+    "ops/test_peak_memory.py", "references/test_memory_cap.py", "training/memory/test_memory_estimate.py",
+    "training/memory/test_memory_of_a_run.py",
 )  # fmt: skip
 # In less than two minutes on two cores: what CI adds to its ordinary run.
 QUICK = (
     "integrations", "losses", "modeling/test_packed_logps.py", "modeling/test_packed_loss.py",
     "ops/test_adapter_weight.py", "ops/test_linear_cross_entropy.py", "ops/test_linear_logps.py", "ops/test_matmul.py",
-    "ops/test_sequence_logps.py", "ops/test_sequence_loss.py", "training/test_microbatches.py",
-    "training/test_router_loss.py", "wrong",
+    "ops/test_sequence_logps.py", "ops/test_sequence_loss.py", "training/inputs/test_microbatches.py",
+    "training/setup/test_router_loss.py", "wrong",
 )  # fmt: skip
 
 OLD = {

@@ -222,7 +222,7 @@ def test_each_line_is_told_as_it_comes(monkeypatch):
         raise RuntimeError("then it breaks")
 
     monkeypatch.setattr(verify, "CHECKS", [half])
-    monkeypatch.setattr(verify, "IMPLS", ("tiled",))
+    monkeypatch.setattr(verify, "NAMES", ("tiled",))
     told = []
     lines = verify.verify("cpu", ["float32"], each=told.append)
     assert told == lines
