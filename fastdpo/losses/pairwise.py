@@ -95,7 +95,7 @@ def sppo_hard(scores: PairScores, config: LossConfig) -> Tensor:
 
 @loss()
 def apo_zero(scores: PairScores, config: LossConfig) -> Tensor:
-    """Raises the chosen and lowers the rejected; use it for data better than the model. APO, arXiv 2408.06266, eq. 7."""
+    """Raises the chosen, lowers the rejected; use it for data better than the model. APO, arXiv 2408.06266, eq. 7."""
     return torch.sigmoid(-config.beta * scores.chosen_logratios) + torch.sigmoid(
         config.beta * scores.rejected_logratios
     )
