@@ -97,7 +97,9 @@ EXAMPLES: dict[str, tuple[Written, ...]] = {
     ),
     "winner": (
         Written("your own data", {"prompt": "2+2=", "response_a": "5", "response_b": "4", "winner": "b"}),
-        Written("your own data", {"instruction": "Add.", "input": "2, 2", "output_1": "4", "output_2": "5", "preference": 1}),
+        Written(
+            "your own data", {"instruction": "Add.", "input": "2, 2", "output_1": "4", "output_2": "5", "preference": 1}
+        ),
         Written("PKU-SafeRLHF", {"prompt": "2+2=", "response_0": "4", "response_1": "5", "better_response_id": 0}),
         Written(
             "Chatbot Arena, MT-bench",
