@@ -27,7 +27,7 @@ EPILOG = (
     "Options of TRL's scripts and of the alignment-handbook also work (--model_name_or_path, --dataset_name, ...), on"
     " the command line and in FILE: see docs/command_line.md."
 )
-SHOWN_ALL = "Every option of `fastdpo train` is accepted, also in FILE. Options not listed here have no effect."
+SHOWN_ALL = "all options of `fastdpo train` are taken, also in FILE; options that are not listed here have no effect"
 
 # What `generate` writes for an action's type; a kind that is not here is taken as text and checked by the run itself.
 KINDS: Mapping[str, Callable[[str], Any]] = {
