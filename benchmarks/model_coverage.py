@@ -231,7 +231,7 @@ def docs_table(records: Sequence[dict[str, Any]]) -> str:
     noisy = [record for record in shared if record["grad_error"] > EXACT]
     if noisy:
         words = ", ".join(f"{record['type']} ({record['grad_error']:.0e})" for record in noisy)
-        lines += ["", f"Among them with gradients that rounding moves by more than {EXACT:.0e}: {words}."]
+        lines += ["", f"Rounding moves a gradient of these types by more than {EXACT:.0e}: {words}."]
     lines += ["", "| type | | why |", "|---|---|---|"]
     for status in STATUSES[1:]:
         for record in by[status]:

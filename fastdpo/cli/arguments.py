@@ -31,23 +31,23 @@ class RunArguments:
     model: str = field(metadata=help_text("Model to train: a local directory or a name on the Hub. Required."))
     dataset: str = field(
         metadata=help_text(
-            "Training data: a .json, .jsonl (also .gz) or .parquet file, a directory, or a name. Required, unless there"
-            " are datasets."
+            "Training data: a .json, .jsonl (also .gz) or .parquet file, a directory, or a name. Required, unless"
+            " datasets is given."
         )
     )
     model_revision: str | None = field(
-        default=None, metadata=help_text("Branch, tag or commit of a model on the Hub; also of its tokenizer.")
+        default=None, metadata=help_text("Branch, tag or commit of a model on the Hub, and of its tokenizer.")
     )
     dtype: str | None = field(
         default=None,
         metadata=help_text(
-            f"In what the weights are loaded: one of {', '.join(DTYPES)}. Default: float32, which bf16 autocasts."
+            f"Dtype of the loaded weights: one of {', '.join(DTYPES)}. Default: float32, which bf16 autocasts."
         ),
     )
     attn_implementation: str | None = field(
         default=None,
         metadata=help_text(
-            "The model's own attention, as from_pretrained has it: for padded batches and samples. Packed rows have"
+            "The model's own attention, as in from_pretrained, for padded batches and samples. Packed rows use"
             " attention_backend."
         ),
     )
@@ -57,54 +57,58 @@ class RunArguments:
     dataset_config: str | None = field(
         default=None,
         metadata=help_text(
-            "Configuration (subset) of a named dataset; also of eval_dataset where that has the same name."
+            "Configuration (subset) of a named dataset. Also used for an eval_dataset of the same name."
         ),
     )
     dataset_split: str = field(default="train", metadata=help_text("Split of a named dataset."))
     dataset_streaming: bool = field(
-        default=False, metadata=help_text("Read the data as the run goes, in its own order; max_steps is needed.")
+        default=False, metadata=help_text("Read the data during the run, in its own order. Needs max_steps.")
     )
     datasets: Any = field(
         default=None,
         metadata=help_text(
-            "Several sets of training data (JSON, or a list in FILE), each with path and, as it needs them, name,"
-            " split, data_dir, data_files, columns, and fraction (its share of the mixture) or weight (the share of its"
-            " rows)."
+            "Several sets of training data (JSON, or a list in FILE). Each has a path and, if needed, name,"
+            " split, data_dir, data_files, columns, and fraction (its share of the mixture) or weight (the share"
+            " of its own rows)."
         ),
     )
-    eval_dataset: str | None = field(default=None, metadata=help_text("Evaluation data, in the same forms."))
+    eval_dataset: str | None = field(default=None, metadata=help_text("Evaluation data, in the same forms as dataset."))
     eval_split: str | None = field(
         default=None,
         metadata=help_text(
-            "Split of a named evaluation dataset. Default: test. Without eval_dataset: the split of the training data's"
-            " own dataset that is evaluated; a file has none."
+            "Split of a named evaluation dataset. Default: test. Without eval_dataset: the split of the training"
+            " dataset to evaluate on; files have none."
         ),
     )
-    eval_datasets: Any = field(default=None, metadata=help_text("Several sets of evaluation data, as datasets."))
+    eval_datasets: Any = field(
+        default=None, metadata=help_text("Several sets of evaluation data, in the form of datasets.")
+    )
     eval_fraction: float = field(
         default=0.05,
         metadata=help_text(
-            "Share of the training data held out for evaluation where no eval_dataset is given and the data is no"
-            " stream; 0 for none."
+            "Share of the training data to hold out for evaluation, if there is no eval_dataset and the data is"
+            " not a stream. 0 for none."
         ),
     )
-    overwrite_output_dir: bool = field(default=False, metadata=help_text("Let output_dir hold another run already."))
+    overwrite_output_dir: bool = field(default=False, metadata=help_text("Allow output_dir to contain another run."))
     ignore_bias_buffers: bool = field(
-        default=False, metadata=help_text("Keep DDP from sending the model's boolean buffers around.")
+        default=False, metadata=help_text("Keep DDP from synchronizing the model's boolean buffers.")
     )
     accelerate_config: str | None = field(
         default=None,
         metadata=help_text(
-            "Start on several processes by accelerate: multi_gpu, fsdp2, zero2, zero3, or a YAML file of `accelerate"
-            " config`."
+            "Start several processes with accelerate: multi_gpu, fsdp2, zero2, zero3, or a YAML file from"
+            " `accelerate config`."
         ),
     )
     num_processes: int | None = field(
         default=None,
-        metadata=help_text("So many processes, one a GPU. Default: what accelerate_config says, else every GPU."),
+        metadata=help_text(
+            "Number of processes, one per GPU. Default: as in accelerate_config, else the number of GPUs."
+        ),
     )
-    num_machines: int | None = field(default=None, metadata=help_text("Machines that the processes are spread over."))
-    machine_rank: int | None = field(default=None, metadata=help_text("Which of the machines this one is, from 0."))
+    num_machines: int | None = field(default=None, metadata=help_text("Number of machines that run the processes."))
+    machine_rank: int | None = field(default=None, metadata=help_text("Number of this machine, from 0."))
     main_process_ip: str | None = field(default=None, metadata=help_text("Address of machine 0."))
     main_process_port: int | None = field(default=None, metadata=help_text("A free port of machine 0."))
 
@@ -140,38 +144,40 @@ class RunArguments:
 class LoraArguments:
     """LoRA and quantization of the base model."""
 
-    use_peft: bool = field(default=False, metadata=help_text("Train a LoRA adapter in place of the model's weights."))
+    use_peft: bool = field(default=False, metadata=help_text("Train a LoRA adapter instead of the model's weights."))
     lora_r: int = field(default=16, metadata=help_text("Rank of the adapter."))
     lora_alpha: int = field(
         default=32, metadata=help_text("Scale of the adapter: its product is multiplied by alpha / r.")
     )
     lora_dropout: float = field(
-        default=0.0, metadata=help_text("Dropout on the adapter's input; without effect beside disable_dropout.")
+        default=0.0, metadata=help_text("Dropout on the adapter's input. No effect with disable_dropout.")
     )
     lora_target_modules: list[str] | None = field(
-        default=None, metadata=help_text("Layers that get an adapter. Default: every linear layer but the head.")
+        default=None, metadata=help_text("Layers that get an adapter. Default: all linear layers except the head.")
     )
     lora_target_parameters: list[str] | None = field(
-        default=None, metadata=help_text("Parameters that get an adapter and are no layer's weight, as experts'.")
+        default=None,
+        metadata=help_text("Parameters that get an adapter but are not the weight of a layer, such as experts'."),
     )
     lora_modules_to_save: list[str] | None = field(
-        default=None, metadata=help_text("Layers that are trained whole and saved with the adapter.")
+        default=None, metadata=help_text("Layers to train fully and to save with the adapter.")
     )
-    lora_task_type: str = field(default="CAUSAL_LM", metadata=help_text("PEFT's name of the task: CAUSAL_LM."))
+    lora_task_type: str = field(default="CAUSAL_LM", metadata=help_text("PEFT's name for the task: must be CAUSAL_LM."))
     use_rslora: bool = field(
-        default=False, metadata=help_text("Multiply the adapter's product by alpha / sqrt(r): rsLoRA.")
+        default=False, metadata=help_text("rsLoRA: multiply the adapter's product by alpha / sqrt(r).")
     )
     use_dora: bool = field(
-        default=False, metadata=help_text("Train magnitude and direction of the weights apart: DoRA.")
+        default=False, metadata=help_text("DoRA: train magnitude and direction of the weights separately.")
     )
-    load_in_4bit: bool = field(default=False, metadata=help_text("QLoRA: base weights in 4 bits (bitsandbytes)."))
-    load_in_8bit: bool = field(default=False, metadata=help_text("Base weights in 8 bits (bitsandbytes)."))
-    bnb_4bit_quant_type: str = field(default="nf4", metadata=help_text("Numbers of 4 bits: nf4 or fp4."))
+    load_in_4bit: bool = field(default=False, metadata=help_text("QLoRA: load base weights in 4 bits (bitsandbytes)."))
+    load_in_8bit: bool = field(default=False, metadata=help_text("Load base weights in 8 bits (bitsandbytes)."))
+    bnb_4bit_quant_type: str = field(default="nf4", metadata=help_text("Type of 4-bit numbers: nf4 or fp4."))
     bnb_4bit_quant_storage: str | None = field(
-        default=None, metadata=help_text("In what 4-bit weights are stored: uint8 (default), or the dtype FSDP wants.")
+        default=None,
+        metadata=help_text("Storage dtype of 4-bit weights: uint8 (default), or the dtype that FSDP needs."),
     )
     use_bnb_nested_quant: bool = field(
-        default=False, metadata=help_text("Quantize the constants of 4-bit weights too, which saves 0.4 bits a weight.")
+        default=False, metadata=help_text("Also quantize the constants of 4-bit weights. Saves 0.4 bits per weight.")
     )
 
     def __post_init__(self) -> None:
@@ -200,7 +206,7 @@ class AdapterArguments(LoraArguments):
     """What a preference run may have beside the trained model: an adapter on it, and another reference."""
 
     ref_model: str | None = field(
-        default=None, metadata=help_text("Reference model; default: the start of the trained one.")
+        default=None, metadata=help_text("Reference model. Default: the trained model at its start.")
     )
 
 

@@ -1,8 +1,8 @@
-"""`fastdpo demo`: the DPO paper's controlled-sentiment experiment in small, on texts whose true reward is known.
+"""`fastdpo demo`: a small version of the DPO paper's controlled-sentiment experiment, on texts with a known reward.
 
-Prints the stages, the table and whether the orderings that theory predicts hold; writes to output_dir the HTML report,
-the figures as JSON, the models and the preference pairs. Nothing is written before everything is measured. Refuses an
-output_dir that holds anything but an earlier demo, which it replaces.
+It prints the stages, a table, and whether the orderings that theory predicts hold. At the end it writes the HTML
+report, the figures as JSON, the models and the preference pairs to output_dir. It replaces an earlier demo there, and
+refuses an output_dir with anything else.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ MAX_THREADS = 2  # more do not help a model this small
 class DemoOptions:
     """What a person can choose."""
 
-    output_dir: str = field(default="demo_run", metadata={"help": "Where report, models and pairs are saved."})
-    size: str = field(default="full", metadata={"help": "full: one to two minutes on 2 cores. small: a third of it."})
-    seed: int = field(default=0, metadata={"help": "Of texts, weights, labels and samples."})
+    output_dir: str = field(default="demo_run", metadata={"help": "Folder for report, models and pairs."})
+    size: str = field(default="full", metadata={"help": "full: one to two minutes on 2 cores. small: a third of that."})
+    seed: int = field(default=0, metadata={"help": "Seed for texts, weights, labels and samples."})
     overwrite: bool = field(
-        default=False, metadata={"help": "Write into output_dir even if it holds something else than an earlier demo."}
+        default=False,
+        metadata={"help": "Write to output_dir even if it contains something other than an earlier demo."},
     )
 
     def __post_init__(self) -> None:

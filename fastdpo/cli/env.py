@@ -34,8 +34,8 @@ VARIABLES = (
 
 def main(argv: list[str]) -> int:
     """Prints the facts; 0 also where something is missing, which is one of the facts."""
-    parser = RaisingParser(prog="fastdpo env", description="What a bug report needs.", allow_abbrev=False)
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of lines")
+    parser = RaisingParser(prog="fastdpo env", description="Prints what a bug report needs.", allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     options = parser.parse_args(argv)
     facts = environment()
     print(json.dumps(facts, indent=2) if options.json else "\n".join(lines_of(facts)))

@@ -11,13 +11,16 @@ import fastdpo
 
 # name -> (module with main(argv), what it is for)
 COMMANDS = {
-    "train": ("fastdpo.cli.train", "train a model on preference pairs (DPO and its relatives)"),
-    "sft": ("fastdpo.cli.sft", "supervised fine-tuning, the stage before: on completions or on the chosen responses"),
-    "precompute": ("fastdpo.cli.precompute", "reference log-probs ahead of training, where `fastdpo train` finds them"),
-    "plan": ("fastdpo.cli.plan", "which settings of a model fit a GPU's memory, and the longest pair each takes"),
-    "migrate": ("fastdpo.cli.migrate", "a recipe of TRL, Axolotl, LLaMA-Factory or others as one of ours"),
-    "env": ("fastdpo.cli.env", "what a bug report needs: versions, machine, kernels, attention, the self-check"),
-    "demo": ("fastdpo.cli.demo", "the paper's controlled-sentiment experiment in small, with an HTML report"),
+    "train": ("fastdpo.cli.train", "train a model on preference pairs (DPO and related losses)"),
+    "sft": ("fastdpo.cli.sft", "fine-tune a model before DPO, on completions or on the chosen responses of pairs"),
+    "precompute": ("fastdpo.cli.precompute", "compute reference log-probs ahead of time, for `fastdpo train` to use"),
+    "plan": ("fastdpo.cli.plan", "show which settings fit a GPU's memory, and the longest pair that fits"),
+    "migrate": ("fastdpo.cli.migrate", "convert a recipe of TRL, Axolotl, LLaMA-Factory or others to a fastdpo config"),
+    "env": ("fastdpo.cli.env", "print what a bug report needs: versions, machine, kernels, attention, self-check"),
+    "demo": (
+        "fastdpo.cli.demo",
+        "run a small version of the paper's controlled-sentiment experiment, with an HTML report",
+    ),
     "verify": ("fastdpo.cli.verify", "check the head op's kernels on this machine: numbers, determinism, memory"),
 }
 
@@ -26,7 +29,7 @@ HELP = """usage: fastdpo <command> [options]
 commands:
 {commands}
 
-the options of `fastdpo train` that people look for first (all of them: fastdpo train --help):
+common options of `fastdpo train` (for all options: fastdpo train --help):
   what      --model PATH_OR_NAME  --dataset FILE_OR_NAME  --output_dir DIR  --config run.yaml
   data      --eval_dataset  --eval_fraction  --max_length  --max_prompt_length  --truncation_mode  --on_bad_row
   DPO       --beta  --loss_type  --label_smoothing  --reference  --ref_model
@@ -38,8 +41,8 @@ the options of `fastdpo train` that people look for first (all of them: fastdpo 
 
   GPUs      --num_processes  --accelerate_config
 
-fastdpo --version prints the version. Options may be written with hyphens or underscores; those of TRL's scripts and of
-the alignment-handbook are taken under their names too (--model_name_or_path, --dataset_name, ...).
+fastdpo --version prints the version. Write options with hyphens or underscores. Options of TRL's scripts and of the
+alignment-handbook also work (--model_name_or_path, --dataset_name, ...).
 """
 
 

@@ -1,9 +1,9 @@
-"""`fastdpo migrate`: a DPO recipe of another project as one of ours.
+"""`fastdpo migrate`: converts a DPO recipe of another project to a fastdpo config.
 
-In: a YAML or JSON file of TRL, the alignment-handbook, Axolotl, LLaMA-Factory or the original DPO release, and for the
-last also its overrides, `name=value`. Out: whose it is; our YAML, with a comment on each line that changed, printed or
-written to --out; what has no counterpart, and why. Refuses files that are none of these. Exit code 1 where a line is
-still to be mended before the recipe runs.
+It reads a YAML or JSON file of TRL, the alignment-handbook, Axolotl, LLaMA-Factory or the original DPO release; for the
+last also overrides, `name=value`. It prints the project that it recognizes. It prints the config, or writes it to
+--out, with a comment on each line that changed. At the end it lists settings without a counterpart, and why. It refuses
+other files. Exit code 1 means that you must fix a line before the recipe runs.
 """
 
 from __future__ import annotations
@@ -60,10 +60,12 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = RaisingParser(prog="fastdpo migrate", description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("recipe", nargs="+", help="the recipe's file, and overrides of the original release")
-    parser.add_argument("--out", metavar="FILE", help="where our recipe is written; default: it is printed")
-    parser.add_argument("--kind", choices=list(KINDS), help="whose recipe it is; default: told by its keys")
-    parser.add_argument("--overwrite", action="store_true", help="let --out replace a file")
+    parser.add_argument("recipe", nargs="+", help="the recipe's file, or overrides of the original release, or both")
+    parser.add_argument("--out", metavar="FILE", help="file to write the config to; default: print it")
+    parser.add_argument(
+        "--kind", choices=list(KINDS), help="the project that the recipe is from; default: recognized by its keys"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="allow --out to replace a file")
     return parser
 
 

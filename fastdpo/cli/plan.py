@@ -29,20 +29,26 @@ def main(argv: list[str]) -> None:
     """Raises:
     ValueError: anything that the user can mend; also where no settings fit.
     """
-    parser = RaisingParser(prog="fastdpo plan", description="Settings that fit a GPU, and the longest pair each takes.")
-    parser.add_argument(
-        "--model", required=True, help="Name on the Hub, folder, or config.json. Only its config is read."
+    parser = RaisingParser(
+        prog="fastdpo plan", description="Shows which settings fit a GPU, and the longest pair that fits with each."
     )
-    parser.add_argument("--gpu_memory", "--gpu-memory", required=True, help="Such as 24GB (10**9) or 24GiB (2**30).")
+    parser.add_argument(
+        "--model", required=True, help="Name on the Hub, folder, or config.json. Only the config is read."
+    )
+    parser.add_argument(
+        "--gpu_memory", "--gpu-memory", required=True, help="Memory of the GPU, such as 24GB (10**9) or 24GiB (2**30)."
+    )
     parser.add_argument(
         "--max_length",
         "--max-length",
         type=int,
-        help="Tokens of prompt and response that must fit; settings that take less are shown as not fitting.",
+        help="Tokens of prompt and response that must fit. Settings that take fewer are shown as not fitting.",
     )
     parser.add_argument("--lora_r", "--lora-r", type=int, default=16, help="Rank of the adapter.")
-    parser.add_argument("--trust_remote_code", action="store_true", help="As in from_pretrained.")
-    parser.add_argument("--json", action="store_true", help="Print JSON, sizes in bytes.")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="Run code from the Hub, as in from_pretrained."
+    )
+    parser.add_argument("--json", action="store_true", help="Print JSON, with sizes in bytes.")
     options = parser.parse_args(argv)
     for name in ("max_length", "lora_r"):
         value = getattr(options, name)

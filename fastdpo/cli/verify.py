@@ -1,8 +1,8 @@
-"""`fastdpo verify`: are the kernels right on this machine? A table of checks, exit code 1 if one fails.
+"""`fastdpo verify`: checks the kernels on this machine, and prints a table. Exit code 1 if a check fails.
 
-In: a device, dtypes, a shape. Out: the table, or with --json one JSON object on stdout: "passed", "complete",
-"machine", and "lines" with impl, dtype, check, verdict, error, bound, unit and note of each check. Each line is printed
-on stderr as it comes; interrupted (SIGINT), the object has those that came.
+With --json it prints one JSON object on stdout instead: "passed", "complete", "machine", and "lines" with impl, dtype,
+check, verdict, error, bound, unit and note of each check. It also prints each line on stderr as it comes. After an
+interrupt (SIGINT) the object has the lines so far.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def _take_down(line: Line, lines: list[Line], aloud: bool) -> None:
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = RaisingParser(prog="fastdpo verify", description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("--device", help="cpu, cuda or cuda:1 and so on; default: cuda where there is a GPU")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda if there is a GPU, else cpu")
     parser.add_argument(
-        "--dtype", action="append", choices=ALL_DTYPES, help="may be repeated; default: those the device is used with"
+        "--dtype", action="append", choices=ALL_DTYPES, help="may be repeated; default: the usual dtypes of the device"
     )
     for name, what in (("rows", "tokens"), ("hidden", "hidden size"), ("vocab", "vocabulary size")):
-        parser.add_argument(f"--{name}", type=int, help=f"{what} of the comparisons with fp64")
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+        parser.add_argument(f"--{name}", type=int, help=f"{what} in the comparisons with fp64")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
 

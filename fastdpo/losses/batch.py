@@ -43,7 +43,7 @@ def aot_unpaired(scores: PairScores, config: LossConfig) -> Tensor:
 
 @loss(unit="ranking", divergence=True)
 def plackett_luce(scores: PairScores, config: LossConfig) -> Tensor:
-    """Negative log-likelihood of a ranking, by stages. DPO, arXiv 2305.18290, appendix A.3.
+    """Negative log-likelihood of a ranking, as the sum of its stages. DPO, arXiv 2305.18290, appendix A.3.
 
     With rewards `w_k = beta * log-ratio` of the responses in order, stage k is `log sum_{j >= k} exp(w_j) - w_k`; the
     sum over a ranking's stages is its loss, and for K = 2 that is `sigmoid`.

@@ -21,7 +21,7 @@ from fastdpo.types import PairScores
 
 @loss(unit="token", likelihood=True)
 def sft(scores: PairScores, config: LossConfig) -> Tensor:
-    """Negative log-prob per token of the chosen responses: the mean over pairs is that over tokens.
+    """Negative log-prob per token of the chosen responses, a mean over all their tokens.
 
     The Preferred-FT baseline of DPO (arXiv 2305.18290, sec. 6), and the term that keeps chosen log-probs from falling
     (RPO, arXiv 2404.19733): `loss_type=["sigmoid", "sft"]`.

@@ -36,7 +36,7 @@ def sigmoid_norm(scores: PairScores, config: LossConfig) -> Tensor:
 
 @loss(divergence=True)
 def hinge(scores: PairScores, config: LossConfig) -> Tensor:
-    """`max(0, 1 - beta (c - r))`. SLiC-HF, arXiv 2305.10425; in this form RSO, arXiv 2309.06657."""
+    """`max(0, 1 - beta (c - r))`. SLiC-HF, arXiv 2305.10425; RSO, arXiv 2309.06657, uses this form."""
     return torch.relu(1 - config.beta * scores.margins)
 
 
@@ -53,7 +53,7 @@ def ipo(scores: PairScores, config: LossConfig) -> Tensor:
 
 @loss(smoothed=True, divergence=True)
 def exo_pair(scores: PairScores, config: LossConfig) -> Tensor:
-    """KL divergence of the policy's preference from the label's, (1 - e, e). EXO, arXiv 2402.00856, eq. 16.
+    """KL divergence between the policy's preference and the label (1 - e, e). EXO, arXiv 2402.00856, eq. 16.
 
     e is `label_smoothing`, > 0; the paper uses 1e-3.
     """
@@ -65,21 +65,21 @@ def exo_pair(scores: PairScores, config: LossConfig) -> Tensor:
 
 @loss()
 def nca_pair(scores: PairScores, config: LossConfig) -> Tensor:
-    """Noise contrastive alignment of two responses: holds both rewards, not their difference. NCA, arXiv 2402.05369."""
+    """Noise contrastive alignment: acts on both rewards, not on their difference. NCA, arXiv 2402.05369."""
     chosen, rejected = config.beta * scores.chosen_logratios, config.beta * scores.rejected_logratios
     return -F.logsigmoid(chosen) - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))
 
 
 @loss(smoothed=True, divergence=True)
 def robust(scores: PairScores, config: LossConfig) -> Tensor:
-    """`sigmoid` made unbiased under labels flipped with probability `label_smoothing` < 1/2. arXiv 2403.00409."""
+    """`sigmoid`, unbiased if labels flip with probability `label_smoothing` < 1/2. arXiv 2403.00409."""
     logits, flipped = config.beta * scores.margins, config.label_smoothing
     return (flipped * F.logsigmoid(-logits) - (1 - flipped) * F.logsigmoid(logits)) / (1 - 2 * flipped)
 
 
 @loss()
 def bco_pair(scores: PairScores, config: LossConfig) -> Tensor:
-    """A classifier of single responses whose logit is the reward. BCO, arXiv 2404.04656, without its reward shift."""
+    """Classifies single responses; the reward is the logit. BCO, arXiv 2404.04656, without its reward shift."""
     return -F.logsigmoid(config.beta * scores.chosen_logratios) - F.logsigmoid(-config.beta * scores.rejected_logratios)
 
 
@@ -95,7 +95,7 @@ def sppo_hard(scores: PairScores, config: LossConfig) -> Tensor:
 
 @loss()
 def apo_zero(scores: PairScores, config: LossConfig) -> Tensor:
-    """Raises the chosen, lowers the rejected: for data better than the model. APO, arXiv 2408.06266, eq. 7."""
+    """Raises the chosen, lowers the rejected; use it for data better than the model. APO, arXiv 2408.06266, eq. 7."""
     return torch.sigmoid(-config.beta * scores.chosen_logratios) + torch.sigmoid(
         config.beta * scores.rejected_logratios
     )
@@ -103,7 +103,7 @@ def apo_zero(scores: PairScores, config: LossConfig) -> Tensor:
 
 @loss()
 def apo_down(scores: PairScores, config: LossConfig) -> Tensor:
-    """Lowers both, the rejected more: for data worse than the model. APO, arXiv 2408.06266, eq. 8."""
+    """Lowers both, the rejected more; use it for data worse than the model. APO, arXiv 2408.06266, eq. 8."""
     return torch.sigmoid(config.beta * scores.chosen_logratios) + torch.sigmoid(-config.beta * scores.margins)
 
 

@@ -185,8 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hidden-size", type=int, nargs="+", required=True)
     parser.add_argument("--vocab-size", type=int, nargs="+", required=True)
     parser.add_argument("--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"])
-    parser.add_argument("--options", action="store_true", help="with a bias, a softcap and every statistic")
-    parser.add_argument("--capability", help="of a GPU that is not there, as 9.0")
+    parser.add_argument("--options", action="store_true", help="include a bias, a softcap and every statistic")
+    parser.add_argument("--capability", help="compile for a GPU that is not installed, such as 9.0")
     given = parser.parse_args(arguments)
     capability = None
     if given.capability is not None:

@@ -264,10 +264,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--seconds",
         type=float,
         default=float("inf"),
-        help="no new candidate is tried after this time, shared by the kernels",
+        help="start no new candidate after this time; all kernels share it",
     )
     parser.add_argument(
-        "--capability", help="compile the candidates for a GPU that is not there, as 9.0, and time nothing"
+        "--capability", help="only compile the candidates, for a GPU that is not installed, such as 9.0"
     )
     options = parser.parse_args(arguments)
     if options.capability is not None:

@@ -48,7 +48,7 @@ def _improve(actions: Sequence[argparse.Action]) -> None:
     for action in actions:
         if action.dest == "output_dir":
             action.required = True
-            action.help = "Where checkpoints and the trained model are saved. Required."
+            action.help = "Folder for checkpoints and the trained model. Required."
         if (action.type in (int, float) and action.default is None) or action.dest == "max_length":
             action.type = OrNone(action.type)  # type: ignore[arg-type]
         if get_origin(action.type) is dict:
@@ -56,7 +56,7 @@ def _improve(actions: Sequence[argparse.Action]) -> None:
         if action.dest in LISTS_OF_OBJECTS:
             action.type = OrNone(json_list)
         if action.option_strings[0].startswith("--no_"):
-            action.help = f"Turns --{action.dest} off, which is on by default."
+            action.help = f"Turn off --{action.dest}, which is on by default."
             action.default = argparse.SUPPRESS
 
 

@@ -21,13 +21,13 @@ from fastdpo.cli.options.parser import RaisingParser, TakesCommas
 from fastdpo.cli.options.values import OrNone, json_list, json_object, to_bool
 
 FILE = Path(__file__).with_name("options.json")
-CONFIG_HELP = "YAML file of options; flags override it."
+CONFIG_HELP = "YAML or JSON file of options. Flags override it."
 THEIR_REST = "everything else of transformers.TrainingArguments"
 EPILOG = (
-    "Options of TRL's scripts and of the alignment-handbook are taken under their names too (--model_name_or_path,"
-    " --dataset_name, ...), also in FILE: docs/command_line.md."
+    "Options of TRL's scripts and of the alignment-handbook also work (--model_name_or_path, --dataset_name, ...), on"
+    " the command line and in FILE: see docs/command_line.md."
 )
-SHOWN_ALL = "all options of `fastdpo train` are taken, also in FILE; those not listed here have no effect"
+SHOWN_ALL = "all options of `fastdpo train` are taken, also in FILE; options that are not listed here have no effect"
 
 # What `generate` writes for an action's type; a kind that is not here is taken as text and checked by the run itself.
 KINDS: Mapping[str, Callable[[str], Any]] = {

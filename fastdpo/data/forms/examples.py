@@ -82,7 +82,7 @@ EXAMPLES: dict[str, tuple[Written, ...]] = {
         Written("OpenPipe", {"messages": [_ASKED, _RIGHT], "rejected_message": _WRONG, "split": "TRAIN"}),
     ),
     "ranked": (
-        Written("rankings of one's own", {"prompt": "2+2=", "responses": ["4", "5", "22"], "scores": [9, 4, 1]}),
+        Written("your own rankings", {"prompt": "2+2=", "responses": ["4", "5", "22"], "scores": [9, 4, 1]}),
         Written(
             "NeMo-RL",
             {
@@ -96,8 +96,10 @@ EXAMPLES: dict[str, tuple[Written, ...]] = {
         ),
     ),
     "winner": (
-        Written("people", {"prompt": "2+2=", "response_a": "5", "response_b": "4", "winner": "b"}),
-        Written("people", {"instruction": "Add.", "input": "2, 2", "output_1": "4", "output_2": "5", "preference": 1}),
+        Written("your own data", {"prompt": "2+2=", "response_a": "5", "response_b": "4", "winner": "b"}),
+        Written(
+            "your own data", {"instruction": "Add.", "input": "2, 2", "output_1": "4", "output_2": "5", "preference": 1}
+        ),
         Written("PKU-SafeRLHF", {"prompt": "2+2=", "response_0": "4", "response_1": "5", "better_response_id": 0}),
         Written(
             "Chatbot Arena, MT-bench",

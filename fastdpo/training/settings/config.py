@@ -52,190 +52,195 @@ class EngineConfig(TrainingArguments):
     """What DPOConfig and SFTConfig have in common."""
 
     # Defaults that differ from TrainingArguments, the first two because TRL's do
-    logging_steps: float = field(default=10, metadata=help_text("Log every so many optimizer steps."))
+    logging_steps: float = field(default=10, metadata=help_text("Optimizer steps between two log entries."))
     gradient_checkpointing: bool | None = field(
         default=None,
-        metadata=help_text("Recompute activations in backward. Default: on where there is a GPU, else off."),
+        metadata=help_text("Recompute activations in backward. Default: on with a GPU, else off."),
     )
     bf16: bool | None = field(
         default=None,
-        metadata=help_text("bf16 autocast. Default: on where a GPU supports it and fp16 is off, else off."),
+        metadata=help_text("Use bf16 autocast. Default: on if a GPU supports it and fp16 is off, else off."),
     )
     remove_unused_columns: bool = field(
-        default=False, metadata=help_text("Needless: columns that nothing reads are gone once the data is tokenized.")
+        default=False, metadata=help_text("No effect: unused columns are always dropped after tokenization.")
     )
     dataloader_num_workers: int | None = field(
         default=None,
         metadata=help_text(
-            "Processes that collate batches while the GPU works. Default: 2 where there is a GPU, else 0; streams 0."
+            "Processes that build batches while the GPU works. Default: 2 with a GPU, else 0; 0 for streams."
         ),
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata=help_text("Must stay off: a loss that is not finite stops the run and saves its batch.")
+        default=False, metadata=help_text("Must stay off. If a loss is not finite, the run stops and saves the batch.")
     )
 
     # Model
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata=help_text("Keyword arguments of from_pretrained, where the model is given by name (JSON)."),
+        metadata=help_text("Keyword arguments of from_pretrained, for a model given by name (JSON)."),
     )
     trust_remote_code: bool = field(
-        default=False, metadata=help_text("Run code that models and tokenizers bring along from the Hub.")
+        default=False, metadata=help_text("Run code from the Hub that comes with models and tokenizers.")
     )
     disable_dropout: bool = field(
-        default=True, metadata=help_text("Set every dropout of policy and reference to 0, LoRA's too.")
+        default=True, metadata=help_text("Set every dropout of policy and reference to 0, including LoRA's.")
     )
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata=help_text(
-            "Weight of the load-balancing loss of mixture-of-experts models. Default: the one in the model's config;"
-            " 0 turns it off."
+            "Weight of the load-balancing loss of mixture-of-experts models. Default: the weight in the model's"
+            " config; 0 turns it off."
         ),
     )
 
     # Data
     max_length: int | None = field(
-        default=1024, metadata=help_text("Tokens kept of prompt + response. None keeps all.")
+        default=1024, metadata=help_text("Tokens of prompt + response to keep. None keeps all.")
     )
     max_prompt_length: int | None = field(
-        default=None, metadata=help_text("Tokens kept of the prompt. None keeps all.")
+        default=None, metadata=help_text("Tokens of the prompt to keep. None keeps all.")
     )
     truncation_mode: str = field(
         default="keep_start",
-        metadata=help_text("keep_start or keep_end: which end of a long sequence or prompt stays."),
+        metadata=help_text("Which end of a long sequence or prompt to keep: keep_start or keep_end."),
     )
     on_bad_row: str = field(
         default="drop",
-        metadata=help_text("drop: leave out rows that cannot be used, count and list them. raise: stop."),
+        metadata=help_text(
+            "What to do with unusable rows. drop: leave them out, count and list them. raise: stop at the first."
+        ),
     )
     on_long_row: str = field(
         default="truncate",
         metadata=help_text(
-            "What becomes of a row longer than max_length or max_prompt_length. truncate: it is cut. drop: it is left"
-            " out, counted and listed. raise: stop."
+            "What to do with rows longer than max_length or max_prompt_length. truncate: cut them. drop: leave"
+            " them out, count and list them. raise: stop at the first."
         ),
     )
     on_lost_content: str = field(
         default="warn",
         metadata=help_text(
-            "What becomes of a row of which the chat template leaves something out: a thought, a call, a message. warn:"
-            " it is trained on, counted and reported. drop: it is left out. raise: stop."
+            "What to do with rows from which the chat template omits something: a thought, a call, a message."
+            " warn: train on them, count and report them. drop: leave them out. raise: stop at the first."
         ),
     )
     chat_template: str | None = field(
         default=None,
         metadata=help_text(
-            "Chat template of the run: a file, Jinja, or a name: "
-            f"{', '.join(training_templates())}, which keep the thoughts of the trained turn and are not saved with the"
-            " tokenizer, or one of several that the tokenizer has. Default: the tokenizer's."
+            "Chat template of the run: a file, Jinja text, one of the tokenizer's named templates, or a training"
+            f" template ({', '.join(training_templates())}). Training templates keep the thoughts of the trained turn,"
+            " and are not saved with the tokenizer. Default: the tokenizer's."
         ),
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata=help_text(
-            'Variables for the chat template (JSON: {"enable_thinking": false}); those of a row win over these.'
+            'Variables for the chat template (JSON: {"enable_thinking": false}). Those in a row override them.'
         ),
     )
     dataset_format: str = field(
         default="auto",
-        metadata=help_text(f"How rows are read. auto: by their columns. Else one of {', '.join(FORMAT_NAMES)}."),
+        metadata=help_text(
+            f"Form of the rows. auto: recognize it by the columns. Or one of {', '.join(FORMAT_NAMES)}."
+        ),
     )
     columns: dict[str, Any] | str | None = field(
         default=None,
         metadata=help_text(
-            "What the dataset's columns are, where they have names of their own: prompt=instruction,rejected=worst."
-            " ignore=foo,bar: columns that are not to be read. Also JSON."
+            "Maps the dataset's own column names: prompt=instruction,rejected=worst. ignore=foo,bar lists columns"
+            " not to read. Also as JSON."
         ),
     )
-    dataset_num_proc: int | None = field(default=None, metadata=help_text("Processes that tokenize."))
+    dataset_num_proc: int | None = field(default=None, metadata=help_text("Number of processes that tokenize."))
     pad_token: str | None = field(
         default=None,
-        metadata=help_text("A token of the vocabulary to make the tokenizer's pad_token, also when saved."),
+        metadata=help_text("Token of the vocabulary to use as the tokenizer's pad_token, also when saved."),
     )
 
     # Engine
     packing: str = field(
         default="auto",
         metadata=help_text(
-            "packed: one row without padding. padded: one row per sequence. auto: packed where a check on this model"
-            " shows that it is exact, else padded with a warning."
+            "packed: all sequences in one row without padding. padded: one row per sequence. auto: packed if a"
+            " check shows that it is exact for this model, else padded with a warning."
         ),
     )
     padding_free: bool = field(
         default=False,
-        metadata=help_text(
-            "TRL's name for rows without padding. They are the default here (packing), so it asks for nothing."
-        ),
+        metadata=help_text("TRL's name for rows without padding. No effect: they are the default here (packing)."),
     )
     pad_to_multiple_of: int | str | None = field(
         default="auto",
         metadata=help_text(
-            "Pad every row of a batch, packed or padded, to a multiple of so many tokens, for compilers that want few"
-            " shapes; it changes no number. auto and None: do not."
+            "Pad every row of a batch, packed or padded, to a multiple of this many tokens, for compilers that"
+            " want few shapes. Results do not change. auto and None: no padding."
         ),
     )
     prefix_sharing: bool = field(
-        default=True, metadata=help_text("Compute what the responses to a prompt have in common once.")
+        default=True, metadata=help_text("Compute the common start of the responses to a prompt only once.")
     )
     max_tokens_per_microbatch: int | str | None = field(
         default=None,
         metadata=help_text(
-            "Run per_device_train_batch_size pairs in packed micro-batches of at most so many tokens, shared ones"
-            " counted once; loss and gradient are those of the whole batch. auto: what fits the free memory of the"
-            " GPU, found once when training starts; on a CPU no limit. None: no limit."
+            "Run per_device_train_batch_size pairs in packed micro-batches of at most this many tokens; shared"
+            " tokens count once. Loss and gradient stay those of the whole batch. auto: find what fits the free"
+            " memory of the GPU when training starts; on a CPU no limit. None: no limit."
         ),
     )
     on_oversized_row: str = field(
         default="alone",
         metadata=help_text(
-            "What becomes of a row that has more than max_tokens_per_microbatch tokens. alone: it runs in a micro-batch"
-            " of its own, with a warning at the start. raise: the run does not start."
+            "What to do with a row of more than max_tokens_per_microbatch tokens. alone: run it in a micro-batch"
+            " of its own, with a warning at the start. raise: do not start the run."
         ),
     )
     regroup_dataset: bool = field(
         default=False,
         metadata=help_text(
-            "Visit the rows of a prompt one after the other, so that they meet in a batch and the prompt is computed"
-            " once. It changes the order: prompts are shuffled, rows are not, and a step sees fewer prompts."
+            "Visit all rows of a prompt one after the other, so that they share a batch and the prompt is"
+            " computed once. This changes the order: prompts are shuffled, rows are not, and each step sees fewer"
+            " prompts."
         ),
     )
     length_bucketing: bool = field(
         default=False,
         metadata=help_text(
-            "Make steps of rows of similar length: less padding where batches are padded, less waiting of processes for"
-            " each other. It costs a uniform order: long and short rows do not meet in a step, so gradients of"
-            " different steps differ more."
+            "Build each step from rows of similar length. This reduces padding in padded batches, and the time"
+            " that processes wait for each other. Long and short rows then never share a step, so gradients differ"
+            " more between steps."
         ),
     )
     attention_backend: str = field(
         default="auto",
         metadata=help_text(
-            "Attention over packed rows. flash: flash-attn, flash2 to flash4 one generation of it. varlen: torch's"
-            " varlen_attn. sdpa: one call per branch. mask: a mask over the whole row. auto: the first of these, mask"
-            " excepted, that can run the model exactly."
+            "Attention over packed rows. flash: flash-attn; flash2, flash3 and flash4 select a generation."
+            " varlen: torch's varlen_attn. sdpa: one call per branch. mask: one mask over the whole row. auto: the"
+            " first of flash, varlen and sdpa that runs the model exactly."
         ),
     )
     impl: str = field(
-        default="auto", metadata=help_text("Head op: triton, tiled, reference, or auto (triton on CUDA).")
+        default="auto",
+        metadata=help_text("Implementation of the head op: triton, tiled, reference, or auto (triton on CUDA)."),
     )
     skip_tolerance: float = field(
         default=0.0,
         metadata=help_text(
-            "Probability mass in [0, 1) that backward may leave out of any token's softmax in the head: what a trained"
-            " model rules out is skipped. 0 is exact. Above 0 logits are computed a second time in backward."
+            "Probability mass in [0, 1) that backward may leave out of any token's softmax in the head. This"
+            " skips vocabulary that a trained model rules out. 0 is exact. Above 0, backward computes logits a"
+            " second time."
         ),
     )
     workspace_bytes: int | None = field(
         default=None,
         metadata=help_text(
-            "Most bytes that a pass of the head op takes beyond gradients. Default: 256 MiB on a GPU, up to 1 GiB of"
-            " what is free where the head is trained; 32 MiB elsewhere."
+            "Maximum bytes that a pass of the head op uses beyond gradients. Default: 256 MiB on a GPU (up to 1"
+            " GiB of its free memory if the head is trained), 32 MiB elsewhere."
         ),
     )
     activation_offloading: bool = field(
         default=False,
         metadata=help_text(
-            "Move what gradient checkpointing keeps to host memory; GPU only. The same as offload in"
+            "Move checkpointed activations to host memory (GPU only). The same as offload in"
             " activation_checkpointing_kwargs."
         ),
     )
@@ -318,46 +323,48 @@ class DPOConfig(FeatureSettings, LossSettings, EngineConfig):
 
     learning_rate: float = field(default=1e-6, metadata=help_text("Peak learning rate."))
     reference_free: bool = field(
-        default=False, metadata=help_text("Compare with a uniform reference; the same as reference=none.")
+        default=False, metadata=help_text("Compare with a uniform reference. The same as reference=none.")
     )
     reference: str = field(
         default="auto",
         metadata=help_text(
-            "Where reference log-probs come from. frozen: a copy of the start or ref_model. adapter: the policy with"
-            " its adapter off. cached: computed once before training and kept on disk, or columns of the dataset."
-            " none: no reference. auto: the cheapest that is exact."
+            "Source of the reference log-probs. frozen: a copy of the model at its start, or ref_model. adapter:"
+            " the policy with its adapter off. cached: computed once before training and kept on disk, or columns"
+            " of the dataset. none: no reference. auto: the cheapest exact source."
         ),
     )
-    precompute_ref_log_probs: bool = field(default=False, metadata=help_text("TRL's name of reference=cached."))
+    precompute_ref_log_probs: bool = field(default=False, metadata=help_text("TRL's name for reference=cached."))
     ref_cache_dir: str | None = field(
         default=None,
         metadata=help_text(
-            "Folder of cached reference log-probs. Default: fastdpo/ref_logps in ~/.cache (XDG_CACHE_HOME)."
+            "Folder of cached reference log-probs. Default: fastdpo/ref_logps in ~/.cache (or in XDG_CACHE_HOME)."
         ),
     )
     ref_max_memory: dict[str | int, Any] | str | None = field(
         default=None,
         metadata=help_text(
-            'Most memory for the reference\'s weights, as transformers\' max_memory (JSON: {"0": "20GiB", "cpu":'
-            ' "60GiB"}). A larger reference is cached, its weights read from memory and disk layer by layer.'
+            "Maximum memory for the reference's weights, in the form of transformers' max_memory"
+            ' (JSON: {"0": "20GiB", "cpu": "60GiB"}). A larger reference is cached; its'
+            " weights are read from memory and disk layer by layer."
         ),
     )
     precompute_ref_batch_size: int | None = field(
         default=None,
         metadata=help_text(
-            "Most prompts of a batch while references are cached. Default: as many as ref_tokens_per_batch holds."
+            "Maximum prompts per batch while reference log-probs are cached. Default: as many as"
+            " ref_tokens_per_batch holds."
         ),
     )
     ref_tokens_per_batch: int | None = field(
         default=None,
         metadata=help_text(
-            "Tokens of a packed batch while references are cached. Default: 16384 on a GPU, else 4096; 8 times that"
-            " where weights are offloaded."
+            "Tokens per packed batch while reference log-probs are cached. Default: 16384 on a GPU, else 4096; 8"
+            " times as many if weights are offloaded."
         ),
     )
     token_metrics: bool = field(
         default=True,
-        metadata=help_text("Log entropy, mean_token_accuracy and mean logits, at a small cost in the head op."),
+        metadata=help_text("Log entropy, mean_token_accuracy and mean logits. Costs the head op a little time."),
     )
 
     def __post_init__(self) -> None:

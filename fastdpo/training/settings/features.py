@@ -16,27 +16,27 @@ class FeatureSettings:
 
     sync_ref_model: bool = field(
         default=False,
-        metadata=help_text("Move the reference towards the policy every ref_model_sync_steps steps: TR-DPO."),
+        metadata=help_text("TR-DPO: move the reference towards the policy every ref_model_sync_steps steps."),
     )
     ref_model_mixup_alpha: float = field(
-        default=0.6, metadata=help_text("Share of the policy in the new reference, in (0, 1], under sync_ref_model.")
+        default=0.6, metadata=help_text("sync_ref_model: share of the policy in the new reference, in (0, 1].")
     )
     ref_model_sync_steps: int = field(
-        default=512, metadata=help_text("Optimizer steps between two moves of the reference, under sync_ref_model.")
+        default=512, metadata=help_text("sync_ref_model: optimizer steps between two moves of the reference.")
     )
     num_eval_samples: int = field(
         default=0,
-        metadata=help_text("Prompts of the evaluation data that policy and reference answer at every evaluation."),
+        metadata=help_text("Number of evaluation prompts that policy and reference answer at every evaluation."),
     )
-    eval_sample_tokens: int = field(default=128, metadata=help_text("Most tokens of such an answer."))
+    eval_sample_tokens: int = field(default=128, metadata=help_text("num_eval_samples: maximum tokens per answer."))
     eval_sample_temperature: float = field(
-        default=0.0, metadata=help_text("Temperature at which they are sampled; 0 takes the likeliest token.")
+        default=0.0, metadata=help_text("num_eval_samples: sampling temperature; 0 takes the likeliest token.")
     )
     training_warnings: bool = field(
         default=True,
         metadata=help_text(
-            "Say once, with the number, when training shows a known way of going wrong: chosen responses becoming less"
-            " likely, margins collapsing, log-ratios running away, and others."
+            "Warn once, with the number, about known failures of training: chosen responses become less likely,"
+            " margins collapse, log-ratios run away, and others."
         ),
     )
 

@@ -24,44 +24,47 @@ class LossSettings:
 
     beta: float = field(
         default=0.1,
-        metadata=help_text("Temperature of the implicit reward, > 0: larger stays closer to the reference."),
+        metadata=help_text("Temperature of the implicit reward, > 0. Larger values stay closer to the reference."),
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata=help_text(f"One or more of {', '.join(LOSSES)}; several are added, with loss_weights."),
+        metadata=help_text(f"One or more of {', '.join(LOSSES)}. Several are added, weighted by loss_weights."),
     )
     loss_weights: list[float] | None = field(
-        default=None, metadata=help_text("What each loss of loss_type is multiplied by. Default: 1 each.")
+        default=None, metadata=help_text("Weight of each loss in loss_type. Default: 1 each.")
     )
     label_smoothing: float = field(
         default=0.0,
         metadata=help_text(
-            "Probability that a preference label is flipped, in [0, 0.5). Read by"
+            "Probability that a preference label is flipped, in [0, 0.5). Used by"
             f" {', '.join(losses_where(lambda loss: loss.smoothed))}; with sigmoid it is conservative DPO."
         ),
     )
     f_divergence_type: str = field(
         default="reverse_kl",
-        metadata=help_text(f"Divergence that holds the policy to the reference: one of {', '.join(DIVERGENCES)}."),
+        metadata=help_text(
+            f"Divergence that keeps the policy close to the reference: one of {', '.join(DIVERGENCES)}."
+        ),
     )
     f_alpha_divergence_coef: float = field(default=0.5, metadata=help_text("The alpha of alpha_divergence."))
     ld_alpha: float | None = field(
         default=None,
         metadata=help_text(
-            "Weight, in [0, 1], of the tokens by which a response is longer than the other one of its pair: LD-DPO."
-            " Default: they weigh as much as all others."
+            "LD-DPO: weight, in [0, 1], of the extra tokens of the longer response of each pair. Default: the"
+            " same weight as all others."
         ),
     )
     use_weighting: bool = field(
-        default=False, metadata=help_text("Weigh pairs, not sft, by how typical of the policy both are: WPO.")
+        default=False,
+        metadata=help_text("WPO: weight pairs by how typical both responses are of the policy. Does not change sft."),
     )
     discopop_tau: float = field(
         default=0.05,
-        metadata=help_text("Width of discopop's step from one loss to the other, in units of beta * margin."),
+        metadata=help_text("discopop: width of the step from one loss to the other, in units of beta * margin."),
     )
     gamma_beta_ratio: float = field(
         default=0.25,
-        metadata=help_text("simpo: the margin asked for, in nats per token; gamma / beta. beta is 2 to 10."),
+        metadata=help_text("simpo: target margin gamma / beta, in nats per token. Use it with a beta of 2 to 10."),
     )
     cpo_alpha: float = field(default=1.0, metadata=help_text("cpo: weight of the negative log-likelihood per token."))
 

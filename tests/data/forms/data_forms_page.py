@@ -9,20 +9,20 @@ from fastdpo.data.forms.roles import ROLE_NAMES
 
 START = """# Forms of data
 
-Who writes which rows, and the form that reads them (`dataset_format`); how columns become prompts and answers:
-[data](data.md). This page is generated from the registry of forms by `tests/data/forms/data_forms_page.py`, and a test
-reads every row on it.
+This page shows rows of every form that fastdpo reads (`dataset_format`), and who writes them. [Data](data.md)
+explains how columns become prompts and answers. `tests/data/forms/data_forms_page.py` generates this page from the
+registry of forms, and a test reads every row on it.
 """
 KINDS_SAY = {
     "system": "the system prompt",
     "history": "earlier turns",
-    "context": "context, a conversation so far",
+    "context": "context, or the conversation so far",
     "prompt": "the prompt",
     "instruction": "a task",
     "question": "the question, or a task's input",
     "chosen": "the better answer",
     "rejected": "the worse answer",
-    "response": "an answer, the better one beside a rejected one",
+    "response": "an answer; the better one if there is a rejected one",
     "tools": "tools",
 }
 
@@ -32,10 +32,10 @@ def page():
     preferences = dict.fromkeys(row_format.name for row_format in FORMATS)
     lines = [START, "## Preferences\n", *_table(preferences)]
     lines += ["\n## One response (`fastdpo sft`)\n", *_table(dict.fromkeys(f.name for f in SFT_FORMS))]
-    lines += ["\n## Names of columns\n", "In any case, words joined by `_`, a blank or a capital.\n"]
+    lines += ["\n## Names of columns\n", "Case does not matter. Words may be joined by `_`, a blank or a capital.\n"]
     lines += ["| what | names |", "|---|---|"]
     lines += [f"| {KINDS_SAY[kind]} | {_code(names)} |" for kind, names in KINDS.items()]
-    lines += ["\n## Names of roles\n", "In any case and with blanks around them.\n", "| role | names |", "|---|---|"]
+    lines += ["\n## Names of roles\n", "Case and surrounding blanks do not matter.\n", "| role | names |", "|---|---|"]
     lines += [f"| `{role}` | {_code(names)} |" for role, names in ROLE_NAMES.items()]
     return "\n".join(lines) + "\n"
 

@@ -75,7 +75,7 @@ def theirs(row):
         batch = dpo_trainer.DataCollatorForPreference(tokenizer.pad_token_id)(list(dataset))
     except Exception as error:  # whatever it is, that is what a user gets
         if len({type(row[side]) for side in ("prompt", "chosen", "rejected") if side in row}) > 1:
-            return "an error; which one changes from run to run, with the order of a set of columns"
+            return "an error that varies from run to run, because TRL reads the columns in the order of a set"
         return _code(f"{type(error).__name__}: {str(error).splitlines()[0][:60]}")
     keep, mask = batch["attention_mask"].bool(), batch["completion_mask"].bool()
     prompt = tokenizer.decode(batch["input_ids"][0][keep[0] & ~mask[0]])
