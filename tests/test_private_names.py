@@ -67,7 +67,6 @@ TRAINER = {
         "_load_from_checkpoint",
         "_prepare_inputs",
         "_save",
-        "_save_checkpoint",
         "_track_num_input_tokens",
     )
 }

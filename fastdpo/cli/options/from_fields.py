@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from fastdpo.cli.options.parser import RaisesErrors, TakesCommas
+from fastdpo.cli.options.parser import RaisesErrors, ShowsDefaults, TakesCommas
 from fastdpo.cli.options.table import CONFIG_HELP, EPILOG, THEIR_REST, usage_of
 from fastdpo.cli.options.values import OrNone, json_list, json_object
 
@@ -34,7 +34,8 @@ def fields_parser(
         shown: the options that --help lists, of a command that takes those of `fastdpo train` and reads some of them.
     """
     usage = usage_of(command, shown)
-    parser = FieldsParser(dataclass_types, prog=f"fastdpo {command}", usage=usage, epilog=EPILOG, allow_abbrev=False)
+    options: dict[str, Any] = {"formatter_class": ShowsDefaults, "epilog": EPILOG, "allow_abbrev": False}
+    parser = FieldsParser(dataclass_types, prog=f"fastdpo {command}", usage=usage, **options)
     parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     actions = [action for action in parser._actions if action.dest != "help"]
     _improve(actions)

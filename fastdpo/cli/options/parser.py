@@ -10,6 +10,14 @@ import argparse
 from typing import Any, NoReturn
 
 
+class ShowsDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the default of each option, where there is one and the text does not name it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        names_it = action.default is None or "Default:" in (action.help or "")
+        return action.help if names_it else super()._get_help_string(action)
+
+
 class RaisesErrors:
     """Stands before a parser among the bases of a class."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.options.installed import release, training_arguments
-from fastdpo.cli.options.parser import RaisingParser, TakesCommas
+from fastdpo.cli.options.parser import RaisingParser, ShowsDefaults, TakesCommas
 from fastdpo.cli.options.values import OrNone, json_list, json_object, to_bool
 
 FILE = Path(__file__).with_name("options.json")
@@ -71,7 +71,7 @@ def table_parser(command: str, shown: Sequence[str] | None = None, *, for_help: 
         usage=usage_of(command, shown),
         epilog=EPILOG,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=ShowsDefaults,
     )
     parser._action_groups.clear()
     groups: dict[str, Any] = {}
