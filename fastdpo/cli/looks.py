@@ -13,7 +13,8 @@ from fastdpo.cli.arguments import RunArguments
 from fastdpo.data.forms.formats import regrouped
 from fastdpo.data.rows.columns import RowPreparer
 from fastdpo.data.sources.loading import raw_example
-from fastdpo.training.settings.config import EngineConfig, SFTConfig
+from fastdpo.training.settings.config import SFTConfig
+from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.model_kinds import check_kind
 from fastdpo.training.setup.models import (
     adapter_base,

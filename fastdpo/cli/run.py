@@ -32,7 +32,8 @@ from fastdpo.training.callbacks.model_card import training_facts
 from fastdpo.training.callbacks.summary import peak_memory
 from fastdpo.training.memory.estimate import MIB
 from fastdpo.training.saving.checkpoints import checkpoint_folder
-from fastdpo.training.settings.config import EngineConfig, SFTConfig
+from fastdpo.training.settings.config import SFTConfig
+from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.models import adapter_base
 
 RUN_FILE = "fastdpo_run.json"  # marks a directory as the output of a run, with the options it had

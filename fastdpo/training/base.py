@@ -46,7 +46,7 @@ from fastdpo.training.memory.token_budget import BudgetAtStart, check_can_split,
 from fastdpo.training.saving.checkpoints import checkpoint_folder
 from fastdpo.training.saving.dry_save import check_can_save
 from fastdpo.training.saving.saved import SavedModel
-from fastdpo.training.settings.config import EngineConfig
+from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.experts import router_coefficient
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
 from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype

@@ -10,7 +10,7 @@ from fastdpo.data.prepare import Report
 from fastdpo.modeling import PackingCheck
 from fastdpo.references import Reference
 from fastdpo.training.inputs.collator import PackingCollator
-from fastdpo.training.settings.config import EngineConfig
+from fastdpo.training.settings.engine import EngineConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

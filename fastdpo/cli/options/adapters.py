@@ -10,7 +10,7 @@ from typing import Any
 from transformers.utils import logging
 
 from fastdpo.cli.arguments import LoraArguments
-from fastdpo.training.settings.config import EngineConfig
+from fastdpo.training.settings.engine import EngineConfig
 
 logger = logging.get_logger(__name__)
 

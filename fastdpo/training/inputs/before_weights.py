@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.data.rows.first_row import check_first_row
-from fastdpo.training.settings.config import EngineConfig
+from fastdpo.training.settings.engine import EngineConfig
 
 
 def check_before_weights(args: EngineConfig, train_dataset: Any, eval_dataset: Any, *, is_sft: bool) -> None:

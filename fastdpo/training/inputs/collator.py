@@ -18,7 +18,7 @@ from fastdpo.data.batches.packing import pack_layouts, pad_pairs
 from fastdpo.data.prepare import group_from_columns
 from fastdpo.data.tokens.tokenization import padding_id
 from fastdpo.training.inputs.transfer import OneBuffer
-from fastdpo.training.settings.config import EngineConfig
+from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.types import PackedBatch, TokenizedGroup
 
 

@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 
 from fastdpo.data.batches.lengths import prompt_numbers, row_lengths
 from fastdpo.data.batches.samplers import LengthSampler, PromptSampler
-from fastdpo.training.settings.config import EngineConfig
+from fastdpo.training.settings.engine import EngineConfig
 
 
 def sampler_for(args: EngineConfig, dataset: Dataset, epoch_of: Callable[[], int]) -> Sampler[int] | None:

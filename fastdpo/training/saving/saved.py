@@ -16,7 +16,7 @@ from torch import nn
 from fastdpo.modeling.backbone import is_composite
 from fastdpo.modeling.packed import bare_model
 from fastdpo.references.adapters import is_peft_model
-from fastdpo.training.settings.config import EngineConfig
+from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.checkpoint_keys import check_all_loaded
 from fastdpo.training.setup.models import model_name, where_from
 from fastdpo.training.setup.source_files import OtherParts, add_other_parts, copy_processor_files, other_parts

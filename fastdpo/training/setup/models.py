@@ -20,7 +20,7 @@ from fastdpo.data.tokens.chat.templates import give_template
 from fastdpo.data.tokens.tokenization import padding_id
 from fastdpo.modeling.backbone import backbone, freeze_towers
 from fastdpo.modeling.packed import bare_model
-from fastdpo.training.settings.config import EngineConfig
+from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.checkpoint_keys import check_all_loaded
 from fastdpo.training.setup.model_kinds import auto_class, check_kind, has_other_parts, is_encoder
 from fastdpo.training.setup.source_files import source_file

@@ -88,13 +88,13 @@ def test_to_others_it_is_a_dict():
 def test_two_workers_collate_on_a_gpu_by_default_and_none_elsewhere(tmp_path, monkeypatch):
     assert DPOConfig(str(tmp_path)).dataloader_num_workers == 0
     assert DPOConfig(str(tmp_path), dataloader_num_workers=3).dataloader_num_workers == 3
-    from fastdpo.training.settings import config
+    from fastdpo.training.settings import engine
 
-    monkeypatch.setattr(config.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(engine.torch.cuda, "is_available", lambda: True)
     args = DPOConfig.__new__(DPOConfig)
     args.use_cpu, args.bf16, args.fp16, args.gradient_checkpointing = False, False, False, False
     args.activation_offloading, args.dataloader_num_workers = False, None
-    monkeypatch.setattr(config, "resolve_checkpointing", lambda *_: None)
+    monkeypatch.setattr(engine, "resolve_checkpointing", lambda *_: None)
     args._follow_device()
     assert args.dataloader_num_workers == 2
     args.dataloader_num_workers = 0
