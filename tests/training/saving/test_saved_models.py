@@ -84,15 +84,17 @@ def test_experts_that_are_saved_under_other_names_go_on_from_their_saved_weights
     """transformers keeps all experts of a layer in one weight and writes them one by one, as the original has them."""
 
     def trainer(policy):
-        settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, "ref_model": build_any(model_type).double()}
-        return tiny_trainer(tmp_path / "out", policy.double(), learning_rate=1e-2, **settings)
+        settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, "learning_rate": 1e-2}
+        reference = build_any(model_type).double()
+        return tiny_trainer(tmp_path / "out", policy.double(), ref_model=reference, **settings)
 
     whole = trainer(build_any(model_type))
     expected = losses(whole)
     checkpoint = tmp_path / "out" / "checkpoint-2"
     weights = whole.model.state_dict()
     renamed = load_file(checkpoint / "model.safetensors").keys() - weights.keys()
-    assert {found[0] for found in re.finditer(r"experts\.\d\.", " ".join(renamed))} == {f"experts.{i}." for i in range(4)}
+    experts = {found[0] for found in re.finditer(r"experts\.\d\.", " ".join(renamed))}
+    assert experts == {f"experts.{i}." for i in range(4)}
 
     other = build_any(model_type)
     with torch.no_grad():
