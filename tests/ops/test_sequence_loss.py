@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import distance
+from covering import every_pair
 from head_cases import BF16, FP32, Case, exact_logps, make_inputs, plain_logps
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,19 +70,18 @@ def ours(case, impl, **settings):
 
 
 @pytest.mark.parametrize(
-    "rows_in_workspace", [200, 90, 40, 10]
-)  # all pairs at once; one or two; the last not; only one
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(NUM_ROWS, 40, 257, FP32),
-        Case(NUM_ROWS, 40, 257, FP32, has_bias=True, logit_scale=0.5, softcap=4.0),
-        Case(NUM_ROWS, 150, 131, BF16, has_bias=True),
-        Case(NUM_ROWS, 40, 257, FP32, ignored="all"),
-    ],
-    ids=lambda case: case.id,
+    *every_pair(
+        impl=FAST,
+        case=[
+            Case(NUM_ROWS, 40, 257, FP32),
+            Case(NUM_ROWS, 40, 257, FP32, has_bias=True, logit_scale=0.5, softcap=4.0),
+            Case(NUM_ROWS, 150, 131, BF16, has_bias=True),
+            Case(NUM_ROWS, 40, 257, FP32, ignored="all"),
+        ],
+        rows_in_workspace=[200, 90, 40, 10],  # all pairs at once; one or two; the last not; only one
+    ),
+    ids=lambda value: getattr(value, "id", str(value)),
 )
-@pytest.mark.parametrize("impl", FAST)
 def test_loss_and_gradients_are_off_by_at_most_twice_what_plain_pytorch_is(impl, case, rows_in_workspace):
     itemsize = 2 if impl == "triton" and case.dtype == BF16 else 4
     found = ours(case, impl, workspace_bytes=rows_in_workspace * case.V * itemsize)
