@@ -1,4 +1,9 @@
-"""Tiny models of every architecture of transformers that mixes tokens outside attention, and what mixes in them."""
+"""Tiny models of every architecture of transformers that mixes tokens outside attention, and what mixes in them; and of
+any other, as the table of all of them has it (benchmarks/shared/tiny_models.py).
+"""
+
+import sys
+from pathlib import Path
 
 import torch
 
@@ -161,6 +166,22 @@ def build_hybrid(model_type, spread=0.05, seed=0, **overrides):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * spread)
     return model.eval()
+
+
+def build_any(model_type):
+    """In every process the same weights; experts are multiplied one by one, which fp64 needs."""
+    if model_type in HYBRIDS:
+        return build_hybrid(model_type)
+    benchmarks = str(Path(__file__).parents[1] / "benchmarks")
+    if benchmarks not in sys.path:
+        sys.path.append(benchmarks)
+    from shared.tiny_models import build_tiny
+
+    model = build_tiny(model_type)
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "_experts_implementation"):
+            module.config._experts_implementation = "eager"
+    return model
 
 
 class WholeDoubles(torch.overrides.TorchFunctionMode):

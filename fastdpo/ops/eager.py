@@ -108,7 +108,8 @@ def hidden_grad_in_forward(
 class RowGradients:
     """dH, dW and db, (11) and (12), summed in fp32 (fp64 for fp64) from chunks of D over the whole vocabulary.
 
-    dW has the weight's columns from `first_column` on; those before are frozen.
+    dW has the weight's columns from `first_column` on; those before are frozen. Rows without weight are left out of the
+    products where `leaves_out` says so: they must be counted on the host, so by default where that stops no GPU.
     """
 
     def __init__(
@@ -118,9 +119,11 @@ class RowGradients:
         bias: Tensor | None,
         wanted: tuple[bool, bool, bool],
         first_column: int = 0,
+        leaves_out: bool | None = None,
     ):
         self.hidden_states, self.lm_head_weight = hidden_states, lm_head_weight
         self.first_column = first_column
+        self.leaves_out = not hidden_states.is_cuda if leaves_out is None else leaves_out
         self.hidden = _sums_like(hidden_states) if wanted[0] else None
         self.weight = _sums_like(lm_head_weight[:, first_column:]) if wanted[1] else None
         self.bias = _sums_like(bias) if wanted[2] and bias is not None else None
@@ -130,7 +133,7 @@ class RowGradients:
         """Takes in D (rows, V), which it may overwrite, and c (rows,); every row of dH comes once."""
         hidden_states = self.hidden_states[rows]
         hidden = None if self.hidden is None else self.hidden[rows]
-        if not scale.is_cuda:  # rows without weight cost nothing where counting them does not stop a device
+        if self.leaves_out:
             kept = scale.nonzero()[:, 0]
             if len(kept) < len(scale):
                 for new, old in enumerate(kept.tolist()):

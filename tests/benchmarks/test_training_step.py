@@ -164,12 +164,10 @@ def test_gradients_are_accumulated_over_micro_batches(monkeypatch, figures):
 def test_gradient_in_forward_is_switched_off_for_one_method_only(monkeypatch):
     from fastdpo.training import dpo
 
-    asked = []
-    monkeypatch.setattr(dpo, "packed_loss", lambda *args, **kwargs: asked.append(kwargs["grad_in_forward"]))
+    monkeypatch.setattr(dpo, "packed_loss", lambda *, grad_in_forward: grad_in_forward)
     with step_methods._head_gradient(False):
-        dpo.packed_loss(grad_in_forward=True)
-    dpo.packed_loss(grad_in_forward=True)
-    assert asked == [False, True]
+        assert dpo.packed_loss(grad_in_forward=True) is False
+    assert dpo.packed_loss(grad_in_forward=True) is True
 
 
 @pytest.mark.parametrize("name", [name for name in WORKLOADS if not name.startswith("1B")])
@@ -288,13 +286,13 @@ def test_a_run_that_ran_out_of_time_goes_on_with_what_it_has(tmp_path, capsys, m
 
 def test_the_qlora_check_waits_for_time_and_is_not_repeated(tmp_path, monkeypatch):
     out = tmp_path / "lines.jsonl"
-    calls = []
-    monkeypatch.setattr(step_qlora, "measure", lambda: calls.append(1) or {"error": "not run: no bitsandbytes"})
+    times = iter("12")
+    monkeypatch.setattr(step_qlora, "measure", lambda: {"error": f"not run, {next(times)}"})
     command = ["--workloads", "7B QLoRA", "--out", str(out), "--resume"]
     assert bench.main([*command, "--max-seconds", "-1"]) == bench.UNFINISHED
     assert not out.exists()
     assert bench.main(command) == bench.main(command) == 0
-    assert calls == [1]
+    assert [json.loads(line)["error"] for line in out.read_text().splitlines()] == ["not run, 1"]
 
 
 def test_the_qlora_check_is_left_out_without_its_packages(monkeypatch):

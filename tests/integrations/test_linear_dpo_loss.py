@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import every_pair
 
 from fastdpo import LOSSES, LinearDPOLoss, PairScores, preference_loss
 from fastdpo.integrations import linear_dpo_loss
@@ -96,15 +97,18 @@ def run(call, batch, *args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "average_log_prob"),
-    [(name, average) for name in LINEAR_DPO_LOSSES for average in (False, True) if (name, average) != ("ipo", True)],
+    *every_pair(
+        loss_type=list(LINEAR_DPO_LOSSES),
+        average_log_prob=[False, True],
+        compute_nll_loss=[False, True],
+        has_bias=[False, True],
+    )
 )
-@pytest.mark.parametrize("compute_nll_loss", [False, True], ids=["", "nll"])
-@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
 def test_everything_returned_and_every_gradient_is_that_of_the_full_logits(
     loss_type, average_log_prob, compute_nll_loss, has_bias
 ):
     batch = make(has_bias=has_bias)
+    average_log_prob = average_log_prob and loss_type != "ipo"  # which takes means by itself
     settings = {"average_log_prob": average_log_prob, "compute_nll_loss": compute_nll_loss, "alpha": 0.7, "beta": 0.3}
     loss = LinearDPOLoss(loss_type=loss_type, label_smoothing=SMOOTHING.get(loss_type, 0.0), **settings)
     expected = run(full_logits, batch, loss, batch)
@@ -300,13 +304,19 @@ def liger(**settings):
     return chunked_loss.LigerFusedLinearDPOLoss(compiled=False, **settings)
 
 
-@pytest.mark.parametrize("loss_type", sorted(set(LINEAR_DPO_LOSSES) - {"ipo"}))
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"compute_nll_loss": True, "alpha": 0.7}, {"average_log_prob": True}, {"chunk_size": 2, "beta": 0.5}],
-    ids=lambda s: "-".join(s) or "default",
+    *every_pair(
+        loss_type=sorted(set(LINEAR_DPO_LOSSES) - {"ipo"}),
+        settings=[
+            {},
+            {"compute_nll_loss": True, "alpha": 0.7},
+            {"average_log_prob": True},
+            {"chunk_size": 2, "beta": 0.5},
+        ],
+        has_bias=[False, True],
+    ),
+    ids=lambda value: "-".join(value) or "default" if isinstance(value, dict) else str(value),
 )
-@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
 def test_results_are_ligers_in_fp32(loss_type, settings, has_bias):
     batch = make(dtype=torch.float32, has_bias=has_bias)
     settings = {"loss_type": loss_type, "label_smoothing": SMOOTHING.get(loss_type, 0.0), **settings}

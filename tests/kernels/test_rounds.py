@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import every_pair
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from fastdpo.kernels.rounds import plan_rounds
@@ -34,10 +35,9 @@ def follow(rounds, num_row_blocks, num_tiles):
     return by_row, by_tile
 
 
-@pytest.mark.parametrize("tiles_outside", [True, False], ids=["tiles outside", "rows outside"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("max_slots", [1, 20, 10**6])
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    *every_pair(share=[0.0, 0.3, 1.0], shape=SHAPES, max_slots=[1, 20, 10**6], tiles_outside=[True, False]), ids=str
+)
 def test_every_kept_tile_is_computed_once_and_summed_once_on_either_side(shape, share, max_slots, tiles_outside):
     kept = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < share
     rounds = plan_rounds(kept, max_slots, tiles_outside)

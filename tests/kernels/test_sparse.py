@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from closeness import assert_same_to_rounding
+from covering import every_pair
 from head_cases import BF16, FP16, FP32, Case, assert_at_most_twice_plain, exact_logps, make_inputs
 
 from fastdpo.kernels import products, sparse
@@ -118,9 +119,10 @@ def test_with_every_tile_kept_it_is_as_exact_as_plain_pytorch(case):
     assert_at_most_twice_plain(all_kept_logps(2**25), case, DEVICE)
 
 
-@pytest.mark.parametrize("wanted", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=["all", "dH", "dW", "db"])
-@pytest.mark.parametrize("share", [0.2, 0.7])
-@pytest.mark.parametrize("case", CASES[:5], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    *every_pair(case=CASES[:5], share=[0.2, 0.7], wanted=[(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)]),
+    ids=lambda value: getattr(value, "id", str(value)),
+)
 def test_dropped_tiles_are_missing_and_nothing_else_is(case, share, wanted):
     leaves, labels, upstream = make_inputs(case, 0, DEVICE)
     kept = kept_of(leaves["hidden_states"], leaves["lm_head_weight"], share)

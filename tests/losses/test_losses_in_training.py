@@ -4,7 +4,7 @@ full logits, packed, padded, split, with each reference, and with LoRA.
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -314,19 +314,6 @@ def test_rows_that_were_not_made_for_ld_alpha_are_refused(tmp_path):
     trainer = make_trainer(tmp_path, ld_alpha=0.5)
     with pytest.raises(ValueError, match="ld_alpha must be None for these rows"):
         trainer.training_step(trainer.model, trainer.collator(ROWS))
-
-
-def test_sorted_losses_see_the_whole_batch_at_once(tmp_path, monkeypatch):
-    seen = []
-
-    def spy(scores, config):
-        seen.append(len(scores.margins))
-        return LOSSES["sigmoid"](scores, config)
-
-    monkeypatch.setitem(LOSSES, "aot", replace(LOSSES["aot"], function=spy))
-    monkeypatch.setattr("fastdpo.ops.sequence_loss.max_chunk_rows", lambda *args: 1)  # else one pair at a time
-    gradients(make_trainer(tmp_path, loss_type="aot"))
-    assert seen == [len(ROWS)]
 
 
 @pytest.mark.parametrize("name", ["simpo", "orpo", "cpo"])

@@ -8,6 +8,7 @@ import inspect
 
 import pytest
 import torch
+from covering import every_pair
 from test_packed_logps import GROUPS, SMALL, build, gradients, separate_sums
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -407,9 +408,9 @@ def output_and_gradients(dtype, backend, window, head_dim=64):
 
 @pytest.mark.gpu
 @no_gpu
-@pytest.mark.parametrize("head_dim", [64, 20, 128])
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("backend", ["varlen", "flash2", "flash3", "flash4"])
+@pytest.mark.parametrize(
+    *every_pair(backend=["varlen", "flash2", "flash3", "flash4"], window=[None, 3], head_dim=[64, 20, 128])
+)
 def test_a_kernels_error_is_at_most_twice_that_of_plain_attention(backend, window, head_dim):
     refusal = BACKENDS[backend].refusal(random_call(torch.bfloat16, backend, window, head_dim)[0])
     if refusal is not None:

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from covering import every_pair
 from test_attention_backends import emulated, no_gpu  # noqa: F401  the fixture
 from test_packed_logps import GROUPS, build, separate_sums
 from varlen_emulation import EmulatedFlash, EmulatedVarlen, flash_attn_2, varlen_attn_2_13
@@ -65,12 +66,15 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("changed", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("backend", ["varlen", "flash2", "flash3", "flash4"])
+@pytest.mark.parametrize(
+    *every_pair(
+        backend=["varlen", "flash2", "flash3", "flash4"], changed=list(SHAPES), dtype=[torch.float32, torch.bfloat16]
+    ),
+    ids=str,
+)
 def test_a_kernel_that_is_right_passes(backend, changed, dtype, emulated):  # noqa: F811
     emulated(backend)
-    assert attention_fault(shape(dtype=dtype, **changed), "auto", {}) == (backend, None)
+    assert attention_fault(shape(dtype=dtype, **SHAPES[changed]), "auto", {}) == (backend, None)
 
 
 @pytest.mark.parametrize(("softcap", "sinks"), [(20.0, None), (None, False)])
@@ -251,9 +255,9 @@ HEAD_DIMS = (64, 96, 128, 256)
 
 @pytest.mark.gpu
 @no_gpu
-@pytest.mark.parametrize("window", [None, 128, 512])
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("backend", ["varlen", "flash2", "flash3", "flash4", "sdpa"])
+@pytest.mark.parametrize(
+    *every_pair(backend=["varlen", "flash2", "flash3", "flash4", "sdpa"], head_dim=HEAD_DIMS, window=[None, 128, 512])
+)
 def test_a_kernel_is_right_at_the_edges_of_tiles_and_windows(backend, head_dim, window):
     sizes = {"num_heads": 32, "num_kv_heads": 8, "head_dim": head_dim, "value_dim": head_dim, "window": window}
     call = shape(dtype=torch.bfloat16, device=torch.device("cuda"), **sizes)

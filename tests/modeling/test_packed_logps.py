@@ -211,14 +211,11 @@ def test_preparing_is_idempotent_and_can_be_undone(tmp_path):
     assert model.config._attn_implementation == "eager"
 
 
-def test_only_response_rows_reach_the_head(monkeypatch):
-    from fastdpo.modeling import packed
-
-    seen = []
-    original = packed.sequence_logps
-    monkeypatch.setattr(packed, "sequence_logps", lambda h, *a, **k: seen.append(h.shape) or original(h, *a, **k))
-    packed_logps(build("llama"), pack_pairs(GROUPS[:1]))
-    assert seen == [(8, 32)]  # 5 chosen and 3 rejected tokens of a row of 14
+def test_only_response_rows_reach_the_head():
+    batch = pack_pairs(GROUPS[:1])
+    assert batch.input_ids.shape == (1, 14)
+    tokens = packed_logps(build("llama"), batch, outputs=("lse",)).sequences.tokens
+    assert tokens.logps.shape == tokens.lse.shape == (8,)  # 5 chosen and 3 rejected tokens
 
 
 def test_per_token_statistics_come_back_when_asked_for():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import every_pair
 from test_packed_logps import GROUPS, build
 
 from fastdpo import pack_pairs, packed_logps, pad_pairs
@@ -27,10 +28,14 @@ def gradients(model):
     return found
 
 
-@pytest.mark.parametrize("layout", [pack_pairs, pad_pairs])
-@pytest.mark.parametrize("rows_at_once", [1000, 9, 2])  # all groups; some; not even one, so that logits are recomputed
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi"])  # plain, tied with a softcap, with a bias
-@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize(
+    *every_pair(
+        model_type=["llama", "gemma2", "phi"],  # plain, tied with a softcap, with a bias
+        layout=[pack_pairs, pad_pairs],
+        rows_at_once=[1000, 9, 2],  # all groups; some; not even one, so that logits are recomputed
+        frozen_head=[False, True],
+    ),
+)
 def test_loss_and_every_gradient_are_those_of_packed_logps(model_type, layout, rows_at_once, frozen_head, monkeypatch):
     monkeypatch.setattr(op, "max_chunk_rows", lambda *_: rows_at_once)
     model, batch = build(model_type), layout(GROUPS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_as_exact
+from covering import every_pair
 
 from fastdpo import linear_cross_entropy
 
@@ -37,11 +38,15 @@ def run(function, leaves, target, **kwargs):
     return [loss, *torch.autograd.grad(loss, leaves, upstream)]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 5, V + 3])
-@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("has_weight", [False, True], ids=["", "weight"])
+@pytest.mark.parametrize(
+    *every_pair(
+        impl=IMPLS,
+        reduction=["mean", "sum", "none"],
+        ignore_index=[-100, -1, 0, 5, V + 3],
+        has_bias=[False, True],
+        has_weight=[False, True],
+    )
+)
 def test_loss_and_gradients_are_those_of_the_full_logits(
     impl, reduction, ignore_index, has_bias, has_weight, small_tiles
 ):

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 from closeness import assert_as_exact
-from head_cases import BF16, CASES, FP32, Case, assert_at_most_twice_plain, exact_logps, make_inputs
+from covering import every_pair
+from head_cases import BF16, CASES, FP32, Case, assert_at_most_twice_plain, exact_logps, make_inputs, plain_logps
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdpo import linear_logps
@@ -184,11 +185,8 @@ def test_ignored_rows_leave_no_nan_where_they_cannot_be_left_out(softcap, monkey
     """What happens on a GPU, where counting the kept rows would stop the host."""
     from fastdpo.ops import autograd, eager
 
-    def add(self, rows, d, scale):
-        self._add(self.hidden_states[rows], d, scale, None if self.hidden is None else self.hidden[rows])
-
     monkeypatch.setattr(autograd, "_rows_where", lambda keep: None)
-    monkeypatch.setattr(eager.RowGradients, "add", add)
+    monkeypatch.setattr(eager, "RowGradients", functools.partial(eager.RowGradients, leaves_out=False))
     case = Case(67, 40, 257, FP32, softcap=softcap)
     leaves, labels, upstream = make_inputs(case, 0)
     for frozen_head in (False, True):
@@ -210,9 +208,7 @@ def test_a_second_derivative_is_refused(frozen_head):
         torch.autograd.grad(loss + grad.square().sum(), hidden_states)
 
 
-@pytest.mark.parametrize("impl", FAST)
-@pytest.mark.parametrize("workspace_bytes", [3000, 30_000, 10**6])
-@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize(*every_pair(impl=FAST, workspace_bytes=[3000, 30_000, 10**6], frozen_head=[False, True]))
 def test_any_workspace_gives_the_same_numbers(impl, workspace_bytes, frozen_head):
     leaves, labels, upstream = make_inputs(Case(67, 40, 257, FP32, has_bias=True), 0, device_of(impl))
     hidden_states, weight, bias = leaves.values()
@@ -240,26 +236,58 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("impl", FAST)
-@pytest.mark.parametrize("frozen_head", [False, True])
-@pytest.mark.parametrize("outputs", [(), TOKEN_OUTPUTS])
-def test_nothing_as_large_as_the_logits_is_created(impl, frozen_head, outputs, small_tiles, monkeypatch):
-    from fastdpo.ops import autograd, eager
+def largest_tensor(case, impl, frozen_head, outputs=()):
+    """In elements, of what is made inside the operators, which are one operation each to those outside."""
+    from fastdpo.ops import autograd
 
-    case = Case(201, 8, 509, BF16, has_bias=True, softcap=4.0)
     leaves, labels, upstream = make_inputs(case, 0, device_of(impl))
-    bias = leaves["bias"]
-    tile = 20000 if impl == "triton" else 3000
-    tensors = (*(x.detach() for x in (leaves["hidden_states"], leaves["lm_head_weight"], bias)), labels)
+    tensors = (*(x.detach() for x in (leaves["hidden_states"], leaves["lm_head_weight"], leaves["bias"])), labels)
     settings = (1.0, 4.0, ",".join(outputs), 0.0, None, impl, BF16)
-    monkeypatch.setattr(eager, "max_chunk_rows", lambda *_: tile // case.V)
-    with Allocations() as seen:  # inside the operators, which are one operation each to those outside
+    with Allocations() as seen:
         values = autograd.forward(*tensors, frozen_head, *settings)
         if not frozen_head:
             autograd.backward(upstream, *tensors, *values[1:3], None, None, [True, True, True], *settings)
+    return seen.largest
+
+
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize("outputs", [(), TOKEN_OUTPUTS])
+def test_with_tiles_and_chunks_of_some_size_nothing_larger_is_created(
+    impl, frozen_head, outputs, small_tiles, monkeypatch
+):
+    from fastdpo.ops import eager
+
+    case = Case(201, 8, 509, BF16, has_bias=True, softcap=4.0)
+    tile = 20000 if impl == "triton" else 3000
+    monkeypatch.setattr(eager, "max_chunk_rows", lambda *_: tile // case.V)
+    largest = largest_tensor(case, impl, frozen_head, outputs)
     partials = 6 * -(-case.V // 64) * case.T  # the forward kernel's, at most six fp32 per row and tile
-    assert 0 < seen.largest <= max(tile, case.V * case.H, partials if impl == "triton" else 0)
-    assert seen.largest < case.T * case.V / 5
+    assert 0 < largest <= max(tile, case.V * case.H, partials if impl == "triton" else 0)
+    assert largest < case.T * case.V / 5
+
+
+@pytest.mark.parametrize(
+    "impl",
+    [
+        "tiled",
+        pytest.param(
+            "triton", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="the interpreter takes minutes")]
+        ),
+    ],
+)
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize("outputs", [(), TOKEN_OUTPUTS])
+def test_nothing_as_large_as_the_logits_is_created(impl, frozen_head, outputs):
+    """With the tiles and chunks that runs have."""
+    case = Case(16384, 8, 32003, BF16, has_bias=True, softcap=4.0)
+    if impl == "tiled":
+        case = Case(2048, 8, 16411, BF16, has_bias=True, softcap=4.0)
+    assert 0 < largest_tensor(case, impl, frozen_head, outputs) < case.T * case.V / 3
+    rows, vocab, labels = (torch.empty(*shape, device="meta") for shape in ((case.T, 8), (case.V, 8), (case.T,)))
+    with Allocations() as seen:
+        plain_logps(rows, vocab, labels.long())
+    assert seen.largest == case.T * case.V  # so it would have been seen
 
 
 @pytest.mark.parametrize("impl", FAST)

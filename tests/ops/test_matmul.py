@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import every_pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdpo.ops import matmul
@@ -11,10 +12,16 @@ DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("addmm_works", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.5, 0.0), (1.0, 1.0), (0.5, 2.0)])
-def test_it_is_exact_to_the_operands_rounding(device, addmm_works, dtype, alpha, beta, monkeypatch):
+@pytest.mark.parametrize(
+    *every_pair(
+        addmm_works=[True, False],
+        dtype=[torch.float32, torch.bfloat16, torch.float16],
+        factors=[(1.0, 0.0), (0.5, 0.0), (1.0, 1.0), (0.5, 2.0)],
+    ),
+    ids=str,
+)
+def test_it_is_exact_to_the_operands_rounding(device, addmm_works, dtype, factors, monkeypatch):
+    alpha, beta = factors
     if not addmm_works:
         monkeypatch.setattr(matmul, "_addmm_takes_wider_sums", lambda *_: False)
         monkeypatch.setattr(matmul, "MAX_PRODUCT_ELEMENTS", 1000)

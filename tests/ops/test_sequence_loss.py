@@ -1,10 +1,14 @@
 """A loss over groups of sequences whose gradient is made in forward equals the loss of plain log-probs."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from closeness import distance
+from covering import every_pair
 from head_cases import BF16, FP32, Case, exact_logps, make_inputs, plain_logps
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastdpo.ops import sequence_loss as module
 from fastdpo.ops.sequence_loss import GroupEnd, sequence_loss
@@ -66,19 +70,18 @@ def ours(case, impl, **settings):
 
 
 @pytest.mark.parametrize(
-    "rows_in_workspace", [200, 90, 40, 10]
-)  # all pairs at once; one or two; the last not; only one
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(NUM_ROWS, 40, 257, FP32),
-        Case(NUM_ROWS, 40, 257, FP32, has_bias=True, logit_scale=0.5, softcap=4.0),
-        Case(NUM_ROWS, 150, 131, BF16, has_bias=True),
-        Case(NUM_ROWS, 40, 257, FP32, ignored="all"),
-    ],
-    ids=lambda case: case.id,
+    *every_pair(
+        impl=FAST,
+        case=[
+            Case(NUM_ROWS, 40, 257, FP32),
+            Case(NUM_ROWS, 40, 257, FP32, has_bias=True, logit_scale=0.5, softcap=4.0),
+            Case(NUM_ROWS, 150, 131, BF16, has_bias=True),
+            Case(NUM_ROWS, 40, 257, FP32, ignored="all"),
+        ],
+        rows_in_workspace=[200, 90, 40, 10],  # all pairs at once; one or two; the last not; only one
+    ),
+    ids=lambda value: getattr(value, "id", str(value)),
 )
-@pytest.mark.parametrize("impl", FAST)
 def test_loss_and_gradients_are_off_by_at_most_twice_what_plain_pytorch_is(impl, case, rows_in_workspace):
     itemsize = 2 if impl == "triton" and case.dtype == BF16 else 4
     found = ours(case, impl, workspace_bytes=rows_in_workspace * case.V * itemsize)
@@ -87,24 +90,15 @@ def test_loss_and_gradients_are_off_by_at_most_twice_what_plain_pytorch_is(impl,
         assert distance(x, e) <= 2 * distance(p, e) + 1e-6 * max(1.0, float(e.detach().norm()))
 
 
-def test_it_is_made_in_forward_unless_a_group_outgrows_the_workspace(monkeypatch):
-    calls = []
-    engine = module.engine_of("tiled")
-
-    def spying(impl):
-        def forward(*args):
-            calls.append("forward")
-            return engine.forward(*args)
-
-        def forward_with_grads(out, *args):
-            calls.append(len(out))
-            return engine.forward_with_grads(out, *args)
-
-        return engine._replace(forward=forward, forward_with_grads=forward_with_grads)
-
-    monkeypatch.setattr(module, "engine_of", spying)
-    ours(Case(NUM_ROWS, 40, 257, FP32), "tiled", workspace_bytes=40 * 257 * 4)
-    assert calls == [37, 8, "forward", 27, 27, 27]  # 14 + 23 rows, 8 rows, then 81 that do not fit
+@pytest.mark.parametrize(("rows_in_workspace", "twice"), [(126, 0), (81, 0), (40, 81), (20, 23 + 81), (1, 126)])
+def test_it_is_made_in_forward_unless_a_group_outgrows_the_workspace(rows_in_workspace, twice):
+    """Groups of 14, 23, 8 and 81 rows; those that do not fit have their logits computed twice."""
+    H, V = 40, 257
+    leaves, labels, _ = make_inputs(Case(NUM_ROWS, H, V, FP32, ignored="none"), 0)
+    args = (*leaves.values(), labels, cu_seqlens_of(LENGTHS, "cpu"), ends_of(LENGTHS))
+    with FlopCounterMode(display=False) as counter:
+        sequence_loss(*args, lambda s, l, sequences, g: dpo(s, sequences), workspace_bytes=rows_in_workspace * V * 4)
+    assert counter.get_total_flops() == 2 * H * V * (NUM_ROWS + twice + 2 * NUM_ROWS)  # logits; dH and dW
 
 
 def test_shared_rows_and_token_weights_count_as_in_sequence_logps():
@@ -136,26 +130,22 @@ def test_shared_rows_and_token_weights_count_as_in_sequence_logps():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_pairs_without_weight_cost_no_product(monkeypatch):
+@pytest.mark.parametrize("leaves_out", [True, False])
+def test_pairs_without_weight_cost_no_product_where_that_stops_no_gpu(leaves_out, monkeypatch):
     """Hinge: a pair beyond the margin has weight 0; its rows reach no matmul of backward."""
-    from fastdpo.ops.eager import RowGradients
-
-    rows_multiplied = []
-    add = RowGradients._add
-
-    def spy(self, hidden_states, d, scale, hidden):
-        rows_multiplied.append(len(scale))
-        add(self, hidden_states, d, scale, hidden)
-
-    monkeypatch.setattr(RowGradients, "_add", spy)
-    leaves, labels, _ = make_inputs(Case(NUM_ROWS, 16, 50, FP32, ignored="none"), 0)
+    monkeypatch.setattr(module, "RowGradients", functools.partial(module.RowGradients, leaves_out=leaves_out))
+    H, V = 16, 50
+    leaves, labels, _ = make_inputs(Case(NUM_ROWS, H, V, FP32, ignored="none"), 0)
     weight_of_pair = torch.tensor([1.0, 0.0, 1e-30, 2.0])
 
     def loss_of(sums, lengths, sequences, groups):
         return (weight_of_pair[groups] * sums.view(-1, 2).diff(dim=1)[:, 0]).sum()
 
-    loss, _ = sequence_loss(*leaves.values(), labels, cu_seqlens_of(LENGTHS, "cpu"), ends_of(LENGTHS), loss_of)
-    assert rows_multiplied == [14 + 81]
+    args = (*leaves.values(), labels, cu_seqlens_of(LENGTHS, "cpu"), ends_of(LENGTHS), loss_of)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = sequence_loss(*args)
+    with_weight = 14 + 81 if leaves_out else NUM_ROWS
+    assert counter.get_total_flops() == 2 * H * V * (NUM_ROWS + 2 * with_weight)  # logits; dH and dW
     grads = torch.autograd.grad(loss, list(leaves.values()))
     logps = exact_logps(*leaves.values(), labels)
     sums = torch.stack([part.sum() for part in logps.split(LENGTHS)]).view(-1, 2)
@@ -251,11 +241,15 @@ def test_a_workspace_full_of_nan_changes_no_bit(impl, monkeypatch):
         assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize(("num_pairs", "V"), [(16, 4000), (16, 8000), (32, 4000)])
-def test_peak_memory_is_workspace_sums_and_results(num_pairs, V):
+@pytest.mark.parametrize(
+    ("num_pairs", "V", "workspace_bytes"),
+    [(16, 4000, 2**21), (16, 8000, 2**21), (32, 4000, 2**21), (32, 16000, None)],
+)
+def test_peak_memory_is_workspace_sums_and_results(num_pairs, V, workspace_bytes):
     from fastdpo.evidence.memory import peak_live_bytes
+    from fastdpo.ops import tiled_eager
 
-    T, H, workspace_bytes = 64 * num_pairs, 64, 2**21
+    T, H = 64 * num_pairs, 64
     torch.manual_seed(0)
     hidden_states, weight = torch.randn(T, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
     labels, cu_seqlens = torch.randint(V, (T,)), torch.arange(0, T + 1, 32)
@@ -276,6 +270,7 @@ def test_peak_memory_is_workspace_sums_and_results(num_pairs, V):
     sums = 4 * (T + V) * H  # which are the results as well: fp32 gradients are scaled where they lie
     softmax_slices = 3 * 4 * 2**19 // 4  # what a slice's statistics are made from
     row_numbers = 30 * 4 * T
-    rows = workspace_bytes // (4 * V) * H * 4  # c * H of a chunk
-    assert peak_live_bytes(step) <= workspace_bytes + sums + rows + softmax_slices + row_numbers
-    assert workspace_bytes < 4 * T * V / 3
+    space = workspace_bytes or tiled_eager.WORKSPACE_BYTES
+    rows = space // (4 * V) * H * 4  # c * H of a chunk
+    assert peak_live_bytes(step) <= space + sums + rows + softmax_slices + row_numbers
+    assert space < 4 * T * V / 3

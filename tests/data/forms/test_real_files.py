@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from covering import every_pair
 from datasets import Dataset, Features, Json, List, Value
 from tiny_tokenizers import CHATML, byte_level_tokenizer
 
@@ -320,10 +321,16 @@ def test_answers_of_a_list_that_are_empty_repeated_or_chosen_too_make_no_pair():
 ENDS = [("response_a", "response_b"), ("output_1", "output_2"), ("answer_1", "answer_2"), ("responseA", "responseB")]
 
 
-@pytest.mark.parametrize("columns", ENDS)
-@pytest.mark.parametrize("label", ["winner", "label", "preference", "better"])
-@pytest.mark.parametrize(("first", "value"), [(True, 1), (False, 2), (True, "a"), (False, "B"), (False, "model_b")])
-def test_two_answers_and_a_winner_are_a_pair(columns, label, first, value):
+@pytest.mark.parametrize(
+    *every_pair(
+        columns=ENDS,
+        label=["winner", "label", "preference", "better"],
+        winner=[(True, 1), (False, 2), (True, "a"), (False, "B"), (False, "model_b")],
+    ),
+    ids=str,
+)
+def test_two_answers_and_a_winner_are_a_pair(columns, label, winner):
+    first, value = winner
     row = preference_row({"prompt": "Hi?", columns[0]: "one", columns[1]: "two", label: value})
     assert (row.prompt, row.responses) == ("Hi?", ("one", "two") if first else ("two", "one"))
 

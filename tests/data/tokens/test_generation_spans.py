@@ -2,6 +2,7 @@
 the mask is the one that prefixes give."""
 
 import pytest
+from covering import every_pair
 from tiny_tokenizers import CHATML, byte_level_tokenizer
 from tokenizers import processors
 
@@ -49,9 +50,7 @@ TEMPLATES = {
 CONTENTS = ["sat", " sat", "sat ", "\n\nsat\n\n", "  sat  on the mat  ", "問 sat 🎉 "]
 
 
-@pytest.mark.parametrize("content", CONTENTS)
-@pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("trims", [True, False])
+@pytest.mark.parametrize(*every_pair(trims=[True, False], name=list(TEMPLATES), content=CONTENTS))
 def test_marks_give_the_mask_of_prefixes(trims, name, content):
     row = PreferenceRow([USER], ([said(content), MORE, said(content + " ran")], [said("no")]))
     masks = []

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from covering import every_pair
 from datasets import Dataset
 from peers import peer
 from tiny_tokenizers import CHATML, byte_level_tokenizer
@@ -98,12 +99,17 @@ def test_only_masks_differ_from_trl_in_a_response_of_several_turns():
         assert left_out == "<|im_start|>user\nand a dog?<|im_end|>\n<|im_start|>assistant\n"
 
 
+FORMS = {"text": TEXT, "implicit": IMPLICIT, "chat": CHAT, "implicit_chat": IMPLICIT_CHAT}
+
+
 @pytest.mark.parametrize(
-    "rows", [TEXT, IMPLICIT, CHAT, IMPLICIT_CHAT], ids=["text", "implicit", "chat", "implicit_chat"]
+    *every_pair(
+        form=list(FORMS), manner=["bos", "plain"], cut=[(None, "keep_start"), (3, "keep_start"), (3, "keep_end")]
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("manner", ["bos", "plain"])
-@pytest.mark.parametrize(("num_cut", "truncation_mode"), [(None, "keep_start"), (3, "keep_start"), (3, "keep_end")])
-def test_sequences_and_masks_equal_those_of_trl(rows, manner, num_cut, truncation_mode):
+def test_sequences_and_masks_equal_those_of_trl(form, manner, cut):
+    rows, (num_cut, truncation_mode) = FORMS[form], cut
     around = {"bos": "<s>", "prefix": ["<s>"]} if manner == "bos" else {}
     tokenizer = byte_level_tokenizer(**around, special=["<|im_start|>", "<|im_end|>"], chat_template=CHATML)
     max_length = None

@@ -90,12 +90,13 @@ def test_predict_returns_the_numbers_and_evaluate_without_a_function_none(tmp_pa
     assert fast._evaluation is None
 
 
-def test_batch_eval_metrics_is_one_call_with_the_result(tmp_path):
-    calls = []
+def test_batch_eval_metrics_shows_every_pair_once_before_it_asks_for_the_result(tmp_path):
+    rewards = []
 
     def compute_metrics(prediction, compute_result):
-        calls.append((len(prediction.label_ids), compute_result))
-        return {"n": len(prediction.label_ids)}
+        """As they are written for batches: sums until the result is asked for."""
+        rewards.extend(prediction.predictions["chosen_rewards"])
+        return {"n": len(rewards), "mean": sum(rewards) / len(rewards)} if compute_result else {}
 
     fast = tiny_trainer(
         tmp_path,
@@ -104,8 +105,9 @@ def test_batch_eval_metrics_is_one_call_with_the_result(tmp_path):
         batch_eval_metrics=True,
         per_device_eval_batch_size=2,
     )
-    assert fast.evaluate()["eval_n"] == 7
-    assert calls == [(7, True)]
+    metrics = fast.evaluate()
+    assert metrics["eval_n"] == 7
+    assert metrics["eval_mean"] == pytest.approx(metrics["eval_rewards/chosen"], rel=1e-5)
 
 
 def test_its_metrics_choose_the_best_checkpoint(tmp_path):

@@ -2,14 +2,16 @@
 
 import json
 import logging
+import re
 import shutil
 
 import pytest
 import torch
 from datasets import Dataset
+from hybrids import build_any
 from safetensors.torch import load_file, save_file
 from tiny import make_llama, make_rows, make_tokenizer, save_model
-from tiny_runs import losses, make_lora, tiny_trainer
+from tiny_runs import logged, losses, make_lora, tiny_trainer
 
 from fastdpo.training.setup.models import load_model
 
@@ -75,6 +77,35 @@ def test_a_checkpoint_of_the_backbones_names_and_of_old_buffers_is_the_models(fo
     loaded = load_model(changed(folder, tmp_path, change))
     for name, weight in load_model(str(folder)).state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_experts_that_are_saved_under_other_names_go_on_from_their_saved_weights(tmp_path, model_type):
+    """transformers keeps all experts of a layer in one weight and writes them one by one, as the original has them."""
+
+    def trainer(policy):
+        settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, "learning_rate": 1e-2}
+        reference = build_any(model_type).double()
+        return tiny_trainer(tmp_path / "out", policy.double(), ref_model=reference, **settings)
+
+    whole = trainer(build_any(model_type))
+    expected = losses(whole)
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    weights = whole.model.state_dict()
+    renamed = load_file(checkpoint / "model.safetensors").keys() - weights.keys()
+    experts = {found[0] for found in re.finditer(r"experts\.\d\.", " ".join(renamed))}
+    assert experts == {f"experts.{i}." for i in range(4)}
+
+    other = build_any(model_type)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1.0)  # what the checkpoint does not replace will show
+    resumed = trainer(other)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert logged(resumed) == pytest.approx(expected, rel=1e-9)
+    assert resumed.model.state_dict().keys() == weights.keys()
+    for name, weight in resumed.model.state_dict().items():
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-9, msg=name)
 
 
 # Adapters that were trained with tokens of their own

@@ -1,11 +1,12 @@
 """What the settings that TRL has too do here: each changes what it says, and no number that it should not."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from releases import needs_activation_checkpointing
-from tiny import make_llama, make_rows, make_tokenizer
+from tiny import make_llama, make_rows, make_tokenizer, save_model
 from tiny_runs import tiny_trainer
 
 from fastdpo import DPOConfig, PackedBatch, TokenizedPair, pack_pairs
@@ -119,28 +120,42 @@ def test_the_pad_token_is_set_and_saved(tmp_path):
         tiny_trainer(tmp_path, pad_token="<nowhere>")
 
 
-def test_code_from_the_hub_is_run_where_that_is_allowed(tmp_path, monkeypatch):
-    from transformers import AutoModelForCausalLM
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from fastdpo.training.setup import models
+class MineConfig(LlamaConfig):
+    model_type = "mine"
 
-    make_llama().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    seen = []
-    for loader in (models.AutoConfig, models.AutoTokenizer, AutoModelForCausalLM):
-        real = loader.from_pretrained
-        monkeypatch.setattr(
-            loader,
-            "from_pretrained",
-            lambda *a, _real=real, **kw: (seen.append(kw.get("trust_remote_code")), _real(*a, **kw))[1],
-        )
-    both = {"model": str(tmp_path / "model"), "ref_model": str(tmp_path / "model"), "processing_class": None}
-    tiny_trainer(tmp_path, **both, trust_remote_code=True)
-    assert seen
-    assert all(seen)
-    seen.clear()
-    tiny_trainer(tmp_path, **both, model_init_kwargs={"revision": "main"})
-    assert not any(seen)
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+
+class MineTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def test_code_that_a_model_brings_along_is_run_where_that_is_allowed(tmp_path):
+    folder = save_model(tmp_path / "model")
+    (folder / "mine.py").write_text(CODE)
+    changes = {
+        "config.json": {
+            "model_type": "mine",
+            "auto_map": {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"},
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "MineTokenizer",
+            "auto_map": {"AutoTokenizer": [None, "mine.MineTokenizer"]},
+        },
+    }
+    for name, change in changes.items():
+        file = folder / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    both = {"model": str(folder), "ref_model": str(folder), "processing_class": None}
+    trainer = tiny_trainer(tmp_path, **both, trust_remote_code=True)
+    found = (trainer.model, trainer.ref_model, trainer.processing_class)
+    assert [type(x).__name__ for x in found] == ["MineForCausalLM", "MineForCausalLM", "MineTokenizer"]
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        tiny_trainer(tmp_path, **both)
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
