@@ -37,6 +37,8 @@ table.samples th:last-child, table.samples td:last-child { width: 7.5rem; text-a
 article { margin: 0 0 1.6rem; }
 .prompt { margin: 0; padding: .5rem .8rem; max-width: none; background: var(--band);
   border-left: 3px solid var(--accent); font-weight: 500; }
+.coloured { max-width: none; white-space: pre-wrap; overflow-wrap: anywhere; }
+.coloured span { border-radius: 2px; }
 figure { margin: 0 0 .6rem; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line); color: var(--soft);

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +22,7 @@ from fastdpo.training.precompute import precompute_ref_logps
 from fastdpo.training.settings.config import DPOConfig
 
 _ROWS_AT_A_TIME = 1000
+_BROUGHT = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class ScoredData:
 
     rows: list[Scored]
     report: Report
+    dataset: Dataset  # prepared: the tokens of `rows`, in order
 
 
 def response_logps(
@@ -54,7 +57,7 @@ def response_logps(
 
     Args:
         args: max_length and its like, bf16, fp16, impl and ref_cache_dir count.
-        data: rows in any form, or a prepared dataset.
+        data: rows in any form, not tokenized yet.
         tokenizer_of: the model whose tokenizer and chat template are used; by default `model`. Log-probs of two models
             can be compared only where both read the same tokens.
     Raises:
@@ -62,6 +65,7 @@ def response_logps(
     """
     source = model if tokenizer_of is None else tokenizer_of
     asked = None if source is model else model
+    data = _without_brought(data)
     done = precompute_ref_logps(source, args, {name: data}, ref_model=asked, processing_class=processing_class)
     dataset, report = done.datasets[name], done.reports[name]
     dropped = {row for rows in getattr(report, "dropped", {}).values() for row in rows}
@@ -74,4 +78,19 @@ def response_logps(
             assert group.ref_logps is not None
             pairs = tuple((int(better), int(worse)) for better, worse in group.preferences)
             rows.append(Scored(kept[number], tuple(group.ref_logps), lengths, pairs))
-    return ScoredData(rows, report)
+    return ScoredData(rows, report, dataset)
+
+
+def _without_brought(data: Any) -> Any:
+    """The rows without the reference log-probs that they bring, which are another model's.
+
+    Raises:
+        ValueError: a prepared dataset, where they cannot be told from those of this model.
+    """
+    if isinstance(data, Dataset) and "prompt_ids" in data.column_names:
+        raise ValueError("data must be rows as they were written, got a dataset that is already tokenized")
+    if isinstance(data, Dataset):
+        return data.remove_columns([name for name in _BROUGHT if name in data.column_names])
+    if isinstance(data, list):
+        return [{name: value for name, value in row.items() if name not in _BROUGHT} for row in data]
+    return data

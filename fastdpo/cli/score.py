@@ -1,0 +1,198 @@
+"""`fastdpo score`: the implicit reward of every response of a dataset, and how often it agrees with the preferences.
+
+In: a model, optionally a reference, and data in any form that `fastdpo train` reads. Out: a JSON line for each row, a
+table, and with --html a page. Log-probs are kept in the cache of references: a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastdpo.cli.options.parser import RaisingParser
+
+BENCHMARKS = ("rewardbench", "rewardbench2")
+
+
+def main(argv: list[str]) -> None:
+    """Scores, writes and prints.
+
+    Raises:
+        ValueError: anything that the user can mend.
+    """
+    options = _parser().parse_args(argv)
+    _check(options)
+    from fastdpo.cli.console import make_console
+    from fastdpo.data.sources.loading import load_preference_dataset
+    from fastdpo.rewards.implicit import default_reference
+    from fastdpo.rewards.rewardbench import benchmark_rows, benchmark_scores
+    from fastdpo.rewards.scores import score, summarize, summarize_per_token
+    from fastdpo.training import DPOConfig
+
+    console = make_console()
+    data: Any = load_preference_dataset(options.data, options.dataset_split, options.dataset_config)
+    examples = list(data) if options.benchmark else []
+    if options.benchmark:
+        data = benchmark_rows(options.benchmark, examples)
+    args = DPOConfig(
+        "not_used",
+        max_length=options.max_length,
+        max_prompt_length=options.max_prompt_length,
+        columns=options.columns,
+        dataset_format=options.dataset_format,
+        chat_template=options.chat_template,
+        trust_remote_code=options.trust_remote_code,
+        ref_cache_dir=options.ref_cache_dir,
+        bf16=options.bf16,
+        use_cpu=options.use_cpu,
+        model_init_kwargs=None if options.dtype is None else {"dtype": options.dtype},
+    )
+    reference = options.reference or default_reference(options.model)
+    found = score(options.model, reference, data, args, beta=options.beta)
+    credits = _credits(options, reference, found, args) if options.per_token else None
+    records = [asdict(row) for row in found.rows]
+    for record, of_row in zip(records, credits or (), strict=False):
+        record["credits"] = [list(zip(one.tokens, one.values, strict=True)) for one in of_row]
+    if options.output is not None:
+        _write(Path(options.output), records)
+    summaries = [summarize(found.rows), summarize_per_token(found.rows)]
+    subsets = benchmark_scores(options.benchmark, examples, found.rows) if options.benchmark else []
+    if options.html is not None:
+        _page(Path(options.html), options, found, credits, summaries)
+    if options.json:
+        about = [{**asdict(line), "accuracy": line.accuracy, "interval": line.interval} for line in summaries]
+        print(json.dumps({"summaries": about, "subsets": [asdict(line) for line in subsets]}, indent=1))
+        return
+    console.print(_table(summaries, found, reference))
+    if subsets:
+        console.print(_subset_table(options.benchmark, subsets))
+    for path in filter(None, (options.output, options.html)):
+        console.print(f"wrote {path}")
+
+
+def _parser() -> RaisingParser:
+    parser = RaisingParser(
+        prog="fastdpo score", description="Scores every response with a DPO model's implicit reward."
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="Model to score with: a folder (of an adapter too) or a name on the Hub.")
+    add("--reference", help="Model it was trained against. Default: an adapter's base model; without one, none.")
+    add("--data", required=True, help="Preference data: a file, a folder or a name, as for `fastdpo train`.")
+    add("--output", "-o", metavar="FILE", help="Write a JSON line for each row.")
+    add("--beta", type=float, default=0.1, help="Beta of the training. Default: 0.1.")
+    add("--per_token", "--per-token", action="store_true", help="Also give what each token adds to the reward.")
+    add("--html", metavar="PAGE", help="Write a page; with --per_token it colours the text.")
+    add("--examples", type=int, default=20, help="Rows on the page. Default: 20.")
+    add("--benchmark", choices=BENCHMARKS, help="The data is this benchmark's file: score its subsets as it does.")
+    add("--json", action="store_true", help="Print the summary as JSON.")
+    add("--max_length", "--max-length", type=int, help="Tokens kept of prompt and response. Default: all.")
+    add("--max_prompt_length", "--max-prompt-length", type=int, help="Tokens kept of the prompt. Default: all.")
+    add("--dataset_split", "--dataset-split", default="train", help="Split of a named dataset. Default: train.")
+    add("--dataset_config", "--dataset-config", help="Configuration (subset) of a named dataset.")
+    add("--dataset_format", "--dataset-format", default="auto", help="Form of the rows. Default: by their columns.")
+    add("--columns", help="The dataset's own column names, such as prompt=question,chosen=good.")
+    add("--chat_template", "--chat-template", help="Chat template: a file or Jinja text. Default: the tokenizer's.")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="Dtype of the weights. Default: float32.")
+    add("--bf16", action="store_true", default=None, help="bf16 autocast. Default: where a GPU supports it.")
+    add("--use_cpu", "--use-cpu", action="store_true", help="Use the CPU even if there is a GPU.")
+    add("--ref_cache_dir", "--ref-cache-dir", help="Folder of cached log-probs. Default: as for `fastdpo train`.")
+    add("--trust_remote_code", "--trust-remote-code", action="store_true", help="Run code from the Hub.")
+    return parser
+
+
+def _check(options: Any) -> None:
+    if not options.beta > 0:
+        raise ValueError(f"beta must be > 0, got {options.beta}")
+    if options.examples < 1:
+        raise ValueError(f"examples must be at least 1, got {options.examples}")
+    if options.benchmark and options.columns:
+        raise ValueError(f"columns must not be given with --benchmark {options.benchmark}, whose columns are known")
+    for name in ("output", "html"):
+        path = getattr(options, name)
+        if path is not None and Path(path).is_dir():
+            raise ValueError(f"{name} must be a file, {path} is a folder")
+
+
+def _credits(options: Any, reference: str | None, found: Any, args: Any) -> list[Any]:
+    """Of all rows for a file; of those on the page else."""
+    from fastdpo.rewards.credits import token_credits
+    from fastdpo.training.setup.models import resolve_tokenizer
+
+    dataset = found.dataset
+    if options.output is None:
+        dataset = dataset.select(range(min(options.examples, len(dataset))))
+    tokenizer = resolve_tokenizer(options.model, None, args)
+    return list(token_credits(options.model, reference, dataset, tokenizer, args, beta=options.beta))
+
+
+def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """The whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    partial.replace(path)
+
+
+def _table(summaries: Sequence[Any], found: Any, reference: str | None) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    title = f"{len(found.rows)} rows; reference: {reference or 'none, rewards are beta * log-prob'}"
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    for column in ("reward", "pairs", "accuracy", "95% interval", "ties", "mean margin (nats)"):
+        table.add_column(column, justify="left" if column == "reward" else "right")
+    for line in summaries:
+        low, high = line.interval
+        table.add_row(
+            line.name,
+            f"{line.num_pairs:,}",
+            f"{line.accuracy:.4f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{line.num_ties:,}",
+            f"{line.mean_margin:.4f}",
+        )
+    table.caption = "\n".join(found.report.lines()[:2])
+    table.caption_justify = "left"
+    return table
+
+
+def _subset_table(benchmark: str, subsets: Sequence[Any]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=benchmark, box=box.SIMPLE, title_justify="left")
+    for column in ("subset", "rows", "score", "95% interval"):
+        table.add_column(column, justify="left" if column == "subset" else "right")
+    for line in subsets:
+        interval = "" if line.interval is None else f"{line.interval[0]:.3f} to {line.interval[1]:.3f}"
+        table.add_row(line.name, f"{line.num_rows:,}", f"{line.score:.4f}", interval)
+    return table
+
+
+def _page(path: Path, options: Any, found: Any, credits: Sequence[Any] | None, summaries: Sequence[Any]) -> None:
+    from fastdpo.references.rows import read_groups
+    from fastdpo.report import Table, write_report
+    from fastdpo.rewards.page import ColouredRow, ColouredText
+    from fastdpo.training import DPOConfig
+    from fastdpo.training.setup.models import resolve_tokenizer
+
+    lines = [
+        [s.name, f"{s.num_pairs:,}", f"{s.accuracy:.4f}", f"{s.interval[0]:.3f} to {s.interval[1]:.3f}"]
+        for s in summaries
+    ]
+    sections: list[Any] = [Table("Agreement with the preferences", ("reward", "pairs", "accuracy", "95%"), lines)]
+    if credits is not None:
+        tokenizer = resolve_tokenizer(options.model, None, DPOConfig("not_used"))
+        numbers = range(min(options.examples, len(found.rows)))
+        rows = []
+        for row, group, of_row in zip(found.rows, read_groups(found.dataset, numbers), credits, strict=False):
+            better = {best for best, _ in row.preferences}
+            names = ["chosen" if k in better else "rejected" for k in range(len(of_row))]
+            prompt = tokenizer.decode(group.prompt_ids, skip_special_tokens=True)
+            rows.append(ColouredRow(prompt, list(zip(names, of_row, strict=True))))
+        note = "Green adds to the reward, red takes from it; the credits of a response sum to its reward."
+        sections.append(ColouredText("What each token adds", rows, note))
+    write_report(path, "Implicit rewards", sections, subtitle=f"{options.model} on {options.data}")

@@ -1,0 +1,61 @@
+"""What each token of a response adds to its implicit reward: `beta * (log p_policy(token) - log p_reference(token))`.
+
+The credits of a response sum to its reward. That a DPO policy's log-ratio is a reward per token is the view of Rafailov
+et al., "From r to Q*", arXiv 2404.12358.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastdpo.data.batches.layout import counted_sequences
+from fastdpo.references.rows import read_groups
+from fastdpo.rewards.scorer import ModelScorer
+from fastdpo.training.settings.config import DPOConfig
+from fastdpo.types import TokenizedGroup
+
+
+@dataclass(frozen=True)
+class Credits:
+    """One response, token by token."""
+
+    tokens: tuple[str, ...]  # as text; those that do not count (prompt, other speakers) are left out
+    values: tuple[float, ...]  # nats
+
+    @property
+    def reward(self) -> float:
+        return sum(self.values)
+
+
+def token_credits(
+    model: str | nn.Module,
+    reference: str | nn.Module | None,
+    dataset: Any,
+    tokenizer: Any,
+    args: DPOConfig,
+    *,
+    beta: float = 0.1,
+) -> Iterator[list[Credits]]:
+    """For each row of a prepared dataset the credits of its responses.
+
+    Args:
+        reference: None leaves `beta` times the log-probs themselves.
+    """
+    groups = list(read_groups(dataset, range(len(dataset))))
+    ours = list(ModelScorer(model, args, tokenizer).token_logps(groups))
+    theirs = None if reference is None else list(ModelScorer(reference, args, tokenizer).token_logps(groups))
+    for index, group in enumerate(groups):
+        found = []
+        for k, ids in enumerate(_counted_ids(group)):
+            ratios = ours[index][k] if theirs is None else ours[index][k] - theirs[index][k]
+            found.append(Credits(tuple(tokenizer.decode([i]) for i in ids), tuple((beta * ratios).tolist())))
+        yield found
+
+
+def _counted_ids(group: TokenizedGroup) -> list[Sequence[int]]:
+    """The ids of each response that count."""
+    return [sequence.tokens[sequence.is_counted].tolist() for sequence in counted_sequences(group)]

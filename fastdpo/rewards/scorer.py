@@ -1,0 +1,93 @@
+"""ModelScorer: log-probs of the tokens of responses under one model, a batch of groups at a time.
+
+In: tokenized groups. Out: the log-prob of every counted token, nats. Packed where the self-check finds that exact, else
+padded. Nothing is kept on disk; `logps.py` does that for whole datasets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from fastdpo.data.batches.packing import pack_pairs, pad_pairs
+from fastdpo.data.tokens.tokenization import padding_id
+from fastdpo.modeling import check_packing, packed_logps, prepare_model
+from fastdpo.training.settings.config import DPOConfig
+from fastdpo.training.setup.models import load_model
+from fastdpo.training.setup.reference import autocast_of
+from fastdpo.types import TokenizedGroup
+
+logger = logging.get_logger(__name__)
+
+TOKENS_PER_BATCH = {"cuda": 16384}
+TOKENS_PER_BATCH_ELSEWHERE = 4096
+
+
+class ModelScorer:
+    """A model that is asked for log-probs and never trained.
+
+    Args:
+        model: a name, a folder (of an adapter too) or a model.
+        args: its device, precision, packing and impl count.
+    """
+
+    def __init__(self, model: str | nn.Module, args: DPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.args, self.pad_token_id = args, padding_id(tokenizer)
+        loaded: Any = load_model(model, args.init_kwargs()) if isinstance(model, str) else model
+        if getattr(loaded, "hf_device_map", None) is None and not getattr(loaded, "is_quantized", False):
+            loaded.to(args.device)
+        self.model: nn.Module = loaded
+        backend = args.attention_backend if args.packing != "padded" else "auto"
+        prepare_model(self.model, attention_backend=backend, workspace_bytes=args.workspace_bytes)
+        check = check_packing(self.model, impl=args.impl, autocast=lambda: autocast_of(args))
+        if not check.ok and args.packing == "packed":
+            raise ValueError(f"packing must be 'auto' or 'padded' for this model, got 'packed': {check.reason}")
+        self.is_packed = check.ok and args.packing != "padded"
+        default = TOKENS_PER_BATCH.get(args.device.type, TOKENS_PER_BATCH_ELSEWHERE)
+        self.tokens_per_batch = args.ref_tokens_per_batch or default
+
+    def token_logps(self, groups: Sequence[TokenizedGroup]) -> Iterator[list[Tensor]]:
+        """For each group the log-probs of each response's counted tokens, (N,) fp32 on the CPU."""
+        for batch in _batches(groups, self.tokens_per_batch):
+            yield from self._of_batch(batch)
+
+    @torch.no_grad()
+    def _of_batch(self, groups: Sequence[TokenizedGroup]) -> Iterator[list[Tensor]]:
+        if self.is_packed:
+            batch = pack_pairs(groups, prefix_sharing=self.args.prefix_sharing)
+        else:
+            batch = pad_pairs(groups, pad_token_id=self.pad_token_id)
+        batch = batch.to(self.args.device)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with autocast_of(self.args):
+                found = packed_logps(self.model, batch, impl=self.args.impl)
+        finally:
+            self.model.train(was_training)
+        of_tokens = found.sequences.tokens.logps[batch.token_rows].float().cpu()
+        of_sequences = list(of_tokens.split(batch.cu_seqlens.diff().tolist()))
+        start = 0
+        for group in groups:
+            yield of_sequences[start : start + len(group.responses)]
+            start += len(group.responses)
+
+
+def _batches(groups: Sequence[TokenizedGroup], num_tokens: int) -> Iterator[list[TokenizedGroup]]:
+    """Groups in order, as many as have at most so many tokens together; a larger one by itself."""
+    batch: list[TokenizedGroup] = []
+    size = 0
+    for group in groups:
+        own = len(group.prompt_ids) + sum(map(len, group.responses))
+        if batch and size + own > num_tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(group)
+        size += own
+    if batch:
+        yield batch

@@ -1,0 +1,100 @@
+"""`fastdpo score` from the command line, stopped and gone on with, and with what it cannot use."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from cli_runs import run, save_rows
+from tiny import save_model
+
+
+@pytest.fixture
+def paths(tmp_path):
+    save_model(tmp_path / "policy", seed=1)
+    save_model(tmp_path / "start", seed=2)
+    save_rows(tmp_path / "pairs.jsonl", 6)
+    return tmp_path
+
+
+def options(paths, *more):
+    common = ("score", "--model", paths / "policy", "--data", paths / "pairs.jsonl", "--use_cpu")
+    return (*common, "--ref_cache_dir", paths / "cache", *more)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_table_and_page(capsys, paths):
+    more = ("--reference", paths / "start", "-o", paths / "out" / "scores.jsonl", "--per_token")
+    code, out, err = run(capsys, *options(paths, *more, "--html", paths / "page.html", "--beta", 0.5))
+    assert code == 0, err
+    assert "sum over tokens" in out
+    written = lines(paths / "out" / "scores.jsonl")
+    assert [record["row"] for record in written] == list(range(6))
+    for record in written:
+        expected = [0.5 * (a - b) for a, b in zip(record["logps"], record["ref_logps"], strict=True)]
+        assert record["rewards"] == pytest.approx(expected)
+        sums = [sum(value for _, value in credits) for credits in record["credits"]]
+        assert sums == pytest.approx(record["rewards"], rel=1e-4, abs=1e-5)
+    page = (paths / "page.html").read_text()
+    assert page.count('class="coloured"') == 12
+    assert "http" not in page.replace("http-equiv", "")  # self-contained
+
+
+def test_json_has_the_summary(capsys, paths):
+    code, out, _ = run(capsys, *options(paths, "--json"))
+    assert code == 0
+    summary = json.loads(out)["summaries"][0]
+    assert summary["num_pairs"] == 6
+    assert summary["interval"][0] <= summary["accuracy"] <= summary["interval"][1]
+
+
+def test_a_benchmarks_file_is_scored_by_subset(capsys, paths):
+    example = {"prompt": "the cat", "chosen": "sees", "rejected": "a dog never", "subset": "donotanswer"}
+    (paths / "pairs.jsonl").write_text(json.dumps(example) + "\n")
+    code, out, err = run(capsys, *options(paths, "--benchmark", "rewardbench"))
+    assert code == 0, err
+    assert "donotanswer" in out
+    assert "Safety" in out
+
+
+def test_a_killed_run_goes_on_where_it_was(capsys, paths):
+    """Nothing half-written is left, and what was computed is not computed again."""
+    save_rows(paths / "pairs.jsonl", 400)
+    out = paths / "scores.jsonl"
+    command = [sys.executable, "-m", "fastdpo.cli.main", *map(str, options(paths, "-o", out))]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=dict(os.environ)) as run_:
+        shards = []
+        deadline = time.monotonic() + 120
+        while not shards and run_.poll() is None and time.monotonic() < deadline:
+            shards = [path for path in (paths / "cache").rglob("*") if path.is_file()]
+            time.sleep(0.02)
+        run_.send_signal(signal.SIGKILL)
+    assert shards
+    assert not out.exists() or len(lines(out)) == 400
+    code, _, err = run(capsys, *options(paths, "-o", out))
+    assert code == 0, err
+    assert len(lines(out)) == 400
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (("--beta", "0"), "beta must be > 0, got 0.0"),
+        (("--reference", "no/such/model"), "no/such/model"),
+        (("--data", "no_such_file.jsonl"), "no_such_file.jsonl"),
+        (("--benchmark", "rewardbench"), "rewardbench must have the columns"),
+        (("--examples", "0"), "examples must be at least 1, got 0"),
+        (("--modl", "x"), "--modl"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_a_line(capsys, paths, more, word):
+    code, _, err = run(capsys, *options(paths, *more))
+    assert code == 2
+    assert word in err
+    assert "Traceback" not in err
