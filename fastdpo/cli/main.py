@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("fastdpo.cli.train", "train a model on preference pairs (DPO and related losses)"),
     "sft": ("fastdpo.cli.sft", "fine-tune a model before DPO, on completions or on the chosen responses of pairs"),
     "precompute": ("fastdpo.cli.precompute", "compute reference log-probs ahead of time, for `fastdpo train` to use"),
+    "chat": ("fastdpo.cli.chat", "talk to a model, or compare two and keep the pairs"),
     "merge": ("fastdpo.cli.merge", "merge an adapter into its base model, and check the result"),
     "score": ("fastdpo.cli.score", "score responses with a DPO model's implicit reward; RewardBench"),
     "plan": ("fastdpo.cli.plan", "show which settings fit a GPU's memory, and the longest pair that fits"),

@@ -27,6 +27,7 @@ def generate_ids(
     temperature: float = 1.0,
     batch_size: int = 64,
     seed: int = 0,
+    streamer: Any = None,
 ) -> list[list[int]]:
     """One response to each prompt, with the EOS where the model wrote one. The model's mode is left as it was.
 
@@ -36,6 +37,7 @@ def generate_ids(
         temperature: >= 0.
         batch_size: sequences generated at a time.
         seed: equal seeds give equal samples on equal machines.
+        streamer: of transformers, which gets the tokens of a single prompt as they come.
     """
     from transformers import GenerationConfig
 
@@ -57,7 +59,10 @@ def generate_ids(
                 chunk = prompt_ids[start : start + batch_size]
                 input_ids, attention_mask = pad_rows(chunk, pad_id, model.device, left=True)  # (B, P)
                 output = model.generate(
-                    input_ids=input_ids, attention_mask=attention_mask, generation_config=generation_config
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    generation_config=generation_config,
+                    streamer=streamer,
                 )
                 response_ids += [_until_eos(row, eos_ids) for row in output[:, input_ids.shape[1] :].tolist()]
     finally:
