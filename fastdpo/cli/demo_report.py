@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING
 
 from fastdpo.alignment.results import best_frontier
 from fastdpo.data.synthetic import REWARD_SCALE, true_reward
-from fastdpo.report import Figure, Point, Response, Sample, SampleList, Table, Text, frontier, training_curves
+from fastdpo.report import (
+    Figure,
+    FigureGrid,
+    Point,
+    Response,
+    Sample,
+    SampleList,
+    Table,
+    Text,
+    frontier,
+    training_curves,
+)
 from fastdpo.report.sections import Section
 
 if TYPE_CHECKING:
@@ -102,12 +113,14 @@ def _frontier(experiment: Experiment) -> Figure:
     )
 
 
-def _curves(experiment: Experiment) -> Figure:
+def _curves(experiment: Experiment) -> FigureGrid:
     histories = {model.name: model.log_history for model in experiment.sweep.policies}
-    return Figure(
+    return FigureGrid(
         "Training",
-        training_curves(histories),
-        alt="Loss, reward margin and accuracy of pairs by optimizer step for every beta, in training and held out",
+        [
+            (f"{key} by optimizer step for every beta, in training and held out", f)
+            for key, f in training_curves(histories)
+        ],
         note="Solid: training pairs. Dashed with markers: held-out pairs, on prompts that no training saw. The loss"
         " starts at ln 2 = 0.693, where policy and reference are the same; equal rewards"
         " count as ranked wrongly, so accuracy starts at 0.",

@@ -16,6 +16,8 @@ COMMANDS = {
     "precompute": ("fastdpo.cli.precompute", "compute reference log-probs ahead of time, for `fastdpo train` to use"),
     "chat": ("fastdpo.cli.chat", "talk to a model, or compare two and keep the pairs"),
     "merge": ("fastdpo.cli.merge", "merge an adapter into its base model, and check the result"),
+    "compare": ("fastdpo.cli.compare", "show several runs beside each other: metrics, settings, curves, samples"),
+    "report": ("fastdpo.cli.report", "write the HTML report of a run again"),
     "score": ("fastdpo.cli.score", "score responses with a DPO model's implicit reward; RewardBench"),
     "plan": ("fastdpo.cli.plan", "show which settings fit a GPU's memory, and the longest pair that fits"),
     "migrate": ("fastdpo.cli.migrate", "convert a recipe of TRL, Axolotl, LLaMA-Factory or others to a fastdpo config"),

@@ -2,10 +2,11 @@
 
 from fastdpo.report.html import write_report
 from fastdpo.report.plots import Point, frontier, require_matplotlib, training_curves
-from fastdpo.report.sections import Figure, Response, Sample, SampleList, Table, Text
+from fastdpo.report.sections import Figure, FigureGrid, Response, Sample, SampleList, Table, Text
 
 __all__ = [
     "Figure",
+    "FigureGrid",
     "Point",
     "Response",
     "Sample",

@@ -12,7 +12,11 @@ from fastdpo.report.sections import Section
 _STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --line: #dde2e8; --band: #f5f7f9; --accent: #0b5cad; }
 * { box-sizing: border-box; }
-body { margin: 0; color: var(--ink); background: #fff;
+:root { --page: #fff; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #dfe5ec; --soft: #98a4b3; --line: #2f3742; --band: #1b212a; --accent: #6cb1f5; --page: #12161c; }
+}
+body { margin: 0; color: var(--ink); background: var(--page);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 header { border-bottom: 3px solid var(--accent); margin-bottom: 2rem; padding-bottom: 1rem; }
@@ -40,7 +44,8 @@ article { margin: 0 0 1.6rem; }
 .coloured { max-width: none; white-space: pre-wrap; overflow-wrap: anywhere; }
 .coloured span { border-radius: 2px; }
 figure { margin: 0 0 .6rem; }
-figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff; border-radius: 4px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: .8rem; }
 footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line); color: var(--soft);
   font-size: .85rem; }
 @media print { main { max-width: none; padding: 0; } article, figure { break-inside: avoid; } }

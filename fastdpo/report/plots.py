@@ -39,40 +39,54 @@ def require_matplotlib() -> None:
 def training_curves(
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
     keys: Sequence[str] = ("loss", "rewards/margins", "rewards/accuracies"),
-) -> Any:
-    """One panel per metric, one colour per run: training as a line, evaluation as a dashed line with markers.
+) -> list[tuple[str, Any]]:
+    """One figure per metric that was logged, with a colour per run.
 
     Args:
         histories: for each run's name its `trainer.state.log_history`.
         keys: metrics as they are logged in training; evaluation's carry the prefix `eval_`.
     Returns:
-        A matplotlib Figure.
+        (metric, matplotlib Figure) in the order of `keys`.
     """
-    figure = _new_figure(width=3.6 * len(keys), height=3.3)
-    panels = figure.subplots(1, len(keys), squeeze=False)[0]
+    logged = {key for history in histories.values() for entry in history for key in entry}
+    return [(key, _curve(histories, key)) for key in keys if {key, f"eval_{key}"} & logged]
+
+
+def _curve(histories: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> Any:
+    """Training as a line, evaluation as a dashed line with markers."""
+    figure = _new_figure(width=4.2, height=3.1)
+    panel = figure.subplots()
     has_evaluation = False
-    for panel, key in zip(panels, keys, strict=True):
-        for index, (name, history) in enumerate(histories.items()):
-            color = COLORS[index % len(COLORS)]
-            trained = [(entry["step"], entry[key]) for entry in history if key in entry]
-            evaluated = [(entry["step"], entry[f"eval_{key}"]) for entry in history if f"eval_{key}" in entry]
-            if trained:
-                panel.plot(*zip(*trained, strict=True), color=color, linewidth=1.3, alpha=0.55, label=name)
-            if evaluated:
-                has_evaluation = True
-                panel.plot(
-                    *zip(*evaluated, strict=True), color=color, linewidth=1.8, linestyle="--", marker="o", markersize=4
-                )
-        panel.set_xlabel("optimizer step")
-        panel.set_title(_AXIS_NAMES.get(key, key), loc="left", fontsize=10)
-        _clean(panel)
-    handles, names = panels[0].get_legend_handles_labels()
+    for index, (name, history) in enumerate(histories.items()):
+        color = COLORS[index % len(COLORS)]
+        trained = [(entry["step"], entry[key]) for entry in history if key in entry]
+        evaluated = [(entry["step"], entry[f"eval_{key}"]) for entry in history if f"eval_{key}" in entry]
+        if trained:
+            panel.plot(*zip(*trained, strict=True), color=color, linewidth=1.3, alpha=0.55, label=name)
+        if evaluated:
+            has_evaluation = True
+            label = None if trained else name
+            panel.plot(
+                *zip(*evaluated, strict=True),
+                color=color,
+                linewidth=1.8,
+                linestyle="--",
+                marker="o",
+                markersize=4,
+                label=label,
+            )
+    panel.set_xlabel("optimizer step")
+    panel.set_title(_AXIS_NAMES.get(key, key), loc="left", fontsize=10)
+    _clean(panel)
+    handles, names = panel.get_legend_handles_labels()
     if has_evaluation:
         from matplotlib.lines import Line2D
 
         handles.append(Line2D([], [], color=REFERENCE_COLOR, linestyle="--", marker="o", markersize=4))
         names.append("held-out")
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+    if len(names) > 1:
+        ncols = min(len(names), 3)
+        figure.legend(handles, names, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
     return figure
 
 

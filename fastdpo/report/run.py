@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fastdpo.report.html import write_report
 from fastdpo.report.plots import training_curves
-from fastdpo.report.sections import Figure, Response, Sample, SampleList, Section, Table, Text
+from fastdpo.report.sections import FigureGrid, Response, Sample, SampleList, Section, Table, Text
 from fastdpo.training.callbacks.json_lines import read_lines
 from fastdpo.training.callbacks.log_history import RESULTS, logs_by_source
 from fastdpo.training.callbacks.samples import SAMPLES_FILE
@@ -28,6 +28,7 @@ REPORT_FILE = "report.html"
 STATE_FILE = "trainer_state.json"
 _PREFERENCE_CURVES = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected")
 _CURVES = ("loss", "entropy", "mean_token_accuracy")
+RUN_CURVES = tuple(dict.fromkeys((*_PREFERENCE_CURVES, *_CURVES)))
 
 
 def write_run_report(output_dir: str | os.PathLike[str], settings: Mapping[str, Any] | None = None) -> Path:
@@ -39,7 +40,7 @@ def write_run_report(output_dir: str | os.PathLike[str], settings: Mapping[str, 
         ValueError: the directory holds no run.
     """
     folder = Path(output_dir)
-    state = _state(folder)
+    state = run_state(folder)
     history: list[dict[str, Any]] = state["log_history"]
     sections: list[Section] = [_result(history), _curves(history)]
     warnings = read_lines(folder / WARNINGS_FILE)
@@ -56,8 +57,13 @@ def write_run_report(output_dir: str | os.PathLike[str], settings: Mapping[str, 
     return write_report(folder / REPORT_FILE, f"Training run {folder.absolute().name}", sections, subtitle=subtitle)
 
 
-def _state(folder: Path) -> Any:
-    """Of the last run in the folder, from its end or, where it was stopped, from its last checkpoint."""
+def run_state(folder: Path) -> Any:
+    """trainer_state.json of the last run in the folder, from its end or, where it was stopped, from its last
+    checkpoint.
+
+    Raises:
+        ValueError: there is none.
+    """
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     paths = [folder / STATE_FILE, *([Path(checkpoint) / STATE_FILE] if checkpoint is not None else [])]
     states = [(path.stat().st_mtime, json.loads(path.read_text())) for path in paths if path.is_file()]
@@ -90,12 +96,24 @@ def _result(history: Sequence[Mapping[str, Any]]) -> Section:
 def _curves(history: Sequence[Mapping[str, Any]]) -> Section:
     wanted = _PREFERENCE_CURVES if any("rewards/margins" in entry for entry in history) else _CURVES
     keys = [key for key in wanted if any(key in entry or f"eval_{key}" in entry for entry in history)]
-    if importlib.util.find_spec("matplotlib") is None or not keys:
+    if not has_matplotlib() or not keys:
         why = "no metrics were logged" if not keys else 'matplotlib is missing: pip install "fastdpo[plots]"'
         return Text("Training", [f"No curves: {why}."])
-    alt = f"{', '.join(keys)} by optimizer step, in training and held out"
     note = "Solid: training pairs. Dashed with markers: evaluation."
-    return Figure("Training", training_curves({"run": history}, keys), alt=alt, note=note)
+    return FigureGrid("Training", curves_of({"run": history}, keys), note=note)
+
+
+def has_matplotlib() -> bool:
+    """Whether pages can have curves."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def curves_of(histories: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequence[str]) -> list[tuple[str, Any]]:
+    """(alternative text, figure) of each metric."""
+    return [
+        (f"{key} by optimizer step, in training and held out", figure)
+        for key, figure in training_curves(histories, keys)
+    ]
 
 
 def _samples(lines: Sequence[Mapping[str, Any]]) -> SampleList:

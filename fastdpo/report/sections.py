@@ -74,15 +74,20 @@ class Figure:
     note: str = ""
 
     def body(self) -> str:
-        buffer = io.BytesIO()
-        # without a date, and with ids from a fixed salt, equal figures give equal files
-        import matplotlib
+        return f"<figure>{_image(self.figure, self.alt)}</figure>\n{_note(self.note)}"
 
-        with matplotlib.rc_context({"svg.hashsalt": "fastdpo"}):
-            self.figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-        data = base64.b64encode(buffer.getvalue()).decode()
-        image = f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(self.alt)}">'
-        return f"<figure>{image}</figure>\n{_note(self.note)}"
+
+@dataclass(frozen=True)
+class FigureGrid:
+    """Small matplotlib figures, as many beside each other as the page is wide for."""
+
+    title: str
+    figures: Sequence[tuple[str, Any]]  # (what it shows, for those who cannot see it; Figure)
+    note: str = ""
+
+    def body(self) -> str:
+        images = "\n".join(f"<figure>{_image(figure, alt)}</figure>" for alt, figure in self.figures)
+        return f'<div class="grid">{images}</div>\n{_note(self.note)}'
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,17 @@ class SampleList:
                 parts.append(f'<tr><th scope="row">{escape(response.name)}</th>{cells}</tr>')
             parts.append("</tbody></table></div></article>")
         return "\n".join(parts)
+
+
+def _image(figure: Any, alt: str) -> str:
+    """An SVG inside the page. Without a date, and with ids from a fixed salt, equal figures give equal files."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "fastdpo"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(alt)}">'
 
 
 def _note(note: str) -> str:

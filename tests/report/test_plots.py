@@ -15,16 +15,20 @@ HISTORY = [
 
 
 def test_training_curves_draw_a_line_per_run_and_a_dashed_one_for_evaluation():
-    figure = training_curves({"a": HISTORY, "b": HISTORY[:2]}, keys=("loss", "rewards/margins"))
-    loss, margins = figure.axes
+    figures = dict(training_curves({"a": HISTORY, "b": HISTORY[:2]}, keys=("loss", "rewards/margins")))
+    (loss,), (margins,) = (figures[key].axes for key in ("loss", "rewards/margins"))
     assert [line.get_ydata().tolist() for line in loss.lines] == [[0.69, 0.5], [0.55], [0.69, 0.5]]
     assert [line.get_linestyle() for line in margins.lines] == ["-", "--", "-"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "held-out"]
+    assert [text.get_text() for text in figures["loss"].legends[0].get_texts()] == ["a", "b", "held-out"]
 
 
-def test_a_metric_that_was_not_logged_leaves_its_panel_empty():
-    figure = training_curves({"a": HISTORY}, keys=("loss", "entropy"))
-    assert len(figure.axes[1].lines) == 0
+def test_a_metric_that_was_not_logged_has_no_figure():
+    assert [key for key, _ in training_curves({"a": HISTORY}, keys=("entropy", "loss"))] == ["loss"]
+
+
+def test_one_run_without_evaluation_needs_no_legend():
+    ((_, figure),) = training_curves({"a": HISTORY[:2]}, keys=("loss",))
+    assert figure.legends == []
 
 
 def test_the_frontier_joins_its_points_by_rising_kl():

@@ -1,0 +1,23 @@
+"""`fastdpo report RUN`: the page of a training run, made again from what the run left in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastdpo.cli.options.parser import RaisingParser
+
+
+def main(argv: list[str]) -> None:
+    """Writes the page.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    parser = RaisingParser(prog="fastdpo report", description="Writes the HTML report of a training run again.")
+    parser.add_argument("run", metavar="RUN", help="Output folder of a training run, also of one that was stopped.")
+    options = parser.parse_args(argv)
+    from fastdpo.report.compare import flat_options
+    from fastdpo.report.run import write_run_report
+
+    settings = flat_options(Path(options.run))
+    print(f"wrote {write_run_report(options.run, settings)}")
