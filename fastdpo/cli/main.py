@@ -44,7 +44,7 @@ the alignment-handbook are taken under their names too (--model_name_or_path, --
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a subcommand; the exit code is its own (0, or 1 of `verify`), or 2 where the user can mend the cause."""
+    """Runs a subcommand and returns its exit code (0, or 1 from `verify`), or 2 for an error that the user can fix."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))

@@ -1,8 +1,8 @@
-"""`fastdpo verify`: are the kernels right on this machine? A table of checks, exit code 1 if one fails.
+"""`fastdpo verify`: checks the kernels on this machine. Prints a table; the exit code is 1 if a check fails.
 
 In: a device, dtypes, a shape. Out: the table, or with --json one JSON object on stdout: "passed", "complete",
-"machine", and "lines" with impl, dtype, check, verdict, error, bound, unit and note of each check. Each line is printed
-on stderr as it comes; interrupted (SIGINT), the object has those that came.
+"machine", and "lines" with impl, dtype, check, verdict, error, bound, unit and note of each check. Each finished line
+is also printed on stderr; after an interrupt (SIGINT), the object holds the finished lines.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ STYLES = {"ok": "green", "FAILED": "bold red", "skipped": "dim"}
 
 
 def main(argv: list[str]) -> int:
-    """Checks and reports; 1 if anything is wrong.
+    """Runs the checks and reports; returns 1 if a check fails.
 
     Raises:
-        ValueError: an option that cannot be used.
+        ValueError: an invalid option.
     """
     options = _parser().parse_args(argv)
     import torch
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _shape(options: argparse.Namespace, device: str) -> Shape | None:
-    """None leaves the choice to verify; what is given replaces part of the choice for this device."""
+    """The shape of the checks: None for the default; a given size replaces that part of this device's default."""
     given: dict[str, Any] = {name: getattr(options, name) for name in ("rows", "hidden", "vocab")}
     given = {name: value for name, value in given.items() if value is not None}
     return replace(default_shape("tiled", device), **given) if given else None

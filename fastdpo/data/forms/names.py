@@ -1,9 +1,8 @@
-"""What columns are called: the names of each kind that is read, and the words of those that only say something about a
-row.
+"""Column names: the names of each kind of column that is read, and the words that mark a column as metadata.
 
-The names are those of the trainers (TRL, Axolotl, LLaMA-Factory, ms-swift, NeMo-RL, OpenAI, OpenPipe) and of published
-datasets. A column that is in neither table and holds text is an error, so a name that is missing here costs a user one
-`--columns`, never a question that nobody reads.
+The names come from the trainers (TRL, Axolotl, LLaMA-Factory, ms-swift, NeMo-RL, OpenAI, OpenPipe) and from published
+datasets. A text column with a name in neither table is an error: for a name missing here, the user adds one
+`--columns`, and no content is dropped silently.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 def _sides(*patterns: str, sides: tuple[str, ...]) -> tuple[str, ...]:
-    """The names that a side of a preference may have, the plain one first."""
+    """The possible column names for one side of a preference, the plain name first."""
     return tuple(pattern.format(side) for side in sides for pattern in patterns)
 
 
@@ -89,14 +88,14 @@ def plain_name(name: str) -> str:
 
 
 def is_metadata(name: str, texts: Sequence[str]) -> bool:
-    """Whether a column says, by its name and by how much it holds, that it is about the row: chosen_model, score_a."""
+    """Whether a column is metadata, judged by its name and the length of its text: chosen_model, score_a."""
     most_words = _words_of_metadata(name)
     return all(len(text.split()) <= most_words for text in texts)
 
 
 @lru_cache(maxsize=1024)
 def _words_of_metadata(name: str) -> float:
-    """How many words a text may have in a column of this name, which is metadata then; 0 where it is none."""
+    """Largest number of words for which a text column of this name counts as metadata; 0 if the name never does."""
     plain = plain_name(name).rsplit(".", 1)[-1]
     words = plain.split("_")
     while len(words) > 1 and words[-1] in _SIDE_WORDS:

@@ -1,6 +1,6 @@
-"""How rows become tokens: lengths, chat template, and what happens to rows that cannot be used as they are.
+"""Settings of tokenization: lengths, chat template, and the treatment of long, bad and lossy rows.
 
-Refused with ValueError: a setting that cannot work, by name, rule and value.
+Refused with ValueError: an invalid setting, by name, rule and value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOST_CONTENT_POLICIES = ("warn", "drop", "raise")
 
 @dataclass(frozen=True)
 class TokenizationSettings:
-    """How rows become tokens, and what happens to rows that cannot."""
+    """Settings for turning rows into tokens, and for rows that cannot be tokenized as given."""
 
     max_length: int | None = 1024  # tokens of prompt and one response; None leaves them whole
     max_prompt_length: int | None = None  # tokens of the prompt, cut before max_length is looked at
@@ -52,4 +52,4 @@ class TokenizationSettings:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         reserved = [name for name in RESERVED_KWARGS if name in (self.chat_template_kwargs or {})]
         if reserved:
-            raise ValueError(f"chat_template_kwargs must not hold {reserved}, which are set for every text apart")
+            raise ValueError(f"chat_template_kwargs must not hold {reserved}: fastdpo sets these for each text")

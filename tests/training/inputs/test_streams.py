@@ -75,7 +75,9 @@ def test_rows_that_cannot_be_used_are_left_out_told_once_and_counted(tmp_path, c
         run = trainer(tmp_path, stream(rows))
         assert losses(run) == losses(trainer(tmp_path, Dataset.from_list(ROWS)))
     told = [record.message for record in caplog.records if "of a stream" in record.message]
-    assert told == ["left out row 1 of a stream (counted from 0): chosen equals rejected; others like it are counted"]
+    assert told == [
+        "dropped row 1 of a stream (counted from 0): chosen equals rejected; more such rows are only counted"
+    ]
     report = run.data_reports["train"]
     assert (report.num_rows, report.num_kept, report.dropped) == (14, 12, {"chosen equals rejected": (1, 7)})
     assert report.lines() == [
@@ -142,7 +144,7 @@ def test_an_unknown_format_or_an_empty_stream_stops_before_training(tmp_path):
     with pytest.raises(ValueError, match="got an empty stream"):
         trainer(tmp_path, generated([]))
     scores = {"correctness": 1, "coherence": 1, "complexity": 1, "verbosity": 1}
-    with pytest.raises(ValueError, match="must not be streamed where its rows are single answers"):
+    with pytest.raises(ValueError, match=r"dataset must not be a stream .*single answers"):
         trainer(tmp_path, stream([{"prompt": "a", "response": "b", "helpfulness": 1, **scores}]))
 
 

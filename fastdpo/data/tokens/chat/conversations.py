@@ -1,8 +1,7 @@
-"""From a row of messages to the conversations that are rendered.
+"""From a row of messages to the conversations to render.
 
-In: a row of messages. Out: its prompt, and the whole conversation of each response. A prompt that ends in the
-assistant's turn goes on with it: the first message of every response is the rest of that turn, and nothing opens
-another one.
+In: a row of messages. Out: its prompt, and the whole conversation of each response. If the prompt ends in an assistant
+turn, the first message of every response continues this turn, and no new turn is opened.
 Refused with BadRow: no prompt.
 """
 
@@ -40,7 +39,7 @@ class Chat:
 
 
 def as_chat(row: PreferenceRow, kwargs: dict[str, Any], sides: tuple[str, ...], eos: str | None) -> Chat:
-    """Prompt and whole conversations; where the prompt ends in the assistant's turn, that turn goes on.
+    """Prompt and whole conversations; an assistant turn at the end of the prompt is continued.
 
     Raises:
         BadRow: the prompt has no message.
@@ -65,7 +64,7 @@ def as_chat(row: PreferenceRow, kwargs: dict[str, Any], sides: tuple[str, ...], 
 
 
 def _joined(begun: Message, rest: Message) -> Message:
-    """One turn of the assistant of its beginning and its end."""
+    """Joins the beginning and the rest of an assistant turn."""
     joined = {**begun, **rest}
     for key in ("content", *THOUGHT_KEYS):
         if isinstance(begun.get(key), str) and isinstance(rest.get(key), str):
@@ -74,8 +73,8 @@ def _joined(begun: Message, rest: Message) -> Message:
 
 
 def _without_final_eos(messages: Any, eos: str | None) -> list[Message]:
-    """The messages, without an EOS that the last one spells out: the template, or who closes the turn, adds it. One
-    that closes an `<s>` of the text is text."""
+    """The messages without an EOS that the last one spells out: the template, or the code that closes the turn, adds
+    it. An EOS that closes an `<s>` of the text is text."""
     last = messages[-1]
     content = last.get("content")
     if not eos or not isinstance(content, str) or not content.endswith(eos) or ends_in_markup(content, eos):
