@@ -1,9 +1,9 @@
-"""The value objects that travel along the flow, one per arrow, in the order in which a batch meets them.
+"""The value objects of the data flow, one per step, in order.
 
     dataset row -> PreferenceRow -> TokenizedGroup -> PackedBatch -> TokenLogps -> SequenceLogps -> PairLogps ->
     PairScores
 
-Nothing here computes more than a property. Layouts are made in `fastdpo.data`, numbers in `fastdpo.ops`.
+These classes compute nothing except properties. Layouts are made in `fastdpo.data`, numbers in `fastdpo.ops`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Message = dict[str, Any]  # {"role": "user", "content": "..."}
 class PreferenceRow:
     """One prompt with its responses as text, before tokenization.
 
-    Text rows hold strings, conversational rows hold lists of messages; all fields of one row are of the same kind.
+    Text rows hold strings, conversational rows hold lists of messages; all fields of one row have the same kind.
     """
 
     prompt: str | list[Message]
@@ -42,9 +42,9 @@ class PreferenceRow:
 class TokenizedGroup:
     """One prompt and K responses as token ids.
 
-    `loss_masks` keeps (True) the response tokens that count; None keeps all. Where truncation has left every response
-    with a prompt of its own, `prompt_ids` is empty and each response starts with its own prompt, masked out. Where
-    there is no prompt at all, nothing predicts the first token of a response, which then does not count.
+    `loss_masks` keeps (True) the response tokens that count; None keeps all. If truncation leaves the responses with
+    different prompts, `prompt_ids` is empty and each response starts with its own prompt, masked out. Without any
+    prompt nothing predicts the first token of a response, so that token does not count.
     """
 
     prompt_ids: Sequence[int]
@@ -65,7 +65,10 @@ class TokenizedGroup:
                     f"preferences must pair two different indices in [0, {num_responses}), got ({chosen}, {rejected})"
                 )
         if self.loss_masks is not None and [len(m) for m in self.loss_masks] != [len(r) for r in self.responses]:
-            raise ValueError("loss_masks must have one entry for each response token")
+            raise ValueError(
+                "loss_masks must have one entry per response token, got lengths"
+                f" {[len(m) for m in self.loss_masks]} for responses of {[len(r) for r in self.responses]}"
+            )
         if self.ref_logps is not None and len(self.ref_logps) != num_responses:
             raise ValueError(f"ref_logps must have one value per response ({num_responses}), got {len(self.ref_logps)}")
 
@@ -96,9 +99,9 @@ class TokenizedPair(TokenizedGroup):
 
 @dataclass(frozen=True)
 class VarlenLayout:
-    """N branches of a packed row of T tokens as variable-length attention takes them; see `data/batches/varlen.py`.
+    """N branches of a packed row of T tokens, in the form for variable-length attention; see `data/batches/varlen.py`.
 
-    Queries are the rows in order; the keys of a branch are its prefix's rows and its own, one after the other.
+    Queries are the rows in order; the keys of a branch are its prefix's rows, then its own.
     """
 
     key_rows: Tensor  # (K,) int64, the row that each key is
@@ -120,8 +123,8 @@ class PackedBatch:
     """B pairs over S sequences, laid out for one forward of the model. Made by `fastdpo.data.batches.packing`.
 
     Packed (`attention_mask` is None): one row of T tokens, every group as `[shared prefix | branch | branch ...]`.
-    Padded (`segments` is empty): one right-padded row per sequence, or for several of equal tokens, for models whose
-    attention cannot be packed.
+    Padded (`segments` is empty): one right-padded row per sequence (equal sequences share a row), for models that
+    cannot run packed rows.
     Hidden states are viewed as (input_ids.numel(), H) in both cases, and `logit_rows` points into that view.
     """
 
@@ -160,7 +163,8 @@ class PackedBatch:
         return self.cu_seqlens.shape[0] - 1
 
     def asdict(self) -> dict[str, Any]:
-        """The fields as a dict: Trainer moves only mappings to the device; `PackedBatch(**inputs)` goes back."""
+        """The fields as a dict, because Trainer moves only mappings to the device; `PackedBatch(**inputs)` reverses
+        it."""
         varlen = None if self.varlen is None else _shallow_dict(self.varlen)
         return {**_shallow_dict(self), "varlen": varlen}
 
@@ -175,14 +179,14 @@ def _shallow_dict(value: Any) -> dict[str, Any]:
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:
-    """A copy of a dataclass with its tensors, and the dataclasses in it that can be moved, on `device`."""
+    """A copy of a dataclass with its tensors and its movable nested dataclasses on `device`."""
     moved = {k: v.to(device) for k, v in _shallow_dict(value).items() if isinstance(v, Tensor | VarlenLayout)}
     return replace(value, **moved)
 
 
 @dataclass(frozen=True)
 class TokenLogps:
-    """What the head op returns per row. Only `logps` is differentiable; statistics are None unless asked for."""
+    """The head op's results per row. Only `logps` is differentiable; statistics are None unless requested."""
 
     logps: Tensor  # (T,) fp32 (fp64 for fp64 inputs), nats; 0.0 in ignored rows
     lse: Tensor | None = None  # (T,) log of the softmax denominator, nats
@@ -218,7 +222,8 @@ class PairLogps:
 
 @dataclass(frozen=True)
 class PairScores:
-    """What a loss reads: policy and reference log-probs of both sides, in nats, and their lengths. (B,) but for one."""
+    """The inputs of a loss: policy and reference log-probs of both sides, in nats, and their lengths. All but one
+    (B,)."""
 
     policy_chosen_logps: Tensor
     policy_rejected_logps: Tensor

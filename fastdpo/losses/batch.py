@@ -1,11 +1,11 @@
 """Losses of several pairs together: PairScores in, one loss per rank of a batch or per stage of a ranking out.
 
-AOT (arXiv 2406.05882) compares distributions: with sorted samples, stochastic dominance of one over another is a
-comparison rank by rank, here under the logistic loss. The i-th number returned belongs to rank i and to no pair, a
-batch cannot be split, and the same pairs in other batches are another loss.
+AOT (arXiv 2406.05882) compares distributions: on sorted samples, stochastic dominance is a comparison rank by rank,
+here with the logistic loss. The i-th returned number belongs to rank i and not to a pair, so a batch cannot be split,
+and the same pairs in other batches give another loss.
 
-A ranking of K responses, best first, comes as its K - 1 neighbouring pairs in order: stage k chooses response k among
-those that are left. `PairScores.rankings` says which ranking a pair belongs to. Rankings do not see each other.
+A ranking of K responses, best first, is given as its K - 1 neighbouring pairs in order: stage k chooses response k
+among the remaining ones. `PairScores.rankings` gives the ranking of each pair. Rankings are independent of each other.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ def plackett_luce(scores: PairScores, config: LossConfig) -> Tensor:
 
 
 def rankings_of(pairs: Tensor) -> Tensor:
-    """(B,) int64: the ranking that each of (B, 2) pairs of sequences is a stage of, counted from 0.
+    """(B,) int64: the number of the ranking that each of (B, 2) pairs of sequences belongs to, counted from 0.
 
-    A pair goes on where the one before it ended: (0, 1) (1, 2) is a ranking of three, (3, 4) the next one.
+    A pair continues a ranking if it starts with the last sequence of the pair before: (0, 1) (1, 2) is a ranking of
+    three, (3, 4) the next ranking.
     """
     starts = torch.ones(len(pairs), dtype=torch.int64, device=pairs.device)
     starts[1:] = pairs[1:, 0] != pairs[:-1, 1]

@@ -1,7 +1,7 @@
-"""The implementations by name, and which of them can run where.
+"""The implementations by name, and the devices and dtypes that each supports.
 
-An engine is what an implementation brings: plain functions on validated tensors of one dtype. What is done with them
-(autograd, chunks, sums) is the same for all engines and lies in `autograd.py`, `gradients.py` and `eager.py`.
+An engine is an implementation's set of plain functions on validated tensors of one dtype. The code that uses them
+(autograd, chunks, sums) is shared by all engines, in `autograd.py`, `gradients.py` and `eager.py`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Engine(NamedTuple):
 
 
 def engine_of(impl: str) -> Engine:
-    """The engine behind "tiled" or "triton"; the latter brings in triton."""
+    """The engine of "tiled" or "triton"; the latter imports triton."""
     if impl == "tiled":
         return Engine(
             tiled_forward,
@@ -75,7 +75,7 @@ def engine_of(impl: str) -> Engine:
 
 
 def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that `impl` stands for here; a name that cannot run on this device and dtype is an error."""
+    """The implementation for `impl` on this device and dtype; raises ValueError if a named one cannot run."""
     if impl not in ("auto", "triton"):
         return impl
     refusal = _triton_refusal(device, dtype)
@@ -87,7 +87,7 @@ def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run, as the end of a sentence; None if they can."""
+    """The reason why the Triton kernels cannot run, as the end of a sentence; None if they can."""
     if dtype == torch.float64:
         return "takes fp16, bf16 and fp32, got torch.float64"
     if device.type not in ("cuda", "cpu"):

@@ -1,6 +1,6 @@
-"""Rows of keys or values in, the same in the order of variable-length attention out: every branch after its prefix.
+"""Gathers rows of keys or values into the order of variable-length attention: every branch after its prefix.
 
-In backward a row gets the sum of its own gradient and those of its copies, in fp32 and always in the same order.
+In backward a row gets the sum of the gradients of all its copies, in fp32 and always in the same order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fastdpo.types import VarlenLayout
 
 
 def gather_keys(rows: Tensor, layout: VarlenLayout) -> Tensor:
-    """(T, ...) -> (K, ...); `rows` itself where no prefix is shared."""
+    """(T, ...) -> (K, ...); returns `rows` itself if no prefix is shared."""
     if layout.key_rows.shape[0] == rows.shape[0]:
         return rows
     indices = (layout.key_rows, layout.row_keys, layout.row_ends)

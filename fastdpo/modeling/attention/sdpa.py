@@ -1,9 +1,9 @@
-"""The two backends that run anywhere, in any dtype, and honour everything: scaled_dot_product_attention branch by
-branch, and once over the whole row with a boolean (T, T) mask.
+"""The two backends that run on any device, in any dtype, with all features: scaled_dot_product_attention per branch,
+and one call over the whole row with a boolean (T, T) mask.
 
-Branch by branch, the queries are one contiguous slice of the row and the keys are the prefix's slice followed by the
-branch's own, causal and aligned at the bottom right. The mask over the whole row costs T x T bits and logits, wherever
-they are masked; it is there for layers to which nothing but a mask gets through, and to compare with.
+Per branch, the queries are one contiguous slice of the row, and the keys are the prefix's slice followed by the
+branch's own, causal and aligned at the bottom right. The mask over the whole row costs T x T bits and logits, masked or
+not; it serves layers that only pass on a mask, and as a reference.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: AttentionC
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, call: AttentionCall) -> Tensor:
-    """Softmax attention with what scaled_dot_product_attention lacks: a cap on the logits, and sinks."""
+    """Softmax attention with the features that scaled_dot_product_attention lacks: a softcap on the logits, and
+    sinks."""
     num_groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(num_groups, dim=1) for x in (key, value))
     logits = query @ key.transpose(2, 3) * call.scale  # (1, heads, Q, K)
