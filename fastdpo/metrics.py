@@ -95,7 +95,7 @@ class MetricMeans:
 
     def __init__(self) -> None:
         self._tables: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}  # keys of sums, of weights: fp64
-        self._weights: dict[str, float] = {}  # of every key, what the host knows
+        self._weights: dict[str, float] = {}  # by key, weights known on the host
 
     def add(self, metrics: dict[str, SumAndWeight]) -> None:
         if not metrics:

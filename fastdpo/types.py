@@ -30,7 +30,7 @@ class PreferenceRow:
     prompt: str | list[Message]
     responses: tuple[str | list[Message], ...]  # K of them; K = 1 for supervised fine-tuning
     preferences: tuple[tuple[int, int], ...] = ((0, 1),)  # (index of the chosen, index of the rejected)
-    # what became of the dataset's columns: "text", "JSON" (messages out of text) or "unread"
+    # ledger of the dataset's columns: "text", "JSON" (messages parsed from text) or "unread"
     columns: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -105,7 +105,7 @@ class VarlenLayout:
     """
 
     key_rows: Tensor  # (K,) int64, the row that each key is
-    row_keys: Tensor  # (K,) int64, the keys once more, row by row
+    row_keys: Tensor  # (K,) int64, the keys again, row by row
     row_ends: Tensor  # (T + 1,) int64, delimits the rows in row_keys
     cu_queries: Tensor  # (N + 1,) int32, delimits the branches in the rows
     cu_keys: Tensor  # (N + 1,) int32, delimits the branches in key_rows
@@ -132,7 +132,7 @@ class PackedBatch:
         Tensor  # (B, 2) int64: sequence index of chosen, of rejected. First, so that Trainer reads B as the batch size
     )
     input_ids: Tensor  # (1, T) int64 packed; (S, L) padded
-    position_ids: Tensor  # like input_ids; restarts with each group, every branch goes on from its prefix's end
+    position_ids: Tensor  # like input_ids; restarts with each group, every branch continues from its prefix's end
     logit_rows: Tensor  # (R,) int64, row of the hidden states that predicts labels[r]
     labels: Tensor  # (R,) int64, response tokens only; a token shared by two responses is here once
     token_rows: Tensor  # (N,) int64, which r each counted token of each sequence uses
@@ -140,7 +140,7 @@ class PackedBatch:
     num_tokens: int  # prompt and response tokens, the prompt once per response that is compared (TRL's num_tokens)
     attention_mask: Tensor | None = None  # (S, L) int64, padded only
     segments: tuple[tuple[int, int, int, int], ...] = ()  # per branch: query start, query end, prefix start, prefix end
-    ref_logps: Tensor | None = None  # (S,) fp32, where the dataset brings them
+    ref_logps: Tensor | None = None  # (S,) fp32, if the dataset has them
     group_ends: tuple[tuple[int, int, int, int], ...] = ()  # per group: rows r, counted tokens, sequences, pairs so far
     example_ids: Tensor | None = None  # (S,) int64, which of the collated examples brought the sequence
     varlen: VarlenLayout | None = None  # packed only
@@ -163,8 +163,7 @@ class PackedBatch:
         return self.cu_seqlens.shape[0] - 1
 
     def asdict(self) -> dict[str, Any]:
-        """The fields as a dict, because Trainer moves only mappings to the device; `PackedBatch(**inputs)` reverses
-        it."""
+        """The fields as a dict, as Trainer moves only mappings to the device; `PackedBatch(**inputs)` reverses it."""
         varlen = None if self.varlen is None else _shallow_dict(self.varlen)
         return {**_shallow_dict(self), "varlen": varlen}
 
@@ -217,13 +216,12 @@ class PairLogps:
     chosen_lengths: Tensor  # (B,) int64
     rejected_lengths: Tensor  # (B,)
     sequences: SequenceLogps
-    aux_loss: Tensor | None = None  # (), the load-balancing loss of experts, where it was asked for
+    aux_loss: Tensor | None = None  # (), the load-balancing loss of experts, if requested
 
 
 @dataclass(frozen=True)
 class PairScores:
-    """The inputs of a loss: policy and reference log-probs of both sides, in nats, and their lengths. All but one
-    (B,)."""
+    """The inputs of a loss: log-probs of policy and reference for both sides, in nats; lengths. (B,) but one."""
 
     policy_chosen_logps: Tensor
     policy_rejected_logps: Tensor
@@ -233,7 +231,7 @@ class PairScores:
     rejected_lengths: Tensor | None = None
     chosen_sums: Tensor | None = None  # log-probs of the chosen with every token whole, where ld_alpha weighs some less
     mean_chosen_length: Tensor | None = None  # (), over the optimizer step; None: over these pairs
-    pair_weights: Tensor | None = None  # what each pair's loss is multiplied by, no gradient (WPO)
+    pair_weights: Tensor | None = None  # factor of each pair's loss, no gradient (WPO)
     rankings: Tensor | None = None  # int64, the ranking that each pair is a stage of; None: each pair is one of its own
 
     @property

@@ -95,7 +95,7 @@ def sweep_beta(
             processing_class=tokenizer,
             callbacks=make_callbacks(beta) if make_callbacks is not None else None,
         )
-        trainer.remove_callback(PrinterCallback)  # what it prints is in log_history
+        trainer.remove_callback(PrinterCallback)  # log_history has the same values
         trainer.train()
         policies.append(result(index, trainer.model, beta, trainer.state.log_history))
         if on_policy is not None:

@@ -2,8 +2,7 @@
 
 In: a command line and a YAML file, which may use the names of TRL's scripts and of the alignment-handbook. Out: one
 object per dataclass. Refuses unknown names (and suggests the nearest), missing options, and unreadable files.
-options/options.json lists the fields of this module and of the configs; `python -m fastdpo.cli.options.generate` writes
-it.
+`python -m fastdpo.cli.options.generate` writes the fields of this module and of the configs to options/options.json.
 """
 
 from __future__ import annotations
@@ -207,7 +206,7 @@ class AdapterArguments(LoraArguments):
     )
 
 
-# Options in the order in which people look for them; what no group names is shown under "everything else".
+# Options in the order in which users look for them; options without a group are shown under "everything else".
 GROUPS = {
     "model and data": "model dataset output_dir config model_revision dtype attn_implementation tokenizer chat_template"
     " dataset_config dataset_split dataset_streaming datasets eval_dataset eval_split eval_datasets eval_fraction"

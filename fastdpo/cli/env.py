@@ -24,7 +24,7 @@ PACKAGES = (
     *("torch", "triton", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "trl", "flash-attn"),
     *("kernels", "liger-kernel", "deepspeed", "huggingface-hub", "tokenizers", "safetensors", "numpy", "pyarrow"),
 )
-# of /proc/cpuinfo: what decides which kernels of MKL, oneDNN and torch run
+# keys of /proc/cpuinfo that determine which kernels of MKL, oneDNN and torch run
 VECTOR_UNITS = ("sse4_2", "avx", "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "neon", "asimd", "sve")
 VARIABLES = (
     *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "TRITON_INTERPRET"),
@@ -197,7 +197,7 @@ def _plain_call() -> Any:
 
     device = _device()
     heads = torch.zeros(1, 4, 8, 64, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    layout: PackedLayout = None  # type: ignore[assignment]  # of no account to what a backend can do
+    layout: PackedLayout = None  # type: ignore[assignment]  # does not affect what a backend supports
     return AttentionCall(heads, heads, heads, layout, 0.0, 0.125, None, None, None)
 
 

@@ -9,7 +9,7 @@ from importlib import import_module
 
 import fastdpo
 
-# name -> (module with main(argv), what it is for)
+# name -> (module with main(argv), description)
 COMMANDS = {
     "train": ("fastdpo.cli.train", "train a model on preference pairs (DPO and its relatives)"),
     "sft": ("fastdpo.cli.sft", "supervised fine-tuning, the stage before: on completions or on the chosen responses"),

@@ -88,8 +88,7 @@ def _read(words: list[str]) -> tuple[dict[str, Any], dict[str, Any], Path]:
 
 
 def _to_mend(command: str, text: str) -> str | None:
-    """The error that `fastdpo <command>` would raise at its first look, ignoring files; None if it accepts the
-    recipe."""
+    """The error of `fastdpo <command>`'s first look at the recipe, ignoring files; None if it is accepted."""
     parser = table_parser(command)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "recipe.yaml")

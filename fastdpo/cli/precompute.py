@@ -10,7 +10,7 @@ import time
 
 from fastdpo.cli.options.early import look
 
-OPTIONS = (  # what is read here, of those of `fastdpo train`
+OPTIONS = (  # the options of `fastdpo train` that this command reads
     "model dataset config model_revision dtype attn_implementation tokenizer chat_template dataset_config dataset_split"
     " datasets eval_dataset eval_split eval_datasets eval_fraction max_length max_prompt_length truncation_mode"
     " on_bad_row dataset_format dataset_num_proc pad_token model_init_kwargs trust_remote_code loss_type ld_alpha"

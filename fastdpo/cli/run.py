@@ -58,7 +58,7 @@ def run_training(
     warn_of_dropout(adapter, args)
     merge_load_settings(args, run.load_settings())
     console, cores = make_console(), FreeCores()
-    is_known = adapter.use_peft or Path(run.model).is_dir()  # what a name on the Hub holds is not
+    is_known = adapter.use_peft or Path(run.model).is_dir()  # the contents of a name on the Hub are not known
     has_adapter = adapter.use_peft or adapter_base(run.model) is not None if is_known else None
     resume_from = check_output_dir(args, overwrite=run.overwrite_output_dir, has_adapter=has_adapter)
     ref_model = {"ref_model": adapter.ref_model} if isinstance(adapter, AdapterArguments) else {}
@@ -118,8 +118,7 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
 
 
 def load_datasets(run: RunArguments, args: EngineConfig) -> tuple[Any, Any]:
-    """Training and evaluation rows. Without evaluation data, rows of the training data are held out, except for a
-    stream."""
+    """Training and evaluation rows. Without evaluation data, training rows are held out, unless streamed."""
     is_sft = isinstance(args, SFTConfig)
     how: dict[str, Any] = {"streaming": run.dataset_streaming, "dataset_format": args.dataset_format, "is_sft": is_sft}
     load = stream_preference_dataset if run.dataset_streaming else load_preference_dataset
@@ -174,7 +173,7 @@ def warn_of_busy_cores(console: Console, trainer: PackedTrainer, cores: FreeCore
     must not depend on other programs.
     """
     num_threads = torch.get_num_threads()
-    cores.threads(num_threads)  # what has been free while model and data were loaded
+    cores.threads(num_threads)  # counts the free cores while model and data were loaded
     warning = busy_cores_warning(cores.free, cores.num_cores, num_threads)
     if warning is not None and trainer.args.device.type == "cpu" and trainer.is_world_process_zero():
         console.print(f"warning: {warning}", soft_wrap=True, highlight=False)
@@ -193,7 +192,7 @@ def train_and_compare(
         options: the options of the run; written to RUN_FILE.
         columns: (metric, label) pairs of the table, metrics without prefix.
     """
-    if resume_from is None and trainer.is_world_process_zero():  # what --overwrite_output_dir replaces
+    if resume_from is None and trainer.is_world_process_zero():  # files of an earlier run, for --overwrite_output_dir
         for checkpoint in Path(trainer.args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     data = str(options["dataset"] or ", ".join(part["path"] for part in options["datasets"]))

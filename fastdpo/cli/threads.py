@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import psutil
 
-BETWEEN_LOOKS = 1.0  # seconds; what the system counts in steps of 10 ms is then known to a few hundredths
+BETWEEN_LOOKS = 1.0  # seconds; the system counts in steps of 10 ms, so the error is a few hundredths
 
 
 class FreeCores:
@@ -27,8 +27,7 @@ class FreeCores:
         self._seen = self._look()
 
     def threads(self, most: int) -> int:
-        """One thread per core that is more than half free, at least 1 and at most `most`. Cheap: measures once a
-        second."""
+        """One thread per core that is more than half free, from 1 to `most`. Cheap: measures once a second."""
         now, busy, own = self._look()
         seconds = now - self._seen[0]
         if seconds >= BETWEEN_LOOKS:

@@ -43,7 +43,7 @@ class _Topic:
     visits: tuple[str, ...]  # "We stayed at"
     things: tuple[str, ...]  # "the small hotel"
     times: tuple[str, ...]  # "last summer"
-    aspects: tuple[str, ...]  # "the room"; what opinions are about
+    aspects: tuple[str, ...]  # subjects of opinions, such as "the room"
     facts: tuple[str, ...]  # sentences without any opinion
 
 

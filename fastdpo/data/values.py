@@ -23,8 +23,8 @@ class BadRow(ValueError):
 class RowFormat:
     """A known set of columns and the function that reads them. Several releases of one dataset may share a name."""
 
-    name: str  # what `dataset_format` takes
-    columns: tuple[str, ...]  # what `read` needs
+    name: str  # value of `dataset_format`
+    columns: tuple[str, ...]  # the columns that `read` needs
     read: Callable[[Any], PreferenceRow]  # from the row's `Cells`
     signature: tuple[str, ...] = ()  # further columns by which it is recognised without being named
     further: tuple[str, ...] = ()  # columns that its rows may have besides, which nothing has to read

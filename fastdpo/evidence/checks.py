@@ -147,7 +147,7 @@ def skipping(subject: Subject) -> Iterator[Line]:
         yield subject.skipped("skip_tolerance 2**-9", "always exact")
         return
     skipped = solve(subject.op, problem, skip_tolerance=TOLERANCE)
-    rounding = 2 * torch.finfo(getattr(torch, subject.dtype)).eps  # of two results that need not be summed alike
+    rounding = 2 * torch.finfo(getattr(torch, subject.dtype)).eps  # of two results with different orders of summation
     kept = problem.labels != IGNORE_INDEX
     weights = problem.upstream.double().abs() * kept * TOLERANCE  # (T,)
     name_h, name_w = f"grad {HIDDEN}", f"grad {WEIGHT}"

@@ -67,7 +67,7 @@ def _cpu_peak(function: Callable[[], Any]) -> int:
 
 def _allocations(profiler: profile) -> list[tuple[int, int]]:
     """(address, bytes) of each allocation in order of time; bytes are negative for a release."""
-    results: Any = profiler.profiler  # its parts have no types that say what an event holds
+    results: Any = profiler.profiler  # its events are not typed
     pending: list[Any] = results.kineto_results.experimental_event_tree()[::-1]
     found = []
     while pending:

@@ -69,7 +69,7 @@ def verify_one(subject: Subject, each: Callable[[Line], None] | None = None) -> 
         try:
             for line in _told(check(subject), each):
                 lines.append(line)  # one by one: a check that raises half-way has said something
-        except Exception as error:  # whatever an op raises is a finding
+        except Exception as error:  # any exception of an op is a finding
             what = (check.__doc__ or "").splitlines()[0]
             note = f"{type(error).__name__}: {error}"
             lines += _told([Line(subject.impl, subject.dtype, what, "FAILED", note=note)], each)

@@ -258,8 +258,7 @@ class _Rows(NamedTuple):
 
 
 def _mean_logits(weight: Tensor, hidden: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean logit of the chosen and the rejected half: the head is linear, so this is the mean of the mean row's
-    logits."""
+    """Mean logit of the chosen and the rejected half, from the mean row, because the head is linear."""
     with torch.autocast(weight.device.type, enabled=False):
         means = torch.stack([half.mean((0, 1), dtype=dtype) for half in hidden.chunk(2)])  # (2, H)
         logits = F.linear(means.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))  # (2, V)

@@ -27,7 +27,7 @@ from fastdpo.types import IGNORE_INDEX
 Trainer = TypeVar("Trainer")
 
 _SEAT = "_fastdpo_seat_in_trl"  # attribute of a model whose head op is ours
-_SETTINGS = {"temperature", "cast_lm_head_to_fp32", "outputs"}  # what TRL's fused forward was made with
+_SETTINGS = {"temperature", "cast_lm_head_to_fp32", "outputs"}  # settings of TRL's fused forward
 _LOGPS = "log_probs"
 _STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # TRL's names, and those of the head op
 _OUTPUT_FIELDS = {"loss", _LOGPS, *_STATISTICS, "label_mask", "aux_loss"}

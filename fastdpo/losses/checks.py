@@ -40,8 +40,7 @@ def check_loss_settings(loss_type: str | Sequence[str], config: Any) -> None:
 
 
 def check_combination(config: LossConfig) -> None:
-    """Raises ValueError if the losses of a run cannot be added, or do not work with a setting that changes their
-    scores."""
+    """Raises ValueError if a run's losses cannot be added, or conflict with a setting that changes scores."""
     names = config.loss_type
     if not names:
         raise ValueError("loss_type must name at least one loss, got none")

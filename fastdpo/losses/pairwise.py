@@ -87,7 +87,7 @@ def bco_pair(scores: PairScores, config: LossConfig) -> Tensor:
 def sppo_hard(scores: PairScores, config: LossConfig) -> Tensor:
     """Squared distances of c from 1 / (2 beta) and of r from -1 / (2 beta). SPPO, arXiv 2405.00675, eq. 4.7.
 
-    Hard: the chosen response is taken to win with probability 1 where the paper estimates it.
+    Hard: the chosen response wins with probability 1; the paper estimates this probability.
     """
     target = 1 / (2 * config.beta)
     return (scores.chosen_logratios - target) ** 2 + (scores.rejected_logratios + target) ** 2

@@ -19,7 +19,7 @@ from fastdpo.types import PairScores
 
 LossFunction = Callable[[PairScores, Any], Tensor]
 
-UNITS = {  # what the loss of a step is a mean over
+UNITS = {  # the units over which a step's loss is a mean
     "pair": "pairs",
     "token": "chosen tokens",  # of the whole step; such a loss compares no responses
     "ranking": "rankings",  # whose stages are the pairs

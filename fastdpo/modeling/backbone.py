@@ -74,7 +74,7 @@ def freeze_towers(model: Any) -> list[str]:
     names = tower_names(model)
     for name in names:
         model.get_submodule(name).requires_grad_(False)
-    if names:  # weights that hang beside the modules: a separator of image rows, say
+    if names:  # weights outside of modules, such as a separator of image rows
         trained = {id(p) for module in (backbone(model), *_with_head(model)) for p in module.parameters()}
         for parameter in model.parameters():
             if id(parameter) not in trained:
@@ -83,8 +83,7 @@ def freeze_towers(model: Any) -> list[str]:
 
 
 def text_ids(model: Any) -> Tensor:
-    """(N,) int64 ids of the LM head that stand for text: in a composite, other ids are placeholders for images or
-    audio."""
+    """(N,) int64 ids of the LM head that stand for text: in a composite, some ids mark images or audio."""
     num_ids = model.get_output_embeddings().weight.shape[0]
     is_text = torch.ones(num_ids, dtype=torch.bool)
     if is_composite(model):

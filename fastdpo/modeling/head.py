@@ -103,7 +103,7 @@ def _parts(layer: Any) -> tuple[Tensor | None, Tensor | None, tuple[LowRank, ...
     if not any(hasattr(layer, name) for name in _ATTRIBUTES_OF_ADAPTERS):
         if layer is None:
             return None, None, ()
-        with resident(layer):  # what it holds there stays for as long as this call's caller needs it
+        with resident(layer):  # references keep its tensors alive for the caller
             return getattr(layer, "weight", None), getattr(layer, "bias", None), ()
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.trainable_tokens import TrainableTokensLayer

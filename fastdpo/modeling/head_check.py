@@ -14,7 +14,7 @@ from torch import nn
 from fastdpo.modeling.backbone import backbone_name, text_ids
 
 _NUM_TOKENS = 6
-_SEEN = {torch.float64: 1e-5, torch.float32: 1e-5}  # of the largest logit: what a later token changes
+_SEEN = {torch.float64: 1e-5, torch.float32: 1e-5}  # smallest relative change of logits that counts
 _SEEN_IN_16_BIT = 2e-2
 
 

@@ -50,10 +50,10 @@ class _Prepared:
     generate: Callable[..., Any] | None
     own_methods: dict[str, Any]  # those of the two that were instance attributes
     backbone: str  # name of the decoder among the model's modules
-    tables: list[str]  # names of tables in it that count rows unless they are told positions
+    tables: list[str]  # names of its tables that count rows unless they get positions
     attention_backend: str = "auto"
     excluded_backends: dict[str, str] = field(default_factory=dict)  # that the self-check has found wrong here, and how
-    masks: str = "none"  # what the model gets where it asks for a mask, as the self-check found
+    masks: str = "none"  # kind of mask for the model, found by the self-check
     skip_tolerance: float = 0.0  # of the head op, as the next one
     workspace_bytes: int | None = None
 
@@ -182,7 +182,7 @@ def _install(bare: Any) -> None:
         tables=counting_tables(bare.get_submodule(backbone)),
     )
     setattr(bare, _STATE, state)
-    # bound methods, because a copy of the model then gets methods of its own, also inside what accelerate wraps them in
+    # bound methods, so that a copy of the model gets its own methods, even inside accelerate's wrappers
     bare.forward = MethodType(_forward_with_signature_of(bare.forward), bare)
     if state.generate is not None:
         bare.generate = MethodType(_generate, bare)
@@ -370,7 +370,7 @@ def _forward(
     layout: dict[str, Any]
     if packed_layout is not None:
         layout = {"position_ids": batch.position_ids, "packed_layout": packed_layout}
-        if state.attention_backend == "mask":  # for models that hand nothing else to their attention
+        if state.attention_backend == "mask":  # for models that pass only a mask to their attention
             layout["attention_mask"] = packed_layout.row_mask(None)[None, None]
     else:
         layout = {"attention_mask": batch.attention_mask}

@@ -58,8 +58,7 @@ def scaled_by_position(module: Any, query: Tensor, layout: Any) -> Tensor:
 
 @contextmanager
 def short_scales(model: nn.Module) -> Iterator[None]:
-    """Context manager in which scales that grow after thousands of positions grow after a few, for tests on short
-    rows."""
+    """Context manager in which scales grow after a few positions instead of thousands, for short tests."""
     changed = [(m, m.floor_scale) for m in model.modules() if isinstance(getattr(m, "floor_scale", None), int | float)]
     for module, _ in changed:
         module.floor_scale = _SHORT_SCALE  # type: ignore[assignment]

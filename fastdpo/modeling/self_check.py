@@ -47,8 +47,8 @@ from fastdpo.types import TokenizedPair
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # Packed rows may differ by this and by ten times what padded ones do, which shows the rounding of this very model
 _PACKED_FLOOR = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-_LEAST_NUDGE = 2.0**-20  # relative size of what embeddings are changed by, a few units in the last place of fp32
-_MOST_FROM_ROUNDING = 1e-2  # errors above it are not put down to rounding, whatever the model does to a nudge
+_LEAST_NUDGE = 2.0**-20  # smallest relative change of embeddings, a few units in the last place of fp32
+_MOST_FROM_ROUNDING = 1e-2  # larger errors never count as rounding
 _MAX_PARAMETERS_COPIED = (
     10**9
 )  # up to here a 16-bit model is checked as a fp32 copy, where leaks cannot hide in rounding
@@ -62,8 +62,8 @@ class PackingCheck:
     error: float  # of summed log-probs, relative to 1 + their size; inf where packing raised
     reason: str
     backends: dict[str, str] = field(default_factory=dict)  # attention backends of the run, and why each was taken
-    excluded: dict[str, str] = field(default_factory=dict)  # backends that "auto" leaves out here, and what is wrong
-    note: str | None = None  # on what the attention of the run costs
+    excluded: dict[str, str] = field(default_factory=dict)  # backends that "auto" skips here, with their faults
+    note: str | None = None  # about the cost of the run's attention
     seconds: float = 0.0  # that the check took
 
     def __str__(self) -> str:
@@ -125,7 +125,7 @@ def check_packing(
     started = time.perf_counter()
     was_training = model.training
     model.eval()
-    prepared_state(model).excluded_backends.clear()  # asked anew
+    prepared_state(model).excluded_backends.clear()  # checked again
     device = execution_device(bare_model(model))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -164,7 +164,7 @@ def _tried(model: nn.Module, impl: str, device: torch.device) -> tuple[_Probe, P
         leaks = run_mixers_packed(model)
         probe = _probe(model, impl, device)
         check = _check_architecture(model, probe, leaks)
-        if check.ok or attention_backend(model) == "mask":  # which hands over one of its own
+        if check.ok or attention_backend(model) == "mask":  # "mask" passes its own mask
             return probe, check
         found.append((probe, check))
     give_masks(model, "none")
@@ -265,7 +265,7 @@ def _check_architecture(model: nn.Module, probe: _Probe, leaks: tuple[str, ...])
     seen = Observed()
     try:
         error = probe.packed_error(model, seen)
-    except Exception as refusal:  # whatever a model raises on arguments it does not know: it cannot be packed
+    except Exception as refusal:  # any exception on unknown arguments: the model cannot be packed
         return PackingCheck(False, float("inf"), f"{type(refusal).__name__}: {refusal}")
     tolerance = _PACKED_FLOOR[dtype] + 10 * padded_error
     if not error <= tolerance:
@@ -312,7 +312,7 @@ def _check_backends(model: nn.Module, probe: _Probe, check: PackingCheck) -> tup
         seen.failed, fault = _first_fault(model, seen)
     except UnsupportedAttention:
         raise
-    except Exception as failure:  # whatever a kernel raises on a machine that it does not fit
+    except Exception as failure:  # any exception of an unsuitable kernel
         return PackingCheck(False, float("inf"), f"{type(failure).__name__}: {failure}"), seen.failed
     check = replace(check, backends=seen.backends, note=scores_note(seen.shapes))
     return (check if fault is None else replace(check, ok=False, reason=fault)), seen.failed
@@ -354,8 +354,7 @@ def _explained(dtype: torch.dtype, padded_error: float, rounding: float) -> floa
 
 
 def _local_attention(config: Any) -> set[Any]:
-    """The windows and chunks that limit the layers. The probe does not show limits that are longer than its
-    sequences."""
+    """The windows and chunks that limit the layers; those longer than the probe do not affect its numbers."""
     layer_types = getattr(config, "layer_types", None)
     limits: set[Any] = set()
     window = getattr(config, "sliding_window", None)

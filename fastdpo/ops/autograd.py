@@ -131,8 +131,7 @@ def backward(  # type: ignore[no-untyped-def]
 
 
 def scale_rows(unit_grad, grad_logps, dtype):  # type: ignore[no-untyped-def]
-    """dH of a frozen head. The operator has no derivative, so that a second derivative raises instead of being
-    wrong."""
+    """dH of a frozen head. The operator has no derivative, so that a second derivative raises."""
     return (unit_grad * grad_logps[:, None]).to(dtype)
 
 

@@ -44,7 +44,7 @@ def max_chunk_rows(
 def _default_bytes(engine: Engine, device: torch.device, weight_sums_bytes: int) -> int:
     wanted = min(engine.most_workspace_bytes, max(engine.workspace_bytes, weight_sums_bytes // 2))
     if wanted > engine.workspace_bytes and device.type == "cuda":
-        # while a graph is captured the driver is asked nothing
+        # no queries to the driver during graph capture
         free = 0 if torch.cuda.is_current_stream_capturing() else free_bytes(device)
         wanted = max(engine.workspace_bytes, min(wanted, free // 2))  # half: chunks need more than D
     return wanted

@@ -31,10 +31,10 @@ class Engine(NamedTuple):
     logit_grads: Callable[..., LogitGrads]
     # (hidden_states, lm_head_weight, bias, labels, lse, head, row_scale, kept, *dtypes) -> dH, dW, db over kept tiles
     skipping_gradients: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
-    # (hidden_states) -> rows and vocabulary ids of what is kept or dropped at once
+    # (hidden_states) -> rows and vocabulary ids of a unit of skipping
     skip_blocks: Callable[[Tensor], tuple[int, int]]
     grads_dtype: Callable[[torch.dtype], torch.dtype]  # of D in `out`, from the operands' dtype
-    row_multiple: int  # elements: what rows of `out` are padded to
+    row_multiple: int  # rows of `out` are padded to a multiple of so many elements
     chunk_multiple: int  # rows of `out` that a kernel takes at once: other numbers leave part of its last block empty
     column_multiple: int  # that joined operands are padded to: the copy engine takes rows of whole 16 bytes
     workspace_bytes: int  # default size of `out`

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from fastdpo.types import IGNORE_INDEX
 
-ALWAYS = ("logps", "lse_whole", "lse_rest")  # what every forward pass returns, beside the statistics asked for
+ALWAYS = ("logps", "lse_whole", "lse_rest")  # returned by every forward pass, besides the requested statistics
 TILE_SUMS = ("tile_max", "tile_sumexp")  # and where tiles may be skipped: eq. (3), each (num_tiles, T)
 
 
@@ -26,9 +26,9 @@ class Head:
 
     logit_scale: float = 1.0
     softcap: float | None = None
-    outputs: tuple[str, ...] = ()  # statistics asked for, out of TOKEN_OUTPUTS
+    outputs: tuple[str, ...] = ()  # requested statistics, out of TOKEN_OUTPUTS
     skip_tolerance: float = 0.0  # probability mass that backward may drop per row
-    workspace_bytes: int | None = None  # for what lives during a pass alone; None: the implementation's default
+    workspace_bytes: int | None = None  # temporary memory of a pass; None: the implementation's default
 
 
 class SplitLse(NamedTuple):

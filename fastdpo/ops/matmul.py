@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-MAX_CAST_ELEMENTS = 2**22  # of a weight that is upcast at once, where it has to be
+MAX_CAST_ELEMENTS = 2**22  # elements of a weight to upcast at once, if necessary
 MAX_PRODUCT_ELEMENTS = 2**22  # of a product that is added to sums in a step of its own: 16 MiB, which stay in L2
 
 

@@ -19,8 +19,8 @@ from fastdpo.types import IGNORE_INDEX
 
 BLOCK_ROWS = 512
 MAX_TILE_ELEMENTS = 2**21  # 8 MiB of fp32 logits; smaller tiles cost more in starting threads than they save in cache
-MAX_WEIGHT_ELEMENTS = 2**22  # rows of the weight that are upcast at once, where they have to be
-SKIP_ROWS, SKIP_VOCAB = 128, 128  # what skipping keeps or drops at once
+MAX_WEIGHT_ELEMENTS = 2**22  # elements of weight rows to upcast at once, if necessary
+SKIP_ROWS, SKIP_VOCAB = 128, 128  # the unit of skipping
 EXP_FLOOR = -1000.0  # exp of it is 0 in fp32 and fp64, while 0 * EXP_FLOOR stays 0 (0 * -inf would be nan)
 
 

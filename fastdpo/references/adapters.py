@@ -99,7 +99,7 @@ def copy_adapter_as_reference(peft_model: Any) -> None:
     name = str(peft_model.active_adapter)
     config = copy.deepcopy(peft_model.peft_config[name])
     if config.peft_type == "LORA" and isinstance(config.init_lora_weights, str) and config.init_lora_weights != "mica":
-        config.init_lora_weights = False  # PiSSA and its like would change the base's weights once more
+        config.init_lora_weights = False  # PiSSA and similar methods would change the base weights again
     flags = [(p, p.requires_grad) for p in peft_model.parameters()]
     on = next(peft_model.parameters()).device
     with torch.random.fork_rng(devices=[on] if on.type == "cuda" else []):

@@ -81,9 +81,9 @@ class LogpsCache:
                 try:
                     found.update(self._read_shard(path))
                     good.append(path)
-                except FileNotFoundError:  # what it held is in a new shard, or was damaged
+                except FileNotFoundError:  # another process merged it, or removed it as damaged
                     continue
-                except Exception as error:  # whatever numpy, safetensors and the file system make of a damaged file
+                except Exception as error:  # any exception of numpy, safetensors or the file system on a damaged file
                     logger.debug(f"{path}: {error}")
                     damaged.append(path)
         if damaged and mend:
@@ -133,7 +133,7 @@ class LogpsCache:
 
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
-        with contextlib.suppress(OSError):  # another process was faster, or the folder is only to be read
+        with contextlib.suppress(OSError):  # another process was faster, or the folder is read-only
             path.unlink()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastdpo.modeling.head import resident
 from fastdpo.modeling.packed import bare_model
 
-CACHE_VERSION = 1  # of what a key stands for and of how log-probs are stored under it
+CACHE_VERSION = 1  # of the meaning of keys and the format of stored log-probs
 _PIECE_BYTES = 2**24  # of a weight, hashed by one thread
 _NUM_THREADS = 8
 # fields of a config that say where a model comes from or how it generates, and change no log-prob

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 _SECONDS_PER_SHARD = 5.0
-_SHARE_PER_SHARD = 0.02  # of the time spent so far: what a kill may cost, and what keeps the shards few
+_SHARE_PER_SHARD = 0.02  # of the time so far: limits the loss by a kill and the number of shards
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Scorer:
 
     score: Callable[[PackedBatch], Tensor]  # -> (S,) summed log-probs, nats
     collate: Callable[[Sequence[TokenizedGroup]], PackedBatch]
-    is_packed: bool  # what `collate` makes: one row for all, or one padded row for each sequence
+    is_packed: bool  # `collate` makes one row for all sequences, else one padded row per sequence
     tokens_per_batch: int
     show_progress: bool = True
     prompts_per_batch: int | None = None  # at most
@@ -95,7 +95,7 @@ def fill_ref_logps(
             " model is no longer available: pass the dataset to the trainer as eval_dataset, evaluate it before"
             " training, or use reference='frozen'"
         )
-    _wait_for_all()  # nobody writes before everybody has read
+    _wait_for_all()  # all processes read before any process writes
     if scorer is not None:
         index, num_processes = _process()
         own = [row for row in missing if int.from_bytes(infos[row].prompt, "big") % num_processes == index]

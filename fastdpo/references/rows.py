@@ -26,10 +26,10 @@ class RowInfo:
     """The facts about a row that scoring needs before it reads the row again."""
 
     keys: tuple[bytes, ...]  # of its K sequences
-    prompt: bytes  # what rows of the same prompt have in common
+    prompt: bytes  # equal for rows of the same prompt
     num_prompt: int  # tokens
     lengths: tuple[int, ...]  # (K,) tokens of the responses
-    ref_logps: tuple[float, ...] | None  # (K,) that the dataset brings
+    ref_logps: tuple[float, ...] | None  # (K,) from the dataset
 
 
 def row_infos(dataset: Dataset) -> list[RowInfo]:

@@ -70,7 +70,7 @@ class Figure:
 
     title: str
     figure: Any  # matplotlib.figure.Figure
-    alt: str  # what it shows, for those who cannot see it
+    alt: str  # description for readers who cannot see it
     note: str = ""
 
     def body(self) -> str:

@@ -160,8 +160,7 @@ def fused_forward_with_grads(
     outputs: tuple[str, ...],
     blocks: Blocks | None = None,
 ) -> dict[str, Tensor]:
-    """The same as `fused_forward`, and the logits' gradient in `out` without a second matmul. Its ignored rows are
-    0."""
+    """Like `fused_forward`, and the logits' gradient in `out` without a second matmul (ignored rows are 0)."""
     labels = labels.contiguous()
     options = bias is not None or softcap is not None or any(statistics(outputs).values())
     blocks = blocks or device_blocks(hidden_states, "eager_options" if options else "eager")

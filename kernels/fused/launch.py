@@ -79,7 +79,7 @@ BLOCKS: dict[tuple[int, int], dict[int, Row]] = {
     (10, 0): {2: _BLACKWELL, 4: _SMALL},
     (12, 0): {2: _WORKSTATION, 4: _SMALL},
 }
-# What a tuner should try beside the table: all of it compiles and fits shared memory, some of it spills.
+# Further candidates of the tuner: all compile and fit shared memory, some spill.
 CANDIDATES: dict[tuple[int, int], dict[int, tuple[Blocks, ...]]] = {
     (8, 0): {
         2: (
@@ -168,8 +168,7 @@ def candidates_for(capability: tuple[int, int], itemsize: int) -> tuple[Blocks, 
 
 
 def num_programs(blocks: Blocks, num_tiles: int, x: Tensor) -> int:
-    """Number of programs that share `num_tiles` tiles on the device of `x`; the interpreter counts two
-    multiprocessors."""
+    """Programs that share `num_tiles` tiles on the device of `x`; the interpreter has two multiprocessors."""
     if blocks.persistent == 0:
         return num_tiles
     cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
@@ -196,8 +195,7 @@ def capability_of(x: Tensor) -> tuple[int, int] | None:
 
 @contextmanager
 def as_if_on(capability: tuple[int, int]) -> Iterator[None]:
-    """Context manager in which launchers choose blocks for a GPU of this capability: to compile without a GPU, not to
-    run."""
+    """Launchers in this context choose blocks for a GPU of this capability: to compile without a GPU."""
     _as_if.append(capability)
     try:
         yield

@@ -263,8 +263,7 @@ def _logit_blocks(hidden_states: Tensor, weight: Tensor, blocks: Blocks) -> Iter
 
 
 def _multiply(out: Tensor, hidden_states: Tensor, weight: Tensor) -> None:
-    """`hidden_states @ weight.T` summed in fp32; if the device does not support this, operands are converted to
-    fp32."""
+    """`hidden_states @ weight.T` summed in fp32; operands are converted to fp32 if the device needs it."""
     if hidden_states.is_cuda and hidden_states.dtype != torch.float32:
         torch.mm(hidden_states, weight.T, out_dtype=torch.float32, out=out)
         return

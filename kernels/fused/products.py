@@ -233,8 +233,7 @@ def column_sums(
     terms: Terms,  # of the vocabulary tiles, as the outer side
     unit: Tensor,  # (1,) fp32
 ) -> Callable[[int], None]:
-    """A function that writes the column sums of one round's vocabulary tiles, times unit; zeros for a tile without
-    terms."""
+    """A function that writes one round's column sums by vocabulary tile, times unit; zeros without terms."""
 
     def add(round_index: int) -> None:
         column_sums_kernel[(_num_programs(tiles),)](

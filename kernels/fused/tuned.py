@@ -80,7 +80,7 @@ def blocks_of(entries: Entries) -> Iterator[None]:
 
 
 def _use(entries: Entries) -> None:
-    _asked_environment[:] = [True]  # what was asked for in the program counts more
+    _asked_environment[:] = [True]  # a choice in the program overrides the environment
     found = dict(entries)
     _in_use.clear()
     _in_use.update(found)
@@ -94,8 +94,7 @@ def _entries() -> Entries:
 
 
 def tuned_fields(family: str, x: Tensor) -> dict[str, Any] | None:
-    """The fields of this family's blocks for operands like `x`, (..., H); None if no tuned blocks exist or are in
-    use."""
+    """The fields of this family's blocks for operands like `x`, (..., H); None without tuned blocks in use."""
     entries = _entries()
     return entries.get(key_of(x), {}).get(family) if entries else None
 

@@ -105,7 +105,7 @@ def tune(
             compile_candidates(hidden_states, weight, labels)
         for i, (family, make_task) in enumerate(TASKS.items()):
             task = make_task(hidden_states, weight, labels)
-            deadline = start + seconds * (i + 1) / len(TASKS)  # what a family leaves over is the next one's
+            deadline = start + seconds * (i + 1) / len(TASKS)  # the next family gets the time that a family leaves over
             best[family], tried = _fastest(family, task, measure, deadline)
             trials += tried
     tuned.save(path, key, {family: blocks._asdict() for family, blocks in best.items()})
@@ -219,14 +219,14 @@ def _try(
     if time.monotonic() > deadline:
         return Trial(family, blocks, None, "no time left")
     for x in task.run(task.default):
-        x.fill_(torch.nan)  # buffers that are used again: what a candidate does not write must not pass for written
+        x.fill_(torch.nan)  # reused buffers: elements that a candidate does not write must not look written
     try:
         found = task.run(blocks)
         errors = [_relative_error(x, y) for x, y in zip(found, expected, strict=True)]
         if not all(error <= _tolerance(y) for error, y in zip(errors, expected, strict=True)):
             return Trial(family, blocks, None, f"numbers differ from the default's by {max(errors):.1e}")
         return Trial(family, blocks, measure(lambda: task.run(blocks)))
-    except Exception as error:  # whatever the compiler or the driver has against this shape
+    except Exception as error:  # any exception of the compiler or the driver for this shape
         return Trial(family, blocks, None, f"{type(error).__name__}: {str(error)[:200]}")
 
 

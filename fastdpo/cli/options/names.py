@@ -102,8 +102,7 @@ ANSWERED: Mapping[str, Answer] = {
 
 
 def value_here(name: str, value: Any) -> Any:
-    """The value of an option in fastdpo: TRL's boolean `packing` becomes "auto", because packing never changes the
-    loss."""
+    """The option's value in fastdpo: TRL's boolean `packing` becomes "auto"; packing never changes the loss."""
     return "auto" if name == "packing" and isinstance(value, bool) else value
 
 

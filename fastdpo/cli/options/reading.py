@@ -23,7 +23,7 @@ from fastdpo.cli.options import mixtures, names
 from fastdpo.cli.options.values import typed, words_of
 from fastdpo.data.sources.loading import SUFFIXES
 
-# of (former names with their values, all that the source gives): our options, and what is to be said of it
+# (former names with their values, all values of the source) -> our options, and notes for the user
 FormerNames = Callable[[dict[str, Any], dict[str, Any]], tuple[dict[str, Any], list[str]]]
 BOOLEANS = ("to_bool", "string_to_bool")  # types of argparse's actions: ours, and transformers'
 
@@ -33,7 +33,7 @@ class Words:
     """The words to parse, and notes for the user."""
 
     argv: list[str]
-    notes: list[str] = field(default_factory=list)  # to be said once
+    notes: list[str] = field(default_factory=list)  # for the user, each shown once
 
 
 def read(
@@ -184,7 +184,7 @@ class _Reader:
         former = {name: value for name, value in theirs.items() if name in self.former and name not in names.ANSWERED}
         if former and self.translate is not None:
             more, notes = self.translate(former, {name: value for name, (_, value) in ours.items()})
-            for key, new in more.items():  # what was given and what it becomes together is one value
+            for key, new in more.items():  # the translated value replaces the given one
                 ours.pop(key, None)
                 found[key] = (next(iter(former)), new)
             self.notes += notes

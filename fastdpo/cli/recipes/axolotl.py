@@ -102,10 +102,9 @@ def _test_sets(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
 
 
 def _part(part: Mapping[str, Any], book: Book, option: str) -> dict[str, Any]:
-    """The keys of a set that fastdpo knows; it reads rows by their columns and the chat template instead of
-    `type`."""
+    """The keys of a set that fastdpo knows; `type` is not needed, because rows are read by their columns."""
     kept = {key: value for key, value in part.items() if key in _SET_KEYS and value is not None}
-    if kept.get("path") and Path(str(kept["path"])).suffix:  # a file is read by what it is
+    if kept.get("path") and Path(str(kept["path"])).suffix:  # a file has no splits
         kept.pop("split", None)
     for key, value in part.items():
         if key == "ds_type" and str(kept.get("path")) not in ("json", "parquet"):

@@ -54,7 +54,7 @@ class Lost:
     """A rule: the key has no counterpart."""
 
     why: str
-    off: tuple[Any, ...] = (None, False)  # values that asked for nothing, or for what is done here anyway
+    off: tuple[Any, ...] = (None, False)  # values that match fastdpo's behaviour: ignored
 
 
 Rule = str | Lost | Callable[[Any, Book, Mapping[str, Any]], None]  # another name, or no counterpart, or a function

@@ -40,8 +40,7 @@ def put_held_out(book: Book, key: str, value: Any) -> None:
 
 
 def put_by_epoch(book: Book, what: str, key: str, times: Any, epochs: Any) -> None:
-    """Writes the number of evaluations ("eval") or saves per epoch. `eval_steps` below 1 is a share of the whole
-    run."""
+    """Writes the evaluations ("eval") or saves per epoch. `eval_steps` below 1 is a share of the whole run."""
     number, num_epochs = as_number(times), as_number(epochs)
     if not number:
         if number is not None:

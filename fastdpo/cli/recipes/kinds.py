@@ -13,7 +13,7 @@ from typing import Any
 from fastdpo.cli.recipes import axolotl, llama_factory, release, trl
 from fastdpo.cli.recipes.book import Book
 
-# kind -> (what it is called, keys that tell it)
+# kind -> (title, keys that identify it)
 KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "trl": ("TRL", trl.MARKS_OF_TRL),
     "handbook": ("the alignment-handbook", trl.MARKS_OF_HANDBOOK),

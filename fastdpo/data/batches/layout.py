@@ -29,7 +29,7 @@ def counted_sequences(group: TokenizedGroup) -> list[CountedSequence]:
         if group.loss_masks is not None:
             mask = np.asarray(group.loss_masks[index], dtype=bool)
         is_counted = np.concatenate([np.zeros(len(prompt), dtype=bool), mask])
-        is_counted[0] = False  # nothing stands before the first token to predict it from
+        is_counted[0] = False  # no row predicts the first token
         sequences.append(CountedSequence(np.concatenate([prompt, np.asarray(response, dtype=np.int64)]), is_counted))
     return sequences
 

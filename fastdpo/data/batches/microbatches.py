@@ -1,6 +1,6 @@
 """Splits a collated batch into micro-batches: groups in, layouts in micro-batches of at most `max_tokens` out.
 
-Groups that repeat a prompt become one group where that saves enough tokens: six pairs of a prompt with seven ranked
+Groups that repeat a prompt become one group if this saves enough tokens: six pairs of a prompt with seven ranked
 answers compute the prompt and each answer once. Groups are then packed whole, by first-fit decreasing, which needs at
 most 11/9 of the minimal number of micro-batches, plus one (Dosa 2007). A group above the limit gets its own.
 """

@@ -4,7 +4,7 @@ that cannot run packed rows.
 Two pairs, prompts [1 2] and [6], responses [3 4] / [5] and [7] / [8 9]:
 
     input_ids     1 2 3 4 | 5 | 6 7 | 8 9     prompt + chosen, then the rejected branch, for each pair
-    position_ids  0 1 2 3 | 2 | 0 1 | 1 2     a branch goes on from its prefix's end
+    position_ids  0 1 2 3 | 2 | 0 1 | 1 2     a branch continues from its prefix's end
     segments      (0,4, 0,0) (4,5, 0,2) (5,7, 0,0) (7,9, 5,6)     queries 4..5 also see the keys of rows 0..2
     labels        3 4 5 7 8 9
     logit_rows    1 2 1 5 5 7                 row 1, the prompt's end, predicts both 3 and 5

@@ -80,7 +80,7 @@ def _conversations(
         raise BadRow("empty response")
     _check_speakers(answers)
     whole = [answer for answer in answers if _is_whole(answer)]
-    if whole and len(whole) < len(answers):  # the others answer what the whole ones begin with
+    if whole and len(whole) < len(answers):  # the other answers share the whole conversations' prompt
         length = min(common_start(whole), *(len(answer) - 1 for answer in whole))
         before = _joined(before, whole[0][:length])
     sides = [_joined(before, answer) if _is_whole(answer) else [*before, *answer] for answer in answers]

@@ -25,7 +25,7 @@ from fastdpo.data.values import Example
 from fastdpo.types import PreferenceRow
 
 _READ_KEYS = frozenset((*ROLE_KEYS, *CONTENT_KEYS))
-PLAIN_TEXT = "text"  # the column of texts to be learnt as they are, whatever they look like
+PLAIN_TEXT = "text"  # the column of plain texts, trained unchanged even if they look like JSON
 
 
 class Cells(Mapping[str, Any]):
@@ -36,7 +36,7 @@ class Cells(Mapping[str, Any]):
         self.columns = tuple(example)
         self._kinds = names_by_kind(self.columns)
         self.read: set[str] = set()
-        self.has_peeked = False  # else what was found of the columns holds for every row that has the same
+        self.has_peeked = False  # if False, the findings hold for every row with these columns
 
     def __getitem__(self, name: str) -> Any:
         value = self._example[name]

@@ -54,7 +54,7 @@ class Context:
     def messages(self) -> list[Message]:
         """The prompt as a conversation, the system prompt first."""
         messages: list[Message] = []
-        passages = []  # text that the question is to be answered from
+        passages = []  # context for the question
         for part in self.parts:
             if isinstance(part, str):
                 passages.append(part)

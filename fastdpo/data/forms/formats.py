@@ -103,7 +103,7 @@ def read_row(
     if sources:
         seen = Cells({name: value for name, value in seen.items() if name not in sources})
         ignored += sources
-    if row_format.name == "implicit" and dataset_format != AUTO:  # whoever says so has no prompt beside the answers
+    if row_format.name == "implicit" and dataset_format != AUTO:  # the named format has no prompt column
         ignored += tuple(seen)
     row = _read(row_format, seen)
     all_cells = Cells(cells) if ignored else seen
@@ -169,7 +169,7 @@ def regrouped(
     """
     try:
         row_format = choose_format(first, dataset_format, is_sft=is_sft)
-    except ValueError:  # told with its row when it is read
+    except ValueError:  # reported with its row when it is read
         return None
     return None if row_format.regroup is None else _with_the_rest(examples, row_format)
 

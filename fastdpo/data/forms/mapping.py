@@ -103,7 +103,7 @@ def _from_text(text: str) -> Any:
         ours, is_pair, theirs = item.partition("=")
         if is_pair:
             name = ours.strip()
-        elif name != IGNORE:  # only what is ignored may be several
+        elif name != IGNORE:  # only `ignore` may have several names
             raise ValueError(f"columns must be {_WRITTEN}, got {text!r}")
         theirs = theirs.strip() if is_pair else ours.strip()
         if name == IGNORE:

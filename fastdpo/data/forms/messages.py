@@ -23,7 +23,7 @@ MEDIA_KINDS = ("image", "video", "audio", "input_image", "input_audio")
 _PLAIN = {"role", "content"}
 TEXT_KINDS = ("text", "input_text", "output_text")
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
-# what exports note about a message, and no template shows: differing ids would part what two sides have in common
+# metadata of exports that no template shows: different ids would make equal messages of two sides differ
 UNREAD_KEYS = (
     *("loss_weight", "weight", "id", "message_id", "timestamp", "created_at", "date", "model", "num_tokens"),
     *("token_count", "metadata", "language", "toxicity", "redacted", "hashed_ip", "header", "state", "country"),

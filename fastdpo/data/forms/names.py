@@ -78,7 +78,7 @@ _TASKS = _words("task tasks")
 _LABEL_WORDS = 8
 _ABOUT_WHOLE = _words("tool_choice parallel_tool_calls stream stop top_p n")
 _SIDE_WORDS = _words("a b c d w l j k 0 1 2 3 4 chosen rejected preferred name names avg mean value values str")
-IGNORE = "ignore"  # in the setting `columns`, where the columns are named that are not to be read
+IGNORE = "ignore"  # key of the setting `columns` that lists the columns to leave unread
 
 
 def plain_name(name: str) -> str:
@@ -110,7 +110,7 @@ def names_by_kind(columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     by_name: dict[str, str] = {}
     for column in columns:
         by_name.setdefault(plain_name(column), column)
-    by_name.update({column: column for column in columns})  # a name as it stands counts before another that is alike
+    by_name.update({column: column for column in columns})  # an exact name takes precedence over a similar one
     return {kind: tuple(dict.fromkeys(by_name[n] for n in names if n in by_name)) for kind, names in KINDS.items()}
 
 

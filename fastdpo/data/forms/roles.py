@@ -25,7 +25,7 @@ ROLE_NAMES = {
         *("assistant", "gpt", "model", "bot", "ai", "chatbot", "agent", "llm", "assistant_message", "answerer"),
         *("chatgpt", "bing", "bard", "claude", "gemini"),  # ShareGPT's pages name the product
         *("response", "answer", "output", "completion", "reply"),
-        *("function_call", "tool_call", "tool_calls", "function_calls"),  # what the assistant asks a tool
+        *("function_call", "tool_call", "tool_calls", "function_calls"),  # calls of tools by the assistant
     ),
     "system": ("system", "sys", "developer", "system_prompt", "system_message"),
     "tool": (

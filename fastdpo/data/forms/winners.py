@@ -148,8 +148,7 @@ def _of_name(value: str, cells: Cells, two: _Two) -> float:
 
 
 def _conversations(cells: Cells, two: _Two) -> list[Answer]:
-    """Both conversations, if the prompt and the answers are lists of texts, one per turn, as in arena tables; else
-    none."""
+    """Both conversations, if prompt and answers are lists of texts, one per turn, as in arenas; else none."""
     asked = cells.column("prompt")
     if asked is None:
         return []

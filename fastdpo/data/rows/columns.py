@@ -78,7 +78,7 @@ def column_features(*, with_state: bool = True) -> Any:
         "num_prompt_tokens": count,
         "num_chosen_tokens": List(count),  # of each pair; of the response where there is no pair
         "num_rejected_tokens": List(count),
-        "columns": Value("string"),  # `columns_text` of what became of the row's columns
+        "columns": Value("string"),  # the `columns_text` of the row's ledger
     }
     return Features({name: columns[name] for name in (*GROUP_COLUMNS, *(STATE_COLUMNS if with_state else ()))})
 
@@ -91,7 +91,7 @@ class RowPreparer:
     tokenizer: Any
     settings: TokenizationSettings
     is_sft: bool
-    features: Any = None  # of the dataset, whose Arrow has filled in what rows lack; None for examples out of Python
+    features: Any = None  # of a dataset, in which Arrow adds None for missing keys; None for examples from Python
     _encoder: RowEncoder | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class _ReadRow:
     kwargs: dict[str, Any] = field(default_factory=dict)  # for the chat template
     ref_logps: tuple[float, float] | None = None
     is_transcript: bool = False  # messages that became text
-    columns: str = ""  # what became of the example's columns, as `columns_text` has it
+    columns: str = ""  # the `columns_text` of the example's ledger
     group: TokenizedGroup | None = None
     error: ValueError | None = None
 

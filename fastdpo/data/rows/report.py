@@ -39,7 +39,7 @@ class TokenStats:
 class DataReport:
     """Counts of kept, dropped and changed rows of one dataset."""
 
-    kind: str  # what a row is: "pairs" or "examples"
+    kind: str  # kind of rows: "pairs" or "examples"
     num_rows: int
     num_kept: int
     dropped: dict[str, tuple[int, ...]] = field(default_factory=dict)  # reason -> rows
@@ -50,8 +50,8 @@ class DataReport:
     num_pairs: int = 0  # of the kept rows; a row of ranked answers has several
     num_transcripts: int = 0  # kept rows whose messages were written as text, for lack of a chat template
     unread: tuple[str, ...] = ()  # columns of the dataset, and keys of its messages, that were not read
-    first_row: tuple[tuple[str, str], ...] = ()  # the first row that can be used: who says what
-    notes: NoteCounts = field(default_factory=NoteCounts)  # what templates left out, and the like
+    first_row: tuple[tuple[str, str], ...] = ()  # the first usable row: (role, text) lines
+    notes: NoteCounts = field(default_factory=NoteCounts)  # content lost by templates, and other remarks
     tokens: dict[str, TokenStats] = field(
         default_factory=dict
     )  # "prompt", "chosen", "rejected"; SFT "prompt", "response"
@@ -118,7 +118,7 @@ class StreamReport:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.tokens = {}  # of a stream, nobody knows before its end
+        self.tokens = {}  # unknown before the end of a stream
         self.num_rows = 0
         self.first_row: tuple[tuple[str, str], ...] = ()
         self.notes = NoteCounts()
@@ -135,8 +135,7 @@ class StreamReport:
             self._columns.add(columns, lambda _: row)
 
     def add(self, row: int, reason: str | None, notes: Sequence[Note] = ()) -> None:
-        """Records a row; logs a warning for the first dropped row of each reason and for the first row of each kind of
-        loss."""
+        """Records a row; logs the first dropped row of each reason and the first row of each kind of loss."""
         if row >= self.num_rows:
             self._add_notes(row, notes)
         self.num_rows = max(self.num_rows, row + 1)

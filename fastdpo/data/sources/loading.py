@@ -187,7 +187,7 @@ def _read_array(text: str, path: str | Path) -> list[dict[str, Any]]:
 
 def _read_lines(text: str, path: str | Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a string
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a string may contain U+2028
         if not line.strip():
             continue
         try:

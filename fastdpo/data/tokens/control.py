@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-START, END = "\U000f0000", "\U000f0001"  # around what is no control token; private-use characters, as transformers'
+START, END = "\U000f0000", "\U000f0001"  # marks around text; private-use characters, as in transformers
 _SAID_TAGS = re.compile(r"[<\[]/?(think|thinking|thought|reasoning|tool_calls?|tool_responses?)[>\]]", re.IGNORECASE)
 _TAG = re.compile(r"</([A-Za-z]\w*)>")
 
@@ -34,7 +34,7 @@ class ControlTokens:
         names = {name for name in names if name.strip()}
         longest_first = sorted(names, key=lambda name: (-len(name), name))
         self._tokens = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._leads = tuple({name[:2] for name in names})  # most texts hold none of these: nothing else is looked for
+        self._leads = tuple({name[:2] for name in names})  # most texts contain none of these: a fast first check
         marked = f"{START}({self._tokens.pattern}){END}|[{START}{END}]"
         self._marked = re.compile(marked)
         self._markup = markup_pattern(getattr(tokenizer, "bos_token", None), getattr(tokenizer, "eos_token", None))

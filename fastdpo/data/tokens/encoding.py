@@ -18,7 +18,7 @@ from fastdpo.data.tokens.control import ControlTokens, MarkedTokens, added_token
 
 Ids = list[int]
 _PROVED_ROWS = 16  # tokenized both ways
-_EXPLORED_ROWS = 256  # looked through for special tokens where none is known to be in rows
+_EXPLORED_ROWS = 256  # rows searched for special tokens if no row is known to have one
 _TEXTS_AT_ONCE = 1024
 
 
@@ -49,7 +49,7 @@ class TextEncoder:
         options = {"add_special_tokens": False, "verbose": False}
         encoded = self.tokenizer(list(texts[:1] if is_direct else texts), **options)
         ids = [list(some) for some in encoded["input_ids"]]
-        if is_direct:  # the call has set all that the backend needs to be told; it is asked for ids and nothing else
+        if is_direct:  # the call has set the backend's options; only ids are needed
             ids += [encoding.ids for encoding in self._backend.encode_batch_fast(texts[1:], add_special_tokens=False)]
         return ids
 
@@ -202,8 +202,7 @@ def common_start(texts: Sequence[str]) -> str:
 
 
 def _parts(texts: Sequence[str], start: int, token: str) -> list[str]:
-    """The texts of a row to tokenize: whole, or the part shared up to the cutting token and the rest from the token
-    on."""
+    """The texts of a row to tokenize: whole, or split at the cutting token into shared part and rest."""
     if start < 0:
         return list(texts)
     return [texts[0][: start + len(token)], *(text[start:] for text in texts)]

@@ -12,13 +12,13 @@ from fastdpo.data.sources.arrow import arrow_column
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LOST = "lost"  # the chat template leaves out `what` of `side`; an example of it
-UNKNOWN = "unknown"  # the tokenizer makes other characters of `side` than it was given
+LOST = "lost"  # the chat template leaves out `what` of `side`; with an example
+UNKNOWN = "unknown"  # the tokens of `side` do not decode to its text
 FIELD = "field"  # the template does not read the field `what` of messages
-OPENS = "opens"  # the prompt alone ends in `what`, which it does not with a response
+OPENS = "opens"  # the prompt alone ends in `what`, but not with a response
 PLAIN_TEXT = "plain_text"  # text, although the tokenizer has a chat template
-SPELLED = "spelled"  # plain text spells out the special token `what`, which it is there
-STAYED = "stayed"  # the tokenizer makes special tokens of their characters too
+SPELLED = "spelled"  # plain text spells out the special token `what`, read as a control token
+STAYED = "stayed"  # the tokenizer turns even their separate characters into special tokens
 SIDES = ("prompts", "chosen", "rejected", "responses", "")
 
 
@@ -61,7 +61,7 @@ class NoteCounts:
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, str, str]] = Counter()  # (kind, what, side)
         self._rows_of_kind: Counter[str] = Counter()
-        self._examples: dict[tuple[str, str, str], tuple[int, str]] = {}  # the first row, and what it shows
+        self._examples: dict[tuple[str, str, str], tuple[int, str]] = {}  # (first row, its example)
 
     def add(self, row: int, notes: Sequence[Note]) -> None:
         """Adds the notes of a row."""

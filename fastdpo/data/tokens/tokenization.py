@@ -42,7 +42,7 @@ class EncodedRow:
     """An encoded row: its tokens, or the error that prevents them, and its notes."""
 
     group: TokenizedGroup | None = None
-    error: ValueError | None = None  # BadRow, or what concerns more than the row
+    error: ValueError | None = None  # BadRow, or an error of the whole dataset
     is_merged: bool = False  # the end of the prompt alone is tokenized differently than with a response
     notes: list[Note] = field(default_factory=list)
 

@@ -38,7 +38,7 @@ def truncate(group: TokenizedGroup, settings: TokenizationSettings) -> Tokenized
     equal_reason = EQUAL
     ref_logps = group.ref_logps
     if limit is not None and len(prompt) > limit:
-        ref_logps = None  # those of the whole text, of which nothing can be taken away
+        ref_logps = None  # they belong to the whole text and cannot be split
         prompt = prompt[-limit:] if keep_end else prompt[:limit]
     if length is not None and len(prompt) + max(map(len, responses)) > length:
         ref_logps = None

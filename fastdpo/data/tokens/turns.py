@@ -65,7 +65,7 @@ def transcript_mask(prompt: str, response: str, ids: Sequence[int], encode: Call
         encode: returns the tokens of a text, without an EOS.
     """
     mask = [False] * len(ids)
-    pieces = _USER_AGAIN.split(response)  # what the assistant says, and every second one what the user does
+    pieces = _USER_AGAIN.split(response)  # assistant and user turns, alternating
     text = prompt
     for number, piece in enumerate(pieces):
         if number % 2 == 0 and piece:
@@ -77,10 +77,9 @@ def transcript_mask(prompt: str, response: str, ids: Sequence[int], encode: Call
 
 
 def _start(before: Sequence[Message], ids: Sequence[int], render: Render) -> int:
-    """Start of the turn after `before`. The end of the generation prompt may differ, for example by an empty
-    thought."""
+    """Start of the turn after `before`. The generation prompt's end may differ, as by an empty thought."""
     start = common_prefix_length(render(before, add_generation_prompt=True), ids)
-    if start < len(render(before)) - 1:  # one token may merge with what follows
+    if start < len(render(before)) - 1:  # one token may merge with the following text
         raise BadRow(_UNCLEAR)
     return start
 

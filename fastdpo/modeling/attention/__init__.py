@@ -41,7 +41,7 @@ PACKED_ATTENTION = "fastdpo_packed"
 PACKED_ATTENTION_WITH_MASKS = "fastdpo_packed_with_masks"  # for models that want one, see `masks.py`
 PACKED_ATTENTIONS = (PACKED_ATTENTION, PACKED_ATTENTION_WITH_MASKS)
 
-# What models hand to their attention function besides the arguments below and that does not change its result.
+# Further arguments that models pass to their attention function and that do not change its result.
 _WITHOUT_EFFECT = {
     "cache_position",
     "is_causal",  # checked on its own

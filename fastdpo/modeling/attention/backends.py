@@ -50,17 +50,16 @@ ATTENTION_BACKENDS = tuple(_CANDIDATES)
 
 
 class CallShape(NamedTuple):
-    """The properties of a layer that matter to a kernel, independent of the row; layers that share them are equal to
-    it."""
+    """The properties of a layer that matter to a kernel; layers that share them are equal to it."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     value_dim: int
-    dtype: torch.dtype  # of what comes in
+    dtype: torch.dtype  # of the inputs
     device: torch.device
     scale: float
-    window: int | None  # as the model hands it over, also where no branch of the row is longer
+    window: int | None  # the model's argument, even if no branch of the row is longer
     softcap: float | None
     sinks: bool | None  # None: it has none; whether they want a gradient
 

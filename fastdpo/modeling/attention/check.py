@@ -19,8 +19,8 @@ from fastdpo.modeling.attention.call import AttentionCall, PackedLayout
 
 SEGMENTS = ((0, 350, 0, 0), (350, 650, 0, 200))  # prefix and first branch, second branch
 ACTIVE_WINDOW = 128  # in the place of longer ones, which no branch would reach
-MAX_KV_HEADS = 2  # heads are alike; how many share keys is what a kernel may get wrong
-# Largest error of a row, relative to its size, that is put down to rounding whatever the mask's is
+MAX_KV_HEADS = 2  # all heads are equal; a kernel may mishandle the number that share keys
+# Largest error of a row, relative to its size, that always counts as rounding, whatever the mask's error
 _FLOOR = {torch.float64: 1e-6, torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 _TIMES_PLAIN = 4.0
 _LEAST_SHARE = 0.25  # of the mean size of a row: smaller ones, which cancel, are held to this
@@ -85,8 +85,7 @@ def attention_fault(
 
 
 def _inputs(shape: CallShape) -> tuple[list[Tensor], Tensor]:
-    """q, k, v, maybe sinks, and the upstream gradient; bf16 represents the numbers, so they are equal in every
-    dtype."""
+    """q, k, v, maybe sinks, and the upstream gradient: numbers that bf16 holds, so equal in every dtype."""
     num_kv_heads = min(shape.num_kv_heads, MAX_KV_HEADS)
     num_heads, num_rows = num_kv_heads * (shape.num_heads // shape.num_kv_heads), SEGMENTS[-1][1]
     sizes: list[tuple[int, ...]] = [
@@ -99,7 +98,7 @@ def _inputs(shape: CallShape) -> tuple[list[Tensor], Tensor]:
     sizes.append((1, num_rows, num_heads, shape.value_dim))
     generator = torch.Generator().manual_seed(0)
     *inputs, weight = (torch.randn(size, generator=generator).bfloat16().to(shape.device) for size in sizes)
-    # logits of a size of one, whatever the model multiplies them by
+    # logits of about size one, for any scale of the model
     inputs[0] = (inputs[0] / (abs(shape.scale) * shape.head_dim**0.5)).bfloat16()
     return inputs, weight
 

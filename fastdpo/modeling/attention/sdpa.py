@@ -74,7 +74,7 @@ def masked_attention(call: AttentionCall, mask: Tensor) -> Tensor:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: AttentionCall, is_causal: bool = False) -> Tensor:
     is_grouped = call.is_grouped
     if is_grouped and mask is not None and q.device.type == "cuda":
-        # with a mask and grouped heads none of the fused kernels runs there, and scores are built
+        # with a mask and grouped heads no fused kernel runs there, and scores are built
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         is_grouped = False
     return F.scaled_dot_product_attention(
@@ -90,8 +90,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: AttentionC
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, call: AttentionCall) -> Tensor:
-    """Softmax attention with the features that scaled_dot_product_attention lacks: a softcap on the logits, and
-    sinks."""
+    """Softmax attention with a softcap on the logits and sinks, which scaled_dot_product_attention lacks."""
     num_groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(num_groups, dim=1) for x in (key, value))
     logits = query @ key.transpose(2, 3) * call.scale  # (1, heads, Q, K)

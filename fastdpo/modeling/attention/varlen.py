@@ -82,7 +82,7 @@ class VarlenBackend:
 
     def attend(self, call: AttentionCall) -> Tensor:
         varlen = call.layout.varlen
-        # 8 entries are what the kernels load at once; a longer head dim of zeros changes no product
+        # the kernels load 8 entries at once; zeros in a longer head dim change no product
         width = -(-max(call.query.shape[-1], call.value.shape[-1]) // 8) * 8
         rows = [x[0].transpose(0, 1).to(call.dtype) for x in (call.query, call.key, call.value)]
         query, key, value = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in rows)
@@ -102,7 +102,7 @@ class TorchVarlen(VarlenBackend):
     title = "torch's varlen_attn, one call per layer"
 
     @cached_property
-    def _grouped(self) -> dict[tuple[Any, ...], bool]:  # what `_takes_fewer_heads` has found out
+    def _grouped(self) -> dict[tuple[Any, ...], bool]:  # results of `_takes_fewer_heads`
         return {}
 
     def load(self) -> Callable[..., Any] | None:
@@ -144,8 +144,7 @@ class TorchVarlen(VarlenBackend):
         return self._grouped.get(kind, False)
 
     def _is_right_with_fewer_heads(self, query: Tensor, key: Tensor) -> bool:
-        """Compares output and all three gradients with those for copied keys and values, on two sequences of over a
-        tile."""
+        """Compares output and gradients with those for copied keys and values, on two sequences of over a tile."""
         generator, rows = torch.Generator().manual_seed(0), 200
         ends = torch.tensor([0, 70, rows], dtype=torch.int32, device=query.device)
         shapes = [(rows, *query.shape[1:]), *[(rows, *key.shape[1:])] * 2, (rows, *query.shape[1:])]
@@ -162,7 +161,7 @@ class TorchVarlen(VarlenBackend):
         try:
             with torch.enable_grad():
                 found, expected = results(copied=False), results(copied=True)
-        except Exception:  # whatever it has against them
+        except Exception:  # any exception means that it does not accept them
             return False
         if [x.shape for x in found] != [x.shape for x in expected]:
             return False
@@ -190,7 +189,7 @@ class FlashAttn(VarlenBackend):
         from transformers import utils
 
         if not getattr(utils, f"is_flash_attn_{self.generation}_available")():
-            return None  # asked first: the loader would look for a kernel on the Hub
+            return None  # checked first: the loader would search for a kernel on the Hub
         functions, _ = loader.lazy_import_flash_attention(f"flash_attention_{self.generation}")
         varlen: Callable[..., Any] = functions[1]
         return varlen

@@ -22,7 +22,7 @@ from fastdpo.modeling.mixers.rows import MixerRows
 
 _MIXERS = "_fastdpo_mixers"  # attribute of a model whose mixers are known
 _ADAPTER = "_fastdpo_mixer"  # attribute of a module that is one
-# what says to a module where the sequences of its row are; it gets that of the gathered row, or whole sequences
+# arguments with the sequence boundaries; the module gets those of the gathered row, or whole sequences
 _LAYOUT_ARGUMENTS = frozenset(
     {"packed_layout", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 )

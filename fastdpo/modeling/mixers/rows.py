@@ -91,8 +91,7 @@ class MixerRows:
 
     @cached_property
     def boundaries(self) -> dict[str, object]:
-        """The sequence boundaries of the gathered row, under the argument names that transformers' models pass to
-        kernels."""
+        """The sequence boundaries of the gathered row, by the names that transformers' models pass to kernels."""
         varlen = self.varlen
         keys = torch.arange(varlen.key_rows.shape[0], device=varlen.key_rows.device)
         sequence = torch.bucketize(keys, varlen.cu_keys[1:].long(), right=True)

@@ -35,7 +35,7 @@ from fastdpo.modeling.positions import counting_tables, told_positions
 # Tokens of the prefix, of two branches, and of another sequence. The long ones pass a chunk of 64 tokens.
 _SHORT, _LONG = (6, 4, 5, 3), (37, 41, 45, 13)
 _ROUNDING = 64  # units in the last place of the largest output
-_MOST_FROM_ROUNDING = 0.05  # of a module's largest output: what is above it is not put down to rounding
+_MOST_FROM_ROUNDING = 0.05  # relative to a module's largest output: larger differences do not count as rounding
 # Modules that give each row by itself. They are many, and hold most of the weights.
 _ROW_BY_ROW = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity)
 
@@ -135,7 +135,7 @@ def _search(bare: Any, mixers: Mixers, attention: tuple[str, str], names: Sequen
             trial.wrap_mixers_in(call)
     else:
         mixers.add(bare, *names)
-    if mixers.names:  # the kernels' boundaries, and what remains, are judged on sequences longer than a chunk
+    if mixers.names:  # the kernels' boundaries and remaining leaks are tested on sequences longer than a chunk
         trial = _Trial(bare, mixers, _probe(bare, _LONG, *attention))
         calls = trial.recorded()
         for call in _flat(calls):
@@ -153,7 +153,7 @@ class _Trial:
         if isinstance(call.module, _ROW_BY_ROW):
             return []
         found = [name for child in call.children for name in self.wrap_mixers_in(child)]
-        # what a layer with attention in it mixes besides is a leak
+        # mixing outside attention in a layer with attention is a leak
         if not call.has_rows or call.num_attentions:
             return found
         changes = self.changes(call, has_mixers=bool(found))
@@ -223,7 +223,7 @@ class _Trial:
             same = self._output(call, call.args, call.kwargs)
             size, difference = _largest(same), _difference(self._output(call, *self._moved(call)), same)
             most = min(_ROUNDING * torch.finfo(same[0].dtype).eps, _MOST_FROM_ROUNDING) * size
-            rounding = most if has_mixers else most / 8  # where a row stands may decide its last bits, as in experts
+            rounding = most if has_mixers else most / 8  # the place of a row may affect its last bits, as in experts
             if difference > rounding:  # or is it a module that gives other bits each time?
                 rounding = 4 * _difference(self._output(call, call.args, call.kwargs), same)
             if difference > rounding:

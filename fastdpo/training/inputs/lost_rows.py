@@ -1,6 +1,6 @@
-"""What is said of rows that a run leaves out: one line, and a notice that cannot be overlooked where most are lost.
+"""The message about dropped rows: one line, or a prominent notice if most rows are dropped.
 
-In: the report of a dataset and the settings it was made with. Out: text.
+In: the report of a dataset and its settings. Out: text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _SHARE_THAT_STANDS_OUT = 0.5
 
 
 def lost_rows_text(report: Report, name: str, args: Any) -> str:
-    """The first line of the report, framed and with remedies where more than half of the rows are gone."""
+    """The first line of the report; in a frame and with remedies if more than half of the rows are dropped."""
     first = report.lines()[0]
     if report.num_kept >= _SHARE_THAT_STANDS_OUT * report.num_rows:
         return f"{name} dataset: {first}"
@@ -28,11 +28,11 @@ def lost_rows_text(report: Report, name: str, args: Any) -> str:
 
 
 def _remedies(args: Any) -> dict[str, str]:
-    longer = f"raise max_length, now {args.max_length}, or set max_prompt_length to leave responses room"
+    longer = f"raise max_length, now {args.max_length}, or set max_prompt_length to leave space for responses"
     return {
         "prompt fills max_length": longer,
         "chosen equals rejected after truncation": longer,
-        "chosen equals rejected": "compare the columns that are read with those that hold the two answers",
-        "empty response": "see whether the answers stand in the columns that are read",
-        "empty prompt": "see whether the prompt stands in the column that is read",
+        "chosen equals rejected": "check that the columns being read hold the two answers",
+        "empty response": "check that the columns being read hold the answers",
+        "empty prompt": "check that the column being read holds the prompt",
     }

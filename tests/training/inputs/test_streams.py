@@ -113,14 +113,14 @@ def test_reference_log_probs_of_a_stream_are_used_and_missing_ones_are_not_cache
 def test_a_row_of_a_stream_whose_reference_log_probs_are_of_a_longer_text_stops_the_run(tmp_path):
     rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in ROWS]
     rows[3] = {**rows[3], "chosen": "the cat sees " * 9}
-    with pytest.raises(ValueError, match=r"reference 'cached' needs .* in every row .* cuts has none; .frozen"):
+    with pytest.raises(ValueError, match=r"reference 'cached' must have .* in every row .*'frozen'"):
         losses(trainer(tmp_path, stream(rows), max_length=20))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_steps": -1}, "max_steps must be > 0 where train_dataset is streamed, got -1"),
+        ({"max_steps": -1}, "max_steps must be > 0 .*got -1"),
         ({"regroup_dataset": True, "train_sampling_strategy": "random"}, "regroup_dataset must be off"),
         ({"length_bucketing": True, "train_sampling_strategy": "random"}, "length_bucketing must be off"),
         ({"max_tokens_per_microbatch": 64, "on_oversized_row": "raise"}, "on_oversized_row must be 'alone'"),

@@ -15,7 +15,7 @@ from fastdpo.data.forms.text import HUMAN_TURN
 from fastdpo.data.values import BadRow, Example, RowFormat, as_text
 from fastdpo.types import PreferenceRow
 
-SHP_LEAST_RATIO = 2.0  # of the scores of two comments: what the DPO release and SHP's authors train on
+SHP_LEAST_RATIO = 2.0  # of the scores of two comments, as in the DPO release and by SHP's authors
 
 
 def hh(example: Cells) -> PreferenceRow:
@@ -47,8 +47,7 @@ def stack_exchange_paired(example: Example) -> PreferenceRow:
 
 
 def tldr(example: Example) -> PreferenceRow:
-    """openai/summarize_from_feedback, comparisons, as text: Reddit posts end in "TL;DR:", articles of the evaluation
-    too."""
+    """openai/summarize_from_feedback, comparisons, as text: Reddit posts and articles end in "TL;DR:"."""
     info, summaries, choice = example["info"], example["summaries"], example["choice"]
     if choice not in (0, 1) or not isinstance(summaries, list) or len(summaries) != 2:
         raise BadRow("choice does not name one of the two summaries")

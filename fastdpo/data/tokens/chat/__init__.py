@@ -1,2 +1,1 @@
-"""Rows of messages: from messages to the text that the chat template renders, and from its tokens to sequences and
-masks."""
+"""Rows of messages: from messages to rendered text, and from its tokens to sequences and masks."""

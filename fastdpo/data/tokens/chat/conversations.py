@@ -29,7 +29,7 @@ class Chat:
     num_prompt: int  # messages of each that are the prompt's
     goes_on: bool  # the prompt ends inside the assistant's turn, which is message `num_prompt`
     kwargs: dict[str, Any]  # of the chat template
-    sides: tuple[str, ...]  # what the responses are called in notes
+    sides: tuple[str, ...]  # names of the responses in notes
     has_turns: bool = False  # a response has several messages
     is_marked: bool = False  # messages spell out special tokens, and `texts` have marks around them
     texts: list[str] = field(default_factory=list)  # prompt and wholes as the template writes them
@@ -52,7 +52,7 @@ def as_chat(row: PreferenceRow, kwargs: dict[str, Any], sides: tuple[str, ...], 
     is_begun = prompt[-1]["role"] == "assistant" and not prompt[-1].get("tool_calls")
     is_begun = is_begun and all(response[0]["role"] == "assistant" for response in responses)
     if is_begun and not any(prompt[-1].get(key) for key in ("content", *THOUGHT_KEYS)):
-        prompt, is_begun = prompt[:-1], False  # a turn of which nothing is said is that of the generation prompt
+        prompt, is_begun = prompt[:-1], False  # an empty turn is the one that the generation prompt opens
         if not prompt:
             raise BadRow("empty prompt")
     if not is_begun:

@@ -19,7 +19,7 @@ from typing import Any
 from fastdpo.data.tokens.chat.strings import Strings, inventory, inventory_of_tools, other_fields, walk, walk_tools
 from fastdpo.types import Message
 
-_MOST_SHAPES = 512  # of which a proof is kept; rows of many more shapes are searched alone
+_MOST_SHAPES = 512  # with a cached check; for further shapes only the search in the text is used
 _SHOWN = 60  # characters of an example
 
 

@@ -22,7 +22,7 @@ from fastdpo.data.tokens.notes import FIELD, LOST, OPENS, Note
 from fastdpo.data.values import BadRow
 from fastdpo.types import Message, PreferenceRow
 
-Job = tuple[PreferenceRow, dict[str, Any], tuple[str, ...]]  # arguments of the template, what responses are called
+Job = tuple[PreferenceRow, dict[str, Any], tuple[str, ...]]  # row, arguments of the template, names of the responses
 Planned = Chat | ValueError
 
 
@@ -67,8 +67,7 @@ class ChatPlanner:
     # By a template
 
     def _render_all(self, planned: list[Planned], stocks: Sequence[Stock | None]) -> None:
-        """Renders all chats, those with equal arguments together; a chat that cannot be rendered is replaced by its
-        error."""
+        """Renders all chats, those with equal arguments together; a chat that fails is replaced by its error."""
         together: list[list[int]] = []
         for number, (chat, stock) in enumerate(zip(planned, stocks, strict=True)):
             if not isinstance(chat, Chat) or stock is None:
@@ -166,8 +165,7 @@ class ChatPlanner:
             chat.notes.append(Note(OPENS, shown(prompt[len(common_start([prompt, *wholes])) :])))
 
     def _render_words(self, kwargs: dict[str, Any]) -> tuple[Callable[[Sequence[Message], Any], str], str]:
-        """A function that renders other messages and tools with these arguments, and a key that identifies the
-        arguments."""
+        """A function that renders other messages and tools with these arguments, and a key of the arguments."""
         others = {key: value for key, value in kwargs.items() if key != "tools"}
 
         def render(messages: Sequence[Message], tools: Any) -> str:

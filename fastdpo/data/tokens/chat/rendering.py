@@ -32,7 +32,7 @@ class Rendered:
     """One rendered conversation."""
 
     text: str
-    spans: tuple[Span, ...] = ()  # of the assistant's parts, where the template marks them and they were asked for
+    spans: tuple[Span, ...] = ()  # the assistant's parts, if the template marks them and they were requested
 
 
 class ChatTemplate:
@@ -131,7 +131,7 @@ class ChatCode:
             encoded = tokenizer.apply_chat_template(
                 list(messages), tokenize=True, return_dict=True, **options, **kwargs
             )
-        except Exception as error:  # of whatever library the code belongs to
+        except Exception as error:  # any exception of the code's library
             first = str(error).strip().partition("\n")[0]
             raise BadRow(f"the tokenizer refuses the messages ({first})") from None
         return list(encoded["input_ids"])
@@ -165,8 +165,7 @@ def is_mistral_common(tokenizer: Any) -> bool:
 
 
 def with_thoughts_by_all_names(messages: Sequence[Message]) -> list[Message]:
-    """Messages with thoughts under every name that templates read, as in transformers since 5.20; keys with None are
-    dropped."""
+    """Messages with thoughts under every name that templates read (transformers since 5.20), without None."""
     return [_with_aliases(message) for message in messages]
 
 

@@ -19,7 +19,7 @@ _SCHEMA_WORDS = ("type", "format", "$schema", "$ref", "$id", "$defs")
 _OPENED, _CLOSED = "<think>", "</think>"
 _TAGGED = re.compile(r"(\s*<\w+>)(.*\S.*)(</\w+>\s*)", re.DOTALL)
 
-Visit = Callable[[str, str], str]  # (kind, text) -> what takes its place
+Visit = Callable[[str, str], str]  # (kind, text) -> replacement
 Strings = list[tuple[str, str]]  # (kind, text)
 
 
@@ -95,7 +95,7 @@ def walk_content(message: Message, visit: Visit) -> str:
     if not content.strip():
         return content
     if role != "assistant":
-        tagged = _TAGGED.fullmatch(content)  # templates look for <tool_response> around what a user says
+        tagged = _TAGGED.fullmatch(content)  # templates look for <tool_response> around user content
         before, content, after = tagged.groups() if tagged else ("", content, "")
         return f"{before}{visit(_KINDS.get(role, f'messages of {role}'), content)}{after}"
     if _CLOSED not in content:

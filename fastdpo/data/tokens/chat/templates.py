@@ -21,7 +21,7 @@ from typing import Any
 FOLDER = Path(__file__).parent / "templates"
 SUFFIXES = (".jinja", ".j2", ".jinja2", ".txt", ".json")
 FIRST_TRAINED = "first_trained_message"  # variable of templates: the number of the first message of the response
-# what rows and runs do not set: who renders decides about it
+# rows and runs must not set these: the rendering code does
 RESERVED_KWARGS = ("add_generation_prompt", "continue_final_message", "messages", "tokenize", "return_dict")
 _MARK = re.compile(r"\{%([-+]?)\s*(generation|endgeneration)\s*([-+]?)%\}")
 
