@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         print(f"error: command must be one of {', '.join(COMMANDS)}, got {argv[0]!r}{hint}", file=sys.stderr)
         return 2
-    # where it is installed it is imported with transformers, and says then which of its CPU kernels it does without
+    # transformers imports bitsandbytes if it is installed, which then logs its missing CPU kernels
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     command: Callable[[list[str]], int | None] = import_module(COMMANDS[argv[0]][0]).main
     try:

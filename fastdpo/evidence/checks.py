@@ -20,7 +20,7 @@ from fastdpo.types import IGNORE_INDEX, TOKEN_OUTPUTS, TokenLogps
 
 MIB = 2**20
 TOLERANCE = 2.0**-9  # of the checks of skip_tolerance
-# What an op may hold beyond the gradients that it returns and their fp32 sums, and shapes whose logits are larger
+# Memory limit of an op beyond its gradients and their fp32 sums, and shapes whose logits are larger
 WORKSPACE_BYTES = {"cpu": 64 * MIB, "cuda": 256 * MIB}
 MEMORY_SHAPES = {"cpu": Shape(2048, 16, 32768), "cuda": Shape(16384, 64, 65536)}
 HEADS: dict[str, dict[str, Any]] = {

@@ -61,7 +61,7 @@ def _cpu_peak(function: Callable[[], Any]) -> int:
             total += size
             peak = max(peak, total)
         else:
-            total -= alive.pop(address, 0)  # 0 for tensors from before: their end makes no room
+            total -= alive.pop(address, 0)  # 0 for tensors from before the call: freeing them does not count
     return peak
 
 

@@ -20,7 +20,7 @@ from fastdpo.ops.targets import labels_of
 from fastdpo.ops.validation import check_settings
 from fastdpo.types import IGNORE_INDEX, PairScores
 
-# sums over pairs that read nothing but log-probs and lengths, and no setting beyond this module's
+# sums over pairs that read only log-probs and lengths, and only settings of this module
 LINEAR_DPO_LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down"),
     "discopop",

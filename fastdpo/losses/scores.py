@@ -15,8 +15,8 @@ from fastdpo.losses.registry import LOSSES
 from fastdpo.losses.settings import LossConfig
 from fastdpo.types import PairScores
 
-# With ld_alpha, sequence i of a pair is followed by i + 2: the same tokens, of which only those count that both
-# responses have the length for. `fastdpo.data.rows.loss_rows` makes such rows.
+# With ld_alpha, sequence i of a pair is followed by i + 2: the same tokens, but only those within the shared length
+# count. `fastdpo.data.rows.loss_rows` makes such rows.
 SHARED_PARTS_AFTER = 2
 
 

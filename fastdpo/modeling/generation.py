@@ -48,7 +48,7 @@ def generate_ids(
     response_ids: list[list[int]] = []
     was_training, bare = model.training, bare_model(model)
     model.eval()
-    # settings that ours leaves open, such as a penalty on repetition, would be taken from the model's own
+    # unset fields, such as a repetition penalty, would be taken from the model's own generation config
     of_model, bare.generation_config = bare.generation_config, GenerationConfig()
     try:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):

@@ -58,7 +58,7 @@ class LMHead(NamedTuple):
         return wide, joined_weight(self.weight, adapter_weight, autocast), None
 
 
-# config field -> the factor that it puts on the logits, with the model families that have it
+# config field -> its factor on the logits, with the model families that have it
 _LOGIT_SCALES = {
     "logit_scale": lambda value: value,  # Cohere
     "logits_scaling": lambda value: 1.0 / value,  # Granite, MiniCPM3

@@ -45,7 +45,7 @@ from fastdpo.types import TokenizedPair
 
 # Largest difference of a summed log-prob, relative to 1 + its size, that rounding explains
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-# Packed rows may differ by this and by ten times what padded ones do, which shows the rounding of this very model
+# Packed rows may differ by this plus ten times the difference of padded rows, which shows this model's rounding
 _PACKED_FLOOR = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _LEAST_NUDGE = 2.0**-20  # smallest relative change of embeddings, a few units in the last place of fp32
 _MOST_FROM_ROUNDING = 1e-2  # larger errors never count as rounding
@@ -238,7 +238,7 @@ def _probe(model: nn.Module, impl: str, device: torch.device) -> _Probe:
     def draw(length: int) -> list[int]:
         return ids[torch.randint(len(ids), (length,), generator=generator)].tolist()
 
-    # prompts of three lengths, and sequences of two: few stock forwards, and yet there is something to pad
+    # prompts of three lengths and sequences of two: few stock forwards, but padding is still tested
     lengths = [(3, 5, 2), (4, 1, 4), (1, 4, 7)]
     mixers = mixers_of(bare_model(model))
     if mixers is not None and mixers.names:  # past the 64 tokens that kernels take at a time, by either branch

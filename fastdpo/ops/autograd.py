@@ -110,8 +110,8 @@ def backward(  # type: ignore[no-untyped-def]
     scale = row_scale(grad_logps, lse_rest, labels, head)
     rows = None
     if impl == "tiled" and labels.device.type == "cpu":
-        # Rows whose upstream gradient is exactly zero cost nothing: ignored ones, and pairs that the loss has settled.
-        # Skipped tiles belong to blocks of the rows that forward kept, so there only ignored ones are left out.
+        # Rows with an upstream gradient of exactly zero are dropped: ignored rows, and pairs whose loss is settled.
+        # With skipped tiles, blocks must match the rows that forward kept, so only ignored rows are dropped.
         rows = _rows_where(scale != 0 if kept is None else labels != IGNORE_INDEX)
     if order is not None:
         rows = order if rows is None else rows[order[: len(rows)]]

@@ -149,7 +149,7 @@ class RowGradients:
         """Computes the products of these rows; writes their dH to `hidden`."""
         if len(scale) == 0:
             return
-        # only where it is multiplied by: a frozen head would copy its rows for nothing
+        # only if it is needed: with a frozen head the copy of its rows would be wasted
         scaled = None if self.weight is None else hidden_states[:, self.first_column :] * scale[:, None]
         for vocab in operand_blocks(self.lm_head_weight):
             weight = operand(self.lm_head_weight[vocab])

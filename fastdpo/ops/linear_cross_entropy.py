@@ -86,7 +86,7 @@ def linear_cross_entropy(
     losses = -linear_logps(input.reshape(-1, H), linear_weight, labels, bias=linear_bias, **same).logps  # (T,)
     counts = (labels != IGNORE_INDEX).to(losses.dtype)  # each row's share of the mean's denominator
     if weight is not None:
-        # clamped, so that no label reads beyond the weights: ignored rows count 0, out of range ones are nan already
+        # clamped, so that no label reads beyond the weights: ignored rows count 0, out-of-range rows are already nan
         counts = counts * weight.detach().to(losses.dtype)[labels.clamp(0, linear_weight.shape[0] - 1)]
         losses = losses * counts
     if reduction == "none":

@@ -80,7 +80,7 @@ class _RowState:
         self.sum_z_exp = new(0.0)  # sum of (z - max) exp(z - max), for entropy
         self.sum_sq_exp = new(0.0)  # sum of exp(z - max)**2, for log_sum_sq_probs
         self.sum_z = new(0.0)  # for mean_logits
-        # per row and tile of SKIP_VOCAB, where tiles may be skipped
+        # per row and tile of SKIP_VOCAB, if tiles may be skipped
         shape = (-(-self.num_vocab // SKIP_VOCAB), T) if head.skip_tolerance > 0 else (0, T)
         self.tile_max, self.tile_sumexp = self.max.new_empty(shape), self.max.new_empty(shape)
 

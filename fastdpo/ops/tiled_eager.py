@@ -40,7 +40,7 @@ def tiled_forward_with_grads(
     step = max(1, SLICE_ELEMENTS // V)
     found = [_softmax(out[row : row + step], labels[row : row + step], head) for row in range(0, T, step)]
     keep = labels != IGNORE_INDEX
-    # masked_fill, and only where there is something to fill: where the CPU has left ignored rows out, there is not
+    # masked_fill only if needed: on the CPU ignored rows are already dropped
     if out.device.type != "cpu" or not bool(keep.all()):
         out.masked_fill_(~keep[:, None], 0.0)
     return {

@@ -24,7 +24,7 @@ from fastdpo.modeling.packed import bare_model
 CACHE_VERSION = 1  # of the meaning of keys and the format of stored log-probs
 _PIECE_BYTES = 2**24  # of a weight, hashed by one thread
 _NUM_THREADS = 8
-# fields of a config that say where a model comes from or how it generates, and change no log-prob
+# fields of a config about a model's origin or generation, which change no log-prob
 _WITHOUT_EFFECT = {
     *("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "id2label", "label2id"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "return_dict", "output_hidden_states", "output_attentions"),

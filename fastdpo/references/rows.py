@@ -84,7 +84,7 @@ def _row_info(group: TokenizedGroup) -> RowInfo:
         keys.append(sequence_key(np.concatenate([prompt, response]), is_counted))
     return RowInfo(
         keys=tuple(keys),
-        # where truncation left every response a prompt of its own, rows have none in common
+        # if truncation gave every response its own prompt, rows share no prompt
         prompt=sequence_key(prompt, unmasked) if len(prompt) else keys[0],
         num_prompt=len(prompt),
         lengths=tuple(len(response) for response in group.responses),

@@ -75,7 +75,7 @@ class Figure:
 
     def body(self) -> str:
         buffer = io.BytesIO()
-        # without a date, and with ids from a fixed salt, equal figures give equal files
+        # no date and a fixed salt for ids, so that equal figures give equal files
         import matplotlib
 
         with matplotlib.rc_context({"svg.hashsalt": "fastdpo"}):

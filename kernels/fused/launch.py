@@ -70,7 +70,7 @@ _BLACKWELL = _row(
 )
 _WORKSTATION = _row(Blocks(128, 128, 64, 8, 3, tma=True), eager_options=Blocks(64, 128, 64, 8, 3, tma=True))
 
-# Compute capability from which a row holds, then bytes of an operand.
+# Lowest compute capability of a row, then bytes of an operand.
 BLOCKS: dict[tuple[int, int], dict[int, Row]] = {
     (8, 0): {2: _AMPERE, 4: _SMALL},
     (8, 6): {2: _AMPERE, 4: _SMALL},
@@ -102,7 +102,7 @@ CANDIDATES: dict[tuple[int, int], dict[int, tuple[Blocks, ...]]] = {
     },
     (9, 0): {
         2: (
-            # two programs of a multiprocessor: one's softmax runs beside the other's matmul, which pays most where H is
+            # two programs per multiprocessor: one's softmax overlaps the other's matmul, which helps most if H is
             # small; with one program the epilogue is exposed, a third of the time at H = 896
             Blocks(128, 128, 64, 4, 3, tma=True),
             Blocks(128, 128, 64, 8, 3, tma=True),

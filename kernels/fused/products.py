@@ -30,8 +30,8 @@ class ProductBlocks(NamedTuple):
     tma: bool = False  # operands come through tensor descriptors, where their addresses and strides allow it
 
 
-# As BLOCKS in launch.py: capability from which a row holds, then bytes of an operand. The first is the default and
-# spills nothing; the others are what `fastdpo.kernels.tuning` tries beside it. Which is the fastest was not measured.
+# Like BLOCKS in launch.py: lowest capability of a row, then bytes of an operand. The first entry is the default and
+# does not spill; the others are candidates for `fastdpo.kernels.tuning`. Which is the fastest was not measured.
 _FP32 = ((64, 16, 8, 2), (64, 32, 8, 2), (64, 16, 4, 2), (32, 16, 4, 2))
 _AMPERE = ((128, 32, 8, 3), (128, 32, 8, 4), (128, 64, 8, 2), (64, 32, 4, 4))
 _NARROW = ((128, 64, 8, 4, True), (128, 64, 8, 3, True), (128, 128, 8, 3, True), (128, 64, 8, 4))

@@ -61,7 +61,7 @@ def plan_rounds(kept: Tensor, max_slots: int, tiles_outside: bool) -> Rounds:
     outer = kept.T if tiles_outside else kept
     num_outer, num_inner = outer.shape
     num_slots = min(kept.numel(), max(max_slots, 2 * num_inner))
-    # An outer block belongs to the round in which it begins, and may hang over its end by less than num_inner.
+    # An outer block belongs to the round in which it begins, and may exceed the round's end by less than num_inner.
     room = kept.numel() + 1 if num_slots == kept.numel() else num_slots - num_inner + 1
     num_rounds = -(-kept.numel() // room)
 

@@ -175,7 +175,7 @@ def token_sums(
     sums = torch.empty(num_sequences, dtype=dtype, device=ends.device)
     more = torch.empty((len(values) - 1, num_sequences), dtype=dtype, device=ends.device)
     lengths = torch.empty(0 if labels is None else num_sequences, dtype=torch.int64, device=ends.device)
-    # bool is read as the bytes that it is
+    # the kernel reads bool as bytes
     read = [x.contiguous().view(torch.uint8) if x.dtype == torch.bool else x.contiguous() for x in values]
     outs = [sums, *more]
     for start in range(0, len(values) if num_sequences > 0 else 0, MOST_VALUES):

@@ -110,7 +110,7 @@ def test_an_encoder_decoder_is_refused_with_that_word(tmp_path):
     T5ForConditionalGeneration(
         T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     ).save_pretrained(tmp_path / "t5")
-    with pytest.raises(ValueError, match=r"got t5 \(t5\), which is an encoder-decoder"):
+    with pytest.raises(ValueError, match=r"got .*t5 \(t5\), which is an encoder-decoder"):
         build(tmp_path / "out", str(tmp_path / "t5"))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The same option by another name.
+# Options that differ only in name.
 RENAMED: Mapping[str, str] = {
     "model_name_or_path": "model",
     "ref_model_name_or_path": "ref_model",
@@ -31,7 +31,7 @@ RENAMED: Mapping[str, str] = {
     "hub_model_revision": "hub_revision",
 }
 
-# Variables of the environment, which the libraries behind them read.
+# Options that become environment variables, which the underlying libraries read.
 ENVIRONMENT: Mapping[str, str] = {
     "wandb_project": "WANDB_PROJECT",
     "wandb_entity": "WANDB_ENTITY",
@@ -50,7 +50,7 @@ def _truncation(value: Any) -> dict[str, Any]:
     return {} if value is None else {"truncation_mode": sides[value]}
 
 
-# Options whose value here is another one: value -> our options.
+# Options whose value must be converted: value -> our options.
 COMPUTED: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "use_flash_attention_2": _attention,
     "gradient_checkpointing_use_reentrant": lambda value: (

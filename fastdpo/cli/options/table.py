@@ -29,7 +29,7 @@ EPILOG = (
 )
 SHOWN_ALL = "all options of `fastdpo train` are taken, also in FILE; those not listed here have no effect"
 
-# What `generate` writes for an action's type; a kind that is not here is taken as text and checked by the run itself.
+# The types that `generate` writes for actions; any other type is read as text and checked by the run itself.
 KINDS: Mapping[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,

@@ -248,7 +248,7 @@ _RULES: dict[str, Rule] = {
     "rope_scaling": Lost("model_init_kwargs: {rope_scaling: ...}, with the keys of the model's config"),
     "cache_dir": _cache_dir,
     "use_fast_tokenizer": Lost("the fast tokenizer is taken where there is one", (None, True)),
-    "resize_vocab": Lost("save a model whose embeddings have room for the tokenizer"),
+    "resize_vocab": Lost("save a model with enough embeddings for the tokenizer"),
     "add_tokens": Lost("save a model and a tokenizer with these tokens"),
     "use_swanlab": Lost("report_to: swanlab"),
     "use_galore": Lost("optim: galore_adamw, with optim_target_modules"),

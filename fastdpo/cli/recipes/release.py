@@ -17,7 +17,7 @@ MARKS = (
     *("loss", "lr", "n_epochs", "n_examples", "policy_dtype", "exp_name", "do_first_eval", "sample_during_eval"),
     *("trainer", "eval_every", "n_eval_examples", "local_dirs", "minimum_log_interval_secs", "fsdp_port"),
 )
-# config/model/*.yaml: the names that `model=` takes
+# config/model/*.yaml: the names for `model=`
 MODELS = {
     "gpt2-large": "gpt2-large",
     "gpt2-xl": "gpt2-xl",

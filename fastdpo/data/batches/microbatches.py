@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from fastdpo.data.batches.layout import GroupLayout, lay_out
 from fastdpo.types import TokenizedGroup
 
-# Of the tokens of separate groups, what one group must save: the rows of a group go through the head together, twice
-# where they do not fit, and its branches copy keys. Prompts that are a BOS alone would make one group of all rows.
+# Smallest share of tokens that merging groups must save: the rows of a group go through the head together, twice if
+# they do not fit, and its branches copy keys. Without it, prompts of only a BOS would merge all rows into one group.
 MIN_SAVED_SHARE = 1 / 50
 
 
@@ -30,7 +30,7 @@ def lay_out_batch(
         return [_of_one(groups, i, prefix_sharing=False) for i in range(len(groups))]
     examples_of: dict[tuple[int, ...] | int, list[int]] = {}
     for i, group in enumerate(groups):
-        # without a common prompt each response begins with its own, so there is nothing to compute once
+        # without a common prompt each response begins with its own prompt, so nothing can be shared
         key = tuple(group.prompt_ids) if len(group.prompt_ids) else i
         examples_of.setdefault(key, []).append(i)
     layouts: list[GroupLayout] = []

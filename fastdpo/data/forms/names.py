@@ -57,8 +57,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 PROMPT_KINDS = ("system", "history", "context", "prompt", "instruction", "question")
 
-# The last word of the name of a column that says something about a row and is no part of what is said in it: whatever
-# it holds, or where it holds a few words at most, or a single one (a task may also be what a model is asked to do).
+# The last words of names of metadata columns: _ABOUT for any content, _LABELS for content of a few words, _TASKS for a
+# single word (a longer task may be the prompt).
 _ABOUT = _words(
     """id ids idx index uid uuid guid hash md5 sha source sources origin dataset datasets url urls uri link links path
     file filename model models policy policies generator generators judge judges annotator annotators annotation

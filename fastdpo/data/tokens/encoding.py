@@ -39,7 +39,7 @@ class TextEncoder:
         self._is_blank: dict[int, bool] = {}
         self._is_control: dict[int, bool] = {}
 
-    # One text, or several that have nothing to do with each other
+    # One text, or several independent ones
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, without added tokens."""
@@ -151,7 +151,7 @@ class TextEncoder:
             return self.encode(texts)
         return joined
 
-    # What single tokens are
+    # Properties of single tokens
 
     def leading_ids(self, example: str = "a") -> Ids:
         """The ids that the tokenizer adds before a text, such as [BOS]. Found by an example, because classes and files

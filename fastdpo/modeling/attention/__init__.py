@@ -142,7 +142,7 @@ def packed_attention(
     chunk = chunk if chunk is not None and chunk < longest else None
     call = AttentionCall(query, key, value, packed_layout, window=window, chunk=chunk, **settings)
     name, reason = choose(call)
-    # stock functions give a row's heads side by side, and some layers `view` them as one
+    # stock functions return a row's heads contiguously, and some layers `view` them as one
     if seen is None:
         return BACKENDS[name].attend(call).contiguous(), None
     with seen.running(name, reason, call, sliding_window):

@@ -44,8 +44,8 @@ class Carried:
     chunk: int | None = None  # tokens see those of their own chunk of so many positions
 
 
-# What masks carry, by the storage that they are views of: layers that are run again in backward get another tensor
-# over it. A weak reference keeps the number of a storage from being given to another.
+# The information of masks, by the storage that they are views of: layers that run again in backward get another tensor
+# over the same storage. A weak reference prevents a mix-up if the storage's number is reused.
 _by_storage: dict[int, tuple[StorageWeakRef, Carried]] = {}
 _row: ContextVar[PackedLayout | None] = ContextVar("packed_row", default=None)
 

@@ -26,7 +26,7 @@ class BranchSdpa:
     @torch.compiler.disable  # a loop over branches, which would be compiled anew for every batch
     def attend(self, call: AttentionCall) -> Tensor:
         layout = call.layout
-        # split, not slices: the backward of a slice fills a tensor of the whole row with zeros, once per segment
+        # split instead of slices: the backward of each slice would fill a tensor of the whole row with zeros
         lengths = [end - start for start, end, _, _ in layout.segments]
         queries, keys, values = (x.split(lengths, dim=2) for x in (call.query, call.key, call.value))
         first_at = {start: index for index, (start, _, _, _) in enumerate(layout.segments)}

@@ -36,7 +36,7 @@ from fastdpo.modeling.positions import counting_tables, told_positions
 _SHORT, _LONG = (6, 4, 5, 3), (37, 41, 45, 13)
 _ROUNDING = 64  # units in the last place of the largest output
 _MOST_FROM_ROUNDING = 0.05  # relative to a module's largest output: larger differences do not count as rounding
-# Modules that give each row by itself. They are many, and hold most of the weights.
+# Modules that compute each row independently. They are many, and hold most of the weights.
 _ROW_BY_ROW = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity)
 
 

@@ -34,7 +34,7 @@ def check_stream_settings(args: Any, train_dataset: Any, eval_dataset: Any) -> N
     Raises:
         ValueError: max_steps is missing, or a setting needs another order or a check of all rows before the run.
     """
-    # accelerate would take batches of a stream apart to send each process a part; ours are not rows of tensors
+    # accelerate would split batches of a stream among processes, but our batches are not rows of tensors
     if args.accelerator_config.dispatch_batches:
         raise ValueError("accelerator_config.dispatch_batches must not be True: packed batches cannot be divided")
     args.accelerator_config.dispatch_batches = False

@@ -31,8 +31,8 @@ from fastdpo.modeling.packed import bare_model, is_prepared, unprepare_model
 from fastdpo.training.memory.dry_ops import dry_attention, grouped_mm, head_loss
 
 PARTS = ("casts", "gradients", "head", "activations")
-# Of a model whose layers hold states: rows that say how many operations a token takes, and how many are run, which is
-# some seconds. Longer rows are on the line through shorter ones.
+# For models with recurrent states: rows that measure the operations per token, and the largest number of operations to
+# run, a few seconds. Longer rows are extrapolated linearly from shorter ones.
 TRIED_TOKENS, MOST_OPS = ((16, 32), (256, 512)), 10_000
 _DRY_ATTENTION = "fastdpo_dry_run"
 
@@ -143,7 +143,7 @@ def dry_step(
         shorter = row.shortened(min(tokens / row.num_tokens, 1.0))
         return shorter.num_tokens, *_step(model, shorter, mode, **settings)
 
-    # layers that go on from state to state take tokens one by one, or in chunks of some
+    # recurrent layers process tokens one by one, or in small chunks
     for few, more in TRIED_TOKENS:
         below, above = step(few), step(more)
         if above[0] == row.num_tokens:

@@ -18,7 +18,7 @@ from fastdpo.training.setup.adapter_targets import check_targets, on_text_layers
 
 logger = logging.get_logger(__name__)
 
-# Methods that the tests hold to the model's own forward; all work on single layers and see one token at a time
+# Methods that the tests compare with the model's own forward; all work on single layers, token by token
 PEFT_TYPES = frozenset(
     {
         *("LORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "BOFT", "HRA", "FOURIERFT", "LN_TUNING", "MISS", "C3A", "ROAD"),
@@ -30,7 +30,7 @@ _REASONS = {
     "XLORA": "it mixes adapters by a first forward over the whole row, and a packed row holds many sequences",
     "ADAPTION_PROMPT": "packed rows do not support its prompt tokens",
 }
-# fields of LoraConfig that switch on a variant which the tests do not cover
+# fields of LoraConfig that enable variants without tests
 _LORA_VARIANTS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
     *("use_bdlora", "use_qalora"),

@@ -20,7 +20,10 @@ def check_all_loaded(name: str, info: Mapping[str, Any]) -> None:
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if not (missing or unexpected):
         return
-    facts = [_named("missing (they would be random)", missing), _named("unexpected (they would be lost)", unexpected)]
+    facts = [
+        _named("missing weights, which would be random", missing),
+        _named("unexpected weights, which would be lost", unexpected),
+    ]
     prefix = _common_prefix(missing, unexpected)
     hint = f". All names begin with {prefix!r}: save the weights without it" if prefix else ""
     raise ValueError(

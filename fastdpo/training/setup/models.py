@@ -27,7 +27,7 @@ from fastdpo.training.setup.source_files import source_file
 
 logger = logging.get_logger(__name__)
 
-# of from_pretrained: for configs and tokenizers too
+# arguments of from_pretrained that also apply to configs and tokenizers
 _WHERE_FROM = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "local_files_only", "gguf_file")
 
 
@@ -240,7 +240,7 @@ def _with_saved_adapter(base: nn.Module, folder: str, model_init_kwargs: dict[st
     return PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
-# Where an adapter's file shows the size of the vocabulary: the end of a weight's name, and which dimension it is
+# Weights in an adapter's file that show the size of the vocabulary: the end of the name, and the dimension
 _VOCABULARY_DIMENSIONS = (
     (re.compile(r"(embed_tokens|embed_in|wte|lm_head|embed_out)(\.modules_to_save|\.base_layer)?\.weight$"), 0),
     (re.compile(r"(lm_head|embed_out)\.lora_B\.weight$"), 0),

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-# Bytes of state per parameter where they are not two moments in the parameter's dtype; the first name found counts.
+# Bytes of state per parameter, if it is not two moments in the parameter's dtype; the first match counts.
 _STATE_BYTES = {
-    "paged": 0.0,  # in host memory where the device has no room
+    "paged": 0.0,  # in host memory if the device is full
     "adafactor": 0.0,  # a row and a column for each matrix
     "lomo": 0.0,
     "schedule_free_sgd": 4.0,

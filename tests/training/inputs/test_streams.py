@@ -101,12 +101,12 @@ def test_reference_log_probs_of_a_stream_are_used_and_missing_ones_are_not_cache
     rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in ROWS]
     assert trainer(tmp_path, stream(rows)).reference.mode == "cached"
     assert trainer(tmp_path, stream(ROWS)).reference.mode == "frozen"
-    with pytest.raises(ValueError, match="reference must not be 'cached' where the train dataset is streamed"):
+    with pytest.raises(ValueError, match=r"reference must not be 'cached' .*train dataset"):
         trainer(tmp_path, stream(ROWS), reference="cached")
-    with pytest.raises(ValueError, match="precompute_ref_log_probs must be off where the train dataset is streamed"):
+    with pytest.raises(ValueError, match=r"precompute_ref_log_probs must be off .*train dataset"):
         trainer(tmp_path, stream(ROWS), precompute_ref_log_probs=True)
     ready = trainer(tmp_path, Dataset.from_list(ROWS), precompute_ref_log_probs=True)
-    with pytest.raises(ValueError, match="precompute_ref_log_probs must be off where the eval dataset is streamed"):
+    with pytest.raises(ValueError, match=r"precompute_ref_log_probs must be off .*eval dataset"):
         ready.evaluate(stream(ROWS))
 
 

@@ -36,7 +36,7 @@ CHANGES = {
     ),
     "prefixed": (
         lambda weights: {f"language_model.{name}": weight for name, weight in weights.items()},
-        r"21 missing.*21 not the model's.*All names begin with 'language_model.': save the weights without it",
+        r"21 missing.*21 unexpected.*All names begin with 'language_model.': save the weights without it",
     ),
     "of a wrapper": (
         lambda weights: {f"module.{name}": weight for name, weight in weights.items()},
