@@ -77,7 +77,7 @@ class Observed:
 
     @contextmanager
     def running(self, name: str, reason: str, call: AttentionCall, window: int | None) -> Iterator[None]:
-        """Context manager around a call of a backend; it records the backend if the call fails."""
+        """Context manager around a call of a backend; records the call, and the backend if it fails."""
         query, sinks = call.query, call.sinks
         shape = CallShape(
             num_heads=query.shape[1],
