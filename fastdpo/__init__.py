@@ -1,6 +1,6 @@
 """fastdpo: Direct Preference Optimization with fused kernels, packed rows and shared prompts.
 
-The public names load on first use, so `import fastdpo` brings in neither triton nor transformers nor datasets.
+The public names load on first use, so `import fastdpo` imports neither triton nor transformers nor datasets.
 """
 
 from importlib import import_module

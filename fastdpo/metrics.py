@@ -1,8 +1,8 @@
 """Metrics of a batch as (sum, weight) pairs, and their exact weighted means over any number of batches.
 
-Keys are TRL's, plus `rewards/weight`, and `lengths/chosen` and `lengths/rejected`, the counted tokens of a response. A
-mean over pairs weighs every pair alike and a mean over tokens every token, however the batches were cut, because sums
-and weights are kept apart until `MetricMeans.pop`.
+Keys are TRL's, plus `rewards/weight`, and `lengths/chosen` and `lengths/rejected`, the counted tokens of a response.
+Sums and weights are kept separate until `MetricMeans.pop`, so a mean over pairs weights every pair equally and a mean
+over tokens every token, whatever the batch sizes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def implicit_rewards(scores: PairScores, beta: float, *, per_token: bool = False
 
 
 def pair_metrics(scores: PairScores, beta: float, *, per_token: bool = False) -> dict[str, SumAndWeight]:
-    """Sums over the B pairs of what TRL logs, and of the gradient weight `sigmoid(-beta * margin)`.
+    """Sums of TRL's metrics over the B pairs, and of the gradient weight `sigmoid(-beta * margin)`.
 
-    The weight is the factor of the DPO gradient that vanishes once a pair is learned: arXiv 2305.18290, sec. 4. All of
-    them are rows of one tensor that is summed once: on a GPU each operation on a few numbers costs a launch.
+    The weight is the factor by which DPO scales each pair's gradient: arXiv 2305.18290, sec. 4. All metrics are rows of
+    one tensor with a single sum, because on a GPU each operation on a few numbers costs a launch.
 
     Args:
-        per_token: rewards are those of SimPO and ORPO, beta times the mean over tokens, for scores with lengths.
+        per_token: use the rewards of SimPO and ORPO, beta times the mean over tokens; needs scores with lengths.
     """
     chosen_rewards, rejected_rewards = implicit_rewards(scores, beta, per_token=per_token)
     margins = chosen_rewards - rejected_rewards
@@ -59,12 +59,12 @@ def pair_metrics(scores: PairScores, beta: float, *, per_token: bool = False) ->
 def token_metrics(
     logps: PairLogps, token_rows: Tensor, cu_seqlens: Tensor, pairs: Tensor, *, impl: str = "auto"
 ) -> dict[str, SumAndWeight]:
-    """Sums over counted tokens of the statistics that the head op returned; the ones it was not asked for are left out.
+    """Sums over counted tokens of the statistics that the head op returned; statistics that are None are skipped.
 
     Args:
-        logps: with `logps.sequences.tokens` over the R rows that reached the head.
-        token_rows, cu_seqlens, pairs: of the PackedBatch.
-        impl: of the head op, whose kernel makes the sums.
+        logps: log-probs with `logps.sequences.tokens` over the R rows of the LM head.
+        token_rows, cu_seqlens, pairs: fields of the PackedBatch.
+        impl: implementation of the head op, whose kernel computes the sums.
     """
     tokens = logps.sequences.tokens
     statistics = {name: getattr(tokens, name) for name in ("entropy", "mean_logits", "is_top1")}
@@ -90,12 +90,12 @@ def token_metrics(
 class MetricMeans:
     """Weighted means over batches. Values stay on the device until `pop`, which reads them back in one transfer.
 
-    What a batch adds is one tensor; weights that the host knows are added up there.
+    Each batch adds one tensor; weights that are known on the host are summed there.
     """
 
     def __init__(self) -> None:
         self._tables: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}  # keys of sums, of weights: fp64
-        self._weights: dict[str, float] = {}  # of every key, what the host knows
+        self._weights: dict[str, float] = {}  # by key, weights known on the host
 
     def add(self, metrics: dict[str, SumAndWeight]) -> None:
         if not metrics:
@@ -109,7 +109,7 @@ class MetricMeans:
         self._tables[keys] = self._tables[keys] + table if keys in self._tables else table
 
     def peek(self) -> dict[str, float]:
-        """The mean of each key since the last `pop` on this process, left where it is."""
+        """The mean of each key since the last `pop` on this process, without a reset."""
         return _means(self._weights, self._table().tolist()) if self._tables else {}
 
     def pop(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
@@ -124,7 +124,7 @@ class MetricMeans:
         return means
 
     def _table(self) -> Tensor:
-        """(K, 2) fp64 sums and weights, in the order in which their keys came first."""
+        """(K, 2) fp64 sums and weights, in order of the keys' first appearance."""
         first = next(iter(self._tables.values()))
         columns = [torch.zeros(len(self._weights), dtype=torch.float64, device=first.device)]
         columns.append(torch.tensor(list(self._weights.values()), dtype=torch.float64, device=first.device))

@@ -1,9 +1,9 @@
-"""The value objects that travel along the flow, one per arrow, in the order in which a batch meets them.
+"""The value objects of the data flow, one per step, in order.
 
     dataset row -> PreferenceRow -> TokenizedGroup -> PackedBatch -> TokenLogps -> SequenceLogps -> PairLogps ->
     PairScores
 
-Nothing here computes more than a property. Layouts are made in `fastdpo.data`, numbers in `fastdpo.ops`.
+These classes compute nothing except properties. Layouts are made in `fastdpo.data`, numbers in `fastdpo.ops`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Message = dict[str, Any]  # {"role": "user", "content": "..."}
 class PreferenceRow:
     """One prompt with its responses as text, before tokenization.
 
-    Text rows hold strings, conversational rows hold lists of messages; all fields of one row are of the same kind.
+    Text rows hold strings, conversational rows hold lists of messages; all fields of one row have the same kind.
     """
 
     prompt: str | list[Message]
     responses: tuple[str | list[Message], ...]  # K of them; K = 1 for supervised fine-tuning
     preferences: tuple[tuple[int, int], ...] = ((0, 1),)  # (index of the chosen, index of the rejected)
-    # what became of the dataset's columns: "text", "JSON" (messages out of text) or "unread"
+    # ledger of the dataset's columns: "text", "JSON" (messages parsed from text) or "unread"
     columns: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -42,9 +42,9 @@ class PreferenceRow:
 class TokenizedGroup:
     """One prompt and K responses as token ids.
 
-    `loss_masks` keeps (True) the response tokens that count; None keeps all. Where truncation has left every response
-    with a prompt of its own, `prompt_ids` is empty and each response starts with its own prompt, masked out. Where
-    there is no prompt at all, nothing predicts the first token of a response, which then does not count.
+    `loss_masks` keeps (True) the response tokens that count; None keeps all. If truncation leaves the responses with
+    different prompts, `prompt_ids` is empty and each response starts with its own prompt, masked out. Without any
+    prompt nothing predicts the first token of a response, so that token does not count.
     """
 
     prompt_ids: Sequence[int]
@@ -65,7 +65,10 @@ class TokenizedGroup:
                     f"preferences must pair two different indices in [0, {num_responses}), got ({chosen}, {rejected})"
                 )
         if self.loss_masks is not None and [len(m) for m in self.loss_masks] != [len(r) for r in self.responses]:
-            raise ValueError("loss_masks must have one entry for each response token")
+            raise ValueError(
+                "loss_masks must have one entry per response token, got lengths"
+                f" {[len(m) for m in self.loss_masks]} for responses of {[len(r) for r in self.responses]}"
+            )
         if self.ref_logps is not None and len(self.ref_logps) != num_responses:
             raise ValueError(f"ref_logps must have one value per response ({num_responses}), got {len(self.ref_logps)}")
 
@@ -96,13 +99,13 @@ class TokenizedPair(TokenizedGroup):
 
 @dataclass(frozen=True)
 class VarlenLayout:
-    """N branches of a packed row of T tokens as variable-length attention takes them; see `data/batches/varlen.py`.
+    """N branches of a packed row of T tokens, in the form for variable-length attention; see `data/batches/varlen.py`.
 
-    Queries are the rows in order; the keys of a branch are its prefix's rows and its own, one after the other.
+    Queries are the rows in order; the keys of a branch are its prefix's rows, then its own.
     """
 
     key_rows: Tensor  # (K,) int64, the row that each key is
-    row_keys: Tensor  # (K,) int64, the keys once more, row by row
+    row_keys: Tensor  # (K,) int64, the keys again, row by row
     row_ends: Tensor  # (T + 1,) int64, delimits the rows in row_keys
     cu_queries: Tensor  # (N + 1,) int32, delimits the branches in the rows
     cu_keys: Tensor  # (N + 1,) int32, delimits the branches in key_rows
@@ -120,8 +123,8 @@ class PackedBatch:
     """B pairs over S sequences, laid out for one forward of the model. Made by `fastdpo.data.batches.packing`.
 
     Packed (`attention_mask` is None): one row of T tokens, every group as `[shared prefix | branch | branch ...]`.
-    Padded (`segments` is empty): one right-padded row per sequence, or for several of equal tokens, for models whose
-    attention cannot be packed.
+    Padded (`segments` is empty): one right-padded row per sequence (equal sequences share a row), for models that
+    cannot run packed rows.
     Hidden states are viewed as (input_ids.numel(), H) in both cases, and `logit_rows` points into that view.
     """
 
@@ -129,7 +132,7 @@ class PackedBatch:
         Tensor  # (B, 2) int64: sequence index of chosen, of rejected. First, so that Trainer reads B as the batch size
     )
     input_ids: Tensor  # (1, T) int64 packed; (S, L) padded
-    position_ids: Tensor  # like input_ids; restarts with each group, every branch goes on from its prefix's end
+    position_ids: Tensor  # like input_ids; restarts with each group, every branch continues from its prefix's end
     logit_rows: Tensor  # (R,) int64, row of the hidden states that predicts labels[r]
     labels: Tensor  # (R,) int64, response tokens only; a token shared by two responses is here once
     token_rows: Tensor  # (N,) int64, which r each counted token of each sequence uses
@@ -137,7 +140,7 @@ class PackedBatch:
     num_tokens: int  # prompt and response tokens, the prompt once per response that is compared (TRL's num_tokens)
     attention_mask: Tensor | None = None  # (S, L) int64, padded only
     segments: tuple[tuple[int, int, int, int], ...] = ()  # per branch: query start, query end, prefix start, prefix end
-    ref_logps: Tensor | None = None  # (S,) fp32, where the dataset brings them
+    ref_logps: Tensor | None = None  # (S,) fp32, if the dataset has them
     group_ends: tuple[tuple[int, int, int, int], ...] = ()  # per group: rows r, counted tokens, sequences, pairs so far
     example_ids: Tensor | None = None  # (S,) int64, which of the collated examples brought the sequence
     varlen: VarlenLayout | None = None  # packed only
@@ -162,7 +165,7 @@ class PackedBatch:
         return self.cu_seqlens.shape[0] - 1
 
     def asdict(self) -> dict[str, Any]:
-        """The fields as a dict: Trainer moves only mappings to the device; `PackedBatch(**inputs)` goes back."""
+        """The fields as a dict, as Trainer moves only mappings to the device; `PackedBatch(**inputs)` reverses it."""
         varlen = None if self.varlen is None else _shallow_dict(self.varlen)
         return {**_shallow_dict(self), "varlen": varlen}
 
@@ -177,14 +180,14 @@ def _shallow_dict(value: Any) -> dict[str, Any]:
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:
-    """A copy of a dataclass with its tensors, and the dataclasses in it that can be moved, on `device`."""
+    """A copy of a dataclass with its tensors and its movable nested dataclasses on `device`."""
     moved = {k: v.to(device) for k, v in _shallow_dict(value).items() if isinstance(v, Tensor | VarlenLayout)}
     return replace(value, **moved)
 
 
 @dataclass(frozen=True)
 class TokenLogps:
-    """What the head op returns per row. Only `logps` is differentiable; statistics are None unless asked for."""
+    """The head op's results per row. Only `logps` is differentiable; statistics are None unless requested."""
 
     logps: Tensor  # (T,) fp32 (fp64 for fp64 inputs), nats; 0.0 in ignored rows
     lse: Tensor | None = None  # (T,) log of the softmax denominator, nats
@@ -215,12 +218,12 @@ class PairLogps:
     chosen_lengths: Tensor  # (B,) int64
     rejected_lengths: Tensor  # (B,)
     sequences: SequenceLogps
-    aux_loss: Tensor | None = None  # (), the load-balancing loss of experts, where it was asked for
+    aux_loss: Tensor | None = None  # (), the load-balancing loss of experts, if requested
 
 
 @dataclass(frozen=True)
 class PairScores:
-    """What a loss reads: policy and reference log-probs of both sides, in nats, and their lengths. (B,) but for one."""
+    """The inputs of a loss: log-probs of policy and reference for both sides, in nats; lengths. (B,) but one."""
 
     policy_chosen_logps: Tensor
     policy_rejected_logps: Tensor
@@ -230,7 +233,7 @@ class PairScores:
     rejected_lengths: Tensor | None = None
     chosen_sums: Tensor | None = None  # log-probs of the chosen with every token whole, where ld_alpha weighs some less
     mean_chosen_length: Tensor | None = None  # (), over the optimizer step; None: over these pairs
-    pair_weights: Tensor | None = None  # what each pair's loss is multiplied by, no gradient (WPO)
+    pair_weights: Tensor | None = None  # factor of each pair's loss, no gradient (WPO)
     rankings: Tensor | None = None  # int64, the ranking that each pair is a stage of; None: each pair is one of its own
 
     @property

@@ -1,8 +1,8 @@
-"""The controlled-sentiment experiment of the DPO paper (arXiv 2305.18290, section 6.1) in small, from seed to figures.
+"""A small version of the controlled-sentiment experiment of the DPO paper (arXiv 2305.18290, section 6.1).
 
-In: a size and a seed. Out: an Experiment: the models, the preference rows, and the beta sweep's result. Everything is
-made on the spot: texts and true reward (data/synthetic), a tokenizer, and a Llama of under a million weights trained
-from scratch.
+In: a size and a seed. Out: an Experiment: the models, the preference rows, and the result of the beta sweep. The
+experiment generates everything itself: texts and true reward (data/synthetic), a tokenizer, and a Llama with under a
+million weights, trained from scratch.
 
     texts -> tokenizer -> SFT on preferred responses (Preferred-FT: the reference) -> sampled pairs, labelled by
     Bradley-Terry from the true reward -> DPO at every beta -> measurements on held-out prompts
@@ -26,7 +26,7 @@ MAX_NEW_TOKENS = 64  # the grammar's longest response has 34
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """Sizes of the experiment: texts, models, steps and samples."""
 
     num_train_prompts: int  # of SFT and of the pairs
     num_heldout_prompts: int  # of the measurements; held-out pairs and samples, one each per prompt
@@ -73,7 +73,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a run has made and measured."""
+    """The models, rows and measurements of a run."""
 
     size: Size
     tokenizer: Any
@@ -95,11 +95,11 @@ def run_experiment(
     on_stage: Callable[[str], None] = lambda stage: None,
     make_callbacks: Callable[[], list[Any]] = list,
 ) -> Experiment:
-    """Runs all stages; fp32, on the GPU where there is one.
+    """Runs all stages in fp32, on the GPU if there is one.
 
     Args:
-        on_stage: called with what starts now.
-        make_callbacks: callbacks for every trainer.
+        on_stage: called with the name of each stage when it starts.
+        make_callbacks: returns the callbacks for each trainer.
     """
     from transformers import PrinterCallback
 
@@ -186,7 +186,8 @@ def run_experiment(
 
 
 def train_tokenizer(texts: Sequence[str]) -> Any:
-    """One token per word or mark of the texts, with its leading space; a BOS that it adds, EOS, pad and unknown."""
+    """A tokenizer with one token per word or punctuation mark, including its leading space; it adds a BOS, and has EOS,
+    pad and unknown tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -209,7 +210,7 @@ def train_tokenizer(texts: Sequence[str]) -> Any:
 
 
 def tiny_llama(tokenizer: Any, size: Size, seed: int) -> Any:
-    """A Llama with random weights that fits the tokenizer. The global random state is left as it was."""
+    """A Llama with random weights for the tokenizer. The global random state does not change."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,8 +1,8 @@
-"""Samples from a model, and how far their distribution is from a reference's.
+"""Samples from a model, and their KL divergence to a reference.
 
 In: a causal LM, its tokenizer, prompts as text. Out: Samples (text and token ids), and per sample the KL divergence to
 a reference in nats. Prompts are padded on the left for generation; sampling is plain ancestral sampling (no top-k, no
-top-p), so that the samples follow the model's own distribution, as KL estimates need.
+top-p), because KL estimates need samples from the model's own distribution.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastdpo.modeling.generation import generate_ids, pad_rows, special_ids
 
 @dataclass(frozen=True)
 class Samples:
-    """N responses in the order of their prompts; a prompt's samples are neighbours."""
+    """N responses in the order of their prompts; the samples of one prompt are adjacent."""
 
     prompts: tuple[str, ...]  # N
     responses: tuple[str, ...]  # N, decoded without special tokens
@@ -42,14 +42,14 @@ def sample_responses(
     batch_size: int = 64,
     seed: int = 0,
 ) -> Samples:
-    """Draws `num_samples` responses to each prompt from `model`. The global random state is left as it was.
+    """Draws `num_samples` responses to each prompt from `model`. The global random state does not change.
 
     Args:
         model: a causal LM with `generate`.
-        tokenizer: its tokenizer, with an EOS token; padding uses the EOS where there is no pad token.
-        prompts: plain text; the special tokens that the tokenizer adds are kept.
+        tokenizer: its tokenizer, with an EOS token; padding uses the EOS if there is no pad token.
+        prompts: plain text; the tokenizer adds its special tokens.
         num_samples: responses per prompt.
-        max_new_tokens: a response is cut there.
+        max_new_tokens: maximum length of a response.
         temperature: > 0; 1.0 samples the model's own distribution.
         batch_size: sequences generated at a time.
         seed: equal seeds give equal samples on equal machines.

@@ -1,6 +1,6 @@
-"""What a beta sweep measures: figures with standard errors, the orderings that theory predicts of them, and the bound.
+"""Results of a beta sweep: figures with standard errors, the orderings that theory predicts, and the upper bound.
 
-Pure numbers: nothing here touches a model.
+This module works on numbers only and uses no model.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Tensor | Sequence[float]) -> Estimate:
-        """Of N >= 2 independent values."""
+        """Mean and standard error of N >= 2 independent values."""
         values = torch.as_tensor(values).double()
         if values.numel() < 2:
-            raise ValueError(f"values must hold at least 2 for a standard error, got {values.numel()}")
+            raise ValueError(f"values must hold at least 2 numbers for a standard error, got {values.numel()}")
         return cls(values.mean().item(), values.std().item() / math.sqrt(values.numel()))
 
     def __sub__(self, other: Estimate) -> Estimate:
-        """The difference, with the standard error that independent estimates would have."""
+        """The difference, with its standard error for independent estimates."""
         return Estimate(self.mean - other.mean, math.hypot(self.stderr, other.stderr))
 
     def text(self, digits: int = 2) -> str:
@@ -42,7 +42,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """What was measured of one model on held-out prompts."""
+    """Measurements of one model on held-out prompts."""
 
     beta: float | None  # None: the reference
     accuracy: Estimate  # share of held-out pairs ranked as labelled; by implicit reward, the reference by its log-prob
@@ -74,7 +74,7 @@ class Ordering:
 
     @property
     def holds(self) -> bool:
-        """By more than two standard errors."""
+        """Whether the claim holds by more than two standard errors."""
         return self.num_stderrs > 2
 
 
@@ -92,7 +92,7 @@ class SweepResult:
         return (self.reference, *self.policies)
 
     def orderings(self) -> list[Ordering]:
-        """Accuracy and reward above the reference at every beta, KL falling from each beta to the next."""
+        """The predicted orderings: accuracy and reward above the reference at every beta, KL falling as beta rises."""
         claims = []
         for policy in self.policies:
             claims.append(
@@ -109,15 +109,15 @@ class SweepResult:
 def best_frontier(
     rewards: Sequence[float], *, num_points: int = 60, min_samples: float = 50.0
 ) -> list[tuple[float, float]]:
-    """(KL, reward) along the best that any policy could do: the reference tilted by exp(reward / beta), beta falling.
+    """(KL, reward) along the best possible frontier: the reference tilted by exp(reward / beta), for falling beta.
 
-    The optimum of KL-constrained reward is pi_ref(y) exp(r(y) / beta) / Z (DPO paper, equation 4). Here it is estimated
-    by weighting samples of the reference, pooled over prompts. Pooling lets the optimum prefer some prompts, too, so a
-    real policy can only be below; the two agree where the reference's rewards are distributed alike for all prompts.
+    The optimum of KL-constrained reward is pi_ref(y) exp(r(y) / beta) / Z (DPO paper, equation 4). It is estimated here
+    by weighting samples of the reference, pooled over prompts. Pooling also lets the optimum prefer some prompts, so a
+    real policy can only be below; both agree if the reference's rewards have the same distribution for all prompts.
 
     Args:
-        rewards: of independent samples of the reference.
-        min_samples: the curve ends where the weights rest on fewer effective samples, (sum w)^2 / sum w^2.
+        rewards: rewards of independent samples of the reference.
+        min_samples: the curve ends when the weights have fewer effective samples, (sum w)^2 / sum w^2.
     """
     r = torch.as_tensor(rewards, dtype=torch.float64)
     points = [(0.0, r.mean().item())]

@@ -1,8 +1,8 @@
-"""DPO at several betas from one start, measured on prompts that no training has seen: the reward-KL frontier.
+"""DPO at several betas from one initial model, measured on held-out prompts: the reward-KL frontier.
 
-In: a start model (the reference), preference rows to train on, held-out rows and prompts, and a reward of a response.
+In: an initial model (the reference), preference rows for training, held-out rows and prompts, and a reward function.
 Out: a SweepResult, every figure with its standard error. Refuses betas that are not positive or repeat. Reference
-log-probs are computed once and serve all betas. After the DPO paper's frontier (arXiv 2305.18290, section 6.1).
+log-probs are computed once for all betas. Follows the DPO paper's frontier (arXiv 2305.18290, section 6.1).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RewardFn = Callable[[str, str], float]  # prompt, response -> reward
 
 @dataclass(frozen=True)
 class Measurement:
-    """How models are measured."""
+    """Settings of the measurements."""
 
     prompts: Sequence[str]  # one sample each; never trained on
     reward_fn: RewardFn
@@ -52,20 +52,20 @@ def sweep_beta(
     """Trains one policy per beta from a copy of `model`, and measures each and `model` itself.
 
     Args:
-        model: the start of every policy and the reference of all; its weights stay as they are.
+        model: the initial model of every policy and the reference; its weights do not change.
         betas: > 0, all different; trained in rising order.
-        args: everything else about training; its beta is replaced.
-        train_rows, heldout_rows: preference rows in any form that DPOTrainer takes. The held-out ones are the trainers'
-            eval_dataset and what accuracy and margin are measured on.
-        measurement: how samples are drawn and judged.
-        make_callbacks: for a beta, the callbacks of its trainer.
+        args: all other settings of training; its beta is replaced.
+        train_rows, heldout_rows: preference rows in any form that DPOTrainer takes. The held-out rows are the trainers'
+            eval_dataset; accuracy and margin are measured on them.
+        measurement: settings for drawing and scoring samples.
+        make_callbacks: returns the callbacks of the trainer for a beta.
         on_policy: called with every trained model and its result.
     Raises:
-        ValueError: betas that are missing, not positive or repeat, and what data preparation refuses.
+        ValueError: betas are missing, not positive or repeat, or data preparation refuses the rows.
     """
     betas = sorted(betas)
     if not betas or not betas[0] > 0 or len(set(betas)) < len(betas):
-        raise ValueError(f"betas must be positive and all different, at least one, got {betas}")
+        raise ValueError(f"betas must hold at least one number, all > 0 and different, got {betas}")
     settings = args.tokenization_settings()
     batch_size = measurement.batch_size
     train, heldout = (prepare_preference_dataset(rows, tokenizer, settings)[0] for rows in (train_rows, heldout_rows))
@@ -95,7 +95,7 @@ def sweep_beta(
             processing_class=tokenizer,
             callbacks=make_callbacks(beta) if make_callbacks is not None else None,
         )
-        trainer.remove_callback(PrinterCallback)  # what it prints is in log_history
+        trainer.remove_callback(PrinterCallback)  # log_history has the same values
         trainer.train()
         policies.append(result(index, trainer.model, beta, trainer.state.log_history))
         if on_policy is not None:
@@ -156,7 +156,7 @@ def pair_logps(model: Any, dataset: Any, *, batch_size: int = 64) -> tuple[Tenso
 
 
 def _with_reference(dataset: Any, ref_logps: tuple[Tensor, Tensor]) -> Any:
-    """The dataset as token columns with the reference's log-probs, which DPOTrainer uses in place of a second model."""
+    """The dataset as token columns with the reference's log-probs, which DPOTrainer uses instead of a second model."""
     from datasets import Dataset
 
     rows = list(dataset)

@@ -1,8 +1,8 @@
 """The options of `fastdpo train`, `sft` and `precompute`: dataclasses, their order in --help, and the parser of a run.
 
 In: a command line and a YAML file, which may use the names of TRL's scripts and of the alignment-handbook. Out: one
-object for each dataclass. Refuses unknown names with the nearest, missing ones, and files that cannot be read. The
-fields here and of the configs are also in options/options.json: `python -m fastdpo.cli.options.generate` writes it.
+object per dataclass. Refuses unknown names (and suggests the nearest), missing options, and unreadable files.
+`python -m fastdpo.cli.options.generate` writes the fields of this module and of the configs to options/options.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass
 class RunArguments:
-    """Which model on which data, and on how many processes: what a config of the trainer does not say."""
+    """Model, data and number of processes: the options that are not in the trainer's config."""
 
     model: str = field(metadata=help_text("Model to train: a local directory or a name on the Hub. Required."))
     dataset: str = field(
@@ -122,12 +122,14 @@ class RunArguments:
             if getattr(self, name) is not None:
                 setattr(self, name, checked_parts(getattr(self, name), name))
         if self.eval_datasets is not None and self.eval_dataset is not None:
-            raise ValueError("eval_dataset must not be given beside eval_datasets: each is the evaluation data")
+            raise ValueError("eval_dataset must not be given together with eval_datasets: both set the evaluation data")
         if self.datasets is not None and self.dataset is not None:
-            raise ValueError(f"dataset must not be given beside datasets, add it to them, got {self.dataset!r}")
+            raise ValueError(
+                f"dataset must not be given together with datasets, got {self.dataset!r}: add it to datasets"
+            )
 
     def load_settings(self) -> dict[str, Any]:
-        """Arguments of from_pretrained that have an option of their own."""
+        """Arguments of from_pretrained that have their own option."""
         asked = {
             "revision": self.model_revision,
             "dtype": self.dtype,
@@ -136,7 +138,7 @@ class RunArguments:
         return {name: value for name, value in asked.items() if value is not None}
 
     def data_name(self) -> str:
-        """What the training data is called in reports."""
+        """Name of the training data in reports."""
         return self.dataset if self.datasets is None else ", ".join(part["path"] for part in self.datasets)
 
 
@@ -184,33 +186,33 @@ class LoraArguments:
         for name in ("load_in_4bit", "load_in_8bit"):
             if getattr(self, name) and not self.use_peft:
                 bits = name[8]
-                raise ValueError(f"{name} must go with use_peft: {bits}-bit weights cannot be trained themselves")
+                raise ValueError(f"{name} must be used together with use_peft: {bits}-bit weights cannot be trained")
         if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("load_in_4bit and load_in_8bit must not both be set: a weight has one of them")
+            raise ValueError("load_in_4bit and load_in_8bit must not both be set, got both")
         changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         of_lora = [name for name in changed if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
         if of_lora and not self.use_peft:
-            raise ValueError(f"{of_lora[0]} must go with use_peft: without it all weights are trained")
+            raise ValueError(
+                f"{of_lora[0]} must be used together with use_peft: without use_peft all weights are trained"
+            )
         of_4bit = [name for name in changed if "bnb" in name]
         if of_4bit and not self.load_in_4bit:
-            raise ValueError(f"{of_4bit[0]} must go with load_in_4bit, whose weights it is about")
+            raise ValueError(f"{of_4bit[0]} must be used together with load_in_4bit")
         if self.lora_task_type.upper() != "CAUSAL_LM":
-            raise ValueError(
-                f"lora_task_type must be 'CAUSAL_LM', the models trained here, got {self.lora_task_type!r}"
-            )
+            raise ValueError(f"lora_task_type must be 'CAUSAL_LM', got {self.lora_task_type!r}")
         check_choice("bnb_4bit_quant_type", self.bnb_4bit_quant_type, ("nf4", "fp4"))
 
 
 @dataclass
 class AdapterArguments(LoraArguments):
-    """What a preference run may have beside the trained model: an adapter on it, and another reference."""
+    """Extra options of a preference run: an adapter on the trained model, and a separate reference model."""
 
     ref_model: str | None = field(
         default=None, metadata=help_text("Reference model. Default: the trained model at its start.")
     )
 
 
-# Options in the order in which people look for them; what no group names is shown under "everything else".
+# Options in the order in which users look for them; options without a group are shown under "everything else".
 GROUPS = {
     "model and data": "model dataset output_dir config model_revision dtype attn_implementation tokenizer chat_template"
     " dataset_config dataset_split dataset_streaming datasets eval_dataset eval_split eval_datasets eval_fraction"
@@ -248,12 +250,12 @@ TYPES["precompute"] = TYPES["train"]
 def parse(
     command: str, dataclass_types: Sequence[type], argv: Sequence[str], *, shown: Sequence[str] | None = None
 ) -> list[Any]:
-    """One object for each dataclass, from `--config FILE.yaml` (or .json) and flags, which override it.
+    """One object per dataclass, from `--config FILE.yaml` (or .json) and flags, which override the file.
 
     Args:
-        shown: the options that --help lists, of a command that takes those of `fastdpo train` and reads some of them.
+        shown: the options listed by --help, for a command that accepts all options of `fastdpo train` but reads some.
     Raises:
-        ValueError: an unknown option or key (with the nearest valid name), a missing one, or an unreadable file.
+        ValueError: an unknown option or key (with the nearest valid name), a missing option, or an unreadable file.
     """
     parser = fields_parser(command, dataclass_types, GROUPS, shown)
     if shown is not None:
@@ -274,7 +276,7 @@ def parse(
 def _translated(
     dataclass_types: Sequence[type], former: dict[str, Any], given: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """What names that TRL had have become, and a line for each."""
+    """Former TRL names translated to current options, with a note for each."""
     known = {f.name for cls in dataclass_types for f in fields(cls)} | given.keys()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -1,7 +1,7 @@
-"""The table before and after a run, with what its figures are worth beside it.
+"""The table of metrics before and after a run, with notes on their reliability.
 
-In: what was evaluated before and after, or the first and the last logged training steps. Out: a rich Table, and notes.
-Pairs that policy and reference score alike, as all are where training begins, are ties: neither right nor wrong.
+In: the evaluations before and after, or the first and last logged training steps. Out: a rich Table, and notes. Pairs
+that policy and reference score equally (all pairs, when training begins) are ties: neither right nor wrong.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _ACCURACY = "rewards/accuracies"
 def comparison_table(
     trainer: PackedTrainer, before: dict[str, float], after: dict[str, float], columns: list[tuple[str, str]]
 ) -> tuple[Table, list[str]]:
-    """The table, and lines to stand below it: on the evaluation data, or where there is none on the first and the last
-    logged training steps.
+    """The table and the notes below it: on the evaluation data, or without evaluation on the first and last logged
+    training steps.
 
     Args:
-        before, after: metrics of evaluations, with the prefix eval_; empty where there were none.
+        before, after: metrics of evaluations, with the prefix eval_; empty without evaluation.
         columns: (metric, label) of the rows, metrics without prefix.
     """
     num_rows = None
@@ -55,7 +55,7 @@ def comparison_table(
 
 
 def all_ties(metrics: Mapping[str, float], beta: float) -> bool:
-    """Whether policy and reference score every pair alike, up to rounding (see DPOTrainer's first loss, ln 2)."""
+    """Whether policy and reference score every pair equally, up to rounding (compare DPOTrainer's first loss, ln 2)."""
     rewards = [metrics.get(f"rewards/{name}") for name in ("chosen", "rejected", "margins")]
     size = sum(abs(metrics.get(f"logps/{name}", 0.0)) for name in ("chosen", "rejected"))
     return all(reward is not None and abs(reward) <= 1e-6 + 1e-6 * beta * size for reward in rewards)
@@ -68,9 +68,9 @@ def _shown(key: str, metrics: Mapping[str, float], beta: float) -> str:
 def _notes(first: Mapping[str, float], beta: float, num_rows: int | None) -> list[str]:
     notes = []
     if all_ties(first, beta):
-        notes.append("ties: policy and reference still score every pair alike (logs count what rounding makes of it)")
+        notes.append("ties: policy and reference score every pair equally (accuracies in the logs are rounding noise)")
     if num_rows is not None and num_rows < FEW_ROWS:
-        spread = f", and chance moves an accuracy by {1 / math.sqrt(num_rows):.0%}" if _ACCURACY in first else ""
-        rows = "1 row says" if num_rows == 1 else f"{num_rows} rows say"
-        notes.append(f"{rows} little{spread}: hold out {FEW_ROWS} or more (--eval_fraction, --eval_dataset)")
+        spread = f": chance alone moves an accuracy by {1 / math.sqrt(num_rows):.0%}" if _ACCURACY in first else ""
+        rows = "1 row is" if num_rows == 1 else f"{num_rows} rows are"
+        notes.append(f"{rows} too few{spread}; hold out {FEW_ROWS} or more (--eval_fraction, --eval_dataset)")
     return notes

@@ -1,4 +1,4 @@
-"""Where the commands print their tables."""
+"""The console on which the commands print their tables."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from rich.console import Console
 
 
 def make_console() -> Console:
-    """As wide as the terminal; in a file or a pipe, wide enough that no fact is broken over lines too often."""
+    """A console as wide as the terminal; in a file or a pipe, wide enough that few lines are wrapped."""
     return Console(width=None if sys.stdout.isatty() else 140)

@@ -35,7 +35,7 @@ MAX_THREADS = 2  # more do not help a model this small
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What a person can choose."""
+    """The options of the demo."""
 
     output_dir: str = field(default="demo_run", metadata={"help": "Folder for report, models and pairs."})
     size: str = field(default="full", metadata={"help": "full: one to two minutes on 2 cores. small: a third of that."})
@@ -53,10 +53,10 @@ class DemoOptions:
 
 
 def main(argv: list[str]) -> None:
-    """Parses and runs.
+    """Parses the options and runs the demo.
 
     Raises:
-        ValueError: an unknown option or a value that cannot work.
+        ValueError: an unknown option or an invalid value.
     """
     run_demo(_parse(argv))
 
@@ -65,7 +65,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> SweepResul
     """Runs the experiment, prints its table and writes its files.
 
     Raises:
-        ValueError: matplotlib is missing, or output_dir holds something else; before anything is trained.
+        ValueError: matplotlib is missing, or output_dir holds other files; raised before any training.
     """
     console = console if console is not None else Console()
     require_matplotlib()
@@ -135,14 +135,14 @@ def _checked_output_dir(options: DemoOptions) -> Path:
     holds_demo = (output_dir / DEMO_FILE).is_file()
     if output_dir.is_dir() and any(output_dir.iterdir()) and not holds_demo and not options.overwrite:
         raise ValueError(
-            f"output_dir must be new, empty or an earlier demo's, got {output_dir}, which holds other files;"
-            " choose another, or write into it by --overwrite"
+            f"output_dir must be new, empty or from an earlier demo, got {output_dir}, which holds other files;"
+            " choose another, or add --overwrite"
         )
     return output_dir
 
 
 def _write_data(output_dir: Path, options: DemoOptions, experiment: Experiment) -> None:
-    """Everything but the report. Of an earlier demo, what this one does not replace is removed; other files stay."""
+    """Writes everything except the report. Removes leftovers of an earlier demo; other files stay."""
     output_dir.mkdir(parents=True, exist_ok=True)
     sweep = experiment.sweep
     figures = [
@@ -180,17 +180,17 @@ def _print_results(console: Console, experiment: Experiment) -> None:
         table.add_row(model.name, model.accuracy.text(3), margin, model.reward.text(), kl)
     console.print(table)
     console.print(
-        f"Accuracy is of the implicit reward, of the reference's log-probs in its row, and would be"
-        f" {experiment.label_ceiling:.3f} for the true reward itself; everything else is in nats."
+        "Accuracy: the share of pairs that the implicit reward ranks as labelled (for the reference: its log-probs);"
+        f" the true reward itself reaches {experiment.label_ceiling:.3f}. All other figures are in nats."
     )
-    console.print("Orderings, and by how many standard errors they hold:")
+    console.print("Predicted orderings, and by how many standard errors each one holds:")
     for ordering in sweep.orderings():
         mark = "[green]holds[/green]" if ordering.holds else "[red]FAILS[/red]"
         console.print(f"  {mark}  {ordering.num_stderrs:5.1f}  {ordering.claim}", highlight=False)
 
 
 class _Stages:
-    """One line per stage with its time; while a stage runs, and only on a terminal, a spinner with the step."""
+    """Prints one line per stage with its time; on a terminal, a running stage shows a spinner with the step."""
 
     def __init__(self, console: Console, threads: _Threads) -> None:
         self.console = console
@@ -225,8 +225,8 @@ class _Stages:
 
 
 class _Threads:
-    """As many threads as there are cores that others leave free, MAX_THREADS at most, looked at stage by stage and
-    step by step; inside a with statement, before which PyTorch need not be loaded, and after it as many as before.
+    """Context manager that sets PyTorch's threads to the number of free cores, at most MAX_THREADS, and adjusts it at
+    every stage and step. PyTorch need not be imported before; the former number is restored at the end.
     """
 
     def __init__(self, cores: FreeCores) -> None:
@@ -265,7 +265,7 @@ def _step_callback(stages: _Stages) -> Any:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """No progress bars of datasets and transformers between our lines."""
+    """Hides the progress bars of datasets and transformers."""
     import datasets
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""The sections of the demo's report: result first, then how it came about."""
+"""The sections of the demo's report: first the results, then the method."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def demo_sections(experiment: Experiment, *, seed: int, seconds: float) -> list[
     """All sections, in the order of the page.
 
     Args:
-        seconds: wall time of the whole run up to here.
+        seconds: wall time of the whole run so far.
     """
     return [
         _summary(experiment),
@@ -55,12 +55,12 @@ def _summary(experiment: Experiment) -> Text:
         "In short",
         [
             "A small language model was trained from scratch on generated reviews, then tuned by DPO on pairs of its"
-            f" own samples at {len(sweep.policies)} values of beta. The true reward of any text is known here, so what"
-            " DPO sees only through noisy preferences can be measured directly.",
+            f" own samples at {len(sweep.policies)} values of beta. The true reward of any text is known here, so this"
+            " report measures directly what DPO only learns from noisy preferences.",
             f"Samples of the reference have a mean true reward of {sweep.reference.reward.mean:.2f} nats. DPO raises it"
             f" to {last.reward.mean:.2f} at beta = {last.beta:g}, at a KL of {last.kl.mean:.2f} nats to the reference,"
-            f" and to {first.reward.mean:.2f} at beta = {first.beta:g}, at a KL of {first.kl.mean:.2f}: beta sets how"
-            " far the policy goes from the reference.",
+            f" and to {first.reward.mean:.2f} at beta = {first.beta:g}, at a KL of {first.kl.mean:.2f}: beta"
+            " controls how far the policy moves from the reference.",
             f"{num_held} of the {len(orderings)} orderings that theory predicts hold by more than two standard errors;"
             " they are listed below.",
         ],
@@ -88,9 +88,9 @@ def _results(experiment: Experiment) -> Table:
         rows,
         note=f"Mean ± one standard error, in nats, over {sweep.num_heldout_pairs:,} held-out pairs (accuracy, margin)"
         f" and {len(sweep.reference.samples):,} samples, one per held-out prompt (true reward, KL, tokens). Accuracy is"
-        " the share of pairs that the implicit reward, beta * (log pi - log pi_ref), ranks as they are labelled. The"
-        " reference's implicit reward is zero for every text and ranks nothing, so its row shows the accuracy of"
-        " ranking by its own log-probability. Labels are drawn at random with the Bradley-Terry probabilities: the"
+        " the share of pairs that the implicit reward, beta * (log pi - log pi_ref), ranks as labelled. The implicit"
+        " reward of the reference is zero for every text, so its row shows the accuracy of ranking by its own"
+        " log-probability. Labels are drawn at random with the Bradley-Terry probabilities: the"
         f" true reward itself ranks {100 * experiment.label_ceiling:.1f} % of these pairs as labelled, and no model can"
         " be expected to do better.",
     )

@@ -1,8 +1,8 @@
-"""`fastdpo env`: what a bug report needs, as lines to paste or, with --json, one JSON object.
+"""`fastdpo env`: the facts for a bug report, as lines to paste or, with --json, one JSON object.
 
-Out: versions, the machine, GPUs and driver, the kernels and attention backends that are there and those that a run
-would take, the head op's implementations, and the self-check's verdict on a tiny model. Refuses nothing: what cannot
-be found out is said with the reason.
+Out: versions, the machine, GPUs and driver, the available kernels and attention backends and those that a run would
+use, the head op's implementations, and the self-check's verdict on a tiny model. A fact that cannot be determined is
+reported with the reason; nothing is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PACKAGES = (
     *("torch", "triton", "transformers", "datasets", "accelerate", "peft", "bitsandbytes", "trl", "flash-attn"),
     *("kernels", "liger-kernel", "deepspeed", "huggingface-hub", "tokenizers", "safetensors", "numpy", "pyarrow"),
 )
-# of /proc/cpuinfo: what decides which kernels of MKL, oneDNN and torch run
+# keys of /proc/cpuinfo that determine which kernels of MKL, oneDNN and torch run
 VECTOR_UNITS = ("sse4_2", "avx", "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "neon", "asimd", "sve")
 VARIABLES = (
     *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "TRITON_INTERPRET"),
@@ -77,7 +77,7 @@ def _shown(value: Any) -> str:
 
 
 def _found(what: Callable[[], Any]) -> Any:
-    """A section, or why it could not be had: a broken install must not keep the rest from being told."""
+    """A section, or the error that prevented it: a broken install must not hide the other facts."""
     try:
         return what()
     except Exception as error:
@@ -106,7 +106,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo; nothing where there is none."""
+    """The first processor in /proc/cpuinfo; empty without that file."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -164,7 +164,7 @@ def _device() -> Any:
 
 
 def _head_op() -> dict[str, Any]:
-    """Which implementations run here, and which one "auto" takes."""
+    """The implementations that run here, and the one that "auto" takes."""
     import torch
 
     from fastdpo.ops.engine import NAMES, resolve_impl
@@ -181,7 +181,7 @@ def _head_op() -> dict[str, Any]:
 
 
 def _attention() -> dict[str, Any]:
-    """Every backend, and whether it is there; which one runs a model is in the self-check."""
+    """Every backend and whether it can run; the self-check shows which one runs a model."""
     from fastdpo.modeling.attention import BACKENDS
 
     call = _plain_call()
@@ -189,19 +189,19 @@ def _attention() -> dict[str, Any]:
 
 
 def _plain_call() -> Any:
-    """The call of a layer without a window, sinks or a softcap, in the dtype that a run on this device has."""
+    """An attention call without a window, sinks or a softcap, in the dtype of a run on this device."""
     import torch
 
     from fastdpo.modeling.attention.call import AttentionCall, PackedLayout
 
     device = _device()
     heads = torch.zeros(1, 4, 8, 64, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    layout: PackedLayout = None  # type: ignore[assignment]  # of no account to what a backend can do
+    layout: PackedLayout = None  # type: ignore[assignment]  # does not affect what a backend supports
     return AttentionCall(heads, heads, heads, layout, 0.0, 0.125, None, None, None)
 
 
 def _self_check() -> dict[str, Any]:
-    """Packed against separate log-probs of a tiny Llama on this device, as every run asks of its own model."""
+    """Compares packed and separate log-probs of a tiny Llama on this device, as every run does with its own model."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

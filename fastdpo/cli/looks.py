@@ -1,7 +1,7 @@
-"""What a run reads before it loads a weight: the models' configs, the tokenizer, the first rows.
+"""Checks before a run loads any weights: the models' configs, the tokenizer, the first rows.
 
-In: the options of a run, and its datasets. Out: the tokenizer. Refuses models and tokenizers that are not there or
-cannot be trained, and rows that cannot be read, each with the line to type; loading a model first would cost minutes.
+In: the options of a run, and its datasets. Out: the tokenizer. Refuses missing or untrainable models and tokenizers,
+and unreadable rows, each with the option to type. Loading a model before these checks could cost minutes.
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ NUM_ROWS = 3  # of each dataset, that are read and tokenized first
 
 
 def merge_load_settings(args: EngineConfig, asked: dict[str, Any]) -> None:
-    """Adds to model_init_kwargs what has an option of its own.
+    """Adds the values of load options such as --dtype to model_init_kwargs.
 
     Raises:
-        ValueError: both say something, and not the same.
+        ValueError: an option and model_init_kwargs have different values.
     """
     given = args.init_kwargs()
     for name, value in asked.items():
         if name in given and str(given[name]).removeprefix("torch.") != value:
             option = "model_revision" if name == "revision" else name
             raise ValueError(
-                f"{option} must not be given beside another one in model_init_kwargs, got {value!r} and"
-                f" {str(given[name])!r}"
+                f"{option} must equal its value in model_init_kwargs, got {value!r} and {str(given[name])!r} there"
             )
     if asked:
         kwargs: Any = args.model_init_kwargs or {}
@@ -47,10 +46,10 @@ def merge_load_settings(args: EngineConfig, asked: dict[str, Any]) -> None:
 
 
 def look_at_models(run: RunArguments, args: EngineConfig, ref_model: str | None = None) -> Any:
-    """The tokenizer of the run; reads the configs of the model and of the reference.
+    """Checks the configs of model and reference, and returns the tokenizer of the run.
 
     Raises:
-        ValueError: one of them is not there or cannot be trained, with the option to mend it.
+        ValueError: one of them is missing or cannot be trained; the message names the option to change.
     """
     _look_at_config("model", run.model, args)
     if ref_model is not None:
@@ -76,29 +75,29 @@ def _look_at_config(option: str, name: str, args: EngineConfig) -> None:
 
 
 def _load_tokenizer(run: RunArguments, args: EngineConfig) -> Any:
-    """That of `tokenizer`, or the model's."""
+    """Loads `tokenizer`, or the model's own."""
     if run.tokenizer is not None:
         trust = {"trust_remote_code": True} if args.trust_remote_code else {}
         try:
             return load_tokenizer(run.tokenizer, trust)
         except ValueError as error:
             raise ValueError(
-                f"tokenizer must be a local directory or a name with one, got {run.tokenizer!r}: {_first(error)}"
+                f"tokenizer must be a local directory or a name on the Hub, got {run.tokenizer!r}: {_first(error)}"
             ) from error
     try:
         return load_tokenizer(run.model, args.init_kwargs())
     except ValueError as error:
         raise ValueError(
-            f"model must come with a tokenizer, there is none in {run.model!r}: {_first(error.__cause__ or error)};"
+            f"model must come with a tokenizer, got {run.model!r} without one: {_first(error.__cause__ or error)};"
             " name another one: --tokenizer FOLDER_OR_NAME"
         ) from error
 
 
 def look_at_rows(train: Any, evaluated: Any, tokenizer: Any, args: EngineConfig, run: RunArguments) -> None:
-    """Reads and tokenizes the first rows of both, as the run will read all of them.
+    """Reads and tokenizes the first rows of both datasets with the settings of the run.
 
     Raises:
-        ValueError: they cannot be read, with what to do about it.
+        ValueError: the rows cannot be read; the message names a remedy.
     """
     for name, dataset in (("training", train), ("evaluation", evaluated)):
         if dataset is not None:
@@ -121,12 +120,12 @@ def _look_at_rows(dataset: Any, tokenizer: Any, args: EngineConfig) -> None:
 
 
 def _remedy(args: EngineConfig, run: RunArguments) -> str:
-    """The line to type where no format fits."""
+    """The options to type if no format fits."""
     if hasattr(args, "columns") or hasattr(run, "columns"):
         return "; write --columns prompt=...,chosen=...,rejected=..., or name the format: --dataset_format NAME"
     return "; rename the columns, or name the format: --dataset_format NAME"
 
 
 def _first(error: BaseException) -> str:
-    """The first line of a message; those of from_pretrained go on about the Hub."""
+    """The first line of a message; further lines of from_pretrained are about the Hub."""
     return str(error).strip().partition("\n")[0].rstrip(".")

@@ -9,7 +9,7 @@ from importlib import import_module
 
 import fastdpo
 
-# name -> (module with main(argv), what it is for)
+# name -> (module with main(argv), description)
 COMMANDS = {
     "train": ("fastdpo.cli.train", "train a model on preference pairs (DPO and related losses)"),
     "sft": ("fastdpo.cli.sft", "fine-tune a model before DPO, on completions or on the chosen responses of pairs"),
@@ -52,7 +52,7 @@ alignment-handbook also work (--model_name_or_path, --dataset_name, ...).
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a subcommand; the exit code is its own (0, or 1 of `verify`), or 2 where the user can mend the cause."""
+    """Runs a subcommand and returns its exit code (0, or 1 from `verify`), or 2 for an error that the user can fix."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         print(f"error: command must be one of {', '.join(COMMANDS)}, got {argv[0]!r}{hint}", file=sys.stderr)
         return 2
-    # where it is installed it is imported with transformers, and says then which of its CPU kernels it does without
+    # transformers imports bitsandbytes if it is installed, which then logs its missing CPU kernels
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     command: Callable[[list[str]], int | None] = import_module(COMMANDS[argv[0]][0]).main
     try:

@@ -26,10 +26,10 @@ from fastdpo.cli.recipes.release import flattened, read_overrides
 
 
 def main(argv: list[str]) -> int:
-    """Migrates and reports.
+    """Migrates the recipe and reports.
 
     Raises:
-        ValueError: no recipe, or none of a kind that is known.
+        ValueError: the file is not a recipe of a known project.
     """
     options = _parser().parse_args(argv)
     recipe, overrides, folder = _read(options.recipe)
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
             print(f"no counterpart: {line}\n    {why}")
     to_mend = _to_mend(book.command, text)
     if to_mend is not None:
-        print(f"to mend before it runs: {to_mend}", file=sys.stderr)
+        print(f"fix this before you run it: {to_mend}", file=sys.stderr)
         return 1
     if options.out is not None:
         print(f"run it: fastdpo {book.command} --config {options.out}")
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _read(words: list[str]) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    """The recipe of the file among the words, the overrides among them, and the file's folder."""
+    """Splits the words into the recipe of the file, the overrides, and the file's folder."""
     files = [word for word in words if "=" not in word or Path(word).is_file()]
     overrides = read_overrides([word for word in words if word not in files])
     if len(files) > 1:
@@ -90,7 +90,7 @@ def _read(words: list[str]) -> tuple[dict[str, Any], dict[str, Any], Path]:
 
 
 def _to_mend(command: str, text: str) -> str | None:
-    """What `fastdpo <command>` would refuse at its first look, files aside; None where it would take the recipe."""
+    """The error of `fastdpo <command>`'s first look at the recipe, ignoring files; None if it is accepted."""
     parser = table_parser(command)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "recipe.yaml")

@@ -1,8 +1,8 @@
-"""`fastdpo plan`: which settings of a model fit a GPU, and the longest pair that each takes.
+"""`fastdpo plan`: which settings of a model fit a GPU, and the longest pair for each.
 
-In: a model's name, folder or config.json, and an amount of memory. Out: a table (or JSON) of what to train, how, with
-the estimate of each part. From the config alone: no weight is loaded, no GPU is needed. Refuses amounts that are none,
-and a model that fits in no way.
+In: a model's name, folder or config.json, and an amount of memory. Out: a table (or JSON) of training methods and
+settings, with an estimate of each part of the memory. It needs only the config: it loads no weights and needs no GPU.
+Refuses invalid amounts, and a model that fits with no settings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 def main(argv: list[str]) -> None:
     """Raises:
-    ValueError: anything that the user can mend; also where no settings fit.
+    ValueError: an error that the user can fix, or no settings fit.
     """
     parser = RaisingParser(
         prog="fastdpo plan", description="Shows which settings fit a GPU, and the longest pair that fits with each."
@@ -76,13 +76,13 @@ def main(argv: list[str]) -> None:
         return
     console.print(_table(plans, config))
     console.print(
-        "longest pair: tokens of the prompt and both responses, the prompt once and half of them; its longer sequence"
-        " has three quarters. It is also the micro-batch to which shorter pairs are packed. Sizes in GB (10**9"
-        f" bytes) at so many tokens; {1 - USABLE_SHARE:.0%} of the memory is left for fragments. adapter: the model"
-        " without its LoRA is the reference; cached: log-probs computed once. No estimate has been compared with a GPU"
-        " yet; on yours `--max_tokens_per_microbatch auto` measures."
+        "longest pair: tokens of prompt and both responses; the prompt counts once and is half of them, so the longer"
+        " sequence has three quarters. Shorter pairs are packed into micro-batches of this size. Sizes are in GB (10**9"
+        f" bytes) at this length; {1 - USABLE_SHARE:.0%} of the memory stays free for fragmentation. adapter: the model"
+        " without its LoRA is the reference; cached: log-probs are computed once. No estimate has been compared with a"
+        " GPU yet; measure on yours with `--max_tokens_per_microbatch auto`."
     )
-    console.print("\nThe first of each kind that fits:")
+    console.print("\nThe first command of each kind that fits:")
     length = "" if options.max_length is None else f"--max_length {options.max_length} "
     firsts: dict[str, Plan] = {}
     for plan in fitting:
@@ -107,7 +107,7 @@ def parse_bytes(text: str) -> int:
 
 def load_config(name: str, trust_remote_code: bool = False) -> Any:
     """Raises:
-    ValueError: there is no such config, or it has no causal LM.
+    ValueError: the config does not exist, or it is not for a causal LM.
     """
     from transformers import AutoConfig
 

@@ -1,7 +1,7 @@
 """`fastdpo precompute`: reference log-probs ahead of training, from the command line.
 
-Takes the options of `fastdpo train`, so that one YAML file serves both; output_dir is not needed, and what only
-training reads has no effect and is not shown by --help.
+Takes the options of `fastdpo train`, so that one YAML file serves both. output_dir is optional; options that only
+training reads have no effect, and --help does not show them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 
 from fastdpo.cli.options.early import look
 
-OPTIONS = (  # what is read here, of those of `fastdpo train`
+OPTIONS = (  # the options of `fastdpo train` that this command reads
     "model dataset config model_revision dtype attn_implementation tokenizer chat_template dataset_config dataset_split"
     " datasets eval_dataset eval_split eval_datasets eval_fraction max_length max_prompt_length truncation_mode"
     " on_bad_row dataset_format dataset_num_proc pad_token model_init_kwargs trust_remote_code loss_type ld_alpha"
@@ -21,10 +21,10 @@ OPTIONS = (  # what is read here, of those of `fastdpo train`
 
 
 def main(argv: list[str]) -> None:
-    """Parses, computes what the cache lacks, and says where it is.
+    """Parses the options, computes the log-probs missing in the cache, and prints its location.
 
     Raises:
-        ValueError: anything that the user can mend.
+        ValueError: an error that the user can fix.
     """
     argv, shown = ["--output_dir", "not_used", *argv], OPTIONS.split()
     look("precompute", argv, shown)
@@ -68,6 +68,4 @@ def main(argv: list[str]) -> None:
     table.add_row("time", f"{time.perf_counter() - started:.1f} s")
     table.add_row("cache", str(done.folder))
     console.print(table)
-    console.print(
-        "`fastdpo train` with the same model, data and settings and `--reference cached` computes none of it again"
-    )
+    console.print("`fastdpo train --reference cached` with the same model, data and settings reuses these log-probs")

@@ -1,4 +1,4 @@
-"""What `fastdpo train` and `fastdpo sft` have in common: the output directory, the data, the start, the end."""
+"""The code shared by `fastdpo train` and `fastdpo sft`: output directory, data, start and end of the run."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ def run_training(
     adapter_class: type[LoraArguments],
     columns: list[tuple[str, str]],
 ) -> None:
-    """Parses, refuses what cannot work, trains, reports.
+    """Parses the options, checks them, trains, and reports.
 
     Args:
         columns: (metric, heading) of the before/after table.
     Raises:
-        ValueError: anything that the user can mend, before a weight is changed.
+        ValueError: an error that the user can fix; raised before any weight is changed.
     """
     run, adapter, args = parse(command, [RunArguments, adapter_class, config_class], argv)
     warn_of_dropout(adapter, args)
     merge_load_settings(args, run.load_settings())
     console, cores = make_console(), FreeCores()
-    is_known = adapter.use_peft or Path(run.model).is_dir()  # what a name on the Hub holds is not
+    is_known = adapter.use_peft or Path(run.model).is_dir()  # the contents of a name on the Hub are not known
     has_adapter = adapter.use_peft or adapter_base(run.model) is not None if is_known else None
     resume_from = check_output_dir(args, overwrite=run.overwrite_output_dir, has_adapter=has_adapter)
     ref_model = {"ref_model": adapter.ref_model} if isinstance(adapter, AdapterArguments) else {}
@@ -88,9 +88,9 @@ def check_output_dir(args: EngineConfig, *, overwrite: bool, has_adapter: bool |
     """The checkpoint to resume from, if any.
 
     Args:
-        has_adapter: whether the run trains an adapter; None where only the model will show it.
+        has_adapter: whether the run trains an adapter; None if only the model will show it.
     Raises:
-        ValueError: the directory holds another run, or what to resume from is no checkpoint of such a run.
+        ValueError: the directory holds another run, or `resume_from_checkpoint` is not a checkpoint of such a run.
     """
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
@@ -100,14 +100,14 @@ def check_output_dir(args: EngineConfig, *, overwrite: bool, has_adapter: bool |
         return checkpoint
     if not overwrite and any(next(output_dir.glob(sign), None) for sign in _SIGNS_OF_A_RUN):
         raise ValueError(
-            f"output_dir must not hold another run, got {output_dir}; choose a new one, go on with it by"
-            " --resume_from_checkpoint true, or replace it by --overwrite_output_dir"
+            f"output_dir must not hold another run, got {output_dir}; choose a new folder, continue the run with"
+            " --resume_from_checkpoint true, or replace it with --overwrite_output_dir"
         )
     return None
 
 
 def without_secrets(argv: Sequence[str]) -> list[str]:
-    """The command line with <HUB_TOKEN> for the token, as TrainingArguments.to_dict masks it: the report shows it."""
+    """The command line with <HUB_TOKEN> in place of the token, as in TrainingArguments.to_dict, for the report."""
     shown, is_next = [], False
     for argument in argv:
         option, joined, _ = argument.partition("=")
@@ -119,8 +119,7 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
 
 
 def load_datasets(run: RunArguments, args: EngineConfig) -> tuple[Any, Any]:
-    """Training and evaluation rows; the latter held out of the former where nothing says where they are, but not of a
-    stream."""
+    """Training and evaluation rows. Without evaluation data, training rows are held out, unless streamed."""
     is_sft = isinstance(args, SFTConfig)
     how: dict[str, Any] = {"streaming": run.dataset_streaming, "dataset_format": args.dataset_format, "is_sft": is_sft}
     load = stream_preference_dataset if run.dataset_streaming else load_preference_dataset
@@ -146,7 +145,7 @@ def load_datasets(run: RunArguments, args: EngineConfig) -> tuple[Any, Any]:
 
 
 def _names_split(run: RunArguments) -> bool:
-    """Whether a split of the training data's own dataset is evaluated; a file is one split, whatever it is called."""
+    """Whether a split of the training dataset itself is evaluated; a file has only one split, for any name."""
     return run.eval_split is not None and run.datasets is None and not Path(run.dataset).expanduser().is_file()
 
 
@@ -156,8 +155,8 @@ def _evaluated_split(run: RunArguments, load: Any) -> Any:
     except ValueError as error:
         raise ValueError(
             f"eval_split must be a split of {run.dataset} (TRL evaluates on dataset_test_split, test by default), got"
-            f" {run.eval_split!r}; name another one by --eval_split, give --eval_dataset FILE, or hold rows out by"
-            f" --eval_fraction 0.05: {error}"
+            f" {run.eval_split!r}; write another --eval_split, --eval_dataset FILE, or --eval_fraction 0.05 to hold out"
+            f" rows: {error}"
         ) from error
 
 
@@ -171,11 +170,11 @@ def print_summary(trainer: PackedTrainer, run: RunArguments) -> None:
 
 
 def warn_of_busy_cores(console: Console, trainer: PackedTrainer, cores: FreeCores) -> None:
-    """The number of threads stays the user's, as it decides how sums are rounded: a run must not depend on what else
-    the machine has done.
+    """Warns of busy cores without changing the number of threads: the number affects the rounding of sums, and a run
+    must not depend on other programs.
     """
     num_threads = torch.get_num_threads()
-    cores.threads(num_threads)  # what has been free while model and data were loaded
+    cores.threads(num_threads)  # counts the free cores while model and data were loaded
     warning = busy_cores_warning(cores.free, cores.num_cores, num_threads)
     if warning is not None and trainer.args.device.type == "cpu" and trainer.is_world_process_zero():
         console.print(f"warning: {warning}", soft_wrap=True, highlight=False)
@@ -188,13 +187,13 @@ def train_and_compare(
     options: Mapping[str, Any],
     columns: list[tuple[str, str]],
 ) -> None:
-    """Evaluates, trains, evaluates again, saves everything, and prints what changed and where it is.
+    """Evaluates, trains, evaluates again, saves everything, and prints the changes and the saved files.
 
     Args:
-        options: what the run was started with; written to RUN_FILE.
+        options: the options of the run; written to RUN_FILE.
         columns: (metric, label) pairs of the table, metrics without prefix.
     """
-    if resume_from is None and trainer.is_world_process_zero():  # what --overwrite_output_dir replaces
+    if resume_from is None and trainer.is_world_process_zero():  # files of an earlier run, for --overwrite_output_dir
         for checkpoint in Path(trainer.args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     data = str(options["dataset"] or ", ".join(part["path"] for part in options["datasets"]))
@@ -235,7 +234,7 @@ def train_and_compare(
 
 
 def _end_progress_bars(trainer: PackedTrainer) -> None:
-    """Ends the line that a bar has begun, which the error would be written into."""
+    """Ends the line of an open progress bar, so that the error starts on a new line."""
     for callback in trainer.callback_handler.callbacks:
         for name in ("prediction_bar", "training_bar"):
             bar = getattr(callback, name, None)

@@ -13,7 +13,7 @@ COLUMNS = [
 
 
 def main(argv: list[str]) -> int | None:
-    """As `run_training`, after a first look that imports nothing heavy; the launcher's exit code where it is asked."""
+    """Calls `run_training` after a first look without heavy imports, or returns the exit code of the launcher."""
     code = launch("sft", argv, look("sft", argv))
     if code is not None:
         return code

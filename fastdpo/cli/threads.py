@@ -1,8 +1,8 @@
-"""How many threads a CPU has room for beside what else runs on it.
+"""How many threads a CPU can run without competing with other programs.
 
-Threads that share an operation wait for the last of them. Where another program has one of the cores, that one thread
-waits for its turn at every operation, and small models become many times slower than on a single thread. In: what
-cores and this process have done since the last look. Out: a number of threads, or a line that tells of it.
+Threads that share an operation wait for the slowest one. If another program occupies one of the cores, one thread waits
+for it at every operation, and small models become many times slower than on a single thread. In: the work of the cores
+and of this process since the last call. Out: a number of threads, or a warning.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import psutil
 
-BETWEEN_LOOKS = 1.0  # seconds; what the system counts in steps of 10 ms is then known to a few hundredths
+BETWEEN_LOOKS = 1.0  # seconds; the system counts in steps of 10 ms, so the error is a few hundredths
 
 
 class FreeCores:
-    """Of the cores that this process may run on, how many others have left free since the last look; all at first."""
+    """The number of this process's cores that other programs left free since the last call; all cores at first."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -27,7 +27,7 @@ class FreeCores:
         self._seen = self._look()
 
     def threads(self, most: int) -> int:
-        """At most `most`, one for every core that is more than half free, at least 1. Cheap: looks once a second."""
+        """One thread per core that is more than half free, from 1 to `most`. Cheap: measures once a second."""
         now, busy, own = self._look()
         seconds = now - self._seen[0]
         if seconds >= BETWEEN_LOOKS:
@@ -37,7 +37,7 @@ class FreeCores:
         return max(1, min(most, round(self.free)))
 
     def _look(self) -> tuple[float, float, float]:
-        """Now; the seconds that the cores have worked; those that this process has, on all its threads."""
+        """The time, the busy seconds of the cores, and the busy seconds of this process on all its threads."""
         times = psutil.cpu_times(percpu=True)
         idle = sum(times[core].idle + getattr(times[core], "iowait", 0.0) for core in self._cores)
         now, own = self._clock(), sum(os.times()[:4])
@@ -45,17 +45,17 @@ class FreeCores:
 
 
 def cores_of_this_process() -> list[int]:
-    """Their numbers; all of the machine where the system has no such limit."""
+    """The core numbers of this process; all of the machine if the system sets no limit."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(psutil.cpu_count() or 1))
 
 
 def busy_cores_warning(free: float, num_cores: int, num_threads: int) -> str | None:
-    """For a run on a CPU whose number of threads nobody has chosen; None where its threads have the cores they need."""
+    """A warning for a CPU run with the default number of threads; None if its threads have enough free cores."""
     if "OMP_NUM_THREADS" in os.environ or num_threads <= max(1, round(free)):
         return None
     return (
-        f"other programs keep {num_cores - free:.1f} of {num_cores} CPU cores busy: its {num_threads} threads will"
-        " wait for each other, which makes small models many times slower; OMP_NUM_THREADS=1 before the command helps"
+        f"other programs keep {num_cores - free:.1f} of {num_cores} CPU cores busy: this run's {num_threads} threads"
+        " will wait for each other, and small models become many times slower; put OMP_NUM_THREADS=1 before the command"
     )

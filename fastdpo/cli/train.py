@@ -18,7 +18,7 @@ COLUMNS = [
 
 
 def main(argv: list[str]) -> int | None:
-    """As `run_training`, after a first look that imports nothing heavy; the launcher's exit code where it is asked."""
+    """Calls `run_training` after a first look without heavy imports, or returns the exit code of the launcher."""
     code = launch("train", argv, look("train", argv))
     if code is not None:
         return code

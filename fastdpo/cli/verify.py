@@ -22,10 +22,10 @@ STYLES = {"ok": "green", "FAILED": "bold red", "skipped": "dim"}
 
 
 def main(argv: list[str]) -> int:
-    """Checks and reports; 1 if anything is wrong.
+    """Runs the checks and reports; returns 1 if a check fails.
 
     Raises:
-        ValueError: an option that cannot be used.
+        ValueError: an invalid option.
     """
     options = _parser().parse_args(argv)
     import torch
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _shape(options: argparse.Namespace, device: str) -> Shape | None:
-    """None leaves the choice to verify; what is given replaces part of the choice for this device."""
+    """The shape of the checks: None for the default; a given size replaces that part of this device's default."""
     given: dict[str, Any] = {name: getattr(options, name) for name in ("rows", "hidden", "vocab")}
     given = {name: value for name, value in given.items() if value is not None}
     return replace(default_shape("tiled", device), **given) if given else None

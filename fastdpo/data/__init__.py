@@ -1,1 +1,1 @@
-"""From files to packed batches: sources, forms, tokens, batches and rows are its rooms; `prepare` joins them."""
+"""From files to packed batches: the subpackages sources, forms, tokens, batches and rows, joined by `prepare`."""

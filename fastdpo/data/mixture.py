@@ -1,10 +1,10 @@
-"""Several sets of data as one: each loaded, cut to its columns and its share, one behind the other.
+"""Concatenates several datasets: each is loaded, reduced to its columns and to its share.
 
-In: parts as `cli.options.mixtures` checks them: path (a file, a directory, a name, or a builder such as "json" with
-data_files), name, split, data_dir, data_files, columns, and fraction or weight. Out: one Dataset, or one stream. Sets
-whose columns differ keep them: each row then is kept as JSON text. Single answers and trees become rows of ranked
-answers before they meet rows of another form.
-Refused with ValueError: what `loading` refuses, columns that a set lacks, shares of a stream.
+In: parts that `cli.options.mixtures` has checked: path (a file, a directory, a name, or a builder such as "json" with
+data_files), name, split, data_dir, data_files, columns, and fraction or weight. Out: one Dataset, or one stream. If the
+columns of the sets differ, each row is stored as JSON text. Single answers and trees become rows of ranked answers
+before they are joined with rows of another form.
+Refused with ValueError: everything that `loading` refuses, columns that a set lacks, shares of a stream.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def load_mixture(
     dataset_format: str = "auto",
     is_sft: bool = False,
 ) -> Any:
-    """The sets one behind the other.
+    """Loads and concatenates the sets.
 
     Args:
-        parts: see above. fraction: TRL's, the share of the mixture, whose size is the largest at which no set is taken
-            twice; the first rows of each are kept. weight: the alignment-handbook's, the share of the set's own rows,
-            drawn with the part's seed (0 where it has none).
+        parts: see above. fraction (TRL): the set's share of the mixture, which is as large as possible without using a
+            row twice; the first rows of each set are kept. weight (alignment-handbook): the share of the set's own
+            rows, drawn with the part's seed (default 0).
     Raises:
         ValueError: see above.
     """
@@ -43,7 +43,7 @@ def load_mixture(
     if streaming:
         shares = [key for part in parts for key in ("fraction", "weight") if part.get(key) not in (None, 1)]
         if shares:
-            raise ValueError(f"{shares[0]} must not be given where data is streamed: the sets' sizes are not known")
+            raise ValueError(f"{shares[0]} must not be given for streamed data, whose size is unknown")
         return _concatenated([_load(part, streaming=True) for part in parts])
     sets = [one_prompt_a_row(_load(part), dataset_format, is_sft=is_sft) for part in parts]
     fractions = [part.get("fraction") for part in parts]
@@ -52,12 +52,12 @@ def load_mixture(
     sets = [_weighed(dataset, part) for dataset, part in zip(sets, parts, strict=True)]
     kept = [dataset for dataset in sets if len(dataset) > 0]
     if not kept:
-        raise ValueError(f"datasets must leave a row, got none of {[len(dataset) for dataset in sets]}")
+        raise ValueError(f"datasets must keep at least one row, got {[len(dataset) for dataset in sets]} rows")
     return concatenate_datasets(_alike(kept)) if len(kept) > 1 else kept[0]
 
 
 def _sizes(sets: Sequence[Any], fractions: Sequence[Any]) -> list[int]:
-    """Rows of each set. Of 100 and 30 rows at fractions 1 and 1: 30 and 30."""
+    """Number of rows taken from each set. Sets of 100 and 30 rows with fractions 1 and 1 give 30 and 30."""
     shares = [fraction / sum(fractions) for fraction in fractions]
     total = min(len(dataset) / share for dataset, share in zip(sets, shares, strict=True) if share > 0)
     return [round(share * total) for share in shares]
@@ -82,7 +82,7 @@ def _load(part: Mapping[str, Any], *, streaming: bool = False) -> Any:
 
 
 def _built(part: Mapping[str, Any], split: str, streaming: bool) -> Any:
-    """By `datasets.load_dataset`, as TRL does: path is a builder (json, parquet, csv), a directory or a name."""
+    """Calls `datasets.load_dataset`, as TRL does: path is a builder (json, parquet, csv), a directory or a name."""
     from datasets import load_dataset
 
     settings = {key: part[key] for key in ("data_dir", "data_files") if part.get(key) is not None}
@@ -96,16 +96,17 @@ def _built(part: Mapping[str, Any], split: str, streaming: bool) -> Any:
 
 
 def _sliced(path: str, split: str, name: str | None, streaming: bool) -> Any:
-    """Parts of splits of a local path, as `train[:100]`, `train[:10%]+test`; as in Python, an end may lie beyond."""
+    """Parts of splits of a local path, such as `train[:100]`, `train[:10%]+test`; as in Python, an end may exceed the
+    number of rows."""
     from datasets import concatenate_datasets
 
     if streaming:
-        raise ValueError(f"split must be the name of one where data is streamed, got {split!r}")
+        raise ValueError(f"split must be the plain name of one split for streamed data, got {split!r}")
     pieces = []
     for text in split.split("+"):
         found = _PIECE.fullmatch(text.strip())
         if found is None:
-            raise ValueError(f"split must be as train[:100], train[:10%] or train+test, got {split!r}")
+            raise ValueError(f"split must look like train[:100], train[:10%] or train+test, got {split!r}")
         dataset = load_preference_dataset(path, found["name"], name)
         start, stop = (_row(found[end], len(dataset)) for end in ("start", "stop"))
         pieces.append(dataset.select(range(*slice(start, stop).indices(len(dataset)))))
@@ -113,32 +114,32 @@ def _sliced(path: str, split: str, name: str | None, streaming: bool) -> Any:
 
 
 def _row(bound: str | None, num_rows: int) -> int | None:
-    """-20 of 100 rows: -20; 75%: 75, to the nearest row."""
+    """Row index of a slice bound: with 100 rows, -20 gives -20 and 75% gives 75, rounded to the nearest row."""
     if not bound:
         return None
     return round(int(bound[:-1]) * num_rows / 100) if bound.endswith("%") else int(bound)
 
 
 def _with_columns(dataset: Any, columns: list[str], path: str) -> Any:
-    """The dataset with these columns alone, also where its rows are kept as JSON."""
+    """The dataset with only these columns, also if its rows are stored as JSON."""
     if dataset.column_names == [ROW_JSON]:
         return dataset.map(_picked, fn_kwargs={"columns": columns, "path": path})
     there = dataset.column_names
     missing = [column for column in columns if there is not None and column not in there]
     if missing:
-        raise ValueError(f"columns must be some of {there} in {path}, got {missing[0]!r}")
+        raise ValueError(f"columns must be among {there} of {path}, got {missing[0]!r}")
     return dataset.select_columns(columns)
 
 
 def _picked(example: Mapping[str, Any], columns: list[str], path: str) -> dict[str, str]:
     row = raw_example(example)
     if not any(column in row for column in columns):
-        raise ValueError(f"columns must be some of {sorted(row)} in {path}, got {columns}")
+        raise ValueError(f"columns must be among {sorted(row)} of {path}, got {columns}")
     return {ROW_JSON: json.dumps({column: row[column] for column in columns if column in row})}
 
 
 def _alike(sets: Sequence[Any]) -> list[Any]:
-    """The sets with the same columns: their own where all have them, else each row as JSON text."""
+    """The sets with equal columns: their own if all sets have the same, else each row as JSON text."""
     if all(dataset.features == sets[0].features for dataset in sets):
         return list(sets)
     return [_as_json(dataset) for dataset in sets]
@@ -155,7 +156,7 @@ def _row_json(example: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _concatenated(streams: Sequence[Any]) -> Any:
-    """Streams one behind the other, each row as JSON text where their columns differ or are not known."""
+    """Concatenated streams, each row as JSON text if their columns differ or are unknown."""
     from datasets import concatenate_datasets
 
     features = [stream.features for stream in streams]

@@ -1,10 +1,10 @@
-"""From a dataset of examples to a dataset of token columns, and the report of what happened on the way.
+"""From a dataset of examples to a dataset of token columns and a report.
 
 In: a `datasets.Dataset`, a list of dicts, or a `datasets.IterableDataset`, of any format in `formats`, or already
-tokenized (`fastdpo.data.rows.columns`). Out: for the rows that can be used, the columns of a `TokenizedGroup`, which
-`group_from_columns` turns back into one. Those of a Dataset are kept in datasets' cache, so that the same rows,
-tokenizer and settings are tokenized once, whatever the run; a stream is tokenized as it is read.
-Refused with ValueError: what `formats` refuses, a tokenizer that is none, a dataset of which nothing is left.
+tokenized (`fastdpo.data.rows.columns`). Out: the columns of a `TokenizedGroup` for every usable row;
+`group_from_columns` turns them back into a group. The tokens of a Dataset are stored in datasets' cache, so later runs
+with the same rows, tokenizer and settings reuse them; a stream is tokenized while it is read.
+Refused with ValueError: everything that `formats` refuses, a wrong kind of tokenizer, a dataset without a usable row.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def prepare_preference_dataset(
     Args:
         dataset: raw or tokenized examples.
         tokenizer: a transformers tokenizer, with a chat template if rows are conversational.
-        num_proc: processes for `Dataset.map`; None stays in this one. A stream has those of its data loader.
+        num_proc: processes for `Dataset.map`; None uses the current one. A stream uses its data loader's workers.
         desc: label of the progress bar.
     Returns:
-        The dataset with GROUP_COLUMNS (None where a row has no loss_masks or ref_logps), one row per usable example in
-        the given order, and the report; of a stream, one that grows as it is read.
+        The dataset with GROUP_COLUMNS (None if a row has no loss_masks or ref_logps), one row per usable example in
+        the given order, and the report; the report of a stream grows while the stream is read.
     Raises:
-        ValueError: no row is usable, a bad row where `settings.on_bad_row` is "raise", or what `formats` refuses.
+        ValueError: no row is usable, a row is bad and `settings.on_bad_row` is "raise", or `formats` refuses a row.
     """
     return _prepare(dataset, tokenizer, settings, is_sft=False, num_proc=num_proc, desc=desc)
 
@@ -116,7 +116,7 @@ def _prepare(
 
 
 def _checked_dataset(dataset: Any) -> Dataset:
-    """The dataset as a Dataset that has rows and no column of images, video or audio."""
+    """The dataset as a `Dataset`, checked to have rows and no columns of images, video or audio."""
     from datasets import Dataset
 
     if isinstance(dataset, (list, tuple)):
@@ -141,9 +141,9 @@ def _refuse_media(dataset: Dataset | IterableDataset) -> None:
 
 
 def one_prompt_a_row(dataset: Dataset, dataset_format: str, *, is_sft: bool) -> Dataset:
-    """Trees and single answers as rows of ranked answers; any other dataset as it is.
+    """Regroups trees and single answers into rows of ranked answers; any other dataset is returned unchanged.
 
-    To be called before a dataset is divided, or the answers to a prompt would fall into several parts.
+    Call this before splitting a dataset; otherwise the answers to one prompt may end up in different parts.
 
     Raises:
         ValueError: there are no ranked answers.
@@ -156,11 +156,11 @@ def one_prompt_a_row(dataset: Dataset, dataset_format: str, *, is_sft: bool) -> 
         grouped = list(rows)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            "dataset rows must all be like the first, as their answers are put together by prompt, got one that is not"
-            f" ({type(error).__name__}: {error})"
+            "dataset rows must all have the form of the first one, because answers are grouped by prompt, got another"
+            f" form ({type(error).__name__}: {error})"
         ) from error
     if not grouped:
-        raise ValueError(f"dataset must hold at least one prompt with ranked answers, {len(dataset)} rows hold none")
+        raise ValueError(f"dataset must hold at least one prompt with ranked answers, got none in {len(dataset)} rows")
     return dataset_from_rows(grouped)
 
 

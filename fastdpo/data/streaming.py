@@ -1,9 +1,9 @@
-"""A stream of examples (`datasets.IterableDataset`) as a stream of token columns, tokenized as it is read.
+"""From a stream of examples (`datasets.IterableDataset`) to a stream of token columns, tokenized while it is read.
 
-In: as `prepare`. Out: the same columns in the order of the stream, without rows that cannot be used; these are counted
-where the stream is read, and the first of each kind is told at once. Nothing is kept: another epoch tokenizes again.
-Refused with ValueError: what `rows` refuses, in the first row at once; formats whose rows are not prompts by themselves
-and have to be read as a whole.
+In: as in `prepare`. Out: the same columns in the order of the stream, without unusable rows; the reading process counts
+these and logs the first of each kind. Nothing is cached: each epoch tokenizes again.
+Refused with ValueError: everything that `rows` refuses (the first row is checked at once), and formats that have to be
+read as a whole because their rows are single answers or trees.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ ROWS_AT_ONCE = 16  # tokenized together: a run on a stream starts soon
 def prepare_stream(
     dataset: IterableDataset, tokenizer: Any, settings: TokenizationSettings, *, is_sft: bool
 ) -> tuple[IterableDataset, StreamReport]:
-    """The stream with GROUP_COLUMNS, and a report that grows as it is read in this process.
+    """The stream with GROUP_COLUMNS, and a report that grows while this process reads the stream.
 
     Raises:
-        ValueError: the stream is empty, or its first row is of no known format.
+        ValueError: the stream is empty, or its first row has no known format.
     """
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError("dataset must hold at least one row, got an empty stream")
     if regrouped((), raw_example(first, dataset.features or {}), settings.dataset_format, is_sft=is_sft) is not None:
         raise ValueError(
-            "dataset must not be streamed where its rows are single answers or trees, which have to be read as a"
-            " whole: load it without streaming=True"
+            "dataset must not be a stream if its rows are single answers or trees, which are grouped by prompt:"
+            " load it without streaming=True"
         )
     features = dataset.features or {}
     prepare = RowPreparer(tokenizer, settings, is_sft, features)
@@ -61,7 +61,7 @@ def prepare_stream(
 
 
 def checked_stream(dataset: IterableDataset, check: Callable[[TokenizedGroup], None]) -> IterableDataset:
-    """The same stream of token columns; `check` sees every group as it passes, and raises where it cannot be used."""
+    """The same stream of token columns; `check` gets every group and raises if the group cannot be used."""
     return dataset.map(partial(_check_columns, check=check), features=column_features(with_state=False))
 
 

@@ -1,9 +1,9 @@
-"""A small world of reviews with a known true reward, for experiments whose right answer can be computed.
+"""Synthetic reviews with a known true reward, for experiments whose correct result can be computed.
 
 In: a seed and counts. Out: prompts (review openings, train and held-out ones disjoint), responses (continuations drawn
 from a grammar), the true reward of any text in nats, and Bradley-Terry preference rows. Equal seeds give equal texts on
-any machine. The true reward reads the text alone, so it also judges what a model writes. Refuses counts that the
-grammar cannot fill.
+any machine. The true reward depends only on the text, so it also scores the output of a model. Refused with
+ValueError: counts larger than the grammar allows.
 
 The setting follows the controlled-sentiment experiment of the DPO paper (arXiv 2305.18290, section 6), which uses IMDb
 reviews and a sentiment classifier in place of our grammar and word valences.
@@ -38,12 +38,12 @@ MODIFIERS: dict[str, float] = {
 
 @dataclass(frozen=True)
 class _Topic:
-    """One kind of place or thing that is reviewed."""
+    """One kind of reviewed place or thing."""
 
     visits: tuple[str, ...]  # "We stayed at"
     things: tuple[str, ...]  # "the small hotel"
     times: tuple[str, ...]  # "last summer"
-    aspects: tuple[str, ...]  # "the room"; what opinions are about
+    aspects: tuple[str, ...]  # subjects of opinions, such as "the room"
     facts: tuple[str, ...]  # sentences without any opinion
 
 
@@ -84,10 +84,10 @@ _SUMMARIES = ("Overall it was", "All in all it was", "In the end it was", "The w
 
 
 def true_reward(response: str) -> float:
-    """Reward of a text in nats: REWARD_SCALE times the mean valence of its opinion words, 0.0 where it has none.
+    """Reward of a text in nats: REWARD_SCALE times the mean valence of its opinion words, 0.0 if it has none.
 
-    An opinion is a word of VALENCES, multiplied by the word before it where that is one of MODIFIERS: "not good" counts
-    -0.5 * 0.4. The mean makes it independent of length: a longer review of the same opinions earns the same.
+    An opinion is a word of VALENCES; a preceding word of MODIFIERS multiplies its value: "not good" counts -0.5 * 0.4.
+    The mean makes the reward independent of length: a longer review with the same opinions has the same reward.
     """
     opinions = []
     factor = 1.0

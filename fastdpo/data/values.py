@@ -1,4 +1,4 @@
-"""From one cell of a dataset to text, the fault of a row that cannot be used, and what a format is."""
+"""Converts one cell of a dataset to text; defines BadRow for unusable rows and RowFormat for formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Example = Mapping[str, Any]
 
 
 class BadRow(ValueError):
-    """One row that cannot be used. `reason` is the same for all rows with that fault, so that it can be counted."""
+    """An unusable row. `reason` is equal for all rows with the same fault, so that reasons can be counted."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -21,10 +21,10 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A known set of columns and the function that reads them. Several may have one name: releases of one dataset."""
+    """A known set of columns and the function that reads them. Several releases of one dataset may share a name."""
 
-    name: str  # what `dataset_format` takes
-    columns: tuple[str, ...]  # what `read` needs
+    name: str  # value of `dataset_format`
+    columns: tuple[str, ...]  # the columns that `read` needs
     read: Callable[[Any], PreferenceRow]  # from the row's `Cells`
     signature: tuple[str, ...] = ()  # further columns by which it is recognised without being named
     further: tuple[str, ...] = ()  # columns that its rows may have besides, which nothing has to read
@@ -63,7 +63,7 @@ def holds_messages(value: Any) -> bool:
 
 
 def best_response(preferences: Sequence[Sequence[int]]) -> int:
-    """The response with the most comparisons won beyond those lost, the first of several; 0 where none is compared."""
+    """The response with the most wins minus losses, the first one of equals; 0 if no response is compared."""
     lead: dict[int, int] = {}
     for chosen, rejected in preferences:
         lead[chosen] = lead.get(chosen, 0) + 1
@@ -72,7 +72,7 @@ def best_response(preferences: Sequence[Sequence[int]]) -> int:
 
 
 def common_prefix_length(items: Sequence[Any], other: Sequence[Any]) -> int:
-    """Number of leading characters, messages or tokens that both share."""
+    """Number of shared leading characters, messages or tokens."""
     for position, (a, b) in enumerate(zip(items, other, strict=False)):
         if a != b:
             return position

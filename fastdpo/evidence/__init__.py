@@ -1,1 +1,1 @@
-"""What a user can check on their own machine: numbers against fp64 (`verify`) and memory (`memory`)."""
+"""Checks that users can run on their own machine: numbers against fp64 (`verify`) and memory (`memory`)."""

@@ -1,7 +1,7 @@
-"""The checks that `verify` makes of one implementation in one dtype. Each is a generator of `Line`s.
+"""The checks of `verify` for one implementation in one dtype. Each check is a generator of `Line`s.
 
-In: a `Subject`. Out: lines with error, bound and verdict. The bound of an error is twice that of plain PyTorch in the
-same dtype, plus 1e-7; of what is promised to the bit, 0.
+In: a `Subject`. Out: lines with error, bound and verdict. The bound is twice the error of plain PyTorch in the same
+dtype, plus 1e-7; for results that must be equal to the bit, the bound is 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastdpo.types import IGNORE_INDEX, TOKEN_OUTPUTS, TokenLogps
 
 MIB = 2**20
 TOLERANCE = 2.0**-9  # of the checks of skip_tolerance
-# What an op may hold beyond the gradients that it returns and their fp32 sums, and shapes whose logits are larger
+# Memory limit of an op beyond its gradients and their fp32 sums, and shapes whose logits are larger
 WORKSPACE_BYTES = {"cpu": 64 * MIB, "cuda": 256 * MIB}
 MEMORY_SHAPES = {"cpu": Shape(2048, 16, 32768), "cuda": Shape(16384, 64, 65536)}
 HEADS: dict[str, dict[str, Any]] = {
@@ -31,7 +31,7 @@ HEADS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Line:
-    """The result of one check. `error` and `bound` are in `unit`; both None where the answer is only yes or no."""
+    """The result of one check. `error` and `bound` are in `unit`; both are None if the answer is only yes or no."""
 
     impl: str
     dtype: str
@@ -45,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is being checked, and on what."""
+    """The checked implementation, dtype, device and shape."""
 
     impl: str
     dtype: str  # name in torch
@@ -130,9 +130,9 @@ def determinism(subject: Subject) -> Iterator[Line]:
 def skipping(subject: Subject) -> Iterator[Line]:
     """skip_tolerance
 
-    Labels lie in the first quarter of the vocabulary; beyond it, logits fall by 24 nats, so that the mass that may be
-    dropped comes near the tolerance. With tolerance eps, row t of dH may be off by |g_t| eps max ||W_v||, and dW by
-    sum_t |g_t| eps ||h_t|| (Euclidean norms; fastdpo/ops/skipping.py); rounding comes on top.
+    Labels lie in the first quarter of the vocabulary; beyond it, logits fall by 24 nats, so that the dropped mass comes
+    near the tolerance. With tolerance eps, row t of dH may be off by |g_t| eps max ||W_v||, and dW by
+    sum_t |g_t| eps ||h_t|| (Euclidean norms; fastdpo/ops/skipping.py), plus rounding.
     """
     problem = subject.problem()
     hidden, weight = problem.floats[HIDDEN], problem.floats[WEIGHT]
@@ -147,7 +147,7 @@ def skipping(subject: Subject) -> Iterator[Line]:
         yield subject.skipped("skip_tolerance 2**-9", "always exact")
         return
     skipped = solve(subject.op, problem, skip_tolerance=TOLERANCE)
-    rounding = 2 * torch.finfo(getattr(torch, subject.dtype)).eps  # of two results that need not be summed alike
+    rounding = 2 * torch.finfo(getattr(torch, subject.dtype)).eps  # of two results with different orders of summation
     kept = problem.labels != IGNORE_INDEX
     weights = problem.upstream.double().abs() * kept * TOLERANCE  # (T,)
     name_h, name_w = f"grad {HIDDEN}", f"grad {WEIGHT}"
@@ -200,5 +200,5 @@ def _num_nonzero(x: Tensor) -> int:
 
 
 def _num_different(first: dict[str, Tensor], second: dict[str, Tensor]) -> int:
-    """Elements without the same bits; values are in fp64, which keeps every bit of the smaller types."""
+    """Number of elements with different bits; values are in fp64, which keeps every bit of the smaller types."""
     return sum(int((first[name].view(torch.int64) != second[name].view(torch.int64)).sum()) for name in first)

@@ -1,9 +1,9 @@
-"""Peak memory by measurement: how many bytes of tensors a call holds at once, beyond what was alive before it.
+"""Measures peak memory: the bytes of tensors that a call holds at once, beyond those alive before the call.
 
-In: a function without arguments, and the device on which it works. Out: bytes. On CUDA the caching allocator keeps the
-count; on the CPU every allocation and release that PyTorch's allocator reports to the profiler is added up, those
-inside C++ operators and custom ops too. What a library takes from the system by itself (MKL's packed operands, numpy)
-is in neither.
+In: a function without arguments, and its device. Out: bytes. On CUDA the caching allocator counts; on the CPU the
+allocations and releases that PyTorch's allocator reports to the profiler are summed, including those inside C++
+operators and custom ops. Memory that a library takes directly from the system (MKL's packed operands, numpy) is not
+counted.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_live_bytes(function: Callable[[], Any], device: torch.device | str = "cpu") -> int:
-    """The most bytes that tensors made by `function` occupy at one time, its result included.
+    """The largest number of bytes that tensors made by `function` occupy at one time, including its result.
 
-    It runs twice and the second run is measured: the first makes what stays for later calls (cuBLAS's workspace).
+    The function runs twice, and the second run is measured: the first one allocates lasting memory such as cuBLAS's
+    workspace.
     """
     device = torch.device(device)
     function()
@@ -60,13 +61,13 @@ def _cpu_peak(function: Callable[[], Any]) -> int:
             total += size
             peak = max(peak, total)
         else:
-            total -= alive.pop(address, 0)  # 0 for tensors from before: their end makes no room
+            total -= alive.pop(address, 0)  # 0 for tensors from before the call: freeing them does not count
     return peak
 
 
 def _allocations(profiler: profile) -> list[tuple[int, int]]:
-    """(address, bytes) of each allocation in order of time; bytes are negative where it is given back."""
-    results: Any = profiler.profiler  # its parts have no types that say what an event holds
+    """(address, bytes) of each allocation in order of time; bytes are negative for a release."""
+    results: Any = profiler.profiler  # its events are not typed
     pending: list[Any] = results.kineto_results.experimental_event_tree()[::-1]
     found = []
     while pending:
@@ -79,7 +80,7 @@ def _allocations(profiler: profile) -> list[tuple[int, int]]:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """PyTorch 2.13's profiler writes a line to file descriptor 2 whenever it starts and stops."""
+    """Silences file descriptor 2, to which PyTorch 2.13's profiler writes a line whenever it starts and stops."""
     sys.stderr.flush()
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

@@ -1,7 +1,7 @@
-"""Small problems for the head op, and what plain PyTorch makes of them, in the same dtype or in fp64.
+"""Small problems for the head op, and plain PyTorch's answers in the same dtype or in fp64.
 
-In: a shape, a dtype, a device. Out: inputs, and `Answer`s in fp64 that can be compared. Nothing here uses the code in
-`fastdpo.ops`: it is what that code is judged by.
+In: a shape, a dtype, a device. Out: inputs, and comparable `Answer`s in fp64. This module does not use `fastdpo.ops`,
+because its answers are the standard for that code.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Problem:
-    """One call of the head op, and the gradient that comes back from what follows it."""
+    """One call of the head op, and the upstream gradient of its result."""
 
     floats: dict[str, Tensor]  # hidden_states (T, H), lm_head_weight (V, H), maybe bias (V,)
     labels: Tensor  # (T,) int64
@@ -78,7 +78,7 @@ def plain_logits(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """(T, V) as a training script computes them: the matmul in the inputs' dtype, what follows in fp32 at least."""
+    """(T, V) logits as in a training script: the matmul in the inputs' dtype, further operations in fp32 at least."""
     logits = torch.nn.functional.linear(hidden_states, lm_head_weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -87,7 +87,7 @@ def plain_logits(
 def plain(
     hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, outputs: Sequence[str] = (), **settings: Any
 ) -> TokenLogps:
-    """Plain PyTorch in the inputs' dtype; of fp64 inputs, the exact result. Fills every statistic if any is wanted."""
+    """Plain PyTorch in the inputs' dtype; for fp64 inputs, the exact result. Fills all statistics if any is wanted."""
     logits = plain_logits(hidden_states, lm_head_weight, **settings)
     keep = labels != IGNORE_INDEX
     column = labels.where(keep, 0)[:, None]
@@ -108,7 +108,7 @@ def plain(
 
 
 def solve(op: Op, problem: Problem, wanted: Sequence[str] | None = None, **more: Any) -> Answer:
-    """Log-probs by `op`, and the gradients with respect to `wanted` (all floats), brought to fp64."""
+    """Log-probs by `op`, and the gradients with respect to `wanted` (all floats), converted to fp64."""
     wanted = list(problem.floats) if wanted is None else wanted
     floats = {name: x.detach().requires_grad_(name in wanted) for name, x in problem.floats.items()}
     logps = problem.call(op, floats, **more).logps
@@ -118,6 +118,6 @@ def solve(op: Op, problem: Problem, wanted: Sequence[str] | None = None, **more:
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
-    """Root mean square of the error over that of the exact values."""
+    """Root mean square of the error, divided by that of the exact values."""
     error, size = (value.double() - exact).square().sum().sqrt(), exact.square().sum().sqrt()
     return float(error / size) if size > 0 else float(error)

@@ -1,7 +1,8 @@
-"""`verify`: every implementation of the head op that runs here, held to fp64 and to its promises.
+"""`verify`: compares every implementation of the head op that runs on this machine with fp64, and checks its
+guarantees.
 
-In: a device, dtypes, a shape. Out: a `Line` per check. What cannot be checked here is a line too, with the reason.
-Refuses devices other than the CPU and CUDA, and dtypes that the op makes no promise for.
+In: a device, dtypes, a shape. Out: one `Line` per check; a check that cannot run here gives a line with the reason.
+Refuses devices other than the CPU and CUDA, and dtypes that the op does not support.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ def verify(
 
     Args:
         device: cpu or cuda, with an index if wanted.
-        dtypes: names in torch, out of ALL_DTYPES; by default DTYPES of the device.
-        shape: of the comparisons; by default ragged and of a size that takes seconds. Memory has shapes of its own.
-        each: is called with every line as it comes.
+        dtypes: names of torch dtypes out of ALL_DTYPES; by default DTYPES of the device.
+        shape: shape of the comparisons; by default ragged and small enough to take seconds. The memory check uses its
+            own shapes.
+        each: called with every finished line.
     Raises:
         ValueError: the device cannot be used, a dtype is not one of ALL_DTYPES, or there are too few rows.
     """
@@ -41,13 +43,13 @@ def verify(
     if place.type not in DTYPES:
         raise ValueError(f"device must be cpu or cuda, got {device!r}")
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be one that PyTorch can use, got {device!r} and found no GPU")
+        raise ValueError(f"device must be one that PyTorch can use, got {device!r} on a machine without a GPU")
     dtypes = DTYPES[place.type] if dtypes is None else dtypes
     for name in dtypes:
         if name not in ALL_DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(ALL_DTYPES)}, got {name!r}")
     if shape is not None and shape.rows < MIN_ROWS:
-        raise ValueError(f"rows must be at least {MIN_ROWS} (of fewer, single roundings decide), got {shape.rows}")
+        raise ValueError(f"rows must be at least {MIN_ROWS} (with fewer, single roundings decide), got {shape.rows}")
     lines = []
     for impl in NAMES:
         for dtype in dtypes:
@@ -67,7 +69,7 @@ def verify_one(subject: Subject, each: Callable[[Line], None] | None = None) -> 
         try:
             for line in _told(check(subject), each):
                 lines.append(line)  # one by one: a check that raises half-way has said something
-        except Exception as error:  # whatever an op raises is a finding
+        except Exception as error:  # any exception of an op is a finding
             what = (check.__doc__ or "").splitlines()[0]
             note = f"{type(error).__name__}: {error}"
             lines += _told([Line(subject.impl, subject.dtype, what, "FAILED", note=note)], each)
@@ -82,14 +84,14 @@ def _told(lines: Iterable[Line], each: Callable[[Line], None] | None) -> Iterato
 
 
 def default_shape(impl: str, device: torch.device | str) -> Shape:
-    """Ragged in every direction. In Triton's interpreter one tile takes milliseconds, so there it is small."""
+    """A ragged shape in every dimension. It is small for Triton's interpreter, where one tile takes milliseconds."""
     if torch.device(device).type == "cuda":
         return Shape(1021, 1000, 32003)
     return Shape(67, 40, 521) if impl == "triton" else Shape(389, 200, 4099)
 
 
 def machine(device: str) -> dict[str, str | None]:
-    """The facts without which a table of errors says little."""
+    """The facts about the machine that a table of errors needs."""
     on_gpu = torch.device(device).type == "cuda"
     try:
         import triton

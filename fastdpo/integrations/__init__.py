@@ -1,4 +1,4 @@
-"""Seats inside other trainers: the parts of fastdpo behind the signatures that their users already call."""
+"""Integrations with other trainers: parts of fastdpo with the call signatures of those trainers."""
 
 from fastdpo.integrations.linear_dpo_loss import LinearDPOLoss
 

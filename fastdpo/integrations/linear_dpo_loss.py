@@ -1,8 +1,8 @@
 """`LinearDPOLoss`: a preference loss straight from hidden states, with the call signature of Liger's fused DPO loss.
 
 In: the LM head, hidden states and targets of B chosen sequences followed by their B rejected ones, and a reference as
-hidden states or as log-probs. Out: the loss and what is logged about it. Refuses batches that are no pairs, and a
-reference that is missing, half given, given twice or not to be used.
+hidden states or as log-probs. Out: the loss and values for logging. Refuses batches that are not pairs, and a reference
+that is missing, incomplete, given twice, or given although unused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastdpo.ops.targets import labels_of
 from fastdpo.ops.validation import check_settings
 from fastdpo.types import IGNORE_INDEX, PairScores
 
-# sums over pairs that read nothing but log-probs and lengths, and no setting beyond this module's
+# sums over pairs that read only log-probs and lengths, and only settings of this module
 LINEAR_DPO_LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down"),
     "discopop",
@@ -30,27 +30,27 @@ LINEAR_DPO_LOSSES = (
 class LinearDPOLoss(nn.Module):
     """Mean preference loss of B pairs, from the hidden states before the LM head. The logits are never materialized.
 
-    Takes the place of `liger_kernel.chunked_loss.LigerFusedLinearDPOLoss` (0.8.5) in a script that imports it. What
-    differs: "ipo" works (log-ratios averaged per token, as TRL's), label_smoothing applies to "sigmoid" (conservative
-    DPO) and is refused where it would do nothing, a sequence without targets counts 0 where Liger gives nan, and a
-    frozen head costs no dW. The gradient is made in forward from the same logits (`fastdpo.ops.sequence_loss`), unless
-    tiles may be skipped.
+    A drop-in replacement for `liger_kernel.chunked_loss.LigerFusedLinearDPOLoss` (0.8.5). Differences: "ipo" works
+    (log-ratios averaged per token, as in TRL), label_smoothing applies to "sigmoid" (conservative DPO) and is refused
+    for losses that ignore it, a sequence without targets counts 0 (nan in Liger), and no dW is computed for a frozen
+    head. The gradient is computed in forward from the same logits (`fastdpo.ops.sequence_loss`), unless skip_tolerance
+    allows skipping tiles.
 
     Args:
-        ignore_index: target of the positions that count for nothing; they never reach the head.
+        ignore_index: target of ignored positions; they never reach the head.
         beta: temperature of the implicit reward, > 0.
-        alpha: weight of the NLL of the chosen responses, where compute_nll_loss is set.
+        alpha: weight of the NLL of the chosen responses if compute_nll_loss is set.
         compute_nll_loss: add alpha times the mean NLL per chosen token to the loss, in nats.
-        compiled, chunk_size: accepted and not used; there is nothing to compile, and the op chooses its tiles.
-        use_ref_model: compare with a reference; False takes its log-probs as 0.
-        average_log_prob: mean instead of sum over the tokens of a response, in the loss and in what is returned.
-        loss_type: one of LINEAR_DPO_LOSSES; the others of `fastdpo.LOSSES` need what only a trainer knows.
+        compiled, chunk_size: accepted without effect; there is nothing to compile, and the op chooses its tiles.
+        use_ref_model: compare with a reference; False sets the reference log-probs to 0.
+        average_log_prob: mean instead of sum over the tokens of a response, in the loss and in the returned log-probs.
+        loss_type: one of LINEAR_DPO_LOSSES; the other `fastdpo.LOSSES` need values that only a trainer has.
         label_smoothing: probability of a flipped label, for "sigmoid", "robust" and "exo_pair".
         discopop_tau: temperature of "discopop".
-        skip_tolerance, workspace_bytes, impl: as in `linear_logps`; without skipping all gradients must be asked for in
-            one backward where the inputs are fp32.
+        skip_tolerance, workspace_bytes, impl: as in `linear_logps`; without skipping, one backward must compute all
+            gradients if the inputs are fp32.
     Raises:
-        ValueError: a setting that the loss cannot use.
+        ValueError: an invalid setting.
     """
 
     def __init__(
@@ -81,11 +81,13 @@ class LinearDPOLoss(nn.Module):
         check_loss_settings(loss_type, self)
         if loss_type not in LINEAR_DPO_LOSSES:
             raise ValueError(
-                f"loss_type must be one of {sorted(LINEAR_DPO_LOSSES)} here, got {loss_type!r}: use it with DPOTrainer"
+                f"loss_type must be one of {sorted(LINEAR_DPO_LOSSES)}, got {loss_type!r}: DPOTrainer has all losses"
             )
         check_settings(1.0, None, (), skip_tolerance, workspace_bytes, impl)
         if loss_type == "ipo" and average_log_prob:
-            raise ValueError("average_log_prob must be False for loss_type 'ipo', which averages per token by itself")
+            raise ValueError(
+                "average_log_prob must be False for loss_type 'ipo', which already averages per token, got True"
+            )
 
     def forward(
         self,
@@ -108,16 +110,16 @@ class LinearDPOLoss(nn.Module):
             target: (2B, L) integers in [0, V) or ignore_index.
             bias: (V,), the head's bias.
             ref_input, ref_weight, ref_bias: the reference's (2B, L, H'), (V, H') and (V,); they get no gradient.
-            ref_chosen_logps, ref_rejected_logps: (B,) in place of the three, nats: log-probs that are known already,
-                summed over the response, or averaged where average_log_prob is set.
+            ref_chosen_logps, ref_rejected_logps: (B,) known reference log-probs in nats, instead of the three above:
+                summed over the response, or averaged if average_log_prob is set.
         Returns:
             loss, a scalar, differentiable once in lm_head_weight, hidden and bias; and a tuple without gradients:
             chosen_logps (B,), rejected_logps (B,), chosen_logits_mean, rejected_logits_mean (scalars, over every
             position, ignored ones too, and the vocabulary), nll_loss (scalar, 0 unless compute_nll_loss),
             chosen_rewards (B,), rejected_rewards (B,). All fp32 (fp64 for fp64 inputs).
         Raises:
-            ValueError: shapes that do not fit, a reference that is missing, incomplete or superfluous, and as
-                `sequence_logps`.
+            ValueError: shapes do not match, the reference is missing, incomplete or superfluous, or the inputs are
+                invalid for `sequence_logps`.
         """
         _check_pairs(lm_head_weight, hidden, target)
         ref_logps = self._given_reference(target, ref_input, ref_weight, ref_bias, ref_chosen_logps, ref_rejected_logps)
@@ -165,7 +167,7 @@ class LinearDPOLoss(nn.Module):
         return sums / lengths.clamp(min=1) if self.average_log_prob else sums
 
     def _scores(self, sums: Tensor, lengths: Tensor, ref_logps: Tensor) -> PairScores:
-        """From (2b,) numbers of the sequences of b pairs, each chosen one followed by its rejected one."""
+        """PairScores from (2b,) numbers of the sequences of b pairs, each chosen one followed by its rejected one."""
         ref_logps = ref_logps.to(sums.dtype)
         both = (self._logps(sums, lengths), ref_logps, lengths)
         return PairScores(*(x[half::2] for x in both for half in (0, 1)))
@@ -179,24 +181,24 @@ class LinearDPOLoss(nn.Module):
         ref_chosen_logps: Tensor | None,
         ref_rejected_logps: Tensor | None,
     ) -> Tensor | None:
-        """(2B,) reference log-probs, pair by pair, if they are known already.
+        """(2B,) known reference log-probs, pair by pair; None if they must be computed.
 
-        Refuses all but one complete reference, or none.
+        Refuses everything but exactly one complete reference, or none if use_ref_model is False.
         """
         states = {"ref_input": ref_input, "ref_weight": ref_weight, "ref_bias": ref_bias}
         logps = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
         given = [name for name, x in {**states, **logps}.items() if x is not None]
         if not self.use_ref_model:
             if given:
-                raise ValueError(f"{given[0]} must be None where use_ref_model is False")
+                raise ValueError(f"{given[0]} must be None if use_ref_model is False, got a value")
             return None
         from_states, from_logps = [[name for name in given if name in group] for group in (states, logps)]
         if from_states and from_logps:
-            raise ValueError(f"{from_logps[0]} must be None where {from_states[0]} is given: one reference, got two")
+            raise ValueError(f"{from_logps[0]} must be None if {from_states[0]} is given, got both: pass one reference")
         if not given:
             raise ValueError(
-                "ref_input and ref_weight, or ref_chosen_logps and ref_rejected_logps, must be given where"
-                " use_ref_model is True, got neither"
+                "ref_input and ref_weight, or ref_chosen_logps and ref_rejected_logps, must be given if use_ref_model"
+                " is True, got neither"
             )
         if from_states:
             missing = [name for name in ("ref_input", "ref_weight") if states[name] is None]
@@ -207,7 +209,7 @@ class LinearDPOLoss(nn.Module):
                 raise ValueError(f"ref_input must have shape {expected} to match target, got {tuple(ref_input.shape)}")
             return None
         if ref_chosen_logps is None or ref_rejected_logps is None:
-            raise ValueError("ref_chosen_logps and ref_rejected_logps must be given together, got one of them")
+            raise ValueError("ref_chosen_logps and ref_rejected_logps must be given together, got only one of them")
         num_pairs = target.shape[0] // 2
         for name, x in (("ref_chosen_logps", ref_chosen_logps), ("ref_rejected_logps", ref_rejected_logps)):
             if tuple(x.shape) != (num_pairs,) or x.device != target.device:
@@ -219,7 +221,7 @@ class LinearDPOLoss(nn.Module):
 
 
 class _Rows(NamedTuple):
-    """The positions of a (2B, L) batch that reach the head, each chosen sequence followed by its rejected one."""
+    """The positions of a (2B, L) batch that reach the LM head, each chosen sequence followed by its rejected one."""
 
     labels: Tensor  # (T,)
     cu_seqlens: Tensor  # (2B + 1,)
@@ -229,9 +231,9 @@ class _Rows(NamedTuple):
 
     @classmethod
     def of(cls, labels: Tensor) -> _Rows:
-        """The positions whose label is not IGNORE_INDEX. Counting them makes the host wait for a GPU, once a call.
+        """The positions whose label is not IGNORE_INDEX. Counting them synchronizes with the GPU once per call.
 
-        Under torch.compile every position is a row instead, so that shapes do not depend on values.
+        Under torch.compile all positions are rows, so that shapes do not depend on values.
         """
         num_pairs, length = len(labels) // 2, labels.shape[1]
         labels = labels.unflatten(0, (2, num_pairs)).transpose(0, 1)  # (B, 2, L)
@@ -256,7 +258,7 @@ class _Rows(NamedTuple):
 
 
 def _mean_logits(weight: Tensor, hidden: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean logit of the chosen and the rejected half: the head is linear, so these are the logits of the mean row."""
+    """Mean logit of the chosen and the rejected half, from the mean row, because the head is linear."""
     with torch.autocast(weight.device.type, enabled=False):
         means = torch.stack([half.mean((0, 1), dtype=dtype) for half in hidden.chunk(2)])  # (2, H)
         logits = F.linear(means.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))  # (2, V)

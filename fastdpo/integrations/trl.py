@@ -1,10 +1,10 @@
-"""`accelerate`: fastdpo's head op in the seat of TRL's own, inside a DPOTrainer that TRL has built.
+"""`accelerate`: replaces TRL's fused LM head by fastdpo's head op inside an existing `trl.DPOTrainer`.
 
-In: a `trl.DPOTrainer`, usually before `train()`. Out: the same trainer, in which policy and reference get their
-log-probs and token statistics from `linear_logps`, over response rows only, whatever the device. Batches, losses,
-metrics, logging and checkpoints stay TRL's, and so do all numbers, up to rounding. Packing and shared prompts need
-fastdpo's own DPOTrainer. Refuses other trainers, weights that are sharded over processes, and releases of TRL whose
-fused head is not the one described here (that of 1.16).
+In: a `trl.DPOTrainer`, usually before `train()`. Out: the same trainer; its policy and reference now get log-probs and
+token statistics from `linear_logps`, over response rows only, on any device. Batches, losses, metrics, logging and
+checkpoints are still TRL's, and all numbers are equal up to rounding. Packing and shared prompts need fastdpo's own
+DPOTrainer. Refuses other trainers, weights sharded over processes, and TRL releases whose fused head differs from that
+of 1.16.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastdpo.types import IGNORE_INDEX
 Trainer = TypeVar("Trainer")
 
 _SEAT = "_fastdpo_seat_in_trl"  # attribute of a model whose head op is ours
-_SETTINGS = {"temperature", "cast_lm_head_to_fp32", "outputs"}  # what TRL's fused forward was made with
+_SETTINGS = {"temperature", "cast_lm_head_to_fp32", "outputs"}  # settings of TRL's fused forward
 _LOGPS = "log_probs"
 _STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # TRL's names, and those of the head op
 _OUTPUT_FIELDS = {"loss", _LOGPS, *_STATISTICS, "label_mask", "aux_loss"}
@@ -37,12 +37,12 @@ def accelerate(trainer: Trainer) -> Trainer:
     """Puts fastdpo's head op into a `trl.DPOTrainer`, in place, for policy and reference. Idempotent.
 
     Args:
-        trainer: full or LoRA, with a live or a precomputed reference, any loss type of TRL's.
+        trainer: full or LoRA, with a live or a precomputed reference, and any TRL loss type.
     Returns:
-        The trainer that was given.
+        The given trainer.
     Raises:
-        ValueError: the object is no `trl.DPOTrainer`, its weights are sharded (FSDP, DeepSpeed ZeRO-3, tensor
-            parallelism), its LM head is no plain linear layer, or TRL is a release whose internals differ.
+        ValueError: the object is not a `trl.DPOTrainer`, its weights are sharded (FSDP, DeepSpeed ZeRO-3, tensor
+            parallelism), its LM head is not a plain linear layer, or TRL's internals differ in this release.
     """
     output_class = _output_class()
     _check_trainer(trainer)
@@ -53,7 +53,7 @@ def accelerate(trainer: Trainer) -> Trainer:
 
 
 def _output_class() -> Any:
-    """TRL's class of what a fused forward returns."""
+    """TRL's class for the result of a fused forward."""
     try:
         import trl
         from trl.trainer.utils import FusedCausalLMOutput
@@ -76,17 +76,19 @@ def _check_trainer(trainer: Any) -> None:
         name = f"{type(trainer).__module__.partition('.')[0]}.{type(trainer).__name__}"
         raise ValueError(f"trainer must be a trl.DPOTrainer, got {name}")
     if trainer.is_fsdp_enabled or getattr(trainer.args.deepspeed_plugin, "zero_stage", 0) == 3:
-        raise ValueError("trainer must hold whole weights; FSDP and DeepSpeed ZeRO-3 are not supported here")
+        raise ValueError(
+            "trainer must hold whole weights, got weights sharded by FSDP or DeepSpeed ZeRO-3: use fastdpo.DPOTrainer"
+        )
     if any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()):
-        raise ValueError("trainer must hold whole weights; tensor parallelism is not supported here")
+        raise ValueError("trainer must hold whole weights, got tensor parallelism")
 
 
 def _take_seat(model: nn.Module, output_class: Any, autocast: Callable[[], Any]) -> None:
-    """Replaces `model.forward` by one that scores by our op where TRL asks for its fused head, else calls the old one.
+    """Replaces `model.forward` by one that uses our op if TRL asks for its fused head, and else calls the old forward.
 
     Args:
-        autocast: the precision of the run. accelerate has put it around the forward of a reference, and will put it
-            around that of the policy, where it then stands twice.
+        autocast: the precision of the run. accelerate has already wrapped a reference's forward in autocast, and will
+            wrap the policy's, which is then wrapped twice.
     """
     if hasattr(model, _SEAT):
         return
@@ -106,7 +108,7 @@ def _take_seat(model: nn.Module, output_class: Any, autocast: Callable[[], Any])
 
 
 def _trl_settings(model: nn.Module) -> dict[str, Any]:
-    """What TRL's fused forward of this model was made with, also where accelerate has wrapped it since."""
+    """The settings of TRL's fused forward of this model, even if accelerate has wrapped the forward since."""
     import trl
 
     function: Any = model.forward
@@ -133,16 +135,16 @@ def _scored(
     num_items_in_batch: Tensor | int | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor | None]:
-    """The fields of TRL's output: (B, L - 1) per token, 0 where there is no label.
+    """The fields of TRL's output: (B, L - 1) per token, 0 at positions without a label.
 
     Args:
-        labels: (B, L), label l + 1 is predicted from position l; or shift_labels, which stand where they are predicted.
+        labels: (B, L), label l + 1 is predicted from position l; or shift_labels, already shifted to these positions.
     """
     backbone = model.base_model(*args, **{**kwargs, "use_cache": False})
     hidden_states = backbone.last_hidden_state
     if shift_labels is None:
         if labels is None:
-            raise ValueError("labels must be given where fused_lm_head is asked for, got None")
+            raise ValueError("labels must be given if fused_lm_head is set, got None")
         hidden_states, shift_labels = hidden_states[:, :-1], labels[:, 1:]
     head = lm_head(model)
     shift_labels = shift_labels.to(head.weight.device)  # the last layer may lie on another device than the head
@@ -169,7 +171,7 @@ def _scored(
 
 
 def _aux_loss(model: Any, router_logits: Any, attention_mask: Tensor | None) -> Any:
-    """The load-balancing loss of a mixture of experts, which transformers has once for all families."""
+    """The load-balancing loss of a mixture of experts, by transformers' function for all model families."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     config = model.config.get_text_config()

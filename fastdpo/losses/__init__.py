@@ -2,13 +2,13 @@
 
 Every function takes `(scores, config)` and returns (B,) losses in nats-like units, differentiable in the policy's
 log-probs. `config` is anything with the fields that the loss reads (`beta`, `label_smoothing`, ...), usually a
-DPOConfig. A reference-free run is one whose reference log-probs are zero; no loss needs to know. Names and formulas
-are TRL's where TRL has the loss, so that configs carry over.
+DPOConfig. In a reference-free run the reference log-probs are zero; losses need no special case. Names and formulas are
+TRL's for all losses that TRL has, so that configs carry over.
 
     pairwise     losses of one pair against a reference      batch       losses of sorted batches and of rankings
     likelihood   losses of the policy alone                  divergence  f-divergences in place of the KL
-    scores       what losses read, and the sum of a run's    release     the original release's function
-    registry                     what a loss says of itself         checks, settings   what can be combined, and is read
+    scores       inputs of losses, and their weighted sum    release     the original release's function
+    registry     facts about each loss                       checks, settings   valid settings and combinations
 """
 
 from fastdpo.losses import pairwise, likelihood, batch  # noqa: I001  # each registers its losses, in the order of help

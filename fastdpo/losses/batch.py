@@ -1,11 +1,11 @@
 """Losses of several pairs together: PairScores in, one loss per rank of a batch or per stage of a ranking out.
 
-AOT (arXiv 2406.05882) compares distributions: with sorted samples, stochastic dominance of one over another is a
-comparison rank by rank, here under the logistic loss. The i-th number returned belongs to rank i and to no pair, a
-batch cannot be split, and the same pairs in other batches are another loss.
+AOT (arXiv 2406.05882) compares distributions: on sorted samples, stochastic dominance is a comparison rank by rank,
+here with the logistic loss. The i-th returned number belongs to rank i and not to a pair, so a batch cannot be split,
+and the same pairs in other batches give another loss.
 
-A ranking of K responses, best first, comes as its K - 1 neighbouring pairs in order: stage k chooses response k among
-those that are left. `PairScores.rankings` says which ranking a pair belongs to. Rankings do not see each other.
+A ranking of K responses, best first, is given as its K - 1 neighbouring pairs in order: stage k chooses response k
+among the remaining ones. `PairScores.rankings` gives the ranking of each pair. Rankings are independent of each other.
 """
 
 from __future__ import annotations

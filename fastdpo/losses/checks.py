@@ -1,4 +1,4 @@
-"""Which settings a loss can be computed with, and which losses can be added: refused before anything is loaded."""
+"""Checks the settings of losses and the combinations of losses before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastdpo.losses.settings import LossConfig
 
 
 def check_loss_settings(loss_type: str | Sequence[str], config: Any) -> None:
-    """Raises ValueError where `loss_type` is no loss, or cannot be computed with the numbers of `config`.
+    """Raises ValueError if `loss_type` is not a loss, or if it cannot be computed with the settings in `config`.
 
     Args:
-        loss_type: a name, or several whose losses are added.
+        loss_type: a name, or several names whose losses are added.
         config: with beta, label_smoothing and discopop_tau.
     """
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
@@ -40,7 +40,7 @@ def check_loss_settings(loss_type: str | Sequence[str], config: Any) -> None:
 
 
 def check_combination(config: LossConfig) -> None:
-    """Raises ValueError where the losses of a run cannot be added, or not with what changes their scores."""
+    """Raises ValueError if a run's losses cannot be added, or conflict with a setting that changes scores."""
     names = config.loss_type
     if not names:
         raise ValueError("loss_type must name at least one loss, got none")
@@ -53,13 +53,13 @@ def check_combination(config: LossConfig) -> None:
     others = [name for name in names if name not in free[:1] and LOSSES[name].unit != "token"]
     if free and others:
         raise ValueError(
-            f"loss_type must not hold both {free[0]!r} and {others[0]!r}: beta is of another scale in each, got {names}"
+            f"loss_type must not hold both {free[0]!r} and {others[0]!r}, whose betas differ in scale, got {names}"
         )
     listwise = losses_where(lambda loss: loss.unit == "ranking", names)
     if listwise and len(names) > 1:
         raise ValueError(
-            f"loss_type {listwise[0]!r} must stand alone: it is a mean over rankings, and the others are means over"
-            f" pairs, got {names}"
+            f"loss_type {listwise[0]!r} must be the only loss, because it is a mean over rankings and the others are"
+            f" means over pairs, got {names}"
         )
     _check_divergence(config)
     _check_ld_alpha(config)
@@ -68,8 +68,8 @@ def check_combination(config: LossConfig) -> None:
         config.use_weighting,
         names,
         losses_where(lambda loss: loss.unit in ("batch", "ranking") or (loss.likelihood and loss.unit == "pair")),
-        "use_weighting must be off for loss_type {name}: it weighs pairs, and this loss is none of single pairs alone,"
-        " got True",
+        "use_weighting must be False for loss_type {name}, got True: it weights single pairs, and this loss is not a"
+        " sum over single pairs",
     )
 
 
@@ -97,8 +97,8 @@ def _check_divergence(config: LossConfig) -> None:
         kind != "reverse_kl",
         config.loss_type,
         losses_where(lambda loss: not loss.divergence and loss.unit != "token"),
-        "f_divergence_type must be 'reverse_kl' for loss_type {name}: under another divergence the reward has a term of"
-        f" the prompt that cancels only in a difference of rewards, got {kind!r}",
+        f"f_divergence_type must be 'reverse_kl' for loss_type {{name}}, got {kind!r}: other divergences add a term of"
+        " the prompt to the reward, which cancels only in a difference of rewards",
     )
 
 
@@ -112,24 +112,24 @@ def _check_ld_alpha(config: LossConfig) -> None:
         True,
         config.loss_type,
         losses_where(lambda loss: not loss.reference or loss.unit == "ranking"),
-        "ld_alpha must be None for loss_type {name}: it weighs the tokens by which one response of a pair is longer in"
-        f" a log-ratio to the reference, got {alpha}",
+        f"ld_alpha must be None for loss_type {{name}}, got {alpha}: it needs a pair's log-ratios to the reference, in"
+        " which it weights the extra tokens of the longer response",
     )
 
 
 def _check_something_is_compared(config: LossConfig) -> None:
-    """Settings of how responses are compared, where no loss compares any."""
+    """Refuses settings for comparing responses if no loss compares responses."""
     if losses_where(lambda loss: loss.unit != "token", config.loss_type):
         return
     for field, off, is_set in (
         ("f_divergence_type", "'reverse_kl'", config.f_divergence_type != "reverse_kl"),
         ("ld_alpha", "None", config.ld_alpha is not None),
-        ("use_weighting", "off", config.use_weighting),
+        ("use_weighting", "False", config.use_weighting),
     ):
         if is_set:
             raise ValueError(
-                f"{field} must be {off} for loss_type {_named(config.loss_type)} alone, which compares no responses and"
-                f" does not read it, got {getattr(config, field)!r}"
+                f"{field} must be {off} for loss_type {_named(config.loss_type)} alone, which compares no responses,"
+                f" got {getattr(config, field)!r}"
             )
 
 

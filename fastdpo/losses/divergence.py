@@ -1,8 +1,8 @@
-"""f-divergences in place of the KL divergence to the reference: PairScores in, PairScores out whose log-ratios are f'.
+"""f-divergences instead of the KL divergence to the reference: PairScores in, PairScores with f' as log-ratios out.
 
-Where DPO's reward is `beta log u` of the ratio `u = policy / reference`, f-DPO's is `beta f'(u)` and a term of the
-prompt alone (arXiv 2309.16240, theorem 1), which cancels in a difference: only losses that compare both sides have it.
-Names and constants are TRL's.
+DPO's reward is `beta log u` with the ratio `u = policy / reference`. The reward of f-DPO is `beta f'(u)` plus a term
+that depends only on the prompt (arXiv 2309.16240, theorem 1). This term cancels in a difference, so only losses that
+compare both sides can use f-divergences. Names and constants are TRL's.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _MAX_EXPONENT = 80.0  # exp of it is finite in fp32
 
 
 def reverse_kl(logratios: Tensor, config: LossConfig) -> Tensor:
-    """f(u) = u log u, f' = log u + 1, of which the constant is left out: DPO."""
+    """f(u) = u log u, f' = log u + 1; the constant is dropped. This is DPO."""
     return logratios
 
 
 def forward_kl(logratios: Tensor, config: LossConfig) -> Tensor:
-    """f(u) = -log u, f' = -1 / u, shifted to 1 - 1 / u, which is 0 where policy and reference agree."""
+    """f(u) = -log u, f' = -1 / u, shifted to 1 - 1 / u, which is 0 if policy and reference agree."""
     return -torch.expm1((-logratios).clamp(max=_MAX_EXPONENT))
 
 

@@ -1,8 +1,8 @@
 """Losses on the policy's own log-probs, without a reference: PairScores in, one loss per pair out.
 
-A mean over tokens here is one over the chosen tokens of the whole optimizer step, `PairScores.mean_chosen_length` per
-pair, so that it does not depend on how the step is split: the sum over pairs, divided by the number of pairs, is the
-negative log-prob per token. Refuses scores without lengths.
+A mean over tokens covers the chosen tokens of the whole optimizer step, `PairScores.mean_chosen_length` per pair, and
+so does not depend on how the step is split: the sum over pairs, divided by the number of pairs, is the negative
+log-prob per token. Refuses scores without lengths.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def sft(scores: PairScores, config: LossConfig) -> Tensor:
     (RPO, arXiv 2404.19733): `loss_type=["sigmoid", "sft"]`.
     """
     if scores.chosen_lengths is None:
-        raise ValueError("this loss is a mean over tokens: PairScores must carry chosen_lengths")
+        raise ValueError("PairScores must have chosen_lengths for a loss that is a mean over tokens, got None")
     mean_length = scores.mean_chosen_length
     if mean_length is None:
         mean_length = scores.chosen_lengths.double().mean()
@@ -68,8 +68,8 @@ def cpo(scores: PairScores, config: LossConfig) -> Tensor:
 
 
 def _log_odds(logps: Tensor) -> Tensor:
-    """`log(P / (1 - P))` of `log P <= 0`, each side of P = 1/2 by the form that keeps its digits; P = 1 is as far as
-    rounding tells it from less.
+    """`log(P / (1 - P))` from `log P <= 0`, with the numerically stable form on each side of P = 1/2; P = 1 is treated
+    as the largest number below 1.
     """
     logps = logps.clamp(max=-torch.finfo(logps.dtype).eps)
     is_likely = logps > -math.log(2)

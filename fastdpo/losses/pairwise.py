@@ -1,8 +1,8 @@
 """Losses of single pairs against a reference: PairScores in, one loss per pair out.
 
 In the docstrings c and r are the log-ratios of chosen and rejected, `log policy - log reference`, and s the logistic
-function. Under an f-divergence c and r are f' of the ratios (`divergence`) in the losses that compare them. Refuses
-scores without lengths where a loss averages per token.
+function. Under an f-divergence c and r are f' of the ratios (`divergence`) in the losses that compare them. Losses that
+average per token refuse scores without lengths.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def bco_pair(scores: PairScores, config: LossConfig) -> Tensor:
 def sppo_hard(scores: PairScores, config: LossConfig) -> Tensor:
     """Squared distances of c from 1 / (2 beta) and of r from -1 / (2 beta). SPPO, arXiv 2405.00675, eq. 4.7.
 
-    Hard: the chosen response is taken to win with probability 1 where the paper estimates it.
+    Hard: the chosen response wins with probability 1; the paper estimates this probability.
     """
     target = 1 / (2 * config.beta)
     return (scores.chosen_logratios - target) ** 2 + (scores.rejected_logratios + target) ** 2
@@ -126,11 +126,11 @@ def smoothed_logistic(logits: Tensor, flipped: float) -> Tensor:
 
 
 def per_token(scores: PairScores, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums (B,) over chosen and over rejected responses as means over tokens; a response without tokens counts 0.
+    """Sums (B,) over chosen and rejected responses as means over tokens; a response without tokens gives 0.
 
     Raises:
         ValueError: the scores have no lengths.
     """
     if scores.chosen_lengths is None or scores.rejected_lengths is None:
-        raise ValueError("this loss averages per token: PairScores must carry chosen_lengths and rejected_lengths")
+        raise ValueError("PairScores must have chosen_lengths and rejected_lengths for a loss per token, got None")
     return chosen / scores.chosen_lengths.clamp(min=1), rejected / scores.rejected_lengths.clamp(min=1)

@@ -1,4 +1,4 @@
-"""All losses by name. A loss describes itself where it is written:
+"""All losses by name. A decorator declares the facts about a loss at its function:
 
     @loss(smoothed=True, divergence=True)
     def sigmoid(scores: PairScores, config: LossConfig) -> Tensor:
@@ -19,7 +19,7 @@ from fastdpo.types import PairScores
 
 LossFunction = Callable[[PairScores, Any], Tensor]
 
-UNITS = {  # what the loss of a step is a mean over
+UNITS = {  # the units over which a step's loss is a mean
     "pair": "pairs",
     "token": "chosen tokens",  # of the whole step; such a loss compares no responses
     "ranking": "rankings",  # whose stages are the pairs
@@ -29,7 +29,7 @@ UNITS = {  # what the loss of a step is a mean over
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss function and what a run has to know about it. Callable like the function."""
+    """A loss function and the facts that a run needs about it. Callable like the function."""
 
     name: str
     function: LossFunction
@@ -51,7 +51,7 @@ class Loss:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """The settings that it reads beside beta."""
+        """The settings that it reads besides beta."""
         return (*(("label_smoothing",) if self.smoothed else ()), *self.reads)
 
     @property
@@ -76,5 +76,5 @@ def loss(**facts: Any) -> Callable[[LossFunction], LossFunction]:
 
 
 def losses_where(is_wanted: Callable[[Loss], bool], among: Iterable[str] | None = None) -> tuple[str, ...]:
-    """Names of the losses of which `is_wanted` holds, all or those `among` given ones, in their order."""
+    """Names of the losses for which `is_wanted` is true, among all or the given names, in order."""
     return tuple(name for name in (LOSSES if among is None else among) if is_wanted(LOSSES[name]))

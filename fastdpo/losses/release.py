@@ -1,4 +1,4 @@
-"""`preference_loss`: the loss of the original DPO release (eric-mitchell/direct-preference-optimization), by its
+"""`preference_loss`: the loss of the original DPO release (eric-mitchell/direct-preference-optimization), with its
 signature. Log-probs in, losses and rewards out.
 """
 
@@ -24,10 +24,10 @@ def preference_loss(
     Args:
         policy_chosen_logps: (B,) summed log-probs of the chosen responses under the policy, nats; the other three
             alike.
-        beta: temperature of the implicit reward; the regularization tau where `ipo`.
+        beta: temperature of the implicit reward; with `ipo` the regularization tau.
         label_smoothing: probability that a label is flipped (conservative DPO); not used by ipo.
         ipo: squared loss on summed log-probs (arXiv 2310.12036, eq. 17 without the average over tokens).
-        reference_free: leave the reference out of the loss; the rewards still use it.
+        reference_free: ignore the reference in the loss; the rewards still use it.
     Returns:
         losses (B,), and detached chosen and rejected rewards `beta * (policy - reference)` (B,).
     """

@@ -1,7 +1,7 @@
-"""From summed log-probs of sequences to PairScores, and from these to the loss of a run: its losses, weighed and added.
+"""From summed log-probs of sequences to PairScores, and from PairScores to the weighted sum of a run's losses.
 
-Two settings enter here, because they change what is compared and not how: `ld_alpha` (LD-DPO) and `use_weighting`
-(WPO).
+Two settings are applied here because they change the inputs of losses and not their formulas: `ld_alpha` (LD-DPO) and
+`use_weighting` (WPO).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def pair_scores(
     mean_chosen_length: Tensor | None = None,
     log_sum_sq_probs: Tensor | None = None,
 ) -> PairScores:
-    """What the losses of `config` read of some pairs.
+    """The inputs of the losses in `config`, for the given pairs.
 
     Args:
         pairs: (B, 2) int64, the sequences of chosen and rejected.
         sums, lengths, ref_sums: (S,) summed log-probs of the policy and of the reference, nats, and counted tokens.
         shared_parts: (B, 2) int64, the sequences of each pair up to their shared length; needed with `ld_alpha`.
         rankings: (B,) int64, the ranking that each pair is a stage of; read by listwise losses.
-        mean_chosen_length: (), tokens per chosen response over the optimizer step, where a loss is a mean over tokens.
+        mean_chosen_length: (), tokens per chosen response over the optimizer step, for losses that average over tokens.
         log_sum_sq_probs: (S,) sums over the tokens of each sequence, needed with `use_weighting`.
     """
     chosen, rejected = pairs.unbind(1)
@@ -67,16 +67,16 @@ def _weighed(whole: Tensor, shared: Tensor, ld_alpha: float) -> Tensor:
 
 
 def relative_likelihoods(sums: Tensor, log_sum_sq_probs: Tensor, lengths: Tensor) -> Tensor:
-    """(S,) how likely each sequence is beside what the policy would sample: WPO, arXiv 2406.11827, eq. 2.
+    """(S,) likelihood of each sequence relative to typical samples of the policy: WPO, arXiv 2406.11827, eq. 2.
 
-    The mean over tokens of `log p(token) - log sum_v p(v)^2`, as a factor; 1 is typical. Without gradient, so that the
-    weight of a pair is not what training lowers.
+    The exponential of the mean over tokens of `log p(token) - log sum_v p(v)^2`; 1 is typical. It has no gradient, so
+    that training cannot lower the loss by lowering a pair's weight.
     """
     return torch.exp((sums - log_sum_sq_probs).detach() / lengths.clamp(min=1))
 
 
 def preference_losses(scores: PairScores, config: LossConfig) -> Tensor:
-    """(B,) the losses named in `config.loss_type`, added with `loss_weights`, of which the step's mean is the loss."""
+    """(B,) weighted sum of the losses in `config.loss_type` with `loss_weights`; its mean over the step is the loss."""
     divergent = under_divergence(scores, config)
     total = torch.zeros_like(scores.policy_chosen_logps)
     for name, factor in zip(config.loss_type, config.loss_weights or [1.0] * len(config.loss_type), strict=True):
@@ -94,5 +94,5 @@ def is_listwise(config: LossConfig) -> bool:
 
 
 def looks_at_whole_batch(config: LossConfig) -> bool:
-    """Whether the loss of a batch is not the sum of the losses of its parts."""
+    """Whether the loss needs the whole batch, so that it is not the sum of the losses of parts."""
     return any(LOSSES[name].unit == "batch" for name in config.loss_type)

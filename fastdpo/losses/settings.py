@@ -1,4 +1,4 @@
-"""LossConfig: the fields of DPOConfig that losses read. Any object that has those that a loss reads will do."""
+"""LossConfig: the fields of DPOConfig that losses read. Any object with the fields that a loss reads works."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class LossConfig(Protocol):
-    """Meanings and units are at the fields of `fastdpo.DPOConfig`."""
+    """See the fields of `fastdpo.DPOConfig` for meanings and units."""
 
     loss_type: list[str]
     loss_weights: list[float] | None

@@ -1,4 +1,4 @@
-"""The table of losses in docs/losses.md, made from what they say of themselves: `python -m fastdpo.losses.table`."""
+"""Generates the table of losses in docs/losses.md from their declared facts: `python -m fastdpo.losses.table`."""
 
 from __future__ import annotations
 

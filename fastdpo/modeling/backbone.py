@@ -1,7 +1,7 @@
-"""What of a model is trained on text: the decoder whose last hidden state meets the LM head.
+"""Finds the part of a model that is trained on text: the decoder whose last hidden state is the input of the LM head.
 
-In: a bare causal LM, or a model that can also see or hear and has a causal LM inside. Out: that decoder, the towers
-beside it, and the ids that stand for text. Refused: models without such a decoder, or without an LM head.
+In: a bare causal LM, or a multimodal model with a causal LM inside. Out: that decoder, the other towers, and the ids
+that stand for text. Refused: models without such a decoder, or without an LM head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _OF_TEXT = frozenset({"pad_token_id", "bos_token_id", "eos_token_id", "decoder_s
 
 
 def text_config(model: Any) -> Any:
-    """The config of the decoder: the model's own, or the part of a composite's that is about text."""
+    """The config of the decoder: the model's own, or the text part of a composite's config."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
@@ -28,10 +28,10 @@ def is_composite(model: Any) -> bool:
 
 
 def backbone_name(model: Any) -> str:
-    """Where the decoder is in a bare model, as a module's name.
+    """The module name of the decoder in a bare model.
 
     Raises:
-        ValueError: the model has no LM head, or no decoder below it.
+        ValueError: the model has no LM head, or no decoder.
     """
     kind = type(model).__name__
     head, embedding = _end(model, "get_output_embeddings"), _end(model, "get_input_embeddings")
@@ -56,7 +56,7 @@ def backbone(model: Any) -> Any:
 
 
 def tower_names(model: Any) -> list[str]:
-    """The outermost modules of a composite that text does not run through, by name; none where all is text."""
+    """The names of the outermost modules of a composite that text does not use; empty for a text model."""
     if not is_composite(model):
         return []
     used = {backbone(model), *_with_head(model)}
@@ -70,11 +70,11 @@ def tower_names(model: Any) -> list[str]:
 
 
 def freeze_towers(model: Any) -> list[str]:
-    """Leaves alone what text does not train; returns the names of the modules."""
+    """Freezes the modules that text does not train; returns their names."""
     names = tower_names(model)
     for name in names:
         model.get_submodule(name).requires_grad_(False)
-    if names:  # weights that hang beside the modules: a separator of image rows, say
+    if names:  # weights outside of modules, such as a separator of image rows
         trained = {id(p) for module in (backbone(model), *_with_head(model)) for p in module.parameters()}
         for parameter in model.parameters():
             if id(parameter) not in trained:
@@ -83,7 +83,7 @@ def freeze_towers(model: Any) -> list[str]:
 
 
 def text_ids(model: Any) -> Tensor:
-    """(N,) int64 ids of the head that stand for text: in a composite some stand for what a tower saw or heard."""
+    """(N,) int64 ids of the LM head that stand for text: in a composite, some ids mark images or audio."""
     num_ids = model.get_output_embeddings().weight.shape[0]
     is_text = torch.ones(num_ids, dtype=torch.bool)
     if is_composite(model):
@@ -102,7 +102,7 @@ def _with_head(model: Any) -> list[nn.Module]:
 
 
 def _end(model: Any, method: str) -> nn.Module | None:
-    """An embedding or a head; None where the model has none, which some say by raising."""
+    """An embedding or a head; None if the model has none (some models raise in this case)."""
     try:
         found: nn.Module | None = getattr(model, method)()
     except (AttributeError, NotImplementedError):

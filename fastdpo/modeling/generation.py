@@ -1,7 +1,7 @@
-"""Token ids of prompts in, token ids of a model's responses out: what sampling for reports and evaluation shares.
+"""Generation for reports and evaluation: token ids of prompts in, token ids of a model's responses out.
 
 Prompts are padded on the left. Sampling is plain ancestral sampling (no top-k, no top-p), so that samples follow the
-model's own distribution; temperature 0 takes the likeliest token. The global random state is left as it was.
+model's own distribution; temperature 0 takes the likeliest token. The global random state does not change.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def generate_ids(
     seed: int = 0,
     streamer: Any = None,
 ) -> list[list[int]]:
-    """One response to each prompt, with the EOS where the model wrote one. The model's mode is left as it was.
+    """One response to each prompt, with an EOS if the model wrote one. The model's mode does not change.
 
     Args:
         model: a causal LM with `generate`, wrapped by PEFT or not.
@@ -50,7 +50,7 @@ def generate_ids(
     response_ids: list[list[int]] = []
     was_training, bare = model.training, bare_model(model)
     model.eval()
-    # settings that ours leaves open, such as a penalty on repetition, would be taken from the model's own
+    # unset fields, such as a repetition penalty, would be taken from the model's own generation config
     of_model, bare.generation_config = bare.generation_config, GenerationConfig()
     try:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
@@ -72,7 +72,7 @@ def generate_ids(
 
 
 def special_ids(model: Any, tokenizer: Any) -> tuple[int, list[int]]:
-    """The id that pads, and those that end a response: the model's own (chat models have several) or the tokenizer's.
+    """The padding id and the ids that end a response: the model's own (chat models have several) or the tokenizer's.
 
     Raises:
         ValueError: the tokenizer has no EOS.

@@ -1,7 +1,7 @@
-"""The LM head of a causal LM as the arguments that the head op takes: weight, bias, logit scale, softcap, adapter.
+"""The LM head of a causal LM as arguments of the head op: weight, bias, logit scale, softcap, adapter.
 
-Refuses heads that are not one plain linear layer, alone or under a LoRA adapter, because their logits would be
-something else than the op computes.
+Refuses heads that are not a plain linear layer, with or without a LoRA adapter, because the op would compute other
+logits than theirs.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class LowRank(NamedTuple):
     scaling: float
 
     def columns(self, rows: Tensor) -> Tensor:
-        """(T, r) what meets B's weight, from hidden states (T, H)."""
+        """(T, r) input of B's weight, from hidden states (T, H)."""
         return (self.a(self.dropout(rows.to(self.a.weight.dtype))) * self.scaling).to(rows.dtype)
 
 
 class LMHead(NamedTuple):
-    """`softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`, without the tanh where softcap is None.
+    """`softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`, without the tanh if softcap is None.
 
-    LoRA widens both factors of the product and leaves the weight as it is: with u = scaling * hidden @ A.T,
+    LoRA widens both factors of the product and keeps the weight unchanged: with u = scaling * hidden @ A.T,
     hidden @ W.T + u @ B.T = [hidden, u] @ [W, B].T.
     """
 
@@ -42,10 +42,10 @@ class LMHead(NamedTuple):
     low_ranks: tuple[LowRank, ...] = ()
 
     def operands(self, rows: Tensor, *, split: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the head multiplies, from hidden states (T, H): (T, H + r), and the weight that meets it, maybe split.
+        """The factors of the head's product, from hidden states (T, H): (T, H + r), and the weight, whole or split.
 
-        Split, it is `weight` and the (V, r) columns that the adapter trains, None without an adapter; in one it is a
-        copy, (V, H + r). A weight that is trained itself comes in one.
+        Split means `weight` and the (V, r) columns that the adapter trains (None without an adapter); whole means one
+        copy, (V, H + r). A trained weight is always whole.
         """
         if not self.low_ranks:
             return rows, self.weight, None
@@ -58,7 +58,7 @@ class LMHead(NamedTuple):
         return wide, joined_weight(self.weight, adapter_weight, autocast), None
 
 
-# config field -> the factor that it puts on the logits, with the model families that have it
+# config field -> its factor on the logits, with the model families that have it
 _LOGIT_SCALES = {
     "logit_scale": lambda value: value,  # Cohere
     "logits_scaling": lambda value: 1.0 / value,  # Granite, MiniCPM3
@@ -71,10 +71,10 @@ _ATTRIBUTES_OF_ADAPTERS = ("base_layer", "modules_to_save", "token_adapter")  # 
 
 
 def lm_head(model: Any) -> LMHead:
-    """The head of a bare causal LM, with the adapter that is on.
+    """The head of a bare causal LM, with its active adapter.
 
     Raises:
-        ValueError: the output embedding is not a plain linear layer, or an adapter on it is none that the op computes.
+        ValueError: the output embedding is not a plain linear layer, or the op does not support its adapter.
     """
     layer = model.get_output_embeddings()
     weight, bias, low_ranks = _parts(layer)
@@ -99,11 +99,11 @@ def lm_head(model: Any) -> LMHead:
 
 
 def _parts(layer: Any) -> tuple[Tensor | None, Tensor | None, tuple[LowRank, ...]]:
-    """Weight, bias and LoRA adapters of the head, as PEFT's forward of the layer would use them now."""
+    """Weight, bias and active LoRA adapters of the head, as in PEFT's forward of the layer."""
     if not any(hasattr(layer, name) for name in _ATTRIBUTES_OF_ADAPTERS):
         if layer is None:
             return None, None, ()
-        with resident(layer):  # what it holds there stays for as long as this call's caller needs it
+        with resident(layer):  # references keep its tensors alive for the caller
             return getattr(layer, "weight", None), getattr(layer, "bias", None), ()
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -128,9 +128,7 @@ def _parts(layer: Any) -> tuple[Tensor | None, Tensor | None, tuple[LowRank, ...
     names = [] if layer.merged else names
     if is_tokens:
         if names and bias is not None:
-            raise ValueError(
-                "trainable_token_indices must be None where an LM head with a bias is tied to the embedding"
-            )
+            raise ValueError("trainable_token_indices must be None if an LM head with a bias is tied to the embedding")
         return (layer.get_merged_weights(names) if names else weight), bias, ()
     names = [name for name in names if name in layer.lora_A]
     variants = [name for name in names if name in layer.lora_variant]
@@ -150,7 +148,7 @@ def _parts(layer: Any) -> tuple[Tensor | None, Tensor | None, tuple[LowRank, ...
 
 
 def resident(module: nn.Module) -> Any:
-    """A context in which the module's own weights are on its device, also where accelerate keeps them elsewhere."""
+    """Context manager in which the module's own weights are on its device, even if accelerate offloads them."""
     if not hasattr(module, "_hf_hook"):
         return nullcontext()
     from accelerate.utils import align_module_device
@@ -159,7 +157,7 @@ def resident(module: nn.Module) -> Any:
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """Where a bare model's inputs belong, also where accelerate keeps its weights elsewhere."""
+    """The device for a bare model's inputs, even if accelerate offloads its weights."""
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     device = next((device for device in devices if device is not None), None)

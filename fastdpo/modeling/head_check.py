@@ -1,6 +1,6 @@
-"""Is a model one whose responses have log-probs, and what does it do between its decoder and its LM head?
+"""Checks that a model is causal, and finds the layers between its decoder and its LM head.
 
-Asked of the stock model, by running it. Refused: encoders, in which a token's logits depend on the tokens after it.
+Both checks run the stock model. Refused: encoders, in which a token's logits depend on later tokens.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import nn
 from fastdpo.modeling.backbone import backbone_name, text_ids
 
 _NUM_TOKENS = 6
-_SEEN = {torch.float64: 1e-5, torch.float32: 1e-5}  # of the largest logit: what a later token changes
+_SEEN = {torch.float64: 1e-5, torch.float32: 1e-5}  # smallest relative change of logits that counts
 _SEEN_IN_16_BIT = 2e-2
 
 
 @torch.no_grad()
 def check_causal(bare: Any, device: torch.device) -> None:
     """Raises:
-    ValueError: the logits of a token change with the token after it.
+    ValueError: the logits of a token change with a later token.
     """
     ids = text_ids(bare)[: _NUM_TOKENS * 2].to(device)
     if len(ids) < _NUM_TOKENS + 1:
@@ -31,14 +31,14 @@ def check_causal(bare: Any, device: torch.device) -> None:
     seen = _SEEN.get(next(bare.parameters()).dtype, _SEEN_IN_16_BIT)
     if (logits[0] - logits[1]).abs().max() > seen * logits[0].abs().max():
         raise ValueError(
-            f"model must be a causal LM, {type(bare).__name__} is an encoder as it is configured: the logits of a token"
-            " change with the tokens after it (is_decoder=True makes decoders of some)"
+            f"model must be a causal LM, got {type(bare).__name__}, which is configured as an encoder: the logits of a"
+            " token change with later tokens (for some models, is_decoder=True in the config helps)"
         )
 
 
 @torch.no_grad()
 def layers_before_head(bare: Any, token_ids: Sequence[int]) -> list[str]:
-    """Names of the outermost modules that run after the decoder and are not the LM head; empty where none does."""
+    """Names of the outermost modules that run after the decoder, except the LM head; empty if there are none."""
     decoder = bare.get_submodule(backbone_name(bare))
     head, inside = bare.get_output_embeddings(), set(decoder.modules())
     after: list[str] = []

@@ -1,9 +1,8 @@
-"""The packed branch inside `model.forward`, and `packed_logps` and `packed_loss`, which call it through any wrapper.
+"""The packed code path inside `model.forward`, and `packed_logps` and `packed_loss`, which call it through any wrapper.
 
 Backbone and head run inside the wrapped model's own forward, so that DDP, FSDP and autocast see an ordinary call. A
-batch sets the attention it needs and leaves it set, because gradient checkpointing runs the layers again in backward,
-outside any forward of the model. Every other call, generation included, runs with the attention that the model came
-with.
+packed batch sets its attention and does not reset it, because gradient checkpointing runs the layers again in backward,
+outside the model's forward. Every other call, including generation, uses the model's original attention.
 """
 
 from __future__ import annotations
@@ -44,24 +43,24 @@ _STATE = "_fastdpo_state"  # attribute of a prepared model
 
 @dataclass
 class _Prepared:
-    """What `prepare_model` changes, and how to take it back."""
+    """The changes of `prepare_model`, and the state to undo them."""
 
     attentions: list[_Attention]
     forward: Callable[..., Any]  # as the model had it
     generate: Callable[..., Any] | None
     own_methods: dict[str, Any]  # those of the two that were instance attributes
     backbone: str  # name of the decoder among the model's modules
-    tables: list[str]  # names of tables in it that count rows unless they are told positions
+    tables: list[str]  # names of its tables that count rows unless they get positions
     attention_backend: str = "auto"
     excluded_backends: dict[str, str] = field(default_factory=dict)  # that the self-check has found wrong here, and how
-    masks: str = "none"  # what the model gets where it asks for a mask, as the self-check found
+    masks: str = "none"  # kind of mask for the model, found by the self-check
     skip_tolerance: float = 0.0  # of the head op, as the next one
     workspace_bytes: int | None = None
 
 
 @dataclass
 class _Attention:
-    """One config that the model's layers read, with the attention it is to have outside packed batches."""
+    """One config that the model's layers read, with its attention outside packed batches."""
 
     config: Any
     original: str
@@ -91,15 +90,15 @@ def prepare_model(
     skip_tolerance: float | None = None,
     workspace_bytes: int | None = None,
 ) -> nn.Module:
-    """Installs the packed branch inside `model.forward` and returns the same model. Idempotent.
+    """Installs the packed code path inside `model.forward` and returns the same model. Idempotent.
 
     Args:
-        attention_backend: one of ATTENTION_BACKENDS, see `fastdpo.modeling.attention.backends`; None leaves what was
-            set before, at first "auto".
-        skip_tolerance, workspace_bytes: of the head op, see `fastdpo.linear_logps`; None leaves what was set before, at
-            first exact and in the op's own workspace.
+        attention_backend: one of ATTENTION_BACKENDS, see `fastdpo.modeling.attention.backends`; None keeps the previous
+            setting, initially "auto".
+        skip_tolerance, workspace_bytes: settings of the head op, see `fastdpo.linear_logps`; None keeps the previous
+            setting, initially exact and with the op's default workspace.
     Raises:
-        ValueError: the model is not a causal LM with a plain linear LM head, or there is no such backend.
+        ValueError: the model is not a causal LM with a plain linear LM head, or the backend is unknown.
     """
     if attention_backend is not None and attention_backend not in ATTENTION_BACKENDS:
         raise ValueError(f"attention_backend must be one of {sorted(ATTENTION_BACKENDS)}, got {attention_backend!r}")
@@ -118,7 +117,7 @@ def prepare_model(
 
 
 def prepared_state(model: nn.Module) -> _Prepared:
-    """What a model has been prepared with; one that is not is prepared."""
+    """The state of a prepared model; an unprepared model is prepared first."""
     prepare_model(model)
     state: _Prepared = getattr(bare_model(model), _STATE)
     return state
@@ -128,9 +127,9 @@ def run_mixers_packed(model: nn.Module, like: nn.Module | None = None) -> tuple[
     """Finds the token mixers of a prepared model, unless they are known, and makes them run packed rows.
 
     Args:
-        like: a copy of the model on which they have been found.
+        like: a copy of the model whose mixers are known.
     Returns:
-        Names of the modules that mix tokens of one sequence into another all the same.
+        Names of the modules that still mix tokens of one sequence into another.
     """
     bare, state = bare_model(model), prepared_state(model)
     mixers = mixers_of(bare)
@@ -150,7 +149,7 @@ def run_mixers_packed(model: nn.Module, like: nn.Module | None = None) -> tuple[
 
 
 def give_masks(model: nn.Module, masks: str) -> None:
-    """What a prepared model gets where it asks for a mask; mixers that were found without are looked for again."""
+    """Sets the kind of mask that a prepared model gets; mixers found with other masks are searched again."""
     bare, state = bare_model(model), prepared_state(model)
     if state.masks == masks:
         return
@@ -163,7 +162,7 @@ def give_masks(model: nn.Module, masks: str) -> None:
 
 
 def attention_backend(model: nn.Module) -> str:
-    """The setting of a prepared model."""
+    """The attention backend setting of a prepared model."""
     return prepared_state(model).attention_backend
 
 
@@ -183,7 +182,7 @@ def _install(bare: Any) -> None:
         tables=counting_tables(bare.get_submodule(backbone)),
     )
     setattr(bare, _STATE, state)
-    # bound methods, because a copy of the model then gets methods of its own, also inside what accelerate wraps them in
+    # bound methods, so that a copy of the model gets its own methods, even inside accelerate's wrappers
     bare.forward = MethodType(_forward_with_signature_of(bare.forward), bare)
     if state.generate is not None:
         bare.generate = MethodType(_generate, bare)
@@ -192,7 +191,7 @@ def _install(bare: Any) -> None:
 
 
 def _own_attention(model: Any, config: Any) -> str:
-    """What the model runs on outside packed batches."""
+    """The model's attention outside packed batches."""
     current: str = config._attn_implementation
     if current in PACKED_ATTENTIONS:  # the config object is also that of a model whose last batch was packed
         current = model.get_correct_attn_implementation(None)
@@ -200,10 +199,10 @@ def _own_attention(model: Any, config: Any) -> str:
 
 
 def _forward_with_signature_of(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """`_forward`, which says of itself that it takes what the stock forward does.
+    """`_forward` with the signature of the stock forward.
 
-    transformers reads the signature: `generate` makes position_ids for left-padded prompts, and asks for the last
-    token's logits alone, only where forward names these arguments.
+    transformers reads the signature: `generate` makes position_ids for left-padded prompts, and requests only the last
+    token's logits, if forward names these arguments.
     """
 
     def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -216,7 +215,7 @@ def _forward_with_signature_of(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def unprepare_model(model: nn.Module) -> nn.Module:
-    """Takes the packed branch out again: forward, generate and attention are the model's own."""
+    """Removes the packed code path: forward, generate and attention are the model's own again."""
     bare = bare_model(model)
     if is_prepared(bare):
         state = getattr(bare, _STATE)
@@ -241,15 +240,15 @@ def packed_logps(
 
     Args:
         model: a causal LM, bare or wrapped (PEFT, DDP, FSDP, torch.compile); a bare one is prepared on first use.
-        batch: from `pack_pairs` or `pad_pairs`, on the model's device; also as the dict that `asdict` makes of it.
+        batch: from `pack_pairs` or `pad_pairs`, on the model's device, or its `asdict()`.
         impl: implementation of the head op, see `linear_logps`.
         outputs: per-token statistics to return in `.sequences.tokens`, see `linear_logps`.
         router_aux_loss: return `.aux_loss`, see `fastdpo.modeling.router`.
     Returns:
         PairLogps, differentiable in the model's parameters.
     Raises:
-        ValueError: batch is none, or, on a CPU, has tokens that the model does not know; a GPU would have to be waited
-            for.
+        ValueError: `batch` is not a batch, or, on a CPU, has token ids outside the model's embeddings (not checked on a
+            GPU, to avoid a synchronization).
     """
     if not isinstance(batch, PackedBatch):
         batch = _batch_of(batch)
@@ -258,7 +257,7 @@ def packed_logps(
 
 
 def _batch_of(fields: Any) -> PackedBatch:
-    """`PackedBatch(**fields)`, or a word on what else was given."""
+    """`PackedBatch(**fields)`, or a ValueError about the given value."""
     if not isinstance(fields, Mapping):
         raise ValueError(f"batch must be a PackedBatch or its asdict(), got {type(fields).__name__}")
     try:
@@ -289,18 +288,18 @@ def packed_loss(
     grad_in_forward: bool = True,
     router_aux_loss: bool = False,
 ) -> tuple[Tensor, PairLogps]:
-    """A loss that is a sum over the batch's groups, and the log-probs behind it.
+    """A loss that is a sum over the batch's groups, and its log-probs.
 
     Args:
-        model, batch, impl, outputs, router_aux_loss: as in `packed_logps`; the loss does not contain the latter.
+        model, batch, impl, outputs, router_aux_loss: as in `packed_logps`; the loss does not include the router's.
         loss_of: `(sums, lengths, sequences, pairs)` -> scalar, the summed loss of consecutive groups from the log-probs
-            (s,) in nats and lengths (s,) of their sequences; the slices say which sequences and pairs of the batch.
-        summed: statistics among `outputs` that `loss_of` takes by name as well, (s,) sums without gradient.
-        grad_in_forward: make the gradient of the LM head in forward, see `fastdpo.ops.sequence_loss`; False computes
+            (s,) in nats and lengths (s,) of their sequences; the slices are the sequences and pairs of the batch.
+        summed: statistics among `outputs` that `loss_of` also takes by name, (s,) sums without gradient.
+        grad_in_forward: compute the gradient of the LM head in forward, see `fastdpo.ops.sequence_loss`; False computes
             the logits again in backward.
     Returns:
-        The loss, () and differentiable in the model's parameters; PairLogps, differentiable only where the gradient is
-        not made in forward.
+        The loss, () and differentiable in the model's parameters; PairLogps, differentiable only if grad_in_forward is
+        off.
     """
     in_forward = grad_in_forward and torch.is_grad_enabled() and impl != "reference"
     if in_forward and prepared_state(model).skip_tolerance == 0:  # skipping needs the whole forward's masses first
@@ -360,7 +359,7 @@ def _forward(
     router_aux_loss: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """What `model.forward` is once prepared: the model's own forward unless a packed batch is given."""
+    """The `model.forward` of a prepared model: the model's own forward unless a packed batch is given."""
     state: _Prepared = getattr(model, _STATE)
     if packed_batch is None:
         with _as_it_came(model):
@@ -371,7 +370,7 @@ def _forward(
     layout: dict[str, Any]
     if packed_layout is not None:
         layout = {"position_ids": batch.position_ids, "packed_layout": packed_layout}
-        if state.attention_backend == "mask":  # for models that hand nothing else to their attention
+        if state.attention_backend == "mask":  # for models that pass only a mask to their attention
             layout["attention_mask"] = packed_layout.row_mask(None)[None, None]
     else:
         layout = {"attention_mask": batch.attention_mask}
@@ -448,7 +447,7 @@ def _set_mixers(model: Any, layout: PackedLayout | None) -> None:
 
 @contextmanager
 def _as_it_came(model: Any) -> Iterator[None]:
-    """The attention that the model came with, and its mixers over rows as they are, for the length of one call."""
+    """Context manager that restores the model's original attention and mixers for one call."""
     state, mixers = getattr(model, _STATE), mixers_of(model)
     was_packed = [attention.config._attn_implementation in PACKED_ATTENTIONS for attention in state.attentions]
     _set_attention(state, packed=False)

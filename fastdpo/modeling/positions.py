@@ -1,8 +1,8 @@
-"""Positions for layers that count rows: what they make of the number of a row, made of its position instead.
+"""Corrects layers that use row numbers as positions, because in a packed row the two differ.
 
-In a packed row the two differ. Most models hand `position_ids` to whatever asks for positions. Two kinds do not:
-tables of learned positions that count the rows of their input unless they are told (BART and its kin), which are told
-here; and Llama 4's layers without rotary positions, which scale their queries by the number of the row.
+Most models pass `position_ids` to all layers that need positions. Two kinds do not: tables of learned positions that
+count the rows of their input by default (BART and its relatives), which get `position_ids` here; and Llama 4's layers
+without rotary positions, which scale their queries by the row number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SHORT_SCALE = 4  # positions after which a scale grows, while models are compar
 
 
 def counting_tables(backbone: nn.Module) -> list[str]:
-    """Names of the tables of positions that take `position_ids` and count rows without."""
+    """Names of the position tables that accept `position_ids` and count rows without it."""
     return [
         name
         for name, module in backbone.named_modules()
@@ -29,7 +29,7 @@ def counting_tables(backbone: nn.Module) -> list[str]:
 
 @contextmanager
 def told_positions(tables: list[nn.Module], position_ids: Tensor | None) -> Iterator[None]:
-    """Tables take these positions (1, T) for as long as the context lasts."""
+    """Context manager in which the tables use these positions (1, T)."""
 
     def tell(module: nn.Module, args: Any, kwargs: Any) -> Any:
         place = _parameters(module).index("position_ids")
@@ -45,7 +45,7 @@ def told_positions(tables: list[nn.Module], position_ids: Tensor | None) -> Iter
 
 
 def scaled_by_position(module: Any, query: Tensor, layout: Any) -> Tensor:
-    """Queries (1, heads, T, D) that a layer has scaled by the number of their row, scaled by their position instead."""
+    """Rescales queries (1, heads, T, D) from the layer's scale by row number to the scale by position."""
     if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
         return query
     rows = torch.arange(query.shape[2], device=query.device)
@@ -58,7 +58,7 @@ def scaled_by_position(module: Any, query: Tensor, layout: Any) -> Tensor:
 
 @contextmanager
 def short_scales(model: nn.Module) -> Iterator[None]:
-    """Scales that grow after thousands of positions grow after a few, so that short rows show what they do."""
+    """Context manager in which scales grow after a few positions instead of thousands, for short tests."""
     changed = [(m, m.floor_scale) for m in model.modules() if isinstance(getattr(m, "floor_scale", None), int | float)]
     for module, _ in changed:
         module.floor_scale = _SHORT_SCALE  # type: ignore[assignment]

@@ -1,8 +1,8 @@
-"""The load-balancing loss of mixture-of-experts models, over the tokens that a batch stands for.
+"""The load-balancing loss of mixture-of-experts models, over the tokens of all sequences in a batch.
 
-In: router logits of every layer, and how often each position counts. Out: a scalar. A prompt that two responses share
-is computed once and counts twice, so that packed and padded rows give the number that transformers' own models compute
-on padded rows, chosen and rejected in rows of their own.
+In: router logits of every layer, and how often each position counts. Out: a scalar. A prompt shared by two responses is
+computed once and counts twice, so packed and padded rows give the same loss as transformers' own models on padded rows
+with chosen and rejected in separate rows.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ def load_balancing_loss(router_logits: Sequence[Tensor], uses: Tensor, num_exper
     """`E * sum_e f_e * P_e`, f_e the share of tokens that expert e gets, P_e its mean probability. Switch Transformer,
     arXiv 2101.03961, eq. 4-6.
 
-    As transformers has it, f counts all of a token's `num_experts_per_token` experts, and both are means over the
-    tokens of all layers together. Balanced routing gives `num_experts_per_token`. Not a sum over pairs: the loss of a
-    batch is not the mean of its parts'.
+    As in transformers, f counts all of a token's `num_experts_per_token` experts, and both are means over the tokens of
+    all layers together. Balanced routing gives `num_experts_per_token`. This is not a sum over pairs: the loss of a
+    batch is not the mean of the losses of its parts.
 
     Args:
-        router_logits: (N, E) of every layer that has experts.
+        router_logits: (N, E) for every layer with experts.
         uses: (N,) how often each position counts.
     Returns:
         (), fp32, differentiable through the probabilities.
     Raises:
-        ValueError: the model's router logits have another form.
+        ValueError: the model's router logits have another shape.
     """
     if not router_logits or any(not isinstance(logits, Tensor) or logits.dim() != 2 for logits in router_logits):
         raise ValueError(
-            "router_aux_loss_coef must be 0 for this model: it does not give router logits as (tokens, experts)"
+            "router_aux_loss_coef must be 0 for this model, whose router logits do not have the shape (tokens, experts)"
         )
     weights = uses.float().to(router_logits[0].device)
     num_experts = router_logits[0].shape[-1]

@@ -1,15 +1,14 @@
-"""Does this model give the log-probs that it gives by itself? Asked of the user's model before training, in three
-questions.
+"""Checks the user's model before training: do packed rows give the log-probs of the stock model? Three questions.
 
-Is the LM head what the head op takes it for (padded rows against the model's own logits)? If not, nothing here can
-train it. Is a packed row the same as one sequence at a time? Some architectures drop the arguments that packing
-travels by, mix neighbouring tokens outside attention, or never call an attention function. Nothing is assumed from a
-model's name. Both are asked in fp32 where it fits, of the attention that runs anywhere. Is the attention that the run
-will have, in the precision that it will have, the same up to rounding? A kernel that is wrong on this machine shows
-there.
+1. Does the head op compute the model's own logits (on padded rows)? If not, fastdpo cannot train the model.
+2. Does a packed row equal one sequence at a time? Some architectures drop the arguments of packing, mix neighbouring
+   tokens outside attention, or never call an attention function. The check assumes nothing from a model's name.
+   Questions 1 and 2 run in fp32 where it fits, with an attention backend that runs on any device.
+3. Do the attention backend and precision of the run agree with this up to rounding? This finds kernels that are wrong
+   on this machine.
 
-What rounding explains is asked of the model itself: its own forward once more, from embeddings that are changed by as
-much as products are rounded by here. Where fp32 is multiplied with fewer digits (TF32), that is more.
+The tolerance for rounding comes from the model itself: its own forward runs again with embeddings changed by as much as
+this device rounds products. With fp32 products of lower precision (TF32) the tolerance is larger.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ from fastdpo.types import TokenizedPair
 
 # Largest difference of a summed log-prob, relative to 1 + its size, that rounding explains
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-# Packed rows may differ by this and by ten times what padded ones do, which shows the rounding of this very model
+# Packed rows may differ by this plus ten times the difference of padded rows, which shows this model's rounding
 _PACKED_FLOOR = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-_LEAST_NUDGE = 2.0**-20  # relative size of what embeddings are changed by, a few units in the last place of fp32
-_MOST_FROM_ROUNDING = 1e-2  # errors above it are not put down to rounding, whatever the model does to a nudge
+_LEAST_NUDGE = 2.0**-20  # smallest relative change of embeddings, a few units in the last place of fp32
+_MOST_FROM_ROUNDING = 1e-2  # larger errors never count as rounding
 _MAX_PARAMETERS_COPIED = (
     10**9
 )  # up to here a 16-bit model is checked as a fp32 copy, where leaks cannot hide in rounding
@@ -57,14 +56,14 @@ _MAX_PARAMETERS_COPIED = (
 
 @dataclass(frozen=True)
 class PackingCheck:
-    """Whether packed rows are exact on a model, with the largest relative error seen or why it could not run."""
+    """Whether packed rows are exact on a model, with the largest relative error or the reason why the check failed."""
 
     ok: bool
     error: float  # of summed log-probs, relative to 1 + their size; inf where packing raised
     reason: str
     backends: dict[str, str] = field(default_factory=dict)  # attention backends of the run, and why each was taken
-    excluded: dict[str, str] = field(default_factory=dict)  # backends that "auto" leaves out here, and what is wrong
-    note: str | None = None  # on what the attention of the run costs
+    excluded: dict[str, str] = field(default_factory=dict)  # backends that "auto" skips here, with their faults
+    note: str | None = None  # about the cost of the run's attention
     seconds: float = 0.0  # that the check took
 
     def __str__(self) -> str:
@@ -74,14 +73,14 @@ class PackingCheck:
 
 @dataclass(frozen=True)
 class _Probe:
-    """A few short pairs of random tokens, and what the stock model makes of them, one sequence at a time."""
+    """A few short pairs of random tokens, and the stock model's log-probs for them, one sequence at a time."""
 
     pairs: list[TokenizedPair]
     expected: Tensor  # (S,) fp64, nats
     impl: str
 
     def rounding_of(self, model: nn.Module) -> float:
-        """How far the stock model's own log-probs go where its embeddings differ by what a product is rounded by."""
+        """The change of the stock model's own log-probs if its embeddings change by the rounding of a product."""
         device = self.expected.device
         plain = _stock_sums(model, self.pairs, device)
         with _nudged_embeddings(model, max(_LEAST_NUDGE, _product_error(device))):
@@ -96,7 +95,7 @@ class _Probe:
         return self.error_of(packed_logps(model, batch, impl=self.impl).sequences.sums)
 
     def packed_error(self, model: nn.Module, seen: Observed) -> float:
-        """`seen` takes down what the model's layers ask of their attention."""
+        """The relative error of packed log-probs; `seen` records the attention calls of the model's layers."""
         batch = pack_pairs(self.pairs).to(self.expected.device)
         token = observed.set(seen)
         try:
@@ -113,20 +112,20 @@ def check_packing(
 ) -> PackingCheck:
     """Compares `packed_logps` with separate unpadded forwards of the stock model on a few short pairs of random tokens.
 
-    Leaves the random state, the mode and the gradients of the model as they were.
+    The random state, the model's mode and its gradients do not change.
 
     Args:
         model: prepared with the attention backend of the run.
         impl: implementation of the head op, see `linear_logps`.
-        autocast: the precision of the run, as a context.
+        autocast: the precision of the run, as a context manager.
     Raises:
-        ValueError: even padded rows do not give the model's own log-probs, so its head is not the one that the op
-            computes; or the attention backend was asked for by name and cannot run this model.
+        ValueError: padded rows do not give the model's own log-probs, so that the op does not compute its head; or the
+            user named an attention backend that cannot run this model.
     """
     started = time.perf_counter()
     was_training = model.training
     model.eval()
-    prepared_state(model).excluded_backends.clear()  # asked anew
+    prepared_state(model).excluded_backends.clear()  # checked again
     device = execution_device(bare_model(model))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -154,18 +153,18 @@ def _say_what_is_left_out(check: PackingCheck) -> None:
 
     for name, why in check.excluded.items():
         taken = " and ".join(check.backends) if check.ok else "nothing"
-        logging.get_logger(__name__).warning(f"Attention by {name} {why}; {taken} takes its place.")
+        logging.get_logger(__name__).warning(f"Attention by {name} {why}; {taken} is used instead.")
 
 
 def _tried(model: nn.Module, impl: str, device: torch.device) -> tuple[_Probe, PackingCheck]:
-    """The check with the least of masks that makes packed rows exact, or without any where none does."""
+    """The check with the simplest kind of mask for which packed rows are exact, or without masks if there is none."""
     found = []
     for masks in MASKS:
         give_masks(model, masks)
         leaks = run_mixers_packed(model)
         probe = _probe(model, impl, device)
         check = _check_architecture(model, probe, leaks)
-        if check.ok or attention_backend(model) == "mask":  # which hands over one of its own
+        if check.ok or attention_backend(model) == "mask":  # "mask" passes its own mask
             return probe, check
         found.append((probe, check))
     give_masks(model, "none")
@@ -185,7 +184,7 @@ def _attention_backend(model: nn.Module, name: str) -> Iterator[None]:
 
 @contextmanager
 def _whole_fp32_products() -> Iterator[None]:
-    """Products of fp32 without the shortcuts of TF32 and bf16 that the user may have allowed."""
+    """Context manager for full-precision fp32 products, without TF32 or bf16 even if the user allows them."""
     backends: Any = torch.backends
     kinds = [backends.cuda.matmul, backends.mkldnn.matmul]
     before = [kind.fp32_precision for kind in kinds]
@@ -199,7 +198,7 @@ def _whole_fp32_products() -> Iterator[None]:
 
 
 def _product_error(device: torch.device) -> float:
-    """Relative error of an fp32 product on this device, in the precision that is on now."""
+    """Relative error of an fp32 product on this device, with the current precision settings."""
     generator = torch.Generator().manual_seed(2)
     left, right = torch.rand(2, 64, 64, generator=generator).to(device)
     exact = left.double() @ right.double().T
@@ -208,7 +207,7 @@ def _product_error(device: torch.device) -> float:
 
 @contextmanager
 def _nudged_embeddings(model: nn.Module, size: float) -> Iterator[None]:
-    """What the input embeddings give, each number changed by so much of itself, up or down."""
+    """Context manager that changes each number from the input embeddings by a relative amount, up or down."""
     generator = torch.Generator().manual_seed(1)
 
     def nudge(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -239,7 +238,7 @@ def _probe(model: nn.Module, impl: str, device: torch.device) -> _Probe:
     def draw(length: int) -> list[int]:
         return ids[torch.randint(len(ids), (length,), generator=generator)].tolist()
 
-    # prompts of three lengths, and sequences of two: few stock forwards, and yet there is something to pad
+    # prompts of three lengths and sequences of two: few stock forwards, but padding is still tested
     lengths = [(3, 5, 2), (4, 1, 4), (1, 4, 7)]
     mixers = mixers_of(bare_model(model))
     if mixers is not None and mixers.names:  # past the 64 tokens that kernels take at a time, by either branch
@@ -249,7 +248,7 @@ def _probe(model: nn.Module, impl: str, device: torch.device) -> _Probe:
 
 
 def _check_architecture(model: nn.Module, probe: _Probe, leaks: tuple[str, ...]) -> PackingCheck:
-    """Head and packing, without an attention kernel in it that runs on some machines only."""
+    """Checks head and packing with an attention backend that runs on any machine."""
     bare = bare_model(model)
     dtype = next(bare.parameters()).dtype
     padded_error, tolerance, rounding = probe.padded_error(model), _TOLERANCE[dtype], 0.0
@@ -266,14 +265,14 @@ def _check_architecture(model: nn.Module, probe: _Probe, leaks: tuple[str, ...])
     seen = Observed()
     try:
         error = probe.packed_error(model, seen)
-    except Exception as refusal:  # whatever a model raises on arguments it does not know: it cannot be packed
+    except Exception as refusal:  # any exception on unknown arguments: the model cannot be packed
         return PackingCheck(False, float("inf"), f"{type(refusal).__name__}: {refusal}")
     tolerance = _PACKED_FLOOR[dtype] + 10 * padded_error
     if not error <= tolerance:
         tolerance = _explained(dtype, padded_error, rounding or probe.rounding_of(model))
     if not error <= tolerance:
         difference = f"packed log-probs differ from separate ones by {error:.1e} (rounding explains {tolerance:.0e})"
-        why = "tokens of one sequence reach another, or positions are counted by rows"
+        why = "tokens of one sequence affect another, or the model uses row numbers as positions"
         return PackingCheck(False, error, f"{difference}: {why}")
     if leaks:
         reason = f"{' and '.join(leaks)} mix the tokens of one sequence into another, outside the attention interface"
@@ -286,9 +285,9 @@ def _check_architecture(model: nn.Module, probe: _Probe, leaks: tuple[str, ...])
 
 
 def _check_run(model: nn.Module, probe: _Probe, check: PackingCheck) -> PackingCheck:
-    """Attention and precision of the run; `check` is what was found without them.
+    """Checks attention and precision of the run; `check` is the result of the architecture check.
 
-    A backend that is wrong on this machine is left out, and the next one asked, where the setting allows others.
+    A backend that is wrong on this machine is excluded, and the next one is checked if the setting allows others.
     """
     state = prepared_state(model)
     while True:
@@ -302,7 +301,7 @@ def _check_run(model: nn.Module, probe: _Probe, check: PackingCheck) -> PackingC
 
 
 def _check_backends(model: nn.Module, probe: _Probe, check: PackingCheck) -> tuple[PackingCheck, str | None]:
-    """With the backends that are allowed now; and where they are wrong, which one."""
+    """The check with the currently allowed backends; if it fails, also the wrong backend."""
     seen = Observed()
     try:
         error = probe.packed_error(model, seen)
@@ -313,14 +312,14 @@ def _check_backends(model: nn.Module, probe: _Probe, check: PackingCheck) -> tup
         seen.failed, fault = _first_fault(model, seen)
     except UnsupportedAttention:
         raise
-    except Exception as failure:  # whatever a kernel raises on a machine that it does not fit
+    except Exception as failure:  # any exception of an unsuitable kernel
         return PackingCheck(False, float("inf"), f"{type(failure).__name__}: {failure}"), seen.failed
     check = replace(check, backends=seen.backends, note=scores_note(seen.shapes))
     return (check if fault is None else replace(check, ok=False, reason=fault)), seen.failed
 
 
 def _difference(model: nn.Module, probe: _Probe, error: float, seen: Observed) -> str | None:
-    """What is wrong where rounding does not explain the error of packed log-probs."""
+    """The fault if the error of packed log-probs is larger than rounding explains."""
     bare = bare_model(model)
     device_type, dtype = execution_device(bare).type, next(bare.parameters()).dtype
     if torch.is_autocast_enabled(device_type) and dtype == torch.float32:
@@ -338,7 +337,7 @@ def _difference(model: nn.Module, probe: _Probe, error: float, seen: Observed) -
 
 
 def _first_fault(model: nn.Module, seen: Observed) -> tuple[str | None, str | None]:
-    """A backend of the run that is wrong on longer branches or backward, and what is wrong with it."""
+    """A backend of the run that is wrong on longer branches or in backward, and its fault."""
     state, with_grad = prepared_state(model), any(parameter.requires_grad for parameter in model.parameters())
     for shape, name in seen.shapes.items():
         seen.failed = name  # where it raises
@@ -349,13 +348,13 @@ def _first_fault(model: nn.Module, seen: Observed) -> tuple[str | None, str | No
 
 
 def _explained(dtype: torch.dtype, padded_error: float, rounding: float) -> float:
-    """The error of packed rows that rounding explains, of a model on which padded rows and a nudge do so much."""
+    """The tolerance for packed rows, given the model's errors with padded rows and with nudged embeddings."""
     floor = _PACKED_FLOOR[dtype]
     return floor + 10 * max(padded_error, min(rounding, _MOST_FROM_ROUNDING / 10))
 
 
 def _local_attention(config: Any) -> set[Any]:
-    """The windows and chunks that layers are limited to. Longer than the probe, they do not show in its numbers."""
+    """The windows and chunks that limit the layers; those longer than the probe do not affect its numbers."""
     layer_types = getattr(config, "layer_types", None)
     limits: set[Any] = set()
     window = getattr(config, "sliding_window", None)
@@ -370,7 +369,7 @@ def _local_attention(config: Any) -> set[Any]:
 def _stock_sums(model: nn.Module, pairs: list[TokenizedPair], device: torch.device) -> Tensor:
     """(S,) fp64 log-probs of every response from the model's own forward and full logits.
 
-    Sequences of one length are rows of one forward: nothing is padded, and rows do not see each other.
+    Sequences of one length are rows of one forward, so nothing is padded and rows do not interact.
     """
     sequences = [(len(pair.prompt_ids), [*pair.prompt_ids, *response]) for pair in pairs for response in pair.responses]
     sums: dict[int, Tensor] = {}

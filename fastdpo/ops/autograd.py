@@ -1,10 +1,9 @@
-"""The head op as two torch operators: torch.compile, FakeTensor, checkpointing and autograd take it as one node.
+"""The head op as two torch operators, so that torch.compile, FakeTensor, checkpointing and autograd see one node.
 
-`fastdpo::linear_logps` keeps (T,) numbers for backward, never logits; `fastdpo::linear_logps_backward` recomputes tiles
-and computes the gradients that are needed and no others. Where the hidden states alone want a gradient (a frozen head),
-forward makes that gradient up to its factor per row, (T, H), and backward multiplies. In: what `linear_logps` has
-validated, except for what only the values can tell: labels outside the vocabulary are refused here, on the CPU.
-Refuses a second derivative.
+`fastdpo::linear_logps` saves (T,) numbers for backward, never logits; `fastdpo::linear_logps_backward` recomputes tiles
+and computes only the needed gradients. If only the hidden states need a gradient (a frozen head), forward computes it
+up to a factor per row, (T, H), and backward multiplies by the factor. In: arguments that `linear_logps` has validated;
+only the values of labels are checked here, on the CPU. Refuses a second derivative.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from fastdpo.types import IGNORE_INDEX, TokenLogps
 
 
 class Settings(NamedTuple):
-    """What both operators take beside tensors, in the types that an operator's schema has."""
+    """The non-tensor arguments of both operators, in types that an operator schema supports."""
 
     logit_scale: float
     softcap: float | None
@@ -70,8 +69,8 @@ def differentiable_logps(
 
 
 def forward(hidden_states, lm_head_weight, bias, labels, grad_in_forward, *settings):  # type: ignore[no-untyped-def]
-    """[logps, lse_whole, lse_rest, *outputs], each (T,); where tiles may be skipped, `kept` and the order of rows that
-    its blocks take, (T,); where it is made in forward, dH per unit of upstream gradient, (T, H) in the sums' dtype."""
+    """[logps, lse_whole, lse_rest, *outputs], each (T,); if tiles may be skipped, also `kept` and the row order of its
+    blocks, (T,); if made in forward, also dH per unit of upstream gradient, (T, H) in the sums' dtype."""
     settings = Settings(*settings)
     head, dtype, T = settings.head, settings.dtype, labels.shape[0]
     impl = resolve_impl(settings.impl, hidden_states.device, dtype)
@@ -101,7 +100,7 @@ def forward(hidden_states, lm_head_weight, bias, labels, grad_in_forward, *setti
 def backward(  # type: ignore[no-untyped-def]
     grad_logps, hidden_states, lm_head_weight, bias, labels, lse_whole, lse_rest, kept, order, needed, *settings
 ):
-    """The needed ones of dH (T, H), dW (V, H) and db (V,), each in its input's dtype."""
+    """The needed gradients among dH (T, H), dW (V, H) and db (V,), each in its input's dtype."""
     settings = Settings(*settings)
     head, dtype, T = settings.head, settings.dtype, labels.shape[0]
     impl = resolve_impl(settings.impl, hidden_states.device, dtype)
@@ -111,8 +110,8 @@ def backward(  # type: ignore[no-untyped-def]
     scale = row_scale(grad_logps, lse_rest, labels, head)
     rows = None
     if impl == "tiled" and labels.device.type == "cpu":
-        # Rows whose upstream gradient is exactly zero cost nothing: ignored ones, and pairs that the loss has settled.
-        # Skipped tiles belong to blocks of the rows that forward kept, so there only ignored ones are left out.
+        # Rows with an upstream gradient of exactly zero are dropped: ignored rows, and pairs whose loss is settled.
+        # With skipped tiles, blocks must match the rows that forward kept, so only ignored rows are dropped.
         rows = _rows_where(scale != 0 if kept is None else labels != IGNORE_INDEX)
     if order is not None:
         rows = order if rows is None else rows[order[: len(rows)]]
@@ -132,7 +131,7 @@ def backward(  # type: ignore[no-untyped-def]
 
 
 def scale_rows(unit_grad, grad_logps, dtype):  # type: ignore[no-untyped-def]
-    """dH of a frozen head. An operator without a derivative, so that a second one is refused and not half right."""
+    """dH of a frozen head. The operator has no derivative, so that a second derivative raises."""
     return (unit_grad * grad_logps[:, None]).to(dtype)
 
 
@@ -215,7 +214,7 @@ _forward_op.register_autograd(_grads, setup_context=_save)
 
 
 def _rows_where(keep: Tensor) -> Tensor | None:
-    """Indices of the kept rows; None if that is all of them."""
+    """Indices of the kept rows; None if all rows are kept."""
     rows = keep.nonzero()[:, 0]
     return None if rows.shape[0] == keep.shape[0] else rows
 
@@ -225,5 +224,5 @@ def _take(rows: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _spread(rows: Tensor | None, x: Tensor, num_rows: int) -> Tensor:
-    """`x` at its places among `num_rows` rows, zeros elsewhere."""
+    """`x` scattered to its rows among `num_rows`, zeros elsewhere."""
     return x if rows is None else x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)

@@ -1,10 +1,10 @@
-"""Gradients made in the forward pass, from the same logits: 4 THV FLOPs for a frozen head, 6 THV for all of them.
+"""Gradients computed in the forward pass, from the same logits: 4 THV FLOPs for a frozen head, 6 THV for all gradients.
 
-Rows go through the head in chunks whose D, eq. (9), over the whole vocabulary fits a workspace of fixed size. That
-costs no second computation of the logits, and needs to know in forward what autograd tells in backward:
+Rows go through the head in chunks whose D, eq. (9), over the whole vocabulary fits a workspace of fixed size. This
+avoids a second computation of the logits, but needs the upstream gradients in forward. Two cases:
 
 - A frozen head (`hidden_grad_in_forward`): the gradient of every log-prob is one vector per row, which backward scales.
-- A known loss (`RowGradients` and what `fastdpo.ops.sequence_loss` does with it): the rows' upstream gradients.
+- A known loss (`RowGradients`, used by `fastdpo.ops.sequence_loss`): the loss gives the rows' upstream gradients.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 def max_chunk_rows(
     lm_head_weight: Tensor, engine: Engine, workspace_bytes: int | None = None, weight_sums_bytes: int = 0
 ) -> int:
-    """Rows whose D fits the workspace; at least 1, and whole blocks of the kernels where one fits.
+    """Number of rows whose D fits the workspace; at least 1, and a multiple of the kernels' blocks if one fits.
 
     Args:
-        workspace_bytes: None: the engine's default. Where dW is wanted that grows to half of its sums, up to the
-            engine's most, as far as memory is free: 16,384 rows of V = 128256 and H = 4096 then take 4 chunks, which
-            read and write dW's 2.1 GB 7 times in place of 31.
-        weight_sums_bytes: the fp32 sums of dW, 0 where it is not wanted.
+        workspace_bytes: None for the engine's default. If dW is needed, the default grows to half of dW's sums, up to
+            the engine's maximum and the free memory: 16,384 rows with V = 128256 and H = 4096 then take 4 chunks, which
+            read and write dW's 2.1 GB 7 times instead of 31.
+        weight_sums_bytes: bytes of the fp32 sums of dW, 0 if dW is not needed.
     """
     device, dtype = lm_head_weight.device, lm_head_weight.dtype
     budget = _default_bytes(engine, device, weight_sums_bytes) if workspace_bytes is None else workspace_bytes
@@ -44,14 +44,14 @@ def max_chunk_rows(
 def _default_bytes(engine: Engine, device: torch.device, weight_sums_bytes: int) -> int:
     wanted = min(engine.most_workspace_bytes, max(engine.workspace_bytes, weight_sums_bytes // 2))
     if wanted > engine.workspace_bytes and device.type == "cuda":
-        # while a graph is captured the driver is asked nothing
+        # no queries to the driver during graph capture
         free = 0 if torch.cuda.is_current_stream_capturing() else free_bytes(device)
         wanted = max(engine.workspace_bytes, min(wanted, free // 2))  # half: chunks need more than D
     return wanted
 
 
 def free_bytes(device: torch.device) -> int:
-    """What this process could still allocate on a GPU: outside of PyTorch's allocator, and unused within it."""
+    """Bytes that this process can still allocate on a GPU: free memory, plus unused memory in PyTorch's allocator."""
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
@@ -59,9 +59,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def even_chunks(rows: slice, most: int, multiple: int = 1) -> Iterator[slice]:
-    """As few chunks of at most `most` rows as there can be, of nearly equal size.
+    """The smallest number of chunks of at most `most` rows, of nearly equal size.
 
-    All but the last have a multiple of `multiple` rows where `most` is one.
+    If `most` is a multiple of `multiple`, so are all chunks except the last.
     """
     num_rows = rows.stop - rows.start
     size = -(-num_rows // max(1, -(-num_rows // most)))
@@ -108,8 +108,8 @@ def hidden_grad_in_forward(
 class RowGradients:
     """dH, dW and db, (11) and (12), summed in fp32 (fp64 for fp64) from chunks of D over the whole vocabulary.
 
-    dW has the weight's columns from `first_column` on; those before are frozen. Rows without weight are left out of the
-    products where `leaves_out` says so: they must be counted on the host, so by default where that stops no GPU.
+    dW covers the weight's columns from `first_column` on; the columns before are frozen. With `leaves_out`, rows
+    without weight are left out of the products. The host must count them, so by default this is off on a GPU.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class RowGradients:
         self.is_first = True
 
     def add(self, rows: slice, d: Tensor, scale: Tensor) -> None:
-        """Takes in D (rows, V), which it may overwrite, and c (rows,); every row of dH comes once."""
+        """Adds D (rows, V), which may be overwritten, and c (rows,); each row of dH must be added once."""
         hidden_states = self.hidden_states[rows]
         hidden = None if self.hidden is None else self.hidden[rows]
         if self.leaves_out:
@@ -149,10 +149,10 @@ class RowGradients:
         self._add(hidden_states, d, scale, hidden)
 
     def _add(self, hidden_states: Tensor, d: Tensor, scale: Tensor, hidden: Tensor | None) -> None:
-        """The products of these rows; their dH into `hidden`."""
+        """Computes the products of these rows; writes their dH to `hidden`."""
         if len(scale) == 0:
             return
-        # only where it is multiplied by: a frozen head would copy its rows for nothing
+        # only if it is needed: with a frozen head the copy of its rows would be wasted
         scaled = None if self.weight is None else hidden_states[:, self.first_column :] * scale[:, None]
         for vocab in operand_blocks(self.lm_head_weight):
             weight = operand(self.lm_head_weight[vocab])
@@ -173,7 +173,7 @@ class RowGradients:
         return 0 if self.weight is None else self.weight.numel() * self.weight.element_size()
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The sums as they are, zeros where no row has come."""
+        """The sums, with zeros for rows that were not added."""
         if self.is_first:
             for grad in (self.weight, self.bias):
                 if grad is not None:

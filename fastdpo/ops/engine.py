@@ -1,7 +1,7 @@
-"""The implementations by name, and which of them can run where.
+"""The implementations by name, and the devices and dtypes that each supports.
 
-An engine is what an implementation brings: plain functions on validated tensors of one dtype. What is done with them
-(autograd, chunks, sums) is the same for all engines and lies in `autograd.py`, `gradients.py` and `eager.py`.
+An engine is an implementation's set of plain functions on validated tensors of one dtype. The code that uses them
+(autograd, chunks, sums) is shared by all engines, in `autograd.py`, `gradients.py` and `eager.py`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Engine(NamedTuple):
     logit_grads: Callable[..., LogitGrads]
     # (hidden_states, lm_head_weight, bias, labels, lse, head, row_scale, kept, *dtypes) -> dH, dW, db over kept tiles
     skipping_gradients: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
-    # (hidden_states) -> rows and vocabulary ids of what is kept or dropped at once
+    # (hidden_states) -> rows and vocabulary ids of a unit of skipping
     skip_blocks: Callable[[Tensor], tuple[int, int]]
     grads_dtype: Callable[[torch.dtype], torch.dtype]  # of D in `out`, from the operands' dtype
-    row_multiple: int  # elements: what rows of `out` are padded to
+    row_multiple: int  # rows of `out` are padded to a multiple of so many elements
     chunk_multiple: int  # rows of `out` that a kernel takes at once: other numbers leave part of its last block empty
     column_multiple: int  # that joined operands are padded to: the copy engine takes rows of whole 16 bytes
     workspace_bytes: int  # default size of `out`
@@ -90,7 +90,7 @@ def engine_of(impl: str) -> Engine:
 
 
 def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that `impl` stands for here; a name that cannot run on this device and dtype is an error."""
+    """The implementation for `impl` on this device and dtype; raises ValueError if a named one cannot run."""
     if impl not in ("auto", "triton"):
         return impl
     refusal = _triton_refusal(device, dtype)
@@ -102,7 +102,7 @@ def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run, as the end of a sentence; None if they can."""
+    """The reason why the Triton kernels cannot run, as the end of a sentence; None if they can."""
     if dtype == torch.float64:
         return "takes fp16, bf16 and fp32, got torch.float64"
     if device.type not in ("cuda", "cpu"):

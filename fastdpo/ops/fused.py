@@ -1,7 +1,7 @@
-"""The head op on the Triton kernels: forward in two launches, backward in vocabulary blocks of bounded size.
+"""The head op with the Triton kernels: forward in two launches, backward in vocabulary blocks of bounded size.
 
-In: validated tensors of one dtype. Out: as `fastdpo.ops.tiled`, whose twin this is. Backward is a hybrid: the kernel
-recomputes a block of the logits' gradient into a workspace, and the matmul library multiplies it with fp32 sums.
+In: validated tensors of one dtype. Out: the same as its counterpart `fastdpo.ops.tiled`. Backward is a hybrid: the
+kernel recomputes a block of the logits' gradient into a workspace, and the matmul library multiplies it with fp32 sums.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def choose_tiling(hidden_states: Tensor, lm_head_weight: Tensor, workspace_bytes
 
 
 def skip_blocks(hidden_states: Tensor) -> tuple[int, int]:
-    """Rows and vocabulary ids that skipping keeps or drops at once: a tile of the forward kernel."""
+    """Numbers of rows and vocabulary ids in a unit of skipping: a tile of the forward kernel."""
     blocks = launch.device_blocks(hidden_states, "skipping")
     return blocks.block_t, blocks.block_v
 
@@ -42,7 +42,7 @@ def fused_forward(
 ) -> dict[str, Tensor]:
     """The values named in ALWAYS and in `head.outputs`, each (T,). A label outside [0, V) gives nan.
 
-    Where tiles may be skipped also TILE_SUMS, of the kernel's tiles.
+    If tiles may be skipped, also TILE_SUMS for the kernel's tiles.
     """
     with _device(hidden_states):
         return forward_kernels.fused_forward(
@@ -60,7 +60,7 @@ def fused_forward(
 def fused_forward_with_grads(
     out: Tensor, hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | None, labels: Tensor, head: Head
 ) -> dict[str, Tensor]:
-    """What `fused_forward` returns, and D, eq. (9), of every row into `out` (T, V)."""
+    """Returns the same as `fused_forward`, and writes D, eq. (9), of every row to `out` (T, V)."""
     with _device(hidden_states):
         return forward_kernels.fused_forward_with_grads(
             out, hidden_states, lm_head_weight, bias, labels, head.logit_scale, head.softcap, head.outputs
@@ -107,7 +107,7 @@ def fused_skipping_gradients(
 
 
 class FusedLogitGrads:
-    """Fills tiles of the logits' gradient, c D of eq. (9) and (10), by computing the logits once more."""
+    """Fills tiles of the logits' gradient, c D of eq. (9) and (10), by recomputing the logits."""
 
     def __init__(
         self,
@@ -153,5 +153,5 @@ class FusedLogitGrads:
 
 
 def _device(x: Tensor) -> torch.cuda.device:
-    """Triton launches on the current device: make it the one where `x` is. Does nothing for CPU tensors."""
+    """Makes the device of `x` the current one, because Triton launches there. Does nothing for CPU tensors."""
     return torch.cuda.device(x.device if x.is_cuda else -1)

@@ -1,10 +1,10 @@
-"""dH, dW and db from tiles of the logits' gradient, whoever fills the tiles.
+"""dH, dW and db from tiles of the logits' gradient, for any engine that fills the tiles.
 
 With D of eq. (9) and the row factors c of eq. (10), (11) and (12) are dH = c (D @ W), dW = D.T @ (c H), db = D.T @ c.
-An engine puts c where it costs least: into its tiles, over a common unit, or it leaves it to the rows here.
+An engine applies c where this is cheapest: in its tiles, relative to a common unit, or here, to the rows.
 
-Tiles walk the vocabulary outside and the rows inside, so that a block of dW is finished before the next one starts: it
-is summed in fp32 in one block of scratch and cast once. Only the gradients asked for are allocated or computed.
+The outer loop runs over the vocabulary and the inner loop over rows, so a block of dW is finished before the next one
+starts: it is summed in fp32 in one block of scratch and cast once. Only requested gradients are allocated and computed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastdpo.ops.matmul import accumulator_dtype, matmul_into, operand
 
 
 class LogitGrads(Protocol):
-    """Something that recomputes logits tile by tile."""
+    """Recomputes the logits' gradient tile by tile."""
 
     tiling: Tiling
     row_scale: Tensor | None  # (T,) c, where tiles are D; None where they are c D / unit
@@ -78,7 +78,7 @@ def head_gradients(
 
 
 def _finish(sums: Tensor, unit: Tensor | None, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """`unit * sums` in `out` or as a tensor of `dtype`, rounded once; in place where that is possible."""
+    """`unit * sums` in `out` or as a tensor of `dtype`, rounded once; in place if possible."""
     if out is None:
         out = sums if sums.dtype == dtype else torch.empty_like(sums, dtype=dtype)
     if unit is not None:

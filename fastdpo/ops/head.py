@@ -1,7 +1,7 @@
-"""The settings of one head, and the tiles that cover its (T, V) logits.
+"""The settings of one LM head, and the tiles that cover its (T, V) logits.
 
-`Head` says how a row of hidden states becomes logits beyond the matmul; `Tiling` walks row blocks and vocabulary blocks
-so that what is alive at once stays under a budget.
+`Head` holds the operations on logits after the matmul; `Tiling` iterates over row blocks and vocabulary blocks within a
+memory budget.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from fastdpo.types import IGNORE_INDEX
 
-ALWAYS = ("logps", "lse_whole", "lse_rest")  # what every forward pass returns, beside the statistics asked for
+ALWAYS = ("logps", "lse_whole", "lse_rest")  # returned by every forward pass, besides the requested statistics
 TILE_SUMS = ("tile_max", "tile_sumexp")  # and where tiles may be skipped: eq. (3), each (num_tiles, T)
 
 
@@ -26,16 +26,16 @@ class Head:
 
     logit_scale: float = 1.0
     softcap: float | None = None
-    outputs: tuple[str, ...] = ()  # statistics asked for, out of TOKEN_OUTPUTS
+    outputs: tuple[str, ...] = ()  # requested statistics, out of TOKEN_OUTPUTS
     skip_tolerance: float = 0.0  # probability mass that backward may drop per row
-    workspace_bytes: int | None = None  # for what lives during a pass alone; None: the implementation's default
+    workspace_bytes: int | None = None  # temporary memory of a pass; None: the implementation's default
 
 
 class SplitLse(NamedTuple):
-    """lse as an integer plus a rest, eq. (8): backward needs `z - lse` to more digits than one float of lse has.
+    """lse as an integer plus a rest, eq. (8), because backward needs `z - lse` more precisely than one float allows.
 
-    In a row that gives one token nearly all its probability, lse = 80.3 is off by up to 4e-6, and so would be the
-    probability; z - 80 is exact, and the rest is a factor of the whole row.
+    If one token of a row has nearly all probability, lse = 80.3 has an error of up to 4e-6, and the probability would
+    have the same error. z - 80 is exact, and the rest is a factor of the whole row.
     """
 
     whole: Tensor  # (T,) integers as floats
@@ -54,9 +54,10 @@ def joined_weight(
     dtype: torch.dtype | None = None,
     multiple: int = 1,
 ) -> Tensor:
-    """(V, H + r): both side by side, in `dtype` or lm_head_weight's, differentiable; alone the first as it is.
+    """(V, H + r): both weights side by side, in `dtype` or lm_head_weight's, differentiable; without an adapter the
+    first.
 
-    Behind an adapter zeros follow, up to the next multiple of `multiple` columns.
+    With an adapter, zeros pad the result to a multiple of `multiple` columns.
     """
     dtype = lm_head_weight.dtype if dtype is None else dtype
     if adapter_weight is None:
@@ -99,11 +100,11 @@ class Tiling:
     ) -> Tiling:
         """At most `block_rows` rows and `max_elements` logits per block, and `max_weights` elements of the weight.
 
-        All but the last block of the vocabulary are a multiple of `multiple` ids, where that many fit.
+        All vocabulary blocks except the last are a multiple of `multiple` ids, if that many fit.
 
         Examples:
-            1000 rows, V = 32000, 256 rows and 2**20 logits: blocks of 256 x 4000, not seven of 4096 and a rest; of
-            256 x 4096 all the same for multiples of 256.
+            1000 rows, V = 32000, 256 rows and 2**20 logits give blocks of 256 x 4000 instead of seven of 4096 and a
+            rest; with multiples of 256 they are 256 x 4096.
         """
         block_rows = max(1, min(num_rows, block_rows))
         most = max(1, min(max_elements // block_rows, max_weights // hidden_size))

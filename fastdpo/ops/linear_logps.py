@@ -1,4 +1,4 @@
-"""`linear_logps`: the contract of the head op per row, and the choice of who computes it.
+"""`linear_logps`: the contract of the head op per row, and the choice of the implementation.
 
 In: hidden states, the LM head, labels. Out: TokenLogps. Refuses what `fastdpo.ops.validation` lists.
 """
@@ -39,29 +39,29 @@ def linear_logps(
         lm_head_weight: (V, H), same dtype and device. Dtypes may differ only under autocast, which casts all of them.
         labels: (T,) integers; IGNORE_INDEX rows give 0.0 and no gradient.
         bias: (V,), the head's bias.
-        logit_scale: what the logits are multiplied by; not zero.
+        logit_scale: factor of the logits; not zero.
         softcap: bound of the logits, > 0 (Gemma 2's final_logit_softcapping).
-        outputs: which optional fields to fill, out of "lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs".
-            They carry no gradient, and are 0 (False) in ignored rows.
-        skip_tolerance: probability mass in [0, 1) that backward may drop from any row, q. Vocabulary tiles of little
+        outputs: optional fields to fill, out of "lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs". They
+            have no gradient, and are 0 (False) in ignored rows.
+        skip_tolerance: probability mass q in [0, 1) that backward may drop from each row. Vocabulary tiles with little
             mass are then neither recomputed nor multiplied; tiles with a label are always kept. With g the gradient of
             the log-probs, row t of dH is off by at most `|g_t| |logit_scale| q max_v |W_v|`, and dW by at most
-            `sum_t |g_t| |logit_scale| q |h_t|` (Frobenius). Rows of dW that were skipped everywhere are exactly zero,
-            which Adam does not treat as small. 0.0 is exact. Where little can be skipped (random weights, small
-            vocabularies, an uncertain model) looking for it costs more than it saves.
-        workspace_bytes: what may be allocated during a pass beyond gradients and their fp32 sums; by default at most
-            256 MiB on a GPU and 32 MiB on a CPU. More of it saves reading and writing those sums; much less than
-            that costs time (tens of KiB: several times as much).
+            `sum_t |g_t| |logit_scale| q |h_t|` (Frobenius). Rows of dW that are skipped everywhere are exactly zero,
+            which Adam does not treat as small. 0.0 is exact. If little can be skipped (random weights, small
+            vocabularies, an uncertain model), the search for skippable tiles costs more than it saves.
+        workspace_bytes: memory for a pass beyond gradients and their fp32 sums; by default at most 256 MiB on a GPU and
+            32 MiB on a CPU. A larger workspace reads and writes those sums less often; a much smaller one costs time
+            (tens of KiB: several times as much).
         impl: "triton", "tiled" (pure PyTorch, any device), "reference" (plain PyTorch, builds the logits), or "auto":
-            triton on CUDA where it is installed and takes the dtype, else tiled. A named impl never falls back.
+            triton on CUDA if it is installed and supports the dtype, else tiled. A named impl never falls back.
     Returns:
         TokenLogps with logps (T,) fp32 (fp64 for fp64 inputs), differentiable in hidden_states, lm_head_weight and
         bias; each gradient in its input's dtype, summed in fp32 and cast once. One derivative only, by autograd (not
         torch.func).
     Raises:
-        ValueError: shapes, dtypes or devices disagree, a setting is out of its range, a named impl cannot run here, or
-            (on the CPU) a label lies outside [0, V). On a GPU such a label is never read out of bounds and costs no
-            synchronization: its log-prob and the gradients that it reaches become nan.
+        ValueError: shapes, dtypes or devices disagree, a setting is out of range, a named impl cannot run here, or (on
+            the CPU) a label lies outside [0, V). On a GPU such a label is not checked, to avoid a synchronization; it
+            is never read out of bounds, and its log-prob and the affected gradients become nan.
     """
     outputs = (outputs,) if isinstance(outputs, str) else tuple(dict.fromkeys(outputs))
     check_settings(logit_scale, softcap, outputs, skip_tolerance, workspace_bytes, impl)

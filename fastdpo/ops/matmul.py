@@ -1,7 +1,7 @@
-"""Matmuls that take low-precision operands and accumulate in fp32, the one place that knows how each device does it.
+"""Matmuls with low-precision operands and fp32 accumulation, for each kind of device.
 
-CUDA multiplies bf16 and fp16 on the matrix units into an fp32 result (`out_dtype`). Other devices cannot, so there the
-operands are upcast first; the sums are the same, and so is the code that calls this.
+CUDA multiplies bf16 and fp16 on the matrix units into an fp32 result (`out_dtype`). On other devices the operands are
+upcast first; the sums are the same, and callers need no special case.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-MAX_CAST_ELEMENTS = 2**22  # of a weight that is upcast at once, where it has to be
+MAX_CAST_ELEMENTS = 2**22  # elements of a weight to upcast at once, if necessary
 MAX_PRODUCT_ELEMENTS = 2**22  # of a product that is added to sums in a step of its own: 16 MiB, which stay in L2
 
 
@@ -22,12 +22,12 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def operand(x: Tensor) -> Tensor:
-    """`x` in the dtype in which this device's matmul takes it; keep the result while it is used more than once."""
+    """`x` in the operand dtype of this device's matmul; keep the result if it is used more than once."""
     return x if x.is_cuda else x.to(accumulator_dtype(x.dtype))
 
 
 def operand_blocks(weight: Tensor) -> Iterator[slice]:
-    """Rows of `weight` that may be made operands at once: all of them, where that makes no copy."""
+    """Number of rows of `weight` to convert to operands at once: all rows if no copy is made."""
     num_rows, block = len(weight), len(weight)
     if operand(weight[:1]).dtype != weight.dtype:
         block = max(1, MAX_CAST_ELEMENTS // weight.shape[1])
@@ -36,7 +36,7 @@ def operand_blocks(weight: Tensor) -> Iterator[slice]:
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> None:
-    """`out = beta * out + alpha * a @ b` in place, summed in out's dtype; with beta 0 the old contents may be anything.
+    """`out = beta * out + alpha * a @ b` in place, summed in out's dtype; with beta 0 the old contents are ignored.
 
     Args:
         out: (M, N) fp32 or fp64.
@@ -60,7 +60,7 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, beta: 
 
 
 def product_bytes(device: torch.device, dtype: torch.dtype) -> int:
-    """What adding a product of `dtype` operands to wider sums allocates here; it is part of a pass's workspace."""
+    """Bytes allocated by adding a product of `dtype` operands to wider sums; they are part of a pass's workspace."""
     if device.type != "cuda" or dtype == accumulator_dtype(dtype) or _addmm_takes_wider_sums(device, dtype):
         return 0
     return MAX_PRODUCT_ELEMENTS * accumulator_dtype(dtype).itemsize
@@ -68,7 +68,7 @@ def product_bytes(device: torch.device, dtype: torch.dtype) -> int:
 
 @functools.cache
 def _addmm_takes_wider_sums(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether addmm adds to fp32 sums beside `dtype` operands; some torch versions want the sums in `dtype`."""
+    """Whether addmm can add to fp32 sums with `dtype` operands; some torch versions require sums in `dtype`."""
     x, sums = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
     try:
         torch.addmm(sums, x, x, out_dtype=torch.float32, out=sums)

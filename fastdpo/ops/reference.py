@@ -1,6 +1,7 @@
-"""The oracle: what the head op means, in plain PyTorch with plain autograd. It builds the (T, V) logits, alone here.
+"""The reference implementation of the head op, in plain PyTorch with plain autograd. Only this one builds (T, V)
+logits.
 
-In: what `linear_logps` has validated. Out: TokenLogps. fp64 inputs are computed in fp64, everything else in fp32.
+In: arguments that `linear_logps` has validated. Out: TokenLogps. fp64 inputs are computed in fp64, all others in fp32.
 """
 
 from __future__ import annotations

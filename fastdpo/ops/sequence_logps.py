@@ -1,6 +1,6 @@
 """`sequence_logps`: log-probs of whole responses, the masked and weighted sum of `linear_logps` over each sequence.
 
-In: what `linear_logps` takes, and which tokens make up each sequence. Out: SequenceLogps.
+In: the arguments of `linear_logps`, and the tokens of each sequence. Out: SequenceLogps.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ def sequence_logps(
     bias: Tensor | None = None,
     **same: Any,
 ) -> SequenceLogps:
-    """Summed log-prob of each sequence, in nats. A token that two sequences share is computed once and counted in both.
+    """Summed log-prob of each sequence, in nats. A token shared by two sequences is computed once and counts in both.
 
-    Two responses "x a b" and "x c" to one prompt, whose first token x is the same, need four rows of the head:
+    Two responses "x a b" and "x c" to one prompt share their first token x and need four rows of the head:
 
         labels     = [x, a, b, c]
         rows       = [0, 1, 2,  0, 3]     # the tokens of both sequences, each by the row that predicts it
         cu_seqlens = [0, 3, 5]            # sequence 0 is tokens 0..2, sequence 1 is tokens 3..4
 
     Args:
-        hidden_states, lm_head_weight, labels, bias, **same: as in `linear_logps`, over the T rows that reach the head.
+        hidden_states, lm_head_weight, labels, bias, **same: as in `linear_logps`, over the T rows of the head.
         cu_seqlens: (S + 1,) integers rising from 0 to N; tokens cu_seqlens[s] to cu_seqlens[s + 1] are sequence s.
         rows: (N,) integers in [0, T), the row of each token; by default token n is row n.
-        weights: (N,) what each token's log-prob is multiplied by (loss masks, ld_alpha); by default 1.
+        weights: (N,) factor of each token's log-prob (loss masks, ld_alpha); by default 1.
     Returns:
         SequenceLogps: sums (S,) fp32 (fp64 for fp64 inputs), 0.0 for a sequence without tokens; lengths (S,) int64,
-        tokens whose label is not IGNORE_INDEX, whatever their weight; tokens, the TokenLogps over the T rows. Both sums
-        and tokens.logps are differentiable.
+        the number of tokens whose label is not IGNORE_INDEX, whatever their weight; tokens, the TokenLogps over the T
+        rows. Both sums and tokens.logps are differentiable.
     Raises:
-        ValueError: as `linear_logps`, and where cu_seqlens, rows or weights do not fit (values: CPU only).
+        ValueError: as in `linear_logps`, or cu_seqlens, rows or weights do not match (values are checked on the CPU
+            only).
     """
     check_head(hidden_states, lm_head_weight, labels, bias)
     check_sequences(cu_seqlens, rows, weights, labels)

@@ -1,10 +1,11 @@
-"""A loss that is a sum over groups of sequences, with its gradient made in forward: 6 NHV FLOPs in place of 8.
+"""A loss that is a sum over groups of sequences, with its gradient computed in forward: 6 NHV FLOPs instead of 8.
 
-In: what `sequence_logps` takes, where each group ends, and the loss of a group as a function of its summed log-probs.
-Out: the loss, differentiable, and the log-probs, which are not. As soon as a chunk of rows has its log-probs, the loss
-says how much each weighs, and the gradients are made from the logits that are still there (Liger's and QuACK's fused
-losses do so for a cross entropy). The logits of a group too large for the workspace are computed once more, still in
-forward; under `torch.compile` backward does it, for all of them. Refuses what `sequence_logps` refuses.
+In: the arguments of `sequence_logps`, the end of each group, and the loss of a group as a function of its summed
+log-probs. Out: the loss, differentiable, and the log-probs, not differentiable. As soon as the log-probs of a chunk of
+rows are known, the loss gives their upstream gradients, and the gradients are computed from the logits that are still
+in memory (as in Liger's and QuACK's fused cross entropies). If a group is too large for the workspace, its logits are
+computed twice, still in forward; under `torch.compile` backward recomputes the logits of all groups. Refuses everything
+that `sequence_logps` refuses.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fastdpo.types import SequenceLogps, TokenLogps
 
 
 class GroupEnd(NamedTuple):
-    """Where a group ends in each numbering. Groups follow each other and share nothing."""
+    """The end of a group, counted in rows, tokens and sequences. Groups are consecutive and share nothing."""
 
     row: int
     token: int
@@ -72,19 +73,20 @@ def sequence_loss(
             in `sequence_logps`; impl is not "reference".
         group_ends: for each group, the numbers of rows, tokens and sequences up to its end, on the host.
         loss_of: `(sums, lengths, sequences, groups)` -> scalar, the summed loss of consecutive groups from their
-            sequences' log-probs (s,) in nats and lengths (s,); the slices say which sequences and groups these are.
-        summed: statistics among `outputs` that `loss_of` takes by name as well, (s,) sums without gradient.
-        adapter_weight: (V, r), columns that follow those of lm_head_weight, for hidden_states of width H + r: a head
-            `h @ W.T + u @ B.T` whose W is frozen takes [h, u] and trains B without a gradient of W's size. Of any
-            float dtype. The two weights stand side by side in one copy while this call lasts.
-        workspace_bytes: for the gradients of the logits, (rows of a chunk, V); by default 256 MiB on a GPU, where the
-            gradient of the weight is wanted up to 1 GiB of what is free (see `fastdpo.ops.eager.max_chunk_rows`), and
-            32 MiB elsewhere. A group that does not fit alone has its logits computed twice.
+            sequences' log-probs (s,) in nats and lengths (s,); the slices give the sequences and groups.
+        summed: statistics among `outputs` that `loss_of` also takes by name, (s,) sums without gradient.
+        adapter_weight: (V, r) in any float dtype, columns that follow those of lm_head_weight, for hidden_states of
+            width H + r: a head `h @ W.T + u @ B.T` with frozen W takes [h, u] and trains B without a gradient of W's
+            size. During this call one copy holds both weights side by side.
+        workspace_bytes: memory for the gradients of the logits, (rows of a chunk, V); by default 256 MiB on a GPU (up
+            to 1 GiB of the free memory if the gradient of the weight is needed, see
+            `fastdpo.ops.eager.max_chunk_rows`), and 32 MiB elsewhere. The logits of a group that does not fit alone are
+            computed twice.
     Returns:
         The loss, () fp32 (fp64 for fp64 inputs), differentiable in hidden_states, lm_head_weight, bias and
         adapter_weight; and SequenceLogps without gradient. A row whose upstream gradient is below half a unit in the
-        last place of its chunk's largest gets none; on a CPU it costs none either. Differentiable once; where the
-        inputs are fp32, all gradients must be asked for in one backward.
+        last place of its chunk's largest gets no gradient; on a CPU its products are skipped. Differentiable once; if
+        the inputs are fp32, one backward must compute all gradients.
     """
     outputs = (outputs,) if isinstance(outputs, str) else tuple(dict.fromkeys(outputs))
     check_settings(logit_scale, softcap, outputs, 0.0, workspace_bytes, impl)
@@ -93,7 +95,9 @@ def sequence_loss(
     if not set(summed) <= set(outputs):
         raise ValueError(f"summed must be among outputs {outputs}, got {tuple(summed)}")
     if impl == "reference":
-        raise ValueError('impl must be "auto", "triton" or "tiled", got \'reference\': it makes no gradient in forward')
+        raise ValueError(
+            'impl must be "auto", "triton" or "tiled", got \'reference\', which computes no gradient in forward'
+        )
     labels, cu_seqlens = labels.to(torch.int64), cu_seqlens.to(torch.int64)
     rows = None if rows is None else rows.to(torch.int64)
     group_ends = [GroupEnd(*end) for end in group_ends]
@@ -136,7 +140,7 @@ def sequence_loss(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What `_LossInForward` takes beside tensors."""
+    """The non-tensor arguments of `_LossInForward`."""
 
     head: Head
     impl: str
@@ -146,7 +150,7 @@ class _Plan:
 
 
 class _LossInForward(torch.autograd.Function):
-    """Keeps the gradients in fp32 until backward knows what the loss is multiplied by, then casts them once."""
+    """Keeps the gradients in fp32 until backward knows the factor of the loss, then casts them once."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states, lm_head_weight, bias, adapter_weight, labels, plan):  # type: ignore[override]
@@ -202,8 +206,8 @@ class _LossInForward(torch.autograd.Function):
     def backward(ctx: Any, grad_loss, *_):  # type: ignore[override]
         if ctx.scaled_in_place:
             raise RuntimeError(
-                "the gradients of this loss were made in forward and have been handed out: ask for all of them in one "
-                "backward (LinearDPOLoss: impl='reference', or log-probs by sequence_logps, can be asked again)"
+                "the gradients of this loss were computed in forward and are already used: compute all of them in one "
+                "backward, or use sequence_logps (LinearDPOLoss: impl='reference'), which allows several"
             )
         grads: list[Tensor | None] = []
         for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
@@ -220,11 +224,11 @@ class _LossInForward(torch.autograd.Function):
 
 
 def _check_adapter(hidden_states: Tensor, lm_head_weight: Tensor, adapter_weight: Tensor | None) -> Tensor:
-    """The columns of hidden_states that meet lm_head_weight."""
+    """The number of columns of hidden_states that belong to lm_head_weight."""
     if adapter_weight is None:
         return hidden_states
     if lm_head_weight.requires_grad:
-        raise ValueError("lm_head_weight must be frozen where adapter_weight is given, got one that requires grad")
+        raise ValueError("lm_head_weight must be frozen if adapter_weight is given, got one that requires grad")
     V, width = lm_head_weight.shape[0], hidden_states.shape[1] - lm_head_weight.shape[1]
     if tuple(adapter_weight.shape) != (V, width):
         raise ValueError(
@@ -237,7 +241,7 @@ def _check_adapter(hidden_states: Tensor, lm_head_weight: Tensor, adapter_weight
 def _weigh(
     values: Mapping[str, Tensor], chunk: _Chunk, chunk_loss: Callable[[Mapping[str, Tensor], _Chunk], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The chunk's loss, and its gradient in the log-probs with weights that rounding would lose set to zero."""
+    """The chunk's loss, and its gradient in the log-probs; weights too small for the rounding are set to zero."""
     with torch.enable_grad():
         leaf = values["logps"].detach().requires_grad_()
         loss = chunk_loss({**values, "logps": leaf}, chunk)
@@ -249,7 +253,7 @@ def _weigh(
 
 
 def _chunks(group_ends: Sequence[GroupEnd], most_rows: int) -> Iterator[_Chunk]:
-    """As many consecutive groups at a time as fit `most_rows`; a group that does not fit comes alone."""
+    """Chunks of as many consecutive groups as fit into `most_rows`; a larger group forms its own chunk."""
     start, first = GroupEnd(0, 0, 0), 0
     for group, end in enumerate(group_ends):
         is_last = group + 1 == len(group_ends)
@@ -264,14 +268,14 @@ def _check_group_ends(group_ends: Sequence[GroupEnd], labels: Tensor, cu_seqlens
     rises = all(a <= b for x, y in pairwise(starts) for a, b in zip(x, y, strict=True))
     if not group_ends or not rises or group_ends[-1] != totals:
         raise ValueError(
-            f"group_ends must rise to {totals}, the rows, tokens and sequences there are, got {group_ends}"
+            f"group_ends must rise to {totals}, the numbers of rows, tokens and sequences, got {group_ends}"
         )
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     ends = cu_seqlens[[end.sequence for end in group_ends]].tolist()
     if ends != [end.token for end in group_ends]:
-        raise ValueError(f"group_ends must end where its sequences do, at tokens {ends}, got {group_ends}")
+        raise ValueError(f"group_ends must match the ends of sequences, at tokens {ends}, got {group_ends}")
     for start, end in pairwise(starts):
         own = torch.arange(start.token, end.token) if rows is None else rows[start.token : end.token]
         if len(own) and not (start.row <= int(own.min()) and int(own.max()) < end.row):
-            raise ValueError(f"rows of a group must be its own, {start.row} to {end.row}, got {own.tolist()}")
+            raise ValueError(f"rows must lie in their own group, {start.row} to {end.row}, got {own.tolist()}")

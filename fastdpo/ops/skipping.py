@@ -1,17 +1,17 @@
-"""Which vocabulary tiles backward may do without: the mass of every tile is known after forward, before any recompute.
+"""Selects the vocabulary tiles that backward may skip, from the mass of every tile, which is known after forward.
 
 In: the (max, sumexp) partials of every row and tile, and a tolerance. Out: a bit per row block and tile. Tiles are
-dropped in order of mass, the smallest first, while no row of the block has lost more than the tolerance in all; a tile
-that holds a label of the block is never dropped. Nothing is read back to the host.
+dropped in order of mass, smallest first, as long as the total loss of each row of the block is within the tolerance; a
+tile with a label of the block is never dropped. Nothing is read back to the host.
 
 With `q_t` the dropped mass of row t, at most the tolerance, and g the gradient of the log-probs:
 
     |error of dH_t| <= |g_t| |logit_scale| q_t max_v |W_v|
     |error of dW|   <= sum_t |g_t| |logit_scale| q_t |h_t|
 
-in the Euclidean norm of a row of dH and the Frobenius norm of dW (softcap's slope is at most 1, and what a row drops,
-a vector of probabilities, is no longer than their sum). Apple's Cut Cross-Entropy (arXiv 2411.09009, section 4.3) also
-skips, by the largest entry of a tile after recomputing its logits; here the total is bounded and the recompute saved.
+in the Euclidean norm of a row of dH and the Frobenius norm of dW (softcap's slope is at most 1, and the norm of the
+dropped probabilities of a row is at most their sum). Apple's Cut Cross-Entropy (arXiv 2411.09009, section 4.3) skips by
+the largest entry of a tile after recomputing its logits; here the total is bounded and the recomputation is saved.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _READ = (*TILE_SUMS, *ALWAYS)
 
 
 def row_order(values: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """(T,) int64: the rows from the surest to the least sure, by their largest tile; ignored rows come first.
+    """(T,) int64: the rows from most to least certain, by their largest tile; ignored rows come first.
 
-    One unsure row keeps the tiles of its whole block, so rows that are alike share blocks. On a model of a trained LM's
-    distribution that kept 62% of 128 x 128 tiles where blocks of consecutive rows kept 93% (tolerance 2**-7, V =
+    One uncertain row keeps the tiles of its whole block, so similar rows share blocks. On a model of a trained LM's
+    distribution this kept 62% of 128 x 128 tiles, while blocks of consecutive rows kept 93% (tolerance 2**-7, V =
     128256; benchmarks/bench_skipping.py).
     """
     largest = torch.empty_like(values["logps"])
@@ -67,7 +67,7 @@ def kept_tiles(
 
 
 def _masses(values: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """(rows, num_tiles): the probability of each tile; 0 in ignored rows, inf where there is no number."""
+    """(rows, num_tiles): the probability of each tile; 0 in ignored rows, inf for nan."""
     shifted = (values["tile_max"] - values["lse_whole"]) - values["lse_rest"]
     mass = (shifted.exp_() * values["tile_sumexp"]).masked_fill_(values["logps"].isnan(), torch.inf)
     return mass.nan_to_num_(nan=torch.inf, posinf=torch.inf).masked_fill_(labels == IGNORE_INDEX, 0.0).T

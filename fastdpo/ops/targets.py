@@ -1,4 +1,4 @@
-"""Targets as other libraries write them, any integer marking the ignored ones, made into the head op's labels.
+"""Converts targets of other libraries, in which any integer may mark ignored rows, to labels of the head op.
 
 In: class indices of any shape and the index to ignore. Out: int64 labels of the same shape. Refuses probabilities.
 """
@@ -15,8 +15,8 @@ from fastdpo.types import IGNORE_INDEX
 def labels_of(target: Tensor, ignore_index: int) -> Tensor:
     """`target` as int64, with IGNORE_INDEX where it is `ignore_index`.
 
-    A target of IGNORE_INDEX that is not to be ignored becomes -1, which is no vocabulary's, so that the op treats it
-    like every other target out of range: with ignore_index = 0, [0, -100, 7] becomes [-100, -1, 7].
+    A target of IGNORE_INDEX that is not the ignore_index becomes -1, so that the op treats it like every other target
+    out of range: with ignore_index = 0, [0, -100, 7] becomes [-100, -1, 7].
 
     Raises:
         ValueError: target does not hold integers.

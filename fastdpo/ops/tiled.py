@@ -1,8 +1,8 @@
 """The head op in pure PyTorch, one token x vocabulary tile at a time: any device, any dtype, memory bounded by a tile.
 
 In: validated tensors of one dtype. Out: per-row numbers from `tiled_forward`; from `TiledLogitGrads` the tiles that
-`fastdpo.ops.gradients` multiplies into dH, dW and db; both at once, for a chunk of rows, in
-`tiled_eager.py`. Nothing of size (T, V) exists, nothing is read back.
+`fastdpo.ops.gradients` multiplies into dH, dW and db; `tiled_eager.py` computes both at once for a chunk of rows. No
+tensor of size (T, V) exists, and nothing is read back to the host.
 Equation numbers are those of kernels/README.md.
 """
 
@@ -19,8 +19,8 @@ from fastdpo.types import IGNORE_INDEX
 
 BLOCK_ROWS = 512
 MAX_TILE_ELEMENTS = 2**21  # 8 MiB of fp32 logits; smaller tiles cost more in starting threads than they save in cache
-MAX_WEIGHT_ELEMENTS = 2**22  # rows of the weight that are upcast at once, where they have to be
-SKIP_ROWS, SKIP_VOCAB = 128, 128  # what skipping keeps or drops at once
+MAX_WEIGHT_ELEMENTS = 2**22  # elements of weight rows to upcast at once, if necessary
+SKIP_ROWS, SKIP_VOCAB = 128, 128  # the unit of skipping
 EXP_FLOOR = -1000.0  # exp of it is 0 in fp32 and fp64, while 0 * EXP_FLOOR stays 0 (0 * -inf would be nan)
 
 
@@ -46,7 +46,7 @@ def tiled_forward(
 ) -> dict[str, Tensor]:
     """The values named in ALWAYS and in `head.outputs`, each (T,). A label outside [0, V) gives nan.
 
-    Where tiles may be skipped also TILE_SUMS, of tiles of SKIP_VOCAB.
+    If tiles may be skipped, also TILE_SUMS for tiles of SKIP_VOCAB ids.
     """
     tiling = choose_tiling(hidden_states, lm_head_weight, head.workspace_bytes)
     if head.skip_tolerance > 0:
@@ -65,7 +65,7 @@ def tiled_forward(
 
 
 class _RowState:
-    """What the vocabulary seen so far amounts to, per row: eq. (4) to (7), merged tile by tile."""
+    """The running sums of each row over the tiles so far: eq. (4) to (7), merged tile by tile."""
 
     def __init__(self, hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, head: Head):
         self.labels, self.head, self.num_vocab = labels, head, lm_head_weight.shape[0]
@@ -80,12 +80,12 @@ class _RowState:
         self.sum_z_exp = new(0.0)  # sum of (z - max) exp(z - max), for entropy
         self.sum_sq_exp = new(0.0)  # sum of exp(z - max)**2, for log_sum_sq_probs
         self.sum_z = new(0.0)  # for mean_logits
-        # per row and tile of SKIP_VOCAB, where tiles may be skipped
+        # per row and tile of SKIP_VOCAB, if tiles may be skipped
         shape = (-(-self.num_vocab // SKIP_VOCAB), T) if head.skip_tolerance > 0 else (0, T)
         self.tile_max, self.tile_sumexp = self.max.new_empty(shape), self.max.new_empty(shape)
 
     def absorb(self, rows: slice, vocab: slice, logits: Tensor, second: Tensor | None) -> None:
-        """Take in one tile of logits; overwrites it."""
+        """Adds one tile of logits, which is overwritten."""
         column, inside = _label_columns(self.labels[rows], vocab)
         picked = logits.gather(1, column)[:, 0]
         self.label_logit[rows] = torch.where(inside, picked, self.label_logit[rows])
@@ -134,7 +134,7 @@ class _RowState:
 
 
 class TiledLogitGrads:
-    """Fills tiles of the logits' gradient, D of eq. (9), by computing the logits once more."""
+    """Fills tiles of the logits' gradient, D of eq. (9), by recomputing the logits."""
 
     unit: Tensor | None = None
 
@@ -165,7 +165,7 @@ class TiledLogitGrads:
 
 
 class GradRows:
-    """What eq. (9) takes from the rows, for any choice of rows of the weight."""
+    """The row data of eq. (9), for any selection of rows of the weight."""
 
     def __init__(self, hidden_states: Tensor, labels: Tensor, lse: SplitLse, head: Head, num_vocab: int):
         self.hidden_states, self.labels, self.head = hidden_states, labels, head
@@ -204,7 +204,7 @@ def fill_uncapped(out: Tensor, hidden_states: Tensor, weight_t: Tensor, bias: Te
 def fill_logits(
     out: Tensor, hidden_states: Tensor, weight_t: Tensor, bias: Tensor | None, head: Head, slope: Tensor | None = None
 ) -> None:
-    """eq. (1) and (2) for one tile; into `slope`, where given, the derivative of the softcap."""
+    """eq. (1) and (2) for one tile; writes the derivative of the softcap to `slope` if given."""
     fill_uncapped(out, hidden_states, weight_t, bias, head)
     if head.softcap is not None:
         out.div_(head.softcap).tanh_()
@@ -214,7 +214,7 @@ def fill_logits(
 
 
 def _label_columns(labels: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
-    """Each row's label as a column of this vocabulary block, (rows, 1), clamped; and whether it is in it, (rows,)."""
+    """Each row's label as a column of this vocabulary block, (rows, 1), clamped; and whether it is inside, (rows,)."""
     column = labels - vocab.start
     width = vocab.stop - vocab.start
     return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
@@ -225,6 +225,6 @@ def _scratch(tiling: Tiling, like: Tensor) -> Tensor:
 
 
 def _tile(scratch: Tensor, rows: slice, vocab: slice) -> Tensor:
-    """A contiguous tile at the start of the scratch, whatever its shape: ragged tiles reuse the same memory."""
+    """A contiguous tile of any shape at the start of the scratch: ragged tiles reuse the same memory."""
     shape = (rows.stop - rows.start, vocab.stop - vocab.start)
     return scratch[: shape[0] * shape[1]].view(shape)

@@ -1,7 +1,7 @@
-"""Forward values and gradients of the logits at once, in pure PyTorch, for as many rows as the caller has room for.
+"""Forward values and gradients of the logits at once, in pure PyTorch, for as many rows as fit the caller's buffer.
 
-In: validated tensors of one dtype and a buffer (T, V). Out: what `tiled_forward` returns; D, eq. (9), in the buffer.
-The logits of all rows are one matmul; then a few rows at a time pass through the softmax while they are in the cache.
+In: validated tensors of one dtype and a buffer (T, V). Out: the result of `tiled_forward`; D, eq. (9), in the buffer.
+The logits of all rows are one matmul; the softmax then runs on a few rows at a time, while they are in the CPU cache.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def tiled_forward_with_grads(
 ) -> dict[str, Tensor]:
     """The values named in ALWAYS and in `head.outputs`, each (T,); fills `out` with D.
 
-    Any k_t near lse_t serves in (9) and (10). Here it is lse_t itself, because D is what a softmax leaves behind:
-    "lse_whole" is then lse and "lse_rest" zero. A label outside [0, V) gives nan in both.
+    Any k_t near lse_t works in (9) and (10). Here it is lse_t itself, because D comes from a softmax: "lse_whole" is
+    lse and "lse_rest" is zero. A label outside [0, V) gives nan in both.
     """
     T, V = out.shape
     rows_operand = operand(hidden_states)
@@ -40,7 +40,7 @@ def tiled_forward_with_grads(
     step = max(1, SLICE_ELEMENTS // V)
     found = [_softmax(out[row : row + step], labels[row : row + step], head) for row in range(0, T, step)]
     keep = labels != IGNORE_INDEX
-    # masked_fill, and only where there is something to fill: where the CPU has left ignored rows out, there is not
+    # masked_fill only if needed: on the CPU ignored rows are already dropped
     if out.device.type != "cpu" or not bool(keep.all()):
         out.masked_fill_(~keep[:, None], 0.0)
     return {

@@ -1,8 +1,8 @@
-"""The gradients without the tiles that may be skipped, in pure PyTorch.
+"""The gradients without the skipped tiles, in pure PyTorch.
 
-In: what backward has, and a bit per block of SKIP_ROWS rows and tile of SKIP_VOCAB ids. Out: dH, dW, db. The rows of
-the weight that a row block keeps are gathered, and from there on it is a smaller vocabulary. How many they are is read
-back to the host, which costs nothing on a CPU; the Triton twin is `fastdpo.kernels.sparse`.
+In: the inputs of backward, and a bit per block of SKIP_ROWS rows and tile of SKIP_VOCAB ids. Out: dH, dW, db. The
+weight rows that a row block keeps are gathered, which gives a smaller vocabulary. Their number is read back to the
+host, which costs nothing on a CPU; the Triton counterpart is `fastdpo.kernels.sparse`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Masked and weighted sums over the tokens of each sequence, with their gradient: by one kernel, or in plain PyTorch.
 
-In: numbers per row of the head, which row each token uses, where each sequence ends. Out: sums per sequence, made in
-fp64, and lengths. On a GPU that is one launch, and one more in backward; both are operators to torch.compile.
+In: numbers per row of the head, the row of each token, the end of each sequence. Out: sums per sequence, computed in
+fp64, and lengths. On a GPU this takes one launch, and one more in backward; both are operators for torch.compile.
 Deterministic: tokens are added in ascending order.
 """
 
@@ -19,7 +19,7 @@ from fastdpo.types import IGNORE_INDEX
 
 
 class Tokens(NamedTuple):
-    """Which rows make up which sequence, for all of a batch or a part of it."""
+    """The rows of each sequence, for a whole batch or a part of it."""
 
     ends: Tensor  # (S + 1,) int64, numbers of tokens
     rows: Tensor | None = None  # (N,) int64; None: token n is row n
@@ -28,13 +28,13 @@ class Tokens(NamedTuple):
     span: tuple[int, int] | None = None  # the part's first token and the one after its last; None: all
 
     def part(self, rows: slice, tokens: slice, sequences: slice) -> Tokens:
-        """Consecutive sequences of a whole batch, over values that begin with `rows.start`."""
+        """Consecutive sequences of a whole batch, for values that begin at `rows.start`."""
         ends = self.ends[sequences.start : sequences.stop + 1]
         return Tokens(ends, self.rows, self.weights, rows.start, (tokens.start, tokens.stop))
 
 
 def uses_kernel(impl: str, values: Tensor) -> bool:
-    """Whether sums of `values` are made by the Triton kernel. A named impl that cannot run here is an error."""
+    """Whether the Triton kernel computes sums of `values`. Raises ValueError if a named impl cannot run here."""
     if impl == "reference" or values.dtype == torch.float64:
         return False
     return resolve_impl(impl, values.device, torch.float32) == "triton"
@@ -51,12 +51,12 @@ def token_sums(
     """
     Args:
         values: each (T,); the sums of the first are differentiable in it, the others are statistics without gradient.
-        labels: (T,) int64, where lengths are wanted.
-        dtype: of the sums; None: the first value's.
-        impl: of the head op, see `linear_logps`.
+        labels: (T,) int64, for lengths.
+        dtype: dtype of the sums; None for the first value's.
+        impl: implementation of the head op, see `linear_logps`.
     Returns:
-        (S,) sums of each value, 0.0 for a sequence without tokens; and (S,) int64 lengths, tokens whose label is not
-        IGNORE_INDEX, whatever their weight; (0,) without labels.
+        (S,) sums of each value, 0.0 for a sequence without tokens; and (S,) int64 lengths, the number of tokens whose
+        label is not IGNORE_INDEX, whatever their weight; (0,) without labels.
     """
     dtype = values[0].dtype if dtype is None else dtype
     wants_weight_grad = tokens.weights is not None and tokens.weights.requires_grad
@@ -98,7 +98,7 @@ def counted_tokens(labels: Tensor, cu_seqlens: Tensor, rows: Tensor | None) -> T
 
 
 def segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(S,) fp64. Summed one after the other in fp64: the same bits every time, and exact to fp32."""
+    """(S,) fp64 sums in sequential order: the same bits every time, and exact to fp32."""
     return torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, initial=0.0, unsafe=True)
 
 

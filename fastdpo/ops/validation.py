@@ -1,8 +1,8 @@
-"""What the head op accepts. Every refusal is a ValueError that names the argument, the rule and the value.
+"""Checks the arguments of the head op. Every refusal is a ValueError that names the argument, the rule and the value.
 
-Values inside tensors are checked on the CPU only: on a GPU that would stop the host until the device has caught up.
-Labels are checked when the op runs, not when it is traced. On a GPU a label outside the vocabulary makes its row nan
-instead, in forward and backward.
+Values inside tensors are checked on the CPU only, because on a GPU this would synchronize. Labels are checked when the
+op runs, not when it is traced. On a GPU a label outside the vocabulary makes its row nan instead, in forward and
+backward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_head(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    """Shapes, devices and dtypes."""
+    """Checks shapes, devices and dtypes."""
     tensors = {"hidden_states": hidden_states, "lm_head_weight": lm_head_weight, "labels": labels, "bias": bias}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
@@ -47,7 +47,7 @@ def check_head(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, bi
 
 
 def check_labels(labels: Tensor, num_vocab: int) -> None:
-    """The values of labels that lie on the CPU."""
+    """Checks the values of labels on the CPU."""
     out_of_range = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= num_vocab))
     if bool(out_of_range.any()):
         row = int(out_of_range.nonzero()[0, 0])
@@ -69,7 +69,7 @@ def check_settings(
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     unknown = [name for name in outputs if name not in TOKEN_OUTPUTS]
     if unknown:
-        raise ValueError(f"outputs must be names out of {TOKEN_OUTPUTS}, got {unknown[0]!r}")
+        raise ValueError(f"outputs must be among {TOKEN_OUTPUTS}, got {unknown[0]!r}")
     check_number("logit_scale", logit_scale)
     check_number("skip_tolerance", skip_tolerance)
     if softcap is not None:
@@ -92,7 +92,7 @@ def check_number(name: str, value: object) -> None:
 
 
 def operand_dtype(hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """The dtype that the matmuls take: autocast's where it is on (it leaves fp64 alone), else the inputs' own."""
+    """The operand dtype of the matmuls: autocast's if it is on (autocast ignores fp64), else the inputs' own."""
     dtypes = {x.dtype for x in (hidden_states, lm_head_weight, bias) if x is not None}
     device_type = hidden_states.device.type
     if torch.is_autocast_enabled(device_type) and torch.float64 not in dtypes:
@@ -100,16 +100,16 @@ def operand_dtype(hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | 
     if len(dtypes) > 1:
         names = "hidden_states and lm_head_weight" if bias is None else "hidden_states, lm_head_weight and bias"
         found = ", ".join(str(x.dtype) for x in (hidden_states, lm_head_weight, bias) if x is not None)
-        raise ValueError(f"{names} must share one dtype outside autocast (under it fp64 does not mix), got {found}")
+        raise ValueError(f"{names} must have one dtype outside autocast (and fp64 never mixes), got {found}")
     return hidden_states.dtype
 
 
 def check_sequences(cu_seqlens: Tensor, rows: Tensor | None, weights: Tensor | None, labels: Tensor) -> None:
-    """The arguments that `sequence_logps` adds."""
+    """Checks the additional arguments of `sequence_logps`."""
     num_rows = labels.shape[0]
     check_shape("cu_seqlens", cu_seqlens, "(S + 1,)", 1)
     if cu_seqlens.shape[0] == 0:
-        raise ValueError("cu_seqlens must have shape (S + 1,), so at least one entry, got none")
+        raise ValueError("cu_seqlens must have shape (S + 1,) with at least one entry, got none")
     check_integers("cu_seqlens", cu_seqlens)
     check_device("cu_seqlens", cu_seqlens, labels)
     if rows is not None:

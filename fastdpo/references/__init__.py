@@ -1,4 +1,4 @@
-"""Where reference log-probs come from: a frozen copy, the policy without its adapter, the dataset, or nowhere."""
+"""Sources of reference log-probs: a frozen copy, the policy without its adapter, the dataset, or none."""
 
 from fastdpo.references.references import (
     REFERENCE_MODES,

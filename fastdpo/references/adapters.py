@@ -1,8 +1,8 @@
-"""PEFT adapters as references: the model with its adapter off, or with a frozen copy of the adapter as it started.
+"""PEFT adapters as references: the model with its adapter off, or with a frozen copy of the initial adapter.
 
-In: a PeftModel with one active adapter, the one that is trained. The copy is an adapter named "ref"; a model that
-brings one of that name is compared with it. Refuses nothing: `fastdpo.training.setup.adapters` does, before anything is
-trained.
+In: a PeftModel whose one active adapter is trained. The copy is an adapter named "ref"; if the model already has an
+adapter "ref", that one is the reference. Nothing is refused here: `fastdpo.training.setup.adapters` checks the model
+before training.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _OWN_COPY = "_fastdpo_ref_adapter"  # attribute of a model whose adapter "ref" w
 
 
 def is_peft_model(model: Any) -> bool:
-    """Whether a model is a PeftModel; layers of adapters inside a bare model do not make it one."""
+    """Whether a model is a PeftModel; a bare model with adapter layers inside is not one."""
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
 def brings_reference(peft_model: Any) -> bool:
-    """Whether the model came with an adapter "ref", and not from an earlier run that put it there."""
+    """Whether the user's model has an adapter "ref" that no earlier run of fastdpo added."""
     return REFERENCE_ADAPTER in peft_model.peft_config and not hasattr(peft_model, _OWN_COPY)
 
 
 def starts_from_adapter(peft_model: Any) -> bool:
-    """Whether the active adapter changes what the model computes.
+    """Whether the active adapter changes the model's output.
 
-    False only where that is certain: the products of plain LoRA are zero, and what is trained whole is what it was.
+    False only if this is certain: the products of plain LoRA are zero, and fully trained modules are unchanged.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
@@ -69,7 +69,7 @@ def _equal(one: nn.Module, other: nn.Module) -> bool:
 
 
 def trained_outside_adapter(peft_model: Any) -> str | None:
-    """A trained weight that stays when the adapter is off, such as a bias under LoRA's bias='all'."""
+    """Name of a trained weight that stays active when the adapter is off, such as a bias with LoRA's bias='all'."""
     inside = {id(p) for entry in _entries(peft_model, str(peft_model.active_adapter)) for p in _tensors(entry)}
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad and id(parameter) not in inside:
@@ -78,14 +78,14 @@ def trained_outside_adapter(peft_model: Any) -> str | None:
 
 
 def freeze_reference(peft_model: Any) -> None:
-    """Takes the adapter "ref" out of training, which PEFT would put it in where it was loaded as trainable."""
+    """Freezes the adapter "ref", which PEFT would train if it was loaded as trainable."""
     for entry in _entries(peft_model, REFERENCE_ADAPTER):
         for tensor in _tensors(entry):
             tensor.requires_grad_(False)
 
 
 def drop_own_copy(peft_model: Any) -> None:
-    """Removes the adapter "ref" that an earlier run put there: it is where that run started, not this one."""
+    """Removes the adapter "ref" of an earlier run: it is the start of that run, not of this one."""
     if hasattr(peft_model, _OWN_COPY):
         delattr(peft_model, _OWN_COPY)
         peft_model.delete_adapter(REFERENCE_ADAPTER)
@@ -94,12 +94,12 @@ def drop_own_copy(peft_model: Any) -> None:
 def copy_adapter_as_reference(peft_model: Any) -> None:
     """Adds a frozen adapter "ref" that is a copy of the active one.
 
-    Leaves the random state and what is trained as they were.
+    The random state and the trainable weights stay unchanged.
     """
     name = str(peft_model.active_adapter)
     config = copy.deepcopy(peft_model.peft_config[name])
     if config.peft_type == "LORA" and isinstance(config.init_lora_weights, str) and config.init_lora_weights != "mica":
-        config.init_lora_weights = False  # PiSSA and its like would change the base's weights once more
+        config.init_lora_weights = False  # PiSSA and similar methods would change the base weights again
     flags = [(p, p.requires_grad) for p in peft_model.parameters()]
     on = next(peft_model.parameters()).device
     with torch.random.fork_rng(devices=[on] if on.type == "cuda" else []):
@@ -118,18 +118,18 @@ def copy_adapter_as_reference(peft_model: Any) -> None:
 
 
 def reference_and_policy_weights(peft_model: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The weights of the adapter "ref", each with its like in the active adapter."""
+    """The weights of the adapter "ref", each paired with its counterpart in the active adapter."""
     for ours, theirs in _pairs(peft_model, str(peft_model.active_adapter)):
         yield from zip(_tensors(theirs), _tensors(ours), strict=True)
 
 
 @contextmanager
 def as_reference(peft_model: Any) -> Iterator[None]:
-    """The model as the reference for the length of the context: with its adapter "ref", without any where it has none.
+    """Context manager that turns the model into the reference: its adapter "ref" is active, or else no adapter.
 
-    Sets what PEFT's layers read in their forward. PEFT's own switches also walk through all weights to freeze and
-    unfreeze them: 80 ms a step for 32 layers with LoRA on every linear layer, where this takes 8, and what the user
-    had frozen would be trained from then on.
+    It only sets the fields that PEFT's layers read in their forward. PEFT's own switches also visit all weights to
+    freeze and unfreeze them: this takes 80 ms a step instead of 8 for 32 layers with LoRA on every linear layer, and
+    would make weights trainable that the user had frozen.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -152,7 +152,7 @@ def as_reference(peft_model: Any) -> Iterator[None]:
 
 @contextmanager
 def without_reference_adapter(model: Any) -> Iterator[None]:
-    """The model as one that has no adapter "ref" as far as saving goes: PEFT saves every adapter that it knows of."""
+    """Context manager that hides the adapter "ref" while saving: PEFT saves every adapter that it knows."""
     config = model.peft_config.pop(REFERENCE_ADAPTER, None) if is_peft_model(model) else None
     try:
         yield
@@ -162,13 +162,13 @@ def without_reference_adapter(model: Any) -> Iterator[None]:
 
 
 def without_reference_weights(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state without the weights of "ref": PEFT leaves out those of adapters that it knows of, and saves others."""
+    """The state dict without the weights of "ref", which PEFT would save because it does not know that adapter."""
     end = f".{REFERENCE_ADAPTER}"
     return {name: weight for name, weight in state_dict.items() if not (f"{end}." in name or name.endswith(end))}
 
 
 def _entries(peft_model: Any, name: str) -> Iterator[Any]:
-    """What an adapter consists of: modules and tensors, each from a dict by names of adapters."""
+    """The modules and tensors of an adapter, from every dict that is keyed by adapter names."""
     for module in peft_model.modules():
         if hasattr(module, "keys") and name in module:
             yield module[name]

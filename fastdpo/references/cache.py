@@ -1,12 +1,12 @@
-"""Log-probs of sequences on disk: one folder per reference, in it shards that are written whole and never changed,
-only put together once there are many.
+"""Log-probs of sequences on disk: one folder per reference, with shards that are written once and only merged when
+there are many.
 
     <root>/<key of the reference>/about.json                      the facts behind the key, for people
                                   <digest of the file>.safetensors  keys (N, 16) uint8, logps (N,) float32 in nats
 
-A sequence is known by a digest of its tokens and of which of them count, so whatever dataset, order, split, tokenizer
-or truncation brings the same sequence finds its log-prob, and any other does not. A shard's name is the digest of its
-bytes: one that was truncated or edited does not fit its name, and counts for nothing.
+A sequence is identified by a digest of its tokens and its loss mask. The same sequence finds its log-prob whatever the
+dataset, order, split, tokenizer or truncation; any other sequence does not. A shard's name is the digest of its bytes:
+a truncated or edited shard does not match its name and is ignored.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def default_cache_dir() -> Path:
 
 
 def sequence_key(tokens: NDArray[np.integer], is_counted: NDArray[np.bool_]) -> bytes:
-    """What a sequence is known by: its token ids (L,) and which of them belong to the sum (L,)."""
+    """The key of a sequence: its token ids (L,) and the mask (L,) of the tokens in the sum."""
     whole = hashlib.blake2b(len(tokens).to_bytes(8, "little"), digest_size=_KEY_BYTES)
     whole.update(np.ascontiguousarray(tokens, dtype="<i4").data)
     whole.update(np.ascontiguousarray(is_counted, dtype=np.uint8).data)
@@ -65,11 +65,11 @@ class LogpsCache:
             raise ValueError(f"ref_cache_dir must be a folder that can be written to, got {root}: {error}") from error
 
     def read(self, *, mend: bool = True) -> dict[bytes, float]:
-        """Log-prob by sequence, of all shards that are what they were written as.
+        """Log-prob by sequence key, from all undamaged shards.
 
         Args:
-            mend: warn once of those that are not, remove them, and put the others together where they have become
-                many. One process of a run should.
+            mend: warn of damaged shards, remove them, and merge the others if there are many. Only one process of a
+                run should set it.
         """
         found: dict[bytes, float] = {}
         good: list[Path] = []
@@ -81,15 +81,15 @@ class LogpsCache:
                 try:
                     found.update(self._read_shard(path))
                     good.append(path)
-                except FileNotFoundError:  # what it held is in a new shard, or was damaged
+                except FileNotFoundError:  # another process merged it, or removed it as damaged
                     continue
-                except Exception as error:  # whatever numpy, safetensors and the file system make of a damaged file
+                except Exception as error:  # any exception of numpy, safetensors or the file system on a damaged file
                     logger.debug(f"{path}: {error}")
                     damaged.append(path)
         if damaged and mend:
             logger.warning(
-                f"{len(damaged)} of the cached reference log-probs' files were truncated or edited, and what they held"
-                f" is computed again: {', '.join(map(str, damaged))}"
+                f"{len(damaged)} cache files of reference log-probs are truncated or edited; their log-probs will be"
+                f" computed again: {', '.join(map(str, damaged))}"
             )
             _remove(damaged)
         if len(good) > _MOST_SHARDS and mend:
@@ -97,7 +97,7 @@ class LogpsCache:
         return found
 
     def _put_together(self, found: Mapping[bytes, float], shards: Sequence[Path]) -> None:
-        """Writes what the shards held as one, then removes them; a folder that is only to be read stays as it is."""
+        """Merges the shards into one and removes them; a read-only folder stays unchanged."""
         try:
             whole = self.write(list(found), list(found.values()))
         except OSError as error:
@@ -110,14 +110,14 @@ class LogpsCache:
 
         content = path.read_bytes()
         if digest(content, self.key.encode()) != path.stem:
-            raise ValueError("the file is not what it was written as, or was written for another reference")
+            raise ValueError("the file was changed after it was written, or belongs to another reference")
         tensors = load(content)
         keys = np.ascontiguousarray(tensors["keys"]).tobytes()
         starts = range(0, len(keys), _KEY_BYTES)
         return {keys[i : i + _KEY_BYTES]: x for i, x in zip(starts, tensors["logps"].tolist(), strict=True)}
 
     def write(self, keys: Sequence[bytes], logps: Sequence[float]) -> Path:
-        """A new shard. It is there whole or not at all, whenever the process is killed."""
+        """Writes a new shard. The write is atomic: a killed process never leaves part of a shard."""
         from safetensors.numpy import save
 
         content = save(
@@ -133,7 +133,7 @@ class LogpsCache:
 
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
-        with contextlib.suppress(OSError):  # another process was faster, or the folder is only to be read
+        with contextlib.suppress(OSError):  # another process was faster, or the folder is read-only
             path.unlink()
 
 

@@ -1,9 +1,9 @@
-"""What a model computes, as a short digest: two models share one only if they give the same log-probs.
+"""A short digest of a model: two models share a digest only if they give the same log-probs.
 
-In: a causal LM, bare, with an adapter, quantized, or with weights that accelerate has moved to memory or disk. Out:
-facts in words (class, config, weights, adapter, dtype, versions) and the key made of them. Every byte of every weight
-counts, so a single training step gives another key. Names of wrappers do not count, so a model has the same key with
-and without a LoRA that is switched off.
+In: a causal LM, bare, with an adapter, quantized, or with weights offloaded by accelerate to memory or disk. Out: facts
+in words (class, config, weights, adapter, dtype, versions) and their key. Every byte of every weight counts, so a
+single training step changes the key. Names of wrappers do not count, so a LoRA that is switched off does not change the
+key.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from fastdpo.modeling.head import resident
 from fastdpo.modeling.packed import bare_model
 
-CACHE_VERSION = 1  # of what a key stands for and of how log-probs are stored under it
+CACHE_VERSION = 1  # of the meaning of keys and the format of stored log-probs
 _PIECE_BYTES = 2**24  # of a weight, hashed by one thread
 _NUM_THREADS = 8
-# fields of a config that say where a model comes from or how it generates, and change no log-prob
+# fields of a config about a model's origin or generation, which change no log-prob
 _WITHOUT_EFFECT = {
     *("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "id2label", "label2id"),
     *("pad_token_id", "bos_token_id", "eos_token_id", "return_dict", "output_hidden_states", "output_attentions"),
@@ -35,7 +35,7 @@ _WITHOUT_EFFECT = {
 
 
 def digest(*parts: bytes) -> str:
-    """32 hexadecimal digits over the parts, each with its length."""
+    """A digest of 32 hexadecimal digits over the parts and their lengths."""
     whole = hashlib.blake2b(digest_size=16)
     for part in parts:
         whole.update(len(part).to_bytes(8, "little"))
@@ -47,8 +47,8 @@ def reference_facts(model: Any, *, adapter: str | None, computed_in: str) -> dic
     """Everything that the log-probs of a sequence depend on besides its tokens.
 
     Args:
-        model: the reference, or a policy that has not been trained yet.
-        adapter: name of the PEFT adapter that is on, None where there is none or it is off.
+        model: the reference, or a policy before training.
+        adapter: name of the active PEFT adapter; None if there is none or it is off.
         computed_in: the dtype of autocast, or "no autocast".
     """
     bare = bare_model(model)
@@ -66,7 +66,7 @@ def reference_facts(model: Any, *, adapter: str | None, computed_in: str) -> dic
 
 
 def reference_key(facts: Mapping[str, str]) -> str:
-    """The name under which log-probs with these facts are kept."""
+    """The name of the cache folder for log-probs with these facts."""
     return digest(_json(dict(facts)))
 
 
@@ -97,9 +97,9 @@ def _weights_digest(model: nn.Module, adapter: str | None) -> str:
 
 
 def _weights(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
-    """Weights and saved buffers of the bare model, by the names that they have without PEFT, on a device while asked.
+    """Weights and saved buffers of the bare model, by their names without PEFT; each is on a device while it is read.
 
-    Adapters that are off are left out.
+    Inactive adapters are skipped.
     """
     bare = bare_model(model)
     adapters = {f".{name}." for name in getattr(model, "peft_config", {})}
@@ -112,7 +112,7 @@ def _weights(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, Tenso
 
 
 def _saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What the module itself would save: weights, buffers, and of quantized weights the scales, which are neither."""
+    """The tensors that the module itself saves: weights, buffers, and the scales of quantized weights."""
     saved: dict[str, Any] = {}
     module._save_to_state_dict(saved, "", keep_vars=True)
     for name, value in saved.items():
@@ -121,7 +121,7 @@ def _saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain_tensors(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensor, or those that it wraps, as torchao's quantized weights do."""
+    """The tensor, or the tensors inside a wrapper such as torchao's quantized weights."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield name, tensor
         return

@@ -1,9 +1,10 @@
-"""Fills a dataset's rows with reference log-probs: from the rows themselves, from the cache, and the rest by computing
-them packed, forward only, once.
+"""Fills a dataset's rows with reference log-probs: from the rows themselves, from the cache, and by packed forward
+passes for the rest.
 
-In: a prepared dataset, a LogpsCache, and how to score a batch. Out: the dataset with `ref_logps` in every row, and how
-many rows came from where. What has been computed is written every few seconds, so a killed run goes on where it was.
-With several processes each computes its share and reads the others' from the files. Refuses log-probs that are not
+In: a prepared dataset, a LogpsCache, and a function that scores a batch. Out: the dataset with `ref_logps` in every
+row, and the number of rows per source. Results are written every few seconds, so a killed run continues where it
+stopped.
+Each of several processes computes its share and reads the other shares from the files. Refuses log-probs that are not
 finite.
 """
 
@@ -30,16 +31,16 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 _SECONDS_PER_SHARD = 5.0
-_SHARE_PER_SHARD = 0.02  # of the time spent so far: what a kill may cost, and what keeps the shards few
+_SHARE_PER_SHARD = 0.02  # of the time so far: limits the loss by a kill and the number of shards
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """How log-probs are computed that nobody has yet."""
+    """Computes missing log-probs."""
 
     score: Callable[[PackedBatch], Tensor]  # -> (S,) summed log-probs, nats
     collate: Callable[[Sequence[TokenizedGroup]], PackedBatch]
-    is_packed: bool  # what `collate` makes: one row for all, or one padded row for each sequence
+    is_packed: bool  # `collate` makes one row for all sequences, else one padded row per sequence
     tokens_per_batch: int
     show_progress: bool = True
     prompts_per_batch: int | None = None  # at most
@@ -47,7 +48,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Filled:
-    """Where the log-probs of a dataset's rows came from."""
+    """A filled dataset, and the number of rows by source of their log-probs."""
 
     num_rows: int
     num_brought: int  # by the dataset itself
@@ -64,7 +65,7 @@ class Filled:
 
 
 def lacks_ref_logps(dataset: Dataset, cache: LogpsCache) -> bool:
-    """Whether a row of a prepared dataset neither brings its reference log-probs nor has them in the cache."""
+    """Whether a row of a prepared dataset lacks reference log-probs both in the row and in the cache."""
     found = cache.read(mend=False)
     infos = (info for info in row_infos(dataset) if info.ref_logps is None)
     return any(key not in found for info in infos for key in info.keys)
@@ -77,8 +78,8 @@ def fill_ref_logps(
 
     Args:
         dataset: from `prepare_preference_dataset`.
-        scorer: None where the reference can no longer be asked.
-        name: of the dataset, for the progress bar and errors.
+        scorer: None if the reference is no longer available.
+        name: name of the dataset, for the progress bar and errors.
     Raises:
         ValueError: rows are missing and there is no scorer, processes hold different references or do not share the
             cache's folder, or a log-prob is not finite.
@@ -90,11 +91,11 @@ def fill_ref_logps(
     missing = [row for row in wanted if any(key not in found for key in infos[row].keys)]
     if missing and scorer is None:
         raise ValueError(
-            f"{len(missing)} rows of the {name} dataset have no reference log-probs, and the reference that could"
-            " compute them is gone: give the dataset to the trainer as eval_dataset, evaluate it before training"
-            " starts, or use reference='frozen'"
+            f"the {name} dataset must have reference log-probs, got {len(missing)} rows without any, and the reference"
+            " model is no longer available: pass the dataset to the trainer as eval_dataset, evaluate it before"
+            " training, or use reference='frozen'"
         )
-    _wait_for_all()  # nobody writes before everybody has read
+    _wait_for_all()  # all processes read before any process writes
     if scorer is not None:
         index, num_processes = _process()
         own = [row for row in missing if int.from_bytes(infos[row].prompt, "big") % num_processes == index]
@@ -105,8 +106,8 @@ def fill_ref_logps(
     left = [row for row in wanted if any(key not in found for key in infos[row].keys)]
     if left:
         raise ValueError(
-            f"ref_cache_dir must be a folder that all processes share: {len(left)} rows that another process computed"
-            f" are not in {cache.folder}"
+            f"ref_cache_dir must be a folder that all processes share, got {cache.folder}, which lacks {len(left)} rows"
+            " that another process computed"
         )
     values = [list(i.ref_logps) if i.ref_logps is not None else [found[key] for key in i.keys] for i in infos]
     counts = Filled(len(infos), len(infos) - len(wanted), len(wanted) - len(missing), len(missing))
@@ -122,7 +123,7 @@ def _compute(
     scorer: Scorer,
     name: str,
 ) -> dict[bytes, float]:
-    """Scores what the rows lack, the longest first, and writes it."""
+    """Scores the missing sequences, longest first, and writes the results."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     budget = scorer.tokens_per_batch
@@ -147,7 +148,7 @@ def _compute(
                     if len(batch) == len(batch[0].members) == 1:
                         raise
                     budget = max(num_tokens(batch, scorer.is_packed) // 2, 1)
-                    logger.warning(f"Out of memory; going on with {budget:,} tokens per batch (ref_tokens_per_batch)")
+                    logger.warning(f"Out of memory; continuing with {budget:,} tokens per batch (ref_tokens_per_batch)")
                     if len(batch) == 1:
                         units[start : start + 1] = batch[0].halves()
                     continue
@@ -164,7 +165,7 @@ def _compute(
 
 
 class _Shards:
-    """Collects what is computed and writes it whenever too much would be lost by a kill."""
+    """Collects results and writes a shard every few seconds, so that a kill loses little."""
 
     def __init__(self, cache: LogpsCache) -> None:
         self.cache = cache
@@ -187,16 +188,16 @@ def _check_finite(logps: list[float], name: str) -> None:
     bad = [x for x in logps if not math.isfinite(x)]
     if bad:
         raise ValueError(
-            f"the reference must have finite log-probs, it gives {bad[0]} for {len(bad)} responses of a batch of the"
-            f" {name} dataset; it may overflow in this dtype"
+            f"the reference must give finite log-probs, got {bad[0]} for {len(bad)} responses in a batch of the {name}"
+            " dataset; the model may overflow in this dtype"
         )
 
 
 def _check_same_everywhere(key: str) -> None:
-    """Refuses processes that would cache different models, as where only the first has loaded the weights."""
+    """Refuses processes with different models, for example if only the first process has loaded the weights."""
     if len(set(_gathered(key))) > 1:
         raise ValueError(
-            "the reference must have the same weights in every process to be cached; where FSDP loads them in one"
+            "the reference must have the same weights in every process, got different ones; if FSDP loads them in one"
             " process only, run `fastdpo precompute` first or set fsdp's cpu_ram_efficient_loading to false"
         )
 
@@ -209,7 +210,7 @@ def _gathered(key: str) -> list[str]:
 
 
 def _process() -> tuple[int, int]:
-    """Index of this process and how many there are."""
+    """Index of this process and number of processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

@@ -1,7 +1,6 @@
-"""Sources of reference log-probs behind one call: a batch and the policy in, summed log-probs of every sequence out.
+"""Sources of reference log-probs with one interface: a batch and the policy in, summed log-probs of every sequence out.
 
-None of them ever builds a graph, and none runs dropout: the model that is asked is in eval mode for the length of the
-call.
+No source builds an autograd graph or runs dropout: the model is in eval mode during the call.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Reference(Protocol):
 
 @dataclass
 class FrozenReference:
-    """A model of its own: a copy of the policy's start, or the one that the user gave."""
+    """A separate model: a copy of the initial policy, or the user's reference model."""
 
     model: nn.Module
     impl: str = "auto"
@@ -44,13 +43,13 @@ class FrozenReference:
 
 @dataclass
 class AdapterReference:
-    """The policy without its adapter (PEFT), or with the adapter `ref`: a frozen copy where training started from an
-    adapter, or the one that the model brought.
+    """The policy without its PEFT adapter, or with the adapter `ref`: a frozen copy if training started from an
+    adapter, or the model's own adapter `ref`.
 
-    Its rows go through the head before the policy's and not in one launch with them: the gradient is made in forward,
-    where rows of the reference would take a share of the workspace, and on a GPU of the products, that only the
-    policy's rows need. Measured on a CPU core (V = 32,000, 240 to 960 rows each), one launch took 1.02 to 1.7 times
-    as long as two.
+    The reference's rows go through the LM head in a separate launch before the policy's. Gradients are made in forward,
+    so in a joint launch the reference's rows would use workspace, and on a GPU also matrix products, that only the
+    policy's rows need. Measured on a CPU core (V = 32,000, 240 to 960 rows each), one launch took 1.02 to 1.7 times as
+    long as two.
     """
 
     peft_model: nn.Module
@@ -65,23 +64,23 @@ class AdapterReference:
 
 @dataclass
 class DatasetReference:
-    """Log-probs that came with the rows: the dataset's own, or filled in from the cache before training."""
+    """Log-probs in the dataset's rows: the dataset's own, or filled in from the cache before training."""
 
     mode: str = "cached"
 
     def sums(self, policy: nn.Module, batch: PackedBatch) -> Tensor:
         if batch.ref_logps is None:
             raise ValueError(
-                "reference 'cached' needs ref_chosen_logps and ref_rejected_logps in every row of the dataset, and a"
-                " row that max_length or max_prompt_length cuts has none; 'frozen' and 'adapter' compute them batch by"
-                " batch"
+                "reference 'cached' must have ref_chosen_logps and ref_rejected_logps in every row of the dataset, got"
+                " rows without (rows truncated by max_length or max_prompt_length lose theirs); use 'frozen' or"
+                " 'adapter', which compute them batch by batch"
             )
         return batch.ref_logps
 
 
 @dataclass
 class NoReference:
-    """Zero log-probs: what reference-free losses compare with."""
+    """Zero log-probs, for reference-free losses."""
 
     mode: str = "none"
 

@@ -1,7 +1,7 @@
-"""Rows of a prepared dataset as arrays, read from its Arrow columns: no token becomes a Python object.
+"""Rows of a prepared dataset as arrays, read from its Arrow columns without creating Python objects for tokens.
 
-In: a dataset with the columns of `fastdpo.data.prepare`. Out: its groups, what each of their sequences is known by in
-the cache, how many tokens they take; and the dataset again with reference log-probs in its rows.
+In: a dataset with the columns of `fastdpo.data.prepare`. Out: its groups, the cache keys and token counts of their
+sequences; and the dataset with reference log-probs in its rows.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _ROWS_AT_A_TIME = 1000
 
 @dataclass(frozen=True)
 class RowInfo:
-    """What scoring needs to know of a row before it is read again."""
+    """The facts about a row that scoring needs before it reads the row again."""
 
     keys: tuple[bytes, ...]  # of its K sequences
-    prompt: bytes  # what rows of the same prompt have in common
+    prompt: bytes  # equal for rows of the same prompt
     num_prompt: int  # tokens
     lengths: tuple[int, ...]  # (K,) tokens of the responses
-    ref_logps: tuple[float, ...] | None  # (K,) that the dataset brings
+    ref_logps: tuple[float, ...] | None  # (K,) from the dataset
 
 
 def row_infos(dataset: Dataset) -> list[RowInfo]:
-    """One for each row, in order."""
+    """One RowInfo per row, in order."""
     infos = []
     for start in range(0, len(dataset), _ROWS_AT_A_TIME):
         rows = range(start, min(start + _ROWS_AT_A_TIME, len(dataset)))
@@ -42,7 +42,7 @@ def row_infos(dataset: Dataset) -> list[RowInfo]:
 
 
 def read_groups(dataset: Dataset, rows: Sequence[int]) -> Iterator[TokenizedGroup]:
-    """The groups of some rows, their tokens as int32 arrays and their masks as bool arrays."""
+    """The groups of the given rows, with tokens as int32 arrays and masks as bool arrays."""
     table = dataset.with_format("arrow")[list(rows)]
     columns = {name: table[name].combine_chunks() for name in table.column_names}
     prompts = _lists(columns["prompt_ids"])
@@ -57,7 +57,7 @@ def read_groups(dataset: Dataset, rows: Sequence[int]) -> Iterator[TokenizedGrou
 
 
 def _lists(column: Any) -> list[Any]:
-    """The rows of an Arrow list array as views of one array; None where a row is null."""
+    """The rows of an Arrow list array as views of one array; None for a null row."""
     values = column.flatten().to_numpy(zero_copy_only=False)
     return _split(column, values)
 
@@ -84,7 +84,7 @@ def _row_info(group: TokenizedGroup) -> RowInfo:
         keys.append(sequence_key(np.concatenate([prompt, response]), is_counted))
     return RowInfo(
         keys=tuple(keys),
-        # where truncation left every response a prompt of its own, rows have none in common
+        # if truncation gave every response its own prompt, rows share no prompt
         prompt=sequence_key(prompt, unmasked) if len(prompt) else keys[0],
         num_prompt=len(prompt),
         lengths=tuple(len(response) for response in group.responses),
@@ -93,7 +93,7 @@ def _row_info(group: TokenizedGroup) -> RowInfo:
 
 
 def with_ref_logps(dataset: Dataset, ref_logps: list[list[float]]) -> Dataset:
-    """The dataset with these (K,) log-probs in its rows, so that they follow them wherever they are shuffled to."""
+    """The dataset with these (K,) log-probs stored in its rows, so that shuffling keeps rows and log-probs together."""
     from datasets import List, Value
 
     columns = dataset.column_names

@@ -1,7 +1,7 @@
-"""What is scored together while references are cached: the missing responses to one prompt, each once.
+"""The units of scoring while reference log-probs are cached: the missing responses to one prompt, each once.
 
-In: what `row_infos` knows of the rows. Out: units, batches of them, and the groups that are packed. Rows that repeat a
-prompt, as six pairs of its seven ranked answers do, run that prompt and each answer once.
+In: the `RowInfo`s of the rows. Out: units, batches of units, and the groups to pack. Rows with the same prompt, such as
+six pairs from its seven ranked answers, run the prompt and each answer once.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ class Unit:
 
     @property
     def num_packed(self) -> int:
-        """Tokens with the prompt once."""
+        """Number of tokens, counting the prompt once."""
         return self.num_prompt + sum(self.lengths)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence, prompt included."""
+        """Number of tokens of the longest sequence, including the prompt."""
         return self.num_prompt + max(self.lengths)
 
     def halves(self) -> list[Unit]:
-        """Two units of half the responses each, or this one alone where it has one."""
+        """Two units with half of the responses each, or this unit alone if it has one response."""
         half = len(self.members) // 2
         parts = [slice(0, half), slice(half, None)] if half else [slice(None)]
         return [Unit(self.members[part], self.num_prompt, self.lengths[part]) for part in parts]
 
 
 def make_units(infos: Sequence[RowInfo], rows: Sequence[int], known: Container[bytes], budget: int) -> list[Unit]:
-    """The sequences of `rows` that are not known, each once, the longest first; units of at most `budget` tokens."""
+    """Units of the unknown sequences of `rows`, each once, longest first; at most `budget` tokens per unit."""
     seen: set[bytes] = set()
     members_of: dict[bytes, list[tuple[int, int]]] = {}
     for row in rows:
@@ -58,7 +58,7 @@ def make_units(infos: Sequence[RowInfo], rows: Sequence[int], known: Container[b
 
 
 def _cut(infos: Sequence[RowInfo], members: list[tuple[int, int]], budget: int) -> Iterator[Unit]:
-    """Consecutive responses with as many tokens as fit, and at least one."""
+    """Splits into runs of consecutive responses with as many tokens as fit, at least one response each."""
     num_prompt = infos[members[0][0]].num_prompt
     start = num_tokens = 0
     lengths = [infos[row].lengths[index] for row, index in members]
@@ -71,7 +71,7 @@ def _cut(infos: Sequence[RowInfo], members: list[tuple[int, int]], budget: int) 
 
 
 def num_tokens(batch: Sequence[Unit], is_packed: bool) -> int:
-    """Tokens that run: of one packed row, or of padded rows as long as the longest."""
+    """Number of computed tokens: of one packed row, or of padded rows as long as the longest."""
     if is_packed:
         return sum(unit.num_packed for unit in batch)
     return max(unit.longest for unit in batch) * sum(len(unit.members) for unit in batch)
@@ -80,7 +80,7 @@ def num_tokens(batch: Sequence[Unit], is_packed: bool) -> int:
 def next_batch(
     units: Sequence[Unit], start: int, budget: int, is_packed: bool, most_units: int | None = None
 ) -> list[Unit]:
-    """The units from `start` on that fit `budget` tokens, and at least one. They come longest first."""
+    """The units from `start` on that fit into `budget` tokens, at least one. Units are sorted, longest first."""
     width = units[start].longest
     batch, total = [units[start]], num_tokens([units[start]], is_packed)
     end = len(units) if most_units is None else min(start + most_units, len(units))
@@ -94,7 +94,7 @@ def next_batch(
 
 
 def read_units(dataset: Dataset, units: Sequence[Unit]) -> list[TokenizedGroup]:
-    """A group without preferences for each unit."""
+    """One group without preferences per unit."""
     rows = sorted({row for unit in units for row, _ in unit.members})
     group_of = dict(zip(rows, read_groups(dataset, rows), strict=True))
     groups = []

@@ -1,4 +1,4 @@
-"""Sections in, one HTML file out that needs no other file and no network: style and figures are inside."""
+"""Writes sections to one self-contained HTML file: style and figures are inside, no network is needed."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line)
 
 
 def write_report(path: str | os.PathLike[str], title: str, sections: Sequence[Section], *, subtitle: str = "") -> Path:
-    """Writes the report and returns its path. The file appears whole or not at all.
+    """Writes the report atomically and returns its path.
 
     Args:
-        path: of the HTML file; missing folders are made.
+        path: path of the HTML file; missing folders are created.
         title, subtitle: plain text.
-        sections: in the order of the page.
+        sections: the sections in order.
     """
     from fastdpo import __version__
 

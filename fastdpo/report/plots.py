@@ -1,6 +1,6 @@
 """Figures of runs: training curves from a trainer's log, and reward against KL. Needs matplotlib, the extra `plots`.
 
-Figures are made without pyplot: no global state, no display, nothing to close.
+Figures do not use pyplot: there is no global state, no display, and nothing to close.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe-Ito: told apart by everybody
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe-Ito: for colour-blind readers too
 REFERENCE_COLOR = "#30363d"
 _AXIS_NAMES = {
     "loss": "loss (nats)",
@@ -21,7 +21,7 @@ _AXIS_NAMES = {
 
 @dataclass(frozen=True)
 class Point:
-    """A model on the frontier, with one standard error each way."""
+    """A model on the frontier, with one standard error in each direction."""
 
     name: str
     kl: float
@@ -31,7 +31,7 @@ class Point:
 
 
 def require_matplotlib() -> None:
-    """Raises ValueError, which says how to install it, where matplotlib is missing. Call it before any long work."""
+    """Raises ValueError with the install command if matplotlib is missing. Call it before any long work."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError('the report needs matplotlib, which is not installed: pip install "fastdpo[plots]"')
 
@@ -43,8 +43,8 @@ def training_curves(
     """One figure per metric that was logged, with a colour per run.
 
     Args:
-        histories: for each run's name its `trainer.state.log_history`.
-        keys: metrics as they are logged in training; evaluation's carry the prefix `eval_`.
+        histories: `trainer.state.log_history` by name of the run.
+        keys: names of training metrics; evaluation metrics have the prefix `eval_`.
     Returns:
         (metric, matplotlib Figure) in the order of `keys`.
     """
@@ -95,8 +95,8 @@ def frontier(points: Sequence[Point], *, best: Sequence[tuple[float, float]] = (
 
     Args:
         points: the first one is the reference.
-        best: (kl, reward) along the best that any policy could do, drawn as a line.
-        reward_name: for the axis.
+        best: (kl, reward) along the best possible frontier, drawn as a line.
+        reward_name: label of the axis.
     Returns:
         A matplotlib Figure.
     """

@@ -1,8 +1,8 @@
-"""The report of one training run, from what the run left in its output directory: result, curves, warnings, samples.
+"""The report of one training run, from the files in its output directory: result, curves, warnings, samples.
 
-In: trainer_state.json (of `trainer.save_state()`, or of the last checkpoint of a later run that was stopped), and the
-warnings and samples that training wrote beside it. Out: report.html in the same place. Works on any run of DPOTrainer
-or SFTTrainer, also one that was stopped. Without matplotlib the curves are left out, and the report says so.
+In: trainer_state.json (from `trainer.save_state()`, or from the last checkpoint of a later, interrupted run), and the
+warnings and samples that training wrote to the same folder. Out: report.html in that folder. Works for any run of
+DPOTrainer or SFTTrainer, including interrupted ones. Without matplotlib the report has no curves and says so.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def write_run_report(output_dir: str | os.PathLike[str], settings: Mapping[str, 
     """Writes report.html and returns its path.
 
     Args:
-        settings: by name, for the report's last table.
+        settings: settings by name, for the report's last table.
     Raises:
-        ValueError: the directory holds no run.
+        ValueError: the directory does not hold a run.
     """
     folder = Path(output_dir)
     state = run_state(folder)
@@ -46,7 +46,7 @@ def write_run_report(output_dir: str | os.PathLike[str], settings: Mapping[str, 
     warnings = read_lines(folder / WARNINGS_FILE)
     if warnings:
         rows = [[f"step {entry['step']}", entry["message"] + "."] for entry in warnings]
-        sections.append(Table("What training warned of", (), rows, is_prose=True))
+        sections.append(Table("Warnings during training", (), rows, is_prose=True))
     samples = read_lines(folder / SAMPLES_FILE)
     if samples:
         sections.append(_samples(samples))
@@ -58,7 +58,7 @@ def write_run_report(output_dir: str | os.PathLike[str], settings: Mapping[str, 
 
 
 def run_state(folder: Path) -> Any:
-    """trainer_state.json of the last run in the folder, from its end or, where it was stopped, from its last
+    """trainer_state.json of the last run in the folder, from its end or, if it was interrupted, from its last
     checkpoint.
 
     Raises:
@@ -76,7 +76,7 @@ def run_state(folder: Path) -> Any:
 
 
 def _result(history: Sequence[Mapping[str, Any]]) -> Section:
-    """First and last values: of evaluation where there is one, and of training."""
+    """First and last values of training and, if there is one, of evaluation."""
     columns, cells = [""], []
     for source, entries in logs_by_source(history).items():
         for place, entry in (("first", entries[0]), ("last", entries[-1])):
@@ -88,8 +88,8 @@ def _result(history: Sequence[Mapping[str, Any]]) -> Section:
         if any(column[index] for column in cells)
     ]
     if not rows:
-        return Text("Result", ["Nothing was logged: logging_steps is larger than the number of steps."])
-    note = "Training values are means since the log before. Rewards and log-probs are in nats."
+        return Text("Result", ["No metrics were logged: logging_steps is larger than the number of steps."])
+    note = "Training values are means since the previous log. Rewards and log-probs are in nats."
     return Table("Result", columns, rows, note=note)
 
 
@@ -117,7 +117,7 @@ def curves_of(histories: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequen
 
 
 def _samples(lines: Sequence[Mapping[str, Any]]) -> SampleList:
-    """Of each prompt the reference, and the policy at the first and at the last evaluation."""
+    """For each prompt, the responses of the reference and of the policy at the first and last evaluation."""
     first, last = lines[0]["step"], lines[-1]["step"]
     by_prompt: dict[str, list[Mapping[str, Any]]] = {}
     for line in lines:
@@ -133,6 +133,4 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> SampleList:
             Response(f"policy, step {entry['step']}", entry["policy"], str(entry["policy_tokens"])) for entry in entries
         ]
         samples.append(Sample(prompt, responses))
-    return SampleList(
-        "Samples", samples, "Tokens", note="What policy and reference answer to prompts of the evaluation."
-    )
+    return SampleList("Samples", samples, "Tokens", note="Responses of policy and reference to evaluation prompts.")

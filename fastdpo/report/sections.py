@@ -1,7 +1,7 @@
-"""What a report is made of: small value objects that know their own HTML.
+"""The sections of a report: small value objects that render themselves as HTML.
 
-All text is escaped here; nothing that a user or a model wrote reaches the page as markup. A figure becomes an SVG
-inside the page, in an `img` so that ids of several figures cannot meet.
+All text is escaped here, so text of users and models never becomes markup. A figure becomes an SVG inside an `img`, so
+that ids of several figures cannot collide.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 
 class Section(Protocol):
-    """A part of a report under a heading of its own."""
+    """A part of a report with its own heading."""
 
     @property
     def title(self) -> str: ...
@@ -38,7 +38,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells. The first column names the row, the others are figures unless `is_prose`."""
+    """Rows of cells. The first column names the row; the other columns are figures unless `is_prose`."""
 
     title: str
     columns: Sequence[str]  # empty: no heading row
@@ -70,7 +70,7 @@ class Figure:
 
     title: str
     figure: Any  # matplotlib.figure.Figure
-    alt: str  # what it shows, for those who cannot see it
+    alt: str  # description for readers who cannot see it
     note: str = ""
 
     def body(self) -> str:
@@ -92,7 +92,7 @@ class FigureGrid:
 
 @dataclass(frozen=True)
 class Response:
-    """What one model answered."""
+    """The answer of one model."""
 
     name: str
     text: str
@@ -109,7 +109,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleList:
-    """Prompts, each with what several models answered."""
+    """Prompts, each with the answers of several models."""
 
     title: str
     samples: Sequence[Sample]

@@ -1,1 +1,1 @@
-"""Triton kernels of the head op, installed as `fastdpo.kernels`. Importing this loads no triton."""
+"""Triton kernels of the head op, installed as `fastdpo.kernels`. Importing this package does not import triton."""

@@ -1,9 +1,9 @@
 """Backward of the head op: one tile of the logits' gradient, recomputed from hidden states, head weight and lse.
 
-In: what forward saw, its lse, and the row factors c of eq. (10). Out: c times
+In: the inputs of forward, its lse, and the row factors c of eq. (10). Out: c times
 `(softmax(z) - onehot) * exp(lse_rest) * dz/dy`, eq. (9), over a row block times a vocabulary block, in a bounded
-workspace and the operands' dtype; `fastdpo.ops.gradients` multiplies it. c is a factor of the tile because a copy of
-the hidden states that is scaled by it would be as large as they are.
+workspace and the operands' dtype; `fastdpo.ops.gradients` multiplies it. c is a factor of the tile because a scaled
+copy of the hidden states would be as large as the hidden states.
 """
 
 from __future__ import annotations

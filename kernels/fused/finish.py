@@ -1,7 +1,7 @@
 """Turns the exponentials that forward left in a (T, V) tensor into the logits' gradient, once every row's lse is known.
 
-In: eq. (13), tile by tile relative to the tile's own maximum, and the merged values. Out: eq. (9) in place. One pass
-over the tensor, no matmul. Ignored rows become 0, rows whose label lies outside the vocabulary nan.
+In: eq. (13), relative to each tile's own maximum, and the merged values. Out: eq. (9) in place. One pass over the
+tensor, no matmul. Ignored rows become 0, rows with a label outside the vocabulary nan.
 """
 
 from __future__ import annotations

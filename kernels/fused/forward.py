@@ -1,7 +1,7 @@
 """Forward of the head op: partial softmax sums per (row, vocabulary tile), then a small kernel that merges them.
 
-In: hidden states, head weight, labels. Out: logps, split lse and the statistics asked for, each (T,) fp32; on demand
-also the logits' gradient, eq. (9), made from the same logits in a (T, V) tensor of the caller's. Stateless tiles: no
+In: hidden states, head weight, labels. Out: logps, split lse and the requested statistics, each (T,) fp32; on request
+also the logits' gradient, eq. (9), computed from the same logits in the caller's (T, V) tensor. Tiles are stateless: no
 atomics, no locks, the same bits every time; partials take 4 bytes per row, tile and statistic.
 """
 
@@ -135,8 +135,8 @@ def fused_forward(
 ) -> dict[str, Tensor]:
     """logps, lse_whole, lse_rest and `outputs`, each (T,).
 
-    With `keep_partials` also tile_max and tile_sumexp, (num_tiles, T) fp32: every row's share in every vocabulary tile,
-    eq. (3), for tiles of `blocks.block_v`.
+    With `keep_partials` also tile_max and tile_sumexp, (num_tiles, T) fp32: the partials of every row and vocabulary
+    tile, eq. (3), for tiles of `blocks.block_v`.
     """
     labels = labels.contiguous()
     options = bias is not None or softcap is not None or any(statistics(outputs).values())
@@ -160,7 +160,7 @@ def fused_forward_with_grads(
     outputs: tuple[str, ...],
     blocks: Blocks | None = None,
 ) -> dict[str, Tensor]:
-    """What `fused_forward` returns, and the logits' gradient in `out` at no second matmul. Ignored rows of it are 0."""
+    """Like `fused_forward`, and the logits' gradient in `out` without a second matmul (ignored rows are 0)."""
     labels = labels.contiguous()
     options = bias is not None or softcap is not None or any(statistics(outputs).values())
     blocks = blocks or device_blocks(hidden_states, "eager_options" if options else "eager")
@@ -182,7 +182,7 @@ def _forward(
     outputs: tuple[str, ...],
     blocks: Blocks,
 ) -> tuple[dict[str, Tensor], Partials]:
-    """The values, and the partials they were merged from; with `out` also the tiles of eq. (13) in it."""
+    """The values, and the partials that they are merged from; with `out` also the tiles of eq. (13) in `out`."""
     T, V = hidden_states.shape[0], lm_head_weight.shape[0]
     values = {
         name: hidden_states.new_empty(T, dtype=torch.float32) for name in ("logps", "lse_whole", "lse_rest", *outputs)

@@ -1,7 +1,7 @@
-"""Block shapes of the kernels per architecture, in one table, and the few facts about the device that pick a row of it.
+"""The table of the kernels' block shapes per architecture, and the device facts that select a row of the table.
 
-Every entry is held by tests/kernels to compile, to fit shared memory and not to spill, on every architecture, with
-Triton 3.7.1; kernels/README.md has the figures. Which of the shapes that do is the fastest was not measured.
+tests/kernels check that every entry compiles, fits shared memory and does not spill, on every architecture, with Triton
+3.7.1; kernels/README.md has the figures. Which suitable shape is fastest has not been measured.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Blocks(NamedTuple):
     library: bool = False  # the matmul library makes the logits, see `library.py`; block_h and num_stages say nothing
 
     def options(self) -> dict[str, int]:
-        """As a launch takes them, but for `tma` and `persistent`."""
+        """The launch options, except `tma` and `persistent`."""
         blocks = {"BLOCK_T": self.block_t, "BLOCK_V": self.block_v, "BLOCK_H": self.block_h}
         return {**blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 class Row(NamedTuple):
-    """The blocks of one architecture and operand size, by what fills a program's registers beside the matmul."""
+    """The blocks of one architecture and operand size, by kernel; kernels differ in register use besides the matmul."""
 
     forward: Blocks  # sums
     forward_options: Blocks  # sums, with a bias, a softcap or statistics
@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 def _row(blocks: Blocks, **others: Blocks) -> Row:
-    """`blocks` for every kernel that is not named."""
+    """A Row with `blocks` for every kernel that is not named."""
     return Row(*(others.get(name, blocks) for name in Row._fields))
 
 
@@ -70,7 +70,7 @@ _BLACKWELL = _row(
 )
 _WORKSTATION = _row(Blocks(128, 128, 64, 8, 3, tma=True), eager_options=Blocks(64, 128, 64, 8, 3, tma=True))
 
-# Compute capability from which a row holds, then bytes of an operand.
+# Lowest compute capability of a row, then bytes of an operand.
 BLOCKS: dict[tuple[int, int], dict[int, Row]] = {
     (8, 0): {2: _AMPERE, 4: _SMALL},
     (8, 6): {2: _AMPERE, 4: _SMALL},
@@ -79,7 +79,7 @@ BLOCKS: dict[tuple[int, int], dict[int, Row]] = {
     (10, 0): {2: _BLACKWELL, 4: _SMALL},
     (12, 0): {2: _WORKSTATION, 4: _SMALL},
 }
-# What a tuner should try beside the table: all of it compiles and fits shared memory, some of it spills.
+# Further candidates of the tuner: all compile and fit shared memory, some spill.
 CANDIDATES: dict[tuple[int, int], dict[int, tuple[Blocks, ...]]] = {
     (8, 0): {
         2: (
@@ -102,7 +102,7 @@ CANDIDATES: dict[tuple[int, int], dict[int, tuple[Blocks, ...]]] = {
     },
     (9, 0): {
         2: (
-            # two programs of a multiprocessor: one's softmax runs beside the other's matmul, which pays most where H is
+            # two programs per multiprocessor: one's softmax overlaps the other's matmul, which helps most if H is
             # small; with one program the epilogue is exposed, a third of the time at H = 896
             Blocks(128, 128, 64, 4, 3, tma=True),
             Blocks(128, 128, 64, 8, 3, tma=True),
@@ -136,7 +136,7 @@ INTERPRETED = Blocks(32, 64, 64, 1, 1)  # small, so that tests of ordinary size 
 
 
 def blocks_for(capability: tuple[int, int], itemsize: int, kernel: str = "forward") -> Blocks:
-    """Of the newest row of the table that this compute capability reaches. `kernel` is a field of `Row`."""
+    """The blocks from the table's newest row for this compute capability. `kernel` is a field of `Row`."""
     return getattr(BLOCKS[max(c for c in BLOCKS if c <= capability)][itemsize], kernel)
 
 
@@ -150,7 +150,7 @@ def device_blocks(x: Tensor, kernel: str = "forward") -> Blocks:
 
 
 def candidate_blocks(x: Tensor) -> list[Blocks]:
-    """What a tuner should try for operands like `x` on the device where it is, the table's shapes among them."""
+    """The candidates of the tuner for operands like `x` on its device, including the table's shapes."""
     capability = capability_of(x)
     if capability is None:
         others = (Blocks(32, 64, 64, 1, 1, tma=True, persistent=2), Blocks(16, 64, 64, 1, 1, library=True))
@@ -168,7 +168,7 @@ def candidates_for(capability: tuple[int, int], itemsize: int) -> tuple[Blocks, 
 
 
 def num_programs(blocks: Blocks, num_tiles: int, x: Tensor) -> int:
-    """How many programs share `num_tiles` tiles on the device where `x` is; in the interpreter two multiprocessors."""
+    """Programs that share `num_tiles` tiles on the device of `x`; the interpreter has two multiprocessors."""
     if blocks.persistent == 0:
         return num_tiles
     cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
@@ -179,7 +179,7 @@ FLATTENS_FROM = (10, 0)  # Triton's own reports have flat loops slower on sm_90
 
 
 def can_flatten(x: Tensor) -> bool:
-    """Whether the loop of a persistent program over its tiles is to be one with that over H."""
+    """Whether a persistent program's loop over tiles should be merged with its loop over H."""
     return (capability_of(x) or (0, 0)) >= FLATTENS_FROM
 
 
@@ -187,7 +187,7 @@ _as_if: list[tuple[int, int]] = []  # the capability of a GPU that is not there,
 
 
 def capability_of(x: Tensor) -> tuple[int, int] | None:
-    """The compute capability of the GPU where `x` is; None in the interpreter."""
+    """The compute capability of the GPU of `x`; None in the interpreter."""
     if x.is_cuda:
         return torch.cuda.get_device_capability(x.device)
     return _as_if[-1] if _as_if else None
@@ -195,7 +195,7 @@ def capability_of(x: Tensor) -> tuple[int, int] | None:
 
 @contextmanager
 def as_if_on(capability: tuple[int, int]) -> Iterator[None]:
-    """Launchers choose blocks as on a GPU of this capability, for tensors that are on none: to compile, not to run."""
+    """Launchers in this context choose blocks for a GPU of this capability: to compile without a GPU."""
     _as_if.append(capability)
     try:
         yield
@@ -204,5 +204,5 @@ def as_if_on(capability: tuple[int, int]) -> Iterator[None]:
 
 
 def scratch(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialized workspace. Buffers that are not results come from here, so that tests can fill them with nan."""
+    """Uninitialized workspace. All buffers except results are allocated here, so that tests can fill them with nan."""
     return torch.empty(shape, dtype=dtype, device=like.device)

@@ -1,9 +1,9 @@
-"""Logits by the matmul library, folded block by block: the third way to the forward's sums, and the second to D.
+"""Logits by the matmul library, reduced block by block: an alternative for the forward's sums and for D.
 
-In: what the kernels of `forward.py` and `backward.py` take. Out: the same numbers. A block of logits, fp32, of some
+In: the inputs of the kernels of `forward.py` and `backward.py`. Out: the same numbers. An fp32 block of logits of about
 1,024 rows times 8,192 vocabulary ids is 34 MB, which stays in L2 between the product and the kernel that reads it once.
-What the library gains over a matmul in Triton it must not lose in that traffic: the tuner decides. fp32 operands are
-multiplied as everywhere here, without TF32.
+The library's faster matmul must outweigh this traffic; the tuner decides. As in all kernels here, fp32 operands are
+multiplied without TF32.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def library_partials(
     wants: dict[str, bool],
     blocks: Blocks,
 ) -> None:
-    """As `partials_kernel` fills them, from blocks of logits whose tiles are blocks.block_t x blocks.block_v."""
+    """Fills partials like `partials_kernel`, from blocks of logits with tiles of blocks.block_t x blocks.block_v."""
     for logits, rows, vocab in _logit_blocks(hidden_states, weight, blocks):
         num_tiles = triton.cdiv(logits.shape[0], blocks.block_t) * triton.cdiv(logits.shape[1], blocks.block_v)
         fold_kernel[(num_tiles,)](
@@ -219,7 +219,7 @@ def library_grads(
     softcap: float | None,
     blocks: Blocks,
 ) -> None:
-    """As `logit_grads_kernel` fills `out`."""
+    """Fills `out` like `logit_grads_kernel`."""
     for logits, rows, vocab in _logit_blocks(hidden_states, weight, blocks):
         num_tiles = triton.cdiv(logits.shape[0], blocks.block_t) * triton.cdiv(logits.shape[1], blocks.block_v)
         some = out[rows, vocab]
@@ -248,7 +248,7 @@ def library_grads(
 
 
 def _logit_blocks(hidden_states: Tensor, weight: Tensor, blocks: Blocks) -> Iterator[tuple[Tensor, slice, slice]]:
-    """Products before bias and scale, each valid until the next; ids begin at multiples of a tile."""
+    """Products before bias and scale, each valid until the next one; ids start at multiples of a tile."""
     T, V = len(hidden_states), len(weight)
     ids = max(1, BLOCK_IDS // blocks.block_v) * blocks.block_v
     space = scratch((min(T, BLOCK_ROWS) * min(V, ids),), hidden_states, torch.float32)
@@ -263,7 +263,7 @@ def _logit_blocks(hidden_states: Tensor, weight: Tensor, blocks: Blocks) -> Iter
 
 
 def _multiply(out: Tensor, hidden_states: Tensor, weight: Tensor) -> None:
-    """`hidden_states @ weight.T` summed in fp32; where the device cannot, operands are made fp32 first."""
+    """`hidden_states @ weight.T` summed in fp32; operands are converted to fp32 if the device needs it."""
     if hidden_states.is_cuda and hidden_states.dtype != torch.float32:
         torch.mm(hidden_states, weight.T, out_dtype=torch.float32, out=out)
         return

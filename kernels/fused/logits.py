@@ -1,8 +1,8 @@
 """The part that forward and backward share: one tile of logits, from hidden states and head weight to softcap.
 
-Tiles come through pointers, of any stride, or through tensor descriptors, which the copy engine of sm_90 and newer GPUs
-reads in the background: `tile_operands` says which on the host, the constexpr TMA in the kernel. Equation numbers are
-those of kernels/README.md.
+Tiles are loaded through pointers, with any stride, or through tensor descriptors, which the copy engine of sm_90 and
+newer GPUs reads in the background: `tile_operands` decides on the host, the constexpr TMA in the kernel. Equation
+numbers are those of kernels/README.md.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def tile_logits(
 
 
 def tile_operands(hidden_states: Tensor, weight: Tensor, blocks: Blocks) -> tuple[tuple[Any, Any], bool]:
-    """What `tile_logits` takes as hidden_ptr and weight_ptr, and its TMA."""
+    """The arguments hidden_ptr, weight_ptr and TMA of `tile_logits`."""
     if not (blocks.tma and can_be_described(hidden_states) and can_be_described(weight)):
         return (hidden_states, weight), False
     hidden_box, weight_box = (blocks.block_t, blocks.block_h), (blocks.block_v, blocks.block_h)
@@ -136,18 +136,18 @@ def tile_operands(hidden_states: Tensor, weight: Tensor, blocks: Blocks) -> tupl
 
 
 def describe(x: Tensor, box: tuple[int, int]) -> TensorDescriptor:
-    """The matrix x, of which one load takes `box` rows and columns."""
+    """A tensor descriptor of the matrix x; one load reads `box` rows and columns."""
     return TensorDescriptor(x, list(x.shape), [_row_stride(x), 1], list(box))
 
 
 def can_be_described(x: Tensor) -> bool:
-    """What the copy engine asks of a matrix."""
+    """Whether a matrix meets the requirements of the copy engine."""
     aligned = x.data_ptr() % 16 == 0 and _row_stride(x) * x.element_size() % 16 == 0
     return aligned and x.stride(1) == 1 and x.shape[0] > 0
 
 
 def _row_stride(x: Tensor) -> int:
-    """One row may claim any stride: it is then as long as the row, so that a launch on it is not compiled anew."""
+    """The row stride; for a single row, which may have any stride, its length, so that no new kernel is compiled."""
     return x.stride(0) if x.shape[0] > 1 else x.shape[1]
 
 

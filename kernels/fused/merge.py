@@ -1,7 +1,7 @@
 """Merges the partial sums of a row's vocabulary tiles into its log-prob, lse and statistics, eq. (4) to (8).
 
-In: what `partials_kernel` wrote, (num_tiles, T) fp32 each. Out: one number per row and result. Ignored rows become 0, a
-label outside the vocabulary nan.
+In: the output of `partials_kernel`, (num_tiles, T) fp32 each. Out: one number per row and result. Ignored rows become
+0, rows with a label outside the vocabulary nan.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RESULTS = ("logps", "lse_whole", "lse_rest", "lse", "entropy", "log_sum_sq_probs
 
 
 class Partials(NamedTuple):
-    """eq. (3) for every tile. Statistics that nobody asked for share the buffer of `max` and are never touched."""
+    """eq. (3) for every tile. Statistics that are not requested share the buffer of `max` and are never accessed."""
 
     label_logit: Tensor  # (T,) fp32, written where the label lies in the vocabulary
     max: Tensor  # (num_tiles, T) fp32, and so are all below
@@ -32,7 +32,7 @@ class Partials(NamedTuple):
 
 
 def statistics(outputs: tuple[str, ...]) -> dict[str, bool]:
-    """Which extra sums the results asked for need, as the kernels' switches."""
+    """The extra sums that the requested results need, as the kernels' switches."""
     return {
         "WITH_ENTROPY": "entropy" in outputs,
         "WITH_SQUARES": "log_sum_sq_probs" in outputs,

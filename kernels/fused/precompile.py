@@ -1,10 +1,10 @@
-"""Compiles what a head will launch, on all cores at once and before anything is launched; for absent GPUs too.
+"""Compiles the kernels for a head on all cores at once, before the first launch; also for absent GPUs.
 
     python -m fastdpo.kernels.precompile --hidden-size 4096 --vocab-size 128256 [--capability 9.0]
 
-In: the sizes of heads. Out: compiled kernels in Triton's cache on disk, where every process of this machine finds them,
-and a line for each that does not compile. A kernel takes seconds, and what a training step or a tuner launches takes
-minutes one after the other.
+In: the sizes of heads. Out: compiled kernels in Triton's cache on disk, for all processes of this machine, and a line
+for each kernel that does not compile. A kernel takes seconds to compile, and all kernels of a training step or a tuner
+take minutes if they are compiled one after the other.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ METRICS = ("entropy", "mean_logits", "is_top1")  # that training asks for by def
 
 @dataclass
 class Compiled:
-    """What was compiled, by kernel and launch options; and what was not, with the compiler's words."""
+    """The compiled kernels, by kernel and launch options; and the failures, with the compiler's messages."""
 
     names: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
@@ -46,13 +46,13 @@ class Compiled:
 
 @contextmanager
 def compiling_only(capability: tuple[int, int] | None = None, workers: int | None = None) -> Iterator[Compiled]:
-    """Launches in this context are compiled in parallel and not run, which leaves their results as they are.
+    """Context manager that compiles launches in parallel and does not run them, so result tensors do not change.
 
-    What was compiled is complete, and in Triton's cache, when the context ends; failures raise nothing.
+    When the context ends, all compilation is finished and in Triton's cache; failures do not raise.
 
     Args:
-        capability: of the GPU to compile for; None: the current one.
-        workers: threads; None: one for each core. The compiler lets go of Python's lock.
+        capability: capability of the GPU to compile for; None for the current one.
+        workers: number of threads; None for one per core. The compiler releases Python's lock.
     """
     target = _target(capability)
     backend, done, started = make_backend(target), Compiled(), time.monotonic()
@@ -98,10 +98,10 @@ def _target(capability: tuple[int, int] | None) -> GPUTarget:
 def launch_head(
     hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device | str, options: bool
 ) -> None:
-    """Every launch of training, of the trainers' metrics and of backward that such a head has.
+    """Makes every launch of training, of the trainers' metrics and of backward for such a head.
 
     Args:
-        options: with a bias, a softcap and all statistics, in place of what training asks for.
+        options: use a bias, a softcap and all statistics, instead of the arguments of training.
     """
     hidden_states = torch.empty(ROWS, hidden_size, dtype=dtype, device=device)
     weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)

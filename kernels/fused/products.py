@@ -1,4 +1,4 @@
-"""Products of the sparse backward: sums over the kept tiles that a workspace holds, times W or the hidden states.
+"""Products of the sparse backward: sums over the kept tiles in a workspace, times W or the hidden states.
 
 In: the workspace of one round, lists of terms from `fastdpo.kernels.rounds`. Out: rows of dH, dW or db. A block of the
 result belongs to one program, which sums its terms in fp32 in ascending order: no atomics, the same bits every time.
@@ -21,7 +21,7 @@ from fastdpo.kernels.tuned import tuned_fields
 
 
 class ProductBlocks(NamedTuple):
-    """One launch configuration of the products: columns of the result, and how much of a tile one step takes."""
+    """One launch configuration of the products: columns of the result, and the part of a tile for one step."""
 
     block_n: int
     block_k: int
@@ -30,8 +30,8 @@ class ProductBlocks(NamedTuple):
     tma: bool = False  # operands come through tensor descriptors, where their addresses and strides allow it
 
 
-# As BLOCKS in launch.py: capability from which a row holds, then bytes of an operand. The first is the default and
-# spills nothing; the others are what `fastdpo.kernels.tuning` tries beside it. Which is the fastest was not measured.
+# Like BLOCKS in launch.py: lowest capability of a row, then bytes of an operand. The first entry is the default and
+# does not spill; the others are candidates for `fastdpo.kernels.tuning`. Which is the fastest was not measured.
 _FP32 = ((64, 16, 8, 2), (64, 32, 8, 2), (64, 16, 4, 2), (32, 16, 4, 2))
 _AMPERE = ((128, 32, 8, 3), (128, 32, 8, 4), (128, 64, 8, 2), (64, 32, 4, 4))
 _NARROW = ((128, 64, 8, 4, True), (128, 64, 8, 3, True), (128, 128, 8, 3, True), (128, 64, 8, 4))
@@ -183,9 +183,9 @@ def products(
     finish: bool,
     blocks: ProductBlocks | None = None,
 ) -> Callable[[int], None]:
-    """What multiplies the tiles of one round, given its number, while they are in the workspace.
+    """A function that multiplies the tiles of one round, given its number, while they are in the workspace.
 
-    With `finish` the sums are written times unit, zeros where a block has no terms; else they are added to `out`.
+    With `finish` the sums times unit are written, zeros for a block without terms; else they are added to `out`.
     """
     blocks = blocks or product_blocks(tiles, other)
     block_t, block_v = tiles.shape[1:]
@@ -233,7 +233,7 @@ def column_sums(
     terms: Terms,  # of the vocabulary tiles, as the outer side
     unit: Tensor,  # (1,) fp32
 ) -> Callable[[int], None]:
-    """What writes the column sums of one round's vocabulary tiles, times unit; zeros where a tile has no terms."""
+    """A function that writes one round's column sums by vocabulary tile, times unit; zeros without terms."""
 
     def add(round_index: int) -> None:
         column_sums_kernel[(_num_programs(tiles),)](
@@ -256,13 +256,13 @@ def column_sums(
 
 
 def product_blocks(tiles: Tensor, other: Tensor) -> ProductBlocks:
-    """Blocks for these operands on the device where they are: the tuned ones if any are in use, else the default."""
+    """Blocks for these operands on their device: the tuned ones if in use, else the default."""
     fields = tuned_fields("products", other)
     return product_candidates(tiles)[0] if fields is None else ProductBlocks(**fields)
 
 
 def product_candidates(tiles: Tensor) -> list[ProductBlocks]:
-    """What may be tried for a workspace like `tiles`, the default first."""
+    """The tuner's candidates for a workspace like `tiles`, the default first."""
     capability = capability_of(tiles)
     if capability is None:
         return [ProductBlocks(*x) for x in _INTERPRETED]
@@ -270,10 +270,10 @@ def product_candidates(tiles: Tensor) -> list[ProductBlocks]:
 
 
 def product_table(capability: tuple[int, int], itemsize: int) -> tuple[tuple[Any, ...], ...]:
-    """The newest row of the table that this compute capability reaches."""
+    """The newest row of the table for this compute capability."""
     return PRODUCT_BLOCKS[max(c for c in PRODUCT_BLOCKS if c <= capability)][itemsize]
 
 
 def _num_programs(x: Tensor) -> int:
-    """Programs of a kernel that strides over its work: what the device can hold at once, so that none comes late."""
+    """Number of programs of a kernel that strides over its work: as many as the device can run at once."""
     return 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3

@@ -1,11 +1,11 @@
-"""Who computes what in the sparse backward: index lists of the kept tiles, made on the device.
+"""The work lists of the sparse backward: index lists of the kept tiles, made on the device.
 
-In: `kept`, True where a row block needs a vocabulary tile. Out: `Rounds`. One round is what one workspace holds; how
-many rounds there can be follows from shapes alone, what each one holds is known to the device only: nothing is read
-back, and a round that turns out empty costs a few launches that return at once.
+In: `kept`, True where a row block needs a vocabulary tile. Out: `Rounds`. One round fills one workspace. The largest
+number of rounds follows from the shapes; the content of each round is known only on the device. Nothing is read back to
+the host, and an empty round costs a few launches that return at once.
 
-One side of `kept` is *outer*: an outer block has all its kept tiles in one round, so that a sum over them is finished
-there. The other side is *inner*, and its sums go on from round to round.
+One side of `kept` is *outer*: all kept tiles of an outer block are in one round, so a sum over them is finished there.
+The other side is *inner*: its sums continue over several rounds.
 
 Example: two row blocks, three tiles (outer), four slots, so that a round takes the tiles that begin in its first three:
 
@@ -28,7 +28,7 @@ VISIT_ROWS = 16  # row blocks between which a tile of weights is shared through 
 
 @dataclass(frozen=True)
 class Terms:
-    """What each block of one side sums over, in ascending order of the other side; all int32."""
+    """The terms of each block of one side, in ascending order of the other side; all int32."""
 
     slots: Tensor  # (num_row_blocks * num_tiles + 1,) where a term's tile is in the workspace; the last one is padding
     blocks: Tensor  # same shape; the term's block on the other side
@@ -54,14 +54,14 @@ class Rounds:
 def plan_rounds(kept: Tensor, max_slots: int, tiles_outside: bool) -> Rounds:
     """
     Args:
-        kept: (num_row_blocks, num_tiles) bool, neither of them 0.
-        max_slots: size of the workspace in tiles; raised to twice the length of the inner side where it is less.
+        kept: (num_row_blocks, num_tiles) bool, both at least 1.
+        max_slots: size of the workspace in tiles; raised to at least twice the length of the inner side.
         tiles_outside: True: the vocabulary tiles are the outer side; False: the row blocks are.
     """
     outer = kept.T if tiles_outside else kept
     num_outer, num_inner = outer.shape
     num_slots = min(kept.numel(), max(max_slots, 2 * num_inner))
-    # An outer block belongs to the round in which it begins, and may hang over its end by less than num_inner.
+    # An outer block belongs to the round in which it begins, and may exceed the round's end by less than num_inner.
     room = kept.numel() + 1 if num_slots == kept.numel() else num_slots - num_inner + 1
     num_rounds = -(-kept.numel() // room)
 
@@ -103,7 +103,7 @@ def _terms(side: Tensor, slots: Tensor, bounds: Tensor, round_stride: int, end_s
 
 
 def _count_before(side: Tensor) -> Tensor:
-    """How many are True before each element of the flattened tensor, and in all: (numel + 1,) int64."""
+    """Number of True values before each element of the flattened tensor, and in total: (numel + 1,) int64."""
     return pad(side.flatten().cumsum(0), (1, 0))
 
 

@@ -1,15 +1,15 @@
-"""Backward of the head op over the tiles that matter: those not kept are neither recomputed nor multiplied.
+"""Backward of the head op over the kept tiles: all other tiles are neither recomputed nor multiplied.
 
-In: what forward saw, its lse, the row factors c of eq. (10), and which (row block, vocabulary tile) to keep. Out: dH,
-dW and db, those asked for. No atomics, nothing read back to the host. `fastdpo.kernels.rounds` says which tile is when
-and where in the workspace. Each round, three kernels:
+In: the inputs of forward, its lse, the row factors c of eq. (10), and the kept (row block, vocabulary tile)s. Out: the
+requested gradients among dH, dW and db. No atomics, nothing is read back to the host. `fastdpo.kernels.rounds` gives
+the round and the place in the workspace of each tile. Each round runs three kernels:
 
     D[slot]  = (softmax(z) - onehot) exp(lse_rest) dz/dy c     one program per kept tile
     dW[tile] = sum over the tile's row blocks  D[slot].T @ H   the two products, by one kernel
     dH[rows] += sum over the rows' tiles       D[slot] @ W
 
-c is a factor of D here, because a copy of the hidden states scaled by it, as eq. (12) asks for, would be as large as
-they are. It is divided by the power of two below the largest c first, so that fp16 keeps its range.
+c is a factor of D here, because a scaled copy of the hidden states, as in eq. (12), would be as large as the hidden
+states. c is first divided by the power of two below its largest value, so that fp16 keeps its range.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ def sparse_head_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """eq. (11) and (12) over the kept tiles. Row blocks whose row_scale is all zero count as not kept.
 
-    Rows of dW and db whose tile no row block keeps are exactly zero. Beyond the results it allocates the workspace, of
-    at most max_tile_elements in the operands' dtype or two vocabulary tiles of every row where that is more (for dH
-    alone: two row blocks of the whole vocabulary); with dW or db fp32 sums of dH; and index lists.
+    Rows of dW and db in a tile that no row block keeps are exactly zero. Beyond the results it allocates the workspace,
+    at most max_tile_elements in the operands' dtype or two vocabulary tiles of every row if that is more (for dH alone:
+    two row blocks of the whole vocabulary); with dW or db also fp32 sums of dH; and index lists.
     """
     (T, H), V = hidden_states.shape, weight.shape[0]
     tiles_outside = weight_dtype is not None or bias_dtype is not None
@@ -172,7 +172,7 @@ def _tiles_filler(
     logit_scale: float,
     softcap: float | None,
 ) -> Callable[[int], None]:
-    """What computes the tiles of one round, given its number."""
+    """A function that computes the tiles of one round, given its number."""
     blocks = device_blocks(hidden_states, "skipping")._replace(block_t=tiles.shape[1], block_v=tiles.shape[2])
     operands, tma = tile_operands(hidden_states, weight, blocks)
 

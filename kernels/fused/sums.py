@@ -1,6 +1,6 @@
-"""What a tile of logits leaves behind in forward: partial sums per row, and its exponentials where a gradient is made.
+"""The outputs of a tile of logits in forward: partial sums per row, and its exponentials if a gradient is needed.
 
-In: the tile in registers, however it came about. Out: eq. (3), the label's logit, and eq. (13).
+In: the tile in registers. Out: eq. (3), the label's logit, and eq. (13).
 """
 
 from __future__ import annotations

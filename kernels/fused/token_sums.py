@@ -1,8 +1,8 @@
-"""Masked sums over sequences, (7) summed: every token's number is gathered by its row, weighed, and added up in fp64.
+"""Masked sums over sequences, (7) summed: each token's number is gathered by its row, weighted, and added in fp64.
 
-In: numbers per row, which row each token uses, where each sequence ends, maybe a weight per token. Out: a sum per
-sequence, and how many of its tokens have a label. The gradient of a row is the sum over the tokens that use it. No
-atomics: a sum belongs to one program, which adds in ascending order of tokens. A row outside its tensor reads nothing
+In: numbers per row, the row of each token, the end of each sequence, and optional token weights. Out: a sum per
+sequence, and its number of tokens with a label. The gradient of a row is the sum over the tokens that use it. No
+atomics: each sum belongs to one program, which adds in ascending order of tokens. A row index out of bounds is not read
 and makes its sequence nan.
 """
 
@@ -169,13 +169,13 @@ def token_sums(
     first_row: int,  # which number row 0 of `values` has in `rows`
     dtype: torch.dtype,  # of the sums: fp32 or fp64
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(S,) sums of the first value, (len(values) - 1, S) of the others, and (S,) int64 tokens whose label is not
-    IGNORE_INDEX, (0,) where no labels are given."""
+    """(S,) sums of the first value, (len(values) - 1, S) of the others, and (S,) int64 numbers of tokens whose label is
+    not IGNORE_INDEX, (0,) without labels."""
     num_sequences, num_rows = ends.shape[0] - 1, values[0].shape[0]
     sums = torch.empty(num_sequences, dtype=dtype, device=ends.device)
     more = torch.empty((len(values) - 1, num_sequences), dtype=dtype, device=ends.device)
     lengths = torch.empty(0 if labels is None else num_sequences, dtype=torch.int64, device=ends.device)
-    # bool is read as the bytes that it is
+    # the kernel reads bool as bytes
     read = [x.contiguous().view(torch.uint8) if x.dtype == torch.bool else x.contiguous() for x in values]
     outs = [sums, *more]
     for start in range(0, len(values) if num_sequences > 0 else 0, MOST_VALUES):
@@ -214,7 +214,7 @@ def row_grads(
     tokens: tuple[int, int],  # the first of the sequences, and the one after their last
     dtype: torch.dtype,
 ) -> Tensor:
-    """(num_rows,): what the sums' gradients mean for the numbers that were summed first."""
+    """(num_rows,): the gradient of the first value, from the gradients of the sums."""
     out = torch.empty(num_rows, dtype=dtype, device=grad.device)
     num_sequences = ends.shape[0] - 1
     if num_rows > 0:

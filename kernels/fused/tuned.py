@@ -1,10 +1,10 @@
-"""Block shapes that were measured on a GPU, in a JSON file; read when `use_tuned_blocks` is called, at the first launch
-where FASTDPO_TUNED_BLOCKS names the file, and else not.
+"""Block shapes measured on a GPU, in a JSON file. The file is read only by `use_tuned_blocks`, or at the first launch
+if FASTDPO_TUNED_BLOCKS names it.
 
-In: what `fastdpo.kernels.tuning` found. Out: per GPU, Triton release, dtype and hidden size the fields of a kernel
-family's blocks. A file of anything else is a ValueError with its name; entries for other GPUs or releases stay unused.
-The vocabulary size is no part of the key: a tile's cost does not depend on it, and forward and backward must agree on
-their tiles where only one of them sees the whole vocabulary.
+In: the results of `fastdpo.kernels.tuning`. Out: the fields of a kernel family's blocks, per GPU, Triton release, dtype
+and hidden size. A file with other content raises ValueError with its name; entries for other GPUs or releases are
+ignored. The vocabulary size is not part of the key: a tile's cost does not depend on it, and forward and backward must
+use equal tiles even if only one of them sees the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FAMILIES = {  # and the fields of their blocks
 
 
 class Key(NamedTuple):
-    """What measured blocks hold for."""
+    """The conditions for which blocks were measured."""
 
     gpu: str
     capability: str  # "9.0"
@@ -49,14 +49,14 @@ _asked_environment: list[bool] = []  # once there is something in it
 
 
 def use_tuned_blocks(path: str | Path | None = None) -> int:
-    """Launches from now on take the block shapes that were tuned for their GPU, where the file has some.
+    """Makes all further launches use the block shapes tuned for their GPU, if the file has any.
 
     Args:
-        path: written by `fastdpo.kernels.tuning.tune`; None: default_path().
+        path: file written by `fastdpo.kernels.tuning.tune`; None for default_path().
     Returns:
-        How many keys the file has, for whatever GPU.
+        Number of keys in the file, for all GPUs.
     Raises:
-        ValueError: it cannot be read, or is no file of tuned blocks.
+        ValueError: the file cannot be read, or does not hold tuned blocks.
     """
     entries = load(default_path() if path is None else Path(path))
     _use(entries)
@@ -64,13 +64,13 @@ def use_tuned_blocks(path: str | Path | None = None) -> int:
 
 
 def use_default_blocks() -> None:
-    """Launches from now on take the table's block shapes."""
+    """Makes all further launches use the table's block shapes."""
     _use({})
 
 
 @contextmanager
 def blocks_of(entries: Entries) -> Iterator[None]:
-    """Launches in this context take these, what `load` has read or {} for the table's, whatever is in use else."""
+    """Context manager in which launches use these blocks, from `load`, or the table's for {}."""
     before = dict(_entries())
     _use(entries)
     try:
@@ -80,7 +80,7 @@ def blocks_of(entries: Entries) -> Iterator[None]:
 
 
 def _use(entries: Entries) -> None:
-    _asked_environment[:] = [True]  # what was asked for in the program counts more
+    _asked_environment[:] = [True]  # a choice in the program overrides the environment
     found = dict(entries)
     _in_use.clear()
     _in_use.update(found)
@@ -94,7 +94,7 @@ def _entries() -> Entries:
 
 
 def tuned_fields(family: str, x: Tensor) -> dict[str, Any] | None:
-    """The fields of this family's blocks for operands like `x`, (..., H); None where nothing was tuned or asked for."""
+    """The fields of this family's blocks for operands like `x`, (..., H); None without tuned blocks in use."""
     entries = _entries()
     return entries.get(key_of(x), {}).get(family) if entries else None
 
@@ -118,7 +118,7 @@ def default_path() -> Path:
 
 
 def load(path: Path) -> Entries:
-    """The entries of a file, by key and family. ValueError, with the file's name, if it holds anything else."""
+    """The entries of a file, by key and family. Raises ValueError with the file's name for other content."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -134,7 +134,7 @@ def load(path: Path) -> Entries:
             good = False
         if not good:
             raise ValueError(
-                f"{path} has an entry that is no tuned block shape, delete it and tune again: {str(entry)[:200]}"
+                f"{path} must hold only tuned block shapes, got {str(entry)[:200]}; delete it and tune again"
             )
         entries[key] = families
     return entries
@@ -145,7 +145,7 @@ def _is_blocks(family: str, fields: dict[str, Any]) -> bool:
 
 
 def save(path: Path, key: Key, families: dict[str, dict[str, Any]]) -> None:
-    """Adds the entry of one key to the file, made where it is missing; another entry of the same key is replaced."""
+    """Adds the entry of one key to the file, creating it if necessary; an entry of the same key is replaced."""
     entries = load(path) if path.exists() else {}
     entries[key] = families
     listed = [{"key": key._asdict(), "blocks": blocks} for key, blocks in entries.items()]

@@ -1,11 +1,11 @@
-"""Times the block shapes that fit a GPU and keeps the fastest; runs only when it is called.
+"""Times the block shapes that fit a GPU and keeps the fastest; it never runs automatically.
 
-    python -m fastdpo.kernels.tuning --hidden-size 4096 --vocab-size 128256 [--capability 9.0, to compile alone]
+    python -m fastdpo.kernels.tuning --hidden-size 4096 --vocab-size 128256 [--capability 9.0, to compile only]
 
 All candidates are compiled first, on all cores at once; then they are timed, a few milliseconds each. In: the sizes of
 a head. Out: `Tuning`, and an entry in the file that `use_tuned_blocks` reads. A candidate's numbers are compared with
-the default's before it is timed: one that is wrong, or that does not compile, is listed and left out. Not tuned: the
-shapes for a bias, a softcap or statistics, and those of skipping, whose size decides what is skipped.
+the default's before timing: a candidate that is wrong or does not compile is listed and excluded. Not tuned: the shapes
+for a bias, a softcap or statistics, and those of skipping, whose size determines what is skipped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NUM_VOCAB = 4096  # vocabulary ids in the measured block of the backward pass
 
 
 class Trial(NamedTuple):
-    """One candidate: its time, or why it was left out."""
+    """One candidate: its time, or the reason for its exclusion."""
 
     family: str
     blocks: Any  # Blocks or ProductBlocks
@@ -53,7 +53,7 @@ class Tuning:
 
 
 class Task(NamedTuple):
-    """What a family's candidates are measured on."""
+    """The measurement of a family's candidates."""
 
     default: Any
     candidates: list[Any]
@@ -74,14 +74,14 @@ def tune(
     """Finds the fastest blocks of every kernel family for a head of this size, and writes them to `cache`.
 
     Args:
-        hidden_size: H, multiple of nothing in particular. vocab_size: V. num_rows: T of the measured inputs.
-        dtype: of hidden states and weight: fp16, bf16 or fp32.
-        device: None: the current CUDA device.
-        cache: the file; None: `tuned.default_path()`. Other entries in it stay.
-        seconds: for all candidates, an equal share for each family; what is not tried by then is listed as left out.
-        measure: milliseconds of a call; None: the median on the device, with a cold L2 cache.
+        hidden_size: H, any size. vocab_size: V. num_rows: T of the measured inputs.
+        dtype: dtype of hidden states and weight: fp16, bf16 or fp32.
+        device: None for the current CUDA device.
+        cache: the file; None for `tuned.default_path()`. Its other entries stay.
+        seconds: time for all candidates, in equal shares per family; candidates beyond it are listed as left out.
+        measure: returns the milliseconds of a call; None for the median on the device, with a cold L2 cache.
     Raises:
-        ValueError: no CUDA device, another dtype, a size below 1, or a `cache` that holds something else.
+        ValueError: no CUDA device, another dtype, a size below 1, or a `cache` with other content.
     """
     device = _usable_device(device)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -106,7 +106,7 @@ def tune(
             compile_candidates(hidden_states, weight, labels)
         for i, (family, make_task) in enumerate(TASKS.items()):
             task = make_task(hidden_states, weight, labels)
-            deadline = start + seconds * (i + 1) / len(TASKS)  # what a family leaves over is the next one's
+            deadline = start + seconds * (i + 1) / len(TASKS)  # the next family gets the time that a family leaves over
             best[family], tried = _fastest(family, task, measure, deadline)
             trials += tried
     tuned.save(path, key, {family: blocks._asdict() for family, blocks in best.items()})
@@ -116,11 +116,11 @@ def tune(
 def compile_candidates(
     hidden_states: Tensor, weight: Tensor, labels: Tensor, capability: tuple[int, int] | None = None
 ) -> Compiled:
-    """Compiles every family's candidates at once; what does not compile is found again, and named, when it is tried.
+    """Compiles every family's candidates at once; failures show up again, and are listed, when a candidate is tried.
 
     Args:
-        hidden_states, weight, labels: as they will be measured, or on the device "meta".
-        capability: of a GPU that is not there; None: the current one.
+        hidden_states, weight, labels: the tensors of the measurement, or tensors on the device "meta".
+        capability: capability of an absent GPU; None for the current one.
     """
     with compiling_only(capability) as compiled:
         for make_task in TASKS.values():
@@ -165,7 +165,7 @@ def _logit_grads_task(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> 
 
 
 def _one_tile_per_program(x: Tensor) -> list[Blocks]:
-    """Candidates of kernels that know no other way; persistent programs make sums alone."""
+    """The candidates without persistent programs, which only the sums kernel supports."""
     return [blocks for blocks in candidate_blocks(x) if not blocks.persistent]
 
 
@@ -220,14 +220,14 @@ def _try(
     if time.monotonic() > deadline:
         return Trial(family, blocks, None, "no time left")
     for x in task.run(task.default):
-        x.fill_(torch.nan)  # buffers that are used again: what a candidate does not write must not pass for written
+        x.fill_(torch.nan)  # reused buffers: elements that a candidate does not write must not look written
     try:
         found = task.run(blocks)
         errors = [_relative_error(x, y) for x, y in zip(found, expected, strict=True)]
         if not all(error <= _tolerance(y) for error, y in zip(errors, expected, strict=True)):
             return Trial(family, blocks, None, f"numbers differ from the default's by {max(errors):.1e}")
         return Trial(family, blocks, measure(lambda: task.run(blocks)))
-    except Exception as error:  # whatever the compiler or the driver has against this shape
+    except Exception as error:  # any exception of the compiler or the driver for this shape
         return Trial(family, blocks, None, f"{type(error).__name__}: {str(error)[:200]}")
 
 
@@ -236,7 +236,7 @@ def _relative_error(x: Tensor, y: Tensor) -> float:
 
 
 def _tolerance(x: Tensor) -> float:
-    """Two roundings of a result; fp32 ones are sums in another order."""
+    """The tolerance: two roundings of a result; fp32 results are sums in another order."""
     return 1e-5 if x.dtype == torch.float32 else 2 * torch.finfo(x.dtype).eps
 
 

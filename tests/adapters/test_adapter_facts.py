@@ -32,8 +32,8 @@ def test_experts_that_linear_layers_leave_out_are_named_with_the_option_that_rea
     names = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
     assert fused_experts_left_out(trainer.model) == names
     assert (
-        "not on the experts' weights (mlp.experts.down_proj, mlp.experts.gate_up_proj), which are no linear layers:"
-        " target_parameters=['mlp.experts.down_proj', 'mlp.experts.gate_up_proj'] reaches them"
+        "not on the experts' weights (mlp.experts.down_proj, mlp.experts.gate_up_proj), which are not linear layers:"
+        " set target_parameters=['mlp.experts.down_proj', 'mlp.experts.gate_up_proj'] to include them"
         " (--lora_target_parameters mlp.experts.down_proj mlp.experts.gate_up_proj)"
     ) in trainer.summary()
     reached = tiny_trainer(

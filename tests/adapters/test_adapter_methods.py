@@ -116,7 +116,7 @@ def test_dropout_inside_a_method_is_switched_off_with_all_other(method):
 
 
 def test_a_variant_of_lora_that_looks_at_the_whole_row_is_refused():
-    with pytest.raises(ValueError, match="must leave alora_invocation_tokens alone"):
+    with pytest.raises(ValueError, match="must not use alora_invocation_tokens"):
         with_adapter(make_llama(), lora(alora_invocation_tokens=[3, 4]), Arguments)
 
 

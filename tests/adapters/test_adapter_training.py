@@ -302,11 +302,11 @@ REFUSED = {
     "two active": (lambda _: {"model": two_active()}, r"one active adapter.*\['default', 'other'\].*set_adapter"),
     "left inside": (lambda _: {"model": base_of_a_run()}, r"model must be a PeftModel.*unload\(\)"),
     "both, left inside": (lambda _: {"model": base_of_a_run(), "peft_config": lora()}, "peft_config must be None"),
-    "frozen": (lambda tmp_path: {"model": frozen_adapter(tmp_path)}, "weights to train.*is_trainable=True"),
-    "frozen but ref": (lambda tmp_path: {"model": frozen_adapter(tmp_path, "ref")}, "weights to train"),
+    "frozen": (lambda tmp_path: {"model": frozen_adapter(tmp_path)}, "trainable weights.*is_trainable=True"),
+    "frozen but ref": (lambda tmp_path: {"model": frozen_adapter(tmp_path, "ref")}, "trainable weights"),
     "mixed": (lambda _: {"model": mixed()}, "must be a PeftModel.*got PeftMixedModel"),
     "prompt": (lambda _: {"model": prompted()}, "model's adapter must not be PROMPT_TUNING"),
-    "named ref": (lambda _: {"model": under_way(name="ref")}, "another name than 'ref'"),
+    "named ref": (lambda _: {"model": under_way(name="ref")}, "other than 'ref'"),
     "no config": (lambda _: {"peft_config": {"r": 4}}, "peft_config must be a peft.PeftConfig.*got dict"),
 }
 

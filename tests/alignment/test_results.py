@@ -18,7 +18,7 @@ def test_an_estimate_is_the_mean_and_its_standard_error():
 
 
 def test_one_value_has_no_standard_error():
-    with pytest.raises(ValueError, match="values must hold at least 2 for a standard error, got 1"):
+    with pytest.raises(ValueError, match=r"values must hold at least 2 .*got 1"):
         Estimate.of([1.0])
 
 

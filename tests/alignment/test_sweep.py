@@ -96,7 +96,7 @@ def test_the_orderings_name_every_beta(swept):
 
 @pytest.mark.parametrize("betas", [[], [0.1, 0.0], [0.1, 0.1], [-1.0]])
 def test_betas_that_are_not_positive_or_repeat_are_refused(betas, llama, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="betas must be positive and all different, at least one, got"):
+    with pytest.raises(ValueError, match=r"betas must .*got"):
         sweep_beta(
             llama,
             tokenizer,

@@ -30,7 +30,7 @@ def shown(before, after, num_rows, columns=COLUMNS):
 def test_pairs_that_both_models_score_alike_are_ties_and_not_right_or_wrong():
     text = shown(START, END, 200)
     assert "│ accuracy           │     ties │   0.7500 │" in text
-    assert "ties: policy and reference still score every pair alike" in text
+    assert "ties: policy and reference score every pair equally" in text
     assert "0.6250" not in text
 
 
@@ -50,10 +50,10 @@ def test_what_counts_as_rounding_grows_with_the_log_probs(margin, logp, beta, ex
 
 
 def test_few_rows_are_said_to_say_little():
-    assert "1 row says little, and chance moves an accuracy by 100%" in shown(START, END, 1)
-    assert "25 rows say little, and chance moves an accuracy by 20%" in shown(START, END, 25)
+    assert "1 row is too few: chance alone moves an accuracy by 100%" in shown(START, END, 1)
+    assert "25 rows are too few: chance alone moves an accuracy by 20%" in shown(START, END, 25)
     assert "little" not in shown(START, END, 30)
-    assert "3 rows say little: hold out 30 or more" in shown({"loss": 2.0}, {"loss": 1.0}, 3, [("loss", "loss")])
+    assert "3 rows are too few; hold out 30 or more" in shown({"loss": 2.0}, {"loss": 1.0}, 3, [("loss", "loss")])
 
 
 def test_a_run_prints_the_ties_and_keeps_trls_number_in_its_logs(capsys, tmp_path):
@@ -64,7 +64,7 @@ def test_a_run_prints_the_ties_and_keeps_trls_number_in_its_logs(capsys, tmp_pat
     assert main(["train", *map(str, paths), *map(str, options), "--eval_fraction", "0.1"]) == 0
     out = capsys.readouterr().out
     assert "ties" in out.split("│ accuracy ")[1].split("\n")[0]
-    assert "1 row says little" in out
+    assert "1 row is too few" in out
     logs = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     first = next(entry for entry in logs if "eval_loss" in entry)
     assert 0.0 <= first["eval_rewards/accuracies"] <= 1.0

@@ -99,7 +99,7 @@ def test_a_new_or_empty_directory_is_accepted(tmp_path, exists):
 
 def test_a_directory_with_other_files_is_refused_unless_told_to(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"output_dir must be new, empty or an earlier demo's.*--overwrite"):
+    with pytest.raises(ValueError, match=r"output_dir must .*got .*--overwrite"):
         run_demo(DemoOptions(str(tmp_path)))
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     assert demo._checked_output_dir(DemoOptions(str(tmp_path), overwrite=True)) == tmp_path
@@ -107,7 +107,7 @@ def test_a_directory_with_other_files_is_refused_unless_told_to(tmp_path):
 
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(ValueError, match="output_dir must be a directory, got the file"):
+    with pytest.raises(ValueError, match=r"output_dir must .*got the file"):
         run_demo(DemoOptions(str(tmp_path / "run"), overwrite=True))
 
 

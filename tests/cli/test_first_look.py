@@ -46,7 +46,7 @@ def answer(*arguments):
         (["sft", "--model", "x", "--dataset", "no.jsonl", "--output_dir", "o"], "does not exist: no.jsonl"),
         (["train", "--config", "no.yaml"], "config must be an existing file, got 'no.yaml'"),
         (["train", "--model", "x", "--dataset", "y", "--output_dir", "o", "--beta", "much"], "invalid float value"),
-        (["train", "--model", "./no", "--dataset", "y", "--output_dir", "o"], "there is no directory ./no"),
+        (["train", "--model", "./no", "--dataset", "y", "--output_dir", "o"], "got ./no, which does not exist"),
         (["train", "--model", "x", "--dataset", "y", "--output_dir", "o", "z"], "every value must follow an option"),
     ],
     ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else "",
@@ -200,12 +200,12 @@ def folder(tmp_path):
     [
         ("dataset", "pears.jsonl", "did you mean '{}/pairs.jsonl'?"),
         ("eval_dataset", "pears.jsonl", "does not exist: {}/pears.jsonl (--eval_dataset); did you mean"),
-        ("model", "modl", "there is no directory {}/modl; did you mean '{}/model'?"),
+        ("model", "modl", "got {}/modl, which does not exist; did you mean '{}/model'?"),
         ("model", ".", "must be a folder with a config.json (a model) or an adapter_config.json (an adapter)"),
         ("ref_model", "modl", "ref_model must be a local directory or a model name on the Hub"),
         ("tokenizer", "modl", "tokenizer must be a local directory or a model name on the Hub"),
         ("output_dir", "pairs.jsonl", "output_dir must be a directory"),
-        ("output_dir", "pairs.jsonl/out", "output_dir must be a directory that can be made in {}/pairs.jsonl"),
+        ("output_dir", "pairs.jsonl/out", "output_dir must be a new directory in {}/pairs.jsonl"),
     ],
 )
 def test_a_file_or_folder_that_is_not_there_is_found_first(folder, name, value, message):
@@ -286,7 +286,7 @@ def test_a_model_without_a_tokenizer_is_told_how_to_name_one(capsys, folder, no_
     for file in (folder / "model").glob("token*"):
         file.unlink()
     err = refusal(capsys, folder)
-    assert f"there is none in '{folder}/model'" in err
+    assert f"got '{folder}/model' without one" in err
     assert "name another one: --tokenizer FOLDER_OR_NAME" in err
 
 

@@ -85,7 +85,7 @@ def test_without_a_number_every_gpu_gets_a_process(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert launcher_words(asked(accelerate_config="zero3"))[-1] == "--num_processes=4"
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(ValueError, match="num_processes must be given where there is no GPU: --num_processes N"):
+    with pytest.raises(ValueError, match=r"num_processes must be given .*--num_processes N"):
         launcher_words(asked(accelerate_config="zero3"))
 
 

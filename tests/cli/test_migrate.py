@@ -347,8 +347,8 @@ def test_data_of_a_recipe_is_found(capsys, folder):
 @pytest.mark.parametrize(
     ("case", "line", "why"),
     [
-        ("axolotl", "datasets.type: chatml.intel", "rows are read by their columns, in the tokenizer's chat template"),
-        ("axolotl", "loraplus_lr_ratio: 16", "one learning rate for both factors of LoRA"),
+        ("axolotl", "datasets.type: chatml.intel", "reads rows by their columns"),
+        ("axolotl", "loraplus_lr_ratio: 16", "both factors of LoRA have one learning rate"),
         ("llama_factory", "template: llama3", "the tokenizer's own chat template is used"),
         ("release", "loss: ipo", "the release sums them"),
         ("overrides", "trainer: FSDPTrainer", "accelerate_config: fsdp2"),
@@ -373,7 +373,7 @@ def values(book):
 
 def test_a_key_that_nobody_knows_is_listed():
     book = book_of("axolotl", base_model="m", rl="dpo", datasets=[{"path": "a/b"}], micro_batch_siz=3)
-    assert book.lost[0] == ("micro_batch_siz: 3", "no key that this command knows; did you mean 'micro_batch_size'?")
+    assert book.lost[0] == ("micro_batch_siz: 3", "unknown key; did you mean 'micro_batch_size'?")
 
 
 AXOLOTL = {"base_model": "m", "rl": "dpo", "datasets": [{"path": "a/b"}]}
@@ -489,7 +489,7 @@ def test_a_recipe_is_told_by_its_keys(recipe, kind):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\nb: 2\n", "must have keys that tell whose it is"),
+        ("a: 1\nb: 2\n", "must have keys that identify its project"),
         ("[1]", "must hold one key per line"),
         ("a: [", "is not valid YAML or JSON"),
         ("base_model: m\nrl: kto\n", "rl must be one of dpo, ipo, simpo, orpo"),
@@ -533,7 +533,7 @@ def test_what_is_left_to_mend_is_said_with_exit_code_1(capsys, folder):
     (folder / "recipe.yaml").write_text("base_model: m\nrl: dpo\nrl_beta: much\ndatasets: [{path: d}]\n")
     code, _, err = run(capsys, "migrate", folder / "recipe.yaml", "--out", folder / "run.yaml")
     assert code == 1
-    assert "to mend before it runs: argument --beta: invalid float value: 'much'" in err
+    assert "fix this before you run it: argument --beta: invalid float value: 'much'" in err
     code, _, err = run(capsys, "migrate", "loss=dpo", "datasets=[hh]", "--out", folder / "other.yaml")
     assert code == 1
-    assert "to mend before it runs: the following arguments are required: --model" in err
+    assert "fix this before you run it: the following arguments are required: --model" in err

@@ -140,11 +140,11 @@ def test_a_flag_overrides_the_file_whatever_name_either_uses(tmp_path):
 
 def test_one_option_by_two_names_must_say_one_thing(tmp_path):
     assert parsed("--model", "m")["model"] == "m"  # as NEEDED says by the other name
-    with pytest.raises(ValueError, match=r"model must not be given by two names with different values, got .*'n'"):
+    with pytest.raises(ValueError, match=r"model must .*two names, got .*'m' and .*'n'"):
         parsed("--model", "n")
-    with pytest.raises(ValueError, match="dtype must not be given by two names"):
+    with pytest.raises(ValueError, match=r"dtype must .*two names"):
         in_yaml(tmp_path, "dtype: float32\ntorch_dtype: float16\n")
-    with pytest.raises(ValueError, match="attn_implementation must not be given by two names"):
+    with pytest.raises(ValueError, match=r"attn_implementation must .*two names"):
         in_yaml(tmp_path, "use_flash_attention_2: true\nattn_implementation: sdpa\n")
     with pytest.raises(ValueError, match="warmup_ratio must not be given beside warmup_steps"):
         in_yaml(tmp_path, "warmup_ratio: 0.1\nwarmup_steps: 7\n")
@@ -154,8 +154,8 @@ def test_one_option_by_two_names_must_say_one_thing(tmp_path):
     ("name", "value", "message"),
     [
         ("text_column", "content", "rename_column('content', 'text')"),
-        ("system_prompt", "be kind", "a first message of the role system"),
-        ("benchmarks", "[lighteval]", "nothing is benchmarked here"),
+        ("system_prompt", "be kind", "a message of the role system"),
+        ("benchmarks", "[lighteval]", "after training"),
         ("model_code_revision", "v1", '--model_init_kwargs \'{"code_revision": "v1"}\''),
         ("sanity_check", "true", "--max_steps 10"),
         ("max_completion_length", "7", "max_length=..., which limits prompt and response together"),
@@ -176,9 +176,9 @@ def test_sft_takes_trls_names_too(tmp_path):
     )
     options = in_yaml(tmp_path, text, command="sft")
     assert (options["packing"], options["max_length"]) == ("auto", 77)
-    with pytest.raises(ValueError, match="loss_type is no option here, got 'dft'; instead: loss_type: nll"):
+    with pytest.raises(ValueError, match=r"loss_type .*got 'dft'; instead: loss_type: nll"):
         in_yaml(tmp_path, "loss_type: dft\n", command="sft")
-    with pytest.raises(ValueError, match="instead: a column called text"):
+    with pytest.raises(ValueError, match=r"instead: .*text"):
         parsed("--dataset_text_field", "body", command="sft")
 
 
@@ -265,17 +265,20 @@ def test_the_handbooks_mixtures_become_datasets(tmp_path, given, expected):
     ("given", "message"),
     [
         ({"datasets": [{"paht": "a"}]}, "got 'paht'; did you mean 'path'?"),
-        ({"datasets": [{"name": "a"}]}, "must have a path of every set"),
+        ({"datasets": [{"name": "a"}]}, "must have a path for every set"),
         ({"datasets": "a"}, "--datasets: invalid json list value: 'a'"),
-        ({"datasets": [{"path": "a", "fraction": 0.5}, {"path": "b"}]}, "a fraction of every set or of none"),
+        ({"datasets": [{"path": "a", "fraction": 0.5}, {"path": "b"}]}, "a fraction for every set or for none"),
         ({"datasets": [{"path": "a", "fraction": 1, "weight": 1}]}, "must not mix fraction"),
         ({"datasets": [{"path": "a", "weight": 2}]}, "weights of at most 1"),
         ({"dataset_mixer": {"a": 1}, "dataset_mixture": {}}, "must not both be given"),
-        ({"dataset_splits": ["train"], "dataset": "d"}, "dataset_splits must go with dataset_mixer"),
-        ({"dataset_mixer": {"a": 1}, "dataset_splits": ["valid"]}, "must have 'train' or 'test' in every name"),
-        ({"dataset_mixture": {"sets": []}}, "dataset_mixture must have the keys datasets"),
-        ({"datasets": [{"path": "a"}], "dataset": "d"}, "dataset must not be given beside datasets"),
-        ({"datasets": [{"path": "a"}], "eval_dataset": "x", "eval_datasets": [{"path": "y"}]}, "beside eval_datasets"),
+        ({"dataset_splits": ["train"], "dataset": "d"}, "dataset_splits must be used together with dataset_mixer"),
+        ({"dataset_mixer": {"a": 1}, "dataset_splits": ["valid"]}, "'train' or 'test' in every name, got"),
+        ({"dataset_mixture": {"sets": []}}, "keys among datasets"),
+        ({"datasets": [{"path": "a"}], "dataset": "d"}, "dataset must not be given together with datasets"),
+        (
+            {"datasets": [{"path": "a"}], "eval_dataset": "x", "eval_datasets": [{"path": "y"}]},
+            "together with eval_datasets",
+        ),
     ],
 )
 def test_a_mixture_that_says_two_things_or_none_is_refused(tmp_path, given, message):
@@ -287,7 +290,7 @@ def test_a_mixture_that_says_two_things_or_none_is_refused(tmp_path, given, mess
 
 def test_trls_dataset_name_is_not_read_beside_datasets(tmp_path):
     (tmp_path / "run.yaml").write_text("model: m\noutput_dir: o\ndataset_name: d/d\ndatasets: [{path: a/a}]\n")
-    with pytest.warns(FutureWarning, match="dataset_name is not read where there are datasets"):
+    with pytest.warns(FutureWarning, match="dataset_name is ignored"):
         run_arguments, *_ = parse("train", TYPES["train"], ["--config", str(tmp_path / "run.yaml")])
     assert (run_arguments.dataset, run_arguments.datasets) == (None, [{"path": "a/a"}])
 
@@ -328,11 +331,11 @@ def test_options_of_quantization_reach_the_base():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--load_in_8bit"], "load_in_8bit must go with use_peft: 8-bit weights"),
+        (["--load_in_8bit"], "load_in_8bit must be used together with use_peft"),
         (["--use_peft", "--load_in_8bit", "--load_in_4bit"], "must not both be set"),
-        (["--use_dora"], "use_dora must go with use_peft"),
-        (["--lora_modules_to_save", "x"], "lora_modules_to_save must go with use_peft"),
-        (["--use_peft", "--use_bnb_nested_quant"], "use_bnb_nested_quant must go with load_in_4bit"),
+        (["--use_dora"], "use_dora must be used together with use_peft"),
+        (["--lora_modules_to_save", "x"], "lora_modules_to_save must be used together with use_peft"),
+        (["--use_peft", "--use_bnb_nested_quant"], "use_bnb_nested_quant must be used together with load_in_4bit"),
         (["--use_peft", "--lora_task_type", "SEQ_CLS"], "lora_task_type must be 'CAUSAL_LM'"),
         (["--use_peft", "--load_in_4bit", "--bnb_4bit_quant_type", "nf5"], "did you mean 'nf4'?"),
         (["--dtype", "bfloat61"], "dtype must be one of"),
@@ -358,7 +361,7 @@ def test_settings_of_loading_are_those_of_model_init_kwargs():
     }
     for given, refused in (('{"dtype": "float16"}', "dtype"), ('{"revision": "v1"}', "model_revision")):
         run_arguments, _, args = parse("train", TYPES["train"], [*NEEDED, *words, "--model_init_kwargs", given])
-        with pytest.raises(ValueError, match=f"{refused} must not be given beside another one in model_init_kwargs"):
+        with pytest.raises(ValueError, match=f"{refused} must .*model_init_kwargs"):
             merge_load_settings(args, run_arguments.load_settings())
 
 
@@ -373,7 +376,7 @@ def test_a_command_line_of_trls_runs_as_it_is(capsys, caplog, folder):
         *short("--ignore_bias_buffers"),
     )
     assert code == 0, err
-    assert "lora_dropout=0.05 has no effect beside disable_dropout" in caplog.text
+    assert "lora_dropout=0.05 has no effect" in caplog.text
     assert "of 16 pairs" in out
     assert "6 evaluation rows" in out
     adapter = json.loads((folder / "out" / "adapter_config.json").read_text())
@@ -480,7 +483,7 @@ def test_another_tokenizer_and_chat_template_are_used_and_saved(capsys, folder):
         capsys, "train", *words, *short("--output_dir", folder / "new", "--chat_template", folder / "no.jinja")
     )
     assert code == 2
-    assert "chat_template must be a file that exists or a name, got" in err
+    assert "chat_template must be an existing file or the name of a template, got" in err
 
 
 def test_an_8_bit_base_trains_under_an_adapter(capsys, folder):

@@ -122,7 +122,7 @@ def test_a_config_file_of_a_run_serves_both(capsys, paths):
     ("options", "message"),
     [
         (("--reference_free", "true"), "nothing to compute"),
-        (("--ref_model", "/nowhere"), "there is no directory /nowhere"),
+        (("--ref_model", "/nowhere"), "got /nowhere, which does not exist"),
         (("--ref_max_memory", "[1]"), "ref_max_memory must be a JSON object"),
         (("--ref_tokens_per_batch", "0"), "ref_tokens_per_batch must be an integer >= 1"),
     ],

@@ -28,7 +28,7 @@ def line(folder, output_dir, *more, command="train"):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--use_peft", "--lora_target_modules", "q_porj,v_proj"), "'q_porj' is none; did you mean 'q_proj'"),
+        (("--use_peft", "--lora_target_modules", "q_porj,v_proj"), "got 'q_porj'; did you mean 'q_proj'"),
         (("--num_train_epochs", "0"), "num_train_epochs must be > 0, got 0"),
         (("--num_train_epochs", "-1"), "num_train_epochs must be a finite number >= 0.0, got -1"),
         (("--max_steps", "0"), "max_steps must be an integer >= 1, or -1"),

@@ -110,8 +110,8 @@ def test_training_warns_where_threads_would_wait_and_keeps_their_number(machine,
     machine.run(2.0, own=1.0, idle=[0, 0, 1, 0])
     warn_of_busy_cores(Console(width=300), trainer, cores)
     out = capsys.readouterr().out
-    assert out.startswith("warning: other programs keep 2.0 of 3 CPU cores busy: its 3 threads will wait")
-    assert "OMP_NUM_THREADS=1 before the command helps" in out
+    assert out.startswith("warning: other programs keep 2.0 of 3 CPU cores busy: this run's 3 threads")
+    assert "OMP_NUM_THREADS=1 before the command" in out
     trainer.args.device = torch.device("cuda")
     warn_of_busy_cores(Console(width=300), trainer, cores)
     assert capsys.readouterr().out == ""

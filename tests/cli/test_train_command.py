@@ -199,12 +199,12 @@ def test_bad_data_is_refused_and_nothing_is_written(capsys, model_dir, tmp_path,
         (("--beta", "0"), "beta must be > 0 and finite, got 0.0"),
         (("--beta", "much"), "invalid float value"),
         (("--dataset", "missing.json"), "does not exist: missing.json"),
-        (("--model", "/no/such/model"), "there is no directory /no/such/model"),
-        (("--model", "~"), "there is no directory ~"),  # which shells expand, and nothing else
-        (("--lora_r", "8"), "lora_r must go with use_peft"),
+        (("--model", "/no/such/model"), "got /no/such/model, which does not exist"),
+        (("--model", "~"), "got ~, which does not exist"),  # which shells expand, and nothing else
+        (("--lora_r", "8"), "lora_r must be used together with use_peft"),
         (("--report_to", "no_such_logger"), "no_such_logger"),
         (("--config", "missing.yaml"), "config must be an existing file"),
-        (("--load_in_4bit",), "load_in_4bit must go with use_peft"),
+        (("--load_in_4bit",), "load_in_4bit must be used together with use_peft"),
         (("--eval_fraction", "1.5"), "eval_fraction must be in [0, 1), got 1.5"),
         (("--per_device_train_batch_size", "0"), "per_device_train_batch_size must be an integer >= 1, got 0"),
         (("--learning_rate", "-1"), "learning_rate must be a finite number >= 0.0, got -1.0"),
@@ -405,7 +405,7 @@ def test_sft_trains_an_adapter_too(capsys, model_dir, data, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "out" / "model.safetensors").exists()
     code, _, err = run(capsys, "sft", *quick(model_dir, data, tmp_path / "new", "--lora_r", 4)[1:])
-    assert "lora_r must go with use_peft" in err
+    assert "lora_r must be used together with use_peft" in err
     assert code == 2
 
 

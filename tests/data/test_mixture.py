@@ -68,7 +68,7 @@ def test_columns_are_cut(tmp_path, sets):
     path = save(tmp_path / "more.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r", "extra": 1}])
     mixed = load_mixture([{"path": path, "columns": ["prompt", "chosen", "rejected"]}, {"path": sets["four"]}])
     assert mixed.column_names == ["prompt", "chosen", "rejected"]
-    with pytest.raises(ValueError, match=r"columns must be some of .* got 'promt'"):
+    with pytest.raises(ValueError, match=r"columns must .* got 'promt'"):
         load_mixture([{"path": path, "columns": ["promt"]}])
 
 
@@ -108,9 +108,9 @@ def test_splits_of_a_directory_may_be_cut_and_added(tmp_path, split, expected):
 
 
 def test_a_split_that_cannot_be_read_is_refused(sets):
-    with pytest.raises(ValueError, match=r"split must be as train\[:100\]"):
+    with pytest.raises(ValueError, match=r"split must .*got 'train\[a:b\]'"):
         load_mixture([{"path": sets["four"], "split": "train[a:b]"}])
-    with pytest.raises(ValueError, match="split must be the name of one where data is streamed"):
+    with pytest.raises(ValueError, match=r"split must .*got 'train\[:1\]'"):
         load_mixture([{"path": sets["four"], "split": "train[:1]"}], streaming=True)
 
 
@@ -140,11 +140,11 @@ def test_streams_stand_one_behind_the_other(tmp_path, sets):
 
 
 def test_a_share_of_a_stream_is_refused(sets):
-    with pytest.raises(ValueError, match="weight must not be given where data is streamed"):
+    with pytest.raises(ValueError, match="weight must not be given"):
         load_mixture([{"path": sets["four"], "weight": 0.5}], streaming=True)
     assert len(list(load_mixture([{"path": sets["four"], "weight": 1.0}], streaming=True))) == 4
 
 
 def test_a_mixture_of_nothing_is_refused(sets):
-    with pytest.raises(ValueError, match="datasets must leave a row"):
+    with pytest.raises(ValueError, match=r"datasets must .*got \[0\]"):
         load_mixture([{"path": sets["four"], "weight": 0.1}])

@@ -56,7 +56,7 @@ def test_the_report_reads_like_a_summary(plain_tokenizer):
         "prompt fills max_length (1: row 2), empty response (1: row 3)"
     )
     assert lines[1] == "truncated 1 pairs"
-    assert lines[2].startswith("one side alone lost its end, and with it the end-of-text token, in 1 of these")
+    assert lines[2].startswith("in 1 of these, only one side lost its end and its end-of-text token")
     assert lines[3].startswith("moved the prompt's last tokens to the response in 1 pairs")
     assert [line.split()[0] for line in lines[4:]] == ["tokens", "prompt", "chosen", "rejected"]
 
@@ -156,7 +156,7 @@ def test_reference_log_probs_of_a_row_that_is_cut_are_those_of_another_text(plai
     prepared, report = prepare_preference_dataset(rows, plain_tokenizer, settings)
     assert [row["ref_logps"] for row in prepared] == [[-1.5, -2.0], None, None]
     assert (report.num_truncated, report.num_stale_ref_logps) == (2, 1)
-    said = "left the reference log-probs of 1 pairs unused: they are those of the whole text, which is cut here"
+    said = "ignored the dataset's reference log-probs of 1 pairs: they belong to the whole text, which was truncated"
     assert said in report.lines()
     again, report = prepare_preference_dataset(prepared, plain_tokenizer, settings)
     assert (list(again), report.num_stale_ref_logps) == (list(prepared), 0)
@@ -230,13 +230,13 @@ def test_image_columns_are_refused_before_any_row_is_read(plain_tokenizer):
 
     features = Features(prompt=Value("string"), chosen=Value("string"), rejected=Value("string"), images=List(Image()))
     dataset = Dataset.from_list([{**ROWS[0], "images": []}], features=features)
-    with pytest.raises(ValueError, match=r"dataset must hold text only, got the columns \['images'\]"):
+    with pytest.raises(ValueError, match=r"dataset must .*\['images'\]"):
         prepare_preference_dataset(dataset, plain_tokenizer, SETTINGS)
 
 
 @pytest.mark.parametrize("dataset", ["rows.jsonl", {"train": ROWS}, iter(ROWS)])
 def test_what_is_no_dataset_is_refused(plain_tokenizer, dataset):
-    with pytest.raises(ValueError, match=r"dataset must be a datasets.Dataset"):
+    with pytest.raises(ValueError, match=r"dataset must .*Dataset.*got (str|dict|list_iterator)"):
         prepare_preference_dataset(dataset, plain_tokenizer, SETTINGS)
 
 

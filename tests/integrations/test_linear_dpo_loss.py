@@ -262,7 +262,7 @@ LOGPS = torch.zeros(3)
             {"ref_input": BATCH.ref_input[:4]},
             r"ref_input must have shape \(6, 7, H\) to match target, got \(4, 7, 24\)",
         ),
-        ({"ref_chosen_logps": LOGPS}, "ref_chosen_logps must be None where ref_input is given: one reference, got two"),
+        ({"ref_chosen_logps": LOGPS}, "ref_chosen_logps must be None .*ref_input"),
         (
             {"ref_input": None, "ref_weight": None, "ref_rejected_logps": LOGPS},
             "ref_chosen_logps and ref_rejected_logps must be given together",
@@ -280,7 +280,7 @@ def test_a_mistake_is_named(changes, message):
 
 
 def test_a_reference_that_would_not_be_used_is_refused():
-    with pytest.raises(ValueError, match="ref_input must be None where use_ref_model is False"):
+    with pytest.raises(ValueError, match=r"ref_input must be None .*use_ref_model is False"):
         LinearDPOLoss(use_ref_model=False)(*BATCH.policy(), **BATCH.reference())
 
 
@@ -288,7 +288,7 @@ def test_a_reference_that_would_not_be_used_is_refused():
     ("settings", "message"),
     [
         ({"loss_type": "sigmoyd"}, "loss_type must be one of .* got 'sigmoyd'"),
-        ({"loss_type": "aot"}, "loss_type must be one of .* here, got 'aot': use it with DPOTrainer"),
+        ({"loss_type": "aot"}, "loss_type must be one of .*got 'aot': DPOTrainer"),
         ({"loss_type": "ipo", "average_log_prob": True}, "average_log_prob must be False for loss_type 'ipo'"),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing must be 0 for loss_type 'hinge'"),
         ({"beta": -0.1}, "beta must be > 0 and finite, got -0.1"),

@@ -54,7 +54,7 @@ def test_shared_parts_cost_no_row_of_a_padded_batch_and_no_row_of_the_head():
 
 
 def test_reference_log_probs_of_whole_responses_cannot_be_cut():
-    with pytest.raises(ValueError, match="ld_alpha must be None where the dataset brings ref_chosen_logps"):
+    with pytest.raises(ValueError, match=r"ld_alpha must be None .*ref_chosen_logps"):
         with_shared_parts(TokenizedPair([1], [5, 6], [7], ref_logps=[-1.0, -2.0]))
 
 

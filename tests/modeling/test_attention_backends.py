@@ -215,7 +215,7 @@ def test_on_a_cpu_auto_takes_sdpa_and_says_why():
 @pytest.mark.parametrize("backend", ["flash", "flash2", "varlen"])
 def test_a_named_backend_that_is_not_there_raises_and_says_why(backend):
     model = prepare_model(build("llama"), attention_backend=backend)
-    with pytest.raises(ValueError, match=rf"attention_backend '{backend}' cannot run this model here: .*cuda only"):
+    with pytest.raises(ValueError, match=rf"attention_backend '{backend}' .*cuda only"):
         packed_logps(model, pack_pairs(GROUPS))
 
 

@@ -145,7 +145,7 @@ def test_the_check_leaves_out_a_backend_whose_backward_is_wrong_and_says_so(emul
         in check.backends["varlen"]
     )
     assert "Attention by flash2 is wrong on this machine" in caplog.text
-    assert "varlen takes its place" in caplog.text
+    assert "varlen is used instead" in caplog.text
     seen = Observed()
     token = observed.set(seen)
     sums = packed_logps(model, pack_pairs(GROUPS)).sequences.sums

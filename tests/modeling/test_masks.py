@@ -202,9 +202,9 @@ def test_limits_are_found_behind_what_transformers_lays_over_them():
 
 def test_masks_of_another_kind_are_refused():
     images = and_masks(causal_mask_function, blockwise_overlay(torch.zeros(1, 4)))
-    with pytest.raises(ValueError, match="does not implement masks that blockwise_overlay makes"):
+    with pytest.raises(ValueError, match=r"masks .*blockwise_overlay"):
         limits_of(images)
-    with pytest.raises(ValueError, match="does not implement masks that test_masks_of_another_kind_are_refused makes"):
+    with pytest.raises(ValueError, match=r"masks .*test_masks_of_another_kind_are_refused"):
         limits_of(lambda batch, head, query, key: True)
 
 

@@ -67,7 +67,7 @@ def test_a_kernel_that_raises_leaves_padded_batches_where_it_was_asked_for_by_na
 
 def test_a_backend_asked_for_by_name_that_cannot_run_raises():
     model = prepare_model(build("llama"), attention_backend="varlen")
-    with pytest.raises(ValueError, match="attention_backend 'varlen' cannot run this model here: varlen: runs on cuda"):
+    with pytest.raises(ValueError, match=r"attention_backend 'varlen' .*varlen: runs on cuda"):
         check_packing(model)
     assert attention_backend(model) == "varlen"
 

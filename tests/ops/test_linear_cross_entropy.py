@@ -158,7 +158,7 @@ X, W, Y = torch.zeros(4, 3), torch.zeros(7, 3), torch.zeros(4, dtype=torch.int64
     ("arguments", "settings", "message"),
     [
         ((X, W, Y), {"reduction": "avg"}, r"reduction must be one of \('mean', 'sum', 'none'\), got 'avg'"),
-        ((X, W, Y), {"label_smoothing": 0.1}, "label_smoothing must be 0.0: .*cross_entropy.* got 0.1"),
+        ((X, W, Y), {"label_smoothing": 0.1}, "label_smoothing must be 0.0, got 0.1: .*cross_entropy"),
         ((X, W, Y), {"options": object()}, "options must be None"),
         ((X, W, torch.zeros(4, 7)), {}, "target must hold class indices as integers.*float32"),
         ((X, W, Y[:3]), {}, r"target must have shape \(4,\) to match input, got \(3,\)"),

@@ -182,7 +182,7 @@ def test_without_gradients_it_computes_none_and_a_second_backward_is_refused(mon
     args = (labels, cu_seqlens_of(LENGTHS, "cpu"), ends_of(LENGTHS), lambda s, l, sequences, g: dpo(s, sequences))
     loss, _ = sequence_loss(*leaves.values(), *args)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="were made in forward and have been handed out"):
+    with pytest.raises(RuntimeError, match=r"gradients of this loss .*one backward"):
         loss.backward()
     monkeypatch.setattr(module, "engine_of", None)
     with torch.no_grad():
@@ -215,9 +215,9 @@ H, W, L, CU = torch.zeros(4, 3), torch.zeros(7, 3), torch.zeros(4, dtype=torch.i
         ([], {}, "group_ends must rise to GroupEnd"),
         ([(4, 4, 1)], {}, r"group_ends must rise to GroupEnd\(row=4, token=4, sequence=2\)"),
         ([(3, 3, 1), (2, 4, 1), (4, 4, 2)], {}, "group_ends must rise"),
-        ([(2, 3, 1), (4, 4, 2)], {}, r"group_ends must end where its sequences do, at tokens \[2, 4\]"),
-        ([(2, 2, 1), (4, 4, 2)], {"rows": torch.tensor([0, 2, 2, 3])}, r"rows of a group must be its own, 0 to 2"),
-        ([(4, 4, 2)], {"impl": "reference"}, "makes no gradient in forward"),
+        ([(2, 3, 1), (4, 4, 2)], {}, r"group_ends must .*tokens \[2, 4\], got"),
+        ([(2, 2, 1), (4, 4, 2)], {"rows": torch.tensor([0, 2, 2, 3])}, r"rows must .*0 to 2, got"),
+        ([(4, 4, 2)], {"impl": "reference"}, "impl must be .*got 'reference'"),
         ([(4, 4, 2)], {"softcap": -1.0}, "softcap must be"),
     ],
 )

@@ -157,7 +157,7 @@ def test_a_folder_that_is_only_to_be_read_is_read(cache, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="ref_cache_dir must be a folder that can be written to"):
+    with pytest.raises(ValueError, match=r"ref_cache_dir must .*got"):
         LogpsCache(tmp_path / "file", FACTS)
 
 

@@ -140,7 +140,7 @@ def test_a_later_run_that_was_stopped_is_reported_and_not_the_one_before_it(tmp_
 
 def test_a_run_that_logged_nothing_has_a_report_too(tmp_path):
     (tmp_path / "trainer_state.json").write_text(json.dumps({**STATE, "log_history": HISTORY[-1:]}))
-    assert "Nothing was logged" in text_of(write_run_report(tmp_path))
+    assert "No metrics were logged" in text_of(write_run_report(tmp_path))
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):

@@ -13,8 +13,11 @@ from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.training.callbacks.summary import summary_lines
 
 MODELS = {
-    "mpt": ({"vocab_size": 32, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}, "counted by rows"),
-    "bloom": ({"vocab_size": 32, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "reach another"),
+    "mpt": (
+        {"vocab_size": 32, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
+        "row numbers as positions",
+    ),
+    "bloom": ({"vocab_size": 32, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "affect another"),
 }
 BETA = 0.3
 

@@ -17,10 +17,10 @@ from fastdpo import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": ["q_porj", "v_proj"]}, "target_modules .* 'q_porj' is none; did you mean 'q_proj'"),
+        ({"target_modules": ["q_porj", "v_proj"]}, "target_modules .* got 'q_porj'; did you mean 'q_proj'"),
         ({"target_modules": ["layers.0.self_attn.k_prj", "v_proj"]}, "did you mean 'layers.0.self_attn.k_proj'"),
-        ({"target_modules": ["nothing_like_it", "v_proj"]}, "target_modules .* 'nothing_like_it' is none$"),
-        ({"modules_to_save": ["lm_haed"]}, "modules_to_save .* 'lm_haed' is none; did you mean 'lm_head'"),
+        ({"target_modules": ["nothing_like_it", "v_proj"]}, "target_modules .* got 'nothing_like_it'$"),
+        ({"modules_to_save": ["lm_haed"]}, "modules_to_save .* got 'lm_haed'; did you mean 'lm_head'"),
         ({"target_parameters": ["down_proj.weigt"]}, "target_parameters .* did you mean 'down_proj.weight'"),
     ],
 )
@@ -236,7 +236,7 @@ def test_the_trainer_of_fine_tuning_takes_its_tokenizer_under_the_old_name_and_a
     args = SFTConfig(str(tmp_path), use_cpu=True, report_to="none")
     rows = Dataset.from_list([{"prompt": "the cat ", "completion": "sees a dog"}])
     tokenizer = make_tokenizer()
-    with pytest.warns(FutureWarning, match="tokenizer.*processing_class"):
+    with pytest.warns(FutureWarning, match=r"tokenizer.*processing_class"):
         trainer = SFTTrainer(make_llama(), args=args, train_dataset=rows, tokenizer=tokenizer)
     assert trainer.processing_class is tokenizer
     given = {"args": args, "train_dataset": rows, "processing_class": tokenizer}

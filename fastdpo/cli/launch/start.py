@@ -1,7 +1,7 @@
-"""`--accelerate_config` and `--num_processes`: the command once more, by accelerate's launcher, on several processes.
+"""`--accelerate_config` and `--num_processes`: runs the command again on several processes with accelerate's launcher.
 
-In: the options that say how many processes and which configuration; the names among them are files beside this one.
-Out: the exit code of the launcher, or None where this process is to do the run itself. Refuses names that are none.
+In: the options for the number of processes and the configuration; named configurations are files in this folder.
+Out: the exit code of the launcher, or None if this process should do the run itself. Refuses unknown names.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _PASSED_ON = ("num_processes", "num_machines", "machine_rank", "main_process_ip"
 
 
 def launch(command: str, argv: Sequence[str], options: argparse.Namespace) -> int | None:
-    """Runs `fastdpo <command> <argv>` under accelerate where `options` ask for it.
+    """Runs `fastdpo <command> <argv>` under accelerate if `options` ask for it.
 
     Raises:
-        ValueError: no such configuration, or a number of processes that is none.
+        ValueError: an unknown configuration, or an invalid number of processes.
     """
     asked = [name for name in ("accelerate_config", *_PASSED_ON) if getattr(options, name) is not None]
     if not asked or STARTED in os.environ:
@@ -40,7 +40,7 @@ def launch(command: str, argv: Sequence[str], options: argparse.Namespace) -> in
 
 
 def launcher_words(options: argparse.Namespace) -> list[str]:
-    """The launcher's own options."""
+    """The options for accelerate's launcher."""
     for name in ("num_processes", "num_machines"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -56,7 +56,7 @@ def launcher_words(options: argparse.Namespace) -> list[str]:
 
 def config_file(name: str) -> Path:
     """Raises:
-    ValueError: neither one of CONFIGS nor a file.
+    ValueError: the name is neither in CONFIGS nor a file.
     """
     if name in CONFIGS:
         return CONFIGS[name]
@@ -72,10 +72,10 @@ def config_file(name: str) -> Path:
 
 def _num_gpus() -> int:
     """Raises:
-    ValueError: there is none.
+    ValueError: there is no GPU.
     """
     import torch  # only here: a run on several GPUs waits for it anyway
 
     if torch.cuda.device_count() == 0:
-        raise ValueError("num_processes must be given where there is no GPU: --num_processes N")
+        raise ValueError("num_processes must be given on a machine without a GPU: --num_processes N")
     return torch.cuda.device_count()

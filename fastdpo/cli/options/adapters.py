@@ -1,6 +1,6 @@
-"""The options of LoRA and of quantized bases as what trainers take: a LoraConfig, a BitsAndBytesConfig.
+"""Converts the options of LoRA and quantized bases to what trainers take: a LoraConfig, a BitsAndBytesConfig.
 
-Refuses with ValueError what a package does not take, and a package that is missing. Says where dropout has no effect.
+Refused with ValueError: values that the packages do not accept, and a missing package. Warns if dropout has no effect.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ logger = logging.get_logger(__name__)
 
 
 def warn_of_dropout(adapter: LoraArguments, args: EngineConfig) -> None:
-    """disable_dropout, on by default as in TRL, sets the adapter's dropout to 0 too: recipes name it all the same."""
+    """Warns that disable_dropout, on by default as in TRL, also sets the adapter's dropout to 0."""
     if adapter.lora_dropout > 0 and args.disable_dropout:
         logger.warning(
-            f"lora_dropout={adapter.lora_dropout} has no effect beside disable_dropout, which sets every dropout to 0,"
-            " as in TRL; for dropout add --no_disable_dropout."
+            f"lora_dropout={adapter.lora_dropout} has no effect: disable_dropout (on by default, as in TRL) sets every"
+            " dropout to 0; to use dropout, add --no_disable_dropout."
         )
 
 
 def quantization_config(adapter: LoraArguments, dtype: str | None = None) -> Any:
-    """None where the base model is not quantized.
+    """The BitsAndBytesConfig; None if the base model is not quantized.
 
     Args:
-        dtype: what the weights are loaded in, and computed in where they are of 4 bits; bfloat16 where it is not said.
+        dtype: dtype of the loaded weights, and of the computation with 4-bit weights; bfloat16 by default.
     """
     if not (adapter.load_in_4bit or adapter.load_in_8bit):
         return None
@@ -75,7 +75,7 @@ def lora_config(adapter: LoraArguments) -> Any:
 
 
 def _target_modules(adapter: LoraArguments) -> str | list[str] | None:
-    """All linear layers where nothing says which; none where only parameters are named."""
+    """The given layers; by default all linear layers, or none if only parameters are named."""
     layers = adapter.lora_target_modules
     if layers is None and adapter.lora_target_parameters is not None:
         return []
@@ -83,6 +83,6 @@ def _target_modules(adapter: LoraArguments) -> str | list[str] | None:
 
 
 def ignore_bias_buffers(model: Any) -> None:
-    """Boolean buffers, which some models register as masks, stay out of what DDP sends around."""
+    """Excludes boolean buffers, which some models register as masks, from DDP's synchronization."""
     names = [name for name, buffer in model.named_buffers() if str(buffer.dtype) == "torch.bool"]
     model._ddp_params_and_buffers_to_ignore = names

@@ -1,8 +1,8 @@
-"""The first look at a command line: what can be told in a second, before torch and transformers are imported.
+"""The first look at a command line: checks that take a second, before torch and transformers are imported.
 
-In: the words of `fastdpo train`, `sft` or `precompute`. Out: the options as argparse has them, or the help. Refuses
-unknown names, values of the wrong kind, files and folders that are not there, and an output_dir that cannot be
-written. The run parses again, by the dataclasses, and has the last word.
+In: the words of `fastdpo train`, `sft` or `precompute`. Out: argparse's options, or the help. Refuses unknown names,
+values of the wrong type, missing files and folders, and an output_dir without write permission. The run parses the
+options again with the dataclasses; that result counts.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _OF_A_MODEL = ("config.json", "adapter_config.json")
 
 
 def look(command: str, argv: Sequence[str], shown: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options, unconverted where their kind is the installed transformers' own; prints the help and exits on -h.
+    """The options, unconverted if only the installed transformers knows their type; prints the help and exits on -h.
 
     Args:
-        shown: of a command that reads some of `fastdpo train`'s options: those.
+        shown: the options that a command reads, if it reads only some of `fastdpo train`'s.
     Raises:
-        ValueError: anything that the user can mend, with the line to type.
+        ValueError: an error that the user can fix, with the option to type.
     """
     if "-h" in argv or "--help" in argv:
         table_parser(command, shown, for_help=True).print_help()
@@ -42,7 +42,7 @@ def look(command: str, argv: Sequence[str], shown: Sequence[str] | None = None) 
 
 
 def check_paths(options: argparse.Namespace, *, writes: bool) -> None:
-    """Raises ValueError for files and folders that are not there, with the nearest one that is."""
+    """Raises ValueError for missing files and folders, with the nearest existing one."""
     for name in ("dataset", "eval_dataset"):
         check_data(name, getattr(options, name))
     for name in ("datasets", "eval_datasets"):
@@ -65,13 +65,13 @@ def check_data(name: str, path: Any) -> None:
 
 
 def check_folder(name: str, path: Any) -> bool:
-    """Whether there is such a folder; where there is none, `path` may still be a name on the Hub."""
+    """Whether the folder exists; if not, `path` may still be a name on the Hub."""
     if not isinstance(path, str):
         return False
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ValueError(
-            f"{name} must be a local directory or a model name on the Hub, there is no directory"
-            f" {path}{nearest_file(path)}"
+            f"{name} must be a local directory or a model name on the Hub, got {path}, which does not"
+            f" exist{nearest_file(path)}"
         )
     return Path(path).is_dir()
 
@@ -82,20 +82,20 @@ def check_model(name: str, path: Any) -> None:
         models = sorted({file.parent for kind in _OF_A_MODEL for file in Path(path).glob(f"*/{kind}")})
         hint = f"; did you mean --{name} {models[-1]}?" if models else ""
         raise ValueError(
-            f"{name} must be a folder with a config.json (a model) or an adapter_config.json (an adapter), {path} has"
-            f" {', '.join(there[:8]) or 'nothing'}{hint}"
+            f"{name} must be a folder with a config.json (a model) or an adapter_config.json (an adapter), got {path}"
+            f" with {', '.join(there[:8]) or 'nothing'}{hint}"
         )
 
 
 def check_can_write(output_dir: str) -> None:
-    """Raises ValueError where a folder could not be made there, or nothing be written into it."""
+    """Raises ValueError if the folder cannot be created or written to."""
     folder = Path(output_dir)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".fastdpo-", dir=there))
     except OSError as error:
-        what = "a directory" if there == folder else f"a directory that can be made in {there}"
+        what = "a directory" if there == folder else f"a new directory in {there}"
         raise ValueError(
-            f"output_dir must be {what} and be written to, got {output_dir}: {error.strerror}; choose another one:"
+            f"output_dir must be {what} with write permission, got {output_dir}: {error.strerror}; choose another one:"
             " --output_dir DIR"
         ) from None

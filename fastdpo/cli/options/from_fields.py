@@ -1,7 +1,7 @@
-"""The parser of a command's dataclasses: one option for each field, grouped for reading.
+"""The parser of a command's dataclasses: one option per field, in groups.
 
-transformers.HfArgumentParser makes the options, so this is what a run is parsed by. It takes seconds to import; what
-has to be answered at once is answered from `table`, which is made from this and held to it by a test.
+transformers.HfArgumentParser makes the options; runs are parsed with them. The import takes seconds, so quick answers
+come from `table`, which is generated from this parser; a test keeps the two equal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LISTS_OF_OBJECTS = ("datasets", "eval_datasets")  # options that are JSON on a c
 
 
 class FieldsParser(RaisesErrors, TakesCommas, HfArgumentParser):
-    """HfArgumentParser that raises in place of exiting, and takes lists with commas."""
+    """HfArgumentParser that raises instead of exiting, and accepts lists with commas."""
 
 
 def fields_parser(
@@ -30,8 +30,8 @@ def fields_parser(
     """The parser of `fastdpo <command>`.
 
     Args:
-        groups: title -> names of its options in order; what no group names is shown under "everything else".
-        shown: the options that --help lists, of a command that takes those of `fastdpo train` and reads some of them.
+        groups: title -> names of its options in order; all other options are shown under "everything else".
+        shown: the options listed by --help, for a command that accepts all options of `fastdpo train` but reads some.
     """
     usage = usage_of(command, shown)
     options: dict[str, Any] = {"formatter_class": ShowsDefaults, "epilog": EPILOG, "allow_abbrev": False}
@@ -45,7 +45,7 @@ def fields_parser(
 
 
 def _improve(actions: Sequence[argparse.Action]) -> None:
-    """What HfArgumentParser leaves open: a required output_dir, none as a number, JSON, what --no_... options mean."""
+    """Completes HfArgumentParser: a required output_dir, none for numbers, JSON, help for --no_... options."""
     for action in actions:
         if action.dest == "output_dir":
             action.required = True
@@ -62,7 +62,7 @@ def _improve(actions: Sequence[argparse.Action]) -> None:
 
 
 def _mark_lists(actions: Sequence[argparse.Action], dataclass_types: Sequence[type]) -> None:
-    """Options that are text or a list (report_to): one word on a command line, but a file may have a list."""
+    """Marks options that are text or a list (report_to): one word on a command line, but possibly a list in a file."""
     kinds = {name: kind for cls in dataclass_types for name, kind in get_type_hints(cls).items()}
     for action in actions:
         parts = get_args(kinds.get(action.dest))
@@ -71,7 +71,7 @@ def _mark_lists(actions: Sequence[argparse.Action], dataclass_types: Sequence[ty
 
 
 def _group(parser: argparse.ArgumentParser, actions: Sequence[argparse.Action], groups: Mapping[str, str]) -> None:
-    """Moves the options into groups, which argparse only does for options that are added in groups."""
+    """Moves the options into groups; argparse itself only groups options when they are added."""
     of_transformers = {f.name for f in fields(TrainingArguments)}
     named = {name: title for title, names in groups.items() for name in names.split()}
     members: dict[str, list[argparse.Action]] = {title: [] for title in groups}

@@ -1,6 +1,6 @@
 """`python -m fastdpo.cli.options.generate` writes options.json, the table of options, from the dataclasses.
 
-To be run after a field was added or changed, with the release of transformers that constraints.txt names.
+Run it after adding or changing a field, with the release of transformers in constraints.txt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAMES_OF_TYPES = {"string_to_bool": "bool", "json_object": "json object", "json
 
 
 def make_table() -> dict[str, Any]:
-    """The table as it should be: see `table.read_table`."""
+    """The up-to-date table; see `table.read_table`."""
     table: dict[str, Any] = {"transformers": transformers.__version__, "options": {}}
     theirs = {f.name for f in fields(transformers.TrainingArguments)} - _ours()
     for command in ("train", "sft"):
@@ -41,7 +41,7 @@ def make_table() -> dict[str, Any]:
 
 
 def _ours() -> set[str]:
-    """What fastdpo's own classes declare, some of it again: that is there whatever transformers has."""
+    """The options that fastdpo's own classes declare, which exist in every release of transformers."""
     classes = {base for types in TYPES.values() for cls in types for base in cls.__mro__}
     return {name for cls in classes if cls.__module__.startswith("fastdpo.") for name in vars(cls)["__annotations__"]}
 
@@ -67,12 +67,12 @@ def _entry(action: argparse.Action, group: str, theirs: set[str]) -> dict[str, A
 
 
 def _former(name: str) -> dict[str, Any]:
-    """What is said of a name that TRL had, and whether it is translated."""
+    """The advice for a former TRL name, and whether it is translated."""
     return {"instead": line_instead(name), "is_translated": SETTINGS[name].becomes is not None}
 
 
 def as_text(table: dict[str, Any]) -> str:
-    """JSON with an option on a line, so that a change shows as the option that changed."""
+    """JSON with one option per line, so that a diff shows the changed option."""
     parts = []
     for name, value in table.items():
         if isinstance(value, dict):

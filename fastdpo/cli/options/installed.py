@@ -1,6 +1,6 @@
-"""What the installed transformers takes as training arguments, read from its source: importing it takes seconds.
+"""The training arguments of the installed transformers, read from its source, because importing it takes seconds.
 
-Out: names of fields. None where the source cannot be read; whoever asks then leaves the question to the import.
+Out: names of fields. None if the source cannot be read; the caller then leaves the check to the import.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def release() -> str | None:
 
 
 def fields_of(source: str, name: str) -> frozenset[str] | None:
-    """The annotated names in the body of a class; None where the source has no such class."""
+    """The annotated names in the body of a class; None if the source has no such class."""
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             lines = [line for line in node.body if isinstance(line, ast.AnnAssign)]

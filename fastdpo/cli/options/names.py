@@ -1,8 +1,8 @@
-"""What the options of other projects are called here: TRL's scripts and its SFTConfig, and the alignment-handbook.
+"""Maps the options of other projects to ours: TRL's scripts and its SFTConfig, and the alignment-handbook.
 
-In: a name that is no option of fastdpo, and its value. Out: our options and their values, or variables of the
-environment. Refuses, with the line to write, what has no counterpart. TRL's own former settings are in
-`fastdpo.training.settings.trl_names`, and several sets of data in `mixtures`.
+In: a name that is not an option of fastdpo, and its value. Out: our options and their values, or environment variables.
+An option without a counterpart is refused with advice. TRL's own former settings are in
+`fastdpo.training.settings.trl_names`, mixtures of datasets in `mixtures`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The same option by another name.
+# Options that differ only in name.
 RENAMED: Mapping[str, str] = {
     "model_name_or_path": "model",
     "ref_model_name_or_path": "ref_model",
@@ -31,7 +31,7 @@ RENAMED: Mapping[str, str] = {
     "hub_model_revision": "hub_revision",
 }
 
-# Variables of the environment, which the libraries behind them read.
+# Options that become environment variables, which the underlying libraries read.
 ENVIRONMENT: Mapping[str, str] = {
     "wandb_project": "WANDB_PROJECT",
     "wandb_entity": "WANDB_ENTITY",
@@ -50,7 +50,7 @@ def _truncation(value: Any) -> dict[str, Any]:
     return {} if value is None else {"truncation_mode": sides[value]}
 
 
-# Options whose value here is another one: value -> our options.
+# Options whose value must be converted: value -> our options.
 COMPUTED: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "use_flash_attention_2": _attention,
     "gradient_checkpointing_use_reentrant": lambda value: (
@@ -62,49 +62,53 @@ COMPUTED: Mapping[str, Callable[[Any], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Answer:
-    """Of an option that does not exist here."""
+    """The advice for an option that fastdpo does not have."""
 
-    instead: str  # the line to write, or why there is none
-    off: tuple[Any, ...] = (None, False)  # values that ask for what is done here anyway: left out without a word
+    instead: str  # what to write or do
+    off: tuple[Any, ...] = (None, False)  # values that match fastdpo's behaviour: ignored without a message
 
 
 ANSWERED: Mapping[str, Answer] = {
     "model_code_revision": Answer('--model_init_kwargs \'{{"code_revision": "{value}"}}\'', (None, "main")),
-    "base_model_revision": Answer("download the base model of that revision, and name its folder by --model"),
-    "text_column": Answer("a column called text: dataset.rename_column('{value}', 'text')", (None, "text")),
-    "dataset_text_field": Answer("a column called text: dataset.rename_column('{value}', 'text')", (None, "text")),
+    "base_model_revision": Answer("download the base model at that revision and pass its folder as --model"),
+    "text_column": Answer("rename the column to text: dataset.rename_column('{value}', 'text')", (None, "text")),
+    "dataset_text_field": Answer("rename the column to text: dataset.rename_column('{value}', 'text')", (None, "text")),
     "auto_insert_empty_system_msg": Answer(
-        "a chat template that writes the empty system message: --chat_template FILE.jinja"
+        "use a chat template that writes the empty system message: --chat_template FILE.jinja"
     ),
-    "system_prompt": Answer("a first message of the role system in the rows' prompts"),
-    "eos_token": Answer("a tokenizer that was saved with that eos_token: --tokenizer FOLDER"),
-    "benchmarks": Answer("an evaluation after the run: nothing is benchmarked here", (None, False, [])),
+    "system_prompt": Answer("begin the rows' prompts with a message of the role system"),
+    "eos_token": Answer("save a tokenizer with that eos_token and pass it: --tokenizer FOLDER"),
+    "benchmarks": Answer("run the benchmarks after training; fastdpo has none", (None, False, [])),
     "callbacks": Answer("DPOTrainer(callbacks=[...]) in Python", (None, False, [])),
-    "overwrite_hub_revision": Answer("--hub_revision NAME, a branch of its own"),
+    "overwrite_hub_revision": Answer("--hub_revision NAME with a new branch"),
     "push_to_hub_revision": Answer("--push_to_hub true --hub_revision NAME"),
     "sanity_check": Answer("--max_steps 10"),
-    "dataset_kwargs": Answer("nothing: rows are prepared here by their format", (None, {})),
+    "dataset_kwargs": Answer("remove it: fastdpo prepares rows by their format", (None, {})),
     "completion_only_loss": Answer(
-        "rows of one column, text: all tokens of such rows count, of others those of responses", (None, True)
+        "give rows with one column, text: the loss covers all their tokens, and only responses in other rows",
+        (None, True),
     ),
     "assistant_only_loss": Answer(
-        "rows of one column, text: all tokens of such rows count, of conversations those of the assistant", (None, True)
+        "give rows with one column, text: the loss covers all their tokens, and only the assistant in conversations",
+        (None, True),
     ),
-    "loss_type": Answer("loss_type: nll, the only loss of SFT here", (None, "nll", "chunked_nll")),  # of SFTConfig
-    "packing_strategy": Answer("nothing: rows are packed whole", (None, "bfd", "bfd_split", "bfd-requeue", "wrapped")),
-    "eval_packing": Answer("nothing: packing changes no number", (None, False, True)),
-    "shuffle_dataset": Answer("nothing: rows are shuffled in every epoch", (None, False, True)),
+    "loss_type": Answer("loss_type: nll, the only SFT loss", (None, "nll", "chunked_nll")),  # of SFTConfig
+    "packing_strategy": Answer(
+        "remove it: rows are packed whole", (None, "bfd", "bfd_split", "bfd-requeue", "wrapped")
+    ),
+    "eval_packing": Answer("remove it: packing does not change results", (None, False, True)),
+    "shuffle_dataset": Answer("remove it: rows are shuffled in every epoch", (None, False, True)),
 }
 
 
 def value_here(name: str, value: Any) -> Any:
-    """TRL's `packing` of SFT is on or off; rows are packed here either way, and the loss is the same."""
+    """The option's value in fastdpo: TRL's boolean `packing` becomes "auto"; packing never changes the loss."""
     return "auto" if name == "packing" and isinstance(value, bool) else value
 
 
 def refusal(name: str, value: Any) -> str | None:
-    """The end of a refusal, or None where the value asks for nothing."""
+    """The error message for the value, or None if the value asks for nothing."""
     entry = ANSWERED[name]
     if any(value == off and type(value) is type(off) for off in entry.off):
         return None
-    return f"{name} is no option here, got {value!r}; instead: {entry.instead.format(value=value)}"
+    return f"{name} is not an option of fastdpo, got {value!r}; instead: {entry.instead.format(value=value)}"

@@ -1,7 +1,8 @@
-"""Parsers whose mistakes `fastdpo` reports in one way: ValueError in place of argparse's message and exit.
+"""Parsers that raise ValueError instead of printing argparse's message and exiting, so that `fastdpo` reports all
+errors in the same way.
 
-In: a command line. Out: argparse's namespace; the items of a list may also be parted by commas. Light: whoever imports
-this loads nothing beyond Python's own library.
+In: a command line. Out: argparse's namespace; list items may also be separated by commas. Imports only Python's
+standard library.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class ShowsDefaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class RaisesErrors:
-    """Stands before a parser among the bases of a class."""
+    """Mixin, listed before the parser class: errors raise ValueError."""
 
     prog: str
 
@@ -28,10 +29,10 @@ class RaisesErrors:
 
 
 class TakesCommas:
-    """Stands before a parser among the bases of a class."""
+    """Mixin, listed before the parser class: list items may be separated by commas."""
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """argparse's; the items of a list may also be parted by commas."""
+        """As in argparse, but list items may also be separated by commas."""
         if action.nargs == "+":
             arg_strings = [item.strip() for text in arg_strings for item in text.split(",") if item.strip()]
         return super()._get_values(action, arg_strings)  # type: ignore[misc]

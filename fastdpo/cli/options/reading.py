@@ -1,9 +1,9 @@
-"""A command line and its YAML file under our names: what a parser then only has to convert.
+"""Translates a command line and its YAML file to our option names, so that a parser only has to convert values.
 
 In: an argparse parser of `fastdpo train` or `sft`, and the words of a command line, which may hold `--config FILE`.
-Out: the words to parse, with the file's values as the parser's defaults and what other projects call an option
-translated; flags override the file. Refuses, before anything heavy is imported: unknown names (with the nearest), a
-file that cannot be read, one option by two names with different values.
+Out: the words to parse. The file's values become the parser's defaults, names of other projects are translated, and
+flags override the file. Refused before any heavy import: unknown names (with the nearest), an unreadable file, one
+option under two names with different values.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from fastdpo.cli.options import mixtures, names
 from fastdpo.cli.options.values import typed, words_of
 from fastdpo.data.sources.loading import SUFFIXES
 
-# of (former names with their values, all that the source gives): our options, and what is to be said of it
+# (former names with their values, all values of the source) -> our options, and notes for the user
 FormerNames = Callable[[dict[str, Any], dict[str, Any]], tuple[dict[str, Any], list[str]]]
 BOOLEANS = ("to_bool", "string_to_bool")  # types of argparse's actions: ours, and transformers'
 
 
 @dataclass
 class Words:
-    """What is to be parsed."""
+    """The words to parse, and notes for the user."""
 
     argv: list[str]
-    notes: list[str] = field(default_factory=list)  # to be said once
+    notes: list[str] = field(default_factory=list)  # for the user, each shown once
 
 
 def read(
     parser: argparse.ArgumentParser, argv: Sequence[str], former: Mapping[str, Any], translate: FormerNames | None
 ) -> Words:
-    """Sets the parser's defaults to what the YAML file says, and returns the words of the command line.
+    """Sets the parser's defaults to the values of the YAML file, and returns the words of the command line.
 
     Args:
-        former: names that TRL had, as in the table: `instead`, and whether it `is_translated`.
-        translate: what becomes of those that are; None leaves them out, for a first look.
+        former: former TRL names, as in the table: `instead`, and whether the name `is_translated`.
+        translate: translates these names; None skips them, for a first look.
     Raises:
         ValueError: see above.
     """
@@ -65,12 +65,12 @@ def read(
         if reader.came_by.get("dataset") == "dataset_name":
             words = _without(words, "--dataset")
             parser.set_defaults(dataset=None)
-            reader.notes.append("dataset_name is not read where there are datasets, as in TRL")
+            reader.notes.append("dataset_name is ignored because datasets is given, as in TRL")
     return Words(words, reader.notes)
 
 
 class _Reader:
-    """Sorts names: our own, other projects', unknown ones."""
+    """Sorts names into our own, those of other projects, and unknown ones."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class _Reader:
         self.came_by: dict[str, str] = {}  # our name -> the name it was given by last
 
     def words(self, argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-        """The words under our names, and the values that they stand for."""
+        """The words under our names, and their values."""
         kept: list[str] = []
         ours: dict[str, tuple[str, Any]] = {}
         theirs: dict[str, Any] = {}
@@ -111,7 +111,7 @@ class _Reader:
         return kept, {name: value for name, (_, value) in ours.items()}
 
     def file(self, path: str) -> dict[str, Any]:
-        """The values of a YAML file as defaults of the options; its `env` goes into the environment."""
+        """The values of a YAML file as defaults of the options; its `env` sets environment variables."""
         ours: dict[str, tuple[str, Any]] = {}
         theirs: dict[str, Any] = {}
         recipe = _mapping(path)
@@ -140,12 +140,12 @@ class _Reader:
         return name if name in self.actions or not name.startswith("no_") else name.removeprefix("no_")
 
     def _note(self, ours: dict[str, tuple[str, Any]], name: str, written: str, value: Any, where: str = "") -> None:
-        """Takes down a value; the same option by another name must have said the same."""
+        """Records a value; the same option under another name must have the same value."""
         if name in ours:
             other, before = ours[name]
             if _plain(other) != _plain(written) and str(before) != str(value):
                 raise ValueError(
-                    f"{where}{name} must not be given by two names with different values, got {other} {before!r} and"
+                    f"{where}{name} must not get different values under two names, got {other} {before!r} and"
                     f" {written} {value!r}"
                 )
         ours[name] = (written, value)
@@ -159,7 +159,7 @@ class _Reader:
             if self.former[name]["is_translated"]:
                 return
             instead = self.former[name]["instead"]
-            raise ValueError(f"{where}{kind} {written!r} is not there any more; instead, as Python has it: {instead}")
+            raise ValueError(f"{where}{kind} {written!r} was removed; instead, in Python: {instead}")
         plain = name.removeprefix("no_") if name.startswith("no_") else name
         nearest = difflib.get_close_matches(plain, [*self.actions, *names.RENAMED], n=1)
         prefix = "--" if kind == "option" else ""
@@ -167,7 +167,7 @@ class _Reader:
         raise ValueError(f"{where}unknown {kind} {written!r}{hint}")
 
     def _translated(self, theirs: dict[str, Any], ours: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
-        """Our options for other projects' names, each with the name that asked for it."""
+        """Our options for other projects' names, each with the original name."""
         found: dict[str, tuple[str, Any]] = {}
         for name, value in theirs.items():
             if name in names.COMPUTED:
@@ -184,7 +184,7 @@ class _Reader:
         former = {name: value for name, value in theirs.items() if name in self.former and name not in names.ANSWERED}
         if former and self.translate is not None:
             more, notes = self.translate(former, {name: value for name, (_, value) in ours.items()})
-            for key, new in more.items():  # what was given and what it becomes together is one value
+            for key, new in more.items():  # the translated value replaces the given one
                 ours.pop(key, None)
                 found[key] = (next(iter(former)), new)
             self.notes += notes
@@ -200,8 +200,8 @@ class _Reader:
 
 
 def _follow_trl(parser: argparse.ArgumentParser, given: Mapping[str, Any], reader: _Reader) -> None:
-    """Under TRL's names of the data, what is trained and evaluated on is what TRL's script would take: all rows of the
-    training split, and the test split where `eval_strategy` asks for it. A file has no splits."""
+    """If the data is given by TRL's option names, the rows are those of TRL's script: all rows of the training split,
+    and the test split if `eval_strategy` asks for evaluation. A file has no splits."""
     if any(name in given for name in ("eval_dataset", "eval_datasets", "eval_split", "eval_fraction")):
         return
     is_asked = str(given.get("eval_strategy", "no")).lower() not in ("no", "false")
@@ -214,7 +214,7 @@ def _follow_trl(parser: argparse.ArgumentParser, given: Mapping[str, Any], reade
 
 
 def _by_option(argv: Sequence[str]) -> list[tuple[str, list[str], bool]]:
-    """(option, words after it, whether the first was joined to it by =); words before any option come after ""."""
+    """(option, words after it, whether the first one was joined by =); the option "" holds words before any option."""
     found: list[tuple[str, list[str], bool]] = [("", [], False)]
     for word in argv:
         if word.startswith("--") and len(word) > 2:
@@ -262,7 +262,7 @@ def _mapping(path: str) -> dict[Any, Any]:
 
 
 def _whose(recipe: Mapping[str, Any], path: str) -> str:
-    """The end of a sentence that names the command for a recipe of another project, if it is one."""
+    """The end of a message: the migrate command, if the file is another project's recipe."""
     from fastdpo.cli.recipes.kinds import KINDS, recognised
 
     try:
@@ -275,7 +275,7 @@ def _whose(recipe: Mapping[str, Any], path: str) -> str:
 
 
 def nearest_file(path: str) -> str:
-    """The end of a sentence that names the nearest file or folder there is, if there is one."""
+    """The end of a message: the nearest existing file or folder, if there is one."""
     folder = Path(path).expanduser().parent
     try:
         there = [entry.name for entry in folder.iterdir()]
@@ -292,7 +292,7 @@ def _set_environment(variables: Any, path: str) -> None:
 
 
 def _as_if_typed(name: str, value: Any, action: argparse.Action) -> Any:
-    """A YAML value as the text that a command line would hold, so that one set of types and checks serves both."""
+    """A YAML value as text of a command line, so that both use the same types and checks."""
     if value is None:
         return None
     if action.nargs in ("+", "*"):
@@ -309,7 +309,7 @@ def _as_if_typed(name: str, value: Any, action: argparse.Action) -> Any:
 
 
 def _items(name: str, value: Any, kind: Any) -> list[Any]:
-    """A list as YAML or a command line writes it; argparse leaves the items of defaults as they are."""
+    """A list from YAML or a command line with converted items; argparse does not convert the items of defaults."""
     items = value if isinstance(value, list) else str(value).split(",")
     try:
         return [kind(str(item).strip()) for item in items]

@@ -1,10 +1,10 @@
-"""The options of `fastdpo train` and `fastdpo sft` as a table that is read in milliseconds: for --help, for names that
-are no options, and for the first look at values and files.
+"""The options of `fastdpo train` and `fastdpo sft` as a table that loads in milliseconds: for --help, for unknown
+names, and for the first check of values and files.
 
-In: options.json beside this file, written by `python -m fastdpo.cli.options.generate` from the dataclasses; a test
-holds the two together. Out: an argparse parser without transformers. Where the installed transformers is another than
-the one that the table was made with, its own fields count: those that the table lacks are taken as they are, those that
-it no longer has are not shown, and what values its options may have is left to the run.
+In: options.json in this folder, written by `python -m fastdpo.cli.options.generate` from the dataclasses; a test keeps
+them equal. Out: an argparse parser that does not import transformers. If another release of transformers is installed,
+its own fields count: fields missing in the table are accepted unchecked, removed fields are not shown, and the run
+checks the values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EPILOG = (
 )
 SHOWN_ALL = "all options of `fastdpo train` are taken, also in FILE; options that are not listed here have no effect"
 
-# What `generate` writes for an action's type; a kind that is not here is taken as text and checked by the run itself.
+# The types that `generate` writes for actions; any other type is read as text and checked by the run itself.
 KINDS: Mapping[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
@@ -44,12 +44,12 @@ _READ_HERE = ("output_dir",)  # of transformers' options, by the first look itse
 
 
 class TableParser(TakesCommas, RaisingParser):
-    """The parser that the table gives."""
+    """The parser built from the table."""
 
 
 @functools.cache
 def read_table() -> dict[str, Any]:
-    """`options` by id, the ids of each command in the order of its help, `former` names, and the `transformers`."""
+    """`options` by id, the ids of each command in help order, `former` names, and the release of `transformers`."""
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
@@ -59,10 +59,10 @@ def usage_of(command: str, shown: Sequence[str] | None) -> str:
 
 
 def table_parser(command: str, shown: Sequence[str] | None = None, *, for_help: bool = False) -> TableParser:
-    """The parser of a command, of `fastdpo train`'s options where `shown` says which of them it reads.
+    """The parser of a command; with `shown`, all of `fastdpo train`'s options, of which the command reads these.
 
     Args:
-        for_help: as the table has the options, whatever the installed transformers takes for their values.
+        for_help: use the table's options, regardless of the installed transformers.
     """
     table = read_table()
     is_other_release = not for_help and release() != table["transformers"]
@@ -103,7 +103,7 @@ def show_only(parser: argparse.ArgumentParser, shown: Sequence[str]) -> None:
 
 
 def _arguments(option: Mapping[str, Any]) -> dict[str, Any]:
-    """What `add_argument` is given."""
+    """The arguments of `add_argument`."""
     arguments = {"dest": option["name"], "help": option.get("help")}
     if option.get("action") == "store_false":
         return {**arguments, "action": "store_false", "default": argparse.SUPPRESS}

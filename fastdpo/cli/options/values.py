@@ -1,6 +1,6 @@
-"""From the text of a command line to values, and from YAML's values to such text. Light: Python's own library only.
+"""Converts text of a command line to values, and YAML values to such text. Imports only Python's standard library.
 
-Everything here is what argparse calls a type: text in, a value out, ValueError or ArgumentTypeError for any other text.
+The functions are argparse types: text in, a value out, ValueError or ArgumentTypeError for invalid text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ TRUE, FALSE, NONE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0
 
 
 class OrNone:
-    """A type that also takes `none`."""
+    """A type that also accepts `none`."""
 
     def __init__(self, kind: Callable[[str], Any]) -> None:
         self.kind = kind
@@ -25,7 +25,7 @@ class OrNone:
 
 
 def to_bool(text: str | bool) -> bool:
-    """What transformers' HfArgumentParser takes for a boolean, in its words."""
+    """Accepts the booleans of transformers' HfArgumentParser, with its error message."""
     if isinstance(text, bool):
         return text
     if text.lower() not in (*TRUE, *FALSE):
@@ -51,7 +51,7 @@ def json_list(text: str) -> list[Any]:
 
 
 def typed(words: list[str]) -> Any:
-    """What the words after an option most likely stand for, as YAML would have it: an option without words is true."""
+    """The most likely value of the words after an option, read as YAML; an option without words is true."""
     values = [_one(word) for word in words]
     return True if not values else values[0] if len(values) == 1 else values
 
@@ -75,7 +75,7 @@ def _one(word: str) -> Any:
 
 
 def words_of(value: Any) -> list[str]:
-    """The words that a command line would have after the option, one for each item of a list."""
+    """The words of a command line for a value, one per item of a list."""
     if isinstance(value, list) and not any(isinstance(item, dict | list) for item in value):
         return [str(item) for item in value]
     return [json.dumps(value) if isinstance(value, dict | list | bool) else str(value)]

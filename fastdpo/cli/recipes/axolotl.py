@@ -1,6 +1,6 @@
 """Recipes of Axolotl with `rl: dpo`, `ipo`, `simpo` or `orpo`.
 
-In: the mapping that the YAML file holds. Out: lines in a Book. Refuses recipes of other methods.
+In: the mapping in the YAML file. Out: lines in a Book. Refuses recipes of other methods.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def migrate_axolotl(recipe: Mapping[str, Any], book: Book) -> None:
     method = recipe.get("rl")
     if method not in METHODS:
         raise ValueError(
-            f"rl must be one of {', '.join(METHODS)} in a recipe of Axolotl's that is to become one of preferences, got"
-            f" {method!r}"
+            f"rl must be one of {', '.join(METHODS)} in a recipe of Axolotl for preference training, got {method!r}"
         )
     follow(recipe, _RULES, _SAME, book)
     if book.value("loss_type") is None:
@@ -82,7 +81,7 @@ def _adapter(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
             book.put("load_in_4bit", True, "was adapter: qlora")
     elif value:
         book.lose(
-            "adapter", value, "adapters of the command line are LoRA: use_peft; others with peft_config in Python"
+            "adapter", value, "the command line has LoRA only (use_peft); pass other adapters as peft_config in Python"
         )
 
 
@@ -90,7 +89,7 @@ def _targets(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
     if isinstance(value, list) and value:
         book.put("lora_target_modules", value)
     elif value:
-        book.lose("lora_target_modules", value, "layers are named by a list, or all-linear")
+        book.lose("lora_target_modules", value, "write a list of layer names, or all-linear")
 
 
 def _sets(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
@@ -103,19 +102,19 @@ def _test_sets(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
 
 
 def _part(part: Mapping[str, Any], book: Book, option: str) -> dict[str, Any]:
-    """A set's own keys; `type` says how it is made a prompt of, which its columns and the chat template say here."""
+    """The keys of a set that fastdpo knows; `type` is not needed, because rows are read by their columns."""
     kept = {key: value for key, value in part.items() if key in _SET_KEYS and value is not None}
-    if kept.get("path") and Path(str(kept["path"])).suffix:  # a file is read by what it is
+    if kept.get("path") and Path(str(kept["path"])).suffix:  # a file has no splits
         kept.pop("split", None)
     for key, value in part.items():
         if key == "ds_type" and str(kept.get("path")) not in ("json", "parquet"):
             continue
         if key in _SHARDS:
-            book.lose(f"{option}.{key}", value, "a part of a set: its split with a range, such as train[:10%]")
+            book.lose(f"{option}.{key}", value, "write a range in the split instead, such as train[:10%]")
         elif key == "type" and value is not None:
             book.lose(f"{option}.type", value, READ_BY_COLUMNS)
         elif key not in _SET_KEYS and key != "ds_type" and value is not None:
-            book.lose(f"{option}.{key}", value, "columns and roles that have other names: rename them in the data")
+            book.lose(f"{option}.{key}", value, "rename the columns or roles in the data")
     return kept
 
 
@@ -125,7 +124,11 @@ def _template(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
     elif value == "jinja":
         book.put("chat_template", recipe.get("chat_template_jinja"), "was chat_template_jinja")
     elif value and value != "tokenizer_default":
-        book.lose("chat_template", value, "the tokenizer's own is used; another one: chat_template: FILE.jinja")
+        book.lose(
+            "chat_template",
+            value,
+            "the tokenizer's own template is used; for another one write chat_template: FILE.jinja",
+        )
 
 
 def _special_tokens(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
@@ -133,7 +136,9 @@ def _special_tokens(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
         if name == "pad_token":
             book.put("pad_token", token, "was special_tokens.pad_token")
         else:
-            book.lose(f"special_tokens.{name}", token, "save a tokenizer that has it, and name it by tokenizer")
+            book.lose(
+                f"special_tokens.{name}", token, "save a tokenizer with this token and set tokenizer to its folder"
+            )
 
 
 def _checkpointing(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
@@ -160,7 +165,7 @@ def _min_lr(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
 
 def _warmup_ratio(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
     if value is not None and not recipe.get("warmup_steps"):
-        book.put("warmup_steps", value, "was warmup_ratio: below 1 it is a share of the steps")
+        book.put("warmup_steps", value, "was warmup_ratio: a value below 1 is a share of the steps")
 
 
 def _wandb(variable: str) -> Rule:
@@ -180,17 +185,17 @@ def _logger(name: str, key: str) -> Rule:
     return rule
 
 
-_AUTO = Lost("auto takes the fastest attention that is exact: attention_backend", (None, False, True))
-_PACKED = Lost("nothing: rows are packed without padding", (None, False, True))
+_AUTO = Lost("attention_backend: auto takes the fastest exact attention", (None, False, True))
+_PACKED = Lost("no effect: rows are always packed without padding", (None, False, True))
 
 _RULES: dict[str, Rule] = {
     "base_model": "model",
-    "base_model_config": Lost("the model's own config is read", (None,)),
-    "model_type": Lost("the class is found by the model's config", (None, "AutoModelForCausalLM")),
-    "tokenizer_type": Lost("the class is found by the tokenizer's files", (None, "AutoTokenizer")),
+    "base_model_config": Lost("fastdpo reads the model's own config", (None,)),
+    "model_type": Lost("the model's config determines the class", (None, "AutoModelForCausalLM")),
+    "tokenizer_type": Lost("the tokenizer's files determine the class", (None, "AutoTokenizer")),
     "tokenizer_config": "tokenizer",
     "revision_of_model": "model_revision",
-    "strict": Lost("all weights of a checkpoint must be there", (None, False, True)),
+    "strict": Lost("fastdpo always requires all weights of a checkpoint", (None, False, True)),
     "rl": Lost("", ("dpo", "ipo", "simpo", "orpo")),
     "rl_beta": "beta",
     "dpo_beta": "beta",
@@ -199,7 +204,7 @@ _RULES: dict[str, Rule] = {
     "dpo_use_weighting": "use_weighting",
     "dpo_loss_type": "loss_type",
     "dpo_loss_weights": "loss_weights",
-    "dpo_use_logits_to_keep": Lost("nothing: only response positions reach the head", (None, False, True)),
+    "dpo_use_logits_to_keep": Lost("no effect: only response positions reach the LM head", (None, False, True)),
     "dpo_padding_free": _PACKED,
     "dpo_generate_during_eval": if_true("dpo_generate_during_eval", "num_eval_samples", 8),
     "rpo_alpha": with_others,  # the loss
@@ -208,19 +213,19 @@ _RULES: dict[str, Rule] = {
     "datasets": _sets,
     "test_datasets": _test_sets,
     "val_set_size": lambda value, book, recipe: put_held_out(book, "val_set_size", value),
-    "dataset_prepared_path": Lost("tokenized rows are kept in datasets' cache", (None,)),
+    "dataset_prepared_path": Lost("tokenized rows are stored in datasets' cache", (None,)),
     "dataset_processes": "dataset_num_proc",
     "dataset_num_proc": "dataset_num_proc",
     "chat_template": _template,
     "chat_template_jinja": with_others,  # chat_template
     "sequence_len": "max_length",
-    "excess_length_strategy": Lost("long rows are cut: truncation_mode", (None, "truncate")),
+    "excess_length_strategy": Lost("long rows are truncated, see truncation_mode", (None, "truncate")),
     "sample_packing": _PACKED,
     "eval_sample_packing": _PACKED,
     "pad_to_sequence_len": _PACKED,
-    "train_on_inputs": Lost("only response tokens count"),
+    "train_on_inputs": Lost("the loss always covers response tokens only"),
     "adapter": _adapter,
-    "lora_model_dir": Lost("model: that folder, whose adapter is trained on", (None, "")),
+    "lora_model_dir": Lost("set model to that folder to continue training its adapter", (None, "")),
     "lora_target_linear": if_true("lora_target_linear", "lora_target_modules", ["all-linear"]),
     "lora_target_modules": _targets,
     "lora_fan_in_fan_out": Lost("PEFT finds it out", (None, False, True)),
@@ -229,7 +234,7 @@ _RULES: dict[str, Rule] = {
     "lora_o_kernel": Lost("PEFT's own forward is used", (None, False)),
     "peft_use_dora": "use_dora",
     "peft_use_rslora": "use_rslora",
-    "loraplus_lr_ratio": Lost("one learning rate for both factors of LoRA"),
+    "loraplus_lr_ratio": Lost("both factors of LoRA have one learning rate"),
     "micro_batch_size": "per_device_train_batch_size",
     "eval_batch_size": "per_device_eval_batch_size",
     "num_epochs": "num_train_epochs",
@@ -260,9 +265,9 @@ _RULES: dict[str, Rule] = {
     "deepspeed": lambda value, book, recipe: put_deepspeed(book, value),
     "fsdp": if_true("fsdp", "accelerate_config", "fsdp2"),
     "fsdp_version": Lost("accelerate_config: fsdp2 is version 2", (None, 1, 2)),
-    "fsdp_config": Lost("accelerate_config: a file of `accelerate config` with these lines", (None, {})),
+    "fsdp_config": Lost("set accelerate_config to a file of `accelerate config` with these lines", (None, {})),
     "special_tokens": _special_tokens,
-    "tokens": Lost("save a model and a tokenizer with these tokens", (None, [])),
+    "tokens": Lost("save a model and a tokenizer with these tokens first", (None, [])),
     "wandb_project": _wandb("WANDB_PROJECT"),
     "wandb_entity": _wandb("WANDB_ENTITY"),
     "wandb_watch": _wandb("WANDB_WATCH"),
@@ -272,11 +277,13 @@ _RULES: dict[str, Rule] = {
     "use_tensorboard": _logger("tensorboard", "use_tensorboard"),
     "use_mlflow": _logger("mlflow", "use_mlflow"),
     "use_comet": _logger("comet_ml", "use_comet"),
-    "plugins": Lost("nothing: the head op never makes logits; kernels of layers: use_liger_kernel: true", (None, [])),
-    "liger_fused_linear_cross_entropy": Lost("nothing: the head op never makes logits", (None, False, True)),
+    "plugins": Lost("the head op never makes logits; for kernels of layers set use_liger_kernel: true", (None, [])),
+    "liger_fused_linear_cross_entropy": Lost("no effect: the head op never makes logits", (None, False, True)),
     "liger_rope": Lost("use_liger_kernel: true, liger_kernel_config: {rope: true}"),
     "liger_rms_norm": Lost("use_liger_kernel: true, liger_kernel_config: {rms_norm: true}"),
     "liger_glu_activation": Lost("use_liger_kernel: true, liger_kernel_config: {swiglu: true}"),
     "unfrozen_parameters": Lost("freeze parameters in Python: parameter.requires_grad_(False)", (None, [])),
-    "remove_unused_columns": Lost("nothing: unused columns are gone once rows are tokenized", (None, False, True)),
+    "remove_unused_columns": Lost(
+        "no effect: unused columns are always dropped after tokenization", (None, False, True)
+    ),
 }

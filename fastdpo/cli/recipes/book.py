@@ -1,7 +1,7 @@
-"""A recipe of ours in the making: lines with where they came from, and what had no counterpart and why.
+"""Builds a fastdpo recipe: lines with their origin, and the settings without a counterpart, with reasons.
 
-In: keys and values of another project's recipe, and rules for them. Out: YAML text with a comment on each line that
-changed. Light: nothing beyond yaml is imported.
+In: keys and values of another project's recipe, and rules for them. Out: YAML text with a comment on each changed line.
+Imports only yaml.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Line:
 
 @dataclass
 class Book:
-    """What is written so far."""
+    """The recipe so far."""
 
     lines: dict[str, Line] = field(default_factory=dict)
     lost: list[tuple[str, str]] = field(default_factory=list)  # (the recipe's line, why it has no counterpart)
@@ -38,7 +38,7 @@ class Book:
         self.lines[name] = Line(name, value, comment)
 
     def default(self, name: str, value: Any, whose: str) -> None:
-        """A line for what the recipe leaves to its project, whose default is another than ours."""
+        """Adds a line for a setting that the recipe omits and whose default in its project differs from ours."""
         if name not in self.lines:
             self.put(name, value, f"not in the recipe: {whose}'s default")
 
@@ -54,14 +54,14 @@ class Lost:
     """A rule: the key has no counterpart."""
 
     why: str
-    off: tuple[Any, ...] = (None, False)  # values that asked for nothing, or for what is done here anyway
+    off: tuple[Any, ...] = (None, False)  # values that match fastdpo's behaviour: ignored
 
 
 Rule = str | Lost | Callable[[Any, Book, Mapping[str, Any]], None]  # another name, or no counterpart, or a function
 
 
 def if_true(key: str, name: str, value: Any) -> Rule:
-    """A rule: where the key is set to anything, our option `name` is `value`."""
+    """A rule: if the key has a true value, our option `name` is `value`."""
 
     def rule(given: Any, book: Book, recipe: Mapping[str, Any]) -> None:
         if given:
@@ -71,11 +71,11 @@ def if_true(key: str, name: str, value: Any) -> Rule:
 
 
 def with_others(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
-    """A rule: what the key says is written with another one."""
+    """A rule: another key's rule writes this key's value."""
 
 
 def follow(recipe: Mapping[str, Any], rules: Mapping[str, Rule], same: set[str], book: Book) -> None:
-    """Writes every key of a recipe by its rule, or as it is where `same` has it; unknown ones are lost."""
+    """Writes every key of a recipe by its rule, or unchanged if it is in `same`; unknown keys are listed as lost."""
     for key, value in recipe.items():
         rule = rules.get(str(key))
         if rule is None and key in same:
@@ -83,7 +83,7 @@ def follow(recipe: Mapping[str, Any], rules: Mapping[str, Rule], same: set[str],
         elif rule is None:
             nearest = difflib.get_close_matches(str(key), [*rules, *same], n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            book.lose(str(key), value, f"no key that this command knows{hint}")
+            book.lose(str(key), value, f"unknown key{hint}")
         elif isinstance(rule, str):
             if value is not None:
                 book.put(rule, value, f"was {key}")
@@ -95,7 +95,7 @@ def follow(recipe: Mapping[str, Any], rules: Mapping[str, Rule], same: set[str],
 
 
 def as_yaml(book: Book, title: str) -> str:
-    """The recipe as text: the command that runs it, its lines, and at the end what is not in it."""
+    """The recipe as text: the command that runs it, its lines, and at the end the settings without a counterpart."""
     parts = [f"# {title}\n# fastdpo {book.command} --config THIS_FILE\n\n"]
     if book.environment:
         parts.append(yaml.safe_dump({"env": book.environment}, sort_keys=False))
@@ -122,7 +122,7 @@ def _flow(value: Any) -> str:
 
 
 def as_number(value: Any) -> float | None:
-    """A number, also where YAML read it as text (1e-6); None for anything else."""
+    """The number in a value, even if YAML reads it as text (1e-6); None for anything else."""
     if isinstance(value, bool):
         return None
     try:

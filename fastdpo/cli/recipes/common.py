@@ -1,4 +1,4 @@
-"""What recipes of several projects have in common: sets of data, held-out rows, W&B, DeepSpeed, evaluation by epoch."""
+"""Rules shared by several projects: datasets, held-out rows, W&B, DeepSpeed, evaluation by epoch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>'"
     " + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-READ_BY_COLUMNS = "rows are read by their columns, in the tokenizer's chat template"
+READ_BY_COLUMNS = "fastdpo reads rows by their columns and renders them with the tokenizer's chat template"
 
 
 def put_data(book: Book, parts: Sequence[Mapping[str, Any]], comment: str, *, evaluated: bool = False) -> None:
-    """One set as a name, a split and a configuration; several, or one that needs more, as a list."""
+    """Writes one dataset as name, split and configuration; several datasets, or one with more keys, as a list."""
     prefix = "eval_" if evaluated else ""
     if len(parts) == 1 and set(parts[0]) <= {"path", "split", "name"}:
         part = parts[0]
@@ -31,16 +31,16 @@ def put_data(book: Book, parts: Sequence[Mapping[str, Any]], comment: str, *, ev
 
 
 def put_held_out(book: Book, key: str, value: Any) -> None:
-    """A share of the training rows."""
+    """Writes the held-out share of the training rows."""
     share = as_number(value)
     if share is not None and 0 <= share < 1:
         book.put("eval_fraction", share, f"was {key}")
     elif share is not None:
-        book.lose(key, value, "rows are held out by their share: write eval_fraction, such as 0.05")
+        book.lose(key, value, "write a share instead of a number of rows: eval_fraction, such as 0.05")
 
 
 def put_by_epoch(book: Book, what: str, key: str, times: Any, epochs: Any) -> None:
-    """So many evaluations ("eval") or saves an epoch. `eval_steps` below 1 is a share of the whole run."""
+    """Writes the evaluations ("eval") or saves per epoch. `eval_steps` below 1 is a share of the whole run."""
     number, num_epochs = as_number(times), as_number(epochs)
     if not number:
         if number is not None:
@@ -49,7 +49,9 @@ def put_by_epoch(book: Book, what: str, key: str, times: Any, epochs: Any) -> No
     if number == 1 or not num_epochs:
         book.put(f"{what}_strategy", "epoch", f"was {key}: {times}")
         if number != 1:
-            book.lose(key, times, f"once an epoch is written; {what}_steps below 1 is a share of the whole run")
+            book.lose(
+                key, times, f"written as once per epoch; for more, set {what}_steps below 1, a share of the whole run"
+            )
         return
     book.put(f"{what}_strategy", "steps", f"was {key}: {times}")
     share = round(1 / (number * num_epochs), 6)
@@ -57,7 +59,7 @@ def put_by_epoch(book: Book, what: str, key: str, times: Any, epochs: Any) -> No
 
 
 def put_deepspeed(book: Book, value: Any) -> None:
-    """A DeepSpeed file by its stage, which its name tells."""
+    """Writes the accelerate_config for a DeepSpeed file; the stage is read from the file's name."""
     if not value:
         return
     text = str(value).lower()
@@ -69,7 +71,7 @@ def put_deepspeed(book: Book, value: Any) -> None:
 
 
 def without_evaluation(book: Book, whose: str) -> None:
-    """Where the recipe evaluates on nothing, all rows are trained on."""
+    """Without evaluation data in the recipe, training uses all rows."""
     if any(name in book.lines for name in ("eval_dataset", "eval_datasets", "eval_fraction", "eval_split")):
         if book.value("eval_fraction") != 0:
             return
@@ -78,4 +80,4 @@ def without_evaluation(book: Book, whose: str) -> None:
     for name in ("eval_strategy", "eval_steps", "do_eval", "per_device_eval_batch_size"):
         line = book.lines.pop(name, None)
         if line is not None and line.value not in ("no", False):
-            book.lose(name, line.value, "nothing is held out: write eval_fraction or eval_dataset")
+            book.lose(name, line.value, "the recipe has no evaluation data: write eval_fraction or eval_dataset")

@@ -1,7 +1,7 @@
-"""Whose recipe it is, told by its keys, and its migration.
+"""Recognises the project of a recipe by its keys, and migrates it.
 
-In: the mapping of a YAML or JSON file, overrides as the original release's command line has them, or both. Out: the
-kind, and a Book. Refuses what no project's keys are in.
+In: the mapping of a YAML or JSON file, overrides from the command line of the original release, or both. Out: the kind,
+and a Book. Refuses recipes without keys of a known project.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from fastdpo.cli.recipes import axolotl, llama_factory, release, trl
 from fastdpo.cli.recipes.book import Book
 
-# kind -> (what it is called, keys that tell it)
+# kind -> (title, keys that identify it)
 KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "trl": ("TRL", trl.MARKS_OF_TRL),
     "handbook": ("the alignment-handbook", trl.MARKS_OF_HANDBOOK),
@@ -24,11 +24,11 @@ KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 
 def recognised(recipe: Mapping[str, Any], has_overrides: bool) -> str:
-    """The kind most of whose keys are there; of TRL and the handbook, whose other keys are the same, the handbook where
-    one of its own is.
+    """The kind with the most matching keys. TRL and the handbook share most keys; it is the handbook if one of its own
+    keys is present.
 
     Raises:
-        ValueError: no kind's keys are there, or those of several alike.
+        ValueError: no kind matches, or several match equally.
     """
     names = {str(key).partition(".")[0] for key in recipe} | {str(key) for key in recipe}
     counts = {kind: len(names & set(marks)) for kind, (_, marks) in KINDS.items()}
@@ -46,8 +46,8 @@ def recognised(recipe: Mapping[str, Any], has_overrides: bool) -> str:
     if counts[best] == 0 or list(counts.values()).count(counts[best]) > 1:
         tell = "; ".join(f"{title}: {', '.join(marks[:3])}" for title, marks in KINDS.values())
         raise ValueError(
-            f"the recipe must have keys that tell whose it is ({tell}), got {sorted(map(str, recipe))[:8]}; name its"
-            f" kind by --kind: {', '.join(KINDS)}"
+            f"the recipe must have keys that identify its project ({tell}), got {sorted(map(str, recipe))[:8]}; name"
+            f" the project with --kind: {', '.join(KINDS)}"
         )
     return best
 
@@ -56,7 +56,7 @@ def migrated(kind: str, recipe: Mapping[str, Any], folder: Path) -> Book:
     """The recipe as ours.
 
     Args:
-        folder: where the recipe lies, beside which files that it names are looked for.
+        folder: folder of the recipe; files that the recipe names are searched there.
     """
     book = Book()
     if kind in ("trl", "handbook"):
@@ -68,5 +68,5 @@ def migrated(kind: str, recipe: Mapping[str, Any], folder: Path) -> Book:
     else:
         release.migrate_release(recipe, book)
     if "output_dir" not in book.lines:
-        book.put("output_dir", "dpo-out", "not in the recipe: where everything is saved")
+        book.put("output_dir", "dpo-out", "not in the recipe: the folder for all results")
     return book

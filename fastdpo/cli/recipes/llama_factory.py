@@ -1,7 +1,7 @@
 """Recipes of LLaMA-Factory with `stage: dpo`.
 
-In: the mapping that the YAML file holds, and the folder it lies in, beside which dataset_info.json is looked for. Out:
-lines in a Book. Refuses recipes of other stages.
+In: the mapping in the YAML file, and its folder, near which dataset_info.json is searched. Out: lines in a Book.
+Refuses recipes of other stages.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def migrate_llama_factory(recipe: Mapping[str, Any], book: Book, folder: Path) -
 
 
 def _dataset_info(recipe: Mapping[str, Any], folder: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The folder of the data, and what dataset_info.json says of its names; where none is found, nothing."""
+    """The folder of the data, and the entries of dataset_info.json; empty if it is not found."""
     named = Path(str(recipe.get("dataset_dir") or "data"))
     for place in (named, folder / named, *(parent / named for parent in folder.parents)):
         file = place / "dataset_info.json"
@@ -68,11 +68,11 @@ def _put_sets(
 
 
 def _part(name: str, key: str, book: Book, info: tuple[Path | None, dict[str, Any]]) -> dict[str, Any]:
-    """A set by what dataset_info.json says of its name."""
+    """The dataset that dataset_info.json defines for a name."""
     folder, known = info
     if name not in known:
         if not Path(name).exists():
-            book.lose(key, name, "a name of dataset_info.json, which was not found: write the file's path")
+            book.lose(key, name, "dataset_info.json, which defines this name, was not found: write the file's path")
         return {"path": name}
     entry, part = known[name], {}
     if "hf_hub_url" in entry:
@@ -80,19 +80,19 @@ def _part(name: str, key: str, book: Book, info: tuple[Path | None, dict[str, An
     elif "file_name" in entry and folder is not None:
         part["path"] = str(folder / entry["file_name"])
     else:
-        book.lose(key, name, f"dataset_info.json has neither its file nor its name on the Hub, but {sorted(entry)}")
+        book.lose(key, name, f"dataset_info.json gives neither a file nor a name on the Hub, only {sorted(entry)}")
         part["path"] = name
     for theirs, ours in (("subset", "name"), ("split", "split")):
         if theirs in entry:
             part[ours] = entry[theirs]
     if entry.get("ranking") is not True:
         book.lose(
-            key, name, "dataset_info.json does not call it a ranking: its rows must hold a better and a worse one"
+            key, name, "dataset_info.json does not mark it as a ranking: its rows must hold a better and a worse answer"
         )
     for theirs in ("columns", "tags"):
         if theirs in entry:
             book.lose(
-                f"dataset_info.json: {name}.{theirs}", entry[theirs], "rows are read by the names of their columns"
+                f"dataset_info.json: {name}.{theirs}", entry[theirs], "fastdpo reads rows by the names of their columns"
             )
     if "num_samples" in entry:
         part["split"] = f"{part.get('split', 'train')}[:{int(entry['num_samples'])}]"
@@ -122,7 +122,11 @@ def _method(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
     if value == "lora":
         book.put("use_peft", True, "was finetuning_type: lora")
     elif value not in (None, "full"):
-        book.lose("finetuning_type", value, "all weights are trained, or a LoRA: use_peft; others in Python")
+        book.lose(
+            "finetuning_type",
+            value,
+            "the command line trains all weights, or LoRA with use_peft; use Python for other methods",
+        )
 
 
 def _target(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
@@ -146,7 +150,7 @@ def _bits(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
             whose = "was double_quantization" if "double_quantization" in recipe else "LLaMA-Factory's default"
             book.put("use_bnb_nested_quant", True, whose)
     elif value is not None:
-        book.lose("quantization_bit", value, "weights are quantized to 4 or 8 bits")
+        book.lose("quantization_bit", value, "fastdpo quantizes weights to 4 or 8 bits only")
 
 
 def _attention(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
@@ -154,12 +158,12 @@ def _attention(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
     if value in backends:
         book.put("attention_backend", backends[value], f"was flash_attn: {value}")
     elif value not in (None, "auto"):
-        book.lose("flash_attn", value, "attention_backend: auto takes the fastest that is exact")
+        book.lose("flash_attn", value, "attention_backend: auto takes the fastest exact attention")
 
 
 def _adapter_folder(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
     if value:
-        book.put("model", value, "was adapter_name_or_path: it is trained on, on the model that it names itself")
+        book.put("model", value, "was adapter_name_or_path: training continues this adapter on its own base model")
         book.lose("model_name_or_path", recipe.get("model_name_or_path"), "the adapter's folder names its base")
 
 
@@ -186,43 +190,45 @@ def _cache_dir(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
 
 
 _DONE = ("dataset", "eval_dataset", "max_samples", "dataset_dir", "stage", "pref_loss", "pref_ftx", "simpo_gamma")
-_PACKED = Lost("nothing: rows are packed without padding", (None, False, True))
-_NEEDLESS_CACHE = Lost("tokenized rows are kept in datasets' cache", (None, False, True))
+_PACKED = Lost("no effect: rows are always packed without padding", (None, False, True))
+_NEEDLESS_CACHE = Lost("tokenized rows are stored in datasets' cache", (None, False, True))
 
 _RULES: dict[str, Rule] = {
     "model_name_or_path": _model,
     "adapter_name_or_path": _adapter_folder,
     "do_train": Lost("", (None, True, False)),
-    "do_predict": Lost("an evaluation is eval_dataset or eval_fraction"),
+    "do_predict": Lost("for an evaluation set eval_dataset or eval_fraction"),
     "predict_with_generate": Lost("num_eval_samples: 8"),
     "finetuning_type": _method,
     "lora_rank": "lora_r",
     "lora_target": _target,
     "additional_target": _additional,
     "create_new_adapter": Lost("merge the old adapter first: model.merge_and_unload()"),
-    "loraplus_lr_ratio": Lost("one learning rate for both factors of LoRA"),
+    "loraplus_lr_ratio": Lost("both factors of LoRA have one learning rate"),
     "pissa_init": Lost("peft_config=LoraConfig(init_lora_weights='pissa') in Python"),
     "freeze_trainable_layers": Lost("freeze parameters in Python: parameter.requires_grad_(False)"),
     "pref_beta": "beta",
     "pref_bco_weight": Lost("loss_type: bco_pair with loss_weights", (None, 0, 0.0)),
     "dpo_label_smoothing": "label_smoothing",
-    "ref_model_adapters": Lost("ref_model: that folder, an adapter that names its base"),
-    "ref_model_quantization_bit": Lost("a reference of its own is not quantized; with use_peft none is held"),
-    "template": Lost("the tokenizer's own chat template is used; another one: chat_template: FILE.jinja", (None,)),
-    "default_system": Lost("a first message of the role system in the rows' prompts"),
-    "enable_thinking": Lost("a column chat_template_kwargs in the rows", (None, True)),
+    "ref_model_adapters": Lost("set ref_model to that folder, an adapter that names its base model"),
+    "ref_model_quantization_bit": Lost("a separate reference model is not quantized; with use_peft there is none"),
+    "template": Lost(
+        "the tokenizer's own chat template is used; for another one write chat_template: FILE.jinja", (None,)
+    ),
+    "default_system": Lost("begin the rows' prompts with a message of the role system"),
+    "enable_thinking": Lost("add a column chat_template_kwargs to the rows", (None, True)),
     "cutoff_len": "max_length",
     "overwrite_cache": _NEEDLESS_CACHE,
     "tokenized_path": _NEEDLESS_CACHE,
     "preprocessing_num_workers": "dataset_num_proc",
     "preprocessing_batch_size": Lost("", (None, 1000)),
     "streaming": "dataset_streaming",
-    "buffer_size": Lost("streams are read in their own order", (None, 16384)),
-    "mix_strategy": Lost("sets stand one behind the other, and are shuffled: the same", (None, "concat")),
-    "interleave_probs": Lost("datasets with a fraction of each"),
+    "buffer_size": Lost("a stream is read in its own order", (None, 16384)),
+    "mix_strategy": Lost("datasets are always concatenated and shuffled", (None, "concat")),
+    "interleave_probs": Lost("write datasets with a fraction for each"),
     "val_size": lambda value, book, recipe: put_held_out(book, "val_size", value) if value else None,
-    "train_on_prompt": Lost("only response tokens count"),
-    "mask_history": Lost("of a pair only the responses count", (None, False, True)),
+    "train_on_prompt": Lost("the loss always covers response tokens only"),
+    "mask_history": Lost("the loss covers only the responses of a pair", (None, False, True)),
     "packing": _PACKED,
     "neat_packing": _PACKED,
     "plot_loss": Lost("report.html has the curves", (None, False, True)),
@@ -232,17 +238,17 @@ _RULES: dict[str, Rule] = {
     "quantization_type": "bnb_4bit_quant_type",
     "double_quantization": with_others,  # quantization_bit
     "enable_liger_kernel": if_true("enable_liger_kernel", "use_liger_kernel", True),
-    "use_unsloth": Lost("the engine's own kernels"),
+    "use_unsloth": Lost("fastdpo uses its own kernels"),
     "use_unsloth_gc": Lost("gradient_checkpointing: true, activation_offloading: true"),
     "disable_gradient_checkpointing": if_true("disable_gradient_checkpointing", "gradient_checkpointing", False),
     "use_reentrant_gc": _reentrant,
-    "upcast_layernorm": Lost("weights are loaded in float32 unless dtype says otherwise"),
-    "upcast_lmhead_output": Lost("log-probs are computed in float32 in any case", (None, False, True)),
+    "upcast_layernorm": Lost("weights are loaded in float32 unless dtype is set"),
+    "upcast_lmhead_output": Lost("log-probs are always computed in float32", (None, False, True)),
     "pure_bf16": if_true("pure_bf16", "dtype", "bfloat16"),
-    "rope_scaling": Lost("model_init_kwargs: {rope_scaling: ...}, as the model's config has it"),
+    "rope_scaling": Lost("model_init_kwargs: {rope_scaling: ...}, with the keys of the model's config"),
     "cache_dir": _cache_dir,
     "use_fast_tokenizer": Lost("the fast tokenizer is taken where there is one", (None, True)),
-    "resize_vocab": Lost("save a model whose embeddings have room for the tokenizer"),
+    "resize_vocab": Lost("save a model with enough embeddings for the tokenizer"),
     "add_tokens": Lost("save a model and a tokenizer with these tokens"),
     "use_swanlab": Lost("report_to: swanlab"),
     "use_galore": Lost("optim: galore_adamw, with optim_target_modules"),

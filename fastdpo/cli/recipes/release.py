@@ -1,6 +1,6 @@
-"""The original DPO release's Hydra configs: overrides as its command line has them, its config.yaml, or both.
+"""The original DPO release's Hydra configs: overrides from its command line, its config.yaml, or both.
 
-In: a mapping of dotted names. Out: lines in a Book, with the defaults of its config.yaml where nothing overrides them.
+In: a mapping of dotted names. Out: lines in a Book, including the defaults of its config.yaml that are not overridden.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MARKS = (
     *("loss", "lr", "n_epochs", "n_examples", "policy_dtype", "exp_name", "do_first_eval", "sample_during_eval"),
     *("trainer", "eval_every", "n_eval_examples", "local_dirs", "minimum_log_interval_secs", "fsdp_port"),
 )
-# config/model/*.yaml: the names that `model=` takes
+# config/model/*.yaml: the names for `model=`
 MODELS = {
     "gpt2-large": "gpt2-large",
     "gpt2-xl": "gpt2-xl",
@@ -34,7 +34,7 @@ def read_overrides(words: Sequence[str]) -> dict[str, Any]:
     """`loss.beta=0.1`, `+x=1`, `datasets=[hh,shp]` as a mapping of dotted names.
 
     Raises:
-        ValueError: a word that is no override.
+        ValueError: a word is not an override.
     """
     found: dict[str, Any] = {}
     for word in words:
@@ -44,12 +44,12 @@ def read_overrides(words: Sequence[str]) -> dict[str, Any]:
         try:
             found[name.lstrip("+~")] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ValueError(f"overrides must have a value that YAML reads, got {word!r}: {error}") from error
+            raise ValueError(f"overrides must have a value in valid YAML, got {word!r}: {error}") from error
     return found
 
 
 def flattened(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"loss": {"beta": 0.1}} as {"loss.beta": 0.1}; what Hydra's `defaults` name as `loss: dpo`."""
+    """{"loss": {"beta": 0.1}} as {"loss.beta": 0.1}; entries of Hydra's `defaults` as `loss: dpo`."""
     flat: dict[str, Any] = {}
     for key, value in recipe.items():
         if key == "defaults" and isinstance(value, list):
@@ -64,12 +64,12 @@ def flattened(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def migrate_release(recipe: Mapping[str, Any], book: Book) -> None:
     """Raises:
-    ValueError: a loss that it does not have.
+    ValueError: the release does not have this loss.
     """
     recipe = {key: value for key, value in flattened(recipe).items() if not _is_open(key, value, book)}
     loss = recipe.get("loss.name", recipe.get("loss", "sft"))
     if loss not in ("dpo", "ipo", "sft"):
-        raise ValueError(f"loss must be dpo, ipo or sft, as the release has it, got {loss!r}")
+        raise ValueError(f"loss must be dpo, ipo or sft, the losses of the release, got {loss!r}")
     book.command = "sft" if loss == "sft" else "train"
     _put_model(recipe, book)
     if recipe.get("datasets", ["hh"]):
@@ -78,7 +78,9 @@ def migrate_release(recipe: Mapping[str, Any], book: Book) -> None:
         book.put("loss_type", "sigmoid" if loss == "dpo" else "ipo", f"was loss: {loss}")
     if loss == "ipo":
         book.lose(
-            "loss", "ipo", "the mean over a response's tokens; the release sums them, as preference_loss(ipo=True)"
+            "loss",
+            "ipo",
+            "fastdpo takes the mean over a response's tokens; the release sums them, like preference_loss(ipo=True)",
         )
     follow({key: value for key, value in recipe.items() if key not in _DONE}, _RULES, _SAME, book)
     _put_steps(recipe, book)
@@ -90,10 +92,10 @@ def migrate_release(recipe: Mapping[str, Any], book: Book) -> None:
 
 
 def _is_open(key: str, value: Any, book: Book) -> bool:
-    """Whether Hydra would still fill the value in."""
+    """Whether the value is a placeholder that Hydra would fill in."""
     if isinstance(value, str) and ("${" in value or value == "???"):
         if key.partition(".")[0] not in ("local_run_dir", "hydra"):
-            book.lose(key, value, "a value that Hydra fills in: give it as an override, name=value")
+            book.lose(key, value, "Hydra would fill in this value: give it as an override, name=value")
         return True
     return False
 
@@ -106,7 +108,7 @@ def _put_model(recipe: Mapping[str, Any], book: Book) -> None:
         book.lose(
             "model.archive",
             archive,
-            "a folder is read: load its `state` into the model, save_pretrained it once, and name the folder by model",
+            "load the file's `state` into the model, save it by save_pretrained, and set model to that folder",
         )
     elif name is not None:
         book.put(
@@ -115,7 +117,7 @@ def _put_model(recipe: Mapping[str, Any], book: Book) -> None:
             f"was model: {group}" if group and "model.name_or_path" not in recipe else "was model.name_or_path",
         )
     elif group is not None and group != "blank_model":
-        book.put("model", group, "was model: its name_or_path is not known here")
+        book.put("model", group, "was model: fastdpo does not know its name_or_path")
 
 
 def _put_sets(recipe: Mapping[str, Any], book: Book) -> None:
@@ -125,13 +127,11 @@ def _put_sets(recipe: Mapping[str, Any], book: Book) -> None:
     put_data(book, [{"path": SETS.get(str(name), str(name))} for name in names], comment)
     if names == ["hh"]:
         book.put("eval_split", "test", "the split that the release evaluates on")
-        book.put(
-            "truncation_mode", "keep_end", "of hh in the release, whose responses are cut at their end all the same"
-        )
+        book.put("truncation_mode", "keep_end", "the release's mode for hh, which still cuts responses at their end")
 
 
 def _put_steps(recipe: Mapping[str, Any], book: Book) -> None:
-    """Its batch_size is that of the whole step on all GPUs, which gradient_accumulation_steps divides."""
+    """The release's batch_size is for a whole step on all GPUs; gradient_accumulation_steps divides it."""
     batch = int(as_number(recipe.get("batch_size", 4)) or 4)
     parts = int(as_number(recipe.get("gradient_accumulation_steps", 1)) or 1)
     why = f"was batch_size: {batch}" if "batch_size" in recipe else f"not in the recipe: {WHOSE}'s default of {batch}"
@@ -170,16 +170,16 @@ def _optimizer(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
     known = {"rmsprop": "rmsprop", "adam": "adamw_torch", "adamw": "adamw_torch", "sgd": "sgd", "adagrad": "adagrad"}
     name = known.get(str(value).lower())
     if name is None:
-        book.lose("optimizer", value, "an optimizer of torch by its name here: optim, see --help")
+        book.lose("optimizer", value, "write its name in transformers as optim, see --help")
     else:
         book.put("optim", name, f"was optimizer: {value}")
 
 
 def _trainer(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
     if value == "FSDPTrainer":
-        book.lose("trainer", value, "accelerate_config: fsdp2, or multi_gpu where the model fits a GPU")
+        book.lose("trainer", value, "accelerate_config: fsdp2, or multi_gpu if the model fits on one GPU")
     elif value not in (None, "BasicTrainer"):
-        book.lose("trainer", value, "one process a GPU: accelerate_config: multi_gpu")
+        book.lose("trainer", value, "accelerate_config: multi_gpu starts one process per GPU")
 
 
 def _mixed_precision(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
@@ -212,21 +212,19 @@ _RULES: dict[str, Rule] = {
     "optimizer": _optimizer,
     "n_epochs": "num_train_epochs",
     "eval_batch_size": "per_device_eval_batch_size",
-    "n_eval_examples": Lost(
-        "all rows of the evaluation data are taken: name fewer, such as eval_split with a range", (None,)
-    ),
+    "n_eval_examples": Lost("fastdpo evaluates on all rows: for fewer, write a range in eval_split", (None,)),
     "activation_checkpointing": "gradient_checkpointing",
     "trainer": _trainer,
     "model.tokenizer_name_or_path": "tokenizer",
     "model.policy_dtype": "dtype",
     "model.reference_dtype": Lost(
-        "the reference is loaded as the policy is: dtype", (None, "float32", "float16", "bfloat16")
+        "the reference is loaded in the policy's dtype", (None, "float32", "float16", "bfloat16")
     ),
     "model.fsdp_policy_mp": _mixed_precision,
-    "model.block_name": Lost("FSDP finds the blocks by itself", (None,)),
+    "model.block_name": Lost("FSDP finds the blocks automatically", (None,)),
     "debug": Lost("report_to: none, save_strategy: no", (None, False)),
     "fsdp_port": Lost("main_process_port", (None,)),
-    "minimum_log_interval_secs": Lost("logging_steps, in optimizer steps", (None, 1.0, 1)),
+    "minimum_log_interval_secs": Lost("set logging_steps, in optimizer steps", (None, 1.0, 1)),
     "local_dirs": Lost("output_dir", (None,)),
     "local_run_dir": Lost("output_dir", (None,)),
     "revision": "model_revision",

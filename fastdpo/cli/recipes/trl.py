@@ -1,7 +1,7 @@
-"""Recipes of TRL's scripts and of the alignment-handbook: under our names. `fastdpo train --config` takes them as they
-are, too.
+"""Recipes of TRL's scripts and of the alignment-handbook, with our option names. `fastdpo train --config` also accepts
+the unchanged recipes.
 
-In: the mapping that the YAML file holds. Out: lines in a Book.
+In: the mapping in the YAML file. Out: lines in a Book.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def options_of_train() -> set[str]:
 
 
 def migrate_trl(recipe: Mapping[str, Any], book: Book) -> None:
-    """Both projects; what neither evaluates on is not held out."""
+    """Migrates recipes of both projects; no rows are held out unless the recipe evaluates on some."""
     recipe = dict(recipe)
     of_mixture = {name: recipe.pop(name) for name in mixtures.NAMES if name in recipe}
     former = {name: recipe.pop(name) for name in read_table()["former"] if name in recipe and name not in _RULES}
@@ -45,7 +45,7 @@ def migrate_trl(recipe: Mapping[str, Any], book: Book) -> None:
         _follow_former(former, book)
     if "lora_target_modules" not in book.lines and book.value("use_peft"):
         book.lose(
-            "lora_target_modules", None, "TRL leaves the layers to PEFT; here the adapter is on all linear layers"
+            "lora_target_modules", None, "PEFT chooses the layers in TRL; fastdpo puts the adapter on all linear layers"
         )
     _evaluate_as_trl(book)
 
@@ -61,7 +61,7 @@ def _evaluate_as_trl(book: Book) -> None:
 
 
 def _follow_former(former: dict[str, Any], book: Book) -> None:
-    """Settings that TRL has dropped since."""
+    """Handles settings that TRL has removed."""
     from fastdpo.training.settings.trl_names import SETTINGS  # in a package that imports transformers
 
     for name, value in former.items():
@@ -69,7 +69,7 @@ def _follow_former(former: dict[str, Any], book: Book) -> None:
         if any(value is off for off in entry.off):
             continue
         if entry.becomes is None:
-            book.lose(name, value, f"instead, as Python has it: {entry.instead.format(value=value)}")
+            book.lose(name, value, f"instead, in Python: {entry.instead.format(value=value)}")
             continue
         settings = {key: line.value for key, line in book.lines.items()}
         new = entry.becomes(value, settings)
@@ -82,7 +82,7 @@ def _follow_former(former: dict[str, Any], book: Book) -> None:
 def _renamed(name: str, ours: str) -> Rule:
     def rule(value: Any, book: Book, recipe: Mapping[str, Any]) -> None:
         if ours in recipe and recipe[ours] != value:
-            raise ValueError(f"the recipe must not say {ours} twice, got {recipe[ours]!r} and {name}: {value!r}")
+            raise ValueError(f"the recipe must set {ours} only once, got {recipe[ours]!r} and {name}: {value!r}")
         if value is not None:
             book.put(ours, value, f"was {name}")
 

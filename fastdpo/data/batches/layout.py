@@ -1,7 +1,7 @@
-"""What the responses to one prompt have in common: a TokenizedGroup in, a GroupLayout out, from which rows are packed.
+"""Finds what the responses to one prompt share: a TokenizedGroup in, a GroupLayout for packing out.
 
-The first sequence (prompt and response) is computed whole. Every other one that differs is a branch, which shares its
-longest common start with the first. Equal sequences are one branch.
+The first sequence (prompt and response) is computed whole. Every other sequence that differs is a branch, which shares
+its longest common prefix with the first. Equal sequences share one branch.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def counted_sequences(group: TokenizedGroup) -> list[CountedSequence]:
         if group.loss_masks is not None:
             mask = np.asarray(group.loss_masks[index], dtype=bool)
         is_counted = np.concatenate([np.zeros(len(prompt), dtype=bool), mask])
-        is_counted[0] = False  # nothing stands before the first token to predict it from
+        is_counted[0] = False  # no row predicts the first token
         sequences.append(CountedSequence(np.concatenate([prompt, np.asarray(response, dtype=np.int64)]), is_counted))
     return sequences
 
 
 @dataclass
 class Branch:
-    """What is computed for one or more sequences of equal tokens."""
+    """The tokens to compute for one sequence, or for several equal ones."""
 
     tokens: np.ndarray  # (L,) int64, from the group's first token on
     is_counted: np.ndarray  # (L,) bool: some sequence counts the token, and this branch computes it
@@ -45,7 +45,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """What a group will be in a packed row: its sequences, and the branches that compute them."""
+    """The layout of a group in a packed row: its sequences, and the branches that compute them."""
 
     group: TokenizedGroup
     example_ids: tuple[int, ...]  # (K,) which example of the batch brought each sequence
@@ -55,12 +55,12 @@ class GroupLayout:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the packed row, shared ones once."""
+        """Number of tokens in the packed row; shared tokens count once."""
         return sum(len(branch.tokens) - branch.num_shared for branch in self.branches)
 
 
 def lay_out(group: TokenizedGroup, example_ids: tuple[int, ...], *, prefix_sharing: bool = True) -> GroupLayout:
-    """Finds what the sequences of a group have in common; `prefix_sharing=False` finds nothing."""
+    """Lays out a group; with `prefix_sharing=False` its sequences share no tokens."""
     sequences = counted_sequences(group)
     branches: list[Branch] = []
     branch_of: list[int] = []
@@ -83,7 +83,7 @@ def lay_out(group: TokenizedGroup, example_ids: tuple[int, ...], *, prefix_shari
 
 
 def _common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
-    """Tokens that both start with, leaving each at least one token of its own."""
+    """Length of the common prefix, leaving each sequence at least one token of its own."""
     length = min(len(first), len(second)) - 1
     differs = first[:length] != second[:length]
     return int(differs.argmax()) if differs.any() else length

@@ -1,4 +1,4 @@
-"""The lengths of the rows of a prepared dataset, and which rows have the same prompt, read off its Arrow columns."""
+"""Row lengths of a prepared dataset, and which rows have the same prompt, computed from its Arrow columns."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def row_lengths(dataset: Dataset) -> RowLengths:
 
 
 def prompt_numbers(dataset: Dataset) -> np.ndarray:
-    """(N,) int64: equal numbers for rows of equal prompts, counted in the order in which prompts first come."""
+    """(N,) int64: one number per distinct prompt, counted in order of first appearance."""
     import pyarrow.compute as pc
 
     prompts = arrow_column(dataset, "prompt_ids")

@@ -1,8 +1,8 @@
-"""Which groups of a collated batch run together: groups in, layouts in micro-batches of at most so many tokens out.
+"""Splits a collated batch into micro-batches: groups in, layouts in micro-batches of at most `max_tokens` out.
 
-Groups that repeat a prompt become one group where that saves enough tokens: six pairs of a prompt with seven ranked
+Groups that repeat a prompt become one group if this saves enough tokens: six pairs of a prompt with seven ranked
 answers compute the prompt and each answer once. Groups are then packed whole, by first-fit decreasing, which needs at
-most 11/9 of the fewest possible micro-batches, and one more (Dosa 2007). A group above the limit has one of its own.
+most 11/9 of the minimal number of micro-batches, plus one (Dosa 2007). A group above the limit gets its own.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from collections.abc import Callable, Sequence
 from fastdpo.data.batches.layout import GroupLayout, lay_out
 from fastdpo.types import TokenizedGroup
 
-# Of the tokens of separate groups, what one group must save: the rows of a group go through the head together, twice
-# where they do not fit, and its branches copy keys. Prompts that are a BOS alone would make one group of all rows.
+# Smallest share of tokens that merging groups must save: the rows of a group go through the head together, twice if
+# they do not fit, and its branches copy keys. Without it, prompts of only a BOS would merge all rows into one group.
 MIN_SAVED_SHARE = 1 / 50
 
 
 def lay_out_batch(
     groups: Sequence[TokenizedGroup], *, prefix_sharing: bool = True, max_tokens: int | None = None
 ) -> list[GroupLayout]:
-    """The groups with those that repeat a prompt merged, in the order in which their prompts come.
+    """Merges groups that repeat a prompt; the order is that of the prompts' first appearance.
 
     Args:
-        prefix_sharing: False leaves every group as it is.
-        max_tokens: no merged group has more.
+        prefix_sharing: False merges no groups.
+        max_tokens: the largest size of a merged group.
     """
     if not prefix_sharing:
         return [_of_one(groups, i, prefix_sharing=False) for i in range(len(groups))]
     examples_of: dict[tuple[int, ...] | int, list[int]] = {}
     for i, group in enumerate(groups):
-        # without a common prompt each response begins with its own, so there is nothing to compute once
+        # without a common prompt each response begins with its own prompt, so nothing can be shared
         key = tuple(group.prompt_ids) if len(group.prompt_ids) else i
         examples_of.setdefault(key, []).append(i)
     layouts: list[GroupLayout] = []
@@ -44,7 +44,7 @@ def _of_one(groups: Sequence[TokenizedGroup], example: int, *, prefix_sharing: b
 
 
 def _merged(groups: Sequence[TokenizedGroup], examples: list[int], max_tokens: int | None) -> list[GroupLayout]:
-    """The examples of one prompt in as few groups as save tokens and stay below the limit."""
+    """Merges the examples of one prompt wherever this saves tokens and stays below the limit."""
     separate = [_of_one(groups, i) for i in examples]
     if len(examples) == 1:
         return separate
@@ -94,13 +94,13 @@ def _whole(responses: Sequence[Sequence[int]]) -> list[list[bool]]:
 def first_fit_decreasing(
     sizes: Sequence[int], capacity: int, size_beside: Callable[[int, int], int] | None = None
 ) -> list[list[int]]:
-    """Items in bins: the largest first, each in the first bin that has room for it.
+    """Packs items into bins: largest item first, each into the first bin with enough space.
 
     Args:
-        sizes: of each item, in tokens.
-        capacity: of a bin. An item above it has a bin of its own.
-        size_beside: `(first, item)` -> what the item takes in a bin whose first, largest item is `first`; by default
-            its size.
+        sizes: size of each item, in tokens.
+        capacity: capacity of a bin. A larger item gets its own bin.
+        size_beside: `(first, item)` -> the item's size in a bin whose first, largest item is `first`; by default its
+            own size.
     Returns:
         The items of each bin, ascending.
     """
@@ -126,7 +126,7 @@ def packed_microbatches(layouts: Sequence[GroupLayout], max_tokens: int) -> list
 
 
 def num_padded_rows(group: TokenizedGroup) -> int:
-    """Rows of the group in a padded batch: equal responses share one."""
+    """Number of rows that the group takes in a padded batch: equal responses share one row."""
     return len({tuple(response) for response in group.responses})
 
 

@@ -1,21 +1,21 @@
-"""Groups of token ids in, one PackedBatch out: packed without padding and with shared prefixes, or padded where a
-model needs it.
+"""Groups of token ids in, one PackedBatch out: packed without padding and with shared prefixes, or padded for models
+that cannot run packed rows.
 
 Two pairs, prompts [1 2] and [6], responses [3 4] / [5] and [7] / [8 9]:
 
     input_ids     1 2 3 4 | 5 | 6 7 | 8 9     prompt + chosen, then the rejected branch, for each pair
-    position_ids  0 1 2 3 | 2 | 0 1 | 1 2     a branch goes on from its prefix's end
+    position_ids  0 1 2 3 | 2 | 0 1 | 1 2     a branch continues from its prefix's end
     segments      (0,4, 0,0) (4,5, 0,2) (5,7, 0,0) (7,9, 5,6)     queries 4..5 also see the keys of rows 0..2
     labels        3 4 5 7 8 9
     logit_rows    1 2 1 5 5 7                 row 1, the prompt's end, predicts both 3 and 5
     cu_seqlens    0 2 3 4 6                   token_rows is 0 1 2 3 4 5 here: no response token is shared
     group_ends    (3, 3, 2, 1) (6, 6, 4, 2)   rows, tokens, sequences and pairs up to the end of each group
-    example_ids   0 0 1 1                     which row of the dataset, counted within the batch, brought each sequence
-    uses          2 2 1 1 1 2 1 1 1           sides of pairs that each position is part of
+    example_ids   0 0 1 1                     dataset row of each sequence, counted within the batch
+    uses          2 2 1 1 1 2 1 1 1           how many pair sides each position belongs to
 
-The first sequence of a group is computed whole. Every other one that differs is a branch: it shares the longest common
-start with the first one, response tokens included, and keeps at least one token of its own. Sequences of equal tokens
-are one branch, but stay sequences of their own, so that each keeps its loss mask and its reference log-prob.
+The first sequence of a group is computed whole. Every other sequence that differs is a branch: it shares the longest
+common prefix with the first one, response tokens included, and keeps at least one token of its own. Equal sequences
+share one branch, but remain separate sequences, so each keeps its own loss mask and reference log-prob.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHARED_PARTS_AFTER = 2  # with ld_alpha, the shared part of sequence i is sequen
 
 
 class _BatchBuilder:
-    """What packed and padded layouts have in common: pairs, labels, and which row predicts what."""
+    """The part shared by packed and padded layouts: pairs, labels, and which row predicts which label."""
 
     def __init__(self, *, shared_parts: bool) -> None:
         self.brings_shared_parts = shared_parts
@@ -49,7 +49,7 @@ class _BatchBuilder:
         self.example_ids: list[int] = []
 
     def add_rows(self, logit_rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Appends rows for the head and returns their indices r."""
+        """Appends rows for the LM head and returns their indices r."""
         self.logit_rows.append(logit_rows)
         self.labels.append(labels)
         self.num_rows += len(labels)
@@ -129,8 +129,8 @@ def pack_layouts(
 
     Args:
         shared_parts: groups hold the shared parts of their pairs, see `with_shared_parts`.
-        multiple_of: of how many tokens the row's length is to be a multiple. What is missing is padding at its end, a
-            branch of its own that nothing reads.
+        multiple_of: pads the row's length to a multiple of this many tokens. The padding is a separate branch at the
+            end, which no other token attends to.
     Raises:
         ValueError: there is no group, or it lacks the shared parts of its pairs.
     """
@@ -175,14 +175,14 @@ def pack_layouts(
 
 
 def _uses(group: TokenizedGroup) -> np.ndarray:
-    """(K,) int64: how many sides of pairs each response is; 1 where there are no pairs."""
+    """(K,) int64: number of pair sides that each response takes; 1 if the group has no pairs."""
     if not group.preferences:
         return np.ones(len(group.responses), dtype=np.int64)
     return np.bincount(np.asarray(group.preferences).ravel(), minlength=len(group.responses))
 
 
 def _uses_of_positions(layout: GroupLayout) -> np.ndarray:
-    """Sides of pairs that each position of the packed group is part of."""
+    """Number of pair sides that each position of the packed group belongs to."""
     per_branch = np.bincount(layout.branch_of, weights=_uses(layout.group))
     parts = [np.full(len(b.tokens) - b.num_shared, n) for b, n in zip(layout.branches, per_branch, strict=True)]
     for branch, num_uses in zip(layout.branches[1:], per_branch[1:], strict=True):
@@ -198,12 +198,12 @@ def pad_pairs(
     example_ids: Sequence[int] | None = None,
     shared_parts: bool = False,
 ) -> PackedBatch:
-    """Lays sequences out in right-padded rows, for models whose attention cannot be packed; equal ones share a row.
+    """Lays sequences out in right-padded rows, for models that cannot run packed rows; equal sequences share a row.
 
     Args:
         shared_parts: groups hold the shared parts of their pairs, see `with_shared_parts`.
-        multiple_of: of how many tokens the rows' length is to be a multiple.
-        example_ids: which example of the batch each group is; by default they are counted from 0.
+        multiple_of: pads the rows' length to a multiple of this many tokens.
+        example_ids: the example of the batch that each group comes from; by default 0, 1, 2, ...
     Raises:
         ValueError: there is no group, or it lacks the shared parts of its pairs.
     """

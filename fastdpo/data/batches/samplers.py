@@ -1,9 +1,9 @@
-"""Orders of a training set other than a uniform shuffle, each opt-in: rows of one prompt together, or rows of similar
+"""Opt-in orders of a training set in place of the uniform shuffle: rows of one prompt together, or rows of similar
 length in one step.
 
-An order is a function of seed and epoch alone, so that every process has the same one, and a resumed run goes on in it.
-The epoch is asked for and not set from outside: what sets it, accelerate, does not get through to the sampler of a
-run that is resumed on several processes.
+The order depends only on seed and epoch, so every process has the same order and a resumed run continues it. The
+sampler asks for the epoch itself, because accelerate's `set_epoch` does not reach the sampler of a run that is resumed
+on several processes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 
 
 class _EpochSampler(Sampler[int]):
-    """Subclasses say the order of an epoch; `epoch_of` says, whenever an iteration begins, which epoch that is."""
+    """Base class: subclasses give the order of an epoch; `epoch_of` returns the epoch when an iteration begins."""
 
     def __init__(self, seed: int, epoch_of: Callable[[], int]) -> None:
         self.seed = seed
@@ -29,7 +29,7 @@ class _EpochSampler(Sampler[int]):
 
 
 class PromptSampler(_EpochSampler, Sized):
-    """Prompts in random order, the rows of each one after the other, themselves in random order.
+    """Prompts in random order; the rows of a prompt follow one another, also in random order.
 
     Args:
         prompts: (N,) int64, equal for rows of equal prompts.
@@ -51,7 +51,7 @@ class LengthSampler(_EpochSampler, Sized):
     """Steps of rows of similar length, in random order.
 
     Rows are shuffled and cut into blocks of `STEPS_PER_BLOCK` steps; within a block they are sorted by length and cut
-    into steps. The steps of all blocks are then shuffled, but for an incomplete one, which comes last.
+    into steps. The steps of all blocks are then shuffled, except an incomplete one, which comes last.
 
     Args:
         lengths: (N,) tokens of each row.

@@ -1,10 +1,10 @@
-"""Where variable-length attention finds the keys of every branch: the segments of a packed row in, index tensors out.
+"""Index tensors with which variable-length attention finds the keys of every branch: segments of a packed row in.
 
 A branch's keys are its prefix's rows, then its own. The first pair of `packing.py`, prompt [1 2], responses [3 4] and
 [5], has segments (0,4, 0,0) (4,5, 0,2):
 
     rows          0 1 2 3 4
-    key_rows      0 1 2 3 | 0 1 4         what the branch does not have itself is there once more
+    key_rows      0 1 2 3 | 0 1 4         the prefix rows are repeated for the branch
     row_keys      0 4 | 1 5 | 2 | 3 | 6   rows 0 and 1 are two keys each, row 4 is key 6
     row_ends      0 2 4 5 6 7
     cu_queries    0 4 5    cu_keys  0 4 7

@@ -1,9 +1,9 @@
-"""The general forms of preference and fine-tuning rows: TRL's, those of other trainers, and those that any dataset may
-have. Datasets with columns of their own are in `fastdpo.data.forms.adapters`.
+"""The general forms of preference and fine-tuning rows, as TRL and other trainers define them. Readers for datasets
+with their own columns are in `fastdpo.data.forms.adapters`.
 
 In: rows with the columns that FORMS and SFT_FORMS list, or with other names of the same kinds (`columns`). Out: a
-`PreferenceRow`. Four modules read cells (`roles`, `messages`, `json_text`, `text`), two put a row together (`context`,
-`answers`), and one for each kind of form says what goes where (`pairs`, `winners`, `rankings`, `sft`).
+`PreferenceRow`. Four modules read cells (`roles`, `messages`, `json_text`, `text`), two assemble a row (`context`,
+`answers`), and each kind of form has one module (`pairs`, `winners`, `rankings`, `sft`).
 """
 
 from fastdpo.data.forms.columns import Cells

@@ -1,9 +1,9 @@
-"""From a context and the answers to it to a row: one answer or several on either side of a preference.
+"""From a context and its answers to a row with one or several answers on either side of a preference.
 
-In: cells of answers: text, a message, a conversation, or a list of such answers, each of which is an answer of its own.
-Out: a `PreferenceRow`; every better answer is preferred to every worse one. Whole conversations hold their prompt
-themselves, which then stands once. Refused with BadRow: an answer in which the assistant says nothing, what is neither
-text nor messages, a context that is another one than that of the conversations beside it.
+In: cells of answers: text, a message, a conversation, or a list of these, where each element is a separate answer.
+Out: a `PreferenceRow`; every better answer is preferred to every worse one. If whole conversations repeat the prompt,
+the row holds it once. Refused with BadRow: an answer without an assistant message, a value that is neither text nor
+messages, a context that contradicts the conversations.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Answer = str | list[Message]
 
 
 def answers_in(value: Any) -> list[Answer]:
-    """The answers of one cell: those of a list of texts or of conversations, or the one that it is.
+    """The answers of one cell: each element of a list of texts or conversations, or the cell as one answer.
 
     Raises:
-        BadRow: it is no answer.
+        BadRow: the cell holds no answer.
     """
     value = messages_in(value, "response")
     if isinstance(value, str):
@@ -44,10 +44,10 @@ def answers_in(value: Any) -> list[Answer]:
 
 
 def one_answer(value: Any) -> Answer:
-    """The only answer of a cell."""
+    """The single answer of a cell."""
     answers = answers_in(value)
     if len(answers) != 1:
-        raise BadRow("a list of answers where one is needed")
+        raise BadRow("a list of answers where one answer is expected")
     return answers[0]
 
 
@@ -61,7 +61,7 @@ def preferred(context: Context, chosen: Sequence[Answer], rejected: Sequence[Ans
 
 
 def answered(context: Context, answers: Sequence[Answer]) -> tuple[str | list[Message], Sequence[Answer]]:
-    """The prompt, and what each answer says after it."""
+    """The prompt, and each answer without it."""
     if context.holds_messages or any(isinstance(answer, list) for answer in answers):
         conversations = [as_messages(a, "assistant", "response") if isinstance(a, str) else a for a in answers]
         return _conversations(context.messages(), conversations)
@@ -80,7 +80,7 @@ def _conversations(
         raise BadRow("empty response")
     _check_speakers(answers)
     whole = [answer for answer in answers if _is_whole(answer)]
-    if whole and len(whole) < len(answers):  # the others answer what the whole ones begin with
+    if whole and len(whole) < len(answers):  # the other answers share the whole conversations' prompt
         length = min(common_start(whole), *(len(answer) - 1 for answer in whole))
         before = _joined(before, whole[0][:length])
     sides = [_joined(before, answer) if _is_whole(answer) else [*before, *answer] for answer in answers]
@@ -91,8 +91,8 @@ def _conversations(
 
 
 def _prompt_length(before: Sequence[Message], sides: Sequence[Sequence[Message]]) -> int:
-    """How many messages lead up to the answers: those of the context and what follows of others than the assistant, or,
-    where whole conversations are all there is, what they share. Each side keeps at least one message."""
+    """Number of messages before the answers: those of the context and any further messages up to the assistant's, or,
+    if there are only whole conversations, their common start. Each side keeps at least one message."""
     shared = min(common_start(sides), min(map(len, sides)) - 1)
     if all(message["role"] == "system" for message in before) or not all(starts_with(side, before) for side in sides):
         return shared
@@ -104,7 +104,7 @@ def _prompt_length(before: Sequence[Message], sides: Sequence[Sequence[Message]]
 
 def _check_speakers(responses: Sequence[Sequence[Message]]) -> None:
     if any(all(message["role"] != "assistant" for message in response) for response in responses):
-        raise BadRow("response without a message of the assistant")
+        raise BadRow("response without an assistant message")
 
 
 def _joined(before: list[Message], answer: list[Message]) -> list[Message]:
@@ -114,12 +114,12 @@ def _joined(before: list[Message], answer: list[Message]) -> list[Message]:
 
 
 def _is_whole(answer: Sequence[Message]) -> bool:
-    """Whether a conversation begins with what leads up to the answer."""
+    """Whether a conversation includes the messages before the answer."""
     return answer[0]["role"] in ("system", "user")
 
 
 def _told_apart(chosen: Sequence[Answer], rejected: Sequence[Answer]) -> tuple[list[Answer], list[Answer]]:
-    """Both sides without empty answers, repeated ones, and those that stand on both."""
+    """Both sides without empty and repeated answers; an answer on both sides is dropped from the rejected one."""
     better, worse = (_unique([a for a in answers if not is_empty(a)]) for answers in (chosen, rejected))
     if not better or not worse:
         raise BadRow("empty response")

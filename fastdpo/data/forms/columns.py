@@ -1,8 +1,8 @@
-"""The columns of a row by what they hold, whatever a dataset calls them, and the ledger of what was read of them.
+"""Finds the columns of a row by kind, whatever their names, and keeps a ledger of the columns that were read.
 
-In: a row as its dataset has it. Out: `Cells`, which finds columns by their kind and takes down which ones a form reads;
-`ledger` says what became of the others. Refused with ValueError: a column with text or messages that nothing reads and
-whose name does not say that it is metadata.
+In: a row of the dataset. Out: `Cells`, which finds columns by kind and records which ones a form reads; `ledger`
+reports the others. Refused with ValueError: an unread column with text or messages whose name does not mark it as
+metadata.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from fastdpo.data.values import Example
 from fastdpo.types import PreferenceRow
 
 _READ_KEYS = frozenset((*ROLE_KEYS, *CONTENT_KEYS))
-PLAIN_TEXT = "text"  # the column of texts to be learnt as they are, whatever they look like
+PLAIN_TEXT = "text"  # the column of plain texts, trained unchanged even if they look like JSON
 
 
 class Cells(Mapping[str, Any]):
-    """The cells of a row. Those that are asked for are taken down in `read`; `peek` looks at one without that."""
+    """The cells of a row. Every access is recorded in `read`; `peek` reads a cell without recording it."""
 
     def __init__(self, example: Example) -> None:
         self._example = example
         self.columns = tuple(example)
         self._kinds = names_by_kind(self.columns)
         self.read: set[str] = set()
-        self.has_peeked = False  # else what was found of the columns holds for every row that has the same
+        self.has_peeked = False  # if False, the findings hold for every row with these columns
 
     def __getitem__(self, name: str) -> Any:
         value = self._example[name]
@@ -57,7 +57,7 @@ class Cells(Mapping[str, Any]):
         return self._example.get(name)
 
     def column(self, kind: str) -> str | None:
-        """The first filled column of a kind; else one that is there without anything in it; or None."""
+        """The first filled column of a kind; else an empty column of that kind; else None."""
         names = self._kinds[kind]
         if len(names) < 2:
             return names[0] if names else None
@@ -82,10 +82,10 @@ def is_filled(value: Any) -> bool:
 
 
 def structured(example: Example) -> tuple[dict[str, Any], dict[str, str]]:
-    """The row with its messages out of the text and the objects that hold them, and how each such column was written.
+    """The row with messages parsed out of JSON text and objects, and the form in which each such column was written.
 
-    An object {"messages": [...], "tools": [...], ...} gives its messages, its tools become those of the row, and what
-    else is in it stands beside as a column "input.tool_choice".
+    An object {"messages": [...], "tools": [...], ...} is replaced by its messages, its tools become the row's tools,
+    and its other keys become columns such as "input.tool_choice".
     """
     row = dict(example)
     written: dict[str, str] = {}
@@ -113,12 +113,12 @@ def structured(example: Example) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def ledger(cells: Cells, row: PreferenceRow, written: Mapping[str, str], ignored: tuple[str, ...]) -> dict[str, str]:
-    """What became of each filled column: "text", "JSON" (messages that stood in text), or "unread".
+    """Status of each filled column: "text", "JSON" (messages stored as text), or "unread".
 
     Args:
-        ignored: columns that are not to be read, whatever they hold.
+        ignored: columns to leave unread, whatever they hold.
     Raises:
-        ValueError: columns hold text or messages that nothing reads.
+        ValueError: an unread column holds text or messages.
     """
     result = {name: how for name, how in written.items() if name in cells.read}
     unknown = []
@@ -144,12 +144,12 @@ def ledger(cells: Cells, row: PreferenceRow, written: Mapping[str, str], ignored
 
 
 def columns_text(columns: Mapping[str, str]) -> str:
-    """What became of the columns of a row as one short text, equal for rows that are alike."""
+    """The ledger of a row as one short text, equal for rows with the same ledger."""
     return json.dumps(columns, sort_keys=True) if columns else ""
 
 
 class ColumnLedger:
-    """What became of the columns of a dataset, row by row."""
+    """Collects the column ledgers of all rows of a dataset."""
 
     def __init__(self) -> None:
         self._unread: dict[str, None] = {}
@@ -157,14 +157,14 @@ class ColumnLedger:
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """The columns that were not read, where they hold anything."""
+        """The filled columns that were not read."""
         return tuple(self._unread)
 
     def add(self, text: str, row_of: Callable[[str], int]) -> None:
-        """Takes down `columns_text` of a row, or of all rows that are alike in that.
+        """Records the `columns_text` of a row, or of all rows that share it.
 
         Args:
-            row_of: gives the number of the first such row.
+            row_of: returns the number of the first such row.
         Raises:
             ValueError: a column holds messages as JSON in some rows and other text in others.
         """
@@ -179,14 +179,13 @@ class ColumnLedger:
             if other is not None:
                 rows = sorted((other, self._first[name, how]))
                 raise ValueError(
-                    f"dataset must hold messages as JSON text in every row of the column {name!r}, or in none, got them"
-                    f" in some only: rows {rows[0]} and {rows[1]} (counted from 0) differ; write the others in the same"
-                    " way"
+                    f"dataset must hold messages as JSON text in every row of the column {name!r} or in no row, got"
+                    f" both: rows {rows[0]} and {rows[1]} (counted from 0) differ; write all rows in the same form"
                 )
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Every text inside a cell that says something, without the names of roles and keys."""
+    """Every content text inside a cell, without the names of roles and keys."""
     if isinstance(value, str):
         if value.strip():
             yield value.strip()
@@ -228,8 +227,8 @@ def _unknown_columns(names: list[str], cells: Cells) -> str:
     shown = ", ".join(f"{name!r} ({_shown(cells.peek(name))})" for name in names)
     first = names[0]
     return (
-        f"dataset has text that nothing would read, in the columns {shown}: say what they are, as in --columns"
-        f" prompt={first}, or that they are to be left out, --columns {IGNORE}={','.join(names)} (in Python"
+        f"dataset must hold text in known columns only, got the columns {shown}: map them to known names, such as"
+        f" --columns prompt={first}, or ignore them with --columns {IGNORE}={','.join(names)} (in Python"
         f" columns={{{IGNORE!r}: {names!r}}})"
     )
 

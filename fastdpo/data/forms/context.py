@@ -1,12 +1,12 @@
-"""From the columns that lead up to an answer to the prompt: system prompt, earlier turns, context, question.
+"""Builds the prompt from the columns before an answer: system prompt, earlier turns, context, question.
 
-In: `Cells`. Out: `Context`, which gives the prompt as text or as messages. What two columns both say, as a question
-that stands in `prompt` and at the end of `messages`, is said once.
+In: `Cells`. Out: `Context`, which gives the prompt as text or as messages. Content in two columns, such as a question
+in `prompt` and at the end of `messages`, appears once.
 Refused with BadRow: two system prompts, two questions.
 
-Text stays text where all of it is: the parts follow one another, a blank line between them; an Alpaca-like task has its
-headings. Messages are made of it where a column holds messages, where there are earlier turns or tools, which have no
-place in text, and of a `question` or `query`, which somebody asks.
+If all parts are text, the prompt is text: the parts are separated by blank lines, and an Alpaca-like task gets its
+headings. The prompt becomes messages if a column holds messages, if there are earlier turns or tools, which text cannot
+express, or if the question is in a column `question` or `query`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fastdpo.data.values import BadRow, as_text, common_prefix_length, holds_mes
 from fastdpo.types import Message
 
 Part = str | list[Message]
-_TWO_SYSTEMS = "a system prompt beside a conversation that has another one"
+_TWO_SYSTEMS = "the row's system prompt differs from the conversation's own"
 
 
 @dataclass
 class Context:
-    """What stands before the answers of a row, in order."""
+    """The parts before the answers of a row, in order."""
 
     system: str = ""
     parts: list[Part] = field(default_factory=list)  # earlier turns, context
@@ -46,7 +46,7 @@ class Context:
         return self.is_asked or self.needs_messages or any(isinstance(part, list) for part in said)
 
     def text(self) -> str:
-        """The prompt, where all of it is text."""
+        """The prompt as text, if all parts are text."""
         question = self.question if isinstance(self.question, str) else None
         texts = [str(part) for part in (self.system, *self.parts) if part and str(part).strip() not in (question or "")]
         return "\n\n".join(texts if question is None else [*texts, question])
@@ -54,7 +54,7 @@ class Context:
     def messages(self) -> list[Message]:
         """The prompt as a conversation, the system prompt first."""
         messages: list[Message] = []
-        passages = []  # text that the question is to be answered from
+        passages = []  # context for the question
         for part in self.parts:
             if isinstance(part, str):
                 passages.append(part)
@@ -75,8 +75,8 @@ def read_context(cells: Cells, *, but: Sequence[str] = (), answers: Sequence[Par
     """The context of a row.
 
     Args:
-        but: kinds of columns that hold something else in this form.
-        answers: those of the row; a conversation that ends in one of them leads up to it without it.
+        but: kinds of columns that are not context in this form.
+        answers: the row's answers; a conversation that ends in one of them is used without it.
     """
     context = Context(system=system_text(cells), needs_messages=has_tools(cells))
     name = _question_column(cells, but)
@@ -97,7 +97,7 @@ def read_context(cells: Cells, *, but: Sequence[str] = (), answers: Sequence[Par
 
 
 class _Task(Context):
-    """A task whose parts all have their headings where all of it is text."""
+    """A task whose parts get Alpaca's headings if all parts are text."""
 
     def __init__(self, headings: str, **parts: Any) -> None:
         super().__init__(**parts)
@@ -133,7 +133,7 @@ def _task(cells: Cells, context: Context, name: str) -> Context:
 
 
 def system_text(cells: Cells) -> str:
-    """What the column of the system prompt says, "" where there is none."""
+    """The text of the system prompt column, "" if there is none."""
     name = cells.filled("system")
     if name is None:
         return ""
@@ -144,16 +144,16 @@ def system_text(cells: Cells) -> str:
 
 
 def has_tools(cells: Cells) -> bool:
-    """Whether the row brings tools, for which only a chat template has a place."""
+    """Whether the row has tools, which only a chat template can render."""
     name = cells.filled("tools")
     return name is not None and bool(json_list(cells[name], "tools"))
 
 
 def with_system(messages: list[Message], system: str) -> list[Message]:
-    """The conversation after a system prompt, which may already stand there.
+    """The conversation with the given system prompt, which it may already begin with.
 
     Raises:
-        BadRow: another one stands there.
+        BadRow: the conversation begins with another system prompt.
     """
     if not system.strip():
         return messages
@@ -165,10 +165,10 @@ def with_system(messages: list[Message], system: str) -> list[Message]:
 
 
 def joined(before: list[Message], after: list[Message]) -> list[Message]:
-    """One conversation of two of which the second goes on with the first, or repeats it or its end.
+    """Joins two conversations; the second one continues the first, or repeats the first or its end.
 
     Example: [system, question] and [question, answer] give [system, question, answer]; [question] and [system,
-    question, answer] the second.
+    question, answer] give the second.
 
     Raises:
         BadRow: the first ends in a question, and the second begins with another one.
@@ -188,7 +188,7 @@ def joined(before: list[Message], after: list[Message]) -> list[Message]:
         raise BadRow(_TWO_SYSTEMS)
     goes_on = after[0]["role"] not in ("system", "user") or before[-1]["role"] not in ("system", "user")
     if first or not goes_on:
-        raise BadRow("a prompt beside a conversation that does not hold it")
+        raise BadRow("the conversation does not contain the row's prompt")
     return [*before, *after]
 
 
@@ -202,7 +202,7 @@ def common_start(sides: Sequence[Sequence[Message]]) -> int:
 
 
 def _question_column(cells: Cells, but: Sequence[str]) -> str | None:
-    """`prompt`, or else the column that asks; an empty prompt that is text is a prompt too."""
+    """`prompt`, or else a question column; an empty text is a valid prompt."""
     name = None if "prompt" in but else cells.column("prompt")
     if name is not None and cells.peek(name) is not None and cells.peek(name) != []:
         return name
@@ -211,7 +211,7 @@ def _question_column(cells: Cells, but: Sequence[str]) -> str | None:
 
 
 def _only_text(value: Any) -> Any:
-    """The text of a list that holds one."""
+    """The text inside a list of one text."""
     if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
         if len(value) > 1:
             raise BadRow("prompt is a list of several texts")
@@ -230,8 +230,8 @@ def _part(value: Any, name: str) -> Part:
 
 
 def _without_answer(part: Part, answers: Sequence[Part], question: Part | None) -> Part:
-    """A conversation without the answer that it ends in, as where `messages` holds the chosen one; but where there is a
-    question, only an answer to it."""
+    """A conversation without its last message, if that is one of `answers`, such as the chosen answer in `messages`; if
+    the row has a question, only an answer to this question is removed."""
     if isinstance(part, str) or not part or part[-1]["role"] != "assistant":
         return part
     last = [as_messages(answer, "assistant", "response")[-1:] for answer in answers if answer]
@@ -241,16 +241,16 @@ def _without_answer(part: Part, answers: Sequence[Part], question: Part | None) 
 
 
 def _is_repeated(part: Part, question: Part | None) -> bool:
-    """Whether a question that is text says all that the part does: the part is that question once more."""
+    """Whether the part only repeats a question that is text."""
     is_question = isinstance(part, list) and len(part) == 1 and part[0]["role"] == "user"
     return is_question and isinstance(question, str) and part[0]["content"].strip() == question.strip()  # type: ignore[index]
 
 
 def _with_passages(question: list[Message], passages: list[str]) -> list[Message]:
-    """The passages before what the user says first."""
+    """Inserts the passages before the first user message."""
     at = next((i for i, message in enumerate(question) if message["role"] == "user"), None)
     if at is None:
-        raise BadRow("context beside a prompt in which nobody asks")
+        raise BadRow("context beside a prompt without a user message")
     asked = question[at]
     content = "\n\n".join([*(p for p in passages if p.strip() not in asked["content"]), asked["content"]])
     return [*question[:at], {**asked, "content": content}, *question[at + 1 :]]
@@ -261,7 +261,7 @@ def _are_same(messages: Sequence[Message], others: Sequence[Message]) -> bool:
 
 
 def _repeats(conversation: Sequence[Message], part: Sequence[Message]) -> bool:
-    """Whether all that `part` says stands in the conversation, said by the same."""
+    """Whether the conversation contains every message of `part`, with the same roles."""
     return all(
         any(
             message["role"] == other["role"]

@@ -1,6 +1,6 @@
-"""Who writes which rows: an example of every form, as trainers, services and published datasets have it.
+"""An example row of every form, as trainers, services and published datasets write it.
 
-In: nothing. Out: EXAMPLES, of which docs/data_forms.md is made; a test reads each of them by its form.
+In: nothing. Out: EXAMPLES, from which docs/data_forms.md is generated; a test reads each example by its form.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Written:
-    """A row as somebody writes it."""
+    """An example row and who writes it so."""
 
     by: str
     row: dict[str, Any]

@@ -1,11 +1,11 @@
-"""From one example of a dataset (a dict of columns) to a `PreferenceRow`: which format it has, what of it goes to the
-chat template, and what became of each of its columns.
+"""From one example of a dataset (a dict of columns) to a `PreferenceRow`: its format, its arguments for the chat
+template, and the ledger of its columns.
 
-In: the columns of an adapter (`forms.adapters`) or of a general form (`forms`), recognised by their
-names, or as `dataset_format` says; `columns` gives columns other names and says which are not read. Out: text or
-messages, with the prompt apart from the responses. Everything that a row holds is read, named as ignored, or refused.
-Refused with ValueError, because it concerns the whole dataset: columns that no format knows or that a named one lacks,
-a column with text or messages that nothing would read, images, video and audio.
+In: the columns of an adapter (`forms.adapters`) or of a general form (`forms`), recognised by their names or named by
+`dataset_format`; `columns` renames columns and lists ignored ones. Out: text or messages, with the prompt separate from
+the responses. Every column is read, reported as ignored, or refused.
+Refused with ValueError, because it concerns the whole dataset: columns of no known format, missing columns of a named
+format, an unread column with text or messages, images, video and audio.
 Refused with BadRow, because it concerns one row, which the caller counts: a value that is not text, a missing answer.
 
 Messages keep their further keys (name, tool_calls, ...); `template_kwargs` reads TRL's columns `tools` and
@@ -50,7 +50,7 @@ KNOWN_COLUMNS = tuple(
 
 
 def check_format_name(name: str) -> None:
-    """Raises ValueError with the nearest name where `name` is neither a format nor "auto"."""
+    """Raises ValueError with the nearest name if `name` is neither a format nor "auto"."""
     if name != AUTO and name not in FORMAT_NAMES:
         nearest = difflib.get_close_matches(str(name), FORMAT_NAMES, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -58,10 +58,10 @@ def check_format_name(name: str) -> None:
 
 
 def check_columns(value: Any) -> dict[str, Any] | None:
-    """The setting `columns` as a dict, from one or from the text of a command line; see `forms.mapping`.
+    """The setting `columns` as a dict, given as a dict or as text from the command line; see `forms.mapping`.
 
     Raises:
-        ValueError: it is no mapping of names that some format reads.
+        ValueError: the value is not a mapping, or it maps a name that no format reads.
     """
     return as_columns(value, KNOWN_COLUMNS)
 
@@ -69,12 +69,12 @@ def check_columns(value: Any) -> dict[str, Any] | None:
 def preference_row(
     example: Example, dataset_format: str = AUTO, columns: Mapping[str, Any] | None = None
 ) -> PreferenceRow:
-    """The row, the better response of each preference first: a pair, or a group where more answers are ranked.
+    """The row, the better response of each preference first: a pair, or a group of ranked answers.
 
     Raises:
         BadRow: this row cannot be used.
-        ValueError: no format, or not the named one, has these columns, a column holds text that nothing reads, or the
-            example holds images, video or audio.
+        ValueError: the columns fit no format or not the named one, an unread column holds text, or the example holds
+            images, video or audio.
     """
     return read_row(example, dataset_format, is_sft=False, columns=columns)[0]
 
@@ -90,8 +90,7 @@ def sft_row(example: Example, dataset_format: str = AUTO, columns: Mapping[str, 
 def read_row(
     example: Example, dataset_format: str, *, is_sft: bool, columns: Mapping[str, Any] | None = None
 ) -> tuple[PreferenceRow, RowFormat]:
-    """The row and the format that it was read by; see `preference_row` and `sft_row`. `PreferenceRow.columns` says what
-    became of the columns."""
+    """The row and its format; see `preference_row` and `sft_row`. `PreferenceRow.columns` is the ledger of columns."""
     media = [name for name in MEDIA if is_filled(example.get(name))]
     if media:
         raise ValueError(
@@ -104,7 +103,7 @@ def read_row(
     if sources:
         seen = Cells({name: value for name, value in seen.items() if name not in sources})
         ignored += sources
-    if row_format.name == "implicit" and dataset_format != AUTO:  # whoever says so has no prompt beside the answers
+    if row_format.name == "implicit" and dataset_format != AUTO:  # the named format has no prompt column
         ignored += tuple(seen)
     row = _read(row_format, seen)
     all_cells = Cells(cells) if ignored else seen
@@ -117,8 +116,8 @@ def read_row(
 
 
 def _chosen(cells: Cells, dataset_format: str, is_sft: bool) -> tuple[RowFormat, tuple[str, ...]]:
-    """The format of a row, and the columns from which its prompt and answers were made. Nearly always both follow from
-    the names of the columns, and are the same for every row."""
+    """The format of a row, and the columns that its prompt and answers were made from. Both nearly always depend only
+    on the column names and are the same for every row."""
     key = (cells.columns, dataset_format, is_sft)
     known = _BY_COLUMNS.get(key)
     if known is not None:
@@ -134,7 +133,7 @@ def _chosen(cells: Cells, dataset_format: str, is_sft: bool) -> tuple[RowFormat,
 
 
 def choose_format(example: Example, dataset_format: str, *, is_sft: bool) -> RowFormat:
-    """The first format that the example fits: of the named ones, or of those that it is unmistakably one of."""
+    """The first format that fits the example; for "auto", the first that it unmistakably has."""
     cells = example if isinstance(example, Cells) else Cells(example)
     formats = (*FORMATS, *SFT_FORMS) if is_sft else FORMATS
     if dataset_format == AUTO:
@@ -145,12 +144,12 @@ def choose_format(example: Example, dataset_format: str, *, is_sft: bool) -> Row
         known = "; ".join(dict.fromkeys(f"{form.name}: {', '.join(form.columns)}" for form in forms))
         published = ", ".join(dict.fromkeys(adapter.name for adapter in ADAPTERS if not adapter.by_name_only))
         raise ValueError(
-            f"dataset must have the columns of a known format ({known}; or those of a dataset as it is published:"
-            f" {published}; or --columns prompt=THEIRS,chosen=THEIRS,... says which they are), got {sorted(example)}"
+            f"dataset must have the columns of a known format ({known}), the columns of a published dataset"
+            f" ({published}), or a mapping --columns prompt=THEIRS,chosen=THEIRS,..., got {sorted(example)}"
         )
     named = [row_format for row_format in formats if row_format.name == dataset_format]
     if not named:
-        raise ValueError(f"dataset_format must be a format of preferences, got {dataset_format!r}, which has none")
+        raise ValueError(f"dataset_format must be a preference format, got {dataset_format!r}, which is for SFT")
     regrouped_form = (RANKED,) if any(row_format.regroup for row_format in named) else ()
     for row_format in (*named, *regrouped_form):
         if row_format.fits(cells):
@@ -162,23 +161,23 @@ def choose_format(example: Example, dataset_format: str, *, is_sft: bool) -> Row
 def regrouped(
     examples: Iterable[Example], first: Example, dataset_format: str, *, is_sft: bool
 ) -> Iterator[Example] | None:
-    """Rows of the form `ranked`, one for each prompt, where those of the dataset are something else; or None.
+    """Rows of the form `ranked`, one per prompt, if the dataset's rows are trees or single answers; else None.
 
     Args:
         examples: all rows of the dataset.
-        first: one of them, by which the format is chosen.
+        first: the example that decides the format.
     """
     try:
         row_format = choose_format(first, dataset_format, is_sft=is_sft)
-    except ValueError:  # told with its row when it is read
+    except ValueError:  # reported with its row when it is read
         return None
     return None if row_format.regroup is None else _with_the_rest(examples, row_format)
 
 
 def _with_the_rest(examples: Iterable[Example], row_format: RowFormat) -> Iterator[Example]:
-    """The regrouped rows, beside what first stood in columns that the format does not know: so they come to the ledger.
+    """The regrouped rows, with the first row's columns that the format does not know, so that the ledger reports them.
 
-    It is one row's, so none of it may pass for the context of another: those columns get a name of no kind.
+    These columns get names of no kind, because the content of one row must not become the context of another.
     """
     assert row_format.regroup is not None
     known = row_format.all_columns
@@ -198,7 +197,7 @@ def _with_the_rest(examples: Iterable[Example], row_format: RowFormat) -> Iterat
 
 
 def template_kwargs(example: Example, columns: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a row gives to the chat template: `tools` (a list, or JSON text of one) and `chat_template_kwargs`."""
+    """A row's arguments for the chat template: `tools` (a list, or JSON text of a list) and `chat_template_kwargs`."""
     if (
         columns is None
         and not any(name in example for name in (TEMPLATE_KWARGS, *KINDS["tools"]))
@@ -223,12 +222,11 @@ def template_kwargs(example: Example, columns: Mapping[str, Any] | None = None) 
 
 
 def _read(row_format: RowFormat, cells: Cells) -> PreferenceRow:
-    """The row, after its system prompt; one whose columns hold something else than the format's, as None for a list,
-    is a bad row."""
+    """The row with its system prompt; values that do not fit the format, such as None for a list, make a bad row."""
     try:
         row = row_format.read(cells)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise BadRow(f"not a row of {row_format.name} ({type(error).__name__}: {error})") from error
+        raise BadRow(f"the row does not fit the format {row_format.name} ({type(error).__name__}: {error})") from error
     name = cells.filled("system")
     if name is None or name in cells.read or name in row_format.further:
         return row
@@ -239,7 +237,7 @@ def _read(row_format: RowFormat, cells: Cells) -> PreferenceRow:
 
 
 def _sources(cells: Cells) -> tuple[str, ...]:
-    """The columns of a published dataset from which somebody has made the prompt and the answers beside them."""
+    """The columns of a published dataset that its prompt and answer columns were made from."""
     made = ("prompt", "chosen", "rejected")
     published = [adapter for adapter in ADAPTERS if adapter.is_unmistakable(cells) and "conversations" not in cells]
     return tuple(c for adapter in published for c in adapter.all_columns if c not in made and c in cells)

@@ -1,10 +1,10 @@
-"""Structure that an export has written as text: messages as JSON, inside a string, item by item, or in an object.
+"""Parses messages that an export wrote as text: as JSON in one string, in a list of strings, or inside an object.
 
-In: a cell. Out: the messages it spells, or the cell as it was. Refused with BadRow: text that has the look of messages
-and is not readable as such, which would be learnt with its brackets and quotes.
+In: a cell. Out: the parsed messages, or the unchanged cell. Refused with BadRow: text that looks like messages but
+cannot be parsed; the model would learn its brackets and quotes.
 
-Text is read as messages only where all of it is JSON (or Python's notation, as str() and CSV exports write it) of their
-shape. An answer that happens to be JSON stays the text it is.
+Text is read as messages only if all of it is JSON (or Python's notation, from str() and CSV exports) in the shape of
+messages. An answer that happens to be other JSON stays text.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def parsed(text: str) -> Any:
 
 
 def messages_in(value: Any, column: str, *, is_needed: bool = True) -> Any:
-    """The messages that a cell spells as text; else the cell itself.
+    """The messages written as text in a cell; else the cell itself.
 
     Args:
-        column: names the cell in BadRow.
-        is_needed: refuse text that only looks like messages; off where nobody may ask for the cell.
+        column: name of the cell in BadRow.
+        is_needed: refuse text that looks like messages but cannot be parsed; False for a cell that may stay unread.
     Raises:
-        BadRow: text that looks like messages and cannot be read.
+        BadRow: the text looks like messages and cannot be parsed.
     """
     if isinstance(value, str):
         start = value.lstrip()[:1]
@@ -68,7 +68,7 @@ def messages_in(value: Any, column: str, *, is_needed: bool = True) -> Any:
             and _SPEAKS.search(value)
             and _SAYS.search(value)
         ):
-            raise BadRow(f"{column} looks like messages written as text, and is no JSON")
+            raise BadRow(f"{column} looks like messages written as text, but is not valid JSON")
         return value
     if isinstance(value, list) and value and isinstance(value[0], str) and all(isinstance(i, str) for i in value):
         items = [parsed(item) if item.lstrip().startswith("{") else None for item in value]
@@ -77,7 +77,7 @@ def messages_in(value: Any, column: str, *, is_needed: bool = True) -> Any:
 
 
 def turns_in(text: str) -> Any:
-    """The pairs of a question and its answer that a cell spells as text, [["Hi?", "Hello!"], ...]; else the text."""
+    """The pairs of question and answer written as text, [["Hi?", "Hello!"], ...]; else the text."""
     pairs = parsed(text) if text.lstrip().startswith("[") else None
     if not isinstance(pairs, list):
         return text
@@ -85,22 +85,22 @@ def turns_in(text: str) -> Any:
 
 
 def is_message(value: Any) -> bool:
-    """Whether `value` is an object with somebody who speaks and something said."""
+    """Whether `value` is an object with a role and content."""
     return isinstance(value, dict) and any(key in value for key in ROLE_KEYS) and _has_content(value)
 
 
 def conversation_key(value: Any) -> str | None:
-    """Under which key an object that is no message itself holds a conversation."""
+    """The key under which an object that is not a message holds a conversation."""
     if not isinstance(value, dict) or any(key in value for key in ROLE_KEYS):
         return None
     return next((key for key in CONVERSATION_KEYS if isinstance(value.get(key), (list, str))), None)
 
 
 def json_list(value: Any, name: str) -> list[Any]:
-    """A list of objects, given as one, as JSON text of it, as a list of JSON texts, or as the only object.
+    """A list of objects, given as a list, as its JSON text, as a list of JSON texts, or as a single object.
 
     Raises:
-        BadRow: it is something else.
+        BadRow: the value is something else.
     """
     if isinstance(value, str):
         value = _from_json(value, name)

@@ -1,8 +1,8 @@
-"""The setting `columns`: what a dataset's own columns are, in the names used here, and which are not to be read.
+"""The setting `columns`: maps fastdpo's column names to a dataset's own names and lists ignored columns.
 
-In: {"prompt": "instruction", "rejected": "worst", "ignore": ["foo", "bar"]}, as a dict, as JSON, or as it is written on
-a command line: prompt=instruction,rejected=worst,ignore=foo,bar. Out: the row with those names.
-Refused with ValueError: names that nothing here reads, columns that the row does not have.
+In: {"prompt": "instruction", "rejected": "worst", "ignore": ["foo", "bar"]} as a dict, as JSON, or in the notation of
+the command line: prompt=instruction,rejected=worst,ignore=foo,bar. Out: the row with fastdpo's names.
+Refused with ValueError: names that fastdpo does not read, columns that the row does not have.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _WRITTEN = "a mapping as prompt=instruction,rejected=worst,ignore=foo, or {'prom
 
 
 def as_columns(value: Any, known: Sequence[str]) -> dict[str, Any] | None:
-    """The setting as a dict of our names to theirs, what is ignored as a list.
+    """The setting as a dict from our names to theirs, with the ignored columns as a list.
 
     Args:
-        known: the names that some form reads.
+        known: the names that the forms read.
     Raises:
-        ValueError: it is no mapping, or names something that nothing reads.
+        ValueError: the value is not a mapping, or it has a name that no form reads.
     """
     if value is None:
         return None
@@ -40,21 +40,21 @@ def as_columns(value: Any, known: Sequence[str]) -> dict[str, Any] | None:
             nearest = difflib.get_close_matches(str(name), (*known, IGNORE), n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(
-                f"columns must map names that are read here, {IGNORE!r} or {list(known)}, got {name!r}{hint}"
+                f"columns must map names that fastdpo reads, {IGNORE!r} or {list(known)}, got {name!r}{hint}"
             )
         if not isinstance(theirs, str) or not theirs:
-            raise ValueError(f"columns must give {name!r} the name of one column, got {theirs!r}")
+            raise ValueError(f"columns must map {name!r} to the name of one column, got {theirs!r}")
         result[name] = theirs
     if not all(isinstance(name, str) for name in result.get(IGNORE, ())):
-        raise ValueError(f"columns must give {IGNORE!r} names of columns, got {result[IGNORE]!r}")
+        raise ValueError(f"columns must map {IGNORE!r} to names of columns, got {result[IGNORE]!r}")
     return result or None
 
 
 def renamed(example: Example, columns: Mapping[str, Any] | None) -> Example:
-    """The row with the names of the setting. What already has such a name, and is not asked for, gives way to it.
+    """The row with renamed columns. An existing column of the new name is replaced unless the setting uses it.
 
     Raises:
-        ValueError: a column that is asked for is not there, nor one of the name that it is to have.
+        ValueError: the row has neither the column to rename nor a column of the new name.
     """
     if columns is None:
         return example
@@ -71,20 +71,20 @@ def renamed(example: Example, columns: Mapping[str, Any] | None) -> Example:
             row[ours] = example[ours]
         else:
             raise ValueError(
-                f"columns must name columns of the dataset, got {theirs!r} for {ours!r} of {sorted(example)}"
+                f"columns must map {ours!r} to a column of the dataset, one of {sorted(example)}, got {theirs!r}"
             )
     return row
 
 
 def ignored_columns(example: Example, columns: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The columns that are not to be read: those named so, and those that gave way to another of their name."""
+    """The columns to leave unread: those listed as ignored, and those replaced by a renamed column."""
     if columns is None:
         return ()
     return (*columns.get(IGNORE, ()), *(f"{ours} (before)" for ours in columns if ours in example))
 
 
 def _inside(example: Example, path: str) -> Any:
-    """What stands under a path as "info.post" in a column of objects."""
+    """The value under a path such as "info.post" in a column of objects."""
     value: Any = example
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -103,13 +103,13 @@ def _from_text(text: str) -> Any:
         ours, is_pair, theirs = item.partition("=")
         if is_pair:
             name = ours.strip()
-        elif name != IGNORE:  # only what is ignored may be several
+        elif name != IGNORE:  # only `ignore` may have several names
             raise ValueError(f"columns must be {_WRITTEN}, got {text!r}")
         theirs = theirs.strip() if is_pair else ours.strip()
         if name == IGNORE:
             pairs[IGNORE] = [*pairs.get(IGNORE, []), theirs]
         elif name in pairs:
-            raise ValueError(f"columns must name {name!r} once, got {text!r}")
+            raise ValueError(f"columns must name {name!r} only once, got {text!r}")
         else:
             pairs[name] = theirs
     return pairs

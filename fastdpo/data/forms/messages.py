@@ -1,12 +1,11 @@
-"""From one cell to messages with the roles and the text that chat templates take.
+"""From one cell to messages with roles and text in the form that chat templates take.
 
-In: one message or a list of them; a message has role and content, or ShareGPT's from and value, or is an object of
-turns as {"human": ..., "assistant": ...}. Out: [{"role": ..., "content": str, further keys that are not None}].
-Refused with BadRow: a role that is none, parts of content that are no text. Refused with ValueError: images, video and
-audio.
+In: one message or a list of messages; a message has role and content, or ShareGPT's from and value, or is an object of
+turns such as {"human": ..., "assistant": ...}. Out: [{"role": ..., "content": str, further keys that are not None}].
+Refused with BadRow: an unknown role, content parts that are not text. Refused with ValueError: images, video and audio.
 
-Content that is no text, as a tool's result {"temp": 20}, becomes its JSON text; none at all becomes "". What stands
-inside a call is data and stays, nulls too.
+Content that is not text, such as a tool's result {"temp": 20}, becomes its JSON text; missing content becomes "". The
+data inside a call is unchanged, nulls included.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ MEDIA_KINDS = ("image", "video", "audio", "input_image", "input_audio")
 _PLAIN = {"role", "content"}
 TEXT_KINDS = ("text", "input_text", "output_text")
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
-# what exports note about a message, and no template shows: differing ids would part what two sides have in common
+# metadata of exports that no template shows: different ids would make equal messages of two sides differ
 UNREAD_KEYS = (
     *("loss_weight", "weight", "id", "message_id", "timestamp", "created_at", "date", "model", "num_tokens"),
     *("token_count", "metadata", "language", "toxicity", "redacted", "hashed_ip", "header", "state", "country"),
@@ -32,7 +31,7 @@ UNREAD_KEYS = (
 
 
 def as_messages(value: Any, role: str, field: str) -> list[Message]:
-    """Messages from a list of them, from one message, or from text that `role` says; `field` names them in BadRow."""
+    """Messages from a list, from one message, or from text spoken by `role`; `field` names them in BadRow."""
     value = messages_in(value, field)
     return [
         message for item in (value if isinstance(value, list) else [value]) for message in _turns(item, role, field)
@@ -40,7 +39,7 @@ def as_messages(value: Any, role: str, field: str) -> list[Message]:
 
 
 def earlier_turns(value: Any, field: str) -> list[Message]:
-    """Messages, or pairs of a question and its answer, or texts of which user and assistant say one after the other."""
+    """Messages from a list of messages, of pairs (question, answer), or of texts by user and assistant in turn."""
     items = value if isinstance(value, list) else [value]
     if items and all(isinstance(item, str) for item in items):
         return _in_turn(items, field)
@@ -51,7 +50,7 @@ def earlier_turns(value: Any, field: str) -> list[Message]:
 
 
 def is_empty(response: str | Sequence[Message]) -> bool:
-    """Whether nothing is said: no text, no call, no thought."""
+    """Whether the answer is empty: no text, no call, no thought."""
     if isinstance(response, str):
         return not response.strip()
     return not any(
@@ -61,7 +60,7 @@ def is_empty(response: str | Sequence[Message]) -> bool:
 
 
 def same_message(message: Message, other: Message) -> bool:
-    """Whether two messages say the same, whatever blanks stand around it."""
+    """Whether two messages are equal, ignoring surrounding white space."""
     return (
         message["role"] == other["role"]
         and message["content"].strip() == other["content"].strip()
@@ -70,7 +69,7 @@ def same_message(message: Message, other: Message) -> bool:
 
 
 def _in_turn(texts: Sequence[Any], field: str) -> list[Message]:
-    """[question, answer, question, ...]; an answer that is not there yet is left out."""
+    """[question, answer, question, ...]; a missing answer is skipped."""
     roles = ("user", "assistant")
     return [
         {"role": roles[position % 2], "content": _content(text, roles[position % 2], field)}
@@ -80,7 +79,7 @@ def _in_turn(texts: Sequence[Any], field: str) -> list[Message]:
 
 
 def _turns(value: Any, role: str, field: str) -> list[Message]:
-    """The message that `value` is; of an object without a role, those of its keys that are names of roles."""
+    """The message in `value`; from an object without a role, one message per key that names a role."""
     if isinstance(value, dict) and value.keys() == _PLAIN and isinstance(value["content"], str):  # nearly all are
         return [{"role": role_of(value["role"]), "content": as_text(value["content"], field)}]
     if not isinstance(value, Mapping):

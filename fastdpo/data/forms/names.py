@@ -1,9 +1,8 @@
-"""What columns are called: the names of each kind that is read, and the words of those that only say something about a
-row.
+"""Column names: the names of each kind of column that is read, and the words that mark a column as metadata.
 
-The names are those of the trainers (TRL, Axolotl, LLaMA-Factory, ms-swift, NeMo-RL, OpenAI, OpenPipe) and of published
-datasets. A column that is in neither table and holds text is an error, so a name that is missing here costs a user one
-`--columns`, never a question that nobody reads.
+The names come from the trainers (TRL, Axolotl, LLaMA-Factory, ms-swift, NeMo-RL, OpenAI, OpenPipe) and from published
+datasets. A text column with a name in neither table is an error: for a name missing here, the user adds one
+`--columns`, and no content is dropped silently.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 def _sides(*patterns: str, sides: tuple[str, ...]) -> tuple[str, ...]:
-    """The names that a side of a preference may have, the plain one first."""
+    """The possible column names for one side of a preference, the plain name first."""
     return tuple(pattern.format(side) for side in sides for pattern in patterns)
 
 
@@ -58,8 +57,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 PROMPT_KINDS = ("system", "history", "context", "prompt", "instruction", "question")
 
-# The last word of the name of a column that says something about a row and is no part of what is said in it: whatever
-# it holds, or where it holds a few words at most, or a single one (a task may also be what a model is asked to do).
+# The last words of names of metadata columns: _ABOUT for any content, _LABELS for content of a few words, _TASKS for a
+# single word (a longer task may be the prompt).
 _ABOUT = _words(
     """id ids idx index uid uuid guid hash md5 sha source sources origin dataset datasets url urls uri link links path
     file filename model models policy policies generator generators judge judges annotator annotators annotation
@@ -79,7 +78,7 @@ _TASKS = _words("task tasks")
 _LABEL_WORDS = 8
 _ABOUT_WHOLE = _words("tool_choice parallel_tool_calls stream stop top_p n")
 _SIDE_WORDS = _words("a b c d w l j k 0 1 2 3 4 chosen rejected preferred name names avg mean value values str")
-IGNORE = "ignore"  # in the setting `columns`, where the columns are named that are not to be read
+IGNORE = "ignore"  # key of the setting `columns` that lists the columns to leave unread
 
 
 def plain_name(name: str) -> str:
@@ -89,14 +88,14 @@ def plain_name(name: str) -> str:
 
 
 def is_metadata(name: str, texts: Sequence[str]) -> bool:
-    """Whether a column says, by its name and by how much it holds, that it is about the row: chosen_model, score_a."""
+    """Whether a column is metadata, judged by its name and the length of its text: chosen_model, score_a."""
     most_words = _words_of_metadata(name)
     return all(len(text.split()) <= most_words for text in texts)
 
 
 @lru_cache(maxsize=1024)
 def _words_of_metadata(name: str) -> float:
-    """How many words a text may have in a column of this name, which is metadata then; 0 where it is none."""
+    """Largest number of words for which a text column of this name counts as metadata; 0 if the name never does."""
     plain = plain_name(name).rsplit(".", 1)[-1]
     words = plain.split("_")
     while len(words) > 1 and words[-1] in _SIDE_WORDS:
@@ -111,7 +110,7 @@ def names_by_kind(columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     by_name: dict[str, str] = {}
     for column in columns:
         by_name.setdefault(plain_name(column), column)
-    by_name.update({column: column for column in columns})  # a name as it stands counts before another that is alike
+    by_name.update({column: column for column in columns})  # an exact name takes precedence over a similar one
     return {kind: tuple(dict.fromkeys(by_name[n] for n in names if n in by_name)) for kind, names in KINDS.items()}
 
 

@@ -1,5 +1,4 @@
-"""Rows that say which answer is the better one: chosen and rejected, under whatever names, after a prompt that stands
-beside them, or in front of both.
+"""Rows with a chosen and a rejected answer, under any known names; the prompt is a column or the start of both.
 
 In: `Cells`. Out: a `PreferenceRow`. The context is read by `context`, the answers by `answers`.
 """
@@ -18,10 +17,10 @@ from fastdpo.types import PreferenceRow
 
 
 def explicit_prompt(cells: Cells) -> PreferenceRow:
-    """Standard (text) or conversational (messages). Text beside messages becomes one message, the prompt of the user.
+    """Standard (text) or conversational (messages) rows. Text beside messages becomes one message.
 
-    Where the responses hold the whole conversation, their common start is the prompt; what else says it, as the text
-    prompt in UltraFeedback's releases, only repeats it.
+    If the responses hold the whole conversation, their common start is the prompt; a separate prompt, such as the text
+    in UltraFeedback's releases, only repeats it.
     """
     chosen, rejected = (answers_in(_side(cells, kind)) for kind in ("chosen", "rejected"))
     context = read_context(cells, answers=[*chosen, *rejected])
@@ -31,20 +30,20 @@ def explicit_prompt(cells: Cells) -> PreferenceRow:
 
 
 def implicit_prompt(cells: Cells) -> PreferenceRow:
-    """Both sides whole: HH transcripts, messages, or text. The prompt is their common start."""
+    """Both sides hold the whole conversation: HH transcripts, messages, or text. The prompt is their common start."""
     chosen, rejected = (answers_in(_side(cells, kind)) for kind in ("chosen", "rejected"))
     return preferred(Context(system=system_text(cells), needs_messages=has_tools(cells)), chosen, rejected)
 
 
 def response_and_rejected(cells: Cells) -> PreferenceRow:
-    """A response, as fine-tuning data has it, beside the one that it was preferred to."""
+    """A column `response`, as in fine-tuning data, beside the rejected response."""
     chosen, rejected = answers_in(_side(cells, "response")), answers_in(_side(cells, "rejected"))
     return preferred(read_context(cells, answers=[*chosen, *rejected]), chosen, rejected)
 
 
 def conversation_and_rejected(cells: Cells) -> PreferenceRow:
-    """ms-swift's and OpenPipe's: a conversation that ends in the chosen answer, and the answer that it was preferred
-    to, as text, as messages, or as the whole other conversation."""
+    """ms-swift's and OpenPipe's form: a conversation that ends in the chosen answer, and the rejected answer as text,
+    as messages, or as a whole conversation."""
     name = next((n for n in cells.all_filled("context") if holds_messages(cells.peek(n))), None)
     whole = [] if name is None else earlier_turns(cells[name], "response")
     if not whole or whole[-1]["role"] != "assistant":
@@ -58,7 +57,7 @@ def has_pair(cells: Cells) -> bool:
 
 
 def has_context(cells: Cells) -> bool:
-    """Whether there is a column beside the answers that leads up to them."""
+    """Whether the row has a context column beside the answers."""
     return any(cells.has(kind) for kind in PROMPT_KINDS if kind != "system")
 
 

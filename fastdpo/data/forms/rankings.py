@@ -1,8 +1,7 @@
-"""Several answers to a prompt, each with what it was given: a score, or a rank, of which the lowest is the best.
+"""Several answers to a prompt, each with a score, or with a rank (the lowest rank is the best).
 
-In: `Cells` with a list of answers and one of scores or ranks, or with a list of objects that hold both. Out: a
-`PreferenceRow`, one group. Refused with BadRow: lists that do not fit one another, a prompt of which no answer is
-better than another.
+In: `Cells` with a list of answers and a list of scores or ranks, or with a list of objects that hold both. Out: a
+`PreferenceRow`, one group. Refused with BadRow: lists of different length, a prompt whose answers are all equally good.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ TEXTS = ("response", "completion", "answer", "output", "candidate", "generation"
 
 
 def ranked(cells: Cells) -> PreferenceRow:
-    """A prompt with any number of responses and a score or rank of each: one group, see `ranked_row`."""
+    """A prompt with any number of responses, each with a score or rank: one group, see `ranked_row`."""
     responses, scores = _ranked_answers(cells)
     context = read_context(cells)
     kept = [(one_answer(answer), score) for answer, score in zip(responses, scores, strict=True) if is_filled(answer)]
@@ -38,9 +37,9 @@ def ranked(cells: Cells) -> PreferenceRow:
 
 
 def ranked_row(prompt: str | list[Message], responses: Sequence[Answer], scores: Sequence[Any]) -> PreferenceRow:
-    """The group of a prompt and its responses, best first, where each is preferred to all of a lower score.
+    """The group of a prompt and its responses, best first; each response is preferred to all with a lower score.
 
-    Left out: responses that are empty or have no score, repetitions of a better one. Equal scores make no pair.
+    Responses that are empty, have no score or repeat a better one are dropped. Equal scores make no pair.
 
     Raises:
         BadRow: no response is better than another.
@@ -62,7 +61,7 @@ def is_number(value: Any) -> bool:
 
 
 def has_ranking(cells: Cells) -> bool:
-    """Whether a column holds objects of an answer and its rank or score, or two columns lists of them."""
+    """Whether a column lists objects of answer and rank or score, or two columns list answers and ranks or scores."""
     name = _first(cells, LISTS)
     if name is None:
         return False
@@ -82,10 +81,10 @@ def _ranked_answers(cells: Cells) -> tuple[list[Any], list[Any]]:
     if column is not None:
         scores = cells[column]
         if not isinstance(responses, list) or not isinstance(scores, list) or len(responses) != len(scores):
-            raise BadRow("responses and scores are not lists of one length")
+            raise BadRow("responses and scores are not lists of equal length")
         return responses, _as_scores(scores, column)
     if not isinstance(responses, list) or not all(isinstance(item, Mapping) for item in responses):
-        raise BadRow("responses and scores are not lists of one length")
+        raise BadRow("responses and scores are not lists of equal length")
     answers, scores = [], []
     for item in responses:
         text, score = _key(item, TEXTS), _key(item, (*SCORES, *RANKS))
@@ -95,13 +94,13 @@ def _ranked_answers(cells: Cells) -> tuple[list[Any], list[Any]]:
 
 
 def _as_scores(values: list[Any], name: str) -> list[Any]:
-    """Ranks turned round, so that more is better."""
+    """Ranks as negated numbers, so that more is better."""
     is_rank = plain_name(name) in RANKS
     return [-value if is_rank and is_number(value) else value for value in values]
 
 
 def _first(cells: Cells, names: Sequence[str]) -> str | None:
-    """The first of these columns that holds a list, or else that is there."""
+    """The first of these columns that holds a list, else the first that exists."""
     found = [name for name in names if name in cells]
     return next((name for name in found if isinstance(cells.peek(name), list)), found[0] if found else None)
 

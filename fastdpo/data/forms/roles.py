@@ -1,10 +1,10 @@
-"""Who says a message: one table of the names that chat data has for the four roles of chat templates.
+"""Role names: one table from the names in chat data to the four roles of chat templates.
 
-In: a name as it stands in a dataset, whatever its case and the blanks around it. Out: user, assistant, system or tool.
-Refused with BadRow, by its name: any other. A name that a template does not know would be rendered as it stands, and
-the model would learn it as part of the answer.
+In: a role name from a dataset; case and surrounding white space do not matter. Out: user, assistant, system or tool.
+Refused with BadRow: any other name. A template would render an unknown name unchanged, and the model would learn it as
+part of the answer.
 
-The names are those of the trainers' documentation (TRL, Axolotl, LLaMA-Factory, ms-swift, Unsloth, torchtune, OpenAI,
+The names come from the trainers' documentation (TRL, Axolotl, LLaMA-Factory, ms-swift, Unsloth, torchtune, OpenAI,
 Anthropic, Gemini, Llama) and of published datasets (ShareGPT, OpenAssistant, Hermes, Glaive).
 """
 
@@ -25,7 +25,7 @@ ROLE_NAMES = {
         *("assistant", "gpt", "model", "bot", "ai", "chatbot", "agent", "llm", "assistant_message", "answerer"),
         *("chatgpt", "bing", "bard", "claude", "gemini"),  # ShareGPT's pages name the product
         *("response", "answer", "output", "completion", "reply"),
-        *("function_call", "tool_call", "tool_calls", "function_calls"),  # what the assistant asks a tool
+        *("function_call", "tool_call", "tool_calls", "function_calls"),  # calls of tools by the assistant
     ),
     "system": ("system", "sys", "developer", "system_prompt", "system_message"),
     "tool": (
@@ -38,7 +38,7 @@ ROLES = {name: role for role, names in ROLE_NAMES.items() for name in names}
 
 
 def known_role(name: Any) -> str | None:
-    """The role that `name` stands for, or None where the table has no such name."""
+    """The role that `name` stands for, or None for an unknown name."""
     return _role(name) if isinstance(name, str) else None
 
 
@@ -51,7 +51,7 @@ def role_of(name: Any) -> str:
     """The role that `name` stands for.
 
     Raises:
-        BadRow: there is no name, or the table does not have it.
+        BadRow: the name is missing or unknown.
     """
     if not isinstance(name, str) or not name.strip():
         raise BadRow("message without role")

@@ -45,7 +45,7 @@ def alpaca(cells: Cells) -> PreferenceRow:
 
 
 def plain_text(cells: Cells) -> PreferenceRow:
-    """Plain text: no prompt, every token is learnt."""
+    """Plain text: no prompt, the loss covers every token."""
     return PreferenceRow("", (as_text(cells["text"], "response"),), preferences=())
 
 

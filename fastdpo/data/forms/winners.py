@@ -1,6 +1,6 @@
-"""Two answers, and which of them is the better one: as people compare them, and as arenas publish it.
+"""Two answers and the winner, as in human comparisons and arena data.
 
-In: `Cells` with two columns of one name, told apart by their end (response_a and response_b, output_1 and output_2), a
+In: `Cells` with two answer columns that differ in their suffix (response_a and response_b, output_1 and output_2), a
 prompt unless they are whole conversations, and the winner: a column that names one of them, or a score or flag of each.
 Out: a pair. Refused with BadRow: a tie, a winner that is neither of the two.
 """
@@ -43,7 +43,7 @@ SECOND = frozenset(("b", "2", "second", "right", "false"))
 
 @dataclass(frozen=True)
 class _Two:
-    """The columns of two answers, and what their names end in."""
+    """The columns of two answers, and the suffixes of their names."""
 
     columns: tuple[str, str]
     ends: tuple[str, str]
@@ -63,7 +63,7 @@ def winner(cells: Cells) -> PreferenceRow:
 
 
 def has_winner(cells: Cells) -> bool:
-    """Whether there are two answers, and a column, or two, that tell the better one."""
+    """Whether there are two answers, and one or two columns that give the winner."""
     two = _two_answers(tuple(cells))
     return two is not None and (_winner_column(cells) is not None or _measures(cells, two) is not None)
 
@@ -86,7 +86,7 @@ def _winner_column(cells: Cells) -> str | None:
 
 
 def _measures(cells: Cells, two: _Two) -> tuple[str, str] | None:
-    """The columns of what each answer was given."""
+    """The columns with a score or flag of each answer."""
     by_name = {plain_name(column): column for column in cells}
     for sides in (two.ends, tuple(map(plain_name, two.columns))):
         for pattern in MEASURES:
@@ -97,7 +97,7 @@ def _measures(cells: Cells, two: _Two) -> tuple[str, str] | None:
 
 
 def _lead(cells: Cells, two: _Two) -> float:
-    """Positive where the first answer is the better one, negative where the second is, 0 for a tie."""
+    """Positive if the first answer is better, negative if the second is, 0 for a tie."""
     column = _winner_column(cells)
     if column is None:
         measures = _measures(cells, two)
@@ -120,15 +120,15 @@ def _lead(cells: Cells, two: _Two) -> float:
 def _difference(values: list[Any], shown: Any) -> float:
     numbers = [float(value) if isinstance(value, bool) else value for value in values]
     if len(numbers) != 2 or not all(map(is_number, numbers)):
-        raise BadRow(f"a winner that is neither of the two answers: {_short(shown)}")
+        raise BadRow(f"the winner is neither of the two answers: {_short(shown)}")
     return numbers[0] - numbers[1]
 
 
 def _of_number(value: Any, two: _Two) -> float:
-    """1 and 2 are the answers and 0 is a tie, unless their own names count from 0."""
+    """1 and 2 are the answers and 0 is a tie, unless the column suffixes count from 0."""
     leads = {0: 1, 1: -1, -1: 0, 2: 0} if two.ends == ("0", "1") else {1: 1, 2: -1, 0: 0}
     if not is_number(value) or value not in leads:
-        raise BadRow(f"a winner that is neither of the two answers: {_short(value)}")
+        raise BadRow(f"the winner is neither of the two answers: {_short(value)}")
     return leads[value]
 
 
@@ -144,12 +144,11 @@ def _of_name(value: str, cells: Cells, two: _Two) -> float:
         return 0
     if last in FIRST | SECOND:
         return 1 if last in FIRST else -1
-    raise BadRow(f"a winner that is neither of the two answers: {_short(value)}")
+    raise BadRow(f"the winner is neither of the two answers: {_short(value)}")
 
 
 def _conversations(cells: Cells, two: _Two) -> list[Answer]:
-    """Both conversations, where the prompt and the answers are lists of texts, one for each turn, as in an arena's
-    table; else none."""
+    """Both conversations, if prompt and answers are lists of texts, one per turn, as in arenas; else none."""
     asked = cells.column("prompt")
     if asked is None:
         return []

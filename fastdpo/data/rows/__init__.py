@@ -1,1 +1,1 @@
-"""Rows of a dataset as token columns, what was said of them, and the first of them checked."""
+"""Rows of a dataset as token columns, the report about them, and the check of the first row."""

@@ -1,9 +1,8 @@
-"""From examples to the columns of `TokenizedGroup`s and what is to be reported of them, and back.
+"""From examples to the columns of `TokenizedGroup`s and their notes for the report, and back.
 
 In: examples of any format in `formats`, or already tokenized (`prompt_ids`, `chosen_ids`, `rejected_ids`, optionally
-`ref_chosen_logps` and `ref_rejected_logps`, or the columns made here). Out: GROUP_COLUMNS and STATE_COLUMNS; a row
-that cannot be used has its reason in `bad_row`, its notes, and nothing else. Refused with ValueError: what `formats`
-refuses.
+`ref_chosen_logps` and `ref_rejected_logps`, or the columns made here). Out: GROUP_COLUMNS and STATE_COLUMNS; an
+unusable row has only its reason in `bad_row` and its notes. Refused with ValueError: everything that `formats` refuses.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ STATE_COLUMNS = (
 
 
 def group_from_columns(example: Mapping[str, Any]) -> TokenizedGroup:
-    """The group in one row of a prepared dataset, or of one with the columns prompt_ids, chosen_ids, rejected_ids."""
+    """The group in one row of a prepared dataset, or in a row with the columns prompt_ids, chosen_ids, rejected_ids."""
     if "responses" in example:
         preferences = example.get("preferences")
         return TokenizedGroup(
@@ -59,7 +58,7 @@ def group_from_columns(example: Mapping[str, Any]) -> TokenizedGroup:
 
 
 def column_features(*, with_state: bool = True) -> Any:
-    """Spelled out, because a column that is None in the first thousand rows would be typed as null."""
+    """Explicit types of the columns: a column that is None in the first thousand rows would be typed as null."""
     from datasets import Features, List, Value
 
     ids, count = List(Value("int32")), Value("int32")
@@ -79,32 +78,32 @@ def column_features(*, with_state: bool = True) -> Any:
         "num_prompt_tokens": count,
         "num_chosen_tokens": List(count),  # of each pair; of the response where there is no pair
         "num_rejected_tokens": List(count),
-        "columns": Value("string"),  # `columns_text` of what became of the row's columns
+        "columns": Value("string"),  # the `columns_text` of the row's ledger
     }
     return Features({name: columns[name] for name in (*GROUP_COLUMNS, *(STATE_COLUMNS if with_state else ()))})
 
 
 @dataclass
 class RowPreparer:
-    """Examples to columns, many at a time. What it finds out about tokenizer and template stays with it; a copy in
-    another process begins anew."""
+    """Turns examples into columns, many at a time. It caches facts about tokenizer and template; a copy in another
+    process starts with an empty cache."""
 
     tokenizer: Any
     settings: TokenizationSettings
     is_sft: bool
-    features: Any = None  # of the dataset, whose Arrow has filled in what rows lack; None for examples out of Python
+    features: Any = None  # of a dataset, in which Arrow adds None for missing keys; None for examples from Python
     _encoder: RowEncoder | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_encoder": None}
 
     def __call__(self, batch: Mapping[str, list[Any]], rows: Sequence[int]) -> dict[str, list[Any]]:
-        """A batch of examples as `Dataset.map` gives it: lists of values by column.
+        """Prepares a batch of examples in the form of `Dataset.map`: lists of values by column.
 
         Args:
-            rows: their numbers, for errors.
+            rows: row numbers, for error messages.
         Raises:
-            ValueError: what `formats` refuses, or a bad row where `settings` say to stop at it.
+            ValueError: `formats` refuses a row, or a row is bad and `settings.on_bad_row` is "raise".
         """
         with _uncollected():
             return self._batch(batch, rows)
@@ -128,7 +127,7 @@ class RowPreparer:
         return columns
 
     def _read(self, example: Mapping[str, Any]) -> _ReadRow:
-        """The example as a row for the encoder, as a group that is tokenized already, or as an error."""
+        """Reads the example: a row for the encoder, an already tokenized group, or an error."""
         try:
             example = raw_example(example, self.features)
             if "prompt_ids" in example and ("responses" in example or {"chosen_ids", "rejected_ids"} <= example.keys()):
@@ -146,7 +145,7 @@ class RowPreparer:
         return _ReadRow(as_transcript(row) if is_transcript else row, kwargs, ref_logps, is_transcript, columns)
 
     def _finished(self, read: _ReadRow, encoded: EncodedRow, row: int) -> dict[str, Any]:
-        """The columns of one example; a row that cannot be used has only its reason and notes."""
+        """The columns of one example; an unusable row has only its reason and notes."""
         settings, notes = self.settings, encoded.notes
         try:
             if encoded.error is not None:
@@ -187,7 +186,7 @@ class RowPreparer:
         }
 
     def _check_losses(self, notes: Sequence[Note]) -> None:
-        """Refuses a row that has lost something, where that is asked for."""
+        """Refuses a row with lost content unless `on_lost_content` is "warn"."""
         lost = [note for note in notes if note.is_loss]
         if not lost or self.settings.on_lost_content == "warn":
             return
@@ -196,15 +195,15 @@ class RowPreparer:
             raise LeftOut(reason)
         example = next((f" ({note.example})" for note in lost if note.example), "")
         raise ValueError(
-            f"{reason}{example}: another chat_template or chat_template_kwargs may keep it; on_lost_content='warn'"
-            " trains without it, 'drop' leaves such rows out"
+            f"{reason}{example}: try another chat_template or chat_template_kwargs, or set on_lost_content='warn' to"
+            " train without this content or 'drop' to drop such rows"
         )
 
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without the search for garbage: a batch makes thousands of lists and no cycles, and each search looks through all
-    that was imported."""
+    """Turns garbage collection off: a batch makes thousands of lists but no cycles, and each collection scans every
+    imported module."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -222,13 +221,13 @@ class _ReadRow:
     kwargs: dict[str, Any] = field(default_factory=dict)  # for the chat template
     ref_logps: tuple[float, float] | None = None
     is_transcript: bool = False  # messages that became text
-    columns: str = ""  # what became of the example's columns, as `columns_text` has it
+    columns: str = ""  # the `columns_text` of the example's ledger
     group: TokenizedGroup | None = None
     error: ValueError | None = None
 
 
 def _ref_logps(example: Mapping[str, Any], row: PreferenceRow | None = None) -> tuple[float, float] | None:
-    """Reference log-probs that a row brings for its chosen and rejected response."""
+    """The row's own reference log-probs for its chosen and rejected response."""
     if row is not None and len(row.responses) != 2:
         return None
     chosen, rejected = example.get("ref_chosen_logps"), example.get("ref_rejected_logps")
@@ -252,7 +251,7 @@ def _tokenized_group(example: Mapping[str, Any], is_sft: bool) -> TokenizedGroup
 
 
 def _num_context_tokens(group: TokenizedGroup, index: int) -> int:
-    """Leading tokens of a response that are its own prompt (see TokenizedGroup)."""
+    """Number of leading tokens of a response that are its own prompt (see TokenizedGroup)."""
     if group.loss_masks is None or len(group.prompt_ids) > 0:
         return 0
     return list(group.loss_masks[index]).index(True)
@@ -263,7 +262,7 @@ def _num_tokens(group: TokenizedGroup) -> int:
 
 
 def _has_one_cut(whole: TokenizedGroup, group: TokenizedGroup, settings: TokenizationSettings) -> bool:
-    """Whether one side of a pair has lost its end, and with it the EOS, while the other has kept it."""
+    """Whether truncation removed the end, and with it the EOS, of only one side of a pair."""
     if settings.truncation_mode == "keep_end":
         return False
     is_cut = [len(after) < len(before) for before, after in zip(whole.responses, group.responses, strict=True)]

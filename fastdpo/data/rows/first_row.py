@@ -1,7 +1,7 @@
-"""The first row of a dataset: checked before anything is loaded, and as it will be read, for the summary at the start
-of a run: who says what, on either side.
+"""The first row of a dataset: checked before anything is loaded, and shown in the summary at the start of a run, with
+roles and text of either side.
 
-In: the raw dataset and the settings. Out: (what, text) lines, each cut to a width. Refused: columns of no form.
+In: the raw dataset and the settings. Out: (what, text) lines, each cut to a width. Refused: columns of no known form.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Lines = tuple[tuple[str, str], ...]
 
 
 def check_first_row(dataset: Any, name: str, settings: TokenizationSettings, *, is_sft: bool) -> None:
-    """Reads the first row; one that is only bad by itself is left to the report.
+    """Reads the first row. A row that raises BadRow passes; the report counts it later.
 
     Args:
-        dataset: a dataset, a stream or a list; of anything else, preparing it tells.
+        dataset: a dataset, a stream or a list; any other type is refused later, when it is prepared.
     Raises:
-        ValueError: the row is of no known form.
+        ValueError: the row has no known form.
     """
     try:
         example = next(iter(dataset), None)
@@ -55,13 +55,13 @@ def check_first_row(dataset: Any, name: str, settings: TokenizationSettings, *, 
 
 
 def first_row(dataset: Dataset, settings: TokenizationSettings, *, is_sft: bool) -> Lines:
-    """Lines of the first row of a dataset that can be read; none of tokenized rows."""
+    """Lines for the first readable row of a dataset; none if the dataset is tokenized."""
     examples = (raw_example(example, dataset.features) for example in islice(dataset, TRIED_ROWS))
     return row_lines(examples, settings, is_sft=is_sft)
 
 
 def row_lines(examples: Iterable[Example], settings: TokenizationSettings, *, is_sft: bool) -> Lines:
-    """Lines of the first of these rows that can be read."""
+    """Lines for the first readable row among these."""
     for example in examples:
         if "prompt_ids" in example:
             return ()
@@ -101,7 +101,7 @@ def _said(name: str, part: str | list[dict[str, Any]]) -> Lines:
 
 
 def _short(text: str) -> str:
-    """On one line, its line breaks shown, the middle of a long one left out."""
+    """The text on one line, with visible line breaks and without the middle if it is long."""
     line = text.replace("\r", "\\r").replace("\n", "\\n")
     half = SHOWN_CHARACTERS // 2
     return line if len(line) <= SHOWN_CHARACTERS else f"{line[:half]} ... {line[-half:]}"

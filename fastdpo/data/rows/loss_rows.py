@@ -1,13 +1,13 @@
-"""Groups in the form that some losses need: a tokenized group in, one with other responses or preferences out.
+"""Adapts groups to losses: a tokenized group in, a group with other responses or preferences out.
 
-With `ld_alpha` each pair also brings both responses cut to the length that they share: the same tokens, of which fewer
-count. Tokens that are the same are computed once, and whatever knows sequences by their tokens and loss masks, such as
-the cache of reference log-probs, knows the parts too.
+With `ld_alpha` each pair also holds both responses cut to their shared length: the same tokens, with a loss mask that
+counts fewer of them. Equal tokens are computed once, and everything that identifies sequences by tokens and loss masks,
+such as the cache of reference log-probs, also works for these parts.
 
 For a listwise loss the preferences of a row become the neighbouring pairs of one ranking, best first.
 
-Refuses reference log-probs that came with the dataset where they would have to be split, and preferences that are no
-ranking, which make a bad row.
+Refused with ValueError: reference log-probs from the dataset that would have to be split. Refused with BadRow:
+preferences that do not form a ranking.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from fastdpo.types import TokenizedGroup
 
 
 def with_shared_parts(group: TokenizedGroup) -> TokenizedGroup:
-    """The pairs of a group one after the other, each as chosen, rejected, and both up to the length that they share.
+    """The pairs of a group in order, each as chosen, rejected, and both up to their shared length.
 
-    Responses [a b c] and [d]: the four are [a b c], [d], [a b c] of which only a counts, and [d]. A group that has
-    that form already is left as it is.
+    Responses [a b c] and [d] give four: [a b c], [d], [a b c] with only a counted, and [d]. A group that already has
+    this form is unchanged.
     """
     num_prompt = len(group.prompt_ids)
     counted = [sequence.is_counted[num_prompt:] for sequence in counted_sequences(group)]
@@ -44,8 +44,8 @@ def with_shared_parts(group: TokenizedGroup) -> TokenizedGroup:
         return replace(group, preferences=preferences)
     if group.ref_logps is not None:
         raise ValueError(
-            "ld_alpha must be None where the dataset brings ref_chosen_logps and ref_rejected_logps: a sum does not say"
-            " what the tokens beyond the shared length have of it; leave these columns out"
+            "ld_alpha must be None for a dataset with ref_chosen_logps and ref_rejected_logps, because these sums"
+            " cannot be split at the shared length; remove these columns"
         )
     return TokenizedGroup(group.prompt_ids, responses, masks, None, preferences)
 
@@ -54,16 +54,16 @@ def as_ranking(group: TokenizedGroup) -> TokenizedGroup:
     """The group with the neighbouring pairs of its ranking as preferences.
 
     Raises:
-        BadRow: its preferences are no ranking.
+        BadRow: its preferences do not form a ranking.
     """
     return replace(group, preferences=tuple(pairwise(ranking_of(group.preferences))))
 
 
 def ranking_of(preferences: Sequence[Sequence[int]]) -> list[int]:
-    """The responses that are compared, best first.
+    """The compared responses, best first.
 
     Raises:
-        BadRow: some are better than each other, or it is not known which of two is.
+        BadRow: the preferences contradict each other, or two responses are not compared.
     """
     better_than: dict[int, set[int]] = {side: set() for pair in preferences for side in pair}
     for chosen, rejected in preferences:

@@ -1,5 +1,5 @@
-"""What preparing a dataset did, in numbers (`DataReport`) and in words (`DataReport.lines`); of a stream, what it has
-done so far (`StreamReport`).
+"""The report on a prepared dataset, in numbers (`DataReport`) and in words (`DataReport.lines`); for a stream, the
+report so far (`StreamReport`).
 
 Row numbers count from 0, in the order of the dataset.
 """
@@ -19,7 +19,7 @@ SHOWN_ROWS = 8  # row numbers per reason in the text; the report itself holds al
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Distribution of a number of tokens over the kept rows."""
+    """Distribution of token counts over the kept rows."""
 
     mean: float
     median: float
@@ -37,9 +37,9 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the rows of one dataset."""
+    """Counts of kept, dropped and changed rows of one dataset."""
 
-    kind: str  # what a row is: "pairs" or "examples"
+    kind: str  # kind of rows: "pairs" or "examples"
     num_rows: int
     num_kept: int
     dropped: dict[str, tuple[int, ...]] = field(default_factory=dict)  # reason -> rows
@@ -50,8 +50,8 @@ class DataReport:
     num_pairs: int = 0  # of the kept rows; a row of ranked answers has several
     num_transcripts: int = 0  # kept rows whose messages were written as text, for lack of a chat template
     unread: tuple[str, ...] = ()  # columns of the dataset, and keys of its messages, that were not read
-    first_row: tuple[tuple[str, str], ...] = ()  # the first row that can be used: who says what
-    notes: NoteCounts = field(default_factory=NoteCounts)  # what templates left out, and the like
+    first_row: tuple[tuple[str, str], ...] = ()  # the first usable row: (role, text) lines
+    notes: NoteCounts = field(default_factory=NoteCounts)  # content lost by templates, and other remarks
     tokens: dict[str, TokenStats] = field(
         default_factory=dict
     )  # "prompt", "chosen", "rejected"; SFT "prompt", "response"
@@ -61,19 +61,19 @@ class DataReport:
         return self.num_rows - self.num_kept
 
     def stale_line(self) -> str:
-        """What became of reference log-probs that the data brought for longer texts."""
+        """The line about ignored reference log-probs of truncated rows."""
         return (
-            f"left the reference log-probs of {self.num_stale_ref_logps} {self.kind} unused: they are those of the"
-            " whole text, which is cut here"
+            f"ignored the dataset's reference log-probs of {self.num_stale_ref_logps} {self.kind}: they belong to the"
+            " whole text, which was truncated"
         )
 
     def warnings(self) -> list[str]:
-        """What of the report a user must not miss."""
+        """The lines of the report that a user must not miss."""
         stale = [self.stale_line()] if self.num_stale_ref_logps else []
         return [*stale, *loss_lines(self.notes, self.num_rows)]
 
     def lines(self) -> list[str]:
-        """The report for people: rows kept, dropped rows by reason, what the template left out, what was cut, token
+        """The report in words: kept rows, dropped rows by reason, content lost by the template, truncated rows, token
         statistics."""
         kind, pairs = self.kind, ""
         if self.num_pairs > self.num_kept:
@@ -86,15 +86,15 @@ class DataReport:
             lines.append(f"truncated {self.num_truncated} {kind}")
         if self.num_one_cut:
             lines.append(
-                f"one side alone lost its end, and with it the end-of-text token, in {self.num_one_cut} of these:"
-                " a longer max_length, or on_long_row='drop', compares whole answers"
+                f"in {self.num_one_cut} of these, only one side lost its end and its end-of-text token: to compare"
+                " whole answers, raise max_length or set on_long_row='drop'"
             )
         if self.num_stale_ref_logps:
             lines.append(self.stale_line())
         if self.num_merged_boundary:
             lines.append(
                 f"moved the prompt's last tokens to the response in {self.num_merged_boundary} {kind}, "
-                "where prompt and response are tokenized differently together than apart"
+                "because the tokenizer merges the prompt's end with the response"
             )
         if self.num_transcripts:
             lines.append(
@@ -111,14 +111,14 @@ class DataReport:
 
 
 class StreamReport:
-    """What became of the rows of a stream that have been read in this process; those that data loader workers read are
-    not known here. A row that is read again, in a later epoch, counts once."""
+    """The report on the rows of a stream that this process has read; rows read by data loader workers are unknown here.
+    A row that is read again in a later epoch counts once."""
 
     tokens: dict[str, TokenStats]
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.tokens = {}  # of a stream, nobody knows before its end
+        self.tokens = {}  # unknown before the end of a stream
         self.num_rows = 0
         self.first_row: tuple[tuple[str, str], ...] = ()
         self.notes = NoteCounts()
@@ -126,7 +126,7 @@ class StreamReport:
         self._columns = ColumnLedger()
 
     def add_columns(self, row: int, columns: str | None) -> None:
-        """Takes down what became of the columns of a row, as `columns_text` has it.
+        """Records the column ledger of a row, the text from `columns_text`.
 
         Raises:
             ValueError: a column is text in this row and messages in an earlier one, or the other way round.
@@ -135,8 +135,7 @@ class StreamReport:
             self._columns.add(columns, lambda _: row)
 
     def add(self, row: int, reason: str | None, notes: Sequence[Note] = ()) -> None:
-        """Takes down a row that was read; the first one of every reason to drop it is told at once, and so is what the
-        first of each kind has lost."""
+        """Records a row; logs the first dropped row of each reason and the first row of each kind of loss."""
         if row >= self.num_rows:
             self._add_notes(row, notes)
         self.num_rows = max(self.num_rows, row + 1)
@@ -146,7 +145,7 @@ class StreamReport:
             from transformers.utils import logging
 
             logger = logging.get_logger(__name__)
-            logger.warning(f"left out row {row} of a stream (counted from 0): {reason}; others like it are counted")
+            logger.warning(f"dropped row {row} of a stream (counted from 0): {reason}; more such rows are only counted")
         self._reasons[row] = reason
 
     def _add_notes(self, row: int, notes: Sequence[Note]) -> None:
@@ -157,7 +156,7 @@ class StreamReport:
         new = NoteCounts()
         new.add(row, [note for note in notes if (note.kind, note.what) not in known])
         for line in [*loss_lines(new, 1), *note_lines(new, self.kind)]:
-            logging.get_logger(__name__).warning(f"row {row} while streaming: {line}; others like it are counted")
+            logging.get_logger(__name__).warning(f"row {row} while streaming: {line}; more such rows are only counted")
 
     @property
     def num_kept(self) -> int:
@@ -171,7 +170,7 @@ class StreamReport:
         return {reason: tuple(found) for reason, found in rows.items()}
 
     def lines(self) -> list[str]:
-        """The report for people, so far."""
+        """The report so far, in words."""
         kept = f"kept {self.num_kept} of the first {self.num_rows} {self.kind}{_dropped_text(self.dropped)}"
         first = "a stream, tokenized as it is read" + (f"; {kept}" if self.num_rows else "")
         unread = [unread_line(self._columns.unread)] if self._columns.unread else []
@@ -182,13 +181,13 @@ Report = DataReport | StreamReport
 
 
 def unread_line(unread: Sequence[str]) -> str:
-    """Which columns the rows have that no form reads."""
+    """The line with the unread columns."""
     return f"columns not read: {', '.join(unread)}"
 
 
 def loss_lines(notes: NoteCounts, num_rows: int) -> list[str]:
-    """What rows said and their tokens do not, by what it was, on which side and in how many, with an example of each;
-    and what the prompt alone says."""
+    """Lines about content that is missing from the tokens, by kind and side, with counts and an example each; and about
+    text that only the prompt alone ends in."""
     lines = []
     for kind, words in ((LOST, "the chat template leaves out {}"), (UNKNOWN, "the tokenizer does not know some {}")):
         for what in notes.whats(kind):
@@ -199,31 +198,30 @@ def loss_lines(notes: NoteCounts, num_rows: int) -> list[str]:
     if ends:
         more = f" and {len(ends) - 1} other ends" if len(ends) > 1 else ""
         lines.append(
-            f"the prompt alone ends in {ends[0]!r}{more}, which does not stand before the response:"
-            f" {notes.num_rows(OPENS):,} of {num_rows:,}; it is not trained on, but the model will be prompted with it."
-            " Another chat_template, or chat_template_kwargs such as enable_thinking, may render both alike"
+            f"the prompt alone ends in {ends[0]!r}{more}, but the conversation lacks this before the response:"
+            f" {notes.num_rows(OPENS):,} of {num_rows:,}; the model is prompted with it, but never trained on it."
+            " Try another chat_template, or chat_template_kwargs such as enable_thinking"
         )
     return lines
 
 
 def note_lines(notes: NoteCounts, kind: str) -> list[str]:
-    """What else is to be said of rows of this kind, "pairs" or "examples"."""
+    """Further remarks about rows of this kind, "pairs" or "examples"."""
     lines = []
     if notes.num_rows(STAYED):
         lines.append(
-            f"special tokens that messages spell out stay control tokens in {notes.num_rows(STAYED):,} {kind}: the"
-            " tokenizer makes them of their characters too"
+            f"special tokens that messages spell out stay control tokens in {notes.num_rows(STAYED):,} {kind}: this"
+            " tokenizer turns even their separate characters into the token"
         )
     if notes.num_rows(SPELLED):
         names = ", ".join(notes.whats(SPELLED))
-        lines.append(f"plain text spells out {names} in {notes.num_rows(SPELLED):,} {kind}, a control token there")
+        lines.append(f"plain text spells out {names} in {notes.num_rows(SPELLED):,} {kind}, read as a control token")
     if notes.num_rows(PLAIN_TEXT):
         lines.append(
-            f"{notes.num_rows(PLAIN_TEXT):,} {kind} are plain text, which goes to the model as it is, without the chat"
-            " template"
+            f"{notes.num_rows(PLAIN_TEXT):,} {kind} are plain text, which is tokenized without the chat template"
         )
     if notes.num_rows(FIELD):
-        lines.append(f"fields of messages that the chat template does not read: {', '.join(notes.whats(FIELD))}")
+        lines.append(f"message fields that the chat template ignores: {', '.join(notes.whats(FIELD))}")
     return lines
 
 

@@ -1,1 +1,1 @@
-"""Where rows come from: files and datasets by name, Arrow columns, and the cache of tokenized rows."""
+"""Sources of rows: files and datasets by name, Arrow columns, and the cache of tokenized rows."""

@@ -1,5 +1,5 @@
-"""A column of a dataset as Arrow holds it, so that counting and comparing make no Python objects of its tokens; and
-what Arrow adds to rows, taken away again.
+"""Reads a column of a dataset as Arrow data, so that counting and comparing tokens create no Python objects; and
+removes the None values that Arrow adds to rows.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 def arrow_column(dataset: Dataset, name: str) -> Any:
-    """A pyarrow ChunkedArray of the rows that the dataset shows: whole where it can be, gathered for a selection."""
+    """A pyarrow ChunkedArray of the dataset's visible rows: the whole column if possible, gathered for a selection."""
     table = dataset.with_format("arrow").select_columns([name])
     return table.data[name] if table._indices is None else table[:][name]
 
 
 def without_fill_ins(value: Any, feature: Any) -> Any:
-    """A cell without the None that Arrow puts where a struct lacks a key that those of other rows have.
+    """A cell without the None values that Arrow adds for keys that only structs of other rows have.
 
-    What is None in every row, and so of no other type, was written so; what a `Json` feature holds, Arrow never saw.
+    A key that is None in every row was written by the user and stays; Arrow does not change a `Json` feature.
 
     Args:
-        feature: of the column, as `Dataset.features` has it; None where nothing is known of it.
+        feature: feature of the column from `Dataset.features`; None if it is unknown.
     """
     if type(feature).__name__ == "Json":
         return value
@@ -42,16 +42,16 @@ def without_fill_ins(value: Any, feature: Any) -> Any:
 
 
 def features_of_fill_ins(dataset: Dataset) -> Any:
-    """The features of a dataset where Arrow may have filled something in; None where no struct holds a null, and its
-    rows are what they were."""
+    """The features of a dataset in which Arrow may have added None values; None if no struct holds a null, so that its
+    rows are unchanged."""
     return dataset.features if _holds_null(_all_structs(dataset)) else None
 
 
 def holds_as_given(dataset: Dataset, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the columns give the rows back as they are, of which they were made.
+    """Whether the columns return exactly the rows that they were made from.
 
-    Structs do not where one lacks a key that others have, or holds None, which look alike afterwards; where 1 stands
-    beside 2.5, which makes 1.0 of it; or where keys come in another order. Plain messages are not compared one by one.
+    Structs change if one of them lacks a key of the others or holds None (both read as None afterwards), if 1 occurs
+    beside 2.5 (it becomes 1.0), or if the order of keys differs. Plain messages are not compared one by one.
     """
     structs = list(_all_structs(dataset))
     if _holds_null(structs):
@@ -74,7 +74,7 @@ def _holds_null(structs: Iterable[Any]) -> bool:
 
 
 def _structs(array: Any) -> Iterator[Any]:
-    """Every struct array in an Arrow array, those inside others too."""
+    """Every struct array in an Arrow array, nested ones included."""
     import pyarrow as pa
 
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):

@@ -1,7 +1,7 @@
-"""Where tokenized rows are kept between runs, so that a second run with the same rows does not tokenize again.
+"""Keeps tokenized rows between runs, so that a second run with the same rows does not tokenize again.
 
-In: what decides about the tokens: rows, tokenizer, settings. Out: a fingerprint of it, and the Arrow file in datasets'
-cache folder (HF_DATASETS_CACHE) that belongs to it. `datasets.disable_caching()` switches this off.
+In: everything that determines the tokens: rows, tokenizer, settings. Out: their fingerprint, and the matching Arrow
+file in datasets' cache folder (HF_DATASETS_CACHE). `datasets.disable_caching()` turns the cache off.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ FOLDER = "fastdpo"  # in datasets' cache folder, for rows that datasets itself k
 
 
 def tokens_fingerprint(dataset: Dataset, tokenizer: Any, **settings: Any) -> str:
-    """16 hex digits that change with the rows, the tokenizer, the settings and the code that makes tokens of them.
+    """16 hex digits that change with the rows, the tokenizer, the settings and fastdpo's tokenization code.
 
-    The code is part of it because datasets' own fingerprint takes imported functions by name: after an update of
-    fastdpo it would go on serving what the old version made.
+    The code is included because datasets' own fingerprint only uses the names of imported functions: after an update
+    of fastdpo it would still return the tokens of the old version.
     """
     import tokenizers
     import transformers
@@ -32,7 +32,7 @@ def tokens_fingerprint(dataset: Dataset, tokenizer: Any, **settings: Any) -> str
 
 
 def cache_file(dataset: Dataset, fingerprint: str) -> str | None:
-    """The file for the rows made of `dataset`; None where `Dataset.map` finds one itself, or nothing is to be kept."""
+    """The cache file for the tokens of `dataset`; None if `Dataset.map` finds one itself, or if caching is off."""
     import datasets
 
     if not datasets.is_caching_enabled() or dataset.cache_files:
@@ -46,9 +46,9 @@ def cache_file(dataset: Dataset, fingerprint: str) -> str | None:
 
 
 def _tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:
-    """What of a tokenizer shows in its tokens.
+    """The parts of a tokenizer that affect its tokens.
 
-    Not the pickled object: that changes when a long text has been warned of, or something was padded.
+    The pickled object is not used: it changes after a warning about a long text, or after padding.
     """
     from datasets.fingerprint import Hasher
 

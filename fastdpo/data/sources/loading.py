@@ -1,10 +1,10 @@
 """From a path or the name of a dataset to a `datasets.Dataset` of raw examples, or to a stream of them.
 
-In: JSON (an array, or one object per line), JSON Lines, either also gzipped, Parquet; a directory of such files or one
-saved by `Dataset.save_to_disk`; else a name for `datasets.load_dataset`. Out: one row per example, untouched.
-JSON is parsed here, so that a fault is reported with its line and rows of different shape can stand in one file. A
-stream reads files as it goes: JSON by the line, an array of objects at once.
-Refused with ValueError: what is missing, malformed or empty.
+In: JSON (an array, or one object per line) or JSON Lines, each also gzipped; Parquet; a directory of such files or one
+saved by `Dataset.save_to_disk`; else a name for `datasets.load_dataset`. Out: one unchanged row per example.
+JSON is parsed here, so that errors name the line and rows in one file may differ in shape. A stream reads JSON Lines
+line by line, and an array of objects at once.
+Refused with ValueError: a missing, malformed or empty file.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ ROW_JSON = "row_json"  # the only column of a dataset whose rows do not fit into
 def stream_preference_dataset(
     path_or_name: str | Path, split: str = "train", config_name: str | None = None
 ) -> IterableDataset:
-    """As `load_preference_dataset`, as a stream in the order of the files: nothing is held, and faults come when read.
+    """Like `load_preference_dataset`, but a stream in the order of the files: a faulty row raises when it is read.
 
     Raises:
-        ValueError: nothing is there.
+        ValueError: the path or dataset does not exist.
     """
     from datasets import Dataset, IterableDataset, load_dataset
 
@@ -55,11 +55,11 @@ def load_preference_dataset(path_or_name: str | Path, split: str = "train", conf
 
     Args:
         path_or_name: a local path, or a name that `datasets.load_dataset` knows.
-        split: which split of a directory or a published dataset; a single file is one split, whatever it is called.
-        config_name: which configuration ("subset" on the Hub) of a published dataset that has several.
+        split: split of a directory or a published dataset; a single file has one split, for any name.
+        config_name: configuration ("subset" on the Hub) of a published dataset with several configurations.
     Raises:
-        ValueError: nothing is there, a line is malformed, the file is empty or holds something else than objects; a
-            configuration of a local path.
+        ValueError: the path or dataset does not exist, a line is malformed, the file is empty or holds values other
+            than objects, or `config_name` is given for a local path.
     """
     from datasets import Dataset
 
@@ -72,8 +72,8 @@ def load_preference_dataset(path_or_name: str | Path, split: str = "train", conf
 
 
 def dataset_from_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
-    """A Dataset of `rows`. Where common columns cannot hold them as they are (other keys, other types, objects that
-    lack a key of others or hold null), one column of JSON does."""
+    """A Dataset of `rows`. If common columns would change the rows (different keys or types, objects that lack a key or
+    hold null), the dataset has one column of JSON text instead."""
     from datasets import Dataset
 
     for number, row in enumerate(rows):
@@ -97,15 +97,15 @@ def dataset_from_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
         if dataset is not None:
             return dataset
         raise ValueError(
-            f"dataset rows must hold what JSON can hold, or be alike in keys and types ({error})"
+            f"dataset rows must hold JSON values only, or all have equal keys and types ({error})"
         ) from None
 
 
 def raw_example(example: Mapping[str, Any], features: Any = None) -> Mapping[str, Any]:
-    """The example as it stood in the file, also where `dataset_from_rows` had to keep it as JSON.
+    """The example as in the file, also if `dataset_from_rows` stored it as JSON text.
 
     Args:
-        features: those of the dataset where it comes out of Arrow, whose fill-ins are taken away again.
+        features: features of a dataset read from Arrow; the None values that Arrow added are removed.
     """
     if list(example) == [ROW_JSON]:
         return json.loads(example[ROW_JSON])
@@ -118,7 +118,7 @@ def read_json_rows(path: str | Path) -> list[dict[str, Any]]:
     """The objects of one JSON or JSON Lines file, gzipped if its name ends in .gz.
 
     Raises:
-        ValueError: malformed JSON (with the line, counted from 1), no object at all, something that is not an object.
+        ValueError: malformed JSON (with the line, counted from 1), an empty file, or a value that is not an object.
     """
     text = _read_text(Path(path))
     if not text.strip():
@@ -187,7 +187,7 @@ def _read_array(text: str, path: str | Path) -> list[dict[str, Any]]:
 
 def _read_lines(text: str, path: str | Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a string
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a string may contain U+2028
         if not line.strip():
             continue
         try:
@@ -215,7 +215,7 @@ def _shown(value: Any) -> str:
 
 
 def _local_files(path: Path, split: str, given: str | Path) -> list[Path] | Dataset | None:
-    """The files of a path, or the dataset that was saved there; None where it is a name and no path."""
+    """The files of a path, or the dataset saved there; None for a name that is not a path."""
     if path.is_dir():
         return _directory_files(path, split)
     if path.exists():
@@ -232,7 +232,7 @@ def _are_parquet(paths: Sequence[Path]) -> bool:
 def _checked_suffixes(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not (_are_parquet(paths) or path.name.lower().endswith(JSON_SUFFIXES)):
-            raise ValueError(f"dataset file must end in one of {', '.join(SUFFIXES)}, all files alike, got {path}")
+            raise ValueError(f"dataset files must all be JSON or all Parquet ({', '.join(SUFFIXES)}), got {path}")
     return paths
 
 
@@ -282,15 +282,13 @@ def _directory_files(path: Path, split: str) -> list[Path] | Dataset:
 
 
 def _word(name: str) -> re.Pattern[str]:
-    """Finds `name` where no letter stands before or behind: "test" in "my-test_1.json", but not in "latest.json"."""
+    """Matches `name` without a letter before or after it: "test" in "my-test_1.json", but not in "latest.json"."""
     return re.compile(rf"(?<![a-z]){re.escape(name)}(?![a-z])", re.IGNORECASE)
 
 
 def _check_no_config(config_name: str | None, path: Path) -> None:
     if config_name is not None:
-        raise ValueError(
-            f"dataset_config must go with the name of a published dataset, got {config_name!r} for the path {path}"
-        )
+        raise ValueError(f"dataset_config must be None for a local path, got {config_name!r} for {path}")
 
 
 def _load_published(name: str, split: str, config_name: str | None, *, streaming: bool = False) -> Any:
@@ -300,6 +298,6 @@ def _load_published(name: str, split: str, config_name: str | None, *, streaming
         return load_dataset(name, config_name, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError, ValueError) as error:  # ValueError: no such configuration or split
         raise ValueError(
-            f"dataset must be a local path or a dataset that can be loaded by name, got {name!r} with"
+            f"dataset must be a local path or the name of a dataset on the Hub, got {name!r} with"
             f" dataset_config {config_name!r} and split {split!r}: {error}"
         ) from error

@@ -1,14 +1,14 @@
-"""What stands in a message is text: special tokens that it spells out are tokenized as the characters that they are,
-and those that the chat template writes are control tokens.
+"""Keeps special tokens in messages as text: a special token that a message spells out is tokenized by its characters,
+and only the special tokens that the chat template writes are control tokens.
 
-In: text of rows, and rendered conversations in which that text was marked. Out: the marked text; token ids. The marks
-are those of transformers' `sanitize_control_tokens` (since 5.22), and so are the tokens; here they come in every
-supported release, and with offsets. Two things differ: tags of thoughts and calls in what the assistant says
-(`<think>`, `[TOOL_CALLS]`) stay tokens, because that is how data carries them, and a tokenizer that makes a special
-token of its characters too is no error but told of.
+In: text of rows, and rendered conversations in which that text was marked. Out: the marked text; token ids. Marks and
+tokens are the same as those of transformers' `sanitize_control_tokens` (since 5.22), but work in every supported
+release and come with offsets. Two things differ: tags of thoughts and calls in assistant messages (`<think>`,
+`[TOOL_CALLS]`) stay tokens, because data carries them in this form; and if a tokenizer turns even the characters into a
+special token, this is reported and not an error.
 
-Plain text is whatever the user wrote, with special tokens as such: only `<s>old</s>` in the middle of a sentence, where
-these are BOS and EOS, is markup and no end of anything.
+In plain text, special tokens are control tokens, except `<s>old</s>` in the middle of a sentence: if these are BOS and
+EOS, they are markup and tokenized as text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-START, END = "\U000f0000", "\U000f0001"  # around what is no control token; private-use characters, as transformers'
+START, END = "\U000f0000", "\U000f0001"  # marks around text; private-use characters, as in transformers
 _SAID_TAGS = re.compile(r"[<\[]/?(think|thinking|thought|reasoning|tool_calls?|tool_responses?)[>\]]", re.IGNORECASE)
 _TAG = re.compile(r"</([A-Za-z]\w*)>")
 
@@ -34,7 +34,7 @@ class ControlTokens:
         names = {name for name in names if name.strip()}
         longest_first = sorted(names, key=lambda name: (-len(name), name))
         self._tokens = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._leads = tuple({name[:2] for name in names})  # most texts hold none of these: nothing else is looked for
+        self._leads = tuple({name[:2] for name in names})  # most texts contain none of these: a fast first check
         marked = f"{START}({self._tokens.pattern}){END}|[{START}{END}]"
         self._marked = re.compile(marked)
         self._markup = markup_pattern(getattr(tokenizer, "bos_token", None), getattr(tokenizer, "eos_token", None))
@@ -57,11 +57,11 @@ class ControlTokens:
         return list(dict.fromkeys(self._tokens.findall(text))) if self.are_in(text) else []
 
     def found_outside_marks(self, text: str) -> list[str]:
-        """As `found_in`, of what stayed a token in marked text."""
+        """Like `found_in`, for the tokens outside the marks of marked text."""
         return self.found_in(self._marked.sub("", text)) if START in text else self.found_in(text)
 
     def mark(self, text: str, *, is_assistant: bool) -> str:
-        """The text with marks around what must not become a control token."""
+        """The text with marks around special tokens that must stay text."""
         if not self.are_in(text):
             return text
 
@@ -72,7 +72,7 @@ class ControlTokens:
         return self._tokens.sub(marked, text.replace(START, "").replace(END, ""))
 
     def mark_markup(self, text: str) -> str:
-        """Plain text with marks around BOS and EOS where they are the two ends of a stretch inside a line."""
+        """Plain text with marks around a BOS and EOS that enclose a span inside a line."""
         if self._markup is None or not self.are_in(text):
             return text
 
@@ -86,7 +86,7 @@ class ControlTokens:
         return self._markup.sub(marked, text.replace(START, "").replace(END, ""))
 
     def pieces(self, chat: str) -> Iterator[Piece]:
-        """Marked text, cut at its marks; a mark without its other half only separates what stands around it."""
+        """Marked text, cut at its marks; an unpaired mark only separates the text around it."""
         position = 0
         for match in self._marked.finditer(chat):
             if match.start() > position:
@@ -100,7 +100,7 @@ class ControlTokens:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of marked text."""
+    """A piece of marked text."""
 
     text: str
     start: int  # in the marked text
@@ -117,7 +117,7 @@ class MarkedTokens:
 
 
 def added_tokens(tokenizer: Any) -> dict[int, Any]:
-    """The added tokens of a tokenizer by id; none where it has no such thing, as mistral-common's."""
+    """The added tokens of a tokenizer by id; empty for tokenizers without them, such as mistral-common's."""
     added = getattr(tokenizer, "added_tokens_decoder", None)
     return dict(added) if isinstance(added, Mapping) else {}
 
@@ -127,7 +127,7 @@ def without_marks(text: str) -> str:
 
 
 def markup_pattern(bos: str | None, eos: str | None) -> re.Pattern[str] | None:
-    """Finds `<s>old</s>` where these are BOS and EOS; None where they are no pair of tags."""
+    """A pattern for `<s>old</s>` if these are BOS and EOS; None if BOS and EOS are not a pair of tags."""
     tag = _TAG.fullmatch(eos or "")
     if tag is None or bos != f"<{tag.group(1)}>":
         return None
@@ -135,7 +135,7 @@ def markup_pattern(bos: str | None, eos: str | None) -> re.Pattern[str] | None:
 
 
 def ends_in_markup(text: str, eos: str) -> bool:
-    """Whether the EOS that a text ends in closes an `<s>` of the text, so that it is no end of a turn."""
+    """Whether the EOS at the end of a text closes an `<s>` of the text and thus does not end a turn."""
     tag = _TAG.fullmatch(eos)
     if tag is None or not text.endswith(eos):
         return False
@@ -146,11 +146,11 @@ def ends_in_markup(text: str, eos: str) -> bool:
 
 
 def encode_marked(control: ControlTokens, chat: str, encode: Any, encode_as_text: Any, token_id: Any) -> MarkedTokens:
-    """The tokens of marked text, piece by piece as transformers makes them.
+    """The tokens of marked text, encoded piece by piece, as in transformers.
 
     Args:
-        encode: (text) -> ids and offsets, special tokens as such, nothing added.
-        encode_as_text: (text) -> ids, in which no added token is looked for.
+        encode: (text) -> ids and offsets; special tokens are recognised, nothing is added.
+        encode_as_text: (text) -> ids, without recognising added tokens.
         token_id: (token) -> its id.
     """
     result = MarkedTokens()
@@ -177,6 +177,6 @@ def encode_marked(control: ControlTokens, chat: str, encode: Any, encode_as_text
 
 
 def _behind_newline(text: str, encode: Any, newline: list[int]) -> list[int]:
-    """The ids of a text that does not stand first: SentencePiece would put a space before it."""
+    """The ids of a text that is not the first piece: SentencePiece would otherwise put a space before it."""
     ids: list[int] = encode("\n" + text)
     return ids[len(newline) :] if ids[: len(newline)] == newline else encode(text)

@@ -1,12 +1,12 @@
 """From texts to token ids, many at a time.
 
-In: the texts of rows, each a prompt and what begins with it. Out: their ids, those that the tokenizer gives to each
-text alone, without anything around it.
+In: the texts of rows, each a prompt and the texts that begin with it. Out: the ids of each text by itself, without
+added tokens.
 
-A prompt is tokenized once and not with every response again: where all texts of a row share a special token that the
-tokenizer looks for before anything else, as the <|im_start|> of the answer's turn, a text is the tokens up to there and
-those from there on. This is how such tokens work (they cut a text before it is normalized), and the first rows are
-tokenized both ways to see that it is so here; where it is not, every text is tokenized as a whole.
+A prompt is tokenized once instead of once per response: if all texts of a row share a special token that the tokenizer
+matches before anything else, such as the <|im_start|> of the answer's turn, each text is cut there and the ids of both
+parts are joined. Such tokens split a text before it is normalized, so the ids are the same. The first rows are
+tokenized both ways to check this; if the ids differ, every text is tokenized as a whole.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from fastdpo.data.tokens.control import ControlTokens, MarkedTokens, added_token
 
 Ids = list[int]
 _PROVED_ROWS = 16  # tokenized both ways
-_EXPLORED_ROWS = 256  # looked through for special tokens where none is known to be in rows
+_EXPLORED_ROWS = 256  # rows searched for special tokens if no row is known to have one
 _TEXTS_AT_ONCE = 1024
 
 
 class TextEncoder:
-    """A tokenizer's `__call__` on plain texts, in batches, and what of its offsets and special tokens is used here."""
+    """A tokenizer's `__call__` on batches of plain texts, with the offsets and special tokens that fastdpo needs."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -39,25 +39,25 @@ class TextEncoder:
         self._is_blank: dict[int, bool] = {}
         self._is_control: dict[int, bool] = {}
 
-    # One text, or several that have nothing to do with each other
+    # One text, or several independent ones
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text, with nothing around it."""
+        """The ids of each text, without added tokens."""
         if not texts:
             return []
         is_direct = self._is_plain and len(texts) > 1
         options = {"add_special_tokens": False, "verbose": False}
         encoded = self.tokenizer(list(texts[:1] if is_direct else texts), **options)
         ids = [list(some) for some in encoded["input_ids"]]
-        if is_direct:  # the call has set all that the backend needs to be told; it is asked for ids and nothing else
+        if is_direct:  # the call has set the backend's options; only ids are needed
             ids += [encoding.ids for encoding in self._backend.encode_batch_fast(texts[1:], add_special_tokens=False)]
         return ids
 
     def encode_with_offsets(self, text: str) -> tuple[Ids, list[tuple[int, int]]]:
-        """The ids and the characters of each token, the white space that belongs to it included.
+        """The ids and the character span of each token, including its white space.
 
-        GPT-NeoX's and other byte-level tokenizers leave white space out of the offsets that they give (trim_offsets).
-        That is done behind the tokens' making, so a copy without this step shows all of a token.
+        GPT-NeoX's and other byte-level tokenizers leave white space out of their offsets (trim_offsets). This happens
+        in a post-processing step, so a copy of the tokenizer without this step gives the full spans.
         """
         if self._offset_backend is None:
             from tokenizers import Tokenizer
@@ -71,7 +71,7 @@ class TextEncoder:
         return list(encoding.ids), list(encoding.offsets)
 
     def encode_as_text(self, text: str) -> Ids:
-        """The ids of a text in which no added token is looked for: those of its characters."""
+        """The ids of a text without recognising added tokens."""
         backend = self._backend
         if backend is None:
             return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
@@ -94,15 +94,15 @@ class TextEncoder:
         return encode_marked(self.control, text, encode, self.encode_as_text, token_id)
 
     def decode(self, ids: Ids) -> str:
-        """The text of tokens. Of a tokenizer that knows no special tokens in text, as mistral-common's, without these:
-        with them it would write the pieces of its vocabulary."""
+        """The text of tokens, without special tokens for a tokenizer that does not recognise them in text, such as
+        mistral-common's: it would write them as vocabulary pieces."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=not self._has_added)
         return text
 
     # Rows: a prompt and the texts that begin with it
 
     def encode_rows(self, rows: Sequence[Sequence[str]]) -> list[list[Ids]]:
-        """The ids of every text of every row; texts that occur several times are tokenized once."""
+        """The ids of every text of every row; repeated texts are tokenized once."""
         cuts = [self._cut(texts) for texts in rows]
         parts = [_parts(texts, start, token) for texts, (start, token) in zip(rows, cuts, strict=True)]
         strings = list(dict.fromkeys(part for some_parts in parts for part in some_parts))
@@ -116,7 +116,7 @@ class TextEncoder:
         ]
 
     def _cut(self, texts: Sequence[str]) -> tuple[int, str]:
-        """Where the last special token begins that all texts of a row share, and which; (-1, "") where none does."""
+        """Position and text of the last special token that all texts of a row share; (-1, "") if there is none."""
         if not self._cutting or len(texts) < 2:
             return -1, ""
         shared = common_start(texts)
@@ -151,11 +151,11 @@ class TextEncoder:
             return self.encode(texts)
         return joined
 
-    # What single tokens are
+    # Properties of single tokens
 
     def leading_ids(self, example: str = "a") -> Ids:
-        """What the tokenizer puts before a text, such as [BOS]. Seen on an example: classes and files disagree on
-        flags."""
+        """The ids that the tokenizer adds before a text, such as [BOS]. Found by an example, because classes and files
+        disagree on the flags."""
         if self._around is None:
             bare = self.encode([example])[0]
             full = list(self.tokenizer(example, verbose=False)["input_ids"])
@@ -164,20 +164,20 @@ class TextEncoder:
         return self._around
 
     def is_blank(self, token: int) -> bool:
-        """Whether a token is white space, or nothing at all."""
+        """Whether a token is white space or empty."""
         if token not in self._is_blank:
             self._is_blank[token] = not self.tokenizer.decode([token]).strip()
         return self._is_blank[token]
 
     def is_control(self, token: int) -> bool:
-        """Whether a token is special, and no text."""
+        """Whether a token is a special token and not text."""
         if token not in self._is_control:
             self._is_control[token] = not self.tokenizer.decode([token], skip_special_tokens=True).strip()
         return self._is_control[token]
 
 
 def _is_transformers_own(tokenizer: Any) -> bool:
-    """Whether a tokenizer's call is transformers' own, and no code that came with a model."""
+    """Whether a tokenizer's `__call__` is transformers' own and not code that came with a model."""
     from transformers import PreTrainedTokenizerFast
 
     names = ("__call__", "_encode_plus", "_batch_encode_plus")
@@ -187,7 +187,7 @@ def _is_transformers_own(tokenizer: Any) -> bool:
 
 
 def common_start(texts: Sequence[str]) -> str:
-    """What all texts begin with."""
+    """The common start of all texts."""
     shared = min(texts, key=len)
     if all(text.startswith(shared) for text in texts):
         return shared
@@ -202,17 +202,17 @@ def common_start(texts: Sequence[str]) -> str:
 
 
 def _parts(texts: Sequence[str], start: int, token: str) -> list[str]:
-    """What is tokenized of a row: its texts, or what they share up to a token's end and the rest from the token on."""
+    """The texts of a row to tokenize: whole, or split at the cutting token into shared part and rest."""
     if start < 0:
         return list(texts)
     return [texts[0][: start + len(token)], *(text[start:] for text in texts)]
 
 
 def _cutting_tokens(tokenizer: Any) -> dict[str, int]:
-    """Special tokens at which a text can be cut without a change to its tokens, with their ids.
+    """Special tokens at which a text can be cut without changing its tokens, with their ids.
 
-    Left out: tokens that other added tokens contain, so that a longer one may be found in their place; those that are
-    found in normalized text; those that depend on the letters around them (`single_word`).
+    Excluded: tokens contained in another added token, because the longer one may match instead; tokens matched in
+    normalized text; tokens that depend on the surrounding letters (`single_word`).
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None or getattr(tokenizer, "split_special_tokens", False):
         return {}

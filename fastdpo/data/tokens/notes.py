@@ -1,4 +1,4 @@
-"""What is to be said of rows that were tokenized, beside their tokens, and how often."""
+"""Notes about tokenized rows for the report, and their counts."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from fastdpo.data.sources.arrow import arrow_column
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LOST = "lost"  # the chat template leaves out `what` of `side`; an example of it
-UNKNOWN = "unknown"  # the tokenizer makes other characters of `side` than it was given
+LOST = "lost"  # the chat template leaves out `what` of `side`; with an example
+UNKNOWN = "unknown"  # the tokens of `side` do not decode to its text
 FIELD = "field"  # the template does not read the field `what` of messages
-OPENS = "opens"  # the prompt alone ends in `what`, which it does not with a response
+OPENS = "opens"  # the prompt alone ends in `what`, but not with a response
 PLAIN_TEXT = "plain_text"  # text, although the tokenizer has a chat template
-SPELLED = "spelled"  # plain text spells out the special token `what`, which it is there
-STAYED = "stayed"  # the tokenizer makes special tokens of their characters too
+SPELLED = "spelled"  # plain text spells out the special token `what`, read as a control token
+STAYED = "stayed"  # the tokenizer turns even their separate characters into special tokens
 SIDES = ("prompts", "chosen", "rejected", "responses", "")
 
 
 @dataclass(frozen=True)
 class Note:
-    """One thing to be said of a row."""
+    """One remark about a row."""
 
     kind: str
     what: str = ""
@@ -48,7 +48,7 @@ def note_features() -> Any:
 
 
 def loss_reason(notes: Sequence[Note]) -> str:
-    """Why a row is left out that has lost something: the same words for all rows that lost the same."""
+    """The reason to drop a row with lost content; equal for all rows that lost the same kinds."""
     kinds = list(dict.fromkeys(note.what for note in notes if note.kind == LOST))
     if kinds:
         return f"the chat template leaves out {' and '.join(kinds)}"
@@ -61,10 +61,10 @@ class NoteCounts:
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, str, str]] = Counter()  # (kind, what, side)
         self._rows_of_kind: Counter[str] = Counter()
-        self._examples: dict[tuple[str, str, str], tuple[int, str]] = {}  # the first row, and what it shows
+        self._examples: dict[tuple[str, str, str], tuple[int, str]] = {}  # (first row, its example)
 
     def add(self, row: int, notes: Sequence[Note]) -> None:
-        """Takes down what was noted of a row."""
+        """Adds the notes of a row."""
         for note in notes:
             key = (note.kind, note.what, note.side)
             self._counts[key] += 1
@@ -72,11 +72,11 @@ class NoteCounts:
         self._rows_of_kind.update({note.kind for note in notes})
 
     def num_rows(self, kind: str) -> int:
-        """How many rows have a note of this kind."""
+        """Number of rows with a note of this kind."""
         return self._rows_of_kind[kind]
 
     def whats(self, kind: str) -> list[str]:
-        """What notes of this kind are about, the most frequent first."""
+        """The subjects of notes of this kind, most frequent first."""
         total: Counter[str] = Counter()
         for (name, what, _), count in self._counts.items():
             if name == kind:
@@ -84,12 +84,12 @@ class NoteCounts:
         return [what for what, _ in total.most_common()]
 
     def sides(self, kind: str, what: str) -> dict[str, int]:
-        """How many rows have such a note on each side."""
+        """Number of rows with such a note, by side."""
         found = {side: count for (k, w, side), count in self._counts.items() if (k, w) == (kind, what)}
         return {side: found[side] for side in SIDES if side in found}
 
     def example(self, kind: str, what: str) -> tuple[int, str]:
-        """A row with such a note and what it shows, of a response rather than of a prompt."""
+        """A row with such a note and its example; notes on responses come before notes on prompts."""
         sides = self.sides(kind, what)
         side = next((side for side in sides if side != "prompts"), next(iter(sides)))
         return self._examples[kind, what, side]
@@ -99,7 +99,7 @@ class NoteCounts:
 
 
 def note_counts(dataset: Dataset) -> NoteCounts:
-    """The notes of a prepared dataset with the column `notes`."""
+    """Counts the notes of a prepared dataset with the column `notes`."""
     import pyarrow.compute as pc
 
     column = arrow_column(dataset, "notes")

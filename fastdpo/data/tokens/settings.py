@@ -1,6 +1,6 @@
-"""How rows become tokens: lengths, chat template, and what happens to rows that cannot be used as they are.
+"""Settings of tokenization: lengths, chat template, and the treatment of long, bad and lossy rows.
 
-Refused with ValueError: a setting that cannot work, by name, rule and value.
+Refused with ValueError: an invalid setting, by name, rule and value.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ LOST_CONTENT_POLICIES = ("warn", "drop", "raise")
 
 @dataclass(frozen=True)
 class TokenizationSettings:
-    """How rows become tokens, and what happens to rows that cannot."""
+    """Settings for turning rows into tokens, and for rows that cannot be tokenized as given."""
 
     max_length: int | None = 1024  # tokens of prompt and one response; None leaves them whole
     max_prompt_length: int | None = None  # tokens of the prompt, cut before max_length is looked at
     truncation_mode: str = "keep_start"  # which end survives: "keep_start" or "keep_end"
     on_bad_row: str = "drop"  # "drop" counts and reports it, "raise" stops at the first
     on_long_row: str = "truncate"  # "truncate" to the lengths above, "drop" counts and reports it, "raise" stops
-    on_lost_content: str = "warn"  # of what the template leaves out: "warn" reports it, "drop" the row too, "raise"
+    on_lost_content: str = "warn"  # content lost by the template: "warn" reports it, "drop" drops the row too, "raise"
     chat_template: str | None = None  # Jinja, or the name of one of the tokenizer's; None takes the tokenizer's
     chat_template_kwargs: dict[str, Any] | None = None  # variables for it, where a row does not set them
     dataset_format: str = AUTO  # a name of `formats.FORMAT_NAMES`; "auto" goes by the columns
-    columns: Mapping[str, Any] | None = None  # what the dataset's columns are in our names, see `forms.mapping`
+    columns: Mapping[str, Any] | None = None  # our names -> the dataset's columns, see `forms.mapping`
     rankings: bool = False  # preferences become the neighbouring pairs of a ranking, see `loss_rows`
-    shared_parts: bool = False  # each pair also brings both responses up to the length that they share
+    shared_parts: bool = False  # each pair also holds both responses up to their shared length
 
     def __post_init__(self) -> None:
         check_format_name(self.dataset_format)
@@ -52,4 +52,4 @@ class TokenizationSettings:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         reserved = [name for name in RESERVED_KWARGS if name in (self.chat_template_kwargs or {})]
         if reserved:
-            raise ValueError(f"chat_template_kwargs must not hold {reserved}, which are set for every text apart")
+            raise ValueError(f"chat_template_kwargs must not hold {reserved}: fastdpo sets these for each text")

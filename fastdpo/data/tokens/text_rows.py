@@ -1,7 +1,7 @@
 """From a row of text to tokens.
 
-In: a row of text. Out: prompt and whole sequences, each with the tokens that the tokenizer puts first, sequences with
-one EOS at their end; masks where the user speaks in a response.
+In: a row of text. Out: prompt and whole sequences, each with the tokenizer's leading tokens, the sequences with one EOS
+at the end; masks if the user speaks in a response.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastdpo.types import PreferenceRow
 
 @dataclass(frozen=True)
 class TextPlan:
-    """What is to be tokenized of a row of text: prompt and whole texts."""
+    """The texts of a row to tokenize: the prompt and the whole texts."""
 
     texts: list[str]
     is_marked: bool  # by `control`
@@ -27,7 +27,7 @@ class TextRows:
     """Rows of text for one tokenizer.
 
     Args:
-        has_template: the tokenizer has a chat template, which text does not go through.
+        has_template: whether the tokenizer has a chat template, which is not applied to text.
     """
 
     def __init__(self, texts: TextEncoder, *, has_template: bool) -> None:
@@ -38,8 +38,8 @@ class TextRows:
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def plan(self, row: PreferenceRow) -> TextPlan:
-        """Prompt and whole texts, as they are: special tokens that they spell out are what they say, but for markup
-        inside a line (`control`)."""
+        """Prompt and whole texts, unchanged: special tokens in them are control tokens, except markup inside a line
+        (`control`)."""
         control = self.texts.control
         texts = [str(row.prompt), *(f"{row.prompt}{response}" for response in row.responses)]
         notes = [Note(PLAIN_TEXT)] if self._has_template else []
@@ -54,7 +54,7 @@ class TextRows:
         return TextPlan(texts, is_marked, notes)
 
     def _without_ends(self, text: str) -> str:
-        """A text without the BOS and EOS that stand at its ends, where they belong."""
+        """A text without a BOS at its start and an EOS at its end."""
         for token in self._ends:
             text = text.removeprefix(token or "").removesuffix(token or "")
         return text
@@ -62,9 +62,9 @@ class TextRows:
     def tokens(
         self, row: PreferenceRow, plan: TextPlan, ids: list[Ids]
     ) -> tuple[Ids, list[Ids], list[list[bool]] | None]:
-        """Prompt and whole sequences, each with the tokens that the tokenizer puts first; sequences end in one EOS.
+        """Prompt and whole sequences, each with the tokenizer's leading tokens; sequences end in one EOS.
 
-        Masks of the sequences where the user speaks in a response, as in HH transcripts that part early.
+        The sequences get masks if the user speaks in a response, as in HH transcripts that differ early.
         """
         if plan.is_marked:
             ids = [self.texts.encode_marked(text).ids for text in plan.texts]
@@ -80,14 +80,14 @@ class TextRows:
         return prompt, sequences, [transcript_mask(str(row.prompt), str(text), ids, encode) for text, ids in pairs]
 
     def _begin_once(self, ids: Ids) -> Ids:
-        """The tokens that the tokenizer puts first and `ids`, without the BOS that the text itself may start with."""
+        """The tokenizer's leading tokens followed by `ids`, without a second BOS if the text itself starts with one."""
         first = self.texts.leading_ids()
         while first and first[-1] == self._bos and ids and ids[0] == self._bos:
             ids = ids[1:]
         return first + ids
 
     def _end_once(self, ids: Ids) -> Ids:
-        """`ids` with exactly one EOS at the end, if the tokenizer knows one."""
+        """`ids` with exactly one EOS at the end, if the tokenizer has an EOS."""
         if self._eos is None:
             return ids
         end = len(ids)

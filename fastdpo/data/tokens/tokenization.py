@@ -4,12 +4,13 @@ Two steps: `RowEncoder` (chat template, one BOS, one EOS, prompt tokens that are
 `truncate` (`max_prompt_length`, then `max_length`); `tokenize_row` is the two together for one row. A row that cannot
 be used raises BadRow; messages for a tokenizer without a chat template are a ValueError.
 
-Rows are encoded many at a time: rendered (`chat`, or as they are, `text_rows`), then tokenized together (`encoding`).
+Rows are encoded many at a time: messages are rendered (`chat`), text is used unchanged (`text_rows`), and all texts are
+tokenized together (`encoding`).
 
-The same tokens as TRL 1.16's DPOTrainer, and what it does not do: a BOS or EOS is never doubled, an EOS is added to a
-conversation whose template leaves the turn open, only the assistant's tokens of a response of several turns count
-(`turns`), special tokens that a message spells out are text (`control`), a prompt that ends in the assistant's turn
-goes on with it, and rows without a usable difference are refused.
+The tokens equal those of TRL 1.16's DPOTrainer, except for these improvements: BOS and EOS are never duplicated, an EOS
+is added if the template leaves the last turn open, only the assistant's tokens count in a response of several turns
+(`turns`), special tokens that a message spells out are text (`control`), an assistant turn at the end of the prompt is
+continued, and rows without a usable difference are refused.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ _DECODED_ROWS = 8  # compared with their text, token by token
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """What became of a row: its tokens, or why there are none; and what is to be said of it."""
+    """An encoded row: its tokens, or the error that prevents them, and its notes."""
 
     group: TokenizedGroup | None = None
-    error: ValueError | None = None  # BadRow, or what concerns more than the row
+    error: ValueError | None = None  # BadRow, or an error of the whole dataset
     is_merged: bool = False  # the end of the prompt alone is tokenized differently than with a response
     notes: list[Note] = field(default_factory=list)
 
@@ -52,7 +53,7 @@ def tokenize_row(
     settings: TokenizationSettings,
     template_kwargs: dict[str, Any] | None = None,
 ) -> TokenizedGroup:
-    """The row as tokens, cut to length.
+    """The row as tokens, truncated to the run's lengths.
 
     Args:
         tokenizer: a transformers tokenizer; with a chat template if the row is conversational.
@@ -66,7 +67,7 @@ def tokenize_row(
 
 
 def padding_id(tokenizer: Any) -> int:
-    """What rows are padded with: the tokenizer's padding token, or its EOS where it has none."""
+    """The token for padding: the tokenizer's padding token, or its EOS if it has none."""
     pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return pad_id
 
@@ -74,10 +75,10 @@ def padding_id(tokenizer: Any) -> int:
 def encode_row(
     row: PreferenceRow, tokenizer: Any, template_kwargs: dict[str, Any] | None = None
 ) -> tuple[TokenizedGroup, bool]:
-    """The whole row as tokens, and whether the end of the prompt alone is tokenized differently than with a response.
+    """The whole row as tokens, and whether the end of the prompt is tokenized differently alone and with a response.
 
-    Where it is, the differing tokens belong to the response: with "ab" one token, prompt "a" and response "b" give an
-    empty prompt and the response ("ab",). The same holds for templates that render the prompt alone in another way.
+    In that case the differing tokens belong to the response: if "ab" is one token, prompt "a" and response "b" give an
+    empty prompt and the response ("ab",). The same holds for templates that render the prompt alone differently.
     """
     encoded = RowEncoder(tokenizer).encode([(row, template_kwargs or {})])[0]
     return _group_of(encoded), encoded.is_merged
@@ -91,7 +92,7 @@ def _group_of(encoded: EncodedRow) -> TokenizedGroup:
 
 
 class RowEncoder:
-    """Rows to tokens with one tokenizer and one chat template; what it finds out about them is kept."""
+    """Encodes rows with one tokenizer and one chat template, and caches facts about them."""
 
     def __init__(
         self, tokenizer: Any, chat_template: str | None = None, template_kwargs: dict[str, Any] | None = None
@@ -107,14 +108,14 @@ class RowEncoder:
         self._num_to_decode = _DECODED_ROWS
 
     def takes_messages(self, template_kwargs: dict[str, Any]) -> bool:
-        """Whether messages of a row with these arguments can be rendered."""
+        """Whether there is a template for messages of a row with these arguments."""
         return self._has_template or "chat_template" in {**self.template_kwargs, **template_kwargs}
 
     def encode(self, rows: Sequence[tuple[PreferenceRow, dict[str, Any]]]) -> list[EncodedRow]:
         """The rows as tokens.
 
         Args:
-            rows: each with further arguments for the chat template, which win over the run's.
+            rows: each with its own arguments for the chat template, which override the run's.
         """
         plans: list[TextPlan | Chat | ValueError | None] = [self._plan(row) for row, _ in rows]
         of_messages = [number for number, plan in enumerate(plans) if plan is None]
@@ -153,7 +154,7 @@ class RowEncoder:
         return EncodedRow(group, None, num_prompt < len(prompt), notes)
 
     def _plan(self, row: PreferenceRow) -> TextPlan | ValueError | None:
-        """What is to be tokenized of a row of text; why a row cannot be used; None where it holds messages."""
+        """The plan for a row of text; the error if the row is unusable; None if the row holds messages."""
         try:
             for response in row.responses:
                 if is_empty(response):
@@ -164,8 +165,8 @@ class RowEncoder:
         return None if row.is_conversational else self.text_rows.plan(row)
 
     def _unknown_characters(self, row: PreferenceRow, plan: TextPlan | Chat, sequences: list[Ids]) -> list[Note]:
-        """Of sides with characters that the tokenizer has no token for; of the first rows, of any that do not decode to
-        their text, white space aside."""
+        """Notes on sides with characters that the tokenizer does not know; in the first rows, on every side that does
+        not decode to its text, ignoring white space."""
         names = side_names(row)
         if self._unknown is not None and any(self._unknown in sequence for sequence in sequences):
             return [
@@ -182,38 +183,38 @@ class RowEncoder:
         return notes
 
     def _characters(self, text: str) -> str:
-        """A text without white space, and without BOS and EOS, of which one or more stand at its ends."""
+        """A text without white space, and without any BOS and EOS at its ends."""
         for token in (self.tokenizer.bos_token, self.tokenizer.eos_token):
             text = text.replace(token, "") if token else text
         return "".join(text.split())
 
 
 def _to_tokenize(plan: TextPlan | Chat | ValueError | None) -> list[str]:
-    """The texts of a row that are tokenized together with other rows'."""
+    """The texts of a row that are tokenized in one batch with those of other rows."""
     if plan is None or isinstance(plan, ValueError) or plan.is_marked or (isinstance(plan, Chat) and plan.ids):
         return []
     return plan.texts
 
 
 def side_names(row: PreferenceRow) -> tuple[str, ...]:
-    """What the responses of a row are called in a report."""
+    """The names of a row's responses in a report."""
     if len(row.responses) == 2 and tuple(row.preferences) == ((0, 1),):
         return ("chosen", "rejected")
     return ("responses",) * len(row.responses)
 
 
 def _unknown_id(tokenizer: Any) -> int | None:
-    """The token for what has none; None where the tokenizer knows all, or GPT-2's manner makes it the EOS."""
+    """The id of the unknown token; None if there is none, or if it is also BOS, EOS or padding, as in GPT-2."""
     unknown: int | None = getattr(tokenizer, "unk_token_id", None)
     return None if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) else unknown
 
 
 def _num_shared(prompt: Ids, sequence: Ids) -> int:
-    """How many tokens of the prompt the sequence begins with."""
+    """Number of prompt tokens at the start of the sequence."""
     return len(prompt) if sequence[: len(prompt)] == prompt else common_prefix_length(prompt, sequence)
 
 
 def _difference(text: str, decoded: str) -> str:
-    """Where a text and its tokens part."""
+    """The first difference between a text and its decoded tokens."""
     start = common_prefix_length(text, decoded)
     return f"{text[start : start + 20]!r} is {decoded[start : start + 20]!r}"

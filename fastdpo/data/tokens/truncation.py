@@ -1,8 +1,8 @@
-"""A tokenized group cut to the lengths of a run, and the checks that hold for groups before and after.
+"""Truncates a tokenized group to the lengths of a run, and checks groups before and after.
 
-In: a `TokenizedGroup`. Out: the group that is trained on. Refused with BadRow: a group without a usable difference, or
-without room for a response; LeftOut: one that would be cut, where `on_long_row` is "drop". Refused with ValueError: the
-same where it is "raise".
+In: a `TokenizedGroup`. Out: the group to train on. Refused with BadRow: a group without a usable difference, or without
+space for a response. Refused with LeftOut: a long group if `on_long_row` is "drop". Refused with ValueError: a long
+group if `on_long_row` is "raise".
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ EQUAL = "chosen equals rejected"
 
 
 class LeftOut(BadRow):
-    """A row that could be used and is left out because the settings say so, whatever `on_bad_row` says."""
+    """A usable row that the settings drop, independent of `on_bad_row`."""
 
 
 def truncate(group: TokenizedGroup, settings: TokenizationSettings) -> TokenizedGroup:
-    """The group cut to `max_prompt_length`, then to `max_length` tokens per sequence, without reference log-probs then.
+    """Truncates the group to `max_prompt_length`, then to `max_length` tokens per sequence; a cut group has no
+    ref_logps.
 
-    keep_start cuts sequences at their end; a prompt that leaves no room for a response makes the row bad. keep_end
-    keeps the last `max_length` tokens of each sequence by itself, which may leave prompts that differ. Example,
+    keep_start cuts sequences at their end; a prompt that leaves no space for a response makes the row bad. keep_end
+    keeps the last `max_length` tokens of each sequence separately, so the prompts may differ afterwards. Example,
     max_length 4: prompt 1 2 3, chosen 4, rejected 5 6 gives 1 2 3 4 and 2 3 5 6, stored without a prompt, masks F F F T
     and F F T T.
     """
@@ -37,7 +38,7 @@ def truncate(group: TokenizedGroup, settings: TokenizationSettings) -> Tokenized
     equal_reason = EQUAL
     ref_logps = group.ref_logps
     if limit is not None and len(prompt) > limit:
-        ref_logps = None  # those of the whole text, of which nothing can be taken away
+        ref_logps = None  # they belong to the whole text and cannot be split
         prompt = prompt[-limit:] if keep_end else prompt[:limit]
     if length is not None and len(prompt) + max(map(len, responses)) > length:
         ref_logps = None
@@ -53,7 +54,7 @@ def truncate(group: TokenizedGroup, settings: TokenizationSettings) -> Tokenized
 
 
 def _refuse_long(group: TokenizedGroup, settings: TokenizationSettings) -> None:
-    """Refuses a group that would be cut: with BadRow where such rows are left out, with ValueError where they stop.
+    """Refuses a long group: with LeftOut if `on_long_row` is "drop", with ValueError if it is "raise".
 
     Raises:
         ValueError: the group has more tokens than `max_prompt_length` or `max_length`.
@@ -67,15 +68,15 @@ def _refuse_long(group: TokenizedGroup, settings: TokenizationSettings) -> None:
         if settings.on_long_row == "drop":
             raise LeftOut(f"longer than {name}")
         raise ValueError(
-            f"{name} must be at least {count} for all rows to be whole, got {most}; on_long_row='truncate' cuts them,"
-            " 'drop' leaves them out"
+            f"{name} must be at least {count} to keep this row whole, got {most}; to cut long rows set"
+            " on_long_row='truncate', to drop them 'drop'"
         )
 
 
 def _keep_ends(
     prompt: list[int], responses: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]] | None, length: int
 ) -> tuple[list[int], Sequence[Sequence[int]], Sequence[Sequence[bool]] | None]:
-    """The last `length` tokens of every sequence; the prompt stays apart only if all keep the same part of it."""
+    """The last `length` tokens of every sequence; the prompt stays separate only if all keep the same part of it."""
     full_masks = masks if masks is not None else [[True] * len(response) for response in responses]
     cuts = [max(0, len(prompt) + len(response) - length) for response in responses]
     kept_prompts = [prompt[cut:] for cut in cuts]
@@ -95,9 +96,9 @@ def checked_group(
     equal_reason: str,
     ref_logps: Sequence[float] | None = None,
 ) -> TokenizedGroup:
-    """The group, after the checks that hold before and after truncation.
+    """Returns the group after the checks that apply before and after truncation.
 
-    Without a prompt token (and without a BOS) nothing predicts a response's first token: it is kept and not scored.
+    Without a prompt token (and without a BOS) nothing predicts a response's first token, so it is kept but not scored.
     """
     preferences = different_pairs(preferences, [list(response) for response in responses], equal_reason)
     if not prompt:
@@ -113,7 +114,7 @@ def checked_group(
 def different_pairs(
     preferences: Sequence[tuple[int, int]], responses: Sequence[Any], equal_reason: str
 ) -> tuple[tuple[int, int], ...]:
-    """The preferences between different responses; a row that has none left cannot be used."""
+    """The preferences between different responses; a row without any is unusable."""
     kept = tuple((chosen, rejected) for chosen, rejected in preferences if responses[chosen] != responses[rejected])
     if preferences and not kept:
         raise BadRow(equal_reason)

@@ -1,11 +1,11 @@
-"""Which tokens of a conversation the assistant says, for responses of several turns: what users and tools say in
-between has no place in a log-prob.
+"""Masks the assistant's tokens in responses of several turns: the turns of users and tools in between must not count in
+a log-prob.
 
-In: the messages, their tokens, and how the chat template renders. Out: a mask of tokens. Where the template marks the
-assistant's parts (`{% generation %}`), it decides; else a turn begins where the conversation before it, rendered with
-the generation prompt, ends, and ends where the conversation up to it does, and both are checked. Transcripts of HH show
-their turns in the text.
-Refused with BadRow: a template of which neither can be told.
+In: the messages, their tokens, and the rendering function of the chat template. Out: a mask of tokens. If the template
+marks the assistant's parts (`{% generation %}`), these count. Otherwise a turn begins at the end of the preceding
+conversation rendered with the generation prompt, and ends at the end of the conversation up to this turn; both
+positions are checked. HH transcripts show their turns in the text.
+Refused with BadRow: a template that allows neither way.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Render = Callable[..., list[int]]  # (messages, add_generation_prompt=False) -> 
 def assistant_mask(
     messages: Sequence[Message], num_prompt: int, ids: Sequence[int], render: Render, decode: Callable[..., str]
 ) -> list[bool]:
-    """(L,) True for the tokens that the assistant says from message `num_prompt` on, the end of each turn included.
+    """(L,) True for the assistant's tokens from message `num_prompt` on, including the end of each turn.
 
     Args:
-        messages: the whole conversation, of which `num_prompt` (at least one) are the prompt.
-        ids: (L,) its tokens; what stands behind the last message belongs to it.
+        messages: the whole conversation; the first `num_prompt` (at least one) are the prompt.
+        ids: (L,) its tokens; tokens after the last message belong to it.
     Raises:
-        BadRow: no message is the assistant's, or the template renders a turn in another way inside the conversation.
+        BadRow: there is no assistant message, or the template renders a turn differently inside the conversation.
     """
     turns = [i for i in range(num_prompt, len(messages)) if messages[i]["role"] == "assistant"]
     if not turns:
-        raise BadRow("response without a message of the assistant")
+        raise BadRow("response without an assistant message")
     mask = [False] * len(ids)
     for turn in turns:
         start = _start(messages[:turn], ids, render)
@@ -49,7 +49,7 @@ def assistant_mask(
 
 
 def has_several_turns(row: PreferenceRow) -> bool:
-    """Whether a response has several messages, or is a transcript in which the user speaks again."""
+    """Whether a response has several messages, or is a transcript with another user turn."""
     if row.is_conversational:
         return any(len(response) > 1 for response in row.responses)
     prompt = str(row.prompt)
@@ -58,14 +58,14 @@ def has_several_turns(row: PreferenceRow) -> bool:
 
 
 def transcript_mask(prompt: str, response: str, ids: Sequence[int], encode: Callable[[str], list[int]]) -> list[bool]:
-    """(L,) True for the tokens that the assistant says in a response of "...\n\nHuman: ... \n\nAssistant: ..." text.
+    """(L,) True for the assistant's tokens in a response of "...\n\nHuman: ... \n\nAssistant: ..." text.
 
     Args:
-        ids: (L,) tokens of prompt and response; what stands behind the last turn of the assistant belongs to it.
-        encode: gives the tokens of a text from its beginning on, without an EOS.
+        ids: (L,) tokens of prompt and response; tokens after the assistant's last turn belong to it.
+        encode: returns the tokens of a text, without an EOS.
     """
     mask = [False] * len(ids)
-    pieces = _USER_AGAIN.split(response)  # what the assistant says, and every second one what the user does
+    pieces = _USER_AGAIN.split(response)  # assistant and user turns, alternating
     text = prompt
     for number, piece in enumerate(pieces):
         if number % 2 == 0 and piece:
@@ -77,20 +77,20 @@ def transcript_mask(prompt: str, response: str, ids: Sequence[int], encode: Call
 
 
 def _start(before: Sequence[Message], ids: Sequence[int], render: Render) -> int:
-    """Where the turn after `before` begins. Of the generation prompt, the end may differ, as an empty thought block."""
+    """Start of the turn after `before`. The generation prompt's end may differ, as by an empty thought."""
     start = common_prefix_length(render(before, add_generation_prompt=True), ids)
-    if start < len(render(before)) - 1:  # one token may merge with what follows
+    if start < len(render(before)) - 1:  # one token may merge with the following text
         raise BadRow(_UNCLEAR)
     return start
 
 
 def _num_tokens(alone: Sequence[int], rest: Sequence[int], message: Message, decode: Callable[..., str]) -> int:
-    """How many of `rest`, the tokens from a turn's start on, belong to it.
+    """Number of tokens at the start of `rest`, the tokens from a turn's start on, that belong to the turn.
 
     Args:
-        alone: the same turn as the template renders it at the end of a conversation. Its last token may merge with what
-            follows, and its first ones may be missing inside a conversation: an empty thought block is only put into
-            the last turn by templates like Qwen 3's.
+        alone: the same turn rendered at the end of a conversation. Its last token may merge with the following text,
+            and its first tokens may be missing inside a conversation: templates like Qwen 3's put an empty thought
+            block only into the last turn.
     """
     shared = common_prefix_length(alone, rest)
     if shared > 0 and len(alone) - shared <= 1:

@@ -1,8 +1,8 @@
-"""Attention over a packed row: every branch sees its prefix and itself, nothing else.
+"""Attention over a packed row: every branch attends only to its prefix and to itself.
 
-Registered with transformers' AttentionInterface as `fastdpo_packed`. A layer's queries, keys and values come in with
-the layout of the row; a backend (`backends.py`) computes what comes out. Arguments that no backend implements are
-refused, never ignored.
+Registered with transformers' AttentionInterface as `fastdpo_packed`. In: a layer's queries, keys and values, and the
+layout of the row. Out: the attention output, computed by a backend (`backends.py`). Arguments that no backend
+implements are refused, never ignored.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PACKED_ATTENTION = "fastdpo_packed"
 PACKED_ATTENTION_WITH_MASKS = "fastdpo_packed_with_masks"  # for models that want one, see `masks.py`
 PACKED_ATTENTIONS = (PACKED_ATTENTION, PACKED_ATTENTION_WITH_MASKS)
 
-# What models hand to their attention function besides the arguments below and that does not change its result.
+# Further arguments that models pass to their attention function and that do not change its result.
 _WITHOUT_EFFECT = {
     "cache_position",
     "is_causal",  # checked on its own
@@ -81,23 +81,23 @@ def packed_attention(
 
     Args:
         query: (1, num_heads, T, head_dim); key and value: (1, num_kv_heads, T, head_dim).
-        attention_mask: one that carries the layout (`masks.py`), a bias (1, heads, T, T) that a layer made of such a
-            one, or, under the backend "mask", (1, 1, T, T) bool.
-        sliding_window: tokens a query sees, itself included.
+        attention_mask: a mask that carries the layout (`masks.py`), a bias (1, heads, T, T) that a layer made from such
+            a mask, or, with the backend "mask", (1, 1, T, T) bool.
+        sliding_window: number of tokens that a query sees, including itself.
         softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
-        s_aux: (num_heads,) attention sinks, one more logit per row that takes probability and gives no value (gpt-oss).
+        s_aux: (num_heads,) attention sinks: an extra logit per row that takes probability but adds no value (gpt-oss).
         packed_layout: the branches of the row.
-        indices: (1, T, k) rows of the keys that a sparse layer picked for each query (DeepSeek V3.2).
+        indices: (1, T, k) rows of the keys that a sparse layer selected for each query (DeepSeek V3.2).
     Returns:
-        (1, T, num_heads, head_dim), and None for the weights that are never built.
+        (1, T, num_heads, head_dim), and None for the attention weights, which are never built.
     Raises:
-        ValueError: no layout was given, an argument that would change the result is not implemented, or the backend
-            that was asked for cannot run the call.
+        ValueError: the layout is missing, an argument that affects the result is not implemented, or the requested
+            backend cannot run the call.
     """
     unknown = [k for k, v in kwargs.items() if k not in _WITHOUT_EFFECT and v is not None and v is not False]
     if unknown or kwargs.get("is_causal") is False:
         what = ", ".join(unknown or ["is_causal=False"])
-        raise ValueError(f"packed attention does not implement {what}, which {type(module).__name__} asks for")
+        raise ValueError(f"packed attention does not implement {what}, which {type(module).__name__} needs")
     if indices is not None:
         attention_mask = only_picked(attention_mask, indices)
     about, chunk = carried(attention_mask), None
@@ -130,19 +130,19 @@ def packed_attention(
         is_row_mask = attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.dim() == 4
         if attention_mask is None or not is_row_mask or sliding_window is not None:
             raise ValueError(
-                f"{type(module).__name__} called packed attention without packed_layout: the model does not hand extra"
-                " arguments of its forward to its attention, or was called around its own forward"
+                f"packed_layout must be given, got None from {type(module).__name__}: the model does not pass extra"
+                " forward arguments to its attention, or its own forward was bypassed"
             )
         call = AttentionCall(query, key, value, _NO_LAYOUT, window=None, **settings)
         return masked_attention(call, attention_mask).contiguous(), None
     if attention_mask is not None and packed_layout.backend != "mask":
-        raise ValueError(f"packed attention does not take attention_mask, which {type(module).__name__} hands over")
+        raise ValueError(f"packed attention does not take the attention_mask that {type(module).__name__} passes")
     longest = packed_layout.varlen.max_keys
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     chunk = chunk if chunk is not None and chunk < longest else None
     call = AttentionCall(query, key, value, packed_layout, window=window, chunk=chunk, **settings)
     name, reason = choose(call)
-    # stock functions give a row's heads side by side, and some layers `view` them as one
+    # stock functions return a row's heads contiguously, and some layers `view` them as one
     if seen is None:
         return BACKENDS[name].attend(call).contiguous(), None
     with seen.running(name, reason, call, sliding_window):
@@ -150,13 +150,13 @@ def packed_attention(
 
 
 def _has_masks(module: nn.Module) -> bool:
-    """Whether the model of a layer is one that is given masks: a bias that it hands over is made of such a one."""
+    """Whether the layer's model gets masks, so that a bias from the layer was made from such a mask."""
     config = getattr(module, "config", None)
     return getattr(config, "_attn_implementation", None) == PACKED_ATTENTION_WITH_MASKS
 
 
 def register() -> None:
-    """Makes `packed_attention` known to transformers under both names, and its masks under the second."""
+    """Registers `packed_attention` with transformers under both names, and its masks under the second."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     for name in PACKED_ATTENTIONS:

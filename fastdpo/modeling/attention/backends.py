@@ -1,8 +1,8 @@
-"""The attention backends by name, and which of them runs a call: the first that can, of those that the name allows.
+"""The attention backends by name, and the choice for a call: the first allowed backend that can run it.
 
-auto    the fastest that can: flash-attn, then torch's varlen_attn, then SDPA
-flash   flash-attn, any generation that is installed and can
-flash2, flash3, flash4, varlen, sdpa, mask    this one, or ValueError with what it lacks
+auto    the fastest suitable backend: flash-attn, then torch's varlen_attn, then SDPA
+flash   flash-attn, any installed and suitable generation
+flash2, flash3, flash4, varlen, sdpa, mask    this backend, or ValueError with the missing feature
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Backend(Protocol):
     def title(self) -> str: ...
 
     def refusal(self, call: AttentionCall) -> str | None:
-        """Why this backend cannot run the call exactly, None where it can."""
+        """The reason why this backend cannot run the call exactly; None if it can."""
         ...
 
     def attend(self, call: AttentionCall) -> Tensor:
@@ -50,23 +50,23 @@ ATTENTION_BACKENDS = tuple(_CANDIDATES)
 
 
 class CallShape(NamedTuple):
-    """What a kernel sees of a layer, whatever the row: layers that share it are one to it."""
+    """The properties of a layer that matter to a kernel; layers that share them are equal to it."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     value_dim: int
-    dtype: torch.dtype  # of what comes in
+    dtype: torch.dtype  # of the inputs
     device: torch.device
     scale: float
-    window: int | None  # as the model hands it over, also where no branch of the row is longer
+    window: int | None  # the model's argument, even if no branch of the row is longer
     softcap: float | None
     sinks: bool | None  # None: it has none; whether they want a gradient
 
 
 @dataclass
 class Observed:
-    """What the self-check sees of a model's calls."""
+    """The attention calls of a model, recorded for the self-check."""
 
     windows: set[Any] = field(default_factory=set)  # as handed over, None for layers without
     backends: dict[str, str] = field(default_factory=dict)  # name -> why it was chosen
@@ -77,7 +77,7 @@ class Observed:
 
     @contextmanager
     def running(self, name: str, reason: str, call: AttentionCall, window: int | None) -> Iterator[None]:
-        """Around a call of a backend."""
+        """Context manager around a call of a backend; records the call, and the backend if it fails."""
         query, sinks = call.query, call.sinks
         shape = CallShape(
             num_heads=query.shape[1],
@@ -103,10 +103,10 @@ observed: ContextVar[Observed | None] = ContextVar("observed", default=None)
 
 
 def choose(call: AttentionCall) -> tuple[str, str]:
-    """Name of the backend that runs the call, and why.
+    """Name of the backend that runs the call, and the reason.
 
     Raises:
-        UnsupportedAttention: none that the layout's backend setting allows can.
+        UnsupportedAttention: no backend allowed by the layout's setting can run the call.
     """
     asked = call.layout.backend
     refusals: dict[str, list[str]] = {}  # reason -> backends
@@ -116,12 +116,12 @@ def choose(call: AttentionCall) -> tuple[str, str]:
             return name, "asked for" if name == asked else _listed(refusals)
         refusals.setdefault(refusal, []).append(name)
     raise UnsupportedAttention(
-        f"attention_backend {asked!r} cannot run this model here: {_listed(refusals)}; 'auto' takes one that can"
+        f"attention_backend {asked!r} cannot run this model here: {_listed(refusals)}; 'auto' selects one that can"
     )
 
 
 def can_do_without(name: str, asked: str, excluded: Iterable[str]) -> bool:
-    """Whether the setting `asked` allows another backend, once this one and those excluded before are left out."""
+    """Whether the setting `asked` allows another backend besides this one and the excluded ones."""
     return bool(set(_CANDIDATES[asked]) - {name, *excluded})
 
 

@@ -1,4 +1,4 @@
-"""One attention call of one layer over a packed row, as backends take it, and the layout that all layers share."""
+"""The input of backends: one attention call of one layer over a packed row, and the layout that all layers share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastdpo.types import VarlenLayout
 
 
 class UnsupportedAttention(ValueError):
-    """No backend that was allowed can run a call."""
+    """No allowed backend can run a call."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class AttentionCall:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What scaled_dot_product_attention would compute in: autocast's dtype where it is on."""
+        """The dtype in which scaled_dot_product_attention computes: autocast's dtype if autocast is on."""
         device_type = self.query.device.type
         if torch.is_autocast_enabled(device_type) and self.query.dtype != torch.float64:
             return torch.get_autocast_dtype(device_type)
@@ -51,8 +51,8 @@ class PackedLayout:
         segments: per branch query start, query end, prefix start, prefix end, on the host.
         varlen: the same as index tensors on the row's device.
         backend: name of an attention backend, or "auto"; see `backends.py`.
-        excluded: backends that "auto" and "flash" are not to take, and why.
-        masks: what the model gets where it asks for a mask, see `masks.py`.
+        excluded: backends that "auto" and "flash" must not use, with reasons.
+        masks: kind of mask for models that ask for one, see `masks.py`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class PackedLayout:
         self._positions: Tensor | None = None
 
     def positions(self) -> Tensor:
-        """(T,) of each row within its prefix and branch."""
+        """(T,) position of each row within its prefix and branch."""
         if self._positions is None:
             varlen = self.varlen
             row = torch.arange(len(varlen.row_ends) - 1, device=varlen.row_ends.device)
@@ -97,7 +97,7 @@ class PackedLayout:
         return self._branch_masks[name]
 
     def row_mask(self, window: int | None, chunk: int | None = None) -> Tensor:
-        """(T, T) bool on the row's device, True where row i may see row j. Made without asking the device anything."""
+        """(T, T) bool on the row's device, True where row i may see row j. Made without device synchronization."""
         if (window, chunk) not in self._row_masks:
             varlen = self.varlen
             row = torch.arange(len(varlen.row_ends) - 1, device=varlen.row_ends.device)
@@ -115,14 +115,14 @@ class PackedLayout:
         return self._row_masks[window, chunk]
 
     def bias(self, window: int | None, chunk: int | None, dtype: torch.dtype) -> Tensor:
-        """(T, T) the same as numbers to add to logits: 0, and the lowest of the dtype."""
+        """(T, T) `row_mask` as a bias on logits: 0 where visible, the lowest number of the dtype elsewhere."""
         visible = self.row_mask(window, chunk)
         zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return zeros.masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def _limited(visible: Tensor, query: Tensor, key: Tensor, window: int | None, chunk: int | None) -> Tensor:
-    """What is visible within a window and within chunks of positions."""
+    """The visible positions within a window and within chunks."""
     if window is not None:
         visible = visible & (query - key < window)
     if chunk is not None:

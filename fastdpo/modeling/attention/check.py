@@ -1,9 +1,9 @@
-"""Is a backend right on this machine? One attention call forward and backward against a mask over the row.
+"""Checks a backend on this machine: compares one attention call, forward and backward, with a mask over the row.
 
-In: what a kernel sees of a layer (`CallShape`) and the setting of the run. Out: None, or what is wrong. The row is a
-prefix of 200 tokens with branches of 150 and 300: more than one tile of queries and of keys, edges inside of tiles,
-and windows shorter than a branch, which the self-check's short pairs do not have. What rounding explains comes from
-the mask's own error in the same dtype; a kernel that is wrong is off by about all of a row.
+In: the `CallShape` of some layers and the setting of the run. Out: None, or the fault. The row is a prefix of 200
+tokens with branches of 150 and 300: more than one tile of queries and keys, edges inside tiles, and windows shorter
+than a branch, which the self-check's short pairs do not cover. The tolerance comes from the mask's own error in the
+same dtype; a wrong kernel is off by about the size of a whole row.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fastdpo.modeling.attention.call import AttentionCall, PackedLayout
 
 SEGMENTS = ((0, 350, 0, 0), (350, 650, 0, 200))  # prefix and first branch, second branch
 ACTIVE_WINDOW = 128  # in the place of longer ones, which no branch would reach
-MAX_KV_HEADS = 2  # heads are alike; how many share keys is what a kernel may get wrong
-# Largest error of a row, relative to its size, that is put down to rounding whatever the mask's is
+MAX_KV_HEADS = 2  # all heads are equal; a kernel may mishandle the number that share keys
+# Largest error of a row, relative to its size, that always counts as rounding, whatever the mask's error
 _FLOOR = {torch.float64: 1e-6, torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 _TIMES_PLAIN = 4.0
 _LEAST_SHARE = 0.25  # of the mean size of a row: smaller ones, which cancel, are held to this
@@ -28,15 +28,15 @@ _NAMES = ("output", *(f"gradient of the {what}" for what in ("queries", "keys", 
 
 
 def runs_anywhere(name: str, device: torch.device) -> bool:
-    """Whether this is no kernel of a machine but what all others are compared with."""
+    """Whether the backend runs on any machine; these backends are the reference for the others."""
     return name == "mask" or (name == "sdpa" and device.type == "cpu")
 
 
 def scores_note(shapes: Mapping[CallShape, str]) -> str | None:
-    """What to say of layers on a GPU whose scores are built, because no kernel that was found has what they need.
+    """A note about layers on a GPU whose scores are materialized because no available kernel supports them.
 
     Args:
-        shapes: with the backend that runs them.
+        shapes: shapes of calls with the backends that run them.
     """
     for shape, name in shapes.items():
         what = "a softcap" if shape.softcap is not None else "attention sinks" if shape.sinks is not None else None
@@ -44,7 +44,7 @@ def scores_note(shapes: Mapping[CallShape, str]) -> str | None:
             size = shape.num_heads * 4096**2 * 4 / 2**30
             return (
                 f"{name} builds the fp32 scores of {what}, {size:.1f} GiB a layer for a branch that sees 4,096 tokens,"
-                " several of them in backward; with flash-attn installed (pip install flash-attn) none is built"
+                " and several copies in backward; to avoid this, install flash-attn (pip install flash-attn)"
             )
     return None
 
@@ -52,15 +52,15 @@ def scores_note(shapes: Mapping[CallShape, str]) -> str | None:
 def attention_fault(
     shape: CallShape, backend: str, excluded: Mapping[str, str], *, with_grad: bool = True
 ) -> tuple[str, str | None]:
-    """The backend that runs such calls, and what is wrong with it. Leaves the random state as it was.
+    """The backend that runs such calls, and its fault. The random state does not change.
 
     Args:
-        shape: of the calls of some layers; autocast, where it is on, counts.
+        shape: shape of the calls of some layers; an active autocast applies.
         backend, excluded: as in PackedLayout.
-        with_grad: False for a model that will have no backward.
+        with_grad: False for a model without a backward pass.
     Raises:
-        UnsupportedAttention: no backend that is allowed can run the call with its gradients.
-        Exception: whatever the kernel raises, `fastdpo.modeling.attention.backends.Observed` takes down which.
+        UnsupportedAttention: no allowed backend can run the call with its gradients.
+        Exception: the kernel's own exception; `fastdpo.modeling.attention.backends.Observed` records the backend.
     """
     layout = PackedLayout(SEGMENTS, varlen_layout(SEGMENTS).to(shape.device), backend, excluded)
     inputs, weight = _inputs(shape)
@@ -85,7 +85,7 @@ def attention_fault(
 
 
 def _inputs(shape: CallShape) -> tuple[list[Tensor], Tensor]:
-    """q, k, v, maybe sinks, and what weighs the output: numbers that bf16 holds, so the same ones in every dtype."""
+    """q, k, v, maybe sinks, and the upstream gradient: numbers that bf16 holds, so equal in every dtype."""
     num_kv_heads = min(shape.num_kv_heads, MAX_KV_HEADS)
     num_heads, num_rows = num_kv_heads * (shape.num_heads // shape.num_kv_heads), SEGMENTS[-1][1]
     sizes: list[tuple[int, ...]] = [
@@ -98,7 +98,7 @@ def _inputs(shape: CallShape) -> tuple[list[Tensor], Tensor]:
     sizes.append((1, num_rows, num_heads, shape.value_dim))
     generator = torch.Generator().manual_seed(0)
     *inputs, weight = (torch.randn(size, generator=generator).bfloat16().to(shape.device) for size in sizes)
-    # logits of a size of one, whatever the model multiplies them by
+    # logits of about size one, for any scale of the model
     inputs[0] = (inputs[0] / (abs(shape.scale) * shape.head_dim**0.5)).bfloat16()
     return inputs, weight
 

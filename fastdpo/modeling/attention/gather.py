@@ -1,6 +1,6 @@
-"""Rows of keys or values in, the same in the order of variable-length attention out: every branch after its prefix.
+"""Gathers rows of keys or values into the order of variable-length attention: every branch after its prefix.
 
-In backward a row gets the sum of its own gradient and those of its copies, in fp32 and always in the same order.
+In backward a row gets the sum of the gradients of all its copies, in fp32 and always in the same order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fastdpo.types import VarlenLayout
 
 
 def gather_keys(rows: Tensor, layout: VarlenLayout) -> Tensor:
-    """(T, ...) -> (K, ...); `rows` itself where no prefix is shared."""
+    """(T, ...) -> (K, ...); returns `rows` itself if no prefix is shared."""
     if layout.key_rows.shape[0] == rows.shape[0]:
         return rows
     indices = (layout.key_rows, layout.row_keys, layout.row_ends)
@@ -31,6 +31,6 @@ class _GatherKeys(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         row_keys, row_ends = ctx.saved_tensors
         terms = grad.index_select(0, row_keys).to(torch.promote_types(grad.dtype, torch.float32))
-        # one after the other within a row; unsafe: the offsets are ours, and to check them would wait for the device
+        # sequential within a row; unsafe=True skips the check of our own offsets, which would synchronize
         total = torch.segment_reduce(terms, "sum", offsets=row_ends, initial=0.0, unsafe=True)
         return total.to(grad.dtype), None, None, None

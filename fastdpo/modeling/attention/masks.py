@@ -1,14 +1,15 @@
-"""Masks for models that want one: what their own mask functions would make of a packed row.
+"""Masks of packed rows for models that need a mask.
 
-transformers asks the attention in use for its mask, with a function that says what a layer limits attention to. Most
-models hand the layout of a packed row on to their attention, and are given no mask at all. The others are given, in
-this order, what suffices:
+transformers asks the attention implementation for its mask, and passes a function that defines the limits of a layer.
+Most models pass the layout of a packed row on to their attention and get no mask. The others get the first of these
+that works:
 
 token    a mask of the right shape without storage, which carries the layout and the layer's limits. Layers that drop
-         other arguments, or limit attention in the mask alone, bring it back to `packed_attention`.
-whole    a (1, 1, T, T) bias for layers that add it to logits of their own, as those of eager attention do.
+         other arguments, or limit attention only by the mask, pass it on to `packed_attention`.
+whole    a (1, 1, T, T) bias for layers that add it to their own logits, such as those with eager attention.
 
-Which of the two a model needs the self-check finds out by trying. Refused: limits that are none of ours.
+The self-check finds out by trial which of the two a model needs. Refused: limits that `packed_attention` does not
+implement.
 """
 
 from __future__ import annotations
@@ -36,21 +37,21 @@ _NO_LIMITS = (
 
 @dataclass(frozen=True, eq=False)
 class Carried:
-    """What a mask says of a packed row."""
+    """The information about a packed row that a mask carries."""
 
     layout: PackedLayout
     window: int | None = None  # tokens a query sees, itself included
     chunk: int | None = None  # tokens see those of their own chunk of so many positions
 
 
-# What masks carry, by the storage that they are views of: layers that are run again in backward get another tensor
-# over it. A weak reference keeps the number of a storage from being given to another.
+# The information of masks, by the storage that they are views of: layers that run again in backward get another tensor
+# over the same storage. A weak reference prevents a mix-up if the storage's number is reused.
 _by_storage: dict[int, tuple[StorageWeakRef, Carried]] = {}
 _row: ContextVar[PackedLayout | None] = ContextVar("packed_row", default=None)
 
 
 def masks_of(layout: PackedLayout | None) -> AbstractContextManager[None]:
-    """A context in which masks that are asked for are those of this row."""
+    """Context manager in which all requested masks are those of this row."""
     return nullcontext() if layout is None or layout.masks == "none" else _asked_of(layout)
 
 
@@ -64,7 +65,7 @@ def _asked_of(layout: PackedLayout) -> Iterator[None]:
 
 
 def carried(mask: Tensor | None) -> Carried | None:
-    """What a mask carries, or one that it is a view of; None where it is none of ours."""
+    """The information that a mask, or the mask it is a view of, carries; None for other masks."""
     if mask is None or not _by_storage:
         return None
     _, about = _by_storage.get(mask.untyped_storage()._cdata, (None, None))
@@ -80,16 +81,16 @@ def _carrying(mask: Tensor, about: Carried) -> Tensor:
 
 
 def copied(tensor: Tensor) -> Tensor:
-    """A clone, which carries what the tensor does."""
+    """A clone that carries the same information."""
     about = carried(tensor)
     return tensor.clone() if about is None else _carrying(tensor.clone(), about)
 
 
 def only_picked(mask: Tensor | None, indices: Tensor) -> Tensor:
-    """The bias (1, 1, T, T) of a sparse layer, which sees the keys in rows `indices` (1, T, k) and no others.
+    """The bias (1, 1, T, T) of a sparse layer, which sees only the keys in rows `indices` (1, T, k).
 
     Raises:
-        ValueError: there is no whole mask, without which other sequences' keys would have been among them.
+        ValueError: the mask is not whole, so the layer may have selected keys of other sequences.
     """
     about = carried(mask)
     if mask is None or about is None or about.layout.masks != "whole":
@@ -109,7 +110,7 @@ def packed_mask(
     """Mask function for transformers' AttentionMaskInterface.
 
     Raises:
-        ValueError: the layer limits attention by something else than a window or chunks.
+        ValueError: the layer limits attention by anything other than a window or chunks.
     """
     layout = _row.get()
     if layout is None:
@@ -123,10 +124,10 @@ def packed_mask(
 
 
 def limits_of(function: Any) -> dict[str, int]:
-    """The window and the chunk that a mask function of transformers limits attention to.
+    """The window and the chunk to which a mask function of transformers limits attention.
 
     Raises:
-        ValueError: it does something else besides.
+        ValueError: the function has other limits.
     """
     limits: dict[str, int] = {}
     todo = [function]
@@ -138,7 +139,7 @@ def limits_of(function: Any) -> dict[str, int]:
             limit, variable = _LIMITS[origin]
             limits[limit] = dict(zip(function.__code__.co_freevars, inner, strict=True))[variable]
         elif origin not in _NO_LIMITS:
-            raise ValueError(f"packed attention does not implement masks that {origin} makes")
+            raise ValueError(f"packed attention does not implement the masks of {origin}")
         for value in inner:
             todo += [part for part in (value if isinstance(value, tuple) else (value,)) if callable(part)]
     return limits

@@ -1,9 +1,9 @@
-"""The two backends that run anywhere, in any dtype, and honour everything: scaled_dot_product_attention branch by
-branch, and once over the whole row with a boolean (T, T) mask.
+"""The two backends that run on any device, in any dtype, with all features: scaled_dot_product_attention per branch,
+and one call over the whole row with a boolean (T, T) mask.
 
-Branch by branch, the queries are one contiguous slice of the row and the keys are the prefix's slice followed by the
-branch's own, causal and aligned at the bottom right. The mask over the whole row costs T x T bits and logits, wherever
-they are masked; it is there for layers to which nothing but a mask gets through, and to compare with.
+Per branch, the queries are one contiguous slice of the row, and the keys are the prefix's slice followed by the
+branch's own, causal and aligned at the bottom right. The mask over the whole row costs T x T bits and logits, masked or
+not; it serves layers that only pass on a mask, and as a reference.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class BranchSdpa:
     @torch.compiler.disable  # a loop over branches, which would be compiled anew for every batch
     def attend(self, call: AttentionCall) -> Tensor:
         layout = call.layout
-        # split, not slices: the backward of a slice fills a tensor of the whole row with zeros, once per segment
+        # split instead of slices: the backward of each slice would fill a tensor of the whole row with zeros
         lengths = [end - start for start, end, _, _ in layout.segments]
         queries, keys, values = (x.split(lengths, dim=2) for x in (call.query, call.key, call.value))
         first_at = {start: index for index, (start, _, _, _) in enumerate(layout.segments)}
@@ -74,7 +74,7 @@ def masked_attention(call: AttentionCall, mask: Tensor) -> Tensor:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: AttentionCall, is_causal: bool = False) -> Tensor:
     is_grouped = call.is_grouped
     if is_grouped and mask is not None and q.device.type == "cuda":
-        # with a mask and grouped heads none of the fused kernels runs there, and scores are built
+        # with a mask and grouped heads no fused kernel runs there, and scores are built
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         is_grouped = False
     return F.scaled_dot_product_attention(
@@ -90,7 +90,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: AttentionC
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, call: AttentionCall) -> Tensor:
-    """Softmax attention with what scaled_dot_product_attention lacks: a cap on the logits, and sinks."""
+    """Softmax attention with a softcap on the logits and sinks, which scaled_dot_product_attention lacks."""
     num_groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(num_groups, dim=1) for x in (key, value))
     logits = query @ key.transpose(2, 3) * call.scale  # (1, heads, Q, K)

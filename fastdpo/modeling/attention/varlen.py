@@ -1,12 +1,12 @@
-"""Backends that hand a packed row to a variable-length kernel in one call: torch's own `varlen_attn`, and flash-attn
-2, 3 and 4 as transformers loads them.
+"""Backends that run a packed row in one call of a variable-length kernel: torch's own `varlen_attn`, and flash-attn 2,
+3 and 4, loaded by transformers.
 
-Queries are the row as it is; keys and values are gathered so that every branch follows its prefix; attention is causal
-and aligned at the bottom right. What a function can do is read off its signature, because releases differ: torch 2.10's
-varlen_attn had `is_causal` and no `scale`, 2.11's has `window_size` and `scale`, 2.13's `enable_gqa` too. A call that
-needs more than the function has is refused, never approximated.
+Queries are the unchanged row; keys and values are gathered so that every branch follows its prefix; attention is causal
+and aligned at the bottom right. The features of a function are read from its signature, because releases differ: torch
+2.10's varlen_attn had `is_causal` and no `scale`, 2.11's has `window_size` and `scale`, 2.13's `enable_gqa` too. A call
+that needs a missing feature is refused, never approximated.
 
-Not run on a GPU yet: the tests put an emulation in the kernels' place and hold the arguments to the signature of the
+Not run on a GPU yet: the tests replace the kernels by an emulation and check the arguments against the signature of the
 installed torch.
 """
 
@@ -30,7 +30,7 @@ _SAME = 2e-2  # relative difference that sums of 16-bit products in another orde
 
 
 class VarlenBackend:
-    """What the kernels have in common: limits, the gathered layout, and head dims padded to a multiple of 8."""
+    """The shared part of the kernels: limits, the gathered layout, and head dims padded to a multiple of 8."""
 
     name: str
     title: str
@@ -40,7 +40,7 @@ class VarlenBackend:
     capabilities: tuple[int, int] = (8, 99)  # least and largest major compute capability
 
     def load(self) -> Callable[..., Any] | None:
-        """The kernel's Python function, None where it is not installed."""
+        """The kernel's Python function; None if it is not installed."""
         raise NotImplementedError
 
     @cached_property
@@ -69,7 +69,7 @@ class VarlenBackend:
         return self._missing(call)
 
     def _missing(self, call: AttentionCall) -> str | None:
-        """What the call needs and the function lacks."""
+        """The feature that the call needs and the function lacks."""
         if call.chunk is not None:
             return "has no attention in chunks"
         if call.window is not None and "window_size" not in self.parameters:
@@ -82,7 +82,7 @@ class VarlenBackend:
 
     def attend(self, call: AttentionCall) -> Tensor:
         varlen = call.layout.varlen
-        # 8 entries are what the kernels load at once; a longer head dim of zeros changes no product
+        # the kernels load 8 entries at once; zeros in a longer head dim change no product
         width = -(-max(call.query.shape[-1], call.value.shape[-1]) // 8) * 8
         rows = [x[0].transpose(0, 1).to(call.dtype) for x in (call.query, call.key, call.value)]
         query, key, value = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in rows)
@@ -102,7 +102,7 @@ class TorchVarlen(VarlenBackend):
     title = "torch's varlen_attn, one call per layer"
 
     @cached_property
-    def _grouped(self) -> dict[tuple[Any, ...], bool]:  # what `_takes_fewer_heads` has found out
+    def _grouped(self) -> dict[tuple[Any, ...], bool]:  # results of `_takes_fewer_heads`
         return {}
 
     def load(self) -> Callable[..., Any] | None:
@@ -133,10 +133,10 @@ class TorchVarlen(VarlenBackend):
         return output
 
     def _takes_fewer_heads(self, query: Tensor, key: Tensor) -> bool:
-        """Whether a function that does not speak of grouped heads takes fewer of keys and values all the same.
+        """Whether a function without an argument for grouped heads still accepts fewer heads of keys and values.
 
-        Asked of the function once for each device, dtype and shape of heads, outside of any tracing: flash-attn itself
-        does, and copies of the keys for every query head are most of what a layer holds.
+        Tested once for each device, dtype and shape of heads, outside of any tracing. flash-attn itself accepts them,
+        and copies of the keys for every query head would be most of a layer's memory.
         """
         kind = (query.device, query.dtype, query.shape[1:], key.shape[1])
         if kind not in self._grouped and type(query) is Tensor and not torch.compiler.is_compiling():
@@ -144,7 +144,7 @@ class TorchVarlen(VarlenBackend):
         return self._grouped.get(kind, False)
 
     def _is_right_with_fewer_heads(self, query: Tensor, key: Tensor) -> bool:
-        """Output and all three gradients against copied keys and values, on two sequences of more than a tile."""
+        """Compares output and gradients with those for copied keys and values, on two sequences of over a tile."""
         generator, rows = torch.Generator().manual_seed(0), 200
         ends = torch.tensor([0, 70, rows], dtype=torch.int32, device=query.device)
         shapes = [(rows, *query.shape[1:]), *[(rows, *key.shape[1:])] * 2, (rows, *query.shape[1:])]
@@ -161,7 +161,7 @@ class TorchVarlen(VarlenBackend):
         try:
             with torch.enable_grad():
                 found, expected = results(copied=False), results(copied=True)
-        except Exception:  # whatever it has against them
+        except Exception:  # any exception means that it does not accept them
             return False
         if [x.shape for x in found] != [x.shape for x in expected]:
             return False
@@ -169,7 +169,7 @@ class TorchVarlen(VarlenBackend):
 
 
 def _repeated(key: Tensor, value: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """A head of keys and of values for every query head."""
+    """Repeats keys and values so that every query head has its own."""
     groups = num_heads // key.shape[1]
     return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
@@ -189,7 +189,7 @@ class FlashAttn(VarlenBackend):
         from transformers import utils
 
         if not getattr(utils, f"is_flash_attn_{self.generation}_available")():
-            return None  # asked first: the loader would look for a kernel on the Hub
+            return None  # checked first: the loader would search for a kernel on the Hub
         functions, _ = loader.lazy_import_flash_attention(f"flash_attention_{self.generation}")
         varlen: Callable[..., Any] = functions[1]
         return varlen

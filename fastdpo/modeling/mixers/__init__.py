@@ -1,6 +1,6 @@
-"""Layers that mix neighbouring tokens outside the attention interface (gated delta nets, Mamba, short convolutions,
-RWKV, ...) over a packed row: which modules they are (`trial.py`), and how they run on the tokens of a branch's prefix
-and its own (`adapter.py`, `rows.py`). Everything else of such a model stays shared.
+"""Token mixers, the layers that mix neighbouring tokens outside the attention interface (gated delta nets, Mamba, short
+convolutions, RWKV, ...), in packed rows: finding them (`trial.py`), and running them on the prefix and tokens of each
+branch (`adapter.py`, `rows.py`). All other layers of such a model still run on shared prefixes.
 """
 
 from fastdpo.modeling.mixers.adapter import Mixers, mixers_of

@@ -1,8 +1,8 @@
-"""A token mixer's forward over a packed row: rows are gathered into whole sequences, the module's own forward runs on
-them, and of its outputs the rows of the packed row are kept.
+"""Runs a token mixer over a packed row: rows are gathered into whole sequences, the module's own forward runs on them,
+and the outputs are scattered back to the packed row.
 
-The prefix is run once more inside such a module for each further branch; its gradient is the sum over them, in fp32.
-Outside packed batches the module runs as it came. Refuses a call on other rows than those of the packed batch.
+The module runs the prefix again for each further branch; the prefix's gradient is the sum over all runs, in fp32.
+Outside packed batches the module's forward is unchanged. Refuses calls on rows other than those of the packed batch.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from fastdpo.modeling.mixers.rows import MixerRows
 
 _MIXERS = "_fastdpo_mixers"  # attribute of a model whose mixers are known
 _ADAPTER = "_fastdpo_mixer"  # attribute of a module that is one
-# what says to a module where the sequences of its row are; it gets that of the gathered row, or whole sequences
+# arguments with the sequence boundaries; the module gets those of the gathered row, or whole sequences
 _LAYOUT_ARGUMENTS = frozenset(
     {"packed_layout", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 )
 
 
 class Mixers:
-    """The token mixers of one model, with the rows of the packed batch that it ran last.
+    """The token mixers of one model, with the rows of its last packed batch.
 
-    The rows stay, because gradient checkpointing runs layers again in backward, outside any forward of the model.
+    The rows are kept because gradient checkpointing runs layers again in backward, outside the model's forward.
 
     Names are those of `named_modules`.
     """
@@ -44,7 +44,7 @@ class Mixers:
         bare.__dict__[_MIXERS] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mixers:
-        """Of a copy of the model, which has run nothing yet."""
+        """For a copy of the model: the same mixers without rows."""
         twin = memo[id(self)] = object.__new__(type(self))
         twin.names, twin.by_boundaries, twin.leaks, twin.rows = self.names, set(self.by_boundaries), self.leaks, None
         return twin
@@ -67,12 +67,12 @@ class Mixers:
         return "; ".join(f"{count} x {kind}, over prefix and branch" for kind, count in kinds.items())
 
     def forget(self, bare: nn.Module) -> None:
-        """As if they had never been looked for."""
+        """Resets the state to before the search for mixers."""
         self.remove(bare)
         bare.__dict__.pop(_MIXERS, None)
 
     def install(self, bare: nn.Module) -> None:
-        """Puts the adapters in, where they are not."""
+        """Installs the adapters that are not installed."""
         modules = dict(bare.named_modules()) if self.names else {}
         if any(name not in modules for name in self.names):  # other modules have taken their places
             self.forget(bare)
@@ -82,7 +82,7 @@ class Mixers:
                 _wrap(modules[name], self, name)
 
     def remove(self, bare: nn.Module) -> None:
-        """Takes the adapters out; which modules they were on is known for the next time."""
+        """Removes the adapters; the names of their modules are kept for the next `install`."""
         self.rows = None
         for module in bare.modules():
             adapter: _Adapter | None = module.__dict__.get(_ADAPTER)
@@ -94,7 +94,7 @@ class Mixers:
 
     @contextmanager
     def running(self, rows: MixerRows | None) -> Iterator[None]:
-        """Mixers run on these rows, or as they came, for the length of a call."""
+        """Context manager: mixers run on these rows, or with their own forward for None."""
         before, self.rows = self.rows, rows
         try:
             yield
@@ -102,7 +102,7 @@ class Mixers:
             self.rows = before
 
     def keep_rows_for_backward(self, bare: nn.Module) -> None:
-        """Layers that are run again in backward find the rows of their own forward, whatever ran in between."""
+        """Keeps the rows of a forward for layers that run again in backward, even if other batches ran in between."""
         for module in bare.modules() if self.names else ():
             checkpoint = module.__dict__.get("_gradient_checkpointing_func")
             if checkpoint is not None and not isinstance(checkpoint, _CheckpointWithRows):
@@ -110,13 +110,13 @@ class Mixers:
 
 
 def mixers_of(bare: nn.Module) -> Mixers | None:
-    """Those of a bare model on which they have been looked for."""
+    """The mixers of a bare model that was searched for them."""
     found: Mixers | None = bare.__dict__.get(_MIXERS)
     return found
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward that a mixer came with."""
+    """The original forward of a mixer."""
     adapter: _Adapter = module.__dict__[_ADAPTER]
     return adapter.forward
 
@@ -153,8 +153,8 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return adapter.forward(*args, **kwargs)
     if not any(has_rows(value, rows.num_rows) for value in leaves((args, kwargs))):
         raise ValueError(
-            f"{adapter.name} must run on the {rows.num_rows} rows of the packed batch: the model was called around its"
-            " own forward"
+            f"{adapter.name} must run on the {rows.num_rows} rows of the packed batch, got other rows: the model's own"
+            " forward was bypassed"
         )
     kwargs = {name: value for name, value in kwargs.items() if name not in _LAYOUT_ARGUMENTS}
     if adapter.name in adapter.mixers.by_boundaries:
@@ -163,7 +163,7 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def run_sequences(forward: Callable[..., Any], rows: MixerRows, args: Any, kwargs: Any) -> Any:
-    """One call for all sequences of about one length, which are rows of its batch."""
+    """Runs one call per set of sequences of similar length, which are the rows of its batch."""
     gathered = mapped((args, kwargs), lambda tensor: _gather(tensor, rows))
     outputs = []
     for call in rows.calls:
@@ -173,7 +173,7 @@ def run_sequences(forward: Callable[..., Any], rows: MixerRows, args: Any, kwarg
 
 
 def run_with_boundaries(forward: Callable[..., Any], rows: MixerRows, args: Any, kwargs: Any) -> Any:
-    """One call over the row of all sequences, whose boundaries the module's kernels keep."""
+    """Runs one call over all sequences in one row; the module's kernels respect the boundaries."""
     gathered = mapped((args, kwargs), lambda tensor: _gather(tensor, rows))
     own_args, own_kwargs = mapped(gathered, _Gathered.whole, _Gathered)
     output = forward(*own_args, **own_kwargs, **rows.boundaries)
@@ -181,7 +181,7 @@ def run_with_boundaries(forward: Callable[..., Any], rows: MixerRows, args: Any,
 
 
 class _Gathered:
-    """One argument with its rows in the order of `VarlenLayout.key_rows`."""
+    """One argument with rows in the order of `VarlenLayout.key_rows`."""
 
     def __init__(self, tensor: Tensor, is_mask: bool) -> None:
         self.tensor, self.is_mask = tensor, is_mask  # (K, ...), or a mask (heads, K, K)
@@ -206,7 +206,7 @@ def _gather(tensor: Tensor, rows: MixerRows) -> Any:
 
 
 def _scattered(outputs: list[Any], shapes: list[tuple[int, ...]], kept: Tensor) -> Any:
-    """The outputs of the calls as that of one over the packed row; what is no output per row is the last call's."""
+    """The calls' outputs as one output over the packed row; outputs without rows are taken from the last call."""
     first = outputs[0]
     if isinstance(first, Tensor) and all(x.shape[:2] == shape for x, shape in zip(outputs, shapes, strict=True)):
         return torch.cat([output.flatten(0, 1) for output in outputs]).index_select(0, kept)[None]

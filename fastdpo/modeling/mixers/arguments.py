@@ -1,4 +1,4 @@
-"""The arguments and outputs of a module: which tensors among them hold a packed row, and how to change these alone."""
+"""Finds the tensors in a module's arguments and outputs that hold a packed row, and replaces only these."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_mask(value: Any, num_rows: int) -> bool:
 
 
 def mapped(value: Any, function: Callable[[Any], Any], kind: type = Tensor) -> Any:
-    """The arguments with `function` of everything of that kind in them."""
+    """The arguments with `function` applied to every matching value in them."""
     if isinstance(value, kind):
         return function(value)
     if isinstance(value, tuple | list):

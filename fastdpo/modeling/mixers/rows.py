@@ -1,14 +1,14 @@
-"""Which rows of a packed row a token mixer runs on: segments in, index tensors out.
+"""The rows of a packed row that a token mixer runs on: segments in, index tensors out.
 
-A mixer needs the tokens of `prefix + branch` in order, and of what it gives only the branch's own rows are kept. The
-first pair of `data/batches/packing.py`, prompt [1 2], responses [3 4] and [5], has segments (0,4, 0,0) (4,5, 0,2):
+A mixer needs the tokens of `prefix + branch` in order; only the output rows of the branch itself are kept. The first
+pair of `data/batches/packing.py`, prompt [1 2], responses [3 4] and [5], has segments (0,4, 0,0) (4,5, 0,2):
 
-    gathered      0 1 2 3 | 0 1 4         rows of the packed row, as `VarlenLayout.key_rows` has them
-    one call      0 1 2 3                 of two sequences: indices into the gathered rows, the shorter one with its
-                  4 5 6 6                 last token once more
-    kept          0 1 2 3 6               of the call's outputs, one after the other
+    gathered      0 1 2 3 | 0 1 4         rows of the packed row, equal to `VarlenLayout.key_rows`
+    one call      0 1 2 3                 of two sequences: indices into the gathered rows; the shorter sequence repeats
+                  4 5 6 6                 its last token
+    kept          0 1 2 3 6               indices into the call's outputs, flattened
 
-Sequences of about one length run in one call: what follows a token does not change what a causal mixer gives for it.
+Sequences of similar length run in one call: later tokens do not change the output of a causal mixer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEAST_FILLED = 0.8  # of a call's positions along each sequence; the rest repeat
 
 
 class MixerRows:
-    """The sequences of one packed row as mixers run them, in one of two ways. Built once per forward.
+    """The sequences of one packed row for mixers, in one of two ways. Built once per forward.
 
     Args:
         segments: per branch query start, query end, prefix start, prefix end, on the host.
@@ -41,24 +41,24 @@ class MixerRows:
 
     @property
     def num_prefix(self) -> np.ndarray:
-        """(N,) tokens of each branch's prefix."""
+        """(N,) number of tokens of each branch's prefix."""
         table: np.ndarray = self._table[:, 3] - self._table[:, 2]
         return table
 
     @property
     def lengths(self) -> np.ndarray:
-        """(N,) tokens of prefix and branch."""
+        """(N,) number of tokens of prefix and branch."""
         table: np.ndarray = self.num_prefix + self._table[:, 1] - self._table[:, 0]
         return table
 
     @cached_property
     def calls(self) -> tuple[Tensor, ...]:
-        """Each (S, L) int64: indices into the gathered rows, of S sequences that run together."""
+        """Each (S, L) int64: indices into the gathered rows for S sequences that run together."""
         return tuple(torch.from_numpy(call).to(self.varlen.key_rows.device) for call in self._calls()[0])
 
     @cached_property
     def kept(self) -> Tensor:
-        """(T,) int64: where the calls' outputs, one after the other, hold each row of the packed row."""
+        """(T,) int64: index of each row of the packed row in the flattened, concatenated outputs of the calls."""
         return torch.from_numpy(self._calls()[1]).to(self.varlen.key_rows.device)
 
     def _calls(self) -> tuple[list[np.ndarray], np.ndarray]:
@@ -82,7 +82,7 @@ class MixerRows:
 
     @cached_property
     def kept_keys(self) -> Tensor:
-        """(T,) int64: where the gathered rows hold each row of the packed row as its branch's own."""
+        """(T,) int64: index of each row of the packed row in the gathered rows of its own branch."""
         lengths = self.lengths
         first_key = lengths.cumsum() - lengths
         own = [np.arange(k + p, k + n) for k, p, n in zip(first_key, self.num_prefix, lengths, strict=True)]
@@ -91,7 +91,7 @@ class MixerRows:
 
     @cached_property
     def boundaries(self) -> dict[str, object]:
-        """The gathered row's sequences by the names that transformers' models hand on to their kernels."""
+        """The sequence boundaries of the gathered row, by the names that transformers' models pass to kernels."""
         varlen = self.varlen
         keys = torch.arange(varlen.key_rows.shape[0], device=varlen.key_rows.device)
         sequence = torch.bucketize(keys, varlen.cu_keys[1:].long(), right=True)

@@ -1,13 +1,13 @@
-"""Which modules of a model are token mixers, found by trial: a model in, its Mixers out. No list of names.
+"""Finds the token mixers of a model by trial: a model in, its Mixers out. There is no list of names.
 
-A short row of two sequences with one prefix is run packed, and the call of every module is taken down. A module whose
-output in the second branch changes when the rows of the first one change their places mixes tokens of one sequence
-into another. Where that is the doing of modules inside it, it is these; else, and if it never calls the attention
-interface, it is a mixer itself. So what is wrapped is the least that helps: the convolution of an attention layer, the
-delta net of a decoder layer.
+The trial runs a short packed row of two sequences with one prefix and records the call of every module. If a module's
+output in the second branch changes when the rows of the first branch are reordered, the module mixes tokens of one
+sequence into another. If modules inside it cause this, these are the mixers; otherwise, and if it never calls the
+attention interface, the module itself is a mixer. So the smallest possible module is wrapped: the convolution of an
+attention layer, the delta net of a decoder layer.
 
-Places are changed, not values: as many tokens as before then go to each expert, so that "changes" can mean "in any
-bit", however small the weights of a mixer are. A mixer to which the order is all the same shows by other values.
+Rows are reordered and values kept: each expert then gets as many tokens as before, so that "changes" can mean "in any
+bit", however small the weights of a mixer are. A mixer that ignores the order is found by changed values.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from fastdpo.modeling.positions import counting_tables, told_positions
 # Tokens of the prefix, of two branches, and of another sequence. The long ones pass a chunk of 64 tokens.
 _SHORT, _LONG = (6, 4, 5, 3), (37, 41, 45, 13)
 _ROUNDING = 64  # units in the last place of the largest output
-_MOST_FROM_ROUNDING = 0.05  # of a module's largest output: what is above it is not put down to rounding
-# Modules that give each row by itself. They are many, and hold most of the weights.
+_MOST_FROM_ROUNDING = 0.05  # relative to a module's largest output: larger differences do not count as rounding
+# Modules that compute each row independently. They are many, and hold most of the weights.
 _ROW_BY_ROW = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity)
 
 
@@ -67,7 +67,7 @@ class _Probe:
         return self.layout.segments[-1][1]
 
     def layout_arguments(self) -> dict[str, Any]:
-        """What the backbone is given besides the tokens."""
+        """The arguments of the backbone besides the tokens."""
         arguments: dict[str, Any] = {"position_ids": self.position_ids, "packed_layout": self.layout}
         if self.layout.backend == "mask":
             arguments["attention_mask"] = self.layout.row_mask(None)[None, None]
@@ -88,15 +88,15 @@ class _Probe:
 def find_mixers(
     bare: Any, backend: str = "sdpa", names: Sequence[str] | None = None, masks: str = "none"
 ) -> Mixers | None:
-    """Looks for the token mixers of a bare model, and puts their adapters in.
+    """Finds the token mixers of a bare model, and installs their adapters.
 
     Args:
-        bare: a causal LM whose layers run packed attention now.
+        bare: a causal LM whose layers currently run packed attention.
         backend: attention backend, "sdpa" or "mask".
-        names: of the mixers, where they are known from a copy of the model.
-        masks: what the model gets where it asks for one.
+        names: names of the mixers, if they are known from a copy of the model.
+        masks: kind of mask for models that ask for one.
     Returns:
-        None where a packed forward raises, as the packed batch itself will then.
+        None if a packed forward raises; the packed batch itself then raises too.
     """
     mixers = Mixers(bare)
     modes = [(module, module.training) for module in bare.modules()]
@@ -121,7 +121,7 @@ def find_mixers(
 
 
 def _rotary_states(bare: Any) -> list[tuple[Any, dict[str, Any]]]:
-    """What rotary embeddings that follow the longest sequence keep of it, which a trial must not change."""
+    """The state of rotary embeddings that depends on the longest sequence; a trial must not change it."""
     names = ("max_seq_len_cached", "inv_freq", "attention_scaling")
     modules = [module for module in bare.modules() if hasattr(module, names[0])]
     return [(module, {name: getattr(module, name) for name in names if hasattr(module, name)}) for module in modules]
@@ -135,7 +135,7 @@ def _search(bare: Any, mixers: Mixers, attention: tuple[str, str], names: Sequen
             trial.wrap_mixers_in(call)
     else:
         mixers.add(bare, *names)
-    if mixers.names:  # the kernels' boundaries, and what remains, are judged on sequences longer than a chunk
+    if mixers.names:  # the kernels' boundaries and remaining leaks are tested on sequences longer than a chunk
         trial = _Trial(bare, mixers, _probe(bare, _LONG, *attention))
         calls = trial.recorded()
         for call in _flat(calls):
@@ -149,11 +149,11 @@ class _Trial:
         self.bare, self.mixers, self.probe = bare, mixers, probe
 
     def wrap_mixers_in(self, call: _Call) -> list[str]:
-        """Puts adapters on what mixes sequences in the module of `call`, and returns the names."""
+        """Installs adapters on the modules that mix sequences inside the module of `call`; returns their names."""
         if isinstance(call.module, _ROW_BY_ROW):
             return []
         found = [name for child in call.children for name in self.wrap_mixers_in(child)]
-        # what a layer with attention in it mixes besides is a leak
+        # mixing outside attention in a layer with attention is a leak
         if not call.has_rows or call.num_attentions:
             return found
         changes = self.changes(call, has_mixers=bool(found))
@@ -164,7 +164,7 @@ class _Trial:
         return [call.name]
 
     def leaks(self, calls: list[_Call]) -> Iterator[str]:
-        """Mixers, and the largest modules around them, that mix sequences with the adapters on."""
+        """Mixers, and the largest modules around them, that still mix sequences with the adapters installed."""
         for call in calls:
             if not call.has_rows:
                 yield from self.leaks(call.children)
@@ -175,7 +175,7 @@ class _Trial:
             yield from leaking or ([call.name] if self.changes(call, has_mixers=has_mixers) else [])
 
     def recorded(self) -> list[_Call]:
-        """The calls of a packed forward of the backbone: of the modules directly below it, with those below them."""
+        """The calls of a packed forward of the backbone: those of its direct submodules, each with the calls inside."""
         decoder, num_rows, seen = backbone(self.bare), self.probe.num_rows, Observed()
         stack = [_Call("", decoder, (), {})]
         known: set[nn.Module] = set()
@@ -210,12 +210,12 @@ class _Trial:
         return stack[0].children
 
     def changes(self, call: _Call, *, has_mixers: bool = False) -> bool | None:
-        """Whether the second branch's rows of the module's output depend on the first branch's; None where the module
-        cannot be run by itself, as where it holds to the shape of an earlier call.
+        """Whether the second branch's rows of the module's output depend on the first branch's; None if the module
+        cannot run by itself, for example because it requires the shape of an earlier call.
 
         Args:
-            has_mixers: something in it mixes the tokens of one sequence. What comes behind that gets other values, and
-                experts other numbers of tokens, which changes the rounding of all.
+            has_mixers: whether the module mixes tokens within a sequence. Later layers then get other values, and
+                experts get other numbers of tokens, which changes all rounding.
         """
         if not call.has_rows:
             return False
@@ -223,7 +223,7 @@ class _Trial:
             same = self._output(call, call.args, call.kwargs)
             size, difference = _largest(same), _difference(self._output(call, *self._moved(call)), same)
             most = min(_ROUNDING * torch.finfo(same[0].dtype).eps, _MOST_FROM_ROUNDING) * size
-            rounding = most if has_mixers else most / 8  # where a row stands may decide its last bits, as in experts
+            rounding = most if has_mixers else most / 8  # the place of a row may affect its last bits, as in experts
             if difference > rounding:  # or is it a module that gives other bits each time?
                 rounding = 4 * _difference(self._output(call, call.args, call.kwargs), same)
             if difference > rounding:
@@ -233,7 +233,7 @@ class _Trial:
             return None
 
     def keeps_boundaries(self, call: _Call) -> bool:
-        """Whether the module's own kernels keep the sequences of one row apart, in training as in evaluation."""
+        """Whether the module's own kernels separate the sequences of one row, in training and in evaluation."""
         forward = own_forward(call.module)
         parameters = inspect.signature(forward).parameters.values()
         if not any(p.kind is p.VAR_KEYWORD or p.name in ("seq_idx", "cu_seq_lens_q") for p in parameters):
@@ -259,14 +259,14 @@ class _Trial:
             self.mixers.by_boundaries.discard(call.name)
 
     def _output(self, call: _Call, args: Any, kwargs: Any) -> list[Tensor]:
-        """Of the rows behind the first branch."""
+        """The module's output rows after the first branch."""
         rows = self.probe.rows()
         with self.mixers.running(rows):
             output = call.module(*_copied(args), **_copied(kwargs))
         return [tensor[:, self.probe.others] for tensor in _rows_of(output, rows.num_rows)]
 
     def _moved(self, call: _Call) -> tuple[Any, Any]:
-        """The module's arguments with the first branch's rows in the opposite order."""
+        """The module's arguments with the first branch's rows in reverse order."""
         order = torch.arange(self.probe.num_rows)
         order[self.probe.branch] = order[self.probe.branch].flip(0)
 
@@ -295,7 +295,7 @@ class _Trial:
 
 
 def _probe(bare: Any, lengths: tuple[int, int, int, int], backend: str, masks: str) -> _Probe:
-    """`lengths`, with a last sequence that keeps the row from being as long as a weight is wide."""
+    """A probe row of `lengths`, with a last sequence so that the row's length differs from the width of any weight."""
     device = execution_device(bare)
     prefix, first, second, other = lengths
     sizes = {size for parameter in bare.parameters() for size in parameter.shape}
@@ -329,7 +329,7 @@ def _difference(outputs: list[Tensor], others: list[Tensor]) -> float:
 
 
 def _copied(value: Any) -> Any:
-    """The arguments with copies of the tensors in them, which a module may write into."""
+    """The arguments with copied tensors, because a module may write into them."""
     return mapped(value, copied)
 
 
@@ -345,7 +345,7 @@ def _flat(calls: list[_Call]) -> Iterator[_Call]:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Kernels that give the same bits for the same rows, as far as there are some."""
+    """Context manager that uses deterministic kernels if available."""
     was_on = torch.are_deterministic_algorithms_enabled()
     was_warning = torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():

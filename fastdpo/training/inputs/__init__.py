@@ -1,1 +1,1 @@
-"""How rows reach the model: streams, checks of first rows, the collator and the copy to the device."""
+"""The path of rows to the model: streams, checks of first rows, the collator and the copy to the device."""

@@ -1,8 +1,8 @@
-"""What is looked at before any weight is loaded, so that a slip costs seconds: the folder that the run writes into, the
-first row of each dataset, the model's config.
+"""Checks before any weight is loaded, so that a mistake costs only seconds: the output folder, the first row of each
+dataset, the model's config.
 
-In: what a trainer is given. Refused: a folder that cannot be written to, rows that are read by no form, a model that is
-not there or has no causal LM.
+In: the arguments of a trainer. Refused: a folder without write permission, rows of no known form, a model that does not
+exist or has no causal LM.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def check_before_weights(args: EngineConfig, train_dataset: Any, eval_dataset: A
 
 
 def check_can_write(name: str, folder: str | Path | None) -> None:
-    """Tries the folder, or the nearest above it that is there, with a file that goes at once; nothing is left behind.
+    """Writes a temporary file to the folder, or to its nearest existing parent, and removes it at once.
 
     Raises:
-        ValueError: the system does not let it.
+        ValueError: the system does not permit it.
     """
     wanted = Path(str(folder)).absolute()
     existing = next((path for path in (wanted, *wanted.parents) if path.exists()), wanted)

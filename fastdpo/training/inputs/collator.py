@@ -1,7 +1,7 @@
 """Rows of token columns in, one packed or padded batch out, as the dict of tensors that Trainer moves to the device.
 
-Where a micro-batch may only have so many tokens, a batch that has more is a dict of several: what they have together
-under the keys that Trainer reads, and each of them under `microbatches`.
+If micro-batches have a token limit, a larger batch becomes a dict of several: their common values under the keys that
+Trainer reads, and each micro-batch under `microbatches`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PackingCollator:
     is_packed: bool = True
     prefix_sharing: bool = True
     pad_token_id: int = 0
-    pad_to_multiple_of: int | None = None  # tokens of a row; what this adds is not counted in max_tokens
+    pad_to_multiple_of: int | None = None  # tokens of a row; the added padding is not counted in max_tokens
     max_tokens: int | None = None  # of a micro-batch, as it runs: shared prefixes once, padding too; None for no limit
     shared_parts: bool = False  # rows hold the shared parts of their pairs, as ld_alpha needs them
 
@@ -47,7 +47,7 @@ class PackingCollator:
         )
 
     def num_tokens(self, group: TokenizedGroup) -> int:
-        """Tokens that a group takes in a micro-batch of its own."""
+        """Number of tokens that a group takes in a micro-batch by itself."""
         if self.is_packed:
             return sum(layout.num_tokens for layout in lay_out_batch([group], prefix_sharing=self.prefix_sharing))
         return num_padded_rows(group) * (len(group.prompt_ids) + max(map(len, group.responses)))
@@ -86,5 +86,5 @@ def collator_for(args: EngineConfig, tokenizer: PreTrainedTokenizerBase) -> Pack
 
 
 def microbatches_of(inputs: dict[str, Any]) -> list[dict[str, Any]]:
-    """The dicts of the batches that a collated batch consists of: those of its micro-batches, or itself."""
+    """The dicts of the micro-batches in a collated batch, or the batch itself."""
     return list(inputs.get("microbatches", (inputs,)))

@@ -34,13 +34,13 @@ def check_rows(model: nn.Module, dataset: Dataset, name: str) -> None:
 
 
 def warn_of_lost_rows(report: Report, name: str, args: Any) -> None:
-    """Warns where the run leaves rows out."""
+    """Warns if the run drops rows."""
     if report.num_kept < report.num_rows:
         logger.warning(_lost_rows_text(report, name, args))
 
 
 def _lost_rows_text(report: Report, name: str, args: Any) -> str:
-    """The first line of the report, framed and with remedies where more than half of the rows are gone."""
+    """The first line of the report; in a frame and with remedies if more than half of the rows are dropped."""
     first = report.lines()[0]
     if report.num_kept >= _SHARE_THAT_STANDS_OUT * report.num_rows:
         return f"{name} dataset: {first}"
@@ -55,11 +55,11 @@ def _lost_rows_text(report: Report, name: str, args: Any) -> str:
 
 
 def _remedies(args: Any) -> dict[str, str]:
-    longer = f"raise max_length, now {args.max_length}, or set max_prompt_length to leave responses room"
+    longer = f"raise max_length, now {args.max_length}, or set max_prompt_length to leave space for responses"
     return {
         "prompt fills max_length": longer,
         "chosen equals rejected after truncation": longer,
-        "chosen equals rejected": "compare the columns that are read with those that hold the two answers",
-        "empty response": "see whether the answers stand in the columns that are read",
-        "empty prompt": "see whether the prompt stands in the column that is read",
+        "chosen equals rejected": "check that the columns being read hold the two answers",
+        "empty response": "check that the columns being read hold the answers",
+        "empty prompt": "check that the column being read holds the prompt",
     }

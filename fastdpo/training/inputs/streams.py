@@ -1,7 +1,7 @@
-"""What a run on streamed data checks and knows, where one on a dataset looks at all rows before it starts.
+"""Checks for runs on streamed data, which cannot look at all rows before the start.
 
-In: `datasets.IterableDataset`, raw or of token columns. Out: the stream whose groups are checked as they pass, its
-first rows. Refused with ValueError: settings that need all rows at once, a group that the model cannot read.
+In: `datasets.IterableDataset`, raw or of token columns. Out: a stream that checks each group while it is read, and its
+first rows. Refused with ValueError: settings that need all rows at once, a group that the model cannot handle.
 """
 
 from __future__ import annotations
@@ -29,45 +29,46 @@ def is_stream(dataset: Any) -> bool:
 
 
 def check_stream_settings(args: Any, train_dataset: Any, eval_dataset: Any) -> None:
-    """Refuses what cannot be done with streams.
+    """Refuses settings that do not work with streams.
 
     Raises:
-        ValueError: no number of steps, an order other than the stream's, or rows to be refused before the run.
+        ValueError: max_steps is missing, or a setting needs another order or a check of all rows before the run.
     """
-    # accelerate would take batches of a stream apart to send each process a part; ours are not rows of tensors
+    # accelerate would split batches of a stream among processes, but our batches are not rows of tensors
     if args.accelerator_config.dispatch_batches:
         raise ValueError("accelerator_config.dispatch_batches must not be True: packed batches cannot be divided")
     args.accelerator_config.dispatch_batches = False
     evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
     if is_stream(train_dataset):
         if args.max_steps <= 0:
-            raise ValueError(f"max_steps must be > 0 where train_dataset is streamed, got {args.max_steps}")
+            raise ValueError(f"max_steps must be > 0 for a streamed train_dataset, got {args.max_steps}")
         for name in ("regroup_dataset", "length_bucketing"):
             if getattr(args, name):
-                raise ValueError(f"{name} must be off where train_dataset is streamed: the order is the stream's")
+                raise ValueError(f"{name} must be off for a streamed train_dataset, which has its own order")
     has_limit = args.max_tokens_per_microbatch is not None and args.on_oversized_row == "raise"
     if has_limit and any(map(is_stream, [train_dataset, *evaluated])):
-        raise ValueError("on_oversized_row must be 'alone' with streamed data, whose rows are not known beforehand")
+        raise ValueError("on_oversized_row must be 'alone' for streamed data, whose rows are not known before the run")
 
 
 def read_whole(stream: IterableDataset) -> Dataset:
-    """The rows of a stream that several processes evaluate: of a dataset it is known which rows are repeated so that
-    all have as many batches, and these do not count."""
+    """The rows of a stream, read into a dataset, for evaluation by several processes: only in a dataset it is known
+    which rows are repeated to give all processes equally many batches, and repeated rows must not count."""
     return dataset_from_rows(list(stream.with_format(None)))
 
 
 class _ReadByAll(IterableDataset):
-    """A stream that every process reads, to take its part of each batch.
+    """A stream that every process reads completely, taking its part of each batch.
 
-    accelerate would give each process files of its own where there are enough. Then one ends before the others, in the
-    middle of an accumulated step or not, and waits for them for ever.
+    With enough files, accelerate would give each process its own files. One process then ends before the others,
+    possibly in the middle of an accumulated step, and waits for them forever.
     """
 
     n_shards = 1
 
 
 def guarded(stream: IterableDataset, model: nn.Module, name: str) -> IterableDataset:
-    """The stream of token columns for all processes, in which a group raises ValueError that the model cannot read."""
+    """The stream of token columns for all processes, raising ValueError at the first group whose token ids or length
+    the model cannot handle."""
     num_embeddings = bare_model(model).get_input_embeddings().weight.shape[0]
     check = partial(_check_group, num_embeddings=num_embeddings, num_positions=learned_positions(model), name=name)
     checked = checked_stream(stream, check)
@@ -76,27 +77,27 @@ def guarded(stream: IterableDataset, model: nn.Module, name: str) -> IterableDat
 
 
 def first_rows(stream: IterableDataset, num_rows: int) -> Dataset:
-    """At most so many rows from the start of a stream of token columns; it starts again afterwards."""
+    """At most `num_rows` rows from the start of a stream of token columns; reading the stream later starts again."""
     return Dataset.from_list(list(stream.take(num_rows)), features=column_features(with_state=False))
 
 
 def known_rows(dataset: Any) -> Any:
-    """The dataset, or the first rows of a stream, which stand for all of it where sizes are estimated."""
+    """The dataset, or the first rows of a stream as a sample for estimating sizes."""
     return first_rows(dataset, _KNOWN_ROWS) if is_stream(dataset) else dataset
 
 
 def brings_ref_logps(dataset: Dataset | IterableDataset) -> bool:
-    """Whether every row has reference log-probs; of a stream, whether the first has."""
+    """Whether every row has reference log-probs; for a stream, whether the first row has."""
     if isinstance(dataset, IterableDataset):
         dataset = first_rows(dataset, 1)
     return len(dataset) > 0 and arrow_column(dataset, "ref_logps").null_count == 0
 
 
 def check_not_streamed(datasets: Mapping[str, Any], args: Any) -> None:
-    """Refuses streams where references are cached, which would have to be read once before training.
+    """Refuses streams with a cached reference, because the data would have to be read once before training.
 
     Args:
-        args: by which name it was asked for.
+        args: the config; the message uses the setting's name that the user chose.
     Raises:
         ValueError: one of the datasets is a stream.
     """
@@ -105,9 +106,9 @@ def check_not_streamed(datasets: Mapping[str, Any], args: Any) -> None:
         by_trls_name = args.precompute_ref_log_probs
         rule = "precompute_ref_log_probs must be off" if by_trls_name else "reference must not be 'cached'"
         raise ValueError(
-            f"{rule} where the {streamed[0]} dataset is streamed, unless all data brings"
-            " ref_chosen_logps and ref_rejected_logps: it would have to be read before training; use"
-            " reference='frozen' or 'adapter', which compute them batch by batch"
+            f"{rule} if the {streamed[0]} dataset is streamed, unless all data has ref_chosen_logps and"
+            " ref_rejected_logps: the stream would have to be read before training; use reference='frozen' or"
+            " 'adapter', which compute them batch by batch"
         )
 
 

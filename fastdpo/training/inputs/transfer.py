@@ -1,7 +1,7 @@
-"""A collated batch that moves to a GPU in one copy: a dict of tensors in, the same dict over one buffer there out.
+"""Moves a collated batch to a GPU in one copy: a dict of tensors in, the same dict as views of one GPU buffer out.
 
-A packed batch is some fifteen small tensors. Copied one by one from pageable memory each of them stops the host; from
-one pinned buffer none does, and what runs next is launched while the copy is on its way.
+A packed batch has about fifteen small tensors. Copying them one by one from pageable memory blocks the host each time;
+one copy from a pinned buffer does not, so the host launches the next kernels during the copy.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _ALIGNMENT = 16  # bytes, where kernels and views of any dtype may begin
 
 
 class OneBuffer(dict[str, Any]):
-    """What a collator returns. accelerate asks a batch for `to`, as it does a tensor; all else sees a dict."""
+    """The batch from a collator: a dict with a method `to`, which accelerate calls as for a tensor."""
 
     def to(self, device: torch.device | str | int, non_blocking: bool = True) -> OneBuffer:
-        """The batch on `device`, nested mappings and tuples too; itself where all of it is there.
+        """The batch on `device`, including nested mappings and tuples; the batch itself if it is already there.
 
-        `non_blocking` is what accelerate is set to, False by default; a pinned copy is right either way, because the
-        host never writes to the buffer again.
+        `non_blocking` is accelerate's setting, False by default; a pinned copy is correct either way, because the host
+        never writes to the buffer again.
         """
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         elsewhere: list[Tensor] = []
@@ -44,7 +44,7 @@ def _is_on(tensor: Tensor, device: torch.device) -> bool:
 
 
 def _each_tensor(value: Any, of_tensor: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of mappings, tuples and lists as plain ones, with `of_tensor` of each tensor in reading order."""
+    """The same nested mappings, tuples and lists, with `of_tensor` applied to each tensor in reading order."""
     if isinstance(value, Tensor):
         return of_tensor(value)
     if isinstance(value, Mapping):
@@ -55,7 +55,7 @@ def _each_tensor(value: Any, of_tensor: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _moved_together(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies on `device`, views of one buffer there."""
+    """Copies on `device`, as views of one buffer."""
     starts, end = [], 0
     for tensor in tensors:
         starts.append(end)

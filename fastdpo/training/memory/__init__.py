@@ -1,1 +1,1 @@
-"""How much memory a run takes: estimated, planned for, and kept within by splitting batches."""
+"""The memory of a run: estimates, plans, and token limits for micro-batches."""

@@ -1,7 +1,8 @@
-"""What a dry run puts in the place of code that looks at numbers: functions that allocate what the real ones do.
+"""Replacements in a dry run for code that reads values: functions with the same allocations as the real ones.
 
-In: tensors without storage, under a fake mode. Out: tensors of the right shape and dtype, and for autograd what the
-real function keeps. The LM head's gradient made in forward, attention over packed and padded rows, experts' matmuls.
+In: tensors without storage, under a fake mode. Out: tensors of the right shape and dtype, and the tensors that the real
+function saves for autograd. Covers the LM head's gradient in forward, attention over packed and padded rows, and
+experts' matmuls.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fastdpo.ops.matmul import MAX_CAST_ELEMENTS, accumulator_dtype
 
 
 def grouped_mm(a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
-    """The result of experts' matmuls, whose shape PyTorch only knows in bf16; `offs` cuts the side without experts."""
+    """Experts' matmuls, whose shape PyTorch only infers in bf16; `offs` splits the side without experts."""
     if a.dim() == b.dim() == 2:
         shape: tuple[int, ...] = (len(offs), a.shape[0], b.shape[1])
     elif a.dim() == b.dim() == 3:
@@ -42,8 +43,8 @@ def head_loss(
     impl: str,
     workspace_bytes: int | None,
 ) -> Tensor:
-    """A scalar behind (R, H + r) rows, the (V, H) weight and the (V, r) adapter, if there is one; where no gradient is
-    made, operands are cast and no more."""
+    """A scalar from (R, H + r) rows, the (V, H) weight and the (V, r) adapter, if there is one; without a gradient,
+    only the operands are cast."""
     if torch.is_grad_enabled():
         loss: Tensor = _HeadAllocations.apply(hidden_states, weight, adapter_weight, dtype, impl, workspace_bytes)
         return loss
@@ -83,7 +84,7 @@ class _HeadAllocations(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """What a memory-efficient attention keeps: queries, keys, values, the output and a log-sum for each query."""
+    """The saved tensors of a memory-efficient attention: queries, keys, values, the output and a log-sum per query."""
 
     @staticmethod
     def forward(ctx: Any, query, key, value, mask):  # type: ignore[override]
@@ -98,7 +99,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _DryAttention(TorchFunctionMode):
-    """Puts `_Attention` in the place of scaled_dot_product_attention, which would look for a device to run on."""
+    """Replaces scaled_dot_product_attention, which needs a real device, by `_Attention`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -109,12 +110,12 @@ class _DryAttention(TorchFunctionMode):
             query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
         mask = kwargs.get("attn_mask")
         if mask is not None and mask.dtype == torch.bool:
-            mask = torch.empty(mask.shape, dtype=query.dtype)  # what PyTorch makes of it
+            mask = torch.empty(mask.shape, dtype=query.dtype)  # PyTorch's copy of the mask
         return _Attention.apply(query, key, value, mask)
 
 
 class _DryVarlen(VarlenBackend):
-    """Keys gathered as for flash-attn and torch's varlen_attn, and what their kernels keep."""
+    """Gathered keys as for flash-attn and torch's varlen_attn, and the tensors that their kernels save."""
 
     name = title = "dry run"
 
@@ -138,7 +139,7 @@ def dry_attention(
     packed_layout: PackedLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Stands in for `packed_attention`, and for a model's own over padded rows, which has a mask."""
+    """Replaces `packed_attention`, and a model's own masked attention over padded rows."""
     with _DryAttention():
         if packed_layout is None:
             S, _, L, _ = query.shape

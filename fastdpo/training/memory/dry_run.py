@@ -1,9 +1,10 @@
-"""One training step on tensors without storage, to see what it would hold at once: no formula per architecture.
+"""One training step on tensors without storage, which measures its peak memory without a formula per architecture.
 
-In: a model made by `shape_only`, and the shape of a packed row. Out: the bytes that live at the peak of forward and
-backward beyond the weights, by part. Layers, autocast, adapters and checkpointing are the model's own code; attention
-and the LM head, whose code looks at numbers, are replaced by functions that allocate what the real ones do. Nothing is
-computed, no weight is read: 32 layers of a 7B model take about two seconds on a CPU.
+In: a model made by `shape_only`, and the shape of a packed row. Out: the bytes beyond the weights at the peak of
+forward and backward, by part. Layers, autocast, adapters and checkpointing run the model's own code; attention and the
+LM head, whose code reads values, are replaced by functions with the same allocations. Nothing is computed and no weight
+is read:
+32 layers of a 7B model take about two seconds on a CPU.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from fastdpo.modeling.packed import bare_model, is_prepared, unprepare_model
 from fastdpo.training.memory.dry_ops import dry_attention, grouped_mm, head_loss
 
 PARTS = ("casts", "gradients", "head", "activations")
-# Of a model whose layers hold states: rows that say how many operations a token takes, and how many are run, which is
-# some seconds. Longer rows are on the line through shorter ones.
+# For models with recurrent states: rows that measure the operations per token, and the largest number of operations to
+# run, a few seconds. Longer rows are extrapolated linearly from shorter ones.
 TRIED_TOKENS, MOST_OPS = ((16, 32), (256, 512)), 10_000
 _DRY_ATTENTION = "fastdpo_dry_run"
 
 
 @dataclass(frozen=True)
 class RowShape:
-    """What one micro-batch looks like, as far as memory goes."""
+    """The shape of one micro-batch, as far as it affects memory."""
 
     segments: tuple[tuple[int, int, int, int], ...]  # as in PackedBatch
     num_rows: int  # hidden states that go through the LM head
@@ -49,7 +50,7 @@ class RowShape:
         return self.sequences[0] * self.sequences[1] if self.sequences else self.segments[-1][1]
 
     def shortened(self, share: float) -> RowShape:
-        """As many sequences and branches, each with so much of its tokens, and one at least."""
+        """The same number of sequences and branches, each with a share of its tokens, at least one."""
 
         def part(length: int) -> int:
             return max(round(length * share), min(length, 1))
@@ -67,7 +68,7 @@ class RowShape:
 
 @dataclass(frozen=True)
 class StepPeak:
-    """Bytes beyond the weights at the moment when most is held; the parts add up to the total."""
+    """Bytes beyond the weights at the peak; the parts add up to the total."""
 
     casts: int  # copies of weights in autocast's dtype
     gradients: int  # of the weights, as far as they are there
@@ -80,12 +81,12 @@ class StepPeak:
 
 
 def fake_mode() -> Any:
-    """The mode under which a shape-only model is made and run."""
+    """The fake-tensor mode for making and running a shape-only model."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def shape_only(model: nn.Module, mode: Any) -> nn.Module:
-    """A copy of the model whose weights have shapes and dtypes and no memory; 4-bit layers become bf16 ones."""
+    """A copy of the model whose weights have shapes and dtypes but no memory; 4-bit layers become bf16 layers."""
     with mode:
         memo: dict[int, Any] = {}
         for tensor in (*model.parameters(), *model.buffers()):
@@ -116,15 +117,15 @@ def dry_step(
     with_grad: bool = True,
     workspace_bytes: int | None = None,
 ) -> StepPeak:
-    """What forward and backward of one micro-batch hold at their peak, or a forward alone.
+    """The peak memory of forward and backward of one micro-batch, or of a forward alone.
 
     Args:
         model: from `shape_only`, or made under `mode`.
-        impl: "triton" or "tiled", whose workspace the head has.
+        impl: "triton" or "tiled"; determines the workspace of the head.
         varlen: whether attention is one call over gathered keys, or one call per branch with its mask.
-        autocast: dtype of autocast; None: off.
-        accumulates: gradients of an earlier micro-batch are there already.
-        with_grad: False for a forward that keeps nothing, as in evaluation and of a reference.
+        autocast: dtype of autocast; None for off.
+        accumulates: whether gradients of an earlier micro-batch already exist.
+        with_grad: False for a forward that saves nothing, as in evaluation and for a reference.
     """
     settings: dict[str, Any] = {
         "impl": impl,
@@ -142,7 +143,7 @@ def dry_step(
         shorter = row.shortened(min(tokens / row.num_tokens, 1.0))
         return shorter.num_tokens, *_step(model, shorter, mode, **settings)
 
-    # layers that go on from state to state take tokens one by one, or in chunks of some
+    # recurrent layers process tokens one by one, or in small chunks
     for few, more in TRIED_TOKENS:
         below, above = step(few), step(more)
         if above[0] == row.num_tokens:
@@ -172,7 +173,7 @@ def _step(
     with_grad: bool,
     workspace_bytes: int | None,
 ) -> tuple[StepPeak, int]:
-    """Also how many operations it took."""
+    """Runs the step; also returns its number of operations."""
     bare = bare_model(model)
     model.train(with_grad)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -221,7 +222,7 @@ def _hidden_states(bare: Any, row: RowShape, varlen: bool) -> Tensor:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Takes down when each storage is made and when it ends."""
+    """Records when each storage is created and released."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
@@ -255,7 +256,7 @@ class _LiveBytes(TorchDispatchMode):
         weakref.finalize(storage, self.events.append, (number, -size, tag)).atexit = False
 
     def peak(self, gradients: Sequence[Tensor]) -> dict[str, int]:
-        """Bytes by part at the peak; storages that ended up as gradients of weights are counted as these."""
+        """Bytes by part at the peak; storages that become gradients of weights count as gradients."""
         final = {self.numbers.get(gradient.untyped_storage()) for gradient in gradients}
         now, best = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
         total = most = 0

@@ -1,10 +1,10 @@
-"""What a run will hold at its peak, part by part: shown before it starts, and what `fastdpo plan` decides by.
+"""Estimates the peak memory of a run, part by part: shown before the start, and the basis of `fastdpo plan`.
 
 In: a Run, or a model without storage (`dry_run`). Out: bytes. Weights, optimizer and reference are sums over
 parameters; gradients, activations, autocast's copies of weights and the head's workspace come from dry runs of a step,
-of an evaluation and of a larger reference, of which the one that takes most counts. The tests hold the sum to what a
-step on the CPU allocates. Not in it: sharding (FSDP, DeepSpeed), which holds less. On a GPU it has not been compared
-yet.
+of an evaluation and of a larger reference, of which the largest counts. The tests compare the sum with the allocations
+of a step on the CPU; it has not been compared with a GPU yet. Sharding (FSDP, DeepSpeed) needs less and is not
+included.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from fastdpo.training.setup.optimizers import (
 
 MIB = 2**20
 CUDA_BYTES = 640 * MIB  # CUDA's context and libraries, outside the allocator, with cuBLAS's workspace; about right
-CUDA_WORKSPACE_BYTES = 2**28  # of the head op's kernels, which take more only of what is free
+CUDA_WORKSPACE_BYTES = 2**28  # of the head op's kernels, which only take more if memory is free
 BYTES_IN_4_BIT = 0.5 + 4 / 64  # per weight: nf4, and an fp32 scale for each block of 64
 _DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the training device at the moment of a run when most is held."""
+    """Bytes on the training device at the peak of a run."""
 
     weights: int
-    optimizer: int  # its state, and what its step takes where that is the peak
+    optimizer: int  # its state, and its step's temporary memory if that is the peak
     reference: int  # a second model; 0 for an adapter, cached log-probs, or none
     casts: int  # copies of weights in autocast's dtype
     gradients: int
@@ -58,7 +58,7 @@ class MemoryEstimate:
 
     @property
     def allocated(self) -> int:
-        """What PyTorch counts (`torch.cuda.max_memory_allocated`)."""
+        """The bytes that PyTorch counts (`torch.cuda.max_memory_allocated`)."""
         return self.total - self.overhead
 
     def parts(self) -> dict[str, int]:
@@ -76,10 +76,10 @@ class MemoryEstimate:
 
 
 def check_memory_settings(args: Any) -> None:
-    """Refuses what would fail when training starts, after data and reference have been prepared.
+    """Refuses settings that would only fail when training starts, after data and reference are prepared.
 
     Raises:
-        ValueError: an optimizer whose package is not installed, or checkpoints offloaded from a device that has none.
+        ValueError: the optimizer's package is not installed, or checkpoints are to be offloaded from a CPU.
     """
     check_optimizer_package(optimizer_name(args))
     kwargs = _checkpointing_kwargs(args)
@@ -95,7 +95,7 @@ def _checkpointing_kwargs(args: Any) -> dict[str, Any]:
 
 
 def enable_checkpointing(dry: nn.Module, kwargs: dict[str, Any]) -> None:
-    """As Trainer does it, from `activation_checkpointing_kwargs`; what is offloaded to host memory takes none here."""
+    """Enables checkpointing by `activation_checkpointing_kwargs`; offloaded tensors count as zero bytes."""
     bare = bare_model(dry)
     kwargs = dict(kwargs)
     is_offloaded = kwargs.pop("offload", False)
@@ -108,7 +108,7 @@ def enable_checkpointing(dry: nn.Module, kwargs: dict[str, Any]) -> None:
 
 
 def _offloaded(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Checkpointing that keeps nothing on the device, as transformers' does within `save_on_cpu`."""
+    """Checkpointing that keeps nothing on the device, like transformers' with `save_on_cpu`."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         hooks = torch.autograd.graph.saved_tensors_hooks(
@@ -121,13 +121,13 @@ def _offloaded(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers as they are stored, 4-bit ones packed and with their scales."""
+    """Bytes of stored parameters and buffers; 4-bit parameters are counted packed and with their scales."""
     tensors = {*model.parameters(), *model.buffers()}
     return sum(tensor.numel() * tensor.element_size() + _scale_bytes(tensor) for tensor in tensors)
 
 
 def _scale_bytes(weight: Any) -> int:
-    """Of bitsandbytes' 4-bit weights: a scale for each block, and where these are quantized too, theirs."""
+    """Bytes of the scales of bitsandbytes' 4-bit weights: one per block, and their own if quantized too."""
     state, total = getattr(weight, "quant_state", None), 0
     while state is not None:
         total += state.absmax.numel() * state.absmax.element_size()
@@ -136,7 +136,7 @@ def _scale_bytes(weight: Any) -> int:
 
 
 def _largest_4_bit_layer(model: nn.Module) -> int:
-    """Bytes of the copy in bf16 that is made for as long as a product takes."""
+    """Bytes of the temporary bf16 copy of the largest 4-bit layer during a product."""
     layers: list[Any] = [layer for layer in model.modules() if type(layer).__name__ == "Linear4bit"]
     return max((2 * layer.in_features * layer.out_features for layer in layers), default=0)
 
@@ -152,13 +152,13 @@ def estimate_step(
     bucket_bytes: int = 0,
     on_gpu: bool,
 ) -> MemoryEstimate:
-    """The estimate for the model and the micro-batch behind a dry run.
+    """The estimate for the model and the micro-batch of a dry run.
 
     Args:
-        dry, peak: the model given to `dry_step`, and what came back.
-        weight_bytes, reference_bytes: of the two models.
-        forwards: peaks of what else runs: evaluation, a reference.
-        bucket_bytes: in which DDP keeps gradients a second time.
+        dry, peak: the model given to `dry_step`, and its result.
+        weight_bytes, reference_bytes: bytes of the two models.
+        forwards: peaks of the other forwards: evaluation, a reference.
+        bucket_bytes: bytes of DDP's buckets, which hold gradients a second time.
     """
     trained = [p for p in dry.parameters() if p.requires_grad]
     state = optimizer_state_bytes(optim, trained_parameters(dry))
@@ -174,7 +174,7 @@ def estimate_step(
 
 
 def estimate_peak_memory(run: Run) -> MemoryEstimate:
-    """Bytes at the peak of training and evaluation, for the largest micro-batches to be expected."""
+    """Bytes at the peak of training and evaluation, for the largest expected micro-batches."""
     args = run.args
     mode = fake_mode()
     dry = shape_only(run.model, mode)
@@ -222,5 +222,5 @@ def _evaluated(run: Run) -> list[Any]:
 
 
 def planned_impl() -> str:
-    """The head op of a GPU, or its twin where triton is not installed."""
+    """The head op's implementation on a GPU: "triton", or "tiled" if triton is not installed."""
     return "triton" if importlib.util.find_spec("triton") else "tiled"

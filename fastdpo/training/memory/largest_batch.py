@@ -1,4 +1,4 @@
-"""The largest micro-batches to be expected of a run, as far as memory goes: in training, and in evaluation.
+"""The largest expected micro-batches of a run, in training and in evaluation, for memory estimates.
 
 In: a Run. Out: a RowShape. Batches are compared by the lengths of their rows; only the largest are collated.
 """
@@ -20,7 +20,7 @@ from fastdpo.types import PackedBatch
 
 
 class _Sizes:
-    """Tokens that rows of a dataset take in a batch, from their lengths alone."""
+    """Numbers of tokens that rows of a dataset take in a batch, computed from their lengths."""
 
     def __init__(self, run: Run, dataset: Any) -> None:
         lengths = row_lengths(dataset)
@@ -32,7 +32,7 @@ class _Sizes:
         np.maximum.at(self.longest, lengths.rows, lengths.sequences)
 
     def alone(self) -> Any:
-        """(N,) tokens of each row by itself."""
+        """(N,) number of tokens of each row by itself."""
         return self.packed if self.is_packed else self.num_responses * self.longest
 
     def together(self, rows: Sequence[int]) -> int:
@@ -43,8 +43,8 @@ class _Sizes:
 
 
 def largest_microbatch(run: Run, num_draws: int = 200) -> RowShape:
-    """The largest micro-batch of some randomly drawn batches, and of the longest row alone; where steps are made of
-    rows of similar length, of the longest rows; where the number of tokens is still to be measured, of the longest row.
+    """The largest micro-batch among randomly drawn batches and the longest row alone. With length bucketing, the batch
+    of the longest rows; if the token limit is still to be measured, the longest row.
     """
     dataset: Any = known_rows(run.train_dataset)
     if dataset is None or len(dataset) == 0:
@@ -62,7 +62,7 @@ def largest_microbatch(run: Run, num_draws: int = 200) -> RowShape:
 
 
 def largest_in_order(run: Run, dataset: Any) -> RowShape:
-    """The largest micro-batch of an evaluation, which takes rows as they come."""
+    """The largest micro-batch of an evaluation, which takes rows in order."""
     dataset = known_rows(dataset)
     sizes, size = _Sizes(run, dataset), run.args.per_device_eval_batch_size
     batches = [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
@@ -80,6 +80,6 @@ def _largest_part(run: Run, dataset: Any, batches: Sequence[Sequence[int]]) -> R
 
 
 def is_measured_later(run: Run) -> bool:
-    """Whether max_tokens_per_microbatch="auto" has still to find what fits the GPU when training starts."""
+    """Whether max_tokens_per_microbatch="auto" will be measured on the GPU when training starts."""
     is_auto = run.args.max_tokens_per_microbatch == "auto" and run.collator.max_tokens is None
     return is_auto and run.args.device.type == "cuda"

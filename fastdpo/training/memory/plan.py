@@ -1,7 +1,7 @@
-"""Ways to train a model that fit an amount of memory, each with the longest pair that it takes, from a config alone.
+"""Plans how to train a model in a given amount of memory, with the longest pair for each setting, from a config alone.
 
-In: a config and bytes. Out: a Plan for every candidate, those that do not fit among them. Each is a dry run of a step
-(`dry_run`), repeated for a few lengths. Refuses LoRA where peft is not installed.
+In: a config and bytes. Out: a Plan for every candidate, including those that do not fit. Each plan comes from dry runs
+of a step (`dry_run`) for a few lengths. Refuses LoRA if peft is not installed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastdpo.training.setup.adapter_targets import on_text_layers
 from fastdpo.training.setup.model_kinds import auto_class
 
 ROUNDING = 256  # tokens
-MEASURED_TOKENS = (512, 8192, 131072)  # what is between them and beyond is on the lines through them
+MEASURED_TOKENS = (512, 8192, 131072)  # values between and beyond are on the lines through these points
 REFINEMENTS, CLOSE = 5, 0.98  # dry runs at most, and the share of the memory at which no more are made
 USABLE_SHARE = 0.95  # of the memory; the rest is for fragments of the allocator
 
@@ -50,7 +50,7 @@ class Settings:
         return self.method == "qlora" or "bnb" in self.optim or "paged" in self.optim
 
     def options(self, tokens: int, lora_r: int) -> str:
-        """What `fastdpo train` is to be given."""
+        """The options for `fastdpo train`."""
         parts = ["--bf16 true", f"--gradient_checkpointing {str(self.checkpointing).lower()}"]
         if self.method != "full":
             parts += ["--use_peft", f"--lora_r {lora_r}", '--model_init_kwargs \'{"dtype": "bfloat16"}\'']
@@ -60,7 +60,7 @@ class Settings:
         return " ".join(parts)
 
 
-# From what changes the model most and runs fastest to what holds least. Full training keeps fp32 weights.
+# From full training, the fastest, to the method with the least memory. Full training keeps fp32 weights.
 CANDIDATES = [
     *(
         Settings("full", checkpointing, reference, optim)
@@ -78,7 +78,7 @@ CANDIDATES = [
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to train, with what fits."""
+    """One way to train, with the size that fits."""
 
     settings: Settings
     tokens: int  # of the largest micro-batch that fits, which is the longest pair, prompt once; 0 where none does
@@ -86,18 +86,18 @@ class Plan:
 
 
 def pair_tokens(max_length: int) -> int:
-    """Tokens of a packed pair whose longer sequence has max_length: prompt of two thirds, and two responses."""
+    """Tokens of a packed pair whose longer sequence has max_length: prompt of two thirds, two responses."""
     return math.ceil(max_length * 4 / 3)
 
 
 def pair_shape(num_tokens: int) -> RowShape:
-    """One pair: half of the tokens prompt, a quarter each response."""
+    """One pair: half of the tokens in the prompt, a quarter in each response."""
     prompt, chosen = num_tokens // 2, num_tokens // 2 + num_tokens // 4
     return RowShape(((0, chosen, 0, 0), (chosen, num_tokens, 0, prompt)), num_tokens - prompt)
 
 
 def make_plans(config: Any, memory: int, lora_r: int, least: int) -> list[Plan]:
-    """Every candidate, with the largest micro-batch that `memory` bytes hold; 0 tokens where `least` do not fit."""
+    """Every candidate with the largest micro-batch that fits into `memory` bytes; 0 tokens if `least` do not fit."""
     models: dict[tuple[bool, bool], Callable[[Settings, int], MemoryEstimate]] = {}
     plans = []
     for settings in CANDIDATES:
@@ -115,7 +115,7 @@ def _plan(settings: Settings, estimate: Callable[[Settings, int], MemoryEstimate
     known = [(tokens, estimate(settings, tokens).total) for tokens in MEASURED_TOKENS]
     below, above = next((pair for pair in pairwise(known) if memory <= pair[1][1]), tuple(known[-2:]))
     tokens = 0
-    # memory is made of lines that bend upwards: what is between two points is below theirs
+    # memory is convex in tokens: values between two points lie below the line through them
     for _ in range(REFINEMENTS):
         slope = max(above[1] - below[1], 1) / (above[0] - below[0])
         guess = max(int(below[0] + (memory - below[1]) / slope) // ROUNDING * ROUNDING, 0)
@@ -137,7 +137,7 @@ def _plan(settings: Settings, estimate: Callable[[Settings, int], MemoryEstimate
 
 
 def _estimator(config: Any, full: bool, checkpointing: bool, lora_r: int) -> Callable[[Settings, int], MemoryEstimate]:
-    """Estimates by settings and tokens; dry runs are shared by settings that differ in sums over parameters alone."""
+    """Estimates by settings and tokens; settings that differ only in sums over parameters share dry runs."""
     mode = fake_mode()
     model, plain_bytes, four_bit_bytes, largest = _build(config, full, lora_r)
     dry: Any = shape_only(model, mode)

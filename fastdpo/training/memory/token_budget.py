@@ -1,9 +1,9 @@
-"""How many tokens a micro-batch may have: which rows exceed a given number, and which number fits the free memory.
+"""The token limit of micro-batches: finds rows that exceed a given limit, and the limit that fits the free memory.
 
-The number for "auto" is measured, not modelled: batches of real rows, a small one and a larger one, are run forward and
-backward, and what the larger one takes more is what further tokens will take. Attention over variable lengths, the
-layers with or without checkpointing, and the head's rows all take memory in proportion to tokens. It has not run on a
-GPU yet: the tests measure saved activations on a CPU.
+The limit for "auto" is measured: a small and a larger batch of real rows run forward and backward, and the difference
+of their peaks gives the memory per token. Attention over variable lengths, the layers with or without checkpointing,
+and the head's rows all take memory in proportion to tokens. This has not run on a GPU yet: the tests measure saved
+activations on a CPU.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ ROUNDING = 256  # tokens
 
 
 def check_row_sizes(dataset: Dataset, name: str, collator: PackingCollator, on_oversized_row: str) -> None:
-    """Warns once of rows that exceed the collator's limit by themselves, or refuses them.
+    """Warns once about rows that exceed the collator's limit by themselves, or refuses them.
 
     Raises:
-        ValueError: there is such a row, and on_oversized_row is "raise".
+        ValueError: a row exceeds the limit, and on_oversized_row is "raise".
     """
     limit = collator.max_tokens
     if limit is None or not isinstance(dataset, Dataset):  # the rows of a stream are not known
@@ -60,23 +60,23 @@ def check_row_sizes(dataset: Dataset, name: str, collator: PackingCollator, on_o
     )
     if on_oversized_row == "raise":
         raise ValueError(f"{found}; raise the limit, lower max_length, or set on_oversized_row='alone'")
-    logger.warning(f"{found}. Each of them runs in a micro-batch of its own, which takes more memory.")
+    logger.warning(f"{found}. Each of them runs in its own micro-batch, which needs more memory.")
 
 
 class MemoryMeter(Protocol):
-    """What `tokens_that_fit` needs to know of a device's memory, in bytes."""
+    """The facts about a device's memory that `tokens_that_fit` needs, in bytes."""
 
     def free(self) -> int:
-        """What can still be allocated."""
+        """Bytes that can still be allocated."""
         ...
 
     def peak_of(self, run: Callable[[], None]) -> int:
-        """What `run` has allocated at its peak beyond what was allocated before."""
+        """The peak bytes of `run` beyond those allocated before."""
         ...
 
 
 class CudaMeter:
-    """The memory of one CUDA device, below this process's share where that was limited."""
+    """The memory of one CUDA device, within this process's limit if one is set."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -105,10 +105,10 @@ def tokens_that_fit(
     """The tokens of the largest micro-batch that the free memory holds.
 
     Args:
-        run_rows: runs a batch of rows forward and backward, and leaves nothing behind.
-        reserved_bytes: kept for what is not allocated yet, the optimizer's state.
+        run_rows: runs a batch of rows forward and backward, and releases all memory.
+        reserved_bytes: bytes reserved for the optimizer's state, which is not allocated yet.
     Raises:
-        ValueError: there is no room for a micro-batch worth the name.
+        ValueError: the free memory is too small for a useful micro-batch.
     """
     rows = _first_rows(dataset, collator, PROBE_TOKENS)
     batches = [rows[: max(len(rows) // 3, 1)], rows]
@@ -119,24 +119,24 @@ def tokens_that_fit(
 
 
 def fit_line(tokens: list[int], peaks: list[int], num_bytes: float) -> int:
-    """Where the line through two measurements reaches `num_bytes`, in tokens, rounded down.
+    """The number of tokens, rounded down, at which the line through two measurements reaches `num_bytes`.
 
     Raises:
-        ValueError: fewer tokens than the rounding, or a line that does not rise.
+        ValueError: the number is below the rounding unit, or the line does not rise.
     """
     per_token = (peaks[1] - peaks[0]) / max(tokens[1] - tokens[0], 1)
     fixed = max(peaks[0] - per_token * tokens[0], 0)  # gradients of the weights, workspaces
     fitting = (num_bytes - fixed) / per_token if per_token > 0 else 0
     if fitting < ROUNDING:
         raise ValueError(
-            "max_tokens_per_microbatch must be a number here: 'auto' found no room for a micro-batch"
+            "max_tokens_per_microbatch must be a number, got 'auto', which finds no space for a micro-batch"
             f" ({per_token:,.0f} bytes a token and {fixed:,.0f} once, {num_bytes:,.0f} free)"
         )
     return int(fitting) // ROUNDING * ROUNDING
 
 
 def _first_rows(dataset: Dataset, collator: PackingCollator, num_tokens: int) -> list[dict[str, Any]]:
-    """Rows from the start of the dataset with about so many tokens, or all rows where it has fewer."""
+    """Rows from the start of the dataset with about the given number of tokens, or all rows if it has fewer."""
     rows: list[dict[str, Any]] = []
     found = 0
     for row in dataset:
@@ -148,37 +148,39 @@ def _first_rows(dataset: Dataset, collator: PackingCollator, num_tokens: int) ->
 
 
 def optimizer_bytes(model: nn.Module, optimizer: Any, name: str) -> int:
-    """What the optimizer's state will still take once it has stepped, by its name."""
+    """The bytes that the optimizer's state will still need after its first step, by its name."""
     if optimizer is not None and len(optimizer.state) > 0:
         return 0
     return optimizer_state_bytes(name, trained_parameters(model))
 
 
 def steps_in_backward(trainer: Trainer) -> bool:
-    """Whether weights change before the whole gradient is there: DeepSpeed's engine, and LOMO."""
+    """Whether weights change before the whole gradient is computed: with DeepSpeed's engine, and LOMO."""
     return trainer.is_deepspeed_enabled or "lomo" in optimizer_name(trainer.args)
 
 
 def check_can_split(trainer: Trainer) -> None:
-    """Refuses what cannot run a batch in micro-batches.
+    """Refuses setups that cannot run a batch in micro-batches.
 
     Raises:
-        ValueError: an engine that steps by itself in backward, or "auto" where free memory says nothing.
+        ValueError: the engine steps by itself in backward, or "auto" is set and free memory cannot be measured.
     """
     budget = trainer.args.max_tokens_per_microbatch
     optim = optimizer_name(trainer.args)
     if steps_in_backward(trainer):
         what = "DeepSpeed" if trainer.is_deepspeed_enabled else f"optim {optim!r}"
-        raise ValueError(f"max_tokens_per_microbatch must be None under {what}, which ends a step itself, got {budget}")
+        raise ValueError(
+            f"max_tokens_per_microbatch must be None with {what}, which ends each step itself, got {budget}"
+        )
     if budget == "auto" and trainer.is_fsdp_enabled:
         raise ValueError(
-            "max_tokens_per_microbatch must be a number under FSDP: weights are gathered while a layer runs, which"
-            " the measurement of one process does not see, got 'auto'"
+            "max_tokens_per_microbatch must be a number with FSDP, got 'auto': one process cannot measure the weights"
+            " that FSDP gathers while a layer runs"
         )
 
 
 class BudgetAtStart(TrainerCallback):
-    """Finds the number for "auto" once model, optimizer and checkpointing are as they will be.
+    """Finds the limit for "auto" when model, optimizer and checkpointing are in their final state.
 
     Args:
         collator: is told the number.
@@ -201,11 +203,11 @@ class BudgetAtStart(TrainerCallback):
         run_rows = partial(self.run_rows, model, args.device)
         fitting = tokens_that_fit(run_rows, self.dataset, self.collator, meter, reserved)
         self.collator.max_tokens = fitting
-        logger.warning(f"max_tokens_per_microbatch='auto' found room for {fitting} tokens")
+        logger.warning(f"max_tokens_per_microbatch='auto' found space for {fitting} tokens")
         check_row_sizes(self.dataset, "train", self.collator, args.on_oversized_row)
 
     def run_rows(self, model: nn.Module, device: torch.device, rows: list[dict[str, Any]]) -> None:
-        """One micro-batch forward and backward, as in training but for its gradients, which are dropped."""
+        """Runs one micro-batch forward and backward as in training, and drops its gradients."""
         was_training = model.training
         model.train()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

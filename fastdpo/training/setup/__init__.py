@@ -1,1 +1,1 @@
-"""What happens to model, adapter, reference and optimizer before the first step."""
+"""The setup of model, adapter, reference and optimizer before the first step."""

@@ -1,4 +1,4 @@
-"""What an adapter reaches and what it does not, for the start of a run: layers, experts, embeddings that are tied.
+"""Facts about an adapter for the start of a run: its layers, experts without an adapter, tied embeddings.
 
 In: a PeftModel before its first step. Out: sentences.
 """
@@ -12,7 +12,7 @@ from fastdpo.modeling.packed import bare_model
 
 
 def adapter_lines(model: Any) -> list[str]:
-    """What the adapter is on; experts that it leaves out, and what merging it would keep of tied embeddings."""
+    """The layers of the adapter, the experts without it, and the effect of merging on tied embeddings."""
     config = model.peft_config[model.active_adapter]
     method = getattr(config.peft_type, "value", config.peft_type)
     rank = f" of rank {config.r}" if hasattr(config, "r") else ""
@@ -22,15 +22,15 @@ def adapter_lines(model: Any) -> list[str]:
         names = ", ".join(experts)
         option = " ".join(experts)
         lines.append(
-            f"not on the experts' weights ({names}), which are no linear layers: target_parameters={experts!r}"
-            f" reaches them (--lora_target_parameters {option})"
+            f"not on the experts' weights ({names}), which are not linear layers: set target_parameters={experts!r}"
+            f" to include them (--lora_target_parameters {option})"
         )
     lines += [line for line in (merging_tied(model),) if line]
     return lines
 
 
 def adapted_modules(model: Any) -> list[str]:
-    """Names, in the bare model, of the modules that the active adapter changes or trains whole."""
+    """Names, in the bare model, of the modules that the active adapter changes or trains fully."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
@@ -40,7 +40,7 @@ def adapted_modules(model: Any) -> list[str]:
 
 
 def fused_experts_left_out(model: Any) -> list[str]:
-    """The last three parts of the names of experts' 3-dimensional weights, one matrix for each, without an adapter."""
+    """The last three name parts of 3-dimensional expert weights (one matrix per expert) that have no adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -57,10 +57,10 @@ def fused_experts_left_out(model: Any) -> list[str]:
 
 
 def merging_tied(model: Any) -> str:
-    """What a merge makes of an adapter on embeddings that the model ties; empty where it has none there.
+    """The effect of merging an adapter on tied embeddings; empty without such an adapter.
 
-    Tried with PEFT 0.21: the product of a LoRA is added to the one weight that embedding and head share, so that both
-    change; weights trained whole stay two, and are saved as two.
+    Tried with PEFT 0.21: the product of a LoRA is added to the weight that embedding and head share, so both change;
+    fully trained weights stay separate, and are saved as two weights.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
@@ -72,8 +72,8 @@ def merging_tied(model: Any) -> str:
     on = [name for name, module in ends.items() if isinstance(module, BaseTunerLayer)]
     if on:
         return (
-            f"on the {' and the '.join(on)} of a model that ties both: merge_and_unload() would add it to their one"
-            " weight and give another model than the one trained. Keep the adapter, or untie them before training"
+            f"on the {' and the '.join(on)} of a model that ties both: merge_and_unload() would change both and give"
+            " another model than the one trained. Keep the adapter, or merge it with `fastdpo merge`"
         )
     whole = [name for name, module in ends.items() if isinstance(module, ModulesToSaveWrapper)]
     if whole and not getattr(model.peft_config[model.active_adapter], "ensure_weight_tying", False):
@@ -85,7 +85,7 @@ def merging_tied(model: Any) -> str:
 
 
 def _kinds(names: list[str]) -> list[str]:
-    """Names without the numbers of layers, each once, with how many there are."""
+    """Names without layer numbers, each once, with its count."""
     counts: dict[str, int] = {}
     for name in names:
         kind = re.split(r"\.\d+\.", name)[-1]

@@ -1,7 +1,7 @@
-"""Whether the layers that an adapter is asked for are there: PEFT trains those that it finds, and says nothing of the
-others. And that it is on products of the text decoder alone, where a model has towers that see or hear.
+"""Checks that the target layers of an adapter exist, because PEFT silently ignores unknown names; and keeps adapters on
+linear layers of the text decoder in multimodal models.
 
-In: a model and a PeftConfig. Refused: a name in it that is none of the model's, with the nearest that are.
+In: a model and a PeftConfig. Refused: a name that the model does not have, with the nearest existing names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _OF_MODULES = ("target_modules", "modules_to_save", "feedforward_modules")
 
 def check_targets(model: nn.Module, peft_config: Any) -> None:
     """Raises:
-    ValueError: a name that matches no layer, or no parameter, of the model.
+    ValueError: a name matches no layer, or no parameter, of the model.
     """
     modules = [name for name, _ in model.named_modules() if name]
     for field in _OF_MODULES:
@@ -33,11 +33,11 @@ def check_targets(model: nn.Module, peft_config: Any) -> None:
 
 
 def on_text_layers(model: nn.Module, peft_config: Any) -> Any:
-    """The config, or a copy that leaves modules alone, whatever names it targets: towers, which text does not run
-    through, and of "all-linear" the layers that are more than a product (Llama 4's router gives two results).
+    """The config, or a copy that excludes modules: towers that text does not use, and for "all-linear" the layers that
+    are not plain products (Llama 4's router returns two results).
 
     Raises:
-        ValueError: the method cannot leave modules out, and would change a tower.
+        ValueError: the method cannot exclude modules, and would change a tower.
     """
     patterns = [rf"{re.escape(name)}(\..*)?" for name in tower_names(model)]
     if getattr(peft_config, "target_modules", None) == "all-linear":
@@ -46,7 +46,7 @@ def on_text_layers(model: nn.Module, peft_config: Any) -> Any:
         return peft_config
     if not hasattr(peft_config, "exclude_modules"):
         method = getattr(peft_config.peft_type, "value", peft_config.peft_type)
-        raise ValueError(f"peft_config must be of a method with exclude_modules for this model, got {method}: use LoRA")
+        raise ValueError(f"peft_config must use a method with exclude_modules for this model, got {method}: use LoRA")
     given = peft_config.exclude_modules
     if isinstance(given, str):
         patterns.append(given)
@@ -58,7 +58,7 @@ def on_text_layers(model: nn.Module, peft_config: Any) -> Any:
 
 
 def _no_products(model: nn.Module) -> list[str]:
-    """Layers of a model's own that are linear by class and give something else than a product's shape."""
+    """A model's own layers with a linear class whose output does not have the shape of a product."""
     return [
         name
         for name, module in model.named_modules()
@@ -73,13 +73,13 @@ def _no_products(model: nn.Module) -> list[str]:
 def _gives_product(module: nn.Linear) -> bool:
     try:
         result = module(module.weight.new_zeros(1, module.in_features))
-    except Exception:  # whatever it makes of an input of another form than its own
+    except Exception:  # any exception on an input of another shape
         return False
     return isinstance(result, torch.Tensor) and result.shape == (1, module.out_features)
 
 
 def _check(field: str, targets: str | Iterable[str] | None, names: Collection[str]) -> None:
-    if targets is None or isinstance(targets, str):  # a pattern, of which PEFT itself says where it matches nothing
+    if targets is None or isinstance(targets, str):  # a pattern: PEFT itself refuses one that matches nothing
         return
     for target in sorted(targets):
         if any(name == target or name.endswith(f".{target}") for name in names):
@@ -88,4 +88,4 @@ def _check(field: str, targets: str | Iterable[str] | None, names: Collection[st
         known = {".".join(name.split(".")[-depth:]) for name in names}
         nearest = difflib.get_close_matches(target, sorted(known), n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
-        raise ValueError(f"{field} must name layers of the model, {target!r} is none{hint}")
+        raise ValueError(f"{field} must name layers of the model, got {target!r}{hint}")

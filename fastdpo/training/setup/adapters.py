@@ -1,7 +1,7 @@
-"""PEFT adapters as what is trained: a new one put on a model, or the one that a PeftModel brings.
+"""Trainable PEFT adapters: a new adapter on a model, or the existing one of a PeftModel.
 
-In: a model, and a peft_config or none. Out: the model to train. Refuses adapters that packed rows or the fused head
-would get wrong, and PeftModels that could not be trained, before any weight is changed.
+In: a model, and a peft_config or None. Out: the model to train. Before any weight is changed, it refuses adapters that
+do not work with packed rows or the fused head, and PeftModels that cannot be trained.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastdpo.training.setup.adapter_targets import check_targets, on_text_layers
 
 logger = logging.get_logger(__name__)
 
-# Methods that the tests hold to the model's own forward; all work on single layers and see one token at a time
+# Methods that the tests compare with the model's own forward; all work on single layers, token by token
 PEFT_TYPES = frozenset(
     {
         *("LORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "BOFT", "HRA", "FOURIERFT", "LN_TUNING", "MISS", "C3A", "ROAD"),
@@ -26,11 +26,11 @@ PEFT_TYPES = frozenset(
     }
 )
 _REASONS = {
-    "ADALORA": "its ranks are allotted by a call after every step, which this trainer does not make",
+    "ADALORA": "it needs a call after every step to allot ranks, which this trainer does not make",
     "XLORA": "it mixes adapters by a first forward over the whole row, and a packed row holds many sequences",
-    "ADAPTION_PROMPT": "its prompt tokens have no place in a packed row",
+    "ADAPTION_PROMPT": "packed rows do not support its prompt tokens",
 }
-# fields of LoraConfig that switch on a variant which the tests do not cover
+# fields of LoraConfig that enable variants without tests
 _LORA_VARIANTS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
     *("use_bdlora", "use_qalora"),
@@ -38,13 +38,13 @@ _LORA_VARIANTS = (
 
 
 def with_adapter(model: Any, peft_config: Any, args: Any, *, trains: bool = True) -> Any:
-    """The model that is trained: `model` itself, or with a new adapter on it where there is a `peft_config`.
+    """The model to train: `model` itself, or, with a `peft_config`, the model with a new adapter.
 
     Args:
-        args: seed and gradient_checkpointing count.
-        trains: False where the model is only evaluated, which a frozen adapter may be.
+        args: seed and gradient_checkpointing are read.
+        trains: False if the model is only evaluated; its adapter may then be frozen.
     Raises:
-        ValueError: the adapter, or the two together, cannot be trained here.
+        ValueError: the adapter, or this combination of model and adapter, cannot be trained.
     """
     if peft_config is not None:
         model = _with_new_adapter(model, peft_config, args.seed)
@@ -55,7 +55,7 @@ def with_adapter(model: Any, peft_config: Any, args: Any, *, trains: bool = True
         freeze_reference(model)
         if trains and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
-                "model must have weights to train, its adapter is frozen: load it with"
+                "model must have trainable weights, got a frozen adapter: load it with"
                 " PeftModel.from_pretrained(..., is_trainable=True)"
             )
         if args.gradient_checkpointing:
@@ -74,8 +74,8 @@ def _with_new_adapter(model: nn.Module, peft_config: Any, seed: int) -> Any:
         raise ValueError(f"peft_config must be a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}")
     if _has_adapter(model):
         raise ValueError(
-            "peft_config must be None where the model already has an adapter: leave it out to train that one on, or"
-            " put the new one on model.merge_and_unload(), or on model.unload() to forget the old one"
+            "peft_config must be None if the model already has an adapter: leave it out to continue training that"
+            " adapter, or use model.merge_and_unload() (keeps its effect) or model.unload() (drops it) for a new one"
         )
     _check_method(peft_config, "peft_config")
     check_targets(model, peft_config)
@@ -86,39 +86,41 @@ def _with_new_adapter(model: nn.Module, peft_config: Any, seed: int) -> Any:
 def _check_given(model: Any) -> None:
     if not is_peft_model(model):
         raise ValueError(
-            f"model must be a PeftModel where it has an adapter, got a {type(model).__name__} with the adapter inside:"
-            " use PeftModel.from_pretrained(base_model, adapter, is_trainable=True), or, where an earlier run put it"
-            " there, what unload() of that run's model gives"
+            f"model must be a PeftModel if it has an adapter, got a {type(model).__name__} with an adapter inside:"
+            " use PeftModel.from_pretrained(base_model, adapter, is_trainable=True), or, if an earlier run added the"
+            " adapter, the result of unload() on that run's model"
         )
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not isinstance(model, PeftModel):
-        raise ValueError(f"model must be a PeftModel where it has an adapter, got {type(model).__name__}")
+        raise ValueError(f"model must be a PeftModel if it has an adapter, got {type(model).__name__}")
     _check_method(model.peft_config[model.active_adapter], "the model's adapter")
     active = model.base_model.active_adapters
     if len(active) != 1:
         raise ValueError(f"model must have one active adapter, the one to train, got {active}: use set_adapter")
     if active[0] == REFERENCE_ADAPTER:
         raise ValueError(
-            f"model must train an adapter of another name than {REFERENCE_ADAPTER!r}: that is the reference's"
+            f"model must train an adapter with a name other than {REFERENCE_ADAPTER!r}, which is the reference's"
         )
     if any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer)):
-        raise ValueError("model must not have its adapter merged, which would not be trained: call unmerge_adapter()")
+        raise ValueError(
+            "model must have an unmerged adapter, got a merged one, which cannot be trained: call unmerge_adapter()"
+        )
 
 
 def _has_adapter(model: Any) -> bool:
-    """Whether adapter layers are in the model; PEFT leaves its configs on the bare model too, until it is unloaded."""
+    """Whether the model has adapter layers; PEFT also leaves its configs on the bare model until it is unloaded."""
     return bool(getattr(model, "peft_config", None))
 
 
 def _check_method(config: Any, name: str) -> None:
     method = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning:
-        raise ValueError(f"{name} must not be {method}: virtual prompt tokens have no place in a packed row; use LoRA")
+        raise ValueError(f"{name} must not be {method}: packed rows do not support virtual prompt tokens; use LoRA")
     if method not in PEFT_TYPES:
         reason = _REASONS.get(method, "it has not been tried with packed rows")
         raise ValueError(f"{name} must be one of {', '.join(sorted(PEFT_TYPES))}, got {method}: {reason}")
     variants = [field for field in _LORA_VARIANTS if getattr(config, field, None)]
     if variants:
-        raise ValueError(f"{name} must leave {variants[0]} alone: it has not been tried with packed rows")
+        raise ValueError(f"{name} must not use {variants[0]}, which has not been tried with packed rows")

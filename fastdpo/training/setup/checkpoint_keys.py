@@ -1,7 +1,7 @@
-"""Whether a checkpoint's weights are the model's: all of them, under its names, and no others.
+"""Checks that a checkpoint has exactly the model's weights, under the model's names.
 
-In: what from_pretrained says of the names that it found (`output_loading_info`). Refused: weights that are missing,
-which would be random, or that have no place, which would be lost; with the names, and what they have in common.
+In: the report of from_pretrained on names (`output_loading_info`). Refused: missing weights, which would be random, and
+unexpected weights, which would be lost; the message lists the names and their common prefix.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ _SHOWN = 3
 
 def check_all_loaded(name: str, info: Mapping[str, Any]) -> None:
     """Raises:
-    ValueError: a weight is missing, or one is there that the model does not have.
+    ValueError: a weight is missing or unexpected.
     """
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if not (missing or unexpected):
         return
-    facts = [_named("missing, and would be random", missing), _named("not the model's, and would be lost", unexpected)]
+    facts = [
+        _named("missing weights, which would be random", missing),
+        _named("unexpected weights, which would be lost", unexpected),
+    ]
     prefix = _common_prefix(missing, unexpected)
     hint = f". All names begin with {prefix!r}: save the weights without it" if prefix else ""
     raise ValueError(
-        f"model must have all of its weights in {name!r} and no others: {'; '.join(filter(None, facts))}{hint}. To"
-        " train it as it is all the same, load it yourself and give the model in place of its name"
+        f"model must have exactly its own weights in {name!r}, got {'; '.join(filter(None, facts))}{hint}. To"
+        " train it anyway, load it yourself and pass the model instead of its name"
     )
 
 
@@ -38,7 +41,7 @@ def _named(what: str, keys: Collection[str]) -> str:
 
 
 def _common_prefix(missing: Collection[str], unexpected: Collection[str]) -> str:
-    """What stands before every missing name among the unexpected ones."""
+    """The prefix with which every missing name occurs among the unexpected ones."""
     for found in unexpected:
         for wanted in missing:
             if found.endswith(f".{wanted}"):

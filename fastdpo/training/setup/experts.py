@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture-of-experts model in a run: which weight it has, as in TRL 1.16, and how it joins
+"""The load-balancing loss of a mixture-of-experts model in a run: its weight, as in TRL 1.16, and its combination with
 a loss that is a sum over a batch's items.
 """
 
@@ -14,10 +14,10 @@ from fastdpo.modeling.router import has_load_balancing
 
 
 def router_coefficient(args: Any, model: nn.Module) -> float:
-    """`router_aux_loss_coef`, by default that of the model's config; 0.0 for models without experts.
+    """`router_aux_loss_coef`, by default from the model's config; 0.0 for models without experts.
 
     Raises:
-        ValueError: a weight was given and the model has no such loss, or the loss would be that of parts of a batch.
+        ValueError: a weight is given but the model has no such loss, or batches are split, which changes the loss.
     """
     bare = bare_model(model)
     is_possible = has_load_balancing(bare)
@@ -33,9 +33,9 @@ def router_coefficient(args: Any, model: nn.Module) -> float:
     coefficient = float(of_model if asked is None else asked)
     if coefficient and args.max_tokens_per_microbatch is not None:
         raise ValueError(
-            f"max_tokens_per_microbatch must be None with the load-balancing loss of {type(bare).__name__}, which is"
-            f" no sum over its items: its batch cannot be split, got {args.max_tokens_per_microbatch!r}; use"
-            " gradient_accumulation_steps, which means it over batches, or router_aux_loss_coef=0"
+            f"max_tokens_per_microbatch must be None with the load-balancing loss of {type(bare).__name__}, got"
+            f" {args.max_tokens_per_microbatch!r}: the loss is not a sum over items, so a batch cannot be split; use"
+            " gradient_accumulation_steps, which averages it over batches, or router_aux_loss_coef=0"
         )
     return coefficient
 
@@ -43,9 +43,9 @@ def router_coefficient(args: Any, model: nn.Module) -> float:
 def with_load_balancing(
     loss: Tensor, aux_loss: Tensor, coefficient: float, num_items: int
 ) -> tuple[Tensor, dict[str, SumAndWeight]]:
-    """A batch's summed loss with the load-balancing loss, () each, and the latter's metric.
+    """A batch's summed loss including the load-balancing loss, (), and the metric of the latter, ().
 
-    Its mean over the batches of a step weighs each by its items, pairs or tokens.
+    Its mean over the batches of a step weights each batch by its items, pairs or tokens.
     """
     metrics: dict[str, SumAndWeight] = {"aux_loss": (aux_loss.detach() * num_items, float(num_items))}
     return loss + coefficient * num_items * aux_loss, metrics

@@ -1,7 +1,7 @@
-"""Liger's kernels for norms, rotary positions and MLPs, which transformers switches on by `use_liger_kernel`.
+"""Liger's kernels for norms, rotary positions and MLPs, which transformers enables by `use_liger_kernel`.
 
-A model and the run's arguments in; the same model with the kernels in its layers. Refuses the parts that would take the
-place of fastdpo's head op.
+In: a model and the run's arguments. Out: the same model with the kernels in its layers. Refuses the parts that would
+replace fastdpo's head op.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ HEAD_PARTS = ("cross_entropy", "fused_linear_cross_entropy")  # of Liger's; they
 
 
 def use_layer_kernels(model: nn.Module, args: TrainingArguments) -> None:
-    """Before the model is checked and copied as reference; Trainer itself would do it when training starts.
+    """Installs the kernels before the model is checked and copied as reference; Trainer would do so when training
+    starts.
 
     Raises:
-        ValueError: the run is on a CPU, or a part is asked for that fastdpo brings itself.
+        ValueError: the run is on a CPU, or the config enables a part that fastdpo replaces.
     """
     if not args.use_liger_kernel:
         return
@@ -29,7 +30,7 @@ def use_layer_kernels(model: nn.Module, args: TrainingArguments) -> None:
                 f"liger_kernel_config must not set {part}: log-probs come from fastdpo's head op, got {config[part]!r}"
             )
         config[part] = False
-    args.liger_kernel_config = config  # Trainer applies it once more, which changes nothing
+    args.liger_kernel_config = config  # Trainer applies it again, without effect
     from transformers.integrations.liger import apply_liger_kernel
 
     apply_liger_kernel(model, config)

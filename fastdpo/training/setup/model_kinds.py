@@ -1,8 +1,8 @@
-"""Which kind of model a config is of, and the class of transformers that loads it to be trained on text.
+"""The kind of model behind a config, and the class of transformers that loads it for training on text.
 
-In: a config, before any weight. Out: an auto class. A checkpoint that can also see or hear is loaded as the text-only
-causal LM that transformers has for it, if all of that class's weights are there and the class knows the others by name;
-else as the whole model, of which the decoder is trained. Refused: encoders, models that give no text.
+In: a config, before any weight is loaded. Out: an auto class. A multimodal checkpoint is loaded as transformers'
+text-only causal LM if the checkpoint has all weights of that class and the class knows the other weights by name;
+otherwise as the whole model, whose decoder is trained. Refused: encoders, models without text output.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ def has_other_parts(config: Any) -> bool:
 
 
 def text_part(config: Any) -> Any:
-    """The config of what reads and writes text.
+    """The config of the part that reads and writes text.
 
     Raises:
-        ValueError: several parts do.
+        ValueError: there are several such parts.
     """
     try:
         return config.get_text_config()
     except ValueError as error:
-        raise ValueError(f"model must have one text decoder, {config.model_type} has several: {error}") from error
+        raise ValueError(f"model must have one text decoder, got {config.model_type} with several: {error}") from error
 
 
 def check_kind(config: Any, name: str) -> None:
     """Raises:
-    ValueError: the config is of a model that no row of text trains as a causal LM.
+    ValueError: the config's model cannot be trained on text as a causal LM.
     """
     kind = f"{name} ({config.model_type})"
     is_causal_lm = type(config) in AutoModelForCausalLM._model_mapping or _names_its_code(config)
     if is_encoder(config):
         raise ValueError(
-            f"model must be a causal LM, {kind} is an encoder: every token sees those after it, so that it gives no"
-            " log-probs of responses"
+            f"model must be a causal LM, got {kind}, which is an encoder: every token attends to later tokens, so it"
+            " gives no log-probs of responses"
         )
     if is_causal_lm or auto_classes(config):
         return
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"model must be a causal LM, {kind} is an encoder-decoder, which fastdpo does not train")
-    raise ValueError(f"model must be a causal LM or have one inside, {kind} is none: it gives no text")
+        raise ValueError(f"model must be a causal LM, got {kind}, which is an encoder-decoder")
+    raise ValueError(f"model must be a causal LM or have one inside, got {kind}, which gives no text")
 
 
 def is_encoder(config: Any) -> bool:
-    """Whether a type of model was made to fill in masked tokens; transformers runs some of these as decoders too."""
+    """Whether a type of model is an encoder for masked tokens; transformers can also run some of these as decoders."""
     known = getattr(modeling_auto, "MODEL_FOR_MASKED_LM_MAPPING_NAMES", {})
     return config.model_type in known and not (
         getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False)
@@ -64,7 +64,7 @@ def is_encoder(config: Any) -> bool:
 
 
 def auto_classes(config: Any) -> list[Any]:
-    """The auto classes that know a config, in the order in which they are taken; none where transformers has none."""
+    """The auto classes that know a config, in order of preference; empty if transformers has none."""
     classes = [AutoModelForCausalLM]
     if has_other_parts(config):
         classes += [getattr(transformers, name) for name in _OF_COMPOSITES if hasattr(transformers, name)]
@@ -75,11 +75,11 @@ def auto_class(config: Any, name: str | None = None, **loading: Any) -> Any:
     """The auto class that gives the model to train.
 
     Args:
-        name: of the checkpoint, whose weights are looked at by name where a text-only class would leave some; None
-            where there are none, and the first class that knows the config is taken.
+        name: name of the checkpoint, whose weight names are checked if a text-only class would skip some; None for no
+            checkpoint, and the first class that knows the config is used.
         loading: arguments of from_pretrained.
     """
-    classes = auto_classes(config) or [AutoModelForCausalLM]  # which then says itself what it does not know
+    classes = auto_classes(config) or [AutoModelForCausalLM]  # this class then raises its own error
     if name is None or len(classes) == 1 or not _is_text_only(classes[0], config):
         return classes[0]
     with _quiet():  # the load report of a trial
@@ -90,7 +90,7 @@ def auto_class(config: Any, name: str | None = None, **loading: Any) -> Any:
 
 
 def _is_text_only(cls: Any, config: Any) -> bool:
-    """Whether an auto class makes of a composite's config a model of its text part."""
+    """Whether an auto class makes a text-only model from a composite's config."""
     found = cls._model_mapping.get(type(config), None)
     return getattr(found, "config_class", None) is type(text_part(config))
 

@@ -1,4 +1,4 @@
-"""What has to be true of model and tokenizer before anything is trained, and how a model given by name is loaded."""
+"""Loads a model given by name, and checks model and tokenizer before training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fastdpo.training.setup.source_files import source_file
 
 logger = logging.get_logger(__name__)
 
-# of from_pretrained: for configs and tokenizers too
+# arguments of from_pretrained that also apply to configs and tokenizers
 _WHERE_FROM = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "local_files_only", "gguf_file")
 
 
@@ -37,7 +37,7 @@ def resolve_model(
     args: EngineConfig,
     quantization_config: Any = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Model and tokenizer as objects, loaded where they are given by name, and checked against each other.
+    """Model and tokenizer as objects, loaded if given by name, and checked against each other.
 
     Args:
         args: model_init_kwargs, trust_remote_code and pad_token are read.
@@ -56,9 +56,9 @@ def resolve_model(
         options = {} if quantization_config is None else {"quantization_config": quantization_config}
         model = load_model(model, init_kwargs, **options)
     elif quantization_config is not None:
-        raise ValueError("quantization_config must be None where model is a model and not a name")
+        raise ValueError("quantization_config must be None if model is an object instead of a name")
     elif args.model_init_kwargs is not None:
-        logger.warning("model_init_kwargs changes nothing about the model, which is given as an object.")
+        logger.warning("model_init_kwargs has no effect, because the model is given as an object.")
     check_model_and_tokenizer(model, tokenizer)
     freeze_towers(bare_model(model))
     return model, tokenizer
@@ -67,11 +67,11 @@ def resolve_model(
 def resolve_tokenizer(
     model: str | nn.Module, tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None, args: EngineConfig
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that was given, by itself or in a processor, or the one that is saved with the model; with
-    `args.pad_token` and that chat template of `args` that it is saved with, if there are any.
+    """The given tokenizer, possibly inside a processor, or the one saved with the model; with `args.pad_token` and, if
+    the run saves its chat template with the tokenizer, with that template.
 
     Raises:
-        ValueError: there is none, it is none for text, or pad_token is not in its vocabulary.
+        ValueError: there is no tokenizer, it is not for text, or pad_token is not in its vocabulary.
     """
     if tokenizer is None:
         tokenizer = load_tokenizer(model_name(model), args.init_kwargs())
@@ -89,35 +89,37 @@ def resolve_tokenizer(
 
 
 def tokenizer_of(processor: ProcessorMixin) -> PreTrainedTokenizerBase:
-    """The tokenizer in a processor, with the processor's chat template where it has none of its own.
+    """The tokenizer in a processor, with the processor's chat template if the tokenizer has none.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the processor has no tokenizer.
     """
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:
-        raise ValueError(f"processing_class must have a tokenizer, {type(processor).__name__} has none")
+        raise ValueError(f"processing_class must have a tokenizer, got {type(processor).__name__} without one")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = getattr(processor, "chat_template", None)
     return tokenizer
 
 
 def model_name(model: str | nn.Module) -> str:
-    """Where a model was loaded from; empty where it does not say."""
+    """The name or path that a model was loaded from; empty if unknown."""
     return model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
 
 
 def check_model_folder(name: str) -> None:
-    """What a local path must be, said before libraries take it for a name on the Hub."""
+    """Refuses a local path that does not exist, before libraries treat it as a name on the Hub."""
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise ValueError(f"model must be a local directory or a model name on the Hub, there is no directory {name}")
+        raise ValueError(
+            f"model must be a local directory or a model name on the Hub, got {name}, which does not exist"
+        )
 
 
 def check_config(name: str, init_kwargs: dict[str, Any]) -> None:
-    """Looks at the config of a model, or of an adapter's base, and at no weight.
+    """Checks the config of a model, or of an adapter's base model, without loading weights.
 
     Raises:
-        ValueError: there is no such model, or it has no causal LM.
+        ValueError: the model does not exist, or it has no causal LM.
     """
     check_model_folder(name)
     base = adapter_base(name) or name
@@ -132,10 +134,10 @@ def _no_model(name: str, error: Exception) -> str:
 
 
 def adapter_base(name: str) -> str | None:
-    """The model that a folder with an adapter was trained on; None where the folder holds a model, or is none.
+    """The base model of an adapter in a folder; None if the folder holds a model, or does not exist.
 
     Raises:
-        ValueError: the adapter does not say what it was trained on.
+        ValueError: the adapter does not name its base model.
     """
     folder = Path(name)
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
@@ -147,22 +149,23 @@ def adapter_base(name: str) -> str | None:
 
 
 def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer that is saved with a model, found as `init_kwargs` say that the model is.
+    """The tokenizer saved with a model, loaded with the same `init_kwargs` as the model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has no tokenizer.
     """
     if not name:
-        raise ValueError("processing_class must be given: the model does not say where its tokenizer is")
+        raise ValueError("processing_class must be given, because the model does not name a folder with its tokenizer")
     where = where_from(init_kwargs)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError) as error:
         base = adapter_base(name)
-        if base is not None:  # whose tokenizer was not saved beside it
+        if base is not None:  # an adapter saved without a tokenizer
             return load_tokenizer(base, init_kwargs)
         raise ValueError(
-            f"the model must come with a tokenizer, or processing_class be given: there is none in {name!r}: {error}"
+            f"processing_class must be given if the model has no tokenizer, got None and no tokenizer in {name!r}:"
+            f" {error}"
         ) from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _processors_template(name, where)
@@ -170,7 +173,7 @@ def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None = None) -> PreT
 
 
 def _processors_template(name: str, where: dict[str, Any]) -> str | None:
-    """The chat template that a checkpoint keeps with its processor; None where it has no processor, or none in it."""
+    """The chat template of a checkpoint's processor; None if there is no processor or no template."""
     try:
         if not has_other_parts(AutoConfig.from_pretrained(name, **where)):
             return None
@@ -178,23 +181,23 @@ def _processors_template(name: str, where: dict[str, Any]) -> str | None:
         return None
     try:
         return getattr(AutoProcessor.from_pretrained(name, **where), "chat_template", None)
-    except Exception:  # whatever its parts need that is not installed: the file says it as well
+    except Exception:  # any missing package of its parts: the file has the template too
         legacy = source_file(name, "chat_template.json", where)
         return None if legacy is None else json.loads(legacy.read_text()).get("chat_template")
 
 
 def where_from(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """Those arguments of from_pretrained that configs and tokenizers take too."""
+    """The arguments of from_pretrained that configs and tokenizers also take."""
     return {key: value for key, value in (init_kwargs or {}).items() if key in _WHERE_FROM}
 
 
 def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
     """A causal LM by name or path, or a model with one inside, in fp32 unless `model_init_kwargs` names a dtype.
 
-    A folder that holds an adapter gives its base model with the adapter on, a PeftModel that can be trained on.
+    A folder with an adapter gives its base model with the adapter, a PeftModel whose training can continue.
 
     Raises:
-        ValueError: there is no such model, it has no causal LM, or its weights are not all there.
+        ValueError: the model does not exist, it has no causal LM, or weights are missing.
     """
     base = adapter_base(name_or_path)
     if base is not None:
@@ -223,7 +226,7 @@ def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = Non
 
 
 def _with_saved_adapter(base: nn.Module, folder: str, model_init_kwargs: dict[str, Any] | None) -> nn.Module:
-    """The base model with the adapter of a folder on, to be trained on."""
+    """The base model with a folder's adapter, for further training."""
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -237,7 +240,7 @@ def _with_saved_adapter(base: nn.Module, folder: str, model_init_kwargs: dict[st
     return PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
-# Where an adapter's file shows the size of the vocabulary: the end of a weight's name, and which dimension it is
+# Weights in an adapter's file that show the size of the vocabulary: the end of the name, and the dimension
 _VOCABULARY_DIMENSIONS = (
     (re.compile(r"(embed_tokens|embed_in|wte|lm_head|embed_out)(\.modules_to_save|\.base_layer)?\.weight$"), 0),
     (re.compile(r"(lm_head|embed_out)\.lora_B\.weight$"), 0),
@@ -246,7 +249,7 @@ _VOCABULARY_DIMENSIONS = (
 
 
 def _saved_embeddings(folder: str) -> int | None:
-    """Tokens that the weights saved with an adapter know; None where none of them shows it."""
+    """Number of tokens in embeddings saved with an adapter; None if no saved weight shows it."""
     path = Path(folder) / "adapter_model.safetensors"
     if not path.is_file():
         return None
@@ -261,32 +264,34 @@ def _saved_embeddings(folder: str) -> int | None:
 
 
 def check_model_and_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses what would fail late or train nonsense.
+    """Refuses combinations that would fail late or train nonsense.
 
     Raises:
-        ValueError: the model is an encoder, or the tokenizer has no EOS, or none that the model embeds.
+        ValueError: the model is an encoder, or the tokenizer has no EOS within the model's embeddings.
     """
     bare = bare_model(model)
     if hasattr(bare, "config") and is_encoder(bare.config):
         raise ValueError(
-            f"model must be a causal LM, {type(bare).__name__} is an encoder: every token sees those after it"
+            f"model must be a causal LM, got {type(bare).__name__}, an encoder: every token attends to later tokens"
         )
     num_embeddings = bare.get_input_embeddings().weight.shape[0]
     if tokenizer.eos_token_id is None:
-        raise ValueError("processing_class must have an EOS token: without one no response would learn to end")
+        raise ValueError(
+            "processing_class must have an EOS token, got None: the model could not learn to end a response"
+        )
     if len(tokenizer) <= num_embeddings:
         return
-    too_many = f"{len(tokenizer)} tokens where the model has {num_embeddings} embeddings"
+    too_many = f"{len(tokenizer)} tokens for a model with {num_embeddings} embeddings"
     remedy = "call model.resize_token_embeddings(len(tokenizer)) to train them"
     if max(padding_id(tokenizer), tokenizer.eos_token_id) >= num_embeddings:
         raise ValueError(
             f"processing_class must have its EOS and PAD among the model's embeddings, got {too_many}; {remedy}"
         )
-    logger.warning(f"The tokenizer has {too_many}: a row that holds one of the others stops the run; {remedy}.")
+    logger.warning(f"The tokenizer has {too_many}: a row with a token beyond them will stop the run; {remedy}.")
 
 
 def check_token_ids(dataset: Dataset, num_embeddings: int, name: str) -> None:
-    """Refuses token columns that point outside the embedding, as datasets that come tokenized may.
+    """Refuses token ids outside the embedding, which tokenized datasets may contain.
 
     Raises:
         ValueError: an id is not in [0, num_embeddings).
@@ -304,10 +309,10 @@ def check_token_ids(dataset: Dataset, num_embeddings: int, name: str) -> None:
 
 
 def check_lengths(model: nn.Module, dataset: Dataset, name: str) -> None:
-    """Refuses sequences longer than the table of learned positions; rotary positions have no such end.
+    """Refuses sequences longer than the table of learned positions; rotary positions have no such limit.
 
     Raises:
-        ValueError: a sequence is longer than the model has positions.
+        ValueError: a sequence has more tokens than the model has positions.
     """
     num_positions = learned_positions(model)
     if num_positions is None:
@@ -321,7 +326,7 @@ def check_lengths(model: nn.Module, dataset: Dataset, name: str) -> None:
 
 
 def learned_positions(model: nn.Module) -> int | None:
-    """How many positions the model has a table of; None where it has none."""
+    """Number of positions in the model's table of positions; None without a table."""
     decoder = backbone(bare_model(model))  # towers have tables of their own, of patches and frames
     tables = [
         module.num_embeddings - getattr(module, "offset", 0)
@@ -332,17 +337,17 @@ def learned_positions(model: nn.Module) -> int | None:
 
 
 def head_dtype(model: nn.Module, args: Any) -> torch.dtype:
-    """The dtype in which the LM head is multiplied: autocast's where it is on, else the weight's."""
+    """The dtype of the LM head's matmul: autocast's if it is on, else the weight's."""
     if args.bf16 or args.fp16:
         return torch.bfloat16 if args.bf16 else torch.float16
     return bare_model(model).get_output_embeddings().weight.dtype
 
 
 def forget_accelerate(model: nn.Module) -> None:
-    """Undoes what an earlier `Accelerator.prepare` left on a model: its marks and its autocast around forward.
+    """Undoes an earlier `Accelerator.prepare` on a model: removes its marks and its autocast around forward.
 
-    A model that is marked as prepared, as an evaluation before training leaves it, would not be wrapped in DDP again:
-    its processes would train apart.
+    An evaluation before training leaves the model marked as prepared. It would not be wrapped in DDP again, and its
+    processes would train separate models.
     """
     for module in model.modules():
         module.__dict__.pop("_is_accelerate_prepared", None)
@@ -351,7 +356,7 @@ def forget_accelerate(model: nn.Module) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability to 0: modules, and the attributes that layers read, PEFT's by name of adapter."""
+    """Sets every dropout probability to 0: in modules, in attributes that layers read, and in PEFT's adapters."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

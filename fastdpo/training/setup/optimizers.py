@@ -1,6 +1,6 @@
-"""What an optimizer, by transformers' name, keeps on the device and takes for a step, and which package brings it.
+"""The memory of an optimizer's state and step, by transformers' name, and the package that provides the optimizer.
 
-In: the name (`optim`) and the parameters that are trained. Out: bytes, or the package that is missing.
+In: the name (`optim`) and the trained parameters. Out: bytes, or the missing package.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-# Bytes of state per parameter where they are not two moments in the parameter's dtype; the first name found counts.
+# Bytes of state per parameter, if it is not two moments in the parameter's dtype; the first match counts.
 _STATE_BYTES = {
-    "paged": 0.0,  # in host memory where the device has no room
+    "paged": 0.0,  # in host memory if the device is full
     "adafactor": 0.0,  # a row and a column for each matrix
     "lomo": 0.0,
     "schedule_free_sgd": 4.0,
@@ -31,7 +31,7 @@ _STATE_BYTES = {
     "adagrad": 4.0,
 }
 
-# Part of the name -> the module that transformers imports, and what pip installs it by; the first one found counts.
+# Part of the name -> the module that transformers imports, and its pip package; the first match counts.
 _PACKAGES = {
     "galore": ("galore_torch", "galore-torch"),
     "apollo": ("apollo_torch", "apollo-torch"),
@@ -64,16 +64,16 @@ def check_optimizer_package(name: str) -> None:
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
-    """What the optimizer is given, and whether each is an embedding."""
+    """The parameters of the optimizer, and whether each is an embedding."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     return [(p, id(p) in embeddings) for p in model.parameters() if p.requires_grad]
 
 
 def optimizer_state_bytes(name: str, trained: Iterable[tuple[nn.Parameter, bool]]) -> int:
-    """What `optim=name` keeps on the device once it has stepped.
+    """Bytes of the state of `optim=name` on the device after its first step.
 
     Args:
-        trained: the parameters, and whether each is an embedding, whose moments bitsandbytes keeps in fp32.
+        trained: the parameters, and whether each is an embedding (bitsandbytes keeps their moments in fp32).
     """
     per_parameter = next((size for part, size in _STATE_BYTES.items() if part in name), None)
     total = 0.0
@@ -96,8 +96,8 @@ def _is_small(parameter: nn.Parameter) -> bool:
 
 
 def optimizer_step_bytes(name: str, trained: Iterable[nn.Parameter], on_gpu: bool) -> int:
-    """What the optimizer's step takes for its length: the loop over all parameters at once that torch takes on a GPU
-    keeps a root for each (`adamw_torch`), Adafactor the update of one parameter at a time, twice."""
+    """Temporary bytes of the optimizer's step: torch's multi-tensor loop on a GPU holds a root for every parameter
+    (`adamw_torch`), Adafactor holds the update of one parameter at a time, twice."""
     sizes = [4 * p.numel() for p in trained]
     if name == "adafactor":
         return 2 * max(sizes, default=0)

@@ -1,7 +1,7 @@
-"""Which reference a run has, and the models behind it: chosen by name or as the cheapest that is exact, loaded, asked
-once for all rows where they are cached, and freed.
+"""Chooses the reference of a run and manages its model: the mode is named by the user or is the cheapest exact one; a
+cached reference is loaded, scores all rows once, and is freed.
 
-In: the config, the policy before its first step, and the reference that the user gave, if any. Refuses what cannot be
+In: the config, the policy before its first step, and the user's reference model, if any. Refuses models that cannot be
 the reference of this policy.
 """
 
@@ -45,7 +45,7 @@ from fastdpo.training.setup.models import (
 )
 from fastdpo.types import PackedBatch, TokenizedGroup
 
-_TOKENS_PER_BATCH = {"cuda": 16384}  # forward only: a few times what a training step could hold
+_TOKENS_PER_BATCH = {"cuda": 16384}  # forward only: a few times the size of a training step
 _TOKENS_PER_BATCH_ELSEWHERE = 4096
 _FACTOR_OFFLOADED = 8  # every batch reads all weights again
 
@@ -56,10 +56,10 @@ def choose_reference(
     """The reference mode and the reason for it.
 
     Args:
-        has_ref_logps: every row of the training and evaluation data brings reference log-probs.
-        too_large: why a second model cannot be held, from `too_large_to_hold`.
+        has_ref_logps: whether every row of the training and evaluation data has reference log-probs.
+        too_large: the reason why a second model does not fit, from `too_large_to_hold`.
     Raises:
-        ValueError: the mode that was asked for cannot work with the model or the dataset.
+        ValueError: the requested mode does not work with the model or the dataset.
     """
     has_adapter = is_peft_model(model)
     outside = trained_outside_adapter(model) if has_adapter else None
@@ -67,7 +67,7 @@ def choose_reference(
     free = next(iter(losses_where(lambda loss: not loss.reference, args.loss_type)), None)
     if mode == "none" and ref_model is not None:
         why = f"loss_type={free!r}" if free else "reference='none' or reference_free"
-        raise ValueError(f"ref_model must be None where there is no reference ({why})")
+        raise ValueError(f"ref_model must be None if there is no reference ({why})")
     if mode == "adapter" and (not has_adapter or ref_model is not None or outside):
         why = f"{outside} is trained too" if outside else "ref_model is given" if has_adapter else "there is no adapter"
         raise ValueError(f"reference must not be 'adapter' here: {why}")
@@ -95,7 +95,7 @@ def _adapter_start(model: nn.Module) -> str:
 
 
 def check_beside_policy(reference: nn.Module, policy: nn.Module) -> None:
-    """A given reference must be another model over the same vocabulary.
+    """Checks that a given reference is a separate model with the same vocabulary.
 
     Raises:
         ValueError: it shares weights with the policy, or has another vocabulary.
@@ -109,7 +109,7 @@ def check_beside_policy(reference: nn.Module, policy: nn.Module) -> None:
 
 
 def too_large_to_hold(args: DPOConfig, policy: nn.Module, ref_model: str | nn.Module | None) -> str:
-    """Why the reference's weights do not fit `ref_max_memory` on the training device; empty where they do."""
+    """The reason why the reference's weights exceed `ref_max_memory` on the training device; empty if they fit."""
     device = args.device
     limit = _own_limits(args).get((device.index or 0) if device.type == "cuda" else device.type)
     if limit is None:
@@ -121,8 +121,8 @@ def too_large_to_hold(args: DPOConfig, policy: nn.Module, ref_model: str | nn.Mo
 
 
 def _own_limits(args: DPOConfig) -> dict[Any, int]:
-    """`ref_max_memory` for this process, which has one GPU. Of several, all have the smallest limit that a GPU was
-    given, so that all decide alike."""
+    """`ref_max_memory` for this process, which has one GPU. With several processes, all use the smallest limit of any
+    GPU, so that all decide equally."""
     limits: Any = args.ref_max_memory or {}
     of_gpus = {device: amount for device, amount in limits.items() if isinstance(device, int)}
     others = {device: amount for device, amount in limits.items() if not isinstance(device, int)}
@@ -134,7 +134,7 @@ def _own_limits(args: DPOConfig) -> dict[Any, int]:
 
 
 def weight_bytes(model: str | nn.Module, model_init_kwargs: dict[str, Any] | None = None) -> int:
-    """Bytes of a model's weights; of one given by name without loading it."""
+    """Bytes of a model's weights; a model given by name is not loaded."""
     if isinstance(model, str):
         from transformers import AutoConfig
 
@@ -152,8 +152,8 @@ def weight_bytes(model: str | nn.Module, model_init_kwargs: dict[str, Any] | Non
 def live_reference(
     args: DPOConfig, policy: nn.Module, ref_model: str | nn.Module | None, tokenizer: Any
 ) -> FrozenReference:
-    """A model beside the policy, held for the whole run: a copy of its start, with the adapter "ref" on where it brings
-    one, or the model that was given."""
+    """A second model for the whole run: a copy of the initial policy, with its adapter "ref" active if it has one, or
+    the given model."""
     if ref_model is None:
         frozen: Any = copy.deepcopy(policy)
         if is_peft_model(frozen) and brings_reference(frozen):
@@ -170,21 +170,21 @@ def live_reference(
 
 @dataclass(frozen=True)
 class AskedOnce:
-    """A reference before training, as long as it can be asked."""
+    """A reference that scores rows before training, while it is available."""
 
     reference: FrozenReference | AdapterReference
-    model: nn.Module  # what runs
+    model: nn.Module  # the model that runs
     adapter: str | None = None  # that is on
     is_offloaded: bool = False  # its weights come from memory or disk for every batch
 
     def cache(self, args: DPOConfig) -> LogpsCache:
-        """Where its log-probs are kept."""
+        """The cache of its log-probs."""
         return LogpsCache(
             args.ref_cache_dir, reference_facts(self.model, adapter=self.adapter, computed_in=_computed_in(args))
         )
 
     def scorer(self, args: DPOConfig, *, is_packed: bool, tokenizer: Any) -> Scorer:
-        """How its log-probs are computed."""
+        """The scorer that computes its log-probs."""
         device = args.device
         pad_token_id = padding_id(tokenizer)
 
@@ -206,7 +206,7 @@ class AskedOnce:
 
 
 def autocast_of(args: DPOConfig) -> Any:
-    """The precision of the run as a context, as accelerate sets it for a live reference."""
+    """The precision of the run as a context manager, equal to accelerate's for a live reference."""
     dtype = torch.float16 if args.fp16 else torch.bfloat16
     return torch.autocast(args.device.type, dtype=dtype, enabled=bool(args.fp16 or args.bf16))
 
@@ -223,12 +223,12 @@ def asked_once(
     tokenizer: Any,
     quantization_config: Any = None,
 ) -> Iterator[AskedOnce]:
-    """The reference, on the training device or offloaded to fit `ref_max_memory`, for the length of the context.
+    """Context manager for the reference, on the training device or offloaded to fit `ref_max_memory`.
 
     Args:
-        policy: the model that is trained, before it is; None where `ref_model` is asked and nothing is trained.
-        ref_model: by default the policy as it is now.
-        quantization_config: how a reference given by name is quantized.
+        policy: the model before training; None if only `ref_model` scores and nothing is trained.
+        ref_model: by default the policy in its current state.
+        quantization_config: quantization of a reference given by name.
     """
     if ref_model is None:
         assert policy is not None
@@ -247,7 +247,7 @@ def asked_once(
 
 @contextmanager
 def _moved(model: nn.Module, args: DPOConfig) -> Iterator[None]:
-    """The model on the training device, and then back where it was (FSDP takes policies from the CPU)."""
+    """Moves the model to the training device, and afterwards back (FSDP takes policies from the CPU)."""
     came_on = next(model.parameters()).device
     if came_on.type == args.device.type:
         yield
@@ -260,7 +260,7 @@ def _moved(model: nn.Module, args: DPOConfig) -> Iterator[None]:
 
 
 def give_memory_back() -> None:
-    """What a freed reference took, for training to use; to be called when nothing holds it any more."""
+    """Returns the memory of a freed reference to the device; call it when nothing refers to the reference any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -268,7 +268,7 @@ def give_memory_back() -> None:
 
 @contextmanager
 def _on_device(args: DPOConfig, model: nn.Module) -> Iterator[bool]:
-    """The model where it can run, and whether its weights come from elsewhere; afterwards as it came."""
+    """The model on a device where it can run, and whether its weights are offloaded; restores it afterwards."""
     if getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None) is not None:
         yield any(hasattr(module, "_hf_hook") for module in model.modules())
         return
@@ -279,7 +279,7 @@ def _on_device(args: DPOConfig, model: nn.Module) -> Iterator[bool]:
     from accelerate import cpu_offload
     from accelerate.hooks import remove_hook_from_submodules
 
-    unprepare_model(model)  # both wrap the model's forward, and have to be taken off in turn
+    unprepare_model(model)  # both wrap the model's forward, and must be removed in order
     cpu_offload(model, execution_device=args.device)
     try:
         yield True

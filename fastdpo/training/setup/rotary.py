@@ -1,9 +1,9 @@
 """Rotary positions whose frequencies follow the longest sequence of a batch: a model and a dataset in, a warning out.
 
-Under rope types "longrope" (Phi-3 with 128k tokens) and "dynamic", transformers takes other frequencies as soon as one
-position of a batch lies beyond the length that the model was first trained on, for every sequence of the batch, packed
-or padded: "longrope" one other set, "dynamic" one for each longest length, kept until a short batch comes. A sequence
-then has other log-probs than by itself, which no self-check of short rows can see.
+With the rope types "longrope" (Phi-3 with 128k tokens) and "dynamic", transformers changes the frequencies as soon as
+one position of a batch exceeds the model's original training length, for every sequence of the batch, packed or padded.
+"longrope" has one other set of frequencies, "dynamic" one per longest length, kept until a short batch comes. A
+sequence then has other log-probs than by itself, which a self-check on short rows cannot detect.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FOLLOW_LENGTH = ("longrope", "dynamic")
 
 
 def warn_of_mixed_lengths(model: nn.Module, dataset: Dataset, name: str) -> None:
-    """Warns where sequences of a prepared dataset would not all have the same frequencies, whatever the batch."""
+    """Warns if the frequencies for sequences of a prepared dataset depend on the batch."""
     found = length_dependent_rope(bare_model(model).config.get_text_config())
     if found is None:
         return
@@ -34,12 +34,12 @@ def warn_of_mixed_lengths(model: nn.Module, dataset: Dataset, name: str) -> None
         logger.warning(
             f"{num_longer} of {len(lengths)} sequences of the {name} dataset are longer than {limit} tokens, where this"
             " model's rotary positions change for all sequences of a batch: log-probs of shorter ones depend on which"
-            f" batch they are in. max_length={limit} keeps to the first positions."
+            f" batch they are in. Set max_length={limit} to avoid this."
         )
 
 
 def length_dependent_rope(config: Any) -> tuple[str, int] | None:
-    """Rope type, and tokens up to which frequencies are those of the first training; None where they never change."""
+    """Rope type, and the number of tokens up to which the original frequencies apply; None if they never change."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # some have one for each layer type
     for kind in kinds:

@@ -1,9 +1,8 @@
-"""What a checkpoint holds beside the model that was trained from it, so that what is saved loads where it loaded.
+"""Copies the other files of the original checkpoint, so that the saved model loads with the same loaders.
 
-In: a trained model, and the name that it was loaded from. Out: files of that checkpoint in the folder saved to: its
-processor's, and, where a text-only class was trained of one that can also see or hear, the weights of the other parts
-and the config of the whole. Their keys and files are those that the original has. An original
-that is gone is warned of.
+In: a trained model, and the name that it was loaded from. Out: files of that checkpoint in the output folder: its
+processor's files, and, if a text-only class was trained from a multimodal checkpoint, the weights of the other parts
+and the config of the whole, with the original keys and file names. Warns if the original no longer exists.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ _OTHER_PARTS = "model-other-parts.safetensors"  # a shard of its own where the w
 
 
 class OtherParts(NamedTuple):
-    """Of a checkpoint, what a text-only class does not have."""
+    """The parts of a checkpoint that a text-only class does not have."""
 
     config: Any  # of the whole
     files: dict[str, Path]  # name of a weight -> where it is
 
 
 def source_file(name: str, file: str, where: Mapping[str, Any]) -> Path | None:
-    """A file of a checkpoint, in its folder or on the Hub; None where it has none."""
+    """A file of a checkpoint, in its folder or on the Hub; None if it does not exist."""
     options = {key: value for key, value in where.items() if key not in ("trust_remote_code", "gguf_file")}
     try:
         found = cached_file(name, file, **options, _raise_exceptions_for_missing_entries=False)
@@ -51,7 +50,7 @@ def source_file(name: str, file: str, where: Mapping[str, Any]) -> Path | None:
 
 
 def copy_processor_files(name: str, folder: str | Path, where: Mapping[str, Any]) -> None:
-    """The original's processor beside the tokenizer; files that the folder has are its own."""
+    """Copies the original's processor files to the folder of the tokenizer; existing files are kept."""
     for file in PROCESSOR_FILES:
         found = source_file(name, file, where)
         if found is not None and not (Path(folder) / file).exists():
@@ -59,15 +58,13 @@ def copy_processor_files(name: str, folder: str | Path, where: Mapping[str, Any]
 
 
 def other_parts(model: Any, name: str, where: Mapping[str, Any]) -> OtherParts | None:
-    """What a text-only class leaves of the checkpoint that it was loaded from; None where it is not of such a one."""
+    """The parts of a checkpoint that a text-only class does not load; None for other checkpoints."""
     if not name or getattr(getattr(model, "config", None), "base_config_key", "") == "":
         return None
     try:
         config = AutoConfig.from_pretrained(name, **where)
     except (OSError, ValueError):
-        logger.warning(
-            f"{name} is not there any more: if it could also see or hear, what is saved is its text part alone."
-        )
+        logger.warning(f"{name} no longer exists: if it was a multimodal checkpoint, only its text part is saved.")
         return None
     if not has_other_parts(config) or type(text_part(config)) is not type(model.config):
         return None
@@ -81,7 +78,7 @@ def other_parts(model: Any, name: str, where: Mapping[str, Any]) -> OtherParts |
 
 
 def add_other_parts(model: Any, parts: OtherParts, folder: str | Path) -> None:
-    """Completes a folder that the text-only class was saved into to a checkpoint of the whole."""
+    """Completes a folder with the saved text-only class to a checkpoint of the whole model."""
     if not parts.files:
         return
     folder, left = Path(folder), _read(parts.files)
@@ -109,7 +106,7 @@ def add_other_parts(model: Any, parts: OtherParts, folder: str | Path) -> None:
 
 
 def _weight_files(name: str, where: Mapping[str, Any]) -> dict[str, Path]:
-    """Every weight of a checkpoint in safetensors, and the file that it is in."""
+    """Every weight of a checkpoint in safetensors, with its file."""
     index = source_file(name, SAFE_WEIGHTS_INDEX_NAME, where)
     if index is not None:
         weight_map = json.loads(index.read_text())["weight_map"]

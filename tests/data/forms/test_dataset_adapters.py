@@ -141,9 +141,12 @@ def test_articles_of_the_tldr_evaluation_have_no_subreddit():
         ({**SHP, "score_A": -3, "score_B": 1}, "score ratio below 2"),  # both count as 1
         ({**HELPSTEER2, "preference_strength": 0}, "no response is better than another"),
         ({**HELPSTEER3, "overall_preference": 0}, "no response is better than another"),
-        ({**TLDR, "choice": None}, "choice is not one of two summaries"),
+        ({**TLDR, "choice": None}, "choice does not name one of the two summaries"),
         ({**SHP, "labels": None}, "no response is better than another"),
-        ({**ALPACA, "history": [{"role": "tool", "content": "3"}]}, "earlier turns of 'tool' beside an instruction"),
+        (
+            {**ALPACA, "history": [{"role": "tool", "content": "3"}]},
+            "earlier turns of the role 'tool' beside an instruction",
+        ),
     ],
 )
 def test_ties_and_nearly_equal_scores_are_left_out_with_a_reason(example, reason):
@@ -215,13 +218,19 @@ STACK = {
 @pytest.mark.parametrize(
     ("example", "reason"),
     [
-        ({**STACK, "answers": None}, "not a row of stack_exchange (TypeError: 'NoneType' object is not iterable)"),
+        (
+            {**STACK, "answers": None},
+            "the row does not fit the format stack_exchange (TypeError: 'NoneType' object is not iterable)",
+        ),
         (
             {**ULTRAFEEDBACK, "completions": [{"response": "a"}]},
-            "not a row of ultrafeedback (KeyError: 'fine-grained_score')",
+            "the row does not fit the format ultrafeedback (KeyError: 'fine-grained_score')",
         ),
-        ({**NECTAR, "answers": [{"answer": "a", "rank": None}]}, "not a row of nectar (TypeError: bad operand"),
-        ({**TLDR, "info": None}, "not a row of tldr (AttributeError: 'NoneType' object has no attribute 'get')"),
+        (
+            {**NECTAR, "answers": [{"answer": "a", "rank": None}]},
+            "the row does not fit the format nectar (TypeError: bad operand",
+        ),
+        ({**TLDR, "info": None}, "the row does not fit the format tldr (AttributeError: "),
     ],
 )
 def test_a_row_that_holds_something_else_than_its_format_is_bad_and_the_others_are_not(example, reason):
@@ -264,7 +273,7 @@ def test_the_choice_of_each_two_predictions_is_kept_as_it_was_made():
     assert row.prompt == [user("It rained. It poured.\n\nWhy?")]
     assert row.responses == tuple([said(text)] for text in ("one", "two", "four"))
     assert row.preferences == ((1, 0), (0, 2), (1, 2))
-    with pytest.raises(BadRow, match="not a choice for each two"):
+    with pytest.raises(BadRow, match="preference"):
         preference_row({**FINE_GRAINED, "preference": [1, 2]})
 
 
@@ -335,7 +344,7 @@ def test_answers_and_trees_become_one_group_for_each_prompt(bos_tokenizer, rows,
 
 @pytest.mark.parametrize("rows", [[*HELPSTEER, {"prompt": "Hi?"}], [TREE, {**TREE, "prompt": None}]])
 def test_answers_that_cannot_be_put_together_by_prompt_are_refused(plain_tokenizer, rows):
-    with pytest.raises(ValueError, match="dataset rows must all be like the first"):
+    with pytest.raises(ValueError, match=r"dataset rows must .*got another form"):
         prepare_preference_dataset(rows, plain_tokenizer, WHOLE)
 
 
@@ -376,7 +385,7 @@ def test_a_named_format_that_lacks_columns_says_which():
         preference_row(EXPLICIT, "nectar")
     with pytest.raises(ValueError, match="did you mean 'nectar'"):
         TokenizationSettings(dataset_format="nectr")
-    with pytest.raises(ValueError, match="must be a format of preferences, got 'alpaca'"):
+    with pytest.raises(ValueError, match=r"dataset_format must .*got 'alpaca'"):
         preference_row({"instruction": "a", "output": "b"}, "alpaca")
 
 
@@ -395,7 +404,7 @@ def test_columns_that_somebody_added_for_trl_count_more_than_those_of_the_datase
 
 
 def test_squad_like_rows_are_not_taken_for_stack_exchange():
-    with pytest.raises(ValueError, match="columns of a known format"):
+    with pytest.raises(ValueError, match="dataset must have the columns"):
         choose_format({"question": "a", "answers": {"text": ["b"]}, "context": "c"}, "auto", is_sft=False)
 
 
@@ -484,9 +493,9 @@ def test_open_assistant_answers_are_in_the_order_of_their_ranks(shared_data):
 def test_columns_beside_single_answers_are_held_to_the_ledger_too(plain_tokenizer):
     _, report = prepare_preference_dataset([{**row, "source": "web"} for row in HELPSTEER], plain_tokenizer, WHOLE)
     assert report.unread == ("source",)
-    with pytest.raises(ValueError, match="the columns 'draft'"):
+    with pytest.raises(ValueError, match="columns 'draft'"):
         prepare_preference_dataset([*HELPSTEER[:1], {**HELPSTEER[1], "draft": "a text"}], plain_tokenizer, WHOLE)
-    with pytest.raises(ValueError, match="the columns 'system of single answers'"):  # whose row is not known any more
+    with pytest.raises(ValueError, match="columns 'system of single answers'"):  # whose row is not known any more
         prepare_preference_dataset([{**row, "system": "Be kind."} for row in HELPSTEER], plain_tokenizer, WHOLE)
 
 

@@ -117,7 +117,7 @@ def test_text_stays_text_with_what_leads_up_to_it_in_front(tokenizer, columns, p
 def test_a_system_prompt_stands_before_whole_conversations(tokenizer):
     row = {"system": "Be kind.", "chosen": [USER, GOOD], "rejected": [USER, BAD]}
     assert only(row, tokenizer) == (ASKED_KINDLY, ANSWERS)
-    with pytest.raises(BadRow, match="a system prompt beside a conversation that has another one"):
+    with pytest.raises(BadRow, match="system prompt"):
         preference_row({**row, "chosen": [turn("system", "Be rude."), USER, GOOD]})
 
 
@@ -175,7 +175,7 @@ def test_an_unknown_column_with_text_is_an_error_with_the_option_that_goes_on(to
 
 
 def test_a_conversation_is_no_metadata_whatever_its_column_is_called(tokenizer):
-    with pytest.raises(ValueError, match="the columns 'turns'"):
+    with pytest.raises(ValueError, match="columns 'turns'"):
         decoded([{"prompt": "Hi?", **TEXTS, "turns": [USER, turn("assistant", "Yes.")]}], tokenizer)
 
 
@@ -222,12 +222,12 @@ def test_a_name_that_a_column_is_given_takes_it_from_the_column_that_had_it(toke
     ("columns", "message"),
     [
         ("promt=question", "did you mean 'prompt'"),
-        ("question", "must be a mapping as prompt=instruction"),
-        ("prompt=a,prompt=b", "must name 'prompt' once"),
-        ('{"prompt": ', "must be a mapping"),
-        ({"prompt": ["a", "b"]}, "the name of one column"),
-        (["prompt"], "must be a mapping"),
-        ({"prompt": "absent"}, "must name columns of the dataset, got 'absent' for 'prompt'"),
+        ("question", "columns must .*got 'question'"),
+        ("prompt=a,prompt=b", "'prompt' .*got 'prompt=a,prompt=b'"),
+        ('{"prompt": ', "columns must .*got "),
+        ({"prompt": ["a", "b"]}, r"'prompt' .*got \['a', 'b'\]"),
+        (["prompt"], r"columns must .*got \['prompt'\]"),
+        ({"prompt": "absent"}, "columns must .*'prompt'.* got 'absent'"),
     ],
 )
 def test_a_mapping_that_maps_nothing_is_refused(columns, message):
@@ -284,7 +284,7 @@ def test_developers_are_the_system(tokenizer):
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 @pytest.mark.parametrize("value", [[turn("user", "Yo.")], turn("user", "Yo."), [USER, turn("user", "Yo.")]])
 def test_a_response_of_somebody_else_than_the_assistant_is_a_bad_row_by_that_name(side, value):
-    with pytest.raises(BadRow, match="response without a message of the assistant"):
+    with pytest.raises(BadRow, match="response without an assistant message"):
         preference_row({"prompt": [USER], **LISTS, side: value})
 
 
@@ -372,7 +372,7 @@ def test_ties_are_counted_and_other_winners_named(tokenizer):
     assert len(kept) == 1
     assert report.dropped == {
         "a tie between two answers": (1, 2, 3, 4, 5, 6),
-        "a winner that is neither of the two answers: 7": (7,),
+        "the winner is neither of the two answers: 7": (7,),
     }
 
 
@@ -456,11 +456,11 @@ def test_messages_in_text_in_some_rows_only_are_refused_by_the_name_of_the_colum
         {"prompt": "Hi?", "chosen": "Hello!", "rejected": "Go."},
         {"prompt": "Hi?", "chosen": json.dumps([GOOD]), "rejected": "Go."},
     ]
-    with pytest.raises(ValueError, match=r"JSON text in every row of the column 'chosen'.*rows 0 and 1"):
+    with pytest.raises(ValueError, match=r"column 'chosen'.*rows 0 and 1"):
         decoded(rows, tokenizer)
     stream = Dataset.from_list(rows).to_iterable_dataset()
     prepared, _ = prepare_preference_dataset(stream, tokenizer, WHOLE)
-    with pytest.raises(ValueError, match=r"JSON text in every row of the column 'chosen'.*rows 0 and 1"):
+    with pytest.raises(ValueError, match=r"column 'chosen'.*rows 0 and 1"):
         list(prepared)
 
 
@@ -579,7 +579,7 @@ def test_conversations_go_on_where_the_prompt_ends(tokenizer):
 
 def test_a_prompt_that_the_conversations_do_not_hold_makes_a_bad_row():
     row = {"prompt": "Another?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}
-    with pytest.raises(BadRow, match="a prompt beside a conversation that does not hold it"):
+    with pytest.raises(BadRow, match=r"conversation does not contain .* prompt"):
         preference_row(row)
 
 
@@ -615,5 +615,5 @@ def test_rows_of_one_response_have_their_context_too(row, prompt):
 
 
 def test_a_column_of_fine_tuning_data_that_nothing_reads_is_an_error():
-    with pytest.raises(ValueError, match="the columns 'foo'"):
+    with pytest.raises(ValueError, match="columns 'foo'"):
         sft_row({"prompt": "Hi?", "completion": "Hello!", "foo": "a text"})

@@ -45,7 +45,7 @@ def test_a_directory_gives_the_files_of_the_split(tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps(ROWS[0]))
     assert list(load_preference_dataset(tmp_path)) == ROWS
     assert list(load_preference_dataset(tmp_path, split="test")) == ROWS[:1]
-    with pytest.raises(ValueError, match=r"files of the split 'eval'.*found: a.jsonl, test.jsonl"):
+    with pytest.raises(ValueError, match=r"split 'eval'.*found: a.jsonl, test.jsonl"):
         load_preference_dataset(tmp_path, split="eval")
 
 
@@ -99,7 +99,7 @@ def test_rows_that_no_common_columns_hold_come_back_as_they_were(tmp_path):
         # with mtime 0: the bytes are part of the test's name, which must not change from second to second
         ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], "not a whole gzip file"),
         ("a.parquet", b"not parquet", "not readable as Parquet"),
-        ("a.csv", "a,b", "must end in one of .json"),
+        ("a.csv", "a,b", r"must .*\(\.json.* got .*a\.csv"),
     ],
 )
 def test_faulty_files_are_refused_with_the_place_of_the_fault(tmp_path, name, content, message):
@@ -185,5 +185,5 @@ def test_a_published_dataset_is_loaded_with_its_configuration_and_split(monkeypa
 def test_a_file_has_no_configuration(tmp_path):
     (tmp_path / "a.jsonl").write_text(LINES)
     for load in (load_preference_dataset, stream_preference_dataset):
-        with pytest.raises(ValueError, match="dataset_config must go with the name of a published dataset, got 'en'"):
+        with pytest.raises(ValueError, match=r"dataset_config must .*got 'en'"):
             load(tmp_path / "a.jsonl", config_name="en")

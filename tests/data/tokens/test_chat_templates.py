@@ -179,10 +179,10 @@ def test_a_setting_is_a_name_a_file_or_jinja(tmp_path):
     assert "first_trained_message" in resolve_template("qwen3")
     assert resolve_template("rag") == "rag"  # perhaps one of the tokenizer's
     (tmp_path / "empty.jinja").write_text("no template")
-    with pytest.raises(ValueError, match=r"chat_template must be a file of Jinja, got .*empty.jinja"):
+    with pytest.raises(ValueError, match=r"chat_template must .*got .*empty.jinja"):
         resolve_template(str(tmp_path / "empty.jinja"))
     for missing in ("nothere.jinja", "folder/name", ""):
-        with pytest.raises(ValueError, match="chat_template must be a file that exists or a name"):
+        with pytest.raises(ValueError, match="chat_template must be an existing file"):
             resolve_template(missing)
 
 
@@ -192,9 +192,7 @@ def test_a_name_may_be_one_of_several_templates_of_a_tokenizer():
     settings = TokenizationSettings(max_length=None, chat_template="loud")
     dataset, _ = prepare_preference_dataset(rows, tokenizer, settings)
     assert tokenizer.decode(dataset[0]["prompt_ids"]).startswith("LOUD ")
-    with pytest.raises(
-        ValueError, match=r"chat_template must be a file, or one of .* got 'qwen33'; did you mean 'qwen3'"
-    ):
+    with pytest.raises(ValueError, match=r"chat_template must .* got 'qwen33'; did you mean 'qwen3'"):
         prepare_preference_dataset(rows, tokenizer, TokenizationSettings(chat_template="qwen33"))
 
 
@@ -208,7 +206,7 @@ def test_arguments_of_the_run_reach_the_template_and_those_of_a_row_win():
         "stern",
         "kind",
     ]
-    with pytest.raises(ValueError, match=r"chat_template_kwargs must not hold \['add_generation_prompt'\]"):
+    with pytest.raises(ValueError, match=r"chat_template_kwargs must not .*\['add_generation_prompt'\]"):
         TokenizationSettings(chat_template_kwargs={"add_generation_prompt": True})
 
 

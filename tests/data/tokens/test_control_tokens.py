@@ -170,7 +170,7 @@ def test_templates_spelled_out_in_plain_text_are_control_tokens_and_said():
 def test_plain_text_for_a_tokenizer_with_a_template_is_said_once():
     rows = [{"prompt": "Q", "chosen": " yes", "rejected": " no"}] * 3
     _, report = of_text(rows, chatml_tokenizer())
-    said_so = "3 pairs are plain text, which goes to the model as it is, without the chat template"
+    said_so = "3 pairs are plain text, which is tokenized without the chat template"
     assert report.lines().count(said_so) == 1
     _, report = of_text(rows, byte_level_tokenizer())
     assert said_so not in report.lines()

@@ -122,7 +122,7 @@ def test_text_fine_tuning_and_pickling_work():
 
 
 def test_a_template_of_the_run_is_refused():
-    with pytest.raises(ValueError, match="chat_template must be None for a tokenizer of mistral-common"):
+    with pytest.raises(ValueError, match=r"chat_template must be None .*mistral-common"):
         ChatTemplate(mistral(), "{{ messages }}")
 
 

@@ -135,7 +135,7 @@ def test_a_template_that_renders_the_prompt_alone_in_another_way_leaves_the_comm
 
 def test_messages_without_a_chat_template_are_an_error_with_a_remedy(plain_tokenizer):
     row = PreferenceRow([USER], (answer("sat"), answer("ran")))
-    with pytest.raises(ValueError, match=r"set tokenizer.chat_template") as caught:
+    with pytest.raises(ValueError, match=r"tokenizer must have a chat template") as caught:
         tokenize_row(row, plain_tokenizer, WHOLE)
     assert not isinstance(caught.value, BadRow)
 

@@ -129,14 +129,14 @@ def test_a_template_that_fails_on_a_row_leaves_out_that_row():
 
 
 def test_a_response_without_the_assistant_cannot_be_used():
-    with pytest.raises(BadRow, match="response without a message of the assistant"):
+    with pytest.raises(BadRow, match="response without an assistant message"):
         encode_row(PreferenceRow([USER], ([MORE, USER], [said("no")])), tokenizer_with(CHATML))
 
 
 def test_a_template_that_moves_earlier_text_is_refused_rather_than_guessed():
     system = {"role": "system", "content": "a good answer is short"}
     row = PreferenceRow([system, USER], ([said("sat"), MORE, said("ran")], [said("no")]))
-    with pytest.raises(BadRow, match="does not show which tokens of several turns"):
+    with pytest.raises(BadRow, match=r"chat template .*several turns"):
         encode_row(row, tokenizer_with(SYSTEM_IN_THE_LAST_QUESTION))
 
 

@@ -89,7 +89,7 @@ def ours(row):
         prepared, _ = prepare_preference_dataset([row], tokenizer, TokenizationSettings(max_length=None))
     except ValueError as error:
         text = str(error)
-        for start, end in (("dropped 1: ", " (1: row 0)"), ("", ": say what")):
+        for start, end in (("dropped 1: ", " (1: row 0)"), ("", ": map them")):
             if start in text and end in text:
                 text = text.partition(start)[2].partition(end)[0] if start else text.partition(end)[0]
         return f"refused: {text}"

@@ -75,7 +75,9 @@ def test_rows_that_cannot_be_used_are_left_out_told_once_and_counted(tmp_path, c
         run = trainer(tmp_path, stream(rows))
         assert losses(run) == losses(trainer(tmp_path, Dataset.from_list(ROWS)))
     told = [record.message for record in caplog.records if "of a stream" in record.message]
-    assert told == ["left out row 1 of a stream (counted from 0): chosen equals rejected; others like it are counted"]
+    assert told == [
+        "dropped row 1 of a stream (counted from 0): chosen equals rejected; more such rows are only counted"
+    ]
     report = run.data_reports["train"]
     assert (report.num_rows, report.num_kept, report.dropped) == (14, 12, {"chosen equals rejected": (1, 7)})
     assert report.lines() == [
@@ -99,26 +101,26 @@ def test_reference_log_probs_of_a_stream_are_used_and_missing_ones_are_not_cache
     rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in ROWS]
     assert trainer(tmp_path, stream(rows)).reference.mode == "cached"
     assert trainer(tmp_path, stream(ROWS)).reference.mode == "frozen"
-    with pytest.raises(ValueError, match="reference must not be 'cached' where the train dataset is streamed"):
+    with pytest.raises(ValueError, match=r"reference must not be 'cached' .*train dataset"):
         trainer(tmp_path, stream(ROWS), reference="cached")
-    with pytest.raises(ValueError, match="precompute_ref_log_probs must be off where the train dataset is streamed"):
+    with pytest.raises(ValueError, match=r"precompute_ref_log_probs must be off .*train dataset"):
         trainer(tmp_path, stream(ROWS), precompute_ref_log_probs=True)
     ready = trainer(tmp_path, Dataset.from_list(ROWS), precompute_ref_log_probs=True)
-    with pytest.raises(ValueError, match="precompute_ref_log_probs must be off where the eval dataset is streamed"):
+    with pytest.raises(ValueError, match=r"precompute_ref_log_probs must be off .*eval dataset"):
         ready.evaluate(stream(ROWS))
 
 
 def test_a_row_of_a_stream_whose_reference_log_probs_are_of_a_longer_text_stops_the_run(tmp_path):
     rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in ROWS]
     rows[3] = {**rows[3], "chosen": "the cat sees " * 9}
-    with pytest.raises(ValueError, match=r"reference 'cached' needs .* in every row .* cuts has none; .frozen"):
+    with pytest.raises(ValueError, match=r"reference 'cached' must have .* in every row .*'frozen'"):
         losses(trainer(tmp_path, stream(rows), max_length=20))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_steps": -1}, "max_steps must be > 0 where train_dataset is streamed, got -1"),
+        ({"max_steps": -1}, "max_steps must be > 0 .*got -1"),
         ({"regroup_dataset": True, "train_sampling_strategy": "random"}, "regroup_dataset must be off"),
         ({"length_bucketing": True, "train_sampling_strategy": "random"}, "length_bucketing must be off"),
         ({"max_tokens_per_microbatch": 64, "on_oversized_row": "raise"}, "on_oversized_row must be 'alone'"),
@@ -142,7 +144,7 @@ def test_an_unknown_format_or_an_empty_stream_stops_before_training(tmp_path):
     with pytest.raises(ValueError, match="got an empty stream"):
         trainer(tmp_path, generated([]))
     scores = {"correctness": 1, "coherence": 1, "complexity": 1, "verbosity": 1}
-    with pytest.raises(ValueError, match="must not be streamed where its rows are single answers"):
+    with pytest.raises(ValueError, match=r"dataset must not be a stream .*single answers"):
         trainer(tmp_path, stream([{"prompt": "a", "response": "b", "helpfulness": 1, **scores}]))
 
 

@@ -146,7 +146,7 @@ def test_an_adapter_that_cannot_leave_towers_out_is_refused(tmp_path):
     from peft import VeraConfig
 
     adapter = VeraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="exclude_modules for this model, got VERA: use LoRA"):
+    with pytest.raises(ValueError, match=r"exclude_modules .*got VERA: use LoRA"):
         tiny_trainer(tmp_path, make_composite("gemma3"), peft_config=adapter)
 
 
@@ -191,7 +191,7 @@ def test_missing_weights_of_a_tower_are_refused_by_name(tmp_path):
     weights = load_file(path / "model.safetensors")
     lost = next(name for name in weights if "multi_modal_projector" in name)
     save_file({k: v for k, v in weights.items() if k != lost}, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 missing, and would be random \(.*multi_modal_projector"):
+    with pytest.raises(ValueError, match=r"1 missing .*multi_modal_projector"):
         load_model(str(path))
 
 

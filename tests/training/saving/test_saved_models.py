@@ -26,19 +26,19 @@ def folder(tmp_path_factory):
 CHANGES = {
     "missing": (
         lambda weights: {name: weight for name, weight in weights.items() if name != LAYER},
-        r"1 missing, and would be random \(model.layers.\*.self_attn.q_proj.weight\)",
+        r"1 missing .*\(model.layers.\*.self_attn.q_proj.weight\)",
     ),
     "no head": (
         lambda weights: {name: weight for name, weight in weights.items() if name != "lm_head.weight"},
-        r"1 missing, and would be random \(lm_head.weight\)",
+        r"1 missing .*\(lm_head.weight\)",
     ),
     "unexpected": (
         lambda weights: {**weights, "v_head.summary.weight": torch.zeros(1, 32)},
-        r"1 not the model's, and would be lost \(v_head.summary.weight\)",
+        r"1 unexpected .*\(v_head.summary.weight\)",
     ),
     "prefixed": (
         lambda weights: {f"language_model.{name}": weight for name, weight in weights.items()},
-        r"21 missing.*21 not the model's.*All names begin with 'language_model.': save the weights without it",
+        r"21 missing.*21 unexpected.*All names begin with 'language_model.': save the weights without it",
     ),
     "of a wrapper": (
         lambda weights: {f"module.{name}": weight for name, weight in weights.items()},
@@ -185,7 +185,7 @@ def test_a_tokenizer_one_token_too_long_trains_where_no_row_holds_it(tmp_path, c
     tokenizer.add_tokens(["<extra>"])
     with caplog.at_level(logging.WARNING):
         trainer = tiny_trainer(tmp_path, model=make_llama(vocab_size=27), processing_class=tokenizer)
-    assert "The tokenizer has 28 tokens where the model has 27 embeddings" in caplog.text
+    assert "The tokenizer has 28 tokens for a model with 27 embeddings" in caplog.text
     assert losses(trainer)[0] == pytest.approx(0.693147, abs=1e-5)
     rows = [{**make_rows(1)[0], "chosen": "the <extra> cat"}]
     with pytest.raises(ValueError, match=r"token ids must be in \[0, 27\), the train dataset has 27 in responses"):

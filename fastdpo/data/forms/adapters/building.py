@@ -1,4 +1,4 @@
-"""What adapters build rows of: questions and answers as messages, transcripts and HTML taken apart."""
+"""Helpers of the adapters: questions and answers as messages, parsers for transcripts and HTML."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def assistant(text: Any) -> list[Message]:
 
 
 def system(text: Any) -> list[Message]:
-    """One message, or none where the dataset has no text for it."""
+    """A list of one system message, or an empty list if the dataset has no text for it."""
     return [{"role": "system", "content": as_text(text, "prompt")}] if text else []
 
 
@@ -43,14 +43,14 @@ def better_first(prompt: list[Message], first: Any, second: Any, lead: float) ->
 
 
 def ranked_answers(prompt: list[Message], answers: Sequence[Any], scores: Sequence[Any]) -> PreferenceRow:
-    """The group of answers given as text; see `ranked_row`. Answers that are no text count as empty."""
+    """The group of answers given as text; see `ranked_row`. An answer that is not text counts as empty."""
     return ranked_row(prompt, [assistant(a if isinstance(a, str) else "") for a in answers], scores)
 
 
 def transcript_messages(text: Any) -> list[Message]:
-    """The turns of a "\\n\\nHuman: ... \\n\\nAssistant: ..." text; turns of one speaker in succession are one message.
+    """The turns of a "\\n\\nHuman: ... \\n\\nAssistant: ..." text; consecutive turns of one speaker become one message.
 
-    The last turn may be empty, as in a prompt that ends in "Assistant:"; it is then left out.
+    An empty last turn, as in a prompt that ends in "Assistant:", is dropped.
 
     Raises:
         BadRow: the text does not begin with such a turn.
@@ -71,7 +71,7 @@ def transcript_messages(text: Any) -> list[Message]:
 
 
 def html_text(html: Any) -> str:
-    """The text of an HTML fragment, its paragraphs, list items and code blocks apart."""
+    """The text of an HTML fragment; paragraphs, list items and code blocks stay separate."""
     reader = _TextReader()
     reader.feed(as_text(html, "response"))
     reader.close()

@@ -1,8 +1,8 @@
-"""Datasets with several ranked answers to a prompt: each prompt becomes one group, which computes it once.
+"""Datasets with several ranked answers to a prompt: each prompt becomes one group and is computed once.
 
-In: rows with the columns that GROUPS lists. Out: groups in which every answer is preferred to all that are ranked
-lower. Where a row of the file is not a prompt, because it is a tree of them or one answer of several, `regroup` makes
-rows of the form `ranked` first. Refused with BadRow: a prompt of which no answer is better than another.
+In: rows with the columns that GROUPS lists. Out: groups in which every answer is preferred to all lower-ranked ones.
+If a row of the file is a tree of messages or a single answer, `regroup` first builds rows of the form `ranked`.
+Refused with BadRow: a prompt without a better and a worse answer.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _FINE_GRAINED_PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))  # the or
 def stack_exchange(example: Example) -> PreferenceRow:
     """HuggingFaceH4/stack-exchange-preferences: answers as HTML, ranked by `pm_score`, a logarithm of their votes.
 
-    Of a question with more, five answers, evenly spread from the best to the worst, make at most ten pairs: as many as
-    StackLLaMA (Beeching et al. 2023) takes of a question. All pairs of thirty answers would be 435.
+    From a question with more than five answers, five are taken, evenly spread from best to worst. They make at most ten
+    pairs, as many as StackLLaMA (Beeching et al. 2023) takes per question; thirty answers would make 435.
     """
     answers = example["answers"]
     row = ranked_answers(
@@ -42,8 +42,8 @@ def stack_exchange(example: Example) -> PreferenceRow:
 def ultrafeedback(example: Example) -> PreferenceRow:
     """openbmb/UltraFeedback: four completions, ranked by the mean of their ratings (`fine-grained_score`).
 
-    Not by `overall_score`, in which some 10s were recorded as 1s. The system prompts under which single completions
-    were written are left out, as in its binarized releases.
+    `overall_score` is not used, because some 10s in it were recorded as 1s. The system prompts of single completions
+    are dropped, as in the binarized releases.
     """
     completions = example["completions"]
     return ranked_answers(
@@ -70,15 +70,15 @@ def nectar(example: Example) -> PreferenceRow:
 
 
 def fine_grained_rlhf(example: Example) -> PreferenceRow:
-    """FineGrainedRLHF, question answering: four predictions and the preference of each two of them, 0 for a tie.
+    """FineGrainedRLHF, question answering: four predictions and a preference for each pair of them, 0 for a tie.
 
-    The prompt is the question after the passages that it is to be answered from.
+    The prompt is the passages, then the question.
     """
     passages = [" ".join(_without_title(passage)) for passage in example["passages"]]
     responses = tuple(assistant(example[f"prediction {i}"]) for i in (1, 2, 3, 4))
     choices = example["preference"]
     if len(choices) != len(_FINE_GRAINED_PAIRS):
-        raise BadRow("preference is not a choice for each two of four predictions")
+        raise BadRow("preference does not hold one choice for each pair of the four predictions")
     pairs = []
     for (first, second), choice in zip(_FINE_GRAINED_PAIRS, choices, strict=True):
         if choice in (1, 2) and responses[first] != responses[second]:
@@ -91,7 +91,7 @@ def fine_grained_rlhf(example: Example) -> PreferenceRow:
 
 
 def _with_only(row: PreferenceRow, kept: Sequence[int]) -> PreferenceRow:
-    """The group with these of its responses, in this order, and the preferences between them."""
+    """The group reduced to the given responses, in the given order, and the preferences between them."""
     place = {old: new for new, old in enumerate(kept)}
     preferences = tuple((place[a], place[b]) for a, b in row.preferences if a in place and b in place)
     return PreferenceRow(row.prompt, tuple(row.responses[index] for index in kept), preferences)
@@ -103,7 +103,7 @@ def _without_title(passage: list[str]) -> list[str]:
 
 
 def open_assistant_trees(trees: Iterable[Example]) -> Iterator[Example]:
-    """Every message of a tree to which two or more assistants' answers are ranked, with the conversation so far."""
+    """One row for every message with two or more ranked assistant answers, with the conversation up to it."""
     for tree in trees:
         yield from _answered(tree["prompt"], [])
 
@@ -124,7 +124,7 @@ def _answered(message: Any, before: list[Message]) -> Iterator[Example]:
 
 
 def open_assistant_messages(rows: Iterable[Example]) -> Iterator[Example]:
-    """OpenAssistant/oasst1 and oasst2 have one message a row, which here become trees again."""
+    """OpenAssistant/oasst1 and oasst2: rebuilds the trees from rows of one message each."""
     messages = {row["message_id"]: {**row, "replies": []} for row in rows}
     roots: list[dict[str, Any]] = []
     for message in messages.values():

@@ -15,11 +15,11 @@ from fastdpo.data.forms.text import HUMAN_TURN
 from fastdpo.data.values import BadRow, Example, RowFormat, as_text
 from fastdpo.types import PreferenceRow
 
-SHP_LEAST_RATIO = 2.0  # of the scores of two comments: what the DPO release and SHP's authors train on
+SHP_LEAST_RATIO = 2.0  # of the scores of two comments, as in the DPO release and by SHP's authors
 
 
 def hh(example: Cells) -> PreferenceRow:
-    """Anthropic/hh-rlhf as text, as the original DPO release has it."""
+    """Anthropic/hh-rlhf as text, the same as in the original DPO release."""
     if not as_text(example["chosen"], "response").lstrip().startswith(HUMAN_TURN.lstrip()):
         raise BadRow("not a transcript of Human: and Assistant:")
     return implicit_prompt(example)
@@ -47,11 +47,10 @@ def stack_exchange_paired(example: Example) -> PreferenceRow:
 
 
 def tldr(example: Example) -> PreferenceRow:
-    """openai/summarize_from_feedback, comparisons, as text: Reddit posts end in "TL;DR:", articles of the evaluation
-    too."""
+    """openai/summarize_from_feedback, comparisons, as text: Reddit posts and articles end in "TL;DR:"."""
     info, summaries, choice = example["info"], example["summaries"], example["choice"]
     if choice not in (0, 1) or not isinstance(summaries, list) or len(summaries) != 2:
-        raise BadRow("choice is not one of two summaries")
+        raise BadRow("choice does not name one of the two summaries")
     if info.get("post"):
         prompt = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"
     else:
@@ -62,7 +61,7 @@ def tldr(example: Example) -> PreferenceRow:
 
 
 def helpsteer_preference(example: Example) -> PreferenceRow:
-    """nvidia/HelpSteer2, preferences: negative strength says that the first response is better."""
+    """nvidia/HelpSteer2, preferences: a negative strength means that the first response is better."""
     return better_first(
         helpsteer_prompt(example["prompt"]),
         example["response_1"],
@@ -72,7 +71,7 @@ def helpsteer_preference(example: Example) -> PreferenceRow:
 
 
 def helpsteer3(example: Example) -> PreferenceRow:
-    """nvidia/HelpSteer3, preferences: a conversation and two responses; negative says that the first is better."""
+    """nvidia/HelpSteer3, preferences: a conversation and two responses; negative means that the first is better."""
     context = as_messages(example["context"], "user", "prompt")
     return better_first(context, example["response1"], example["response2"], -example["overall_preference"])
 

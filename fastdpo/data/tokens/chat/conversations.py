@@ -1,8 +1,7 @@
-"""From a row of messages to the conversations that are rendered.
+"""From a row of messages to the conversations to render.
 
-In: a row of messages. Out: its prompt, and the whole conversation of each response. A prompt that ends in the
-assistant's turn goes on with it: the first message of every response is the rest of that turn, and nothing opens
-another one.
+In: a row of messages. Out: its prompt, and the whole conversation of each response. If the prompt ends in an assistant
+turn, the first message of every response continues this turn, and no new turn is opened.
 Refused with BadRow: no prompt.
 """
 
@@ -30,7 +29,7 @@ class Chat:
     num_prompt: int  # messages of each that are the prompt's
     goes_on: bool  # the prompt ends inside the assistant's turn, which is message `num_prompt`
     kwargs: dict[str, Any]  # of the chat template
-    sides: tuple[str, ...]  # what the responses are called in notes
+    sides: tuple[str, ...]  # names of the responses in notes
     has_turns: bool = False  # a response has several messages
     is_marked: bool = False  # messages spell out special tokens, and `texts` have marks around them
     texts: list[str] = field(default_factory=list)  # prompt and wholes as the template writes them
@@ -40,7 +39,7 @@ class Chat:
 
 
 def as_chat(row: PreferenceRow, kwargs: dict[str, Any], sides: tuple[str, ...], eos: str | None) -> Chat:
-    """Prompt and whole conversations; where the prompt ends in the assistant's turn, that turn goes on.
+    """Prompt and whole conversations; an assistant turn at the end of the prompt is continued.
 
     Raises:
         BadRow: the prompt has no message.
@@ -53,7 +52,7 @@ def as_chat(row: PreferenceRow, kwargs: dict[str, Any], sides: tuple[str, ...], 
     is_begun = prompt[-1]["role"] == "assistant" and not prompt[-1].get("tool_calls")
     is_begun = is_begun and all(response[0]["role"] == "assistant" for response in responses)
     if is_begun and not any(prompt[-1].get(key) for key in ("content", *THOUGHT_KEYS)):
-        prompt, is_begun = prompt[:-1], False  # a turn of which nothing is said is that of the generation prompt
+        prompt, is_begun = prompt[:-1], False  # an empty turn is the one that the generation prompt opens
         if not prompt:
             raise BadRow("empty prompt")
     if not is_begun:
@@ -65,7 +64,7 @@ def as_chat(row: PreferenceRow, kwargs: dict[str, Any], sides: tuple[str, ...], 
 
 
 def _joined(begun: Message, rest: Message) -> Message:
-    """One turn of the assistant of its beginning and its end."""
+    """Joins the beginning and the rest of an assistant turn."""
     joined = {**begun, **rest}
     for key in ("content", *THOUGHT_KEYS):
         if isinstance(begun.get(key), str) and isinstance(rest.get(key), str):
@@ -74,8 +73,8 @@ def _joined(begun: Message, rest: Message) -> Message:
 
 
 def _without_final_eos(messages: Any, eos: str | None) -> list[Message]:
-    """The messages, without an EOS that the last one spells out: the template, or who closes the turn, adds it. One
-    that closes an `<s>` of the text is text."""
+    """The messages without an EOS that the last one spells out: the template, or the code that closes the turn, adds
+    it. An EOS that closes an `<s>` of the text is text."""
     last = messages[-1]
     content = last.get("content")
     if not eos or not isinstance(content, str) or not content.endswith(eos) or ends_in_markup(content, eos):

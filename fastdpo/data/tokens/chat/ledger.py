@@ -1,12 +1,12 @@
-"""What of a row's messages the chat template has written, and what it has left out.
+"""Finds the parts of a row's messages that the chat template leaves out.
 
-In: the messages of a conversation, its tools, and the text that the template made of them. Out: the strings that are
-not in it, by what they are: thoughts, calls, tools, answers, system messages, ...
+In: the messages of a conversation, its tools, and the rendered text. Out: the strings missing from the text, by kind:
+thoughts, calls, tools, answers, system messages, ...
 
-Two proofs together, neither of which decodes a token. Every string is looked for in the text of its side. A short one
-may stand there by accident, so conversations of each shape (who speaks, and which fields a message has) are rendered
-once more, with a word that occurs nowhere else in place of every string: what is missing then is left out of all
-conversations of that shape.
+Two checks, neither of which decodes a token. First, every string is searched in the text of its side. A short string
+may occur there by accident, so conversations of each shape (the roles, and the fields of each message) are rendered
+once more with a unique word in place of every string: a word that is missing then is left out of all conversations of
+that shape.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import Any
 from fastdpo.data.tokens.chat.strings import Strings, inventory, inventory_of_tools, other_fields, walk, walk_tools
 from fastdpo.types import Message
 
-_MOST_SHAPES = 512  # of which a proof is kept; rows of many more shapes are searched alone
+_MOST_SHAPES = 512  # with a cached check; for further shapes only the search in the text is used
 _SHOWN = 60  # characters of an example
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Strings of one kind that a side of a row has lost."""
+    """Strings of one kind that the template leaves out on one side of a row."""
 
     kind: str
     example: str
 
 
 class Stock:
-    """What there is in the conversations of a row: the strings of the prompt and its tools, and of each response."""
+    """The strings in the conversations of a row: those of the prompt and its tools, and those of each response."""
 
     def __init__(self, wholes: Sequence[Sequence[Message]], num_prompt: int, tools: Any) -> None:
         self.wholes, self.tools = wholes, tools
@@ -49,7 +49,7 @@ class Stock:
 
 
 class Ledger:
-    """Tells what is lost of conversations, and remembers what it found out about their shapes."""
+    """Finds the losses of conversations, and caches its findings by shape."""
 
     def __init__(self) -> None:
         self._lost_of_shape: dict[Any, frozenset[int]] = {}
@@ -63,14 +63,14 @@ class Ledger:
         render: Callable[[Sequence[Message], Any], str],
         key: Any,
     ) -> tuple[list[Loss], list[Loss], list[str]]:
-        """What the prompt and a response have lost, each kind once, and fields of messages that are not in the text.
+        """The losses of the prompt and a response, one per kind, and message fields that are missing from the text.
 
         Args:
-            number: of the response.
-            text: its conversation as the template has rendered it.
-            response_start: where in the text the response begins.
-            render: renders other messages and tools in the same way; whatever it raises, the shape is not proved.
-            key: what else the template was given.
+            number: number of the response.
+            text: its rendered conversation.
+            response_start: position in the text where the response begins.
+            render: renders other messages and tools with the same arguments; if it raises, the shape is not checked.
+            key: the other arguments of the template.
         """
         response, shape_of_response = stock.responses[number]
         shape = (stock.shape_of_prompt, shape_of_response, key)
@@ -136,8 +136,8 @@ def shown(text: str) -> str:
 
 
 def is_in(string: str, text: str, start: int, kind: str) -> bool:
-    """Whether a string stands in the text from `start` on, but for white space around it; calls and tools also as JSON
-    or Python writes them."""
+    """Whether the text contains a string from `start` on, ignoring surrounding white space; calls and tools may also be
+    written as JSON or Python does."""
     wanted = string.strip()
     if text.find(wanted, start) >= 0:
         return True

@@ -1,8 +1,8 @@
-"""From rows of messages to the texts that are tokenized, and what the template has left out.
+"""From rows of messages to the texts to tokenize, and notes on content that the template leaves out.
 
-In: rows of messages with the arguments of the chat template. Out: a `Chat` each: the prompt with the generation prompt
-and each whole conversation, rendered once, and notes. Rows with the same arguments are rendered together. The template
-says what BOS there is.
+In: rows of messages with the arguments of the chat template. Out: one `Chat` per row: the prompt with the generation
+prompt and each whole conversation, rendered once, and notes. Rows with equal arguments are rendered together. The
+template decides about the BOS.
 Refused with BadRow: no prompt, messages that the template refuses. Refused with ValueError: no chat template.
 """
 
@@ -22,12 +22,12 @@ from fastdpo.data.tokens.notes import FIELD, LOST, OPENS, Note
 from fastdpo.data.values import BadRow
 from fastdpo.types import Message, PreferenceRow
 
-Job = tuple[PreferenceRow, dict[str, Any], tuple[str, ...]]  # arguments of the template, what responses are called
+Job = tuple[PreferenceRow, dict[str, Any], tuple[str, ...]]  # row, arguments of the template, names of the responses
 Planned = Chat | ValueError
 
 
 class ChatPlanner:
-    """Renders rows of messages with one tokenizer, and keeps what it finds out about the template."""
+    """Renders rows of messages with one tokenizer, and caches facts about the template."""
 
     def __init__(self, texts: TextEncoder, chat_template: str | None = None) -> None:
         self.texts = texts
@@ -41,7 +41,7 @@ class ChatPlanner:
         self._takes_spans = getattr(self.tokenizer, "backend_tokenizer", None) is not None  # which has offsets
 
     def plan(self, jobs: Sequence[Job]) -> list[Planned]:
-        """The rows rendered, or why they cannot be."""
+        """Each row rendered, or the error that prevents it."""
         planned: list[Planned] = []
         stocks: list[Stock | None] = []
         for row, kwargs, sides in jobs:
@@ -67,7 +67,7 @@ class ChatPlanner:
     # By a template
 
     def _render_all(self, planned: list[Planned], stocks: Sequence[Stock | None]) -> None:
-        """Renders all chats, those with the same arguments together; one that cannot be is replaced by its error."""
+        """Renders all chats, those with equal arguments together; a chat that fails is replaced by its error."""
         together: list[list[int]] = []
         for number, (chat, stock) in enumerate(zip(planned, stocks, strict=True)):
             if not isinstance(chat, Chat) or stock is None:
@@ -120,7 +120,7 @@ class ChatPlanner:
             return self.template.render([chat.prompt], chat.kwargs, continue_final_message=True)[0].text
         except BadRow:
             self.template.render([chat.prompt], chat.kwargs)  # refused altogether, which has a reason of its own
-            raise BadRow("the chat template leaves out the assistant's turn that the prompt ends in") from None
+            raise BadRow("the chat template leaves out the assistant turn at the end of the prompt") from None
 
     def _mark_messages(self, chat: Chat) -> None:
         """Puts marks around the special tokens that conversations and tools spell out."""
@@ -146,8 +146,8 @@ class ChatPlanner:
     # What is lost
 
     def _note(self, chat: Chat, stock: Stock) -> None:
-        """Notes what the template has left out of the prompt and each response, and how the prompt alone ends
-        otherwise."""
+        """Notes the content that the template left out of the prompt and of each response, and a different end of the
+        prompt when rendered alone."""
         prompt, *wholes = map(without_marks, chat.texts) if chat.is_marked else chat.texts
         goes_on = all(text.startswith(prompt) for text in wholes)
         render, key = self._render_words(chat.kwargs)
@@ -165,8 +165,7 @@ class ChatPlanner:
             chat.notes.append(Note(OPENS, shown(prompt[len(common_start([prompt, *wholes])) :])))
 
     def _render_words(self, kwargs: dict[str, Any]) -> tuple[Callable[[Sequence[Message], Any], str], str]:
-        """Renders other messages and tools as those of a row with these arguments, and what tells these arguments from
-        others."""
+        """A function that renders other messages and tools with these arguments, and a key of the arguments."""
         others = {key: value for key, value in kwargs.items() if key != "tools"}
 
         def render(messages: Sequence[Message], tools: Any) -> str:

@@ -1,9 +1,9 @@
-"""From the messages of a row to text, or to tokens where a tokenizer renders messages by code of its own.
+"""From the messages of a row to text, or to tokens if the tokenizer renders messages by its own code.
 
-In: messages and the arguments of the chat template. Out: what the template writes, and where it marks the assistant's
-parts (`{% generation %}`), as characters. mistral-common's tokenizers have no template: their code turns messages into
-tokens, each conversation in the mode that takes its last message.
-Refused with BadRow: messages that the template or the code refuses. Refused with ValueError: no template at all.
+In: messages and the arguments of the chat template. Out: the rendered text, and the character spans that the template
+marks as the assistant's (`{% generation %}`). mistral-common's tokenizers have no template: their code turns messages
+into tokens, in the mode that accepts the conversation's last message.
+Refused with BadRow: messages that the template or the code refuses. Refused with ValueError: a missing template.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fastdpo.data.values import BadRow
 from fastdpo.types import Message
 
 NO_TEMPLATE = (
-    "tokenizer must have a chat template for rows of messages, got none: set tokenizer.chat_template or"
-    " chat_template, or give the rows as text (prompt, chosen, rejected)"
+    "tokenizer must have a chat template for rows of messages, got none: set chat_template or"
+    " tokenizer.chat_template, or write the rows as text (prompt, chosen, rejected)"
 )
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read one or the other
 _MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -29,10 +29,10 @@ Span = tuple[int, int]  # characters
 
 @dataclass(frozen=True)
 class Rendered:
-    """One conversation as the template writes it."""
+    """One rendered conversation."""
 
     text: str
-    spans: tuple[Span, ...] = ()  # of the assistant's parts, where the template marks them and they were asked for
+    spans: tuple[Span, ...] = ()  # the assistant's parts, if the template marks them and they were requested
 
 
 class ChatTemplate:
@@ -42,8 +42,8 @@ class ChatTemplate:
         if template is not None:
             if is_mistral_common(tokenizer):
                 raise ValueError(
-                    "chat_template must be None for a tokenizer of mistral-common, whose code renders messages and"
-                    " whose text holds no control tokens"
+                    "chat_template must be None for a tokenizer of mistral-common, which renders messages by its own"
+                    f" code, got {template[:40]!r}"
                 )
             check_template_name(template, tokenizer)
         self.tokenizer = tokenizer
@@ -51,12 +51,12 @@ class ChatTemplate:
         self._variables = dict(getattr(tokenizer, "special_tokens_map", {}))
 
     def is_there(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether there is a template, of the run, the tokenizer or the row."""
+        """Whether the run, the tokenizer or the row has a template."""
         own = getattr(self.tokenizer, "chat_template", None)
         return self._template is not None or own is not None or "chat_template" in kwargs
 
     def marks_assistant(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the template says itself what the assistant's parts are."""
+        """Whether the template itself marks the assistant's parts."""
         return _MARKED.search(self.jinja(kwargs)) is not None
 
     def render(
@@ -94,14 +94,14 @@ class ChatTemplate:
         return [Rendered(text, tuple(found)) for text, found in zip(texts, marked, strict=True)]
 
     def jinja(self, kwargs: Mapping[str, Any]) -> str:
-        """The template that a row with these arguments is rendered with."""
+        """The template for a row with these arguments."""
         template = kwargs.get("chat_template") or self._template
         jinja: str = self.tokenizer.get_chat_template(template, tools=kwargs.get("tools"))
         return jinja
 
 
 class ChatCode:
-    """A tokenizer whose `apply_chat_template` is code of its own: mistral-common's, and what comes with a model."""
+    """A tokenizer with its own code in `apply_chat_template`: mistral-common's, or one that comes with a model."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -131,14 +131,14 @@ class ChatCode:
             encoded = tokenizer.apply_chat_template(
                 list(messages), tokenize=True, return_dict=True, **options, **kwargs
             )
-        except Exception as error:  # of whatever library the code belongs to
+        except Exception as error:  # any exception of the code's library
             first = str(error).strip().partition("\n")[0]
             raise BadRow(f"the tokenizer refuses the messages ({first})") from None
         return list(encoded["input_ids"])
 
     def _in_mode(self, mode: str) -> Any:
-        """mistral-common's tokenizer in a mode: "test" takes conversations that wait for an answer, "finetuning" those
-        that end in one. Any other tokenizer has one mode."""
+        """Sets the mode of mistral-common's tokenizer: "test" accepts conversations that wait for an answer,
+        "finetuning" those that end in one. Any other tokenizer has one mode."""
         own = getattr(self.tokenizer, "mode", None)
         if not is_mistral_common(self.tokenizer) or str(getattr(own, "value", own)) == mode:
             return self.tokenizer
@@ -149,7 +149,7 @@ class ChatCode:
 
 
 def renders_by_code(tokenizer: Any) -> bool:
-    """Whether a tokenizer turns messages into tokens by code of its own, and not by a template."""
+    """Whether a tokenizer turns messages into tokens by its own code instead of a template."""
     from transformers import PreTrainedTokenizerBase
 
     method = getattr(type(tokenizer), "apply_chat_template", None)
@@ -165,7 +165,7 @@ def is_mistral_common(tokenizer: Any) -> bool:
 
 
 def with_thoughts_by_all_names(messages: Sequence[Message]) -> list[Message]:
-    """Thoughts under every name that templates read, as transformers has it since 5.20; keys that are None left out."""
+    """Messages with thoughts under every name that templates read (transformers since 5.20), without None."""
     return [_with_aliases(message) for message in messages]
 
 

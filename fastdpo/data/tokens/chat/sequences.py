@@ -1,8 +1,8 @@
 """From the tokens of rendered conversations to prompt, sequences and masks.
 
 In: a `Chat` and the tokens of its texts. Out: the prompt with one BOS, whole conversations with their last turn closed,
-and which of their tokens the assistant says, where a response has several messages: those that the template marks
-(`{% generation %}`), or else those that prefixes show (`turns`).
+and, if a response has several messages, a mask of the assistant's tokens: those that the template marks
+(`{% generation %}`), or else those found by rendering prefixes (`turns`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class ChatSequences:
         self._bos, self._eos = texts.tokenizer.bos_token_id, texts.tokenizer.eos_token_id
 
     def of(self, chat: Chat, ids: list[Ids]) -> tuple[Ids, list[Ids], list[list[bool]] | None]:
-        """Prompt, whole conversations, and masks of these where a response has several messages.
+        """Prompt, whole conversations, and their masks if a response has several messages.
 
         Args:
-            ids: of `chat.texts`; none where these are marked, or where a tokenizer has made the tokens.
+            ids: tokens of `chat.texts`; none if the texts are marked or the tokenizer itself made the tokens.
         """
         offsets: list[list[Span]] = []
         if chat.ids:
@@ -61,7 +61,7 @@ class ChatSequences:
         return prompt, closed, masks
 
     def _render(self, chat: Chat) -> Callable[..., Ids]:
-        """Renders the beginning of a conversation of the chat to tokens."""
+        """Renders a prefix of the chat's conversation to tokens."""
         planner = self.planner
 
         def render(messages: Sequence[Message], add_generation_prompt: bool = False) -> Ids:
@@ -80,9 +80,9 @@ class ChatSequences:
         return ids
 
     def _close_turn(self, ids: Ids) -> Ids:
-        """`ids`, with an EOS unless the template has ended the turn by a special token of its own (EOS, <|im_end|>).
+        """`ids`, with an EOS unless the template ends the turn with a special token (EOS, <|im_end|>).
 
-        White space may follow that token: many templates end in EOS and a newline, which stays, as in TRL.
+        White space after this token stays, as in TRL: many templates end in EOS and a newline.
         """
         for last in reversed(ids):
             if not self.texts.is_blank(last):
@@ -93,7 +93,7 @@ class ChatSequences:
 
 
 def in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Which tokens have a character in one of the spans, both given in order."""
+    """Mask of the tokens with a character in one of the spans; both lists are in order."""
     marks = [False] * len(offsets)
     spans = [span for span in spans if span[1] > span[0]]
     number = 0

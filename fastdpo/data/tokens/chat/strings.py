@@ -1,7 +1,7 @@
-"""The strings that the messages and tools of a row hold, by what they are, and the same messages with other strings.
+"""The strings in the messages and tools of a row, by kind, and the same messages with replaced strings.
 
-In: messages as rows hold them, functions as templates take them. Out: (kind, text) in a fixed order; or the messages
-with every string replaced by what a function makes of it.
+In: messages of rows, functions in the form that templates take. Out: (kind, text) in a fixed order; or the messages
+with every string replaced by the result of a function.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _SCHEMA_WORDS = ("type", "format", "$schema", "$ref", "$id", "$defs")
 _OPENED, _CLOSED = "<think>", "</think>"
 _TAGGED = re.compile(r"(\s*<\w+>)(.*\S.*)(</\w+>\s*)", re.DOTALL)
 
-Visit = Callable[[str, str], str]  # (kind, text) -> what takes its place
+Visit = Callable[[str, str], str]  # (kind, text) -> replacement
 Strings = list[tuple[str, str]]  # (kind, text)
 
 
 def inventory(messages: Sequence[Message]) -> tuple[Strings, Any]:
-    """The strings of messages in the order of `walk`, and the shape: the messages without them."""
+    """The strings of messages in the order of `walk`, and the shape: the messages without their strings."""
     strings: Strings = []
 
     def take(kind: str, text: str) -> str:
@@ -41,7 +41,7 @@ def inventory(messages: Sequence[Message]) -> tuple[Strings, Any]:
 
 
 def inventory_of_all(messages: Sequence[Message]) -> tuple[Strings, Any]:
-    """As `inventory`, of messages that have thoughts, calls and other fields."""
+    """Like `inventory`, for messages with thoughts, calls and other fields."""
     strings: Strings = []
 
     def take(kind: str, text: str) -> str:
@@ -52,7 +52,7 @@ def inventory_of_all(messages: Sequence[Message]) -> tuple[Strings, Any]:
 
 
 def inventory_of_tools(tools: Any) -> tuple[Strings, Any]:
-    """As `inventory`, of the functions that a row offers."""
+    """Like `inventory`, for the functions that a row offers."""
     if not tools:
         return [], None
     strings: Strings = []
@@ -65,10 +65,10 @@ def inventory_of_tools(tools: Any) -> tuple[Strings, Any]:
 
 
 def walk(messages: Sequence[Message], visit: Visit, *, without_others: bool = False) -> list[Message]:
-    """The messages with every string replaced by what `visit` makes of it; roles and ids stay.
+    """The messages with every string replaced by the result of `visit`; roles and ids stay.
 
     Args:
-        without_others: fields that are no content, thoughts or calls become "s".
+        without_others: fields other than content, thoughts and calls become "s".
     """
     replaced = []
     for message in messages:
@@ -90,12 +90,12 @@ def walk(messages: Sequence[Message], visit: Visit, *, without_others: bool = Fa
 
 
 def walk_content(message: Message, visit: Visit) -> str:
-    """The content of a message; a thought of the assistant's in it is visited apart from what is said."""
+    """The content of a message; an assistant's thought inside the content is visited separately."""
     role, content = message["role"], message["content"]
     if not content.strip():
         return content
     if role != "assistant":
-        tagged = _TAGGED.fullmatch(content)  # templates look for <tool_response> around what a user says
+        tagged = _TAGGED.fullmatch(content)  # templates look for <tool_response> around user content
         before, content, after = tagged.groups() if tagged else ("", content, "")
         return f"{before}{visit(_KINDS.get(role, f'messages of {role}'), content)}{after}"
     if _CLOSED not in content:
@@ -108,7 +108,7 @@ def walk_content(message: Message, visit: Visit) -> str:
 
 
 def _walk_calls(value: Any, visit: Visit, without_others: bool) -> Any:
-    """Calls with names and arguments replaced, numbers and ids as they are."""
+    """Calls with replaced names and arguments; numbers and ids stay."""
     if isinstance(value, (list, tuple)):
         return [_walk_calls(item, visit, without_others) for item in value]
     if not isinstance(value, Mapping):
@@ -135,7 +135,7 @@ def _walk_data(value: Any, visit: Visit) -> Any:
 
 
 def walk_tools(value: Any, visit: Visit, *, names_keys: bool = False) -> Any:
-    """Functions with every name and description replaced; the words of JSON schemas stay."""
+    """Functions with replaced names and descriptions; the keywords of JSON schemas stay."""
     if isinstance(value, (list, tuple)):
         return [walk_tools(item, visit) for item in value]
     if isinstance(value, Mapping):
@@ -153,7 +153,7 @@ def walk_tools(value: Any, visit: Visit, *, names_keys: bool = False) -> Any:
 
 
 def other_fields(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """Names and values of what else messages say: `name`, `tool_call_id`, ..."""
+    """Names and values of the other message fields: `name`, `tool_call_id`, ..."""
     found = []
     for message in messages:
         if len(message) > 2:

@@ -1,14 +1,13 @@
-"""Which chat template a run renders its messages with: the tokenizer's own, one from a file, or one of those here.
+"""Resolves the chat template of a run: the tokenizer's own, one from a file, or a training template of this package.
 
 In: the setting `chat_template`: a file, the name of a training template in the folder `templates`, the name of one
-of several templates that a tokenizer has, another tokenizer, or Jinja. Out: Jinja, or the name of a tokenizer's
-template.
-Refused with ValueError: what is none of these.
+of the tokenizer's templates, another tokenizer, or Jinja. Out: Jinja, or the name of a tokenizer's template.
+Refused with ValueError: any other value.
 
-Templates of thinking models drop thoughts that are behind the conversation, which is right when they generate and wrong
-for the answer that is learnt: `first_trained_message` tells the training templates where that begins. Such a template
-is for training alone: a tokenizer that has a template keeps it, and is saved with it. A template from a file is how the
-model will be talked to: the tokenizer takes it over.
+Templates of thinking models drop the thoughts of earlier turns. This is right for generation, but wrong for the answer
+that the model learns, so the training templates keep thoughts from the message `first_trained_message` on. They are
+for training only: a tokenizer with its own template keeps it and is saved with it. A template from a file or in Jinja
+is also meant for inference, so the tokenizer is saved with that template.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from typing import Any
 FOLDER = Path(__file__).parent / "templates"
 SUFFIXES = (".jinja", ".j2", ".jinja2", ".txt", ".json")
 FIRST_TRAINED = "first_trained_message"  # variable of templates: the number of the first message of the response
-# what rows and runs do not set: who renders decides about it
+# rows and runs must not set these: the rendering code does
 RESERVED_KWARGS = ("add_generation_prompt", "continue_final_message", "messages", "tokenize", "return_dict")
 _MARK = re.compile(r"\{%([-+]?)\s*(generation|endgeneration)\s*([-+]?)%\}")
 
 
 @cache
 def training_templates() -> tuple[str, ...]:
-    """The names of the templates here."""
+    """The names of this package's training templates."""
     return tuple(sorted(file.stem for file in FOLDER.glob("*.jinja")))
 
 
 def resolve_template(value: str) -> str:
-    """The setting as Jinja; the name of a template of the tokenizer's, which is not known here, as it is.
+    """The setting as Jinja; any other name, which may be one of the tokenizer's templates, is returned unchanged.
 
     Raises:
-        ValueError: a file that does not exist or holds no template, nothing at all.
+        ValueError: the file does not exist or holds no template, or the value is empty.
     """
     if "{{" in value or "{%" in value:
         return value
@@ -47,10 +46,10 @@ def resolve_template(value: str) -> str:
     if path.is_file():
         text = path.read_text(encoding="utf-8")
         if "{{" not in text and "{%" not in text:
-            raise ValueError(f"chat_template must be a file of Jinja, got {value}, which holds none")
+            raise ValueError(f"chat_template must be a file with a Jinja template, got {value}, which has none")
         return text
     if not value.strip() or value.endswith(SUFFIXES):
-        raise ValueError(f"chat_template must be a file that exists or a name, got {value!r}")
+        raise ValueError(f"chat_template must be an existing file or the name of a template, got {value!r}")
     return _template_of(value) if path.is_dir() or "/" in value else value
 
 
@@ -66,17 +65,17 @@ def _template_of(name: str) -> str:
     try:
         template = AutoTokenizer.from_pretrained(name).chat_template
     except (OSError, ValueError) as error:
-        raise ValueError(f"chat_template must be a file that exists or a name, got {name!r}") from error
+        raise ValueError(f"chat_template must be an existing file or the name of a template, got {name!r}") from error
     if not isinstance(template, str):
-        raise ValueError(f"chat_template must be that of a tokenizer that has one, got {name!r}, which has none")
+        raise ValueError(f"chat_template must name a tokenizer with a chat template, got {name!r}, which has none")
     return template
 
 
 def check_template_name(template: str, tokenizer: Any) -> None:
-    """Refuses a name that neither this package nor the tokenizer has a template of.
+    """Refuses a name that is not a template of this package or of the tokenizer.
 
     Raises:
-        ValueError: with the names that there are, the nearest first.
+        ValueError: the name is unknown; the message lists the known names and suggests the nearest.
     """
     if "{{" in template or "{%" in template:
         return
@@ -89,8 +88,8 @@ def check_template_name(template: str, tokenizer: Any) -> None:
 
 
 def give_template(tokenizer: Any, value: str) -> None:
-    """Puts the template of a run on the tokenizer, where that is how the model will be talked to: one from a file or in
-    Jinja; a training template only where the tokenizer has none, without marks that other programs do not know."""
+    """Sets the tokenizer's template to the run's if that is from a file or in Jinja. A training template is set only if
+    the tokenizer has none, without the marks that other programs do not know."""
     template = resolve_template(value)
     if value not in training_templates():
         if template != value or "{" in value:
@@ -100,6 +99,6 @@ def give_template(tokenizer: Any, value: str) -> None:
 
 
 def without_generation_marks(template: str) -> str:
-    """The template without `{% generation %}`, which Jinja alone does not know."""
+    """The template without `{% generation %}`, which plain Jinja does not know."""
     plain = {"generation": "if true", "endgeneration": "endif"}
     return _MARK.sub(lambda match: f"{{%{match[1]} {plain[match[2]]} {match[3]}%}}", template)
