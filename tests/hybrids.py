@@ -156,11 +156,11 @@ HYBRIDS = {
 
 def build_hybrid(model_type, spread=0.05, seed=0, **overrides):
     """Weights are spread as far as the models' own rounding allows gradients to be compared to 1e-5."""
+    from releases import config_of
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[model_type](**{**HYBRIDS[model_type][0], **overrides})
+    config = config_of(model_type)(**{**HYBRIDS[model_type][0], **overrides})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():

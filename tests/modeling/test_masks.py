@@ -9,10 +9,18 @@ from transformers.masking_utils import (
     blockwise_overlay,
     causal_mask_function,
     chunked_causal_mask_function,
-    packed_sequence_compatibility_function,
     sliding_window_causal_mask_function,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+try:
+    from transformers.masking_utils import packed_sequence_compatibility_function
+except ImportError:  # transformers before 5.23
+    from transformers.masking_utils import packed_sequence_mask_function
+
+    def packed_sequence_compatibility_function(inner, position_ids, sequences):
+        return and_masks(inner, packed_sequence_mask_function(sequences))
+
 
 from fastdpo import pack_pairs, packed_logps
 from fastdpo.data.batches.varlen import varlen_layout

@@ -13,6 +13,8 @@ from test_packed_logps import GROUPS, MODELS, VOCAB, assert_same, build, gradien
 from fastdpo import TokenizedGroup, TokenizedPair, pack_pairs, packed_logps, pad_pairs
 from fastdpo.modeling import check_packing, packed
 from fastdpo.modeling.mixers import adapter, mixers_of
+from fastdpo.modeling.mixers.adapter import run_with_boundaries
+from fastdpo.modeling.mixers.rows import MixerRows
 from fastdpo.modeling.packed import unprepare_model
 
 
@@ -326,6 +328,20 @@ def test_a_kernel_that_keeps_boundaries_runs_once_over_all_sequences(monkeypatch
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     for name, grad in gradients(model, actual).items():
         assert (grad - expected_grads[name]).norm() <= 1e-5 * expected_grads[name].norm().clamp(min=1e-2), name
+
+
+def test_a_module_gets_the_boundaries_that_its_forward_takes():
+    """LFM2's convolution takes `seq_idx` and no further keywords before transformers 5.23."""
+    batch, seen = pack_pairs(GROUPS), []
+    rows = MixerRows(batch.segments, batch.varlen)
+
+    def forward(hidden_states, seq_idx=None):
+        seen.append(seq_idx)
+        return hidden_states
+
+    hidden = torch.randn(1, batch.input_ids.shape[1], 4)
+    torch.testing.assert_close(run_with_boundaries(forward, rows, (hidden,), {}), hidden)
+    assert seen[0].shape == (1, len(batch.varlen.key_rows))
 
 
 def test_a_kernel_that_only_takes_boundaries_is_not_trusted_with_them(monkeypatch):

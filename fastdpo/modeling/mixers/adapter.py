@@ -7,6 +7,7 @@ Outside packed batches the module's forward is unchanged. Refuses calls on rows 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -176,7 +177,10 @@ def run_with_boundaries(forward: Callable[..., Any], rows: MixerRows, args: Any,
     """Runs one call over all sequences in one row; the module's kernels respect the boundaries."""
     gathered = mapped((args, kwargs), lambda tensor: _gather(tensor, rows))
     own_args, own_kwargs = mapped(gathered, _Gathered.whole, _Gathered)
-    output = forward(*own_args, **own_kwargs, **rows.boundaries)
+    parameters = inspect.signature(forward).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    boundaries = {name: value for name, value in rows.boundaries.items() if takes_all or name in parameters}
+    output = forward(*own_args, **own_kwargs, **boundaries)
     return _scattered([output], [(1, rows.varlen.key_rows.shape[0])], rows.kept_keys)
 
 

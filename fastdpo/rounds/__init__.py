@@ -1,0 +1,1 @@
+"""Preference data from a model's own responses: generated, judged, paired."""
