@@ -1,0 +1,147 @@
+"""`fastdpo generate`: preference pairs out of a model's own responses, labelled by a judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastdpo.cli.options.parser import RaisingParser
+
+WAYS = ("best_worst", "best_random", "all", "ranking")
+
+
+def main(argv: list[str]) -> None:
+    """Generates, judges, pairs and writes.
+
+    Raises:
+        ValueError: anything that the user can mend.
+    """
+    options = _parser().parse_args(argv)
+    from fastdpo.rounds.generate import Pairing, Sampling
+
+    sampling = Sampling(options.num, options.max_new_tokens, options.temperature, options.batch_size, options.seed)
+    pairing = Pairing(options.pairs, options.margin, options.balance_lengths)
+    sampling.check()
+    pairing.check()
+    output = Path(options.output)
+    if output.is_dir():
+        raise ValueError(f"output must be a file, {output} is a folder")
+    if options.judge.startswith(("http://", "https://")) and not options.judge_model:
+        raise ValueError("judge_model must name the endpoint's model where judge is a URL")
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from fastdpo.cli.console import make_console
+    from fastdpo.data.sources.loading import load_preference_dataset
+    from fastdpo.rounds.generate import generate_scored, make_rows, read_prompts, summary_of
+
+    console = make_console()
+    prompts = read_prompts(load_preference_dataset(options.prompts, options.dataset_split))[: options.max_prompts]
+    model, tokenizer, judge = _loaded(options)
+    samples = output.with_name(f"{output.name}.samples.jsonl")
+    key = {"model": options.model, "judge": options.judge, "judge_model": options.judge_model}
+    key |= {"prompts": [len(prompts), prompts[0], prompts[-1]]}
+    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("prompts", total=len(prompts))
+        progress = lambda done: bar.update(task, completed=done)  # noqa: E731
+        scored = generate_scored(model, tokenizer, prompts, judge, sampling, samples, key=key, progress=progress)
+    drawn = {"temperature": sampling.temperature, "max_new_tokens": sampling.max_new_tokens, "seed": sampling.seed}
+    source = {"model": options.model, "judge": options.judge, "sampling": drawn}
+    rows, counted = make_rows(scored, pairing, source, options.seed)
+    made = summary_of(scored, rows, counted, judge)
+    if not rows:
+        raise ValueError(
+            f"pairs must be possible for at least one prompt: {counted.num_ties} ties, {counted.num_duplicates}"
+            f" duplicates, {counted.num_unscored} responses without a score; try a higher temperature or num, or"
+            " another judge"
+        )
+    partial = output.with_name(f".{output.name}.partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(output)
+    console.print(_table(made, pairing.way))
+    console.print(f"wrote {output}; all responses with their scores are in {samples}")
+
+
+def _parser() -> RaisingParser:
+    parser = RaisingParser(
+        prog="fastdpo generate", description="Makes preference pairs from a model's responses, labelled by a judge."
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="Model that answers: a folder (of an adapter too) or a name on the Hub.")
+    add("--prompts", required=True, help="File, folder or dataset with a column prompt, or with rows for training.")
+    add(
+        "--judge",
+        required=True,
+        help="length, shortest, regex:PATTERN, logp, implicit:MODEL[,REFERENCE], classifier:MODEL,"
+        " http://URL of an OpenAI-compatible endpoint, or module:function.",
+    )
+    add("--judge_model", "--judge-model", help="Name of the endpoint's model.")
+    add("--output", "-o", required=True, metavar="FILE", help="Preference rows are written here (JSON Lines).")
+    add("--num", "-n", type=int, default=4, help="Responses for each prompt. Default: 4.")
+    add("--pairs", choices=WAYS, default="best_worst", help="Which pairs to keep, or whole rankings.")
+    add("--margin", type=float, default=0.0, help="Least difference of two scores. Default: any but 0.")
+    add("--balance_lengths", "--balance-lengths", action="store_true", help="Drop pairs until length says nothing.")
+    add("--max_prompts", "--max-prompts", type=int, help="Use the first prompts only.")
+    add("--max_new_tokens", "--max-new-tokens", type=int, default=512, help="Most tokens of a response. Default: 512.")
+    add("--temperature", type=float, default=1.0, help="Of sampling, > 0. Default: 1.")
+    add("--batch_size", "--batch-size", type=int, default=32, help="Sequences generated at a time. Default: 32.")
+    add("--seed", type=int, default=0, help="Seed of sampling. Default: 0.")
+    add("--dataset_split", "--dataset-split", default="train", help="Split of a named dataset. Default: train.")
+    add("--chat_template", "--chat-template", help="Chat template: a file or Jinja text. Default: the tokenizer's.")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="Dtype of the weights. Default: float32.")
+    add("--use_cpu", "--use-cpu", action="store_true", help="Use the CPU even if there is a GPU.")
+    add("--trust_remote_code", "--trust-remote-code", action="store_true", help="Run code from the Hub.")
+    return parser
+
+
+def _loaded(options: Any) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and judge."""
+    from fastdpo.rounds.endpoint import EndpointJudge
+    from fastdpo.rounds.judges import is_endpoint, make_judge
+    from fastdpo.training import DPOConfig
+    from fastdpo.training.setup.models import load_model, resolve_tokenizer
+
+    args = DPOConfig(
+        "not_used",
+        max_length=None,
+        model_init_kwargs=None if options.dtype is None else {"dtype": options.dtype},
+        chat_template=options.chat_template,
+        trust_remote_code=options.trust_remote_code,
+        use_cpu=options.use_cpu,
+    )
+    if is_endpoint(options.judge):
+        judge: Any = EndpointJudge(options.judge, options.judge_model)
+    elif options.judge != "logp":
+        judge = make_judge(options.judge, args=args)
+    model: Any = load_model(options.model, args.init_kwargs())
+    model.to(args.device).eval()
+    tokenizer = resolve_tokenizer(options.model, None, args)
+    if options.judge == "logp":
+        judge = make_judge("logp", model=model, tokenizer=tokenizer, args=args)
+    return model, tokenizer, judge
+
+
+def _table(made: Any, way: str) -> Any:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    counted = made.counted
+    table.add_row("rows", f"{made.num_rows:,} from {made.num_prompts:,} prompts ({way})")
+    table.add_row("responses", f"{counted.num_responses:,}")
+    table.add_row("duplicates", f"{counted.num_duplicates / max(counted.num_responses, 1):.1%} of the responses")
+    if counted.num_unscored:
+        table.add_row("without score", f"{counted.num_unscored:,}")
+    table.add_row("ties", f"{counted.num_ties:,} pairs; {counted.num_prompts_without_pair:,} prompts gave none")
+    if counted.num_balanced_away:
+        table.add_row("balanced away", f"{counted.num_balanced_away:,} pairs")
+    if counted.lengths:
+        share, (low, high) = counted.longer_chosen
+        table.add_row("longer chosen", f"{share:.1%} of pairs (95%: {low:.1%} to {high:.1%})")
+    table.add_row("length and score", f"correlation {made.correlation:+.2f}")
+    if made.agreement is not None:
+        table.add_row("both orders", f"{made.agreement:.1%} of verdicts agree; {made.num_unread:,} could not be read")
+    return table

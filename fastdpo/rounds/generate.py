@@ -1,0 +1,263 @@
+"""Responses of a model to prompts, scored by a judge and paired: preference data of its own.
+
+In: a model, prompts, a judge. Out: rows of preferences, each with where it comes from. Work is done in chunks of
+prompts. Every finished chunk is appended to a file beside the output, so that a run that was stopped goes on. A chunk's
+seed follows from its place, so the same run gives the same samples, stopped or not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastdpo.data.forms.formats import sft_row
+from fastdpo.data.tokens.chat.rendering import has_chat_template
+from fastdpo.data.values import BadRow
+from fastdpo.modeling.generation import generate_ids, special_ids
+from fastdpo.rounds.endpoint import EndpointJudge
+from fastdpo.rounds.judges import Judge
+from fastdpo.rounds.selection import (
+    WAYS,
+    Counted,
+    balanced,
+    choose_pairs,
+    distinct,
+    length_correlation,
+)
+from fastdpo.training.callbacks.json_lines import append_lines, read_lines
+
+Prompt = str | list[dict[str, Any]]
+CHUNK = 32  # prompts between two saves
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn."""
+
+    num_responses: int = 4
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    batch_size: int = 32  # sequences generated at a time
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ValueError for what cannot work."""
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_responses < 2:
+            raise ValueError(f"num_responses must be at least 2 to make pairs, got {self.num_responses}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be > 0, or all responses would be one, got {self.temperature}")
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which pairs become rows."""
+
+    way: str = "best_worst"  # of WAYS
+    margin: float = 0.0
+    balance_lengths: bool = False
+
+    def check(self) -> None:
+        """Raises ValueError for what cannot work."""
+        if self.way not in WAYS:
+            raise ValueError(f"pairs must be one of {', '.join(WAYS)}, got {self.way!r}")
+        if self.margin < 0:
+            raise ValueError(f"margin must be >= 0, got {self.margin}")
+        if self.balance_lengths and self.way == "ranking":
+            raise ValueError("balance_lengths must be off with rankings, which are not pairs")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run made, in numbers."""
+
+    num_prompts: int
+    num_rows: int
+    counted: Counted
+    correlation: float  # of length and score, over all responses
+    agreement: float | None  # of an endpoint's verdicts in both orders
+    num_unread: int  # an endpoint's verdicts that could not be had
+
+
+def read_prompts(rows: Iterable[Mapping[str, Any]]) -> list[Prompt]:
+    """The prompts of rows, each once: of a column `prompt`, or of any form that fastdpo reads.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: dict[str, Prompt] = {}
+    for row in rows:
+        prompt = row.get("prompt") if set(row) <= {"prompt", "system", "id"} else None
+        if prompt is None:
+            try:
+                prompt = sft_row(row).prompt
+            except BadRow:
+                continue
+        if prompt:
+            found.setdefault(json.dumps(prompt, sort_keys=True), prompt)
+    if not found:
+        raise ValueError("prompts must hold a prompt, in a column `prompt` or in rows of a form that fastdpo reads")
+    return list(found.values())
+
+
+def sample(model: Any, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[list[str]]:
+    """`num_responses` texts for each prompt. Prompts of similar length are generated together."""
+    ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
+    repeated = [ids[i] for i in order for _ in range(sampling.num_responses)]
+    pad_id, eos_ids = special_ids(model, tokenizer)
+    answers = generate_ids(
+        model,
+        repeated,
+        pad_id=pad_id,
+        eos_ids=eos_ids,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        batch_size=sampling.batch_size,
+        seed=seed,
+    )
+    texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    found: list[list[str]] = [[] for _ in prompts]
+    for place, i in enumerate(order):
+        found[i] = texts[place * sampling.num_responses : (place + 1) * sampling.num_responses]
+    return found
+
+
+def _prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if not has_chat_template(tokenizer):
+        raise ValueError("prompts must be text where there is no chat template, got messages; use --chat_template")
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return list(ids)
+
+
+def generate_scored(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    judge: Judge | EndpointJudge,
+    sampling: Sampling,
+    path: Path,
+    *,
+    key: Mapping[str, Any],
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """One dict per prompt: `prompt`, `responses`, `scores`; those in `path` already are not made again.
+
+    Args:
+        key: what the samples depend on; lines of another key are not used.
+        progress: is told how many prompts are done.
+    Raises:
+        ValueError: `path` holds samples of another run, or a score is no number.
+    """
+    digest = hashlib.sha256(json.dumps({**key, **asdict(sampling)}, sort_keys=True).encode()).hexdigest()[:16]
+    lines = read_lines(path)
+    if lines and lines[0].get("key") != digest:
+        raise ValueError(f"{path} must be of the same model, judge and settings: delete it, or choose another output")
+    done = {line["number"]: line for line in lines if "number" in line}
+    if not lines:
+        append_lines(path, [{"key": digest, **key}])
+    for start in range(0, len(prompts), CHUNK):
+        numbers = range(start, min(start + CHUNK, len(prompts)))
+        if not all(number in done for number in numbers):
+            chunk = [prompts[number] for number in numbers]
+            responses = sample(model, tokenizer, chunk, sampling, sampling.seed + start)
+            scores = _scores(judge, chunk, responses)
+            new = [
+                {"number": number, "prompt": prompt, "responses": said, "scores": scored}
+                for number, prompt, said, scored in zip(numbers, chunk, responses, scores, strict=True)
+            ]
+            append_lines(path, new)
+            done |= {line["number"]: line for line in new}
+        progress(numbers[-1] + 1)
+    return [done[number] for number in range(len(prompts))]
+
+
+def _scores(
+    judge: Judge | EndpointJudge, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]
+) -> list[list[float | None]]:
+    if isinstance(judge, EndpointJudge):
+        return [list(judge.scores(_shown(prompt), said)) for prompt, said in zip(prompts, responses, strict=True)]
+    flat_prompts = [prompt for prompt, said in zip(prompts, responses, strict=True) for _ in said]
+    flat = [_as_completion(prompt, text) for prompt, said in zip(prompts, responses, strict=True) for text in said]
+    scores = list(judge(flat_prompts, flat))
+    if len(scores) != len(flat):
+        raise ValueError(f"judge must return a score for each of {len(flat)} completions, got {len(scores)}")
+    for score in scores:
+        if score is not None and not isinstance(score, int | float):
+            raise ValueError(f"judge must return numbers or None, got {type(score).__name__}")
+    found, start = [], 0
+    for said in responses:
+        found.append([None if score is None else float(score) for score in scores[start : start + len(said)]])
+        start += len(said)
+    return found
+
+
+def _shown(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _as_completion(prompt: Prompt, text: str) -> Any:
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def make_rows(
+    scored: Sequence[Mapping[str, Any]], pairing: Pairing, source: Mapping[str, Any], seed: int = 0
+) -> tuple[list[dict[str, Any]], Counted]:
+    """Rows of preferences in the explicit or ranked form, and what became of the responses.
+
+    Args:
+        scored: from `generate_scored`.
+        source: is written into each row.
+    """
+    rng, counted = random.Random(seed), Counted()
+    rows: list[dict[str, Any]] = []
+    lengths: list[tuple[int, int]] = []
+    margins: list[float] = []
+    for line in scored:
+        of = distinct(line["responses"], line["scores"], counted)
+        prompt = line["prompt"]
+        if pairing.way == "ranking":
+            if len(set(of.scores)) < 2:
+                counted.num_prompts_without_pair += 1
+                continue
+            said = [_as_completion(prompt, text) for text in of.responses]
+            rows.append({"prompt": prompt, "responses": said, "scores": list(of.scores), **source})
+            continue
+        for better, worse in choose_pairs(of, pairing.way, pairing.margin, rng, counted):
+            chosen, rejected = of.responses[better], of.responses[worse]
+            lengths.append((len(chosen), len(rejected)))
+            margins.append(of.scores[better] - of.scores[worse])
+            sides = {"chosen": _as_completion(prompt, chosen), "rejected": _as_completion(prompt, rejected)}
+            judged = {"score_chosen": of.scores[better], "score_rejected": of.scores[worse]}
+            rows.append({"prompt": prompt, **sides, **judged, **source})
+    kept = balanced(lengths, margins) if pairing.balance_lengths else list(range(len(lengths)))
+    counted.num_balanced_away = len(lengths) - len(kept)
+    counted.lengths = [lengths[i] for i in kept]
+    return (rows if pairing.way == "ranking" else [rows[i] for i in kept]), counted
+
+
+def summary_of(
+    scored: Sequence[Mapping[str, Any]], rows: Sequence[Any], counted: Counted, judge: Judge | EndpointJudge
+) -> Made:
+    """The numbers at the end of a run."""
+    both = [
+        (float(len(text)), float(score))
+        for line in scored
+        for text, score in zip(line["responses"], line["scores"], strict=True)
+        if score is not None
+    ]
+    correlation = length_correlation([length for length, _ in both], [score for _, score in both])
+    counts = judge.counts if isinstance(judge, EndpointJudge) else None
+    agreement = counts.agreement if counts is not None and counts.comparisons else None
+    return Made(len(scored), len(rows), counted, correlation, agreement, 0 if counts is None else counts.unread)
