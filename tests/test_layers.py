@@ -20,7 +20,8 @@ LAYERS = [
     ["training"],
     ["report"],
     ["rewards"],
-    ["alignment", "evidence", "inspection", "integrations", "ranking", "rounds"],
+    ["alignment", "evidence", "inspection", "integrations", "ranking"],
+    ["rounds"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

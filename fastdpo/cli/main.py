@@ -17,6 +17,7 @@ COMMANDS = {
     "chat": ("fastdpo.cli.chat", "talk to a model, or compare two and keep the pairs"),
     "merge": ("fastdpo.cli.merge", "merge an adapter into its base model, and check the result"),
     "generate": ("fastdpo.cli.generate", "make preference pairs from a model's own responses, labelled by a judge"),
+    "iterate": ("fastdpo.cli.iterate", "online DPO: rounds of generate, label, train"),
     "compare": ("fastdpo.cli.compare", "show several runs beside each other: metrics, settings, curves, samples"),
     "report": ("fastdpo.cli.report", "write the HTML report of a run again"),
     "score": ("fastdpo.cli.score", "score responses with a DPO model's implicit reward; RewardBench"),

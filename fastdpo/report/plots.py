@@ -39,6 +39,7 @@ def require_matplotlib() -> None:
 def training_curves(
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
     keys: Sequence[str] = ("loss", "rewards/margins", "rewards/accuracies"),
+    step_name: str = "optimizer step",
 ) -> list[tuple[str, Any]]:
     """One figure per metric that was logged, with a colour per run.
 
@@ -49,10 +50,10 @@ def training_curves(
         (metric, matplotlib Figure) in the order of `keys`.
     """
     logged = {key for history in histories.values() for entry in history for key in entry}
-    return [(key, _curve(histories, key)) for key in keys if {key, f"eval_{key}"} & logged]
+    return [(key, _curve(histories, key, step_name)) for key in keys if {key, f"eval_{key}"} & logged]
 
 
-def _curve(histories: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> Any:
+def _curve(histories: Mapping[str, Sequence[Mapping[str, Any]]], key: str, step_name: str) -> Any:
     """Training as a line, evaluation as a dashed line with markers."""
     figure = _new_figure(width=4.2, height=3.1)
     panel = figure.subplots()
@@ -75,7 +76,7 @@ def _curve(histories: Mapping[str, Sequence[Mapping[str, Any]]], key: str) -> An
                 markersize=4,
                 label=label,
             )
-    panel.set_xlabel("optimizer step")
+    panel.set_xlabel(step_name)
     panel.set_title(_AXIS_NAMES.get(key, key), loc="left", fontsize=10)
     _clean(panel)
     handles, names = panel.get_legend_handles_labels()

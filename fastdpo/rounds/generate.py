@@ -108,8 +108,16 @@ def read_prompts(rows: Iterable[Mapping[str, Any]]) -> list[Prompt]:
 
 
 def sample(model: Any, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[list[str]]:
-    """`num_responses` texts for each prompt. Prompts of similar length are generated together."""
-    ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    """`num_responses` texts for each prompt."""
+    drawn = sample_ids(model, tokenizer, prompts, sampling, seed)
+    return [[text.strip() for text in tokenizer.batch_decode(of, skip_special_tokens=True)] for of in drawn]
+
+
+def sample_ids(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, seed: int
+) -> list[list[list[int]]]:
+    """`num_responses` responses for each prompt as token ids. Prompts of similar length are generated together."""
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
     repeated = [ids[i] for i in order for _ in range(sampling.num_responses)]
     pad_id, eos_ids = special_ids(model, tokenizer)
@@ -123,14 +131,18 @@ def sample(model: Any, tokenizer: Any, prompts: Sequence[Prompt], sampling: Samp
         batch_size=sampling.batch_size,
         seed=seed,
     )
-    texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-    found: list[list[str]] = [[] for _ in prompts]
+    found: list[list[list[int]]] = [[] for _ in prompts]
     for place, i in enumerate(order):
-        found[i] = texts[place * sampling.num_responses : (place + 1) * sampling.num_responses]
+        found[i] = answers[place * sampling.num_responses : (place + 1) * sampling.num_responses]
     return found
 
 
-def _prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The tokens that a response goes on from.
+
+    Raises:
+        ValueError: messages, and a tokenizer without a chat template.
+    """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     if not has_chat_template(tokenizer):
@@ -185,9 +197,9 @@ def _scores(
     judge: Judge | EndpointJudge, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]
 ) -> list[list[float | None]]:
     if isinstance(judge, EndpointJudge):
-        return [list(judge.scores(_shown(prompt), said)) for prompt, said in zip(prompts, responses, strict=True)]
+        return [list(judge.scores(shown(prompt), said)) for prompt, said in zip(prompts, responses, strict=True)]
     flat_prompts = [prompt for prompt, said in zip(prompts, responses, strict=True) for _ in said]
-    flat = [_as_completion(prompt, text) for prompt, said in zip(prompts, responses, strict=True) for text in said]
+    flat = [as_completion(prompt, text) for prompt, said in zip(prompts, responses, strict=True) for text in said]
     scores = list(judge(flat_prompts, flat))
     if len(scores) != len(flat):
         raise ValueError(f"judge must return a score for each of {len(flat)} completions, got {len(scores)}")
@@ -201,13 +213,15 @@ def _scores(
     return found
 
 
-def _shown(prompt: Prompt) -> str:
+def shown(prompt: Prompt) -> str:
+    """A prompt as text, for a judge to read."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def _as_completion(prompt: Prompt, text: str) -> Any:
+def as_completion(prompt: Prompt, text: str) -> Any:
+    """A response in the form of its prompt: text, or a message."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
@@ -231,14 +245,14 @@ def make_rows(
             if len(set(of.scores)) < 2:
                 counted.num_prompts_without_pair += 1
                 continue
-            said = [_as_completion(prompt, text) for text in of.responses]
+            said = [as_completion(prompt, text) for text in of.responses]
             rows.append({"prompt": prompt, "responses": said, "scores": list(of.scores), **source})
             continue
         for better, worse in choose_pairs(of, pairing.way, pairing.margin, rng, counted):
             chosen, rejected = of.responses[better], of.responses[worse]
             lengths.append((len(chosen), len(rejected)))
             margins.append(of.scores[better] - of.scores[worse])
-            sides = {"chosen": _as_completion(prompt, chosen), "rejected": _as_completion(prompt, rejected)}
+            sides = {"chosen": as_completion(prompt, chosen), "rejected": as_completion(prompt, rejected)}
             judged = {"score_chosen": of.scores[better], "score_rejected": of.scores[worse]}
             rows.append({"prompt": prompt, **sides, **judged, **source})
     kept = balanced(lengths, margins) if pairing.balance_lengths else list(range(len(lengths)))

@@ -28,7 +28,7 @@ class Counted:
 
     num_responses: int = 0
     num_duplicates: int = 0
-    num_unscored: int = 0
+    num_unscored: int = 0  # or without text
     num_ties: int = 0  # pairs whose scores differ by no more than the margin
     num_prompts_without_pair: int = 0
     num_balanced_away: int = 0
@@ -46,7 +46,7 @@ def distinct(responses: Sequence[str], scores: Sequence[float | None], counted: 
     found: dict[str, float] = {}
     for response, score in zip(responses, scores, strict=True):
         counted.num_responses += 1
-        if score is None or not np.isfinite(score):
+        if score is None or not np.isfinite(score) or not response.strip():
             counted.num_unscored += 1
         elif response in found:
             counted.num_duplicates += 1

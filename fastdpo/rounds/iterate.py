@@ -1,0 +1,149 @@
+"""Online DPO in rounds: the model answers prompts, a judge makes pairs of the answers, the model trains on them.
+
+In: a Plan, and the three steps of a round as functions. Out: a folder per round with a manifest, which says what is
+done, so that a run that was killed at any moment goes on with the step that it was in. After every round the model
+answers held-out prompts: mean judged reward, win rate against the start, KL to the start. Iterated DPO is from Xu et
+al. (arXiv 2312.16682) and Guo et al. (arXiv 2402.04792).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+REFERENCES, STARTS = ("keep", "move"), ("last", "first")
+PLAN_FILE, MANIFEST = "iterate.json", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done in every round."""
+
+    model: str  # the start
+    num_rounds: int = 3
+    reference: str = "keep"  # keep: the start in every round. move: the model that the round starts from
+    start: str = "last"  # last: the last round's model trains on. first: every round trains the start anew
+    replay: str = "none"  # rows of earlier rounds to train on as well: none, all, or a number
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ValueError for what cannot work."""
+        if self.num_rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.num_rounds}")
+        for name, allowed in (("reference", REFERENCES), ("start", STARTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.replay not in ("none", "all") and not self.replay.isdigit():
+            raise ValueError(f"replay must be none, all or a number of rows, got {self.replay!r}")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A round's work; each step may be called again where it was stopped."""
+
+    make_pairs: Callable[[str, Path, int], None]  # (model, file to write, round)
+    train: Callable[[str, str, Path, Path], None]  # (start, reference, data, folder of the model)
+    evaluate: Callable[[str], dict[str, float]]  # (model) -> metrics
+
+
+def iterate(plan: Plan, output: Path, steps: Steps, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Runs the rounds that are not done, and returns the metrics of all: round 0 is the start.
+
+    Args:
+        settings: what else the results depend on; a folder of other settings is not gone on with.
+    Raises:
+        ValueError: the plan cannot work, or the folder is of another one.
+    """
+    plan.check()
+    output.mkdir(parents=True, exist_ok=True)
+    _check_same(output / PLAN_FILE, {**asdict(plan), **settings})
+    history = []
+    for number in range(plan.num_rounds + 1):
+        folder = output / f"round_{number}"
+        manifest = _read(folder / MANIFEST)
+        if number > 0:
+            _train_round(plan, output, number, manifest, steps)
+        if "metrics" not in manifest:
+            manifest["metrics"] = steps.evaluate(model_of(plan, output, number))
+            _write(folder / MANIFEST, manifest)
+        history.append({"round": number, **manifest["metrics"]})
+    return history
+
+
+def model_of(plan: Plan, output: Path, number: int) -> str:
+    """The model that a round leaves: a folder, or the start."""
+    return plan.model if number == 0 else str(output / f"round_{number}" / "model")
+
+
+def _train_round(plan: Plan, output: Path, number: int, manifest: dict[str, Any], steps: Steps) -> None:
+    folder = output / f"round_{number}"
+    last = model_of(plan, output, number - 1)
+    start = plan.model if plan.start == "first" else last
+    reference = plan.model if plan.reference == "keep" else last
+    if "pairs" not in manifest:
+        folder.mkdir(parents=True, exist_ok=True)
+        steps.make_pairs(last, folder / "pairs.jsonl", number)
+        manifest["pairs"] = sum(1 for _ in _lines(folder / "pairs.jsonl"))
+        _write(folder / MANIFEST, manifest)
+    if "trained" not in manifest:
+        data = _with_replay(plan, output, number)
+        steps.train(start, reference, data, folder / "model")
+        manifest["trained"] = {"start": start, "reference": reference, "rows": sum(1 for _ in _lines(data))}
+        _write(folder / MANIFEST, manifest)
+
+
+def _with_replay(plan: Plan, output: Path, number: int) -> Path:
+    """The file to train on: the round's pairs, and rows of earlier rounds."""
+    own = output / f"round_{number}" / "pairs.jsonl"
+    earlier = [line for n in range(1, number) for line in _lines(output / f"round_{n}" / "pairs.jsonl")]
+    if plan.replay == "none" or not earlier:
+        return own
+    if plan.replay != "all" and int(plan.replay) < len(earlier):
+        earlier = random.Random(plan.seed + number).sample(earlier, int(plan.replay))
+    path = own.with_name("train.jsonl")
+    path.write_text("".join([*_lines(own), *earlier]), encoding="utf-8")
+    return path
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        yield from file
+
+
+def _check_same(path: Path, settings: Mapping[str, Any]) -> None:
+    """Writes the settings of a new folder; of an old one all but the number of rounds must be the same."""
+    now = json.loads(json.dumps(settings))
+    before = _read(path)
+    differing = [key for key in now if before and key != "num_rounds" and before.get(key) != now[key]]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{name} must be {before.get(name)!r}, as in the rounds in {path.parent}, got {now[name]!r}; choose another"
+            " output_dir for other settings"
+        )
+    _write(path, now)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """The whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def win_rate(scores: Sequence[float | None], start_scores: Sequence[float | None]) -> float:
+    """Share of prompts whose response scores above the start's; a tie, or a response without a score, is half."""
+    wins = [
+        0.5 if a is None or b is None or a == b else float(a > b) for a, b in zip(scores, start_scores, strict=True)
+    ]
+    return sum(wins) / len(wins)

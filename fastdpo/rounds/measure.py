@@ -1,0 +1,66 @@
+"""How good and how far from the start a round's model is, on held-out prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastdpo.alignment.generate import Samples, kl_to_reference
+from fastdpo.alignment.results import Estimate
+from fastdpo.rounds.endpoint import EndpointJudge
+from fastdpo.rounds.generate import Prompt, Sampling, as_completion, prompt_ids, sample_ids, shown
+from fastdpo.rounds.iterate import win_rate
+from fastdpo.rounds.judges import Judge
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    judge: Judge | EndpointJudge,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    start: Any,
+    start_file: Path,
+) -> dict[str, float]:
+    """Mean judged reward, win rate against the start, KL to the start, tokens.
+
+    The KL is exact per token on the policy's own samples (see `kl_to_reference`), which estimates KL(policy || start)
+    without bias where they are drawn at temperature 1.
+
+    Args:
+        start: the start's model; None where `model` is the start, whose answers are then kept in `start_file`.
+    """
+    one = replace(sampling, num_responses=1)
+    said_ids = tuple(drawn[0] for drawn in sample_ids(model, tokenizer, prompts, one, sampling.seed))
+    answers = [text.strip() for text in tokenizer.batch_decode(said_ids, skip_special_tokens=True)]
+    known = json.loads(start_file.read_text()) if start is not None else {"answers": answers}
+    if isinstance(judge, EndpointJudge):
+        both = [judge.scores(shown(p), [a, s]) for p, a, s in zip(prompts, answers, known["answers"], strict=True)]
+        scores: list[float | None] = [pair[0] for pair in both]
+        start_scores: list[float | None] = [pair[1] for pair in both]
+    else:
+        said = [as_completion(prompt, text) for prompt, text in zip(prompts, answers, strict=True)]
+        scores = [None if score is None else float(score) for score in judge(list(prompts), said)]
+        start_scores = scores if start is None else known["scores"]
+    if start is None:
+        start_file.parent.mkdir(parents=True, exist_ok=True)
+        start_file.write_text(json.dumps({"answers": answers, "scores": scores}))
+    ids = tuple(prompt_ids(tokenizer, prompt) for prompt in prompts)
+    samples = Samples(tuple(map(shown, prompts)), tuple(answers), ids, said_ids)
+    kl = [0.0] * len(prompts) if start is None else kl_to_reference(model, start, samples, batch_size=8)
+    scored = [score for score in scores if score is not None]
+    if len(scored) < 2:
+        raise ValueError(f"judge must score at least two held-out answers, got {len(scored)} scores")
+    reward = Estimate.of(scored)
+    estimate = Estimate.of(kl)
+    return {
+        "reward": reward.mean,
+        "reward_stderr": reward.stderr,
+        "win_rate": win_rate(scores, start_scores),
+        "kl": estimate.mean,
+        "kl_stderr": estimate.stderr,
+        "tokens": sum(map(len, said_ids)) / len(said_ids),
+    }
