@@ -18,6 +18,7 @@ COMMANDS = {
     "merge": ("fastdpo.cli.merge", "merge an adapter into its base model, and check the result"),
     "generate": ("fastdpo.cli.generate", "make preference pairs from a model's own responses, labelled by a judge"),
     "iterate": ("fastdpo.cli.iterate", "online DPO: rounds of generate, label, train"),
+    "sweep": ("fastdpo.cli.sweep", "train over a grid of settings; one tokenization, one reference cache"),
     "compare": ("fastdpo.cli.compare", "show several runs beside each other: metrics, settings, curves, samples"),
     "report": ("fastdpo.cli.report", "write the HTML report of a run again"),
     "score": ("fastdpo.cli.score", "score responses with a DPO model's implicit reward; RewardBench"),

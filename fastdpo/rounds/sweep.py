@@ -1,0 +1,91 @@
+"""Runs over a grid of settings: which, which are done, and their results in one file.
+
+In: values by setting. Out: a folder per run, and results.jsonl with a line for each finished run. A sweep that was
+stopped goes on with the runs that are not in that file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdpo.training.callbacks.json_lines import append_lines, read_lines
+
+RESULTS_FILE = "results.jsonl"
+Params = dict[str, str]
+
+
+def read_params(given: Sequence[str]) -> dict[str, list[str]]:
+    """`["beta=0.1,0.3", "loss_type=sigmoid,ipo"]` as values by setting.
+
+    Raises:
+        ValueError: no name, no value, or a value twice.
+    """
+    found: dict[str, list[str]] = {}
+    for text in given:
+        name, sign, values = text.partition("=")
+        name = name.strip().lstrip("-").replace("-", "_")
+        parts = [value.strip() for value in values.split(",")]
+        if not (name and sign and all(parts)):
+            raise ValueError(f"param must be NAME=VALUE,VALUE,..., got {text!r}")
+        if name in found or len(set(parts)) < len(parts):
+            raise ValueError(f"param must name each setting and each value once, got {text!r}")
+        found[name] = parts
+    if not found:
+        raise ValueError("param must be given at least once, such as --param beta=0.03,0.1,0.3")
+    return found
+
+
+def combinations_of(params: Mapping[str, Sequence[str]], num_random: int | None = None, seed: int = 0) -> list[Params]:
+    """Every combination of the values, or `num_random` of them drawn without repeats, in the grid's order.
+
+    Raises:
+        ValueError: num_random is below 1.
+    """
+    grid = [dict(zip(params, values, strict=True)) for values in itertools.product(*params.values())]
+    if num_random is None:
+        return grid
+    if num_random < 1:
+        raise ValueError(f"random must be at least 1, got {num_random}")
+    places = sorted(random.Random(seed).sample(range(len(grid)), min(num_random, len(grid))))
+    return [grid[place] for place in places]
+
+
+def name_of(params: Params) -> str:
+    """A folder's name: beta=0.1,loss_type=ipo."""
+    return ",".join(f"{name}={value}" for name, value in params.items()).replace("/", "_")
+
+
+def sweep(
+    runs: Sequence[Params], output: Path, run_one: Callable[[Params, Path], dict[str, Any]], settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The results of all runs, in order; those that the file has are not run again.
+
+    Args:
+        run_one: trains and measures one run in a folder; may be called again where it was stopped.
+        settings: what all runs have in common; lines of other settings are refused.
+    Raises:
+        ValueError: the folder is of other settings.
+    """
+    path = output / RESULTS_FILE
+    now = json.loads(json.dumps(dict(settings)))
+    done: dict[str, dict[str, Any]] = {}
+    for line in read_lines(path):
+        if line["settings"] != now:
+            differing = next(key for key in {*now, *line["settings"]} if line["settings"].get(key) != now.get(key))
+            raise ValueError(
+                f"{differing} must be as in {path}, {line['settings'].get(differing)!r}, got {now.get(differing)!r};"
+                " choose another output_dir for other settings"
+            )
+        done[name_of(line["params"])] = line
+    for params in runs:
+        name = name_of(params)
+        if name not in done:
+            line = {"params": params, **run_one(params, output / name), "settings": now}
+            append_lines(path, [line])
+            done[name] = line
+    return [done[name_of(params)] for params in runs]

@@ -1,0 +1,59 @@
+"""`fastdpo sweep` trains every combination, computes the reference once, and ends with one table."""
+
+import json
+
+import pytest
+from cli_runs import run, save_model, save_rows, short
+
+
+@pytest.fixture
+def paths(tmp_path):
+    save_model(tmp_path / "model")
+    save_rows(tmp_path / "pairs.jsonl", 12)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat "}\n{"prompt": "a dog "}\n{"prompt": "today "}\n')
+    return tmp_path
+
+
+def options(paths, *more):
+    common = ("sweep", "--model", paths / "model", "--dataset", paths / "pairs.jsonl", "--output_dir", paths / "out")
+    return (*common, "--ref_cache_dir", paths / "cache", *short(), *more)
+
+
+def test_runs_results_and_frontier(capsys, paths):
+    judged = ("--judge", "length", "--eval_prompts", paths / "prompts.jsonl", "--max_new_tokens", "4")
+    more = ("--param", "beta=0.1,0.5", "--learning_rate", "1e-2", *judged)
+    code, out, err = run(capsys, *options(paths, *more))
+    assert code == 0, err
+    lines = [json.loads(line) for line in (paths / "out" / "results.jsonl").read_text().splitlines()]
+    assert [line["params"]["beta"] for line in lines] == ["0.1", "0.5"]
+    assert all(line["kl"] > 0 for line in lines)
+    assert (paths / "out" / "beta=0.5" / "model.safetensors").exists()
+    assert (paths / "out" / "sweep.html").exists()
+    assert out.count("cached:") == 2
+    assert "train 11 rows: 11 computed" in out  # by the first run, and found by the second
+    assert "train 11 rows: 11 found" in out
+    code, out, _ = run(capsys, *options(paths, *more))
+    assert code == 0
+    assert "optimizer steps" not in out  # nothing is trained again
+
+
+def test_a_dry_run_prints_the_commands(capsys, paths):
+    code, out, _ = run(capsys, *options(paths, "--param", "loss_type=sigmoid,ipo", "--dry_run"))
+    assert code == 0
+    assert "--loss_type ipo" in " ".join(out.split())
+    assert not (paths / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (("--param", "bta=0.1"), "--bta"),
+        (("--param", "beta=0.1", "--beta", "0.2"), "param must not name beta"),
+        (("--param", "beta=0.1", "--judge", "length"), "eval_prompts must be given"),
+        ((), "param must be given"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_a_line(capsys, paths, more, word):
+    code, _, err = run(capsys, *options(paths, *more))
+    assert code == 2
+    assert word in err
