@@ -143,7 +143,7 @@ class PackedTrainer(Trainer):
         self.packing_check = self._check_packing(self.model)
         if budget is not None:
             check_can_split(self)
-            self.add_callback(BudgetAtStart(self.train_dataset, self.collator, self._loss_of))
+            self.add_callback(BudgetAtStart(self, self._loss_of))
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **evaluated}.items():
             if dataset is not None:
