@@ -121,6 +121,7 @@ class PackedTrainer(Trainer):
                 f"data_collator must be None where max_tokens_per_microbatch is set, which splits batches, got {budget}"
             )
         self.collator = collator_for(args, tokenizer)
+        self.card = ModelCard(self)
         super().__init__(
             model=model,
             args=args,
@@ -128,14 +129,12 @@ class PackedTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[self.card, *(callbacks or ())],  # whoever hears of a checkpoint finds the card there
             **trainer_arguments,
         )
         tag_model(self.model, self.method)
-        self.saved = SavedModel(self.model, args, processor)
+        self.saved = SavedModel(self, processor)
         self.restored: list[SyncReference] = []  # what a checkpoint holds beside model and optimizer
-        self.card = ModelCard(self)
-        self.add_callback(self.card)
         self.model_accepts_loss_kwargs = True  # Trainer then counts items through _get_num_items_in_batch
         resolve_impl(args.impl, args.device, head_dtype(self.model, args))  # a named impl that cannot run raises here
         self.router_aux_loss_coef = router_coefficient(args, self.model)
