@@ -39,11 +39,11 @@ class ModelCard(TrainerCallback):
         self.run = run
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.write(args.output_dir)
+        self.run.create_model_card()
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer pushes a checkpoint before it calls `on_save`."""
-        self.write(args.output_dir)
+        self.run.create_model_card()
 
     def write(
         self,

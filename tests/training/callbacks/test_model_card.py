@@ -7,10 +7,10 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from tiny import make_llama, make_rows, make_tokenizer
-from tiny_runs import make_lora, tiny_trainer
+from tiny_runs import make_lora, tiny_config, tiny_trainer
 from transformers import TrainerCallback
 
-from fastdpo import SFTConfig, SFTTrainer
+from fastdpo import DPOTrainer, SFTConfig, SFTTrainer
 
 ROWS = make_rows(5, seed=1)
 
@@ -84,6 +84,18 @@ def test_it_is_there_when_a_users_callback_hears_of_a_checkpoint(tmp_path):
 
     tiny_trainer(tmp_path, callbacks=[Reader()], save_strategy="steps", save_steps=1, max_steps=2).train()
     assert found == [(1, True), (2, True)]
+
+
+def test_a_subclass_writes_a_card_of_its_own(tmp_path):
+    class OwnCard(DPOTrainer):
+        def create_model_card(self, *args, **metadata):
+            Path(self.args.output_dir, "README.md").write_text("my card")
+
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    OwnCard(
+        make_llama(), args=tiny_config(tmp_path, **saving), train_dataset=ROWS, processing_class=make_tokenizer()
+    ).train()
+    assert (tmp_path / "README.md").read_text() == "my card"
 
 
 def test_arguments_of_create_model_card_are_trls(trained):
