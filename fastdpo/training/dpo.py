@@ -259,7 +259,9 @@ class DPOTrainer(PackedTrainer):
     def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> StepResult:
         args = self.args
         if args.ld_alpha is not None and batch.shared_parts is None:
-            raise ValueError("data_collator must give shared_parts where ld_alpha is set, as PackingCollator can")
+            raise ValueError(
+                "data_collator must give shared_parts where ld_alpha is set, as PackingCollator(shared_parts=True) does"
+            )
         rankings = _rankings(batch.example_ids, batch.pairs) if is_listwise(args) else None
         ref_sums = self.reference.sums(model, batch)  # first: then the policy's head knows the weight of each pair
 
