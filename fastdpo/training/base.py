@@ -304,6 +304,8 @@ class PackedTrainer(Trainer):
         if not is_training:
             parts = [self._without_repeated_rows(part) for part in self._in_step(parts)]
         loss_sum = torch.stack([self._part_loss_sum(model, part) for part in parts]).sum()
+        if self._evaluation is not None and not is_training:
+            self._evaluation.end_batch()
         if num_items_in_batch is None or not is_training:
             loss = loss_sum / max(sum(self._num_items(part) for part in parts if FOR_NOTHING not in part), 1)
         else:  # gradients are averaged over processes, the divisor already counts the items of all of them
@@ -376,8 +378,6 @@ class PackedTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
-        if self._evaluation is not None:
-            self._evaluation.end_batch()
         return loss.detach(), None, None
 
     def evaluation_loop(
