@@ -121,6 +121,7 @@ class PackedTrainer(Trainer):
                 f"data_collator must be None where max_tokens_per_microbatch is set, which splits batches, got {budget}"
             )
         self.collator = collator_for(args, tokenizer)
+        self.card = ModelCard(self)
         super().__init__(
             model=model,
             args=args,
@@ -128,14 +129,12 @@ class PackedTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[self.card, *(callbacks or ())],  # whoever hears of a checkpoint finds the card there
             **trainer_arguments,
         )
         tag_model(self.model, self.method)
-        self.saved = SavedModel(self.model, args, processor)
+        self.saved = SavedModel(self, processor)
         self.restored: list[SyncReference] = []  # what a checkpoint holds beside model and optimizer
-        self.card = ModelCard(self)
-        self.add_callback(self.card)
         self.model_accepts_loss_kwargs = True  # Trainer then counts items through _get_num_items_in_batch
         resolve_impl(args.impl, args.device, head_dtype(self.model, args))  # a named impl that cannot run raises here
         self.router_aux_loss_coef = router_coefficient(args, self.model)
@@ -143,7 +142,7 @@ class PackedTrainer(Trainer):
         self.packing_check = self._check_packing(self.model)
         if budget is not None:
             check_can_split(self)
-            self.add_callback(BudgetAtStart(self.train_dataset, self.collator, self._loss_of))
+            self.add_callback(BudgetAtStart(self, self._loss_of))
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **evaluated}.items():
             if dataset is not None:
@@ -305,6 +304,8 @@ class PackedTrainer(Trainer):
         if not is_training:
             parts = [self._without_repeated_rows(part) for part in self._in_step(parts)]
         loss_sum = torch.stack([self._part_loss_sum(model, part) for part in parts]).sum()
+        if self._evaluation is not None and not is_training:
+            self._evaluation.end_batch()
         if num_items_in_batch is None or not is_training:
             loss = loss_sum / max(sum(self._num_items(part) for part in parts if FOR_NOTHING not in part), 1)
         else:  # gradients are averaged over processes, the divisor already counts the items of all of them
@@ -338,6 +339,8 @@ class PackedTrainer(Trainer):
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return inputs
+        if inputs.get("example_ids") is None:
+            raise ValueError("data_collator must give example_ids in an evaluation on several processes, got None")
         num_rows = self.args.eval_batch_size
         return self._first_rows(inputs, min(max(state.remainder - self.args.process_index * num_rows, 0), num_rows))
 
@@ -375,8 +378,6 @@ class PackedTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
-        if self._evaluation is not None:
-            self._evaluation.end_batch()
         return loss.detach(), None, None
 
     def evaluation_loop(

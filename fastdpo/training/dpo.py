@@ -237,7 +237,7 @@ class DPOTrainer(PackedTrainer):
 
     def _first_rows(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
         is_kept = inputs["example_ids"][inputs["pairs"][:, 0]] < num_rows
-        of_pairs = [name for name in ("pairs", "shared_parts") if inputs[name] is not None]
+        of_pairs = [name for name in ("pairs", "shared_parts") if inputs.get(name) is not None]
         return {**inputs, **{name: inputs[name][is_kept] for name in of_pairs}}
 
     def _tell_step(self, parts: list[dict[str, Any]], reduce: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -259,8 +259,9 @@ class DPOTrainer(PackedTrainer):
     def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> StepResult:
         args = self.args
         if args.ld_alpha is not None and batch.shared_parts is None:
-            raise ValueError("data_collator must give shared_parts where ld_alpha is set, as PackingCollator can")
-        assert batch.example_ids is not None
+            raise ValueError(
+                "data_collator must give shared_parts where ld_alpha is set, as PackingCollator(shared_parts=True) does"
+            )
         rankings = _rankings(batch.example_ids, batch.pairs) if is_listwise(args) else None
         ref_sums = self.reference.sums(model, batch)  # first: then the policy's head knows the weight of each pair
 
@@ -298,12 +299,19 @@ class DPOTrainer(PackedTrainer):
             num_items = self._num_items({"pairs": batch.pairs, "example_ids": batch.example_ids})
             loss, balance = with_load_balancing(loss, policy.aux_loss, self.router_aux_loss_coef, num_items)
             metrics.update(balance)
-        values = None if model.training else pair_values(scores, batch, args.beta, per_token=per_token)
+        is_asked = self._evaluation is not None and self._evaluation.predictions is not None
+        values = pair_values(scores, batch, args.beta, per_token=per_token) if is_asked else None
         return StepResult(loss, metrics, values)
 
 
-def _rankings(example_ids: Tensor, pairs: Tensor) -> Tensor:
-    """(B,) the ranking that each of (B, 2) pairs of sequences is a stage of: every example of the batch brings one."""
+def _rankings(example_ids: Tensor | None, pairs: Tensor) -> Tensor:
+    """(B,) the ranking that each of (B, 2) pairs of sequences is a stage of: every example of the batch brings one.
+
+    Raises:
+        ValueError: a collator does not say which example a sequence is of.
+    """
+    if example_ids is None:
+        raise ValueError("data_collator must give example_ids where the loss is one of rankings, got None")
     return example_ids[pairs[:, 0]]
 
 

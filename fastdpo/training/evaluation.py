@@ -20,7 +20,7 @@ class StepResult:
 
     loss: Tensor  # (), summed over the micro-batch's items, with a graph
     metrics: dict[str, SumAndWeight]
-    pair_values: dict[str, Tensor] | None = None  # (B,) each, as in `callbacks/predictions.py`; in evaluation alone
+    pair_values: dict[str, Tensor] | None = None  # (B,) each, as in `callbacks/predictions.py`; where asked for
 
 
 @dataclass

@@ -37,3 +37,6 @@ class Run(Protocol):
     reference_reason: str  # how the reference was chosen, in words
     warnings_given: dict[str, str]  # of training, by name
     dataset_name: str | None  # for the model card
+
+    def create_model_card(self) -> None:
+        """Writes README.md into the output directory."""

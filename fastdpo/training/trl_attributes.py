@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fastdpo.losses import is_listwise
 from fastdpo.references import FrozenReference, Reference
 from fastdpo.references.adapters import REFERENCE_ADAPTER, is_peft_model
 
@@ -71,13 +72,20 @@ class _LossSetting:
         return [1.0] * len(trainer.args.loss_type) if is_default else value
 
     def __set__(self, trainer: Any, value: Any) -> None:
-        before = getattr(trainer.args, self.name)
-        setattr(trainer.args, self.name, value)
+        args = trainer.args
+        before, was_listwise = getattr(args, self.name), is_listwise(args)
+        setattr(args, self.name, value)
         try:
-            trainer.args.check()
+            args.check()
+            if is_listwise(args) and not was_listwise:
+                raise ValueError(
+                    f"loss_type must name a loss of rankings in the config already, got {value!r} later: the rows of"
+                    " this trainer have been prepared as pairs"
+                )
         except ValueError:
-            setattr(trainer.args, self.name, before)
+            setattr(args, self.name, before)
             raise
+        trainer.collator.shared_parts = args.ld_alpha is not None
 
 
 def with_trl_attributes(trainer_class: type[T]) -> type[T]:

@@ -9,6 +9,7 @@ from fastdpo.data.batches.microbatches import padded_microbatches
 from fastdpo.data.prepare import prepare_preference_dataset
 from fastdpo.data.rows.loss_rows import ranking_of, with_shared_parts
 from fastdpo.data.values import BadRow
+from fastdpo.training.inputs.collator import PackingCollator
 
 
 def test_a_pair_gets_both_responses_up_to_their_shared_length():
@@ -32,6 +33,17 @@ def test_pairs_of_a_group_each_have_a_shared_length_of_their_own():
     group = with_shared_parts(TokenizedGroup([1], [[5, 6, 7], [8, 9], [4]], preferences=((0, 1), (0, 2))))
     assert group.preferences == ((0, 1), (4, 5))
     assert [sum(mask) for mask in group.loss_masks] == [3, 2, 2, 2, 3, 1, 1, 1]
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_batch_takes_other_responses_for_no_shared_parts(is_packed):
+    collate = PackingCollator(is_packed=is_packed, shared_parts=True)
+    cut = with_shared_parts(TokenizedPair([1, 2], [5, 6, 7], [8]))
+    others = TokenizedGroup([3], [[5], [6], [7], [8], [9], [10]])  # six responses, of which two are compared
+    assert collate([vars(cut), vars(cut)])["shared_parts"].tolist() == [[2, 3], [6, 7]]
+    for rows in ([others], [cut, others], [TokenizedPair([3], [5], [6])], [others, TokenizedPair([4], [5], [6])]):
+        with pytest.raises(ValueError, match="ld_alpha must be None for these rows"):
+            collate([vars(row) for row in rows])
 
 
 def test_shared_parts_cost_no_token_and_count_none():

@@ -174,3 +174,25 @@ def test_the_model_is_tagged_and_its_card_too(tmp_path, make_adapter):
     card = (tmp_path / "README.md").read_text()
     metadata = card.split("---")[1]
     assert all(f"- {tag}\n" in metadata for tag in ("fastdpo", "dpo", "trl", "mine"))
+
+
+def test_ld_alpha_can_be_taken_off_and_put_back(tmp_path):
+    rows = make_rows(4, seed=1)
+    plain = tiny_trainer(tmp_path / "plain", ref_model=make_llama(seed=7)).evaluate(rows)["eval_loss"]
+    trainer = tiny_trainer(tmp_path / "ld", ref_model=make_llama(seed=7), ld_alpha=0.25)
+    weighed = trainer.evaluate(rows)["eval_loss"]
+    assert abs(weighed - plain) > 1e-3
+    trainer.ld_alpha = None
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(plain, rel=1e-5)
+    trainer.ld_alpha = 0.25
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(weighed, rel=1e-5)
+
+
+def test_a_setting_that_needs_other_rows_is_refused_once_they_are_prepared(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"loss_type must .* got \['plackett_luce'\] later"):
+        trainer.loss_types = ["plackett_luce"]
+    assert trainer.loss_types == ["sigmoid"]
+    trainer.ld_alpha = 0.5
+    with pytest.raises(ValueError, match="ld_alpha must be None for these rows"):
+        trainer.train()

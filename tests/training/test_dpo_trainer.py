@@ -96,6 +96,25 @@ def visited_rows(trainer):
     return visited
 
 
+def test_a_collator_of_ones_own_needs_example_ids_for_rankings_alone(tmp_path):
+    def evaluated(output_dir, *, of_ones_own, **settings):
+        trainer = tiny_trainer(
+            output_dir,
+            eval_dataset=make_rows(5, seed=1),
+            compute_metrics=lambda prediction: {"first": float(prediction.predictions["rejected_logps"][0])},
+            **settings,
+        )
+        if of_ones_own:
+            trainer.data_collator = lambda rows: {**trainer.collator(rows), "example_ids": None}
+        trainer.train()
+        metrics = trainer.evaluate()
+        return metrics["eval_loss"], metrics["eval_first"]
+
+    assert evaluated(tmp_path / "a", of_ones_own=True) == evaluated(tmp_path / "b", of_ones_own=False)
+    with pytest.raises(ValueError, match="data_collator must give example_ids"):
+        evaluated(tmp_path / "c", of_ones_own=True, loss_type="plackett_luce")
+
+
 @pytest.mark.parametrize(
     ("batch_size", "accumulation", "num_rows"), [(8, 1, 48), (1, 8, 48), (2, 3, 5)], ids=["8x1", "1x8", "5 as 2+2+1"]
 )

@@ -95,12 +95,19 @@ class _BatchBuilder:
         """(B, 2): the sequences that hold the shared parts of each pair.
 
         Raises:
-            ValueError: there are none.
+            ValueError: a row has other responses there, or none.
         """
-        if len(self.token_rows) < 2 * SHARED_PARTS_AFTER * len(pairs):
-            raise ValueError(
-                "ld_alpha must be None for these rows: they lack the responses up to the length that each pair shares"
-            )
+        labels = _concatenate(self.labels).numpy()
+        counted = [labels[rows] for rows in self.token_rows]
+        for pair in self.pairs:
+            num_shared = min(len(counted[side]) for side in pair)
+            for side in pair:
+                part = side + SHARED_PARTS_AFTER
+                if part >= len(counted) or not np.array_equal(counted[part], counted[side][:num_shared]):
+                    raise ValueError(
+                        "ld_alpha must be None for these rows: they lack the responses up to the length that each pair"
+                        " shares"
+                    )
         return pairs + SHARED_PARTS_AFTER
 
 

@@ -33,13 +33,17 @@ _NAMES_IN_TRANSFORMERS = {"finetuned_from": "base_model", "dataset": "datasets",
 
 
 class ModelCard(TrainerCallback):
-    """Writes README.md at every checkpoint, and where it is told to."""
+    """Writes README.md at every checkpoint, before each upload, and where it is told to."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.write(args.output_dir)
+        self.run.create_model_card()
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trainer pushes a checkpoint before it calls `on_save`."""
+        self.run.create_model_card()
 
     def write(
         self,

@@ -35,7 +35,8 @@ _EXAMPLE = "example"
 
 
 def pair_values(scores: PairScores, batch: PackedBatch, beta: float, *, per_token: bool = False) -> dict[str, Tensor]:
-    """(B,) each: PAIR_VALUES, lengths, and which example of the collated batch a pair belongs to.
+    """(B,) each: PAIR_VALUES, lengths, and which example of the collated batch a pair belongs to: 0 where a collator
+    does not say.
 
     Args:
         per_token: rewards are means over tokens, as in the metrics of the run.
@@ -44,7 +45,6 @@ def pair_values(scores: PairScores, batch: PackedBatch, beta: float, *, per_toke
     chosen = batch.pairs[:, 0]
     assert scores.chosen_lengths is not None
     assert scores.rejected_lengths is not None
-    assert batch.example_ids is not None
     values = {
         "chosen_logps": scores.policy_chosen_logps,
         "rejected_logps": scores.policy_rejected_logps,
@@ -54,7 +54,7 @@ def pair_values(scores: PairScores, batch: PackedBatch, beta: float, *, per_toke
         "rejected_rewards": rejected_rewards,
         "chosen_lengths": scores.chosen_lengths,
         "rejected_lengths": scores.rejected_lengths,
-        _EXAMPLE: batch.example_ids[chosen],
+        _EXAMPLE: torch.zeros_like(chosen) if batch.example_ids is None else batch.example_ids[chosen],
     }
     return {name: value.detach() for name, value in values.items()}
 

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from fastdpo.data.batches.lengths import row_lengths
 from fastdpo.data.prepare import group_from_columns
 from fastdpo.training.inputs.collator import PackingCollator
+from fastdpo.training.run import Run
 from fastdpo.training.setup.optimizers import optimizer_name, optimizer_state_bytes, trained_parameters
 from fastdpo.types import PackedBatch
 
@@ -183,17 +184,17 @@ class BudgetAtStart(TrainerCallback):
     """Finds the limit for "auto" when model, optimizer and checkpointing are in their final state.
 
     Args:
-        collator: is told the number.
+        run: whose collator is told the number.
         loss_of: the loss of a micro-batch, with a graph, in the precision of the run.
     """
 
-    def __init__(self, dataset: Any, collator: PackingCollator, loss_of: Callable[[PackedBatch], Tensor]) -> None:
-        self.dataset, self.collator, self.loss_of = dataset, collator, loss_of
+    def __init__(self, run: Run, loss_of: Callable[[PackedBatch], Tensor]) -> None:
+        self.run, self.loss_of = run, loss_of
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        if args.max_tokens_per_microbatch != "auto" or self.collator.max_tokens is not None:
+        if args.max_tokens_per_microbatch != "auto" or self.run.collator.max_tokens is not None:
             return
         meter = self.meter(args.device)
         if meter is None:
@@ -201,17 +202,17 @@ class BudgetAtStart(TrainerCallback):
             return
         reserved = optimizer_bytes(model, optimizer, optimizer_name(args))
         run_rows = partial(self.run_rows, model, args.device)
-        fitting = tokens_that_fit(run_rows, self.dataset, self.collator, meter, reserved)
-        self.collator.max_tokens = fitting
+        fitting = tokens_that_fit(run_rows, self.run.train_dataset, self.run.collator, meter, reserved)
+        self.run.collator.max_tokens = fitting
         logger.warning(f"max_tokens_per_microbatch='auto' found space for {fitting} tokens")
-        check_row_sizes(self.dataset, "train", self.collator, args.on_oversized_row)
+        check_row_sizes(self.run.train_dataset, "train", self.run.collator, args.on_oversized_row)
 
     def run_rows(self, model: nn.Module, device: torch.device, rows: list[dict[str, Any]]) -> None:
         """Runs one micro-batch forward and backward as in training, and drops its gradients."""
         was_training = model.training
         model.train()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            self.loss_of(PackedBatch(**self.collator(rows)).to(device)).backward()
+            self.loss_of(PackedBatch(**self.run.collator(rows)).to(device)).backward()
         model.zero_grad(set_to_none=True)
         model.train(was_training)
 

@@ -11,12 +11,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastdpo.modeling.backbone import is_composite
 from fastdpo.modeling.packed import bare_model
 from fastdpo.references.adapters import is_peft_model
-from fastdpo.training.settings.engine import EngineConfig
+from fastdpo.training.run import Run
 from fastdpo.training.setup.checkpoint_keys import check_all_loaded
 from fastdpo.training.setup.models import model_name, where_from
 from fastdpo.training.setup.source_files import OtherParts, add_other_parts, copy_processor_files, other_parts
@@ -29,28 +28,28 @@ class SavedModel:
         processor: that brought the tokenizer, where one was given.
     """
 
-    def __init__(self, model: nn.Module, args: EngineConfig, processor: Any) -> None:
-        self.model, self.args, self.processor = model, args, processor
+    def __init__(self, run: Run, processor: Any) -> None:
+        self.run, self.processor = run, processor
 
     def add_to(self, folder: str) -> None:
         """Writes what belongs beside the weights in `folder`: processor files, and what the original checkpoint holds
         that was not loaded."""
         self.save_processor(folder)
-        if self._other_parts is not None and not is_peft_model(self.model):
-            add_other_parts(bare_model(self.model), self._other_parts, folder)
+        if self._other_parts is not None and not is_peft_model(self.run.model):
+            add_other_parts(bare_model(self.run.model), self._other_parts, folder)
 
     def save_processor(self, folder: str) -> None:
         """What turns images and sound into the model's inputs, as it came, beside the tokenizer."""
         if self.processor is not None:
             self.processor.save_pretrained(folder)
-        bare = bare_model(self.model)
+        bare = bare_model(self.run.model)
         if is_composite(bare) or self._other_parts is not None:
-            copy_processor_files(model_name(bare), folder, where_from(self.args.init_kwargs()))
+            copy_processor_files(model_name(bare), folder, where_from(self.run.args.init_kwargs()))
 
     @cached_property
     def _other_parts(self) -> OtherParts | None:
-        bare = bare_model(self.model)
-        return other_parts(bare, model_name(bare), where_from(self.args.init_kwargs()))
+        bare = bare_model(self.run.model)
+        return other_parts(bare, model_name(bare), where_from(self.run.args.init_kwargs()))
 
     def load(self, folder: str | None) -> bool:
         """Reads whole weights into the model, which must not be sharded; False where an adapter is what was saved.
@@ -58,8 +57,8 @@ class SavedModel:
         Raises:
             ValueError: a weight is missing in the folder, or one is there that the model does not have.
         """
-        bare = bare_model(self.model)
-        if folder is None or is_peft_model(self.model) or not hasattr(type(bare), "from_pretrained"):
+        bare = bare_model(self.run.model)
+        if folder is None or is_peft_model(self.run.model) or not hasattr(type(bare), "from_pretrained"):
             return False
         widest = max((p.dtype for p in bare.parameters()), key=lambda dtype: dtype.itemsize)
         loaded, info = type(bare).from_pretrained(folder, dtype=widest, output_loading_info=True)

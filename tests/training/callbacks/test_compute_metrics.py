@@ -7,9 +7,11 @@ import math
 
 import numpy as np
 import pytest
-from tiny import make_llama, make_rows
-from tiny_runs import logged, tiny_trainer
+import torch
+from tiny import make_llama, make_rows, make_tokenizer
+from tiny_runs import logged, tiny_config, tiny_trainer
 
+from fastdpo import DPOTrainer
 from fastdpo.training.callbacks.predictions import PAIR_VALUES
 
 ROWS = make_rows(7, seed=1)
@@ -28,6 +30,28 @@ def evaluated(output_dir, **settings):
         output_dir, ref_model=make_llama(seed=7), eval_dataset=ROWS, compute_metrics=compute_metrics, **settings
     )
     return fast.evaluate(), seen
+
+
+def test_a_prediction_step_of_a_subclass_needs_no_more_than_compute_loss(tmp_path):
+    seen = []
+
+    class OwnStep(DPOTrainer):
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+            with torch.no_grad():
+                loss, _ = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+            return loss, None, None
+
+    for kind in (OwnStep, DPOTrainer):
+        kind(
+            make_llama(),
+            make_llama(seed=7),
+            tiny_config(tmp_path, per_device_eval_batch_size=3),
+            eval_dataset=ROWS,
+            processing_class=make_tokenizer(),
+            compute_metrics=lambda prediction: seen.append(prediction.predictions["rejected_logps"].tolist()) or {},
+        ).evaluate()
+    assert len(seen[0]) == 7
+    assert seen[0] == seen[1]
 
 
 def one_by_one(output_dir):

@@ -1,14 +1,16 @@
 """The card of a trained model: its facts, where it is written, and that it goes along to the hub (a fake one)."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from tiny import make_llama, make_rows, make_tokenizer
-from tiny_runs import make_lora, tiny_trainer
+from tiny_runs import make_lora, tiny_config, tiny_trainer
+from transformers import TrainerCallback
 
-from fastdpo import SFTConfig, SFTTrainer
+from fastdpo import DPOTrainer, SFTConfig, SFTTrainer
 
 ROWS = make_rows(5, seed=1)
 
@@ -72,6 +74,30 @@ def test_it_is_written_with_every_checkpoint_and_where_the_model_is_saved(tmp_pa
     assert "# elsewhere" in (tmp_path / "elsewhere" / "README.md").read_text()
 
 
+def test_it_is_there_when_a_users_callback_hears_of_a_checkpoint(tmp_path):
+    found = []
+
+    class Reader(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            text = Path(args.output_dir, "README.md").read_text(encoding="utf-8")
+            found.append((state.global_step, f"| optimizer steps | {state.global_step} of" in text))
+
+    tiny_trainer(tmp_path, callbacks=[Reader()], save_strategy="steps", save_steps=1, max_steps=2).train()
+    assert found == [(1, True), (2, True)]
+
+
+def test_a_subclass_writes_a_card_of_its_own(tmp_path):
+    class OwnCard(DPOTrainer):
+        def create_model_card(self, *args, **metadata):
+            Path(self.args.output_dir, "README.md").write_text("my card")
+
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    OwnCard(
+        make_llama(), args=tiny_config(tmp_path, **saving), train_dataset=ROWS, processing_class=make_tokenizer()
+    ).train()
+    assert (tmp_path / "README.md").read_text() == "my card"
+
+
 def test_arguments_of_create_model_card_are_trls(trained):
     trained.create_model_card("A name", "someone/pairs", ["extra"], license="mit")
     card = ModelCard.load(f"{trained.args.output_dir}/README.md")
@@ -127,24 +153,40 @@ def test_sft_has_a_card_too(tmp_path):
     assert ModelCard.load(str(tmp_path / "README.md")).data.tags == ["fastdpo", "sft"]
 
 
+class FakeHub:
+    """Keeps what is uploaded: the arguments, and the files of the run's folder at that moment, by name."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.uploads = folder, []
+        monkeypatch.setattr("transformers.trainer.hf_api", lambda: self)
+
+    def create_repo(self, name, **_):
+        return SimpleNamespace(repo_id=f"someone/{name}")
+
+    def upload_folder(self, **arguments):
+        files = {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
+        self.uploads.append((arguments, files))
+        return SimpleNamespace(done=lambda: True, result=lambda: None)
+
+
 def test_push_to_hub_uploads_model_and_card(tmp_path, monkeypatch):
-    uploads = []
-
-    def upload_folder(**arguments):
-        files = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-        uploads.append((arguments, files))
-
-    hub = SimpleNamespace(
-        create_repo=lambda name, **_: SimpleNamespace(repo_id=f"someone/{name}"), upload_folder=upload_folder
-    )
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    hub = FakeHub(tmp_path / "run", monkeypatch)
     fast = tiny_trainer(tmp_path / "run", max_steps=1)
     fast.train()
     fast.push_to_hub(dataset_name="someone/pairs", tags="extra")
-    [(arguments, files)] = uploads
+    [(arguments, files)] = hub.uploads
     assert arguments["repo_id"] == "someone/run"
     assert arguments["folder_path"] == str(tmp_path / "run")
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(files)
     text = files["README.md"].decode()
     assert 'from_pretrained("someone/run")' in text
     assert "- extra" in text
+
+
+def test_every_checkpoint_that_is_pushed_has_the_card_of_its_step(tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path / "run", monkeypatch)
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    tiny_trainer(tmp_path / "run", push_to_hub=True, hub_always_push=True, **saving).train()
+    cards = [files["README.md"].decode() for _, files in hub.uploads[:2]]
+    for step, card in enumerate(cards, start=1):
+        assert f"| optimizer steps | {step} of 4 rows each" in card

@@ -403,7 +403,7 @@ def test_auto_is_found_once_from_memory_and_leaves_no_trace(tmp_path, monkeypatc
     assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-5)
     assert auto.state.log_history[0]["num_tokens"] == plain.state.log_history[0]["num_tokens"]
     # what more memory holds is what it costs, measured again on batches of other sizes
-    meter, budget = SavedTensors(0), BudgetAtStart(auto.train_dataset, auto.collator, auto._loss_of)
+    meter, budget = SavedTensors(0), BudgetAtStart(auto, auto._loss_of)
     auto.collator.max_tokens = None
     batches = [list(auto.train_dataset)[:num_rows] for num_rows in (40, 400)]
     sizes = [auto.collator(batch)["input_ids"].numel() for batch in batches]
@@ -411,6 +411,16 @@ def test_auto_is_found_once_from_memory_and_leaves_no_trace(tmp_path, monkeypatc
     peaks = [meter.peak_of(partial(run_rows, batch)) for batch in batches]
     per_token = (peaks[1] - peaks[0]) / (sizes[1] - sizes[0])
     assert (found[80e6] - found[40e6]) * per_token == pytest.approx(0.85 * 40e6, rel=0.1)
+
+
+def test_auto_measures_the_rows_that_are_trained_on_with_their_cached_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr(BudgetAtStart, "meter", lambda self, device: SavedTensors(80e6))
+    cached = {"reference": "cached", "ref_cache_dir": str(tmp_path / "cache")}
+    trainer = dpo_trainer(
+        tmp_path, STRESS, per_device_train_batch_size=4, max_tokens_per_microbatch="auto", max_steps=1, **cached
+    )
+    trainer.train()
+    assert trainer.collator.max_tokens > 17
 
 
 def test_auto_sets_no_limit_on_a_cpu(tmp_path):

@@ -89,6 +89,15 @@ def test_a_text_only_class_is_saved_as_the_whole_that_it_came_from(tmp_path):
     assert (saved / "preprocessor_config.json").is_file()
 
 
+def test_a_merged_adapter_is_saved_as_the_whole_that_its_base_came_from(tmp_path):
+    path, _ = saved_folder(tmp_path, "qwen3_5")
+    trainer = tiny_trainer(tmp_path / "out", model=str(path), processing_class=None, peft_config=make_lora())
+    trainer.train()
+    trainer.model = trainer.model.merge_and_unload()
+    trainer.save_model()
+    assert keys(tmp_path / "out") == keys(path)
+
+
 def test_weights_in_several_files_are_completed_too(tmp_path):
     from fastdpo.training.setup.source_files import add_other_parts, other_parts
 
