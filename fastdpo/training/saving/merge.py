@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ def merge_adapter(
     try:
         merged.save_pretrained(partial)
         load_tokenizer(adapter, args.init_kwargs()).save_pretrained(partial)
-        SavedModel(merged, args, None).add_to(str(partial))
+        run: Any = SimpleNamespace(model=merged, args=args)
+        SavedModel(run, None).add_to(str(partial))
         again = _logits(load_model(str(partial), args.init_kwargs()).eval(), ids)
         error = _check(again, expected, effect, "the model as read back")
         if target.exists():
