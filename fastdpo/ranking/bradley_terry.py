@@ -212,7 +212,8 @@ def _to_parameters(
 ) -> NDArray[np.float64]:
     """(P,), the design matrix transposed times `weights` (N,); row n has 1 for its first model, -1 for its second."""
     num_models = len(comparisons.models)
-    sums = np.bincount(comparisons.first, weights, num_models) - np.bincount(comparisons.second, weights, num_models)
+    won = np.bincount(comparisons.first, weights, num_models)
+    sums = np.asarray(won - np.bincount(comparisons.second, weights, num_models), np.float64)
     return sums if covariate is None else np.append(sums, weights @ covariate)
 
 
@@ -223,8 +224,8 @@ def _products(
     num_models = len(comparisons.models)
     cells = comparisons.first * num_models + comparisons.second
     between = np.bincount(cells, weights, num_models**2).reshape(num_models, num_models)
-    between += between.T
-    of_models = np.diag(between.sum(1)) - between
+    between = between + between.T
+    of_models: NDArray[np.float64] = np.diag(between.sum(1)) - between
     if covariate is None:
         return of_models
     crossed = _to_parameters(comparisons, weights * covariate, None)

@@ -34,6 +34,8 @@ LENGTHS = (("length_a", "length_b"), ("tokens_a", "tokens_b"), ("num_tokens_a", 
 TEXTS = (("response_a", "response_b"), ("answer_a", "answer_b"), ("conversation_a", "conversation_b"))
 _ARENA = ("sum_assistant_a_tokens", "sum_assistant_b_tokens")  # in `conv_metadata`
 _OUTCOMES = {1: 1.0, 2: 0.0, 1.5: 0.5, 0: 0.5}  # of a winner that is a number
+_VERDICT = re.compile(r"[\s\[]*A\s*(>+|=+|<+)\s*B[\s\]]*", re.IGNORECASE)  # Arena-Hard's judge: [[A>>B]], [[A=B]], ...
+_MIRRORED = str.maketrans("ABab", "BABA")
 _SIDE = re.compile(r"((model|response|answer|output|assistant|side|option|candidate|conversation)_?)?([a-z0-9]+)")
 
 
@@ -55,19 +57,28 @@ class Comparisons:
             numbers = getattr(self, name)
             if numbers.shape != (num_rows,) or (num_rows and not 0 <= numbers.min() <= numbers.max() < num_models):
                 raise ValueError(f"{name} must hold {num_rows} numbers from 0 to {num_models - 1}, got {numbers}")
-        if not ((self.outcomes >= 0) & (self.outcomes <= 1)).all():
-            raise ValueError("outcomes must lie between 0 and 1")
+        if not np.isin(self.outcomes, (0, 0.5, 1)).all():
+            raise ValueError("outcomes must be 1, 0 or, for a tie, 0.5")
         if (self.first == self.second).any():
             raise ValueError("first and second must differ: a model cannot be compared with itself")
 
     def counts(self) -> NDArray[np.int64]:
         """(K, 3): wins, ties and losses of each model."""
-        counts = np.zeros((len(self.models), 3), np.int64)
-        for sides, of_win, of_loss in ((self.first, 0, 2), (self.second, 2, 0)):
-            np.add.at(counts, (sides[self.outcomes == 1], of_win), 1)
-            np.add.at(counts, (sides[(self.outcomes > 0) & (self.outcomes < 1)], 1), 1)
-            np.add.at(counts, (sides[self.outcomes == 0], of_loss), 1)
-        return counts
+        results = ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0))  # for the first model, and for the second one
+        counts = [
+            np.bincount(self.first[self.outcomes == of_first], minlength=len(self.models))
+            + np.bincount(self.second[self.outcomes == of_second], minlength=len(self.models))
+            for of_first, of_second in results
+        ]
+        return np.stack(counts, axis=1)
+
+    def points(self) -> NDArray[np.float64]:
+        """(K, K): what model i took in its comparisons with model j, 1 for a win and half for a tie."""
+        num_models = len(self.models)
+        points = np.zeros((num_models, num_models))
+        np.add.at(points, (self.first, self.second), self.outcomes)
+        np.add.at(points, (self.second, self.first), 1 - self.outcomes)
+        return points
 
     def without(self, models: Sequence[str]) -> Comparisons:
         """The comparisons in which none of these models takes part.
@@ -208,9 +219,15 @@ class _Reader:
         wanted = self.columns if self.has_flags else [*self.columns, self.winner]
         missing = [name for name in wanted if name not in row]
         if missing:
+            is_pairs = "chosen" in row or "rejected" in row
+            hint = (
+                "rank models on these pairs: --models A B"
+                if is_pairs
+                else "name yours: --columns model_a=...,winner=..."
+            )
             raise ValueError(
                 f"{source} must have the columns model_a, model_b and winner, {missing[0]!r} is missing, got"
-                f" {sorted(row)}; name yours: --columns model_a=...,model_b=...,winner=..."
+                f" {sorted(row)}; {hint}"
             )
         if cluster not in (None, "none") and cluster not in row:
             raise ValueError(f"cluster must be a column of {source}, {sorted(row)}, got {cluster!r}")
@@ -247,8 +264,14 @@ def _outcome(winner: Any, first: str, second: str) -> float:
     if not isinstance(winner, str) or not winner.strip():
         raise _BadComparison("no winner" if winner in (None, "") or winner != winner else _not_one(winner))
     name = plain_name(re.sub(r"^\W+|\W+$", "", winner))
-    if name.startswith("tie") or name in TIES:
+    if name.startswith("tie") or name in TIES or name == "c":  # MT-bench's judge: [[A]], [[B]] or [[C]]
         return 0.5
+    verdict = _VERDICT.fullmatch(winner)
+    if verdict is not None:
+        return {">": 1.0, "=": 0.5, "<": 0.0}[verdict[1][0]]
+    verdict = _VERDICT.fullmatch(winner.translate(_MIRRORED))
+    if verdict is not None:
+        return {">": 0.0, "=": 0.5, "<": 1.0}[verdict[1][0]]
     side = _SIDE.fullmatch(name)
     if side is not None and side[3] in FIRST | SECOND:
         return 1.0 if side[3] in FIRST else 0.0

@@ -1,11 +1,12 @@
 """HTML reports of runs: sections of text, tables, figures and samples in one self-contained file."""
 
 from fastdpo.report.html import write_report
-from fastdpo.report.plots import Point, frontier, require_matplotlib, training_curves
+from fastdpo.report.plots import Interval, Point, frontier, intervals, require_matplotlib, training_curves
 from fastdpo.report.sections import Figure, Response, Sample, SampleList, Table, Text
 
 __all__ = [
     "Figure",
+    "Interval",
     "Point",
     "Response",
     "Sample",
@@ -13,6 +14,7 @@ __all__ = [
     "Table",
     "Text",
     "frontier",
+    "intervals",
     "require_matplotlib",
     "training_curves",
     "write_report",
