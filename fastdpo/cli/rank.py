@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdpo.cli.options.parser import RaisingParser, ShowsDefaults
 from fastdpo.cli.options.table import add_options
-from fastdpo.ranking.ratings import MEASURE_NAMES
+from fastdpo.ranking.ratings import MEASURE_NAMES, counted
 
 if TYPE_CHECKING:
     from fastdpo.ranking.bradley_terry import Strengths
@@ -156,7 +156,9 @@ def _rank_comparisons(options: argparse.Namespace, given: Mapping[str, Any]) -> 
         comparisons = comparisons.without(given["exclude"])
     _check_anchor(options.anchor, comparisons.models)
     strengths = fit_bradley_terry(comparisons, length="length" in given)
-    clusters = "each comparison by itself" if comparisons.clusters is None else f"{strengths.num_clusters:,} prompts"
+    clusters = (
+        "each comparison by itself" if comparisons.clusters is None else counted(strengths.num_clusters, "prompt")
+    )
     facts = [("data", options.data), ("comparisons", f"{len(comparisons.outcomes):,}"), ("clusters", clusters)]
     facts += [("left out", f"{reason}: {count:,}") for reason, count in comparisons.left_out.items()]
     _finish(options, comparisons, strengths, facts)
@@ -210,7 +212,7 @@ def _rank_models(options: argparse.Namespace, given: Mapping[str, Any]) -> None:
 
 def _facts(options: argparse.Namespace, given: Mapping[str, Any], ranked: RankedModels) -> list[tuple[str, str]]:
     """What was compared, and what became of the rows under each model where models differ in it."""
-    facts = [("data", options.data), ("pairs", f"{ranked.num_pairs:,}, of {ranked.num_prompts:,} prompts")]
+    facts = [("data", options.data), ("pairs", f"{ranked.num_pairs:,}, of {counted(ranked.num_prompts, 'prompt')}")]
     if ranked.num_not_shared:
         facts.append(("pairs left out", f"{ranked.num_not_shared:,} that not every model can read"))
     told: dict[str, list[str]] = {}
@@ -285,6 +287,6 @@ def _finish(
 
         why = "" if ranked is None else ranked.no_strengths
         sections = ranking_sections(comparisons, strengths, records, facts, ranked=ranked, no_strengths=why)
-        subtitle = f"{len(comparisons.models)} models, {len(comparisons.outcomes):,} comparisons"
+        subtitle = f"{len(comparisons.models)} models, {counted(len(comparisons.outcomes), 'comparison')}"
         page = write_report(options.html, "Ranking of models", sections, subtitle=subtitle)
         console.print(f"page: {page}", markup=False, soft_wrap=True)

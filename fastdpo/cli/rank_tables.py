@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fastdpo.ranking.bradley_terry import FEW_CLUSTERS, Strengths
 from fastdpo.ranking.comparisons import Comparisons
-from fastdpo.ranking.ratings import ranks_text, rating_cells, short_names
+from fastdpo.ranking.ratings import counted, ranks_text, rating_cells, short_names
 
 if TYPE_CHECKING:
     from fastdpo.ranking.models import RankedModels
@@ -44,10 +44,8 @@ def print_ranking(
         about.add_row(_plain(name), _plain(text))
     console.print(about)
     if strengths is not None and strengths.num_clusters < FEW_CLUSTERS:
-        what = "comparisons" if comparisons.clusters is None else "prompts"
-        console.print(
-            f"{strengths.num_clusters} {what} are few: intervals are too narrow with less than {FEW_CLUSTERS}"
-        )
+        clusters = counted(strengths.num_clusters, "comparison" if comparisons.clusters is None else "prompt")
+        console.print(f"only {clusters}: with less than {FEW_CLUSTERS}, intervals are too narrow", highlight=False)
 
 
 def _accuracies(ranked: RankedModels, names: Mapping[str, str]) -> Table:

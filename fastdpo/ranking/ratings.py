@@ -88,3 +88,8 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
     while len(models) > 1 and all(len(own) > shared + 1 and own[shared] == parts[0][shared] for own in parts):
         shared += 1
     return {model: "/".join(own[shared:]) for model, own in zip(models, parts, strict=True)}
+
+
+def counted(number: int, what: str) -> str:
+    """1 prompt, 1,000 prompts."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
