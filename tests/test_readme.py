@@ -43,8 +43,8 @@ def test_python_blocks_run(name, model_dir, tmp_path, monkeypatch):
 
 
 def test_the_pages_whose_python_runs_here_have_some():
-    assert {name.rpartition("-")[0] for name in BLOCKS} == {"README.md", "docs/head_op.md"}
-    assert len(BLOCKS) == 4
+    assert {name.rpartition("-")[0] for name in BLOCKS} == {"README.md", "docs/head_op.md", "docs/ranking.md"}
+    assert len(BLOCKS) == 5
 
 
 def commands_of(page):
@@ -83,7 +83,14 @@ def known_options():
     from fastdpo.cli.arguments import AdapterArguments, RunArguments
 
     known = {f.name for cls in (DPOConfig, AdapterArguments, RunArguments) for f in fields(cls)} | {"config", "help"}
-    known |= options_of("verify") | options_of("plan") | options_of("env") | options_of("migrate") | {"no_x", "x"}
+    known |= (
+        options_of("verify")
+        | options_of("plan")
+        | options_of("env")
+        | options_of("migrate")
+        | options_of("rank")
+        | {"no_x", "x"}
+    )
     known |= SINCE_5_23
     for script in ("benchmarks/gpu_suite", "benchmarks/bench_training_step", "tests/portable"):
         known |= set(re.findall(r"--([a-z_0-9]+)", (ROOT / f"{script}.py").read_text()))

@@ -9,6 +9,7 @@ stopped goes on where it was. Refuses options that the other use reads.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -273,9 +274,13 @@ def _finish(
     is_clustered = comparisons.clusters is not None
     facts.append(("intervals", f"{options.confidence:.0%}" + (", clustered by prompt" if is_clustered else "")))
     if strengths is not None and strengths.length_slope is not None:
-        slope = f"{strengths.length_slope:+.2f} ± {strengths.length_stderr:.2f} nats"
+        twice = 1 / (1 + math.exp(-strengths.length_slope / 3))
         facts.append(
-            ("effect of length", f"{slope} per (length_a - length_b) / (length_a + length_b), ± a standard error")
+            (
+                "effect of length",
+                f"{strengths.length_slope:+.2f} nats (standard error {strengths.length_stderr:.2f}): of two equal"
+                f" models, the one whose response is twice as long wins {twice:.0%}",
+            )
         )
     console = make_console()
     print_ranking(console, comparisons, strengths, records, facts, options.confidence, ranked)

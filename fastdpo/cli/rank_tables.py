@@ -11,12 +11,10 @@ from rich.table import Table
 
 from fastdpo.ranking.bradley_terry import FEW_CLUSTERS, Strengths
 from fastdpo.ranking.comparisons import Comparisons
-from fastdpo.ranking.ratings import counted, ranks_text, rating_cells, short_names
+from fastdpo.ranking.ratings import SHORT_NAMES, counted, ranks_text, rating_cells, short_names
 
 if TYPE_CHECKING:
     from fastdpo.ranking.models import RankedModels
-
-_MEASURES = {"sum": "accuracy, summed", "mean": "accuracy, per token", "reference": "accuracy, vs reference"}
 
 
 def print_ranking(
@@ -51,7 +49,7 @@ def print_ranking(
 def _accuracies(ranked: RankedModels, names: Mapping[str, str]) -> Table:
     table = _table("which response each model prefers", "model")
     for measure in ranked.accuracies:
-        table.add_column(_MEASURES[measure], justify="right", no_wrap=True)
+        table.add_column(f"accuracy, {SHORT_NAMES[measure]}", justify="right", no_wrap=True)
     table.add_column("prefers the longer", justify="right", no_wrap=True)
     for index, model in enumerate(ranked.models):
         longer = ranked.longer[index]

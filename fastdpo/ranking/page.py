@@ -5,17 +5,19 @@ In: what `rating_records` and `rank_models` return. Out: sections for `write_rep
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.ranking.bradley_terry import Strengths
 from fastdpo.ranking.comparisons import Comparisons
-from fastdpo.ranking.ratings import MEASURE_NAMES, ranks_text, rating_cells, short_names
+from fastdpo.ranking.ratings import SHORT_NAMES, ranks_text, rating_cells, short_names
 from fastdpo.report import Figure, Interval, Table, Text, intervals
 from fastdpo.report.sections import Section
 
 if TYPE_CHECKING:
     from fastdpo.ranking.models import RankedModels
+    from fastdpo.ranking.shares import Share
 
 _MOST_IN_TABLE = 20  # models whose wins against each other still make a table that can be read
 
@@ -71,9 +73,8 @@ def _ratings(records: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> 
 
 def _accuracies(ranked: RankedModels, names: Mapping[str, str]) -> list[Section]:
     series = {
-        MEASURE_NAMES[measure].removeprefix("log-prob "): [
-            Interval(names[model], share.rate, share.lower, share.upper)
-            for model, share in zip(ranked.models, shares, strict=True)
+        SHORT_NAMES[measure]: [
+            _interval(names[model], share) for model, share in zip(ranked.models, shares, strict=True)
         ]
         for measure, shares in ranked.accuracies.items()
     }
@@ -83,17 +84,25 @@ def _accuracies(ranked: RankedModels, names: Mapping[str, str]) -> list[Section]
         shares = [shares[index].text() for shares in ranked.accuracies.values()]
         rows.append([names[model], *shares, "" if longer is None else longer.text()])
     alt = "Accuracy of each model: " + "; ".join(" ".join(row[:2]) for row in rows)
-    columns = ["Model", *(f"By {MEASURE_NAMES[measure]}" for measure in ranked.accuracies), "Prefers the longer"]
+    columns = ["Model", *(SHORT_NAMES[measure] for measure in ranked.accuracies), "prefers the longer"]
     return [
         Figure("Accuracy on the pairs", intervals(series, "share of pairs", mark=0.5), alt=alt, note="Dashed: chance."),
         Table(
             "Accuracy in figures",
             columns,
             rows,
-            note="Share of pairs in which the model prefers the chosen response, with its Wilson interval. The last"
-            " column is the share of pairs of unequal lengths in which it prefers the longer response.",
+            note="Share of pairs in which the model prefers the chosen response by its log-prob (summed, per token or"
+            " relative to the reference), with its Wilson interval. The last column is the share of pairs of unequal"
+            " lengths in which it prefers the longer response.",
         ),
     ]
+
+
+def _interval(name: str, share: Share) -> Interval:
+    """Of a model that has ties only, which say nothing, none is drawn."""
+    if share.num_ties == share.num:
+        return Interval(name, math.nan, math.nan, math.nan)
+    return Interval(name, share.rate, share.lower, share.upper)
 
 
 def _wins(comparisons: Comparisons, order: Sequence[str], names: Mapping[str, str]) -> Table:

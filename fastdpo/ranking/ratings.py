@@ -24,6 +24,7 @@ MEASURE_NAMES = {
     "mean": "log-prob per token",
     "reference": "log-prob relative to the reference",
 }
+SHORT_NAMES = {"sum": "summed", "mean": "per token", "reference": "vs reference"}
 
 
 def rating_records(
