@@ -155,6 +155,7 @@ def comparisons_of(
     found: list[tuple[int, int, float, int]] = []
     lengths: list[tuple[float, float]] = []
     left_out: Counter[str] = Counter()
+    examples: dict[str, str] = {}  # of each reason, the first
     seen: set[Any] = set()  # winners that are numbers
     reader: _Reader | None = None
     number = -1
@@ -163,7 +164,9 @@ def comparisons_of(
         try:
             first, second, outcome = reader.result(row)
         except _BadComparison as error:
-            left_out[str(error)] += 1
+            reason, *example = error.args
+            left_out[reason] += 1
+            examples.setdefault(reason, f", such as {example[0]}" if example else "")
             continue
         seen.add(None if reader.has_flags else _winner_number(row.get(reader.winner)))
         prompt = reader.prompt(row)
@@ -181,7 +184,7 @@ def comparisons_of(
     if number < 0:
         raise ValueError(f"{source} must hold at least one comparison, got none")
     if not found:
-        reasons = "; ".join(f"{reason}: {count:,}" for reason, count in left_out.most_common())
+        reasons = "; ".join(f"{reason}{examples[reason]}: {count:,}" for reason, count in left_out.most_common())
         raise ValueError(
             f"{source} must hold at least one comparison that can be read, {number + 1:,} cannot: {reasons}"
         )
@@ -201,12 +204,12 @@ def comparisons_of(
         np.array(outcomes, float),
         np.array(clusters, np.int64) if len(prompts) < len(found) else None,
         known,
-        dict(left_out),
+        {f"{reason}{examples[reason]}": count for reason, count in left_out.items()},
     )
 
 
 class _BadComparison(Exception):
-    """Why a row is left out."""
+    """Why a row is left out, and the value if one shows it."""
 
 
 class _Reader:
@@ -262,7 +265,8 @@ def _outcome(winner: Any, first: str, second: str) -> float:
     if number in _OUTCOMES:
         return _OUTCOMES[number]
     if not isinstance(winner, str) or not winner.strip():
-        raise _BadComparison("no winner" if winner in (None, "") or winner != winner else _not_one(winner))
+        is_none = winner is None or winner != winner or (isinstance(winner, str) and not winner.strip())
+        raise _BadComparison("no winner") if is_none else _not_one(winner)
     name = plain_name(re.sub(r"^\W+|\W+$", "", winner))
     if name.startswith("tie") or name in TIES or name == "c":  # MT-bench's judge: [[A]], [[B]] or [[C]]
         return 0.5
@@ -275,7 +279,7 @@ def _outcome(winner: Any, first: str, second: str) -> float:
     side = _SIDE.fullmatch(name)
     if side is not None and side[3] in FIRST | SECOND:
         return 1.0 if side[3] in FIRST else 0.0
-    raise _BadComparison(_not_one(winner))
+    raise _not_one(winner)
 
 
 def _winner_number(winner: Any) -> Any:
@@ -285,9 +289,8 @@ def _winner_number(winner: Any) -> Any:
     return winner if isinstance(winner, (int, float)) and not isinstance(winner, bool) else None
 
 
-def _not_one(winner: Any) -> str:
-    text = repr(winner)
-    return f"a winner that is neither of the two models nor a tie, such as {text[:40]}"
+def _not_one(winner: Any) -> _BadComparison:
+    return _BadComparison("a winner that is neither of the two models nor a tie", repr(winner)[:40])
 
 
 def _of_flags(values: Sequence[Any]) -> float:
