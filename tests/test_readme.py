@@ -43,8 +43,9 @@ def test_python_blocks_run(name, model_dir, tmp_path, monkeypatch):
 
 
 def test_the_pages_whose_python_runs_here_have_some():
-    assert {name.rpartition("-")[0] for name in BLOCKS} == {"README.md", "docs/head_op.md", "docs/rewards.md"}
-    assert len(BLOCKS) == 5
+    pages = {"README.md", "docs/head_op.md", "docs/ranking.md", "docs/rewards.md"}
+    assert {name.rpartition("-")[0] for name in BLOCKS} == pages
+    assert len(BLOCKS) == 6
 
 
 def commands_of(page):

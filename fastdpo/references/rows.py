@@ -92,10 +92,13 @@ def _row_info(group: TokenizedGroup) -> RowInfo:
     )
 
 
-def with_ref_logps(dataset: Dataset, ref_logps: list[list[float]]) -> Dataset:
-    """The dataset with these (K,) log-probs stored in its rows, so that shuffling keeps rows and log-probs together."""
+def with_ref_logps(dataset: Dataset, ref_logps: Sequence[list[float] | None]) -> Dataset:
+    """The dataset with these (K,) log-probs stored in its rows, so that shuffling keeps rows and log-probs together;
+    None for a row without any."""
     from datasets import List, Value
 
     columns = dataset.column_names
-    filled = dataset.remove_columns("ref_logps").add_column("ref_logps", ref_logps, feature=List(Value("float64")))
+    filled = dataset.remove_columns("ref_logps").add_column(
+        "ref_logps", list(ref_logps), feature=List(Value("float64"))
+    )
     return filled.select_columns(columns)

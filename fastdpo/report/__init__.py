@@ -1,12 +1,13 @@
 """HTML reports of runs: sections of text, tables, figures and samples in one self-contained file."""
 
 from fastdpo.report.html import write_report
-from fastdpo.report.plots import Point, frontier, require_matplotlib, training_curves
+from fastdpo.report.plots import Interval, Point, frontier, intervals, require_matplotlib, training_curves
 from fastdpo.report.sections import Figure, FigureGrid, Response, Sample, SampleList, Table, Text
 
 __all__ = [
     "Figure",
     "FigureGrid",
+    "Interval",
     "Point",
     "Response",
     "Sample",
@@ -14,6 +15,7 @@ __all__ = [
     "Table",
     "Text",
     "frontier",
+    "intervals",
     "require_matplotlib",
     "training_curves",
     "write_report",

@@ -30,6 +30,16 @@ class Point:
     reward_stderr: float = 0.0
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A figure of one model, with the ends of its interval."""
+
+    name: str
+    value: float
+    lower: float
+    upper: float
+
+
 def require_matplotlib() -> None:
     """Raises ValueError with the install command if matplotlib is missing. Call it before any long work."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -119,6 +129,37 @@ def frontier(points: Sequence[Point], *, best: Sequence[tuple[float, float]] = (
     panel.set_ylabel(reward_name)
     panel.set_xlim(left=-0.04 * max(p.kl for p in points))
     panel.legend(frameon=False, fontsize=9, loc="lower right")
+    _clean(panel)
+    return figure
+
+
+def intervals(series: Mapping[str, Sequence[Interval]], axis_name: str, *, mark: float | None = None) -> Any:
+    """A row for each name, from top to bottom in the order given, and in it a point with its interval for each series.
+
+    Args:
+        series: by name; all of the same names in the same order. A legend names them where there are several.
+        mark: where a line is drawn across all rows, such as chance.
+    Returns:
+        A matplotlib Figure, narrow enough for a phone.
+    """
+    names = [interval.name for interval in next(iter(series.values()))]
+    figure = _new_figure(width=4.8, height=1.0 + len(names) * (0.22 + 0.12 * len(series)))
+    panel = figure.subplots()
+    if mark is not None:
+        panel.axvline(mark, color="#8b949e", linewidth=1.2, linestyle="--", zorder=1)
+    for index, (label, of_series) in enumerate(series.items()):
+        shift = 0.22 * (index - (len(series) - 1) / 2)
+        values = [interval.value for interval in of_series]
+        reach = [[i.value - i.lower for i in of_series], [i.upper - i.value for i in of_series]]
+        panel.errorbar(
+            values, [row + shift for row in range(len(names))], xerr=reach, color=COLORS[index % len(COLORS)],
+            marker="o", markersize=5.5, capsize=3, linestyle="none", label=label, zorder=3,
+        )  # fmt: skip
+    panel.set_yticks(range(len(names)), [name if len(name) <= 24 else f"{name[:10]}…{name[-13:]}" for name in names])
+    panel.set_ylim(len(names) - 0.5, -0.5)
+    panel.set_xlabel(axis_name)
+    if len(series) > 1:
+        figure.legend(loc="outside lower center", ncols=len(series), frameon=False, fontsize=9)
     _clean(panel)
     return figure
 

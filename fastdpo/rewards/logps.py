@@ -11,18 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.batches.layout import counted_sequences
 from fastdpo.data.prepare import Report
+from fastdpo.references.cache import sequence_key
 from fastdpo.references.rows import read_groups
 from fastdpo.training.precompute import precompute_ref_logps
 from fastdpo.training.settings.config import DPOConfig
 
 _ROWS_AT_A_TIME = 1000
-_BROUGHT = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Scored:
     logps: tuple[float, ...]  # (K,) summed over the counted tokens of each response, nats
     lengths: tuple[int, ...]  # (K,) counted tokens
     preferences: tuple[tuple[int, int], ...]  # (better, worse) responses
+    prompt: bytes = b""  # what rows of one prompt have in common; empty where each response has a prompt of its own
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def response_logps(
 
     Args:
         args: max_length and its like, bf16, fp16, impl and ref_cache_dir count.
-        data: rows in any form, not tokenized yet.
+        data: rows in any form, or a prepared dataset. Log-probs that rows bring (ref_chosen_logps, ref_rejected_logps)
+            are another model's and are not used.
         tokenizer_of: the model whose tokenizer and chat template are used; by default `model`. Log-probs of two models
             can be compared only where both read the same tokens.
     Raises:
@@ -65,8 +68,9 @@ def response_logps(
     """
     source = model if tokenizer_of is None else tokenizer_of
     asked = None if source is model else model
-    data = _without_brought(data)
-    done = precompute_ref_logps(source, args, {name: data}, ref_model=asked, processing_class=processing_class)
+    done = precompute_ref_logps(
+        source, args, {name: data}, ref_model=asked, processing_class=processing_class, takes_brought=False
+    )
     dataset, report = done.datasets[name], done.reports[name]
     dropped = {row for rows in getattr(report, "dropped", {}).values() for row in rows}
     kept = [row for row in range(report.num_rows) if row not in dropped]
@@ -76,21 +80,8 @@ def response_logps(
         for number, group in zip(numbers, read_groups(dataset, numbers), strict=True):
             lengths = tuple(int(sequence.is_counted.sum()) for sequence in counted_sequences(group))
             assert group.ref_logps is not None
+            prompt = np.asarray(group.prompt_ids)
+            key = sequence_key(prompt, np.zeros(len(prompt), bool)) if len(prompt) else b""
             pairs = tuple((int(better), int(worse)) for better, worse in group.preferences)
-            rows.append(Scored(kept[number], tuple(group.ref_logps), lengths, pairs))
+            rows.append(Scored(kept[number], tuple(group.ref_logps), lengths, pairs, key))
     return ScoredData(rows, report, dataset)
-
-
-def _without_brought(data: Any) -> Any:
-    """The rows without the reference log-probs that they bring, which are another model's.
-
-    Raises:
-        ValueError: a prepared dataset, where they cannot be told from those of this model.
-    """
-    if isinstance(data, Dataset) and "prompt_ids" in data.column_names:
-        raise ValueError("data must be rows as they were written, got a dataset that is already tokenized")
-    if isinstance(data, Dataset):
-        return data.remove_columns([name for name in _BROUGHT if name in data.column_names])
-    if isinstance(data, list):
-        return [{name: value for name, value in row.items() if name not in _BROUGHT} for row in data]
-    return data

@@ -21,6 +21,7 @@ from fastdpo.data.prepare import Report, prepare_preference_dataset
 from fastdpo.modeling import check_packing, prepare_model
 from fastdpo.modeling.packed import bare_model
 from fastdpo.references.precompute import Filled, fill_ref_logps
+from fastdpo.references.rows import with_ref_logps
 from fastdpo.training.inputs.prepared_rows import check_rows
 from fastdpo.training.inputs.streams import check_not_streamed
 from fastdpo.training.settings.config import DPOConfig
@@ -49,6 +50,7 @@ def precompute_ref_logps(
     ref_model: str | torch.nn.Module | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     quantization_config: Any = None,
+    takes_brought: bool = True,
 ) -> Precomputed:
     """Computes what the cache lacks of these datasets.
 
@@ -57,6 +59,7 @@ def precompute_ref_logps(
             its tokenizer is read.
         args: those of the run to come; max_length and its like, bf16, fp16, impl and the ref_ settings count.
         datasets: by name, in any form that DPOTrainer takes.
+        takes_brought: whether log-probs that rows bring (ref_chosen_logps, ref_rejected_logps) stand for the model's.
     Raises:
         ValueError: arguments that cannot work together.
     """
@@ -87,6 +90,8 @@ def precompute_ref_logps(
                     rows, tokenizer, args.tokenization_settings(), num_proc=args.dataset_num_proc
                 )
             check_rows(asked.model, prepared, part)
+            if not takes_brought:
+                prepared = with_ref_logps(prepared, [None] * len(prepared))
             filled[part], counts[part] = fill_ref_logps(prepared, cache, scorer, name=part)
         num_parameters = sum(p.numel() for p in bare.parameters())
         what = f"{type(bare).__name__}, {num_parameters:,} parameters"

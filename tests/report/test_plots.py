@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from fastdpo.report import Point, frontier, require_matplotlib, training_curves
+from fastdpo.report import Interval, Point, frontier, intervals, require_matplotlib, training_curves
 
 HISTORY = [
     {"step": 1, "loss": 0.69, "rewards/margins": 0.0},
@@ -38,6 +38,20 @@ def test_the_frontier_joins_its_points_by_rising_kl():
     assert paths == [[0.0, 0.5, 2.0]]
     names = [text.get_text() for text in panel.get_legend().get_texts()]
     assert names == ["best possible", "Reference", "far", "near"]
+
+
+def test_intervals_have_a_row_for_each_name_and_a_point_for_each_series():
+    one = [Interval("first", 0.6, 0.5, 0.8), Interval("a-name-that-is-far-too-long-for-a-phone", 0.4, 0.3, 0.5)]
+    figure = intervals({"summed": one, "per token": one[::-1]}, "share", mark=0.5)
+    panel = figure.axes[0]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["first", "a-name-tha…g-for-a-phone"]
+    assert panel.yaxis_inverted()
+    points = [container.lines[0].get_xdata().tolist() for container in panel.containers]
+    assert points == [[0.6, 0.4], [0.4, 0.6]]
+    ends = [segment[:, 0].tolist() for segment in panel.containers[0].lines[2][0].get_segments()]
+    assert ends == [pytest.approx([0.5, 0.8]), pytest.approx([0.3, 0.5])]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["summed", "per token"]
+    assert len(intervals({"rating": one}, "rating").legends) == 0
 
 
 def test_a_missing_matplotlib_is_named_with_the_way_to_install_it(monkeypatch):

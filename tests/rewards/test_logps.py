@@ -44,3 +44,18 @@ def test_rows_keep_their_numbers_where_others_are_dropped(tmp_path):
     assert data.report.num_dropped == 1
     assert data.rows[0].preferences == ((0, 1),)
     assert data.rows[0].lengths == (4, 2)  # a token for each word, and EOS
+
+
+def test_log_probs_that_rows_bring_do_not_stand_for_the_models(tmp_path):
+    model, tokenizer = make_llama(), make_tokenizer()
+    row = {**ROWS[0], "ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    [scored] = response_logps(model, config(tmp_path), [row], processing_class=tokenizer).rows
+    expected = [full_logits(model, tokenizer, "the cat ", text) for text in ("sees a dog", "never")]
+    assert scored.logps == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_of_one_prompt_share_its_key(tmp_path):
+    rows = [ROWS[0], {**ROWS[0], "chosen": "eats"}, {**ROWS[0], "prompt": "a river "}]
+    data = response_logps(make_llama(), config(tmp_path), rows, processing_class=make_tokenizer())
+    first, second, third = (scored.prompt for scored in data.rows)
+    assert first == second != third

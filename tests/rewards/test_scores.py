@@ -142,6 +142,12 @@ def test_what_cannot_be_scored_is_refused(tmp_path):
         implicit_reward(make_llama(), None, make_tokenizer(), 0.0)
     with pytest.raises(ValueError, match="beta must be > 0, got -1"):
         score(make_llama(), None, ROWS, config(tmp_path), beta=-1, processing_class=make_tokenizer())
-    dataset = scored(tmp_path).dataset
-    with pytest.raises(ValueError, match="already tokenized"):
-        score(make_llama(), None, dataset, config(tmp_path), processing_class=make_tokenizer())
+
+
+def test_a_dataset_that_is_tokenized_already_is_scored_the_same(tmp_path):
+    """Its log-probs are another model's: those of the reference."""
+    found = scored(tmp_path)
+    again = score(
+        make_llama(seed=1), None, found.dataset, config(tmp_path), beta=0.5, processing_class=make_tokenizer()
+    )
+    assert [row.logps for row in again.rows] == [row.logps for row in found.rows]

@@ -95,6 +95,17 @@ def table_parser(command: str, shown: Sequence[str] | None = None, *, for_help: 
     return parser
 
 
+def add_options(parser: Any, names: Sequence[str]) -> None:
+    """Adds options of `fastdpo train` to another command's parser or group; those that are not given are left out of
+    the namespace."""
+    options = read_table()["options"]
+    for name in names:
+        option, arguments = options[name], _arguments(options[name])
+        if arguments["default"] is not None and "Default:" not in arguments["help"]:
+            arguments["help"] += f" Default: {arguments['default']}."
+        parser.add_argument(*option["flags"], **{**arguments, "default": argparse.SUPPRESS})
+
+
 def show_only(parser: argparse.ArgumentParser, shown: Sequence[str]) -> None:
     parser.epilog = SHOWN_ALL
     for action in parser._actions:

@@ -28,7 +28,7 @@ def tokens_fingerprint(dataset: Dataset, tokenizer: Any, **settings: Any) -> str
     from datasets.fingerprint import Hasher
 
     versions = (transformers.__version__, tokenizers.__version__, _code_hash())
-    return Hasher.hash((dataset._fingerprint, _tokenizer_state(tokenizer), sorted(settings.items()), versions))
+    return Hasher.hash((dataset._fingerprint, tokenizer_state(tokenizer), sorted(settings.items()), versions))
 
 
 def cache_file(dataset: Dataset, fingerprint: str) -> str | None:
@@ -45,7 +45,7 @@ def cache_file(dataset: Dataset, fingerprint: str) -> str | None:
     return str(folder / f"tokens-{fingerprint}.arrow")
 
 
-def _tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:
+def tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:
     """The parts of a tokenizer that affect its tokens.
 
     The pickled object is not used: it changes after a warning about a long text, or after padding.

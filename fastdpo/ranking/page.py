@@ -1,0 +1,141 @@
+"""The HTML page of a ranking: ratings with their intervals, accuracies, who beats whom, how to read it.
+
+In: what `rating_records` and `rank_models` return. Out: sections for `write_report`. Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastdpo.ranking.bradley_terry import Strengths
+from fastdpo.ranking.comparisons import Comparisons
+from fastdpo.ranking.ratings import SHORT_NAMES, ranks_text, rating_cells, short_names
+from fastdpo.report import Figure, Interval, Table, Text, intervals
+from fastdpo.report.sections import Section
+
+if TYPE_CHECKING:
+    from fastdpo.ranking.models import RankedModels
+    from fastdpo.ranking.shares import Share
+
+_MOST_IN_TABLE = 20  # models whose wins against each other still make a table that can be read
+
+
+def ranking_sections(
+    comparisons: Comparisons,
+    strengths: Strengths | None,
+    records: Sequence[Mapping[str, Any]],
+    facts: Sequence[tuple[str, str]],
+    *,
+    ranked: RankedModels | None = None,
+    no_strengths: str = "",
+) -> list[Section]:
+    """All sections, in the order of the page.
+
+    Args:
+        records: of `rating_records`.
+        facts: name and text of each row of the last table.
+        ranked: where models were ranked on pairs; None for a file of comparisons.
+    """
+    names = short_names(comparisons.models)
+    sections: list[Section] = []
+    if strengths is None:
+        sections.append(Text("Ratings", [f"There are no ratings: {no_strengths}."]))
+    else:
+        sections += _ratings(records, names)
+    if ranked is not None:
+        sections += _accuracies(ranked, names)
+    if len(names) <= _MOST_IN_TABLE:
+        sections.append(_wins(comparisons, [record["model"] for record in records], names))
+    sections.append(Text("How to read this", _reading(strengths, ranked)))
+    sections.append(Table("What was compared", [], facts, is_prose=True))
+    return sections
+
+
+def _ratings(records: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[Section]:
+    rows = [
+        Interval(names[record["model"]], record["rating"], record["rating_lower"], record["rating_upper"])
+        for record in records
+    ]
+    alt = "Rating of each model: " + "; ".join(f"{row.name} {row.value:.0f}" for row in rows)
+    note = "Bars are intervals. Where two bars overlap, look at the ranks: they tell which models differ."
+    cells = [
+        [names[record["model"]], ranks_text(record), *rating_cells(record)]
+        + [f"{record[name]:,}" for name in ("wins", "ties", "losses")]
+        for record in records
+    ]
+    return [
+        Figure("Ratings", intervals({"rating": rows}, "rating"), alt=alt, note=note),
+        Table("Ratings in figures", ["Model", "Rank", "Rating", "Interval", "Wins", "Ties", "Losses"], cells),
+    ]
+
+
+def _accuracies(ranked: RankedModels, names: Mapping[str, str]) -> list[Section]:
+    series = {
+        SHORT_NAMES[measure]: [
+            _interval(names[model], share) for model, share in zip(ranked.models, shares, strict=True)
+        ]
+        for measure, shares in ranked.accuracies.items()
+    }
+    rows = []
+    for index, model in enumerate(ranked.models):
+        longer = ranked.longer[index]
+        shares = [shares[index].text() for shares in ranked.accuracies.values()]
+        rows.append([names[model], *shares, "" if longer is None else longer.text()])
+    alt = "Accuracy of each model: " + "; ".join(" ".join(row[:2]) for row in rows)
+    columns = ["Model", *(SHORT_NAMES[measure] for measure in ranked.accuracies), "prefers the longer"]
+    return [
+        Figure("Accuracy on the pairs", intervals(series, "share of pairs", mark=0.5), alt=alt, note="Dashed: chance."),
+        Table(
+            "Accuracy in figures",
+            columns,
+            rows,
+            note="Share of pairs in which the model prefers the chosen response by its log-prob (summed, per token or"
+            " relative to the reference), with its Wilson interval. The last column is the share of pairs of unequal"
+            " lengths in which it prefers the longer response.",
+        ),
+    ]
+
+
+def _interval(name: str, share: Share) -> Interval:
+    """Of a model that has ties only, which say nothing, none is drawn."""
+    if share.num_ties == share.num:
+        return Interval(name, math.nan, math.nan, math.nan)
+    return Interval(name, share.rate, share.lower, share.upper)
+
+
+def _wins(comparisons: Comparisons, order: Sequence[str], names: Mapping[str, str]) -> Table:
+    index = {model: number for number, model in enumerate(comparisons.models)}
+    points = comparisons.points()
+    rows = []
+    for model in order:
+        cells = []
+        for other in order:
+            won, lost = points[index[model], index[other]], points[index[other], index[model]]
+            cells.append("" if won + lost == 0 else f"{100 * won / (won + lost):.0f} %")
+        rows.append([names[model], *cells])
+    return Table(
+        "Who beats whom",
+        ["", *(names[model] for model in order)],
+        rows,
+        note="Share of the comparisons that the model of the row wins against that of the column; a tie is half a win.",
+    )
+
+
+def _reading(strengths: Strengths | None, ranked: RankedModels | None) -> list[str]:
+    paragraphs = []
+    if strengths is not None:
+        paragraphs.append(
+            "Ratings are Bradley-Terry strengths on Arena's scale. 400 points more mean odds of 10 to 1, 100 points a"
+            " win in 64 % of comparisons. The rank is a range where a model cannot be told from others."
+        )
+    if ranked is not None:
+        paragraphs.append(
+            "Each pair of models is compared on every preference pair: a model wins where it is right and the other is"
+            " not, or where its margin is larger, as the table below says. Ties pull ratings together, so compare"
+            " ratings only within one page."
+        )
+    if strengths is not None and strengths.length_slope is not None:
+        paragraphs.append("Ratings are those at equal length: the effect of length is fitted and taken away.")
+    return paragraphs

@@ -1,0 +1,96 @@
+"""Strengths as ratings: what a leaderboard shows and what is written to a file.
+
+In: `Strengths`, and the comparisons behind them. Out: one record for each model, the strongest first. A rating is on
+Arena's scale: 1000 is the mean of all models (or the anchor), and 400 points more are odds of 10 to 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdpo.ranking.bradley_terry import Strengths
+    from fastdpo.ranking.comparisons import Comparisons
+
+POINTS_PER_NAT = 400 / math.log(10)
+CENTER = 1000.0
+MEASURE_NAMES = {
+    "sum": "summed log-prob",
+    "mean": "log-prob per token",
+    "reference": "log-prob relative to the reference",
+}
+SHORT_NAMES = {"sum": "summed", "mean": "per token", "reference": "vs reference"}
+
+
+def rating_records(
+    comparisons: Comparisons, strengths: Strengths | None, *, confidence: float = 0.95, anchor: str | None = None
+) -> list[dict[str, Any]]:
+    """One for each model: model, rating, rating_lower, rating_upper, rank_best, rank_worst, strength and
+    strength_stderr (nats), wins, ties, losses. The first eight are None where there are no strengths, except model.
+
+    Args:
+        anchor: the model that has 1000 points; intervals are then those of the difference from it.
+    """
+    records: list[dict[str, Any]] = []
+    if strengths is not None:
+        strengths = strengths if anchor is None else strengths.relative_to(anchor)
+        intervals, ranks, stderrs = strengths.intervals(confidence), strengths.ranks(confidence), strengths.stderrs()
+    for index, (model, counts) in enumerate(zip(comparisons.models, comparisons.counts().tolist(), strict=True)):
+        record: dict[str, Any] = {"model": model, "rating": None, "rating_lower": None, "rating_upper": None}
+        record |= {"rank_best": None, "rank_worst": None, "strength": None, "strength_stderr": None}
+        if strengths is not None:
+            lower, upper = intervals[index].tolist()
+            record["rating"], record["rating_lower"], record["rating_upper"] = map(
+                _points, (float(strengths.values[index]), lower, upper)
+            )
+            record["rank_best"], record["rank_worst"] = ranks[index]
+            record["strength"], record["strength_stderr"] = float(strengths.values[index]), float(stderrs[index])
+        records.append(record | dict(zip(("wins", "ties", "losses"), counts, strict=True)))
+    return records if strengths is None else sorted(records, key=lambda record: -record["rating"])
+
+
+def _points(strength: float) -> float:
+    return CENTER + POINTS_PER_NAT * strength
+
+
+def write_records(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes one JSON object a line and returns the path. The file appears whole or not at all."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    partial.replace(target)
+    return target
+
+
+def ranks_text(record: Mapping[str, Any]) -> str:
+    """The best and the worst rank that a model may have."""
+    best, worst = record["rank_best"], record["rank_worst"]
+    return "" if best is None else str(best) if best == worst else f"{best} to {worst}"
+
+
+def rating_cells(record: Mapping[str, Any]) -> list[str]:
+    """Rating and interval as text; empty where there is no rating."""
+    if record["rating"] is None:
+        return ["", ""]
+    return [f"{record['rating']:.0f}", f"{record['rating_lower']:.0f} to {record['rating_upper']:.0f}"]
+
+
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """Paths without the folders that all of them share: runs/a/checkpoint-10 and runs/a/checkpoint-20 are checkpoint-10
+    and checkpoint-20."""
+    parts = [model.rstrip("/").split("/") for model in models]
+    shared = 0
+    while len(models) > 1 and all(len(own) > shared + 1 and own[shared] == parts[0][shared] for own in parts):
+        shared += 1
+    return {model: "/".join(own[shared:]) for model, own in zip(models, parts, strict=True)}
+
+
+def counted(number: int, what: str) -> str:
+    """1 prompt, 1,000 prompts."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
