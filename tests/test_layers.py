@@ -18,7 +18,9 @@ LAYERS = [
     ["modeling"],
     ["references"],
     ["training"],
-    ["alignment", "evidence", "integrations", "report"],
+    ["report"],
+    ["rewards"],
+    ["alignment", "evidence", "inspection", "integrations", "ranking"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

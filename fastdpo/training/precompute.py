@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -33,6 +34,7 @@ logger = logging.get_logger(__name__)
 class Precomputed:
     """What is in the cache now, by name of the dataset, and where."""
 
+    datasets: dict[str, Dataset]  # prepared, with the log-probs of every response in `ref_logps`
     counts: dict[str, Filled]
     reports: dict[str, Report]
     folder: Path
@@ -62,6 +64,7 @@ def precompute_ref_logps(
         raise ValueError("reference must not be 'none' here: without a reference there is nothing to compute")
     check_not_streamed(datasets, args)
     tokenizer = resolve_tokenizer(model, processing_class, args)
+    filled: dict[str, Dataset] = {}
     counts: dict[str, Filled] = {}
     reports: dict[str, Report] = {}
     is_given = ref_model is not None
@@ -84,7 +87,7 @@ def precompute_ref_logps(
                     rows, tokenizer, args.tokenization_settings(), num_proc=args.dataset_num_proc
                 )
             check_rows(asked.model, prepared, part)
-            _, counts[part] = fill_ref_logps(prepared, cache, scorer, name=part)
+            filled[part], counts[part] = fill_ref_logps(prepared, cache, scorer, name=part)
         num_parameters = sum(p.numel() for p in bare.parameters())
         what = f"{type(bare).__name__}, {num_parameters:,} parameters"
-        return Precomputed(counts, reports, cache.folder, what + (", offloaded" if asked.is_offloaded else ""))
+        return Precomputed(filled, counts, reports, cache.folder, what + (", offloaded" if asked.is_offloaded else ""))
