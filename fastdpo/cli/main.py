@@ -15,6 +15,7 @@ COMMANDS = {
     "sft": ("fastdpo.cli.sft", "fine-tune a model before DPO, on completions or on the chosen responses of pairs"),
     "precompute": ("fastdpo.cli.precompute", "compute reference log-probs ahead of time, for `fastdpo train` to use"),
     "plan": ("fastdpo.cli.plan", "show which settings fit a GPU's memory, and the longest pair that fits"),
+    "data": ("fastdpo.cli.data", "inspect preference data, clean it, or convert it to explicit conversational pairs"),
     "migrate": ("fastdpo.cli.migrate", "convert a recipe of TRL, Axolotl, LLaMA-Factory or others to a fastdpo config"),
     "env": ("fastdpo.cli.env", "print what a bug report needs: versions, machine, kernels, attention, self-check"),
     "demo": (

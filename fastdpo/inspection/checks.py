@@ -177,18 +177,13 @@ def check_eval_prompts(survey: Survey, evaluated: Survey | None, found: Mapping[
     )
 
 
-def check_length_bias(
-    rows: Sequence[Facts], unit: str, lengths: tuple[Sequence[int], Sequence[int]] | None = None
-) -> Check:
+def check_length_bias(rows: Sequence[Facts], lengths: tuple[Sequence[int], Sequence[int]], unit: str) -> Check:
     """How often the chosen answer is the longer one.
 
     Args:
-        lengths: of the chosen and rejected answer of each pair, where they are better known than by `rows`.
+        lengths: of the chosen and of the rejected answer of each pair, in `unit`.
     """
-    if lengths is None:
-        pairs = [(row.lengths[better], row.lengths[worse]) for row in rows for better, worse in row.pairs]
-    else:
-        pairs = list(zip(*lengths, strict=True))
+    pairs = list(zip(*lengths, strict=True))
     longer = sum(chosen > rejected for chosen, rejected in pairs)
     shorter = sum(chosen < rejected for chosen, rejected in pairs)
     numbers: dict[str, Any] = {"num_longer": longer, "num_shorter": shorter, "num_equal": len(pairs) - longer - shorter}

@@ -8,7 +8,7 @@ what is kept of a row does not grow with its text. Refused with ValueError: what
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -40,6 +40,8 @@ class Inspection:
     checks: tuple[Check, ...]
     tokens: dict[str, TokenStats] = field(default_factory=dict)  # prompt, chosen, rejected; only with a tokenizer
     first_row: tuple[tuple[str, str], ...] = ()  # the first usable row: who says what
+    unit: str = "characters"  # of `lengths`: "tokens" where they are known
+    lengths: Mapping[str, Sequence[int]] = field(default_factory=dict, repr=False)  # chosen, rejected: of each pair
     source: Source | None = field(default=None, repr=False)  # to read examples again
     eval_source: Source | None = field(default=None, repr=False)
 
@@ -98,12 +100,12 @@ def inspect_data(
     """
     settings = settings or TokenizationSettings()
     source = Source(data, settings, split=split, config_name=config_name)
-    same_config = config_name if data is eval_data or _same_path(data, eval_data) else None
     near = NearDuplicates() if look_for_near and is_available() else None
     survey = read_survey(source, near, progress, "reading")
     eval_source = evaluated = None
     if eval_data is not None:
-        eval_source = Source(eval_data, settings, split=eval_split, config_name=same_config)
+        eval_config = config_of_eval(data, eval_data, config_name)
+        eval_source = Source(eval_data, settings, split=eval_split, config_name=eval_config)
         evaluated = read_survey(eval_source, None, progress, "reading evaluation data")
     tokens = None
     if tokenizer is not None:
@@ -112,13 +114,16 @@ def inspect_data(
     if tokens is not None:
         found += _of_tokens(survey, tokens, settings)
     found.append(checks.check_savings(survey, tokens))
+    lengths = survey.pair_lengths() if tokens is None else (tokens.chosen, tokens.rejected)
     return Inspection(
-        source.name,
-        tuple(found),
-        tokens.stats() if tokens is not None else {},
-        row_lines(islice(source.examples(), TRIED_ROWS), settings, is_sft=False),
-        source,
-        eval_source,
+        name=source.name,
+        checks=tuple(found),
+        tokens=tokens.stats() if tokens is not None else {},
+        first_row=row_lines(islice(source.examples(), TRIED_ROWS), settings, is_sft=False),
+        unit=survey.unit if tokens is None else "tokens",
+        lengths=dict(zip(("chosen", "rejected"), lengths, strict=True)),
+        source=source,
+        eval_source=eval_source,
     )
 
 
@@ -148,8 +153,10 @@ def _without_tokens(
     rows = survey.rows
     repeats = eval_prompts(survey, evaluated) if evaluated is not None else {}
     counts: tuple[int, int, Any] = (survey.num_kept, survey.num_pairs, survey.dropped)
-    if tokens is not None:  # knows more reasons to drop a row
+    lengths, unit = survey.pair_lengths(), survey.unit
+    if tokens is not None:  # knows more reasons to drop a row, and the lengths that count
         counts = (tokens.num_kept, tokens.num_pairs, tokens.dropped)
+        lengths, unit = (tokens.chosen, tokens.rejected), "tokens"
     found = [
         checks.check_form(survey, settings.dataset_format),
         checks.check_rows(survey.num_rows, *counts),
@@ -159,9 +166,7 @@ def _without_tokens(
         checks.check_contradictions(survey, contradictions(rows)),
         checks.check_cycles(survey, cycles(rows)),
         checks.check_eval_prompts(survey, evaluated, repeats),
-        checks.check_length_bias(
-            rows, *(("tokens", (tokens.chosen, tokens.rejected)) if tokens is not None else (survey.unit,))
-        ),
+        checks.check_length_bias(rows, lengths, unit),
     ]
     if not look_for_near:
         found = [check for check in found if check.name != "near duplicates"]
@@ -179,5 +184,7 @@ def _of_tokens(survey: Survey, tokens: TokenSurvey, settings: TokenizationSettin
     ]
 
 
-def _same_path(data: Any, eval_data: Any) -> bool:
-    return all(isinstance(item, (str, os.PathLike)) for item in (data, eval_data)) and str(data) == str(eval_data)
+def config_of_eval(data: Any, eval_data: Any, config_name: str | None) -> str | None:
+    """The configuration of the evaluation data: that of the data where both are one published dataset."""
+    are_names = all(isinstance(item, (str, os.PathLike)) for item in (data, eval_data))
+    return config_name if are_names and str(data) == str(eval_data) else None

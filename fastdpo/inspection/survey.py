@@ -64,6 +64,11 @@ class Survey:
     def num_pairs(self) -> int:
         return sum(len(row.pairs) for row in self.rows)
 
+    def pair_lengths(self) -> tuple[list[int], list[int]]:
+        """The lengths of the chosen and of the rejected answer of each pair."""
+        pairs = [(row.lengths[better], row.lengths[worse]) for row in self.rows for better, worse in row.pairs]
+        return [chosen for chosen, _ in pairs], [rejected for _, rejected in pairs]
+
     def add(self, read: ReadRow) -> Facts | None:
         """Takes down one row; None where it cannot be used.
 

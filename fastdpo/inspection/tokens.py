@@ -51,7 +51,7 @@ class TokenSurvey:
     rows_of_note: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     lost: dict[int, str] = field(default_factory=dict)  # rows that lose content, and what
     prompts: list[int] = field(default_factory=list)  # tokens of each kept row's prompt
-    longest: list[int] = field(default_factory=list)  # tokens of each kept row's longest sequence, before cutting
+    longest: list[int] = field(default_factory=list)  # tokens of each row's longest sequence, before cutting
     chosen: list[int] = field(default_factory=list)  # tokens of each pair's answers
     rejected: list[int] = field(default_factory=list)
     num_raw: int = 0  # tokens with the prompt once a response
@@ -107,6 +107,7 @@ def _add(
         survey.dropped[columns["bad_row"]].append(read.number)
         return None
     whole = group_from_columns(columns)
+    survey.longest.append(len(whole.prompt_ids) + max(map(len, whole.responses)))
     try:
         group = truncate(whole, settings)
     except BadRow as error:
@@ -118,7 +119,6 @@ def _add(
     survey.num_transcripts += bool(columns["is_transcript"])
     counted = [int(sequence.is_counted.sum()) for sequence in counted_sequences(group)]
     survey.prompts.append(len(group.prompt_ids))
-    survey.longest.append(len(whole.prompt_ids) + max(map(len, whole.responses)))
     survey.chosen += [counted[better] for better, _ in group.preferences]
     survey.rejected += [counted[worse] for _, worse in group.preferences]
     return group
