@@ -22,6 +22,7 @@ from fastdpo.data.forms.columns import Cells, structured
 from fastdpo.data.forms.context import system_text
 from fastdpo.data.forms.mapping import renamed
 from fastdpo.data.tokens.settings import TokenizationSettings
+from fastdpo.data.tokens.truncation import EQUAL, different_pairs
 from fastdpo.data.values import BadRow
 from fastdpo.inspection.inspect import Progress, no_progress
 from fastdpo.inspection.output import check_output, json_lines
@@ -102,14 +103,9 @@ def explicit_pairs(read: ReadRow, columns: Mapping[str, Any] | None = None) -> I
         prompt, answers = _conversations(prompt, system, [str(response) for response in responses])
     else:
         answers = [list(response) for response in responses if not isinstance(response, str)]
-    for better, worse in row.preferences:
-        if answers[better] != answers[worse]:  # texts that differed in outer blanks alone do not any more
-            yield {
-                "prompt": prompt,
-                "chosen": answers[better],
-                "rejected": answers[worse],
-                **_for_template(read.kwargs),
-            }
+    more = _for_template(read.kwargs)
+    for better, worse in different_pairs(row.preferences, answers, f"{EQUAL} but for blanks"):
+        yield {"prompt": prompt, "chosen": answers[better], "rejected": answers[worse], **more}
 
 
 def _conversations(prompt: str, system: str, responses: list[str]) -> tuple[list[Message], list[list[Message]]]:

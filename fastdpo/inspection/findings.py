@@ -164,7 +164,7 @@ def _on_cycles_together(graph: Graph) -> list[set[int]]:
                 if work:
                     low[work[-1][0]] = min(low[work[-1][0]], low[answer])
                 if low[answer] == index[answer]:
-                    group = set()
+                    group: set[int] = set()
                     while not group or answer not in group:
                         group.add(stack.pop())
                     on_stack -= group

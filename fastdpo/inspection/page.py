@@ -65,7 +65,7 @@ def _read(inspection: Inspection, shown: Iterable[Check], num_examples: int) -> 
     for check in shown:
         numbers["row"].update(number for rows in check.examples[:num_examples] for number in rows)
         numbers["evaluation row"].update(check.eval_rows[:num_examples])
-    found = {}
+    found: dict[tuple[str, int], ReadRow] = {}
     for what, source in (("row", inspection.source), ("evaluation row", inspection.eval_source)):
         if source is not None:
             found |= {(what, number): row for number, row in source.pick(numbers[what]).items()}
