@@ -2,13 +2,15 @@
 
 In: read rows, one by one. Out: for each that is like an earlier one, that one. Two rows are alike where both their
 prompts and their answers have a Jaccard similarity of NEAR_SIMILARITY or more; with the same prompt and one answer in
-common, rows are not. Texts are sets of runs of SHINGLE bytes; of a long text the SKETCH smallest hashes stand for all,
-an unbiased sample by which similarity is estimated to some hundredths.
+common, or with the same answers preferred the other way, rows are not. Texts are sets of runs of SHINGLE bytes; of a
+long text the SKETCH smallest hashes stand for all, an unbiased sample by which similarity is estimated to some
+hundredths.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from fastdpo.inspection.thresholds import NEAR_SIMILARITY, SHINGLE
 SKETCH = 128  # hashes kept of the prompt, and of the answers
 NUM_PERM = 64  # of MinHash: candidates only, each is compared by its sketches
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: spreads the bytes over all bits
+_PLAIN, _WORSE = np.uint32(0), np.uint32(0x5BD1E995)  # any constant: hashes of the two kinds then differ
 _ANSWERS = np.uint32(0x80000000)  # marks the hashes of answers, so that no prompt is like an answer
 
 
@@ -49,7 +52,8 @@ class NearDuplicates:
         """Takes down a usable row. One that is like an earlier one is found, and others are not compared with it."""
         assert read.row is not None
         prompt = sketch([read.row.prompt])
-        answers = sketch(read.row.responses)
+        worse = {rejected for _, rejected in read.row.preferences}
+        answers = sketch(read.row.responses, [index in worse for index in range(len(read.row.responses))])
         minhash: Any = self._empty.copy()
         minhash.update_batch([*(prompt >> 1).tolist(), *((answers >> 1) | _ANSWERS).tolist()])
         for number in sorted(self._index.query(minhash)):
@@ -61,9 +65,18 @@ class NearDuplicates:
         self._sketches[read.number] = (prompt, answers)
 
 
-def sketch(parts: list[Part] | tuple[Part, ...]) -> np.ndarray:
-    """The SKETCH smallest hashes of the texts' shingles, (<= SKETCH,) uint32, ascending."""
-    hashes = np.concatenate([_shingle_hashes(text_of(part).strip().encode()) for part in parts])
+def sketch(parts: Sequence[Part], are_worse: Sequence[bool] | None = None) -> np.ndarray:
+    """The SKETCH smallest hashes of the texts' shingles, (<= SKETCH,) uint32, ascending.
+
+    Args:
+        are_worse: of each text, whether another is preferred to it; its shingles then are other ones.
+    """
+    hashes = np.concatenate(
+        [
+            _shingle_hashes(text_of(part).strip().encode()) ^ (_WORSE if is_worse else _PLAIN)
+            for part, is_worse in zip(parts, are_worse or [False] * len(parts), strict=True)
+        ]
+    )
     if len(hashes) > 4 * SKETCH:  # sorting all would take most of the time
         smallest = np.unique(np.partition(hashes, 2 * SKETCH)[: 2 * SKETCH])
         if len(smallest) >= SKETCH:  # else the text repeats itself

@@ -40,6 +40,7 @@ def test_other_answers_to_one_prompt_and_one_answer_in_common_are_not_alike():
     prompt = text(0, 2000)  # a long one, beside which the answers are a small part of the row
     rows = [pair(prompt, text(i), text(i + 10)) for i in range(4)]
     rows += [pair(prompt, text(0), text(99)), pair(text(7), text(0), text(10))]
+    rows.append(pair(prompt, text(10), text(0)))  # the first row's answers, preferred the other way
     assert found(rows) == {}
 
 
