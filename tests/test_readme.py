@@ -43,8 +43,8 @@ def test_python_blocks_run(name, model_dir, tmp_path, monkeypatch):
 
 
 def test_the_pages_whose_python_runs_here_have_some():
-    assert {name.rpartition("-")[0] for name in BLOCKS} == {"README.md", "docs/head_op.md"}
-    assert len(BLOCKS) == 4
+    assert {name.rpartition("-")[0] for name in BLOCKS} == {"README.md", "docs/data_checks.md", "docs/head_op.md"}
+    assert len(BLOCKS) == 5
 
 
 def commands_of(page):
@@ -68,12 +68,12 @@ def test_the_train_command_runs(page, model_dir, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def options_of(command):
+def options_of(*command):
     from fastdpo.cli.main import main
 
     output = io.StringIO()
     with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
-        main([command, "--help"])
+        main([*command, "--help"])
     return set(re.findall(r"--([a-z_0-9]+)", output.getvalue()))
 
 
@@ -84,6 +84,7 @@ def known_options():
 
     known = {f.name for cls in (DPOConfig, AdapterArguments, RunArguments) for f in fields(cls)} | {"config", "help"}
     known |= options_of("verify") | options_of("plan") | options_of("env") | options_of("migrate") | {"no_x", "x"}
+    known |= options_of("data", "inspect") | options_of("data", "clean") | options_of("data", "convert")
     known |= SINCE_5_23
     for script in ("benchmarks/gpu_suite", "benchmarks/bench_training_step", "tests/portable"):
         known |= set(re.findall(r"--([a-z_0-9]+)", (ROOT / f"{script}.py").read_text()))
