@@ -43,9 +43,9 @@ def test_python_blocks_run(name, model_dir, tmp_path, monkeypatch):
 
 
 def test_the_pages_whose_python_runs_here_have_some():
-    pages = {"README.md", "docs/head_op.md", "docs/ranking.md", "docs/rewards.md"}
+    pages = {"README.md", "docs/data_checks.md", "docs/head_op.md", "docs/ranking.md", "docs/rewards.md"}
     assert {name.rpartition("-")[0] for name in BLOCKS} == pages
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
 
 
 def commands_of(page):
@@ -69,12 +69,12 @@ def test_the_train_command_runs(page, model_dir, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def options_of(command):
+def options_of(*command):
     from fastdpo.cli.main import main
 
     output = io.StringIO()
-    with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
-        main([command, "--help"])
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+        main([*command, "--help"])
     return set(re.findall(r"--([a-z_0-9]+)", output.getvalue()))
 
 
@@ -85,7 +85,8 @@ def known_options():
     from fastdpo.cli.main import COMMANDS
 
     known = {f.name for cls in (DPOConfig, AdapterArguments, RunArguments) for f in fields(cls)} | {"config", "help"}
-    known |= {"no_x", "x"}.union(*map(options_of, COMMANDS))
+    known |= {"no_x", "x"}.union(*(options_of(command) for command in COMMANDS))
+    known |= options_of("data", "inspect") | options_of("data", "clean") | options_of("data", "convert")
     known |= SINCE_5_23
     for script in ("benchmarks/gpu_suite", "benchmarks/bench_training_step", "tests/portable"):
         known |= set(re.findall(r"--([a-z_0-9]+)", (ROOT / f"{script}.py").read_text()))

@@ -23,6 +23,7 @@ COMMANDS = {
     "report": ("fastdpo.cli.report", "write the HTML report of a run again"),
     "score": ("fastdpo.cli.score", "score responses with a DPO model's implicit reward; RewardBench"),
     "plan": ("fastdpo.cli.plan", "show which settings fit a GPU's memory, and the longest pair that fits"),
+    "data": ("fastdpo.cli.data", "inspect preference data, clean it, or convert it to explicit conversational pairs"),
     "rank": ("fastdpo.cli.rank", "rank models on preference pairs, or from a file of comparisons, with intervals"),
     "migrate": ("fastdpo.cli.migrate", "convert a recipe of TRL, Axolotl, LLaMA-Factory or others to a fastdpo config"),
     "env": ("fastdpo.cli.env", "print what a bug report needs: versions, machine, kernels, attention, self-check"),

@@ -175,3 +175,29 @@ def _clean(panel: Any) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(alpha=0.25, linewidth=0.6)
     panel.tick_params(labelsize=9)
+
+
+def length_histogram(lengths: Mapping[str, Sequence[int]], unit: str) -> Any:
+    """How many answers have which length, one outline per side, on a logarithmic axis.
+
+    Args:
+        lengths: at least one each, by side ("chosen", "rejected").
+        unit: of the lengths, such as "tokens".
+    Returns:
+        A matplotlib Figure.
+    """
+    import numpy as np
+
+    figure = _new_figure(width=7.6, height=3.4)
+    panel = figure.subplots()
+    longest = max(max(values) for values in lengths.values())
+    edges = np.geomspace(1, max(2, longest + 1), 40)
+    for index, (name, values) in enumerate(lengths.items()):
+        counts, _ = np.histogram(np.maximum(values, 1), edges)
+        panel.stairs(counts, edges, color=COLORS[index % len(COLORS)], linewidth=1.8, label=name)
+    panel.set_xscale("log")
+    panel.set_xlabel(f"length of an answer ({unit})")
+    panel.set_ylabel("answers")
+    panel.legend(frameon=False, fontsize=9, loc="upper left")
+    _clean(panel)
+    return figure

@@ -444,9 +444,10 @@ class PackedTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Trainer's, without the reference's adapter: it is where training started, and no part of what came out."""
-        if is_peft_model(self.model) and REFERENCE_ADAPTER in self.model.peft_config:
+        has_one = self.reference is not None and is_peft_model(self.model)
+        if has_one and REFERENCE_ADAPTER in self.model.peft_config:
             state_dict = without_reference_weights(self.model.state_dict() if state_dict is None else state_dict)
-        with without_reference_adapter(self.model):
+        with without_reference_adapter(self.model) if has_one else nullcontext():
             super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.saved.add_to(self.args.output_dir if output_dir is None else output_dir)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import make_llama, make_rows, make_tokenizer
 from tiny_runs import logged, tiny_trainer
 
-from fastdpo import DPOConfig, DPOTrainer, pack_pairs, packed_logps
+from fastdpo import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, pack_pairs, packed_logps
 from fastdpo.data.prepare import group_from_columns
 from fastdpo.training.precompute import precompute_ref_logps
 
@@ -235,6 +235,16 @@ def test_a_run_from_an_adapter_resumes_where_it_stopped(tmp_path, name):
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert logged(resumed)[2:] == pytest.approx(logged(whole)[2:], abs=1e-6)
     assert not list((tmp_path / "out").glob("checkpoint-*/ref"))
+
+
+def test_sft_saves_an_adapter_named_ref_as_any_other(tmp_path):
+    """It is a reference to DPO alone."""
+    model = under_way("q_proj")
+    model.add_adapter("ref", lora("v_proj"))
+    args = SFTConfig(str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
+    rows = [{"prompt": "the cat ", "completion": "sees"}]
+    SFTTrainer(model, args, train_dataset=rows, processing_class=make_tokenizer()).save_model()
+    assert (tmp_path / "out" / "ref" / "adapter_model.safetensors").exists()
 
 
 def test_the_trained_model_merges_in_place(tmp_path):

@@ -196,7 +196,7 @@ def test_comparisons_that_cannot_be_ranked_are_refused_and_nothing_is_written(ca
         (("--by", "reference"), "by must be 'sum' or 'mean' where there is no reference"),
         (("--by", "length"), "argument --by"),
         (("--length",), "length must not be given here, got True: it has no effect on preference pairs"),
-        (("--reference", "/nowhere"), "there is no directory /nowhere"),
+        (("--reference", "/nowhere"), "got /nowhere, which does not exist"),
         (("--anchor", "Z"), "anchor must be one of"),
         (("--max_length", "0"), "max_length"),
         (("-o", "."), "output must be a file, got the directory ."),

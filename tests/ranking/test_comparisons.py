@@ -158,7 +158,7 @@ def test_every_kind_of_file_gives_the_same_comparisons(tmp_path):
         ("a.jsonl", '{"model_a": "x", "model_b": "y"}', "'winner' is missing"),
         ("a.jsonl", '{"prompt": "p", "chosen": "x", "rejected": "y"}', "'model_a' is missing.*--models A B"),
         ("a.jsonl", '{"model_a": "x", "model_b": "x", "winner": "tie"}', "1 cannot: a model compared with itself: 1"),
-        ("a.txt", "x", "must end in one of"),
+        ("a.txt", "x", "must all be JSON or all Parquet"),
     ],
 )
 def test_files_that_hold_no_comparisons_are_refused(tmp_path, name, content, message):

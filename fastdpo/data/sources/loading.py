@@ -71,6 +71,29 @@ def load_preference_dataset(path_or_name: str | Path, split: str = "train", conf
     return found if isinstance(found, Dataset) else _load_files(found)
 
 
+def iterate_examples(
+    path_or_name: str | Path, split: str = "train", config_name: str | None = None
+) -> Iterator[Mapping[str, Any]]:
+    """The raw examples of `load_preference_dataset` as they stand in the file, one at a time: lines of JSON are parsed
+    as they are read and never held together.
+
+    Raises: as `load_preference_dataset`, for a malformed line when it is reached.
+    """
+    path = Path(path_or_name).expanduser()
+    found = _local_files(path, split, path_or_name)
+    if isinstance(found, list) and not _are_parquet(found):
+        _check_no_config(config_name, path)
+        rows = _json_objects(found)
+        first = next(rows, None)
+        if first is None:
+            raise ValueError(f"dataset file must hold at least one row: {path}")
+        yield first
+        yield from rows
+        return
+    dataset = load_preference_dataset(path_or_name, split, config_name)
+    yield from (raw_example(example, dataset.features) for example in dataset)
+
+
 def dataset_from_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     """A Dataset of `rows`. If common columns would change the rows (different keys or types, objects that lack a key or
     hold null), the dataset has one column of JSON text instead."""
@@ -131,17 +154,23 @@ def read_json_rows(path: str | Path) -> list[dict[str, Any]]:
 
 def _stream_json(paths: Sequence[Path]) -> Iterator[dict[str, str]]:
     """Each object as JSON text; see `raw_example`."""
+    for row in _json_objects(paths):
+        yield {ROW_JSON: json.dumps(row)}
+
+
+def _json_objects(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """The objects of the files, of JSON Lines one at a time."""
     for path in paths:
         try:
             with _open_text(path) as lines:
                 is_array = next((line for line in lines if line.strip()), "").lstrip().startswith("[")
             if is_array:
-                yield from ({ROW_JSON: json.dumps(row)} for row in read_json_rows(path))
+                yield from read_json_rows(path)
                 continue
             with _open_text(path) as lines:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
-                        yield {ROW_JSON: json.dumps(_object_of(line, path, number))}
+                        yield _object_of(line, path, number)
         except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise ValueError(f"dataset file cannot be read: {path} ({error})") from None
 

@@ -32,7 +32,16 @@ from fastdpo.data.tokens.truncation import EQUAL, checked_group, different_pairs
 from fastdpo.data.values import BadRow, common_prefix_length
 from fastdpo.types import PreferenceRow, TokenizedGroup
 
-__all__ = ["EncodedRow", "RowEncoder", "TokenizationSettings", "encode_row", "padding_id", "tokenize_row", "truncate"]
+__all__ = [
+    "EncodedRow",
+    "RowEncoder",
+    "TokenizationSettings",
+    "encode_row",
+    "padding_id",
+    "tokenize_row",
+    "truncate",
+    "usable_preferences",
+]
 
 _DECODED_ROWS = 8  # compared with their text, token by token
 
@@ -64,6 +73,18 @@ def tokenize_row(
     """
     encoder = RowEncoder(tokenizer, settings.chat_template, settings.chat_template_kwargs)
     return truncate(_group_of(encoder.encode([(row, template_kwargs or {})])[0]), settings)
+
+
+def usable_preferences(row: PreferenceRow) -> tuple[tuple[int, int], ...]:
+    """The preferences of a row between different responses: what can be told before a tokenizer is known.
+
+    Raises:
+        BadRow: a response is empty, or no two that are compared differ.
+    """
+    for response in row.responses:
+        if is_empty(response):
+            raise BadRow("empty response")
+    return different_pairs(row.preferences, row.responses, EQUAL)
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -156,10 +177,7 @@ class RowEncoder:
     def _plan(self, row: PreferenceRow) -> TextPlan | ValueError | None:
         """The plan for a row of text; the error if the row is unusable; None if the row holds messages."""
         try:
-            for response in row.responses:
-                if is_empty(response):
-                    raise BadRow("empty response")
-            different_pairs(row.preferences, row.responses, EQUAL)
+            usable_preferences(row)
         except BadRow as error:
             return error
         return None if row.is_conversational else self.text_rows.plan(row)

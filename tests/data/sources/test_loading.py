@@ -5,7 +5,12 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from fastdpo.data.forms.formats import preference_row
-from fastdpo.data.sources.loading import load_preference_dataset, raw_example, stream_preference_dataset
+from fastdpo.data.sources.loading import (
+    iterate_examples,
+    load_preference_dataset,
+    raw_example,
+    stream_preference_dataset,
+)
 
 ROWS = [{"prompt": f"Q{i}?", "chosen": f" é{i}", "rejected": "\u2028否"} for i in range(3)]  # U+2028 ends no line
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -26,6 +31,22 @@ def test_json_files_load_as_arrays_and_as_lines_gzipped_or_not(tmp_path, name, t
     data = text.encode()
     path.write_bytes(gzip.compress(data) if compressed else data)
     assert list(load_preference_dataset(path)) == ROWS
+    assert list(iterate_examples(path)) == ROWS
+
+
+def test_examples_come_one_at_a_time_and_as_they_stand_in_the_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "Q", "chosen": 1}, {"prompt": "Q", "chosen": 2.5, "more": None}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken")
+    examples = iterate_examples(path)
+    assert [next(examples), next(examples)] == rows  # before the broken line is reached
+    with pytest.raises(ValueError, match=r"malformed JSON in .*rows\.jsonl, line 3"):
+        next(examples)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="must hold at least one row"):
+        next(iterate_examples(tmp_path / "empty.jsonl"))
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    assert list(iterate_examples(tmp_path / "rows.parquet")) == ROWS
 
 
 def test_parquet_and_saved_datasets_load(tmp_path):
