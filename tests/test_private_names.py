@@ -65,6 +65,7 @@ TRAINER = {
         "_get_train_sampler",
         "_load_best_model",
         "_load_from_checkpoint",
+        "_prepare_input",
         "_prepare_inputs",
         "_save",
         "_track_num_input_tokens",

@@ -344,6 +344,10 @@ class PackedTrainer(Trainer):
         num_rows = self.args.eval_batch_size
         return self._first_rows(inputs, min(max(state.remainder - self.args.process_index * num_rows, 0), num_rows))
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Trainer's, which under DeepSpeed rounds floats to the dtype of the weights: log-probs keep their digits."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
     # Logging and evaluation
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,3 +109,14 @@ def test_workers_change_no_loss(tmp_path):
     )
     assert len(alone) == 3
     assert with_workers == alone
+
+
+def test_log_probs_keep_their_digits_under_deepspeed(tmp_path):
+    """Trainer turns every float of a batch into DeepSpeed's dtype: in bf16, -345.67 would be -346."""
+    trainer = tiny_trainer(tmp_path, num_rows=2)
+    inputs = trainer.collator([trainer.train_dataset[0]])
+    inputs["ref_logps"] = torch.tensor([-345.67, -12.3])
+    trainer.is_deepspeed_enabled = True
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    assert trainer._prepare_inputs(inputs)["ref_logps"].tolist() == pytest.approx([-345.67, -12.3], rel=1e-6)
