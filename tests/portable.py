@@ -30,7 +30,7 @@ NUMERIC = (
     "adapters", "alignment", "benchmarks/test_head_op_benchmark.py", "benchmarks/test_skipping_benchmark.py",
     "benchmarks/test_training_step.py", "evidence/test_verify.py", "integrations", "kernels/test_forward_with_grads.py",
     "kernels/test_launch.py", "kernels/test_rounds.py", "kernels/test_scratch.py", "kernels/test_sparse.py", "losses",
-    "modeling", "ops", "parity", "references", "test_metrics.py", "training", "wrong",
+    "modeling", "ops", "parity", "ranking", "references", "rewards", "test_metrics.py", "training", "wrong",
 )  # fmt: skip
 COUNTS_BYTES = (
     "ops/test_peak_memory.py", "references/test_memory_cap.py", "training/memory/test_memory_estimate.py",
