@@ -264,10 +264,12 @@ def test_a_test_run_that_is_stopped_has_named_what_failed(suite, tmp_path):
         "import time\n\ndef test_wrong():\n    assert 1 == 2\n\ndef test_endless():\n    time.sleep(99)\n"
     )
     command = [*gpu_suite.pytest_command(tmp_path / "test_some.py"), "--rootdir", str(tmp_path)]
-    result = suite.run(gpu_suite.Part("key", "tests", command, 8))
-    assert result.verdict == "stopped after 8 s"
-    log = suite.log.read_text()
-    assert "test_some.py::test_wrong FAILED" in log
+    for seconds in (8, 60):  # a busy machine may need longer to start pytest
+        result = suite.run(gpu_suite.Part("key", "tests", command, seconds))
+        assert result.verdict == f"stopped after {seconds} s"
+        if "test_some.py::test_wrong" in suite.log.read_text():
+            break
+    assert "test_some.py::test_wrong FAILED" in suite.log.read_text()
     assert "assert 1 == 2" in "\n".join(result.tail)
 
 
