@@ -66,7 +66,9 @@ def check_rows(num_rows: int, num_kept: int, num_pairs: int, dropped: Mapping[st
         finding,
         {"num_rows": num_rows, "num_kept": num_kept, "num_pairs": num_pairs, "dropped": by_reason},
         _examples((row,) for rows in dropped.values() for row in islice(rows, 5)),
-        _unless_ok(verdict, "Training leaves these rows out. If they are many, look at the columns: --columns."),
+        _unless_ok(
+            verdict, "Training leaves these rows out: look at --columns, or --max_length where the prompt fills it."
+        ),
     )
 
 

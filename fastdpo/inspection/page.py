@@ -35,11 +35,11 @@ def write_data_page(path: str | os.PathLike[str], inspection: Inspection, *, num
     rows = _read(inspection, shown, num_examples)
     advice = ADVICE.get(inspection.verdict, "Mend what is bad before training.")
     sections: list[Section] = [
-        Text("Verdict", [f"{inspection.verdict}. {advice}"]),
+        Text("Verdict", [f"{inspection.verdict.capitalize()}. {advice}"]),
         Table(
             "Checks",
-            ("Check", "Verdict", "What was found", "What to do"),
-            [[check.name, check.verdict, check.finding, check.remedy] for check in inspection.checks],
+            ("Check", "Verdict", "What was found"),
+            [[check.name, check.verdict, _with_remedy(check)] for check in inspection.checks],
             is_prose=True,
         ),
         _lengths(inspection),
@@ -79,8 +79,11 @@ def _examples(check: Check, rows: Mapping[tuple[str, int], ReadRow], num_example
         if position < len(check.eval_rows):
             keys.append(("evaluation row", check.eval_rows[position]))
         samples += [_sample(*key, rows[key]) for key in keys if key in rows]
-    note = f"{check.finding}. {check.remedy}".strip()
-    return SampleList(check.name.capitalize(), samples, "Characters", note=note)
+    return SampleList(check.name.capitalize(), samples, "Characters", note=_with_remedy(check), name_column="Answer")
+
+
+def _with_remedy(check: Check) -> str:
+    return f"{check.finding}. {check.remedy}" if check.remedy else check.finding
 
 
 def _sample(what: str, number: int, read: ReadRow) -> Sample:

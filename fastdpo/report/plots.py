@@ -188,7 +188,7 @@ def length_histogram(lengths: Mapping[str, Sequence[int]], unit: str) -> Any:
     """
     import numpy as np
 
-    figure = _new_figure(width=7.6, height=3.4)
+    figure = _new_figure(width=6.0, height=3.4)
     panel = figure.subplots()
     longest = max(max(values) for values in lengths.values())
     edges = np.geomspace(1, max(2, longest + 1), 40)

@@ -115,9 +115,11 @@ class SampleList:
     samples: Sequence[Sample]
     score_name: str
     note: str = ""
+    name_column: str = "Model"  # heading of the responses' names
 
     def body(self) -> str:
-        columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("Model", "Response", self.score_name))
+        names = (self.name_column, "Response", self.score_name)
+        columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
         parts = [_note(self.note)]
         for sample in self.samples:
             parts.append(f'<article><p class="prompt">{escape(sample.prompt)}</p>')
