@@ -19,6 +19,7 @@ from fastdpo.inspection.findings import Contradiction, Cycle
 from fastdpo.inspection.survey import Facts, Survey
 from fastdpo.inspection.thresholds import LENGTH_BAD, LENGTH_LOOK, LIMITS, NEAR_SIMILARITY
 from fastdpo.inspection.tokens import BATCH_SIZE, TokenSurvey
+from fastdpo.rewards.intervals import wilson
 
 OK, LOOK, BAD, SKIPPED = "ok", "look", "bad", "skipped"
 NUM_EXAMPLES = 20  # kept of each check; a page shows fewer
@@ -192,7 +193,7 @@ def check_length_bias(rows: Sequence[Facts], lengths: tuple[Sequence[int], Seque
     if not longer + shorter:
         return Check("length bias", OK, "no pair has answers of different length", {**numbers, "unit": unit})
     share = longer / (longer + shorter)
-    low, high = wilson_interval(longer, longer + shorter)
+    low, high = wilson(longer, longer + shorter)
     nearest = low if low > 0.5 else 1 - high  # of the interval, how far its nearest end is on one side
     verdict = BAD if nearest > LENGTH_BAD else LOOK if nearest > LENGTH_LOOK else OK
     means = fmean(chosen for chosen, _ in pairs), fmean(rejected for _, rejected in pairs)
@@ -308,14 +309,6 @@ def check_savings(survey: Survey, tokens: TokenSurvey | None) -> Check:
         finding += f"; {together:,} with --regroup_dataset"
     numbers = {"unit": "tokens", "raw": raw, "unique": unique, "padded": padded, "regrouped": together}
     return Check("savings", OK, finding, {**numbers, "saved": _share_saved(unique, raw)})
-
-
-def wilson_interval(num_successes: int, num_trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927): inside [0, 1], and right also for few trials."""
-    share, spread = num_successes / num_trials, z * z / num_trials
-    middle = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _of_rows(

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdpo.ranking.bradley_terry import normal_quantile
+from fastdpo.rewards.intervals import wilson
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,6 @@ def share_of(values: NDArray[np.float64], clusters: NDArray[np.int64], confidenc
             independent = num / max(design_effect, 1.0)
         else:
             independent = float(num_clusters)  # all alike, so perhaps by cluster
-    return Share(rate, *wilson(rate, independent, confidence), num, int((values == 0.5).sum()))
-
-
-def wilson(rate: float, num: float, confidence: float = 0.95) -> tuple[float, float]:
-    """The interval of a share of `num` independent things."""
-    z2 = normal_quantile(confidence) ** 2 / num
-    middle = (rate + z2 / 2) / (1 + z2)
-    reach = np.sqrt(z2 * (rate * (1 - rate) + z2 / 4)) / (1 + z2)
-    return max(float(middle - reach), 0.0), min(float(middle + reach), 1.0)
+    return Share(
+        rate, *wilson(rate * independent, independent, normal_quantile(confidence)), num, int((values == 0.5).sum())
+    )

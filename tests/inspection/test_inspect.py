@@ -9,7 +9,6 @@ from datasets import Dataset
 from fastdpo.data.forms.examples import EXAMPLES
 from fastdpo.data.tokens.settings import TokenizationSettings
 from fastdpo.inspection import inspect_data
-from fastdpo.inspection.checks import wilson_interval
 from fastdpo.inspection.thresholds import LIMITS, Limit
 
 
@@ -122,14 +121,6 @@ def test_length_bias_is_judged_by_the_near_end_of_its_interval(num_longer, num_s
     assert check.verdict == verdict
     assert check.numbers["num_equal"] == 10
     assert check.numbers["share"] == num_longer / (num_longer + num_shorter)
-
-
-def test_the_interval_is_wilsons():
-    """Newcombe 1998, table 1, method 3; the last by symmetry."""
-    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
-    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert wilson_interval(20, 20) == pytest.approx((0.8389, 1.0), abs=5e-5)
 
 
 def test_savings_without_a_tokenizer_count_the_characters_of_each_row():

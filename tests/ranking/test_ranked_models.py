@@ -10,7 +10,7 @@ from tiny import make_byte_tokenizer, make_llama, make_rows, make_tokenizer
 from fastdpo import DPOConfig
 from fastdpo.ranking.models import accuracy_record, rank_models
 from fastdpo.ranking.runs import run_checkpoints
-from fastdpo.ranking.shares import wilson
+from fastdpo.rewards.intervals import wilson
 
 ROWS = make_rows(24)
 
@@ -64,7 +64,7 @@ def test_accuracies_and_wins_are_those_of_separate_forwards(args):
             share = ranked.accuracies[measure][index]
             rate = float((expected[name][measure] > 0).mean())
             assert share.rate == rate, (measure, name)
-            assert (share.lower, share.upper) == pytest.approx(wilson(rate, 24))
+            assert (share.lower, share.upper) == pytest.approx(wilson(rate * 24, 24))
     right = [expected[name]["mean"] > 0 for name in models]
     points = ranked.comparisons.points()
     for one, other in ((0, 1), (0, 2), (1, 2)):

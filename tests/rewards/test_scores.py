@@ -130,11 +130,13 @@ def test_ties_count_half_and_length_is_divided_out():
 
 
 def test_wilsons_interval():
-    """8 of 10, z = 1.96: worked out by hand."""
-    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    """Solves (p - 0.8)^2 = z^2 p (1 - p) / 10 with z = 1.959964; and Newcombe's table (1998)."""
+    assert wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-7)
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson(20, 20) == pytest.approx((0.8389, 1.0), abs=5e-5)
     assert wilson(0, 0) == (0.0, 1.0)
-    assert wilson(0, 5)[0] == 0.0
-    assert wilson(5, 5)[1] == pytest.approx(1.0)
 
 
 def test_what_cannot_be_scored_is_refused(tmp_path):
