@@ -41,13 +41,24 @@ table.samples th:last-child, table.samples td:last-child { width: 7.5rem; text-a
 article { margin: 0 0 1.6rem; }
 .prompt { margin: 0; padding: .5rem .8rem; max-width: none; background: var(--band);
   border-left: 3px solid var(--accent); font-weight: 500; }
-.coloured { max-width: none; white-space: pre-wrap; overflow-wrap: anywhere; }
+.coloured { max-width: none; margin: .5rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .coloured span { border-radius: 2px; }
 figure { margin: 0 0 .6rem; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff; border-radius: 4px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: .8rem; }
 footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line); color: var(--soft);
   font-size: .85rem; }
+@media (max-width: 34rem) {
+  main { padding: 1.5rem .9rem 3rem; }
+  table { font-size: .84rem; }
+  th, td { padding: .35rem .4rem; }
+  tbody th { white-space: normal; overflow-wrap: anywhere; }
+  table.figures td { white-space: normal; }
+  table.prose tbody th { width: auto; }
+  table.samples { min-width: 0; }
+  table.samples th:first-child { width: 6rem; }
+  table.samples th:last-child, table.samples td:last-child { width: 4.2rem; }
+}
 @media print { main { max-width: none; padding: 0; } article, figure { break-inside: avoid; } }
 """
 

@@ -18,6 +18,8 @@ from fastdpo.rewards.scorer import ModelScorer
 from fastdpo.training.settings.config import DPOConfig
 from fastdpo.types import TokenizedGroup
 
+_WINDOW = 8  # tokens before one that its text may depend on
+
 
 @dataclass(frozen=True)
 class Credits:
@@ -52,8 +54,18 @@ def token_credits(
         found = []
         for k, ids in enumerate(_counted_ids(group)):
             ratios = ours[index][k] if theirs is None else ours[index][k] - theirs[index][k]
-            found.append(Credits(tuple(tokenizer.decode([i]) for i in ids), tuple((beta * ratios).tolist())))
+            found.append(Credits(_pieces(tokenizer, ids), tuple((beta * ratios).tolist())))
         yield found
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """The text that each token adds to those before it, spaces included, which a token decoded alone may lose."""
+    pieces = []
+    for place, token in enumerate(ids):
+        before = ids[max(place - _WINDOW, 0) : place]
+        start, whole = tokenizer.decode(before), tokenizer.decode([*before, token])
+        pieces.append(whole[len(start) :] if whole.startswith(start) else tokenizer.decode([token]))
+    return tuple(pieces)
 
 
 def _counted_ids(group: TokenizedGroup) -> list[Sequence[int]]:
