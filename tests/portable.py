@@ -133,7 +133,8 @@ def report(outcomes: list[Outcome]) -> int:
     print(f"\n{len(first.names)} tests:")
     for module, count in Counter(name.split("::")[0] for name in first.names).items():
         print(f"  {module} ({count})")
-    print(*(outcome.line() for outcome in outcomes), sep="\n")
+    for outcome in outcomes:
+        print(outcome.line(), *(f"  FAILED {name}" for name in outcome.failed), sep="\n")
     is_right = bool(first.names)
     for outcome in outcomes:
         is_right &= not outcome.failed and outcome.counts["passed"] > 0
