@@ -95,7 +95,7 @@ class _Run:
     def steps(self) -> Any:
         from fastdpo.rounds.iterate import Steps
 
-        return Steps(self._make_pairs, self._train, self._evaluate)
+        return Steps(self._make_pairs, self._train, self._measure)
 
     def _loaded(self, name: str) -> tuple[Any, Any, Any]:
         """Model, tokenizer and judge."""
@@ -150,7 +150,7 @@ class _Run:
         if code:
             raise ValueError(f"training of {folder} ended with exit code {code}")
 
-    def _evaluate(self, name: str) -> dict[str, float]:
+    def _measure(self, name: str) -> dict[str, float]:
         from fastdpo.rounds.measure import measure
 
         model, tokenizer, judge = self._loaded(name)

@@ -66,7 +66,7 @@ def test_the_report_has_every_part_and_stands_alone(finished):
         "How it was done",
         "This run",
     ]
-    assert page.count("data:image/svg+xml") == 2
+    assert page.count("data:image/svg+xml") == 4  # the frontier, and a curve for each of three metrics
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
