@@ -25,7 +25,7 @@ def asked(**options):
     return argparse.Namespace(**{name: options.get(name) for name in names})
 
 
-@pytest.mark.parametrize("command", ["train", "sft"])
+@pytest.mark.parametrize("command", ["train", pytest.param("sft", marks=pytest.mark.slow)])
 def test_two_processes_train_one_model(tmp_path, command):
     save_model(tmp_path / "model")
     save_rows(tmp_path / "pairs.jsonl")

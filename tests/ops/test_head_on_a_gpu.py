@@ -249,8 +249,16 @@ def test_every_row_of_the_table_launches_and_agrees(kernel, dtype, device):
         assert_at_most_twice_plain(op, case, device)
 
 
-@on_both
-@pytest.mark.parametrize("family", list(tuning.TASKS))
+SLOW_INTERPRETED = ("eager", "products")  # the others show the same of the interpreter
+TUNED_ON = [
+    pytest.param(family, *on.values, marks=[*on.marks, *([pytest.mark.slow] if is_slow else [])])
+    for family in tuning.TASKS
+    for on in (on if isinstance(on, type(pytest.param())) else pytest.param(on) for on in ON_BOTH)
+    for is_slow in (on.values[0] == "cpu" and family in SLOW_INTERPRETED,)
+]
+
+
+@pytest.mark.parametrize(("family", "device"), TUNED_ON)
 def test_every_candidate_of_the_tuner_launches_and_agrees(family, device):
     """What does not launch would be left out by the tuner; here it fails."""
     hidden_states, weight, labels = block_inputs(device, V=528 if device == "cpu" else 4096)
