@@ -251,10 +251,9 @@ def test_every_row_of_the_table_launches_and_agrees(kernel, dtype, device):
 
 SLOW_INTERPRETED = ("eager", "products")  # the others show the same of the interpreter
 TUNED_ON = [
-    pytest.param(family, *on.values, marks=[*on.marks, *([pytest.mark.slow] if is_slow else [])])
+    pytest.param(family, *on.values, marks=[*on.marks, *([pytest.mark.slow] if on.values == slow else [])])
     for family in tuning.TASKS
-    for on in (on if isinstance(on, type(pytest.param())) else pytest.param(on) for on in ON_BOTH)
-    for is_slow in (on.values[0] == "cpu" and family in SLOW_INTERPRETED,)
+    for on, slow in ((on, ("cpu",) if family in SLOW_INTERPRETED else None) for on in ON_BOTH)
 ]
 
 
