@@ -88,7 +88,7 @@ def test_samples_that_grow_are_warned_of(tmp_path):
         ]
         fast.eval_samples.take(1)
         assert ("samples_grow" in fast.watch.given) == is_warned
-    assert "31 tokens on average, where the reference's have 20 (8 prompts)" in fast.watch.given["samples_grow"]
+    assert "31 tokens on average, the reference's 20 (8 prompts)" in fast.watch.given["samples_grow"]
 
 
 def test_they_change_neither_losses_nor_order(tmp_path):
