@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     """Talks until the input ends.
 
     Raises:
-        ValueError: anything that the user can mend.
+        ValueError: a mistake that the user can fix.
     """
     options = _parser().parse_args(argv)
     if options.save and not options.against:

@@ -12,7 +12,7 @@ def main(argv: list[str]) -> None:
     """Reads the runs and prints their differences.
 
     Raises:
-        ValueError: anything that the user can mend.
+        ValueError: a mistake that the user can fix.
     """
     parser = RaisingParser(
         prog="fastdpo compare", description="Shows several training runs side by side: metrics, settings, curves."

@@ -20,7 +20,7 @@ from fastdpo.cli.options.values import OrNone, json_object
 
 SUBCOMMANDS = {
     "inspect": "judge the data: form, duplicates, contradictions, leaks, length bias, what the tokenizer cuts or loses",
-    "clean": "write the rows that have none of these faults, and a log line for each removed row",
+    "clean": "write the rows without these faults, and a log line for each removed row",
     "convert": "write any form as explicit conversational pairs",
 }
 STYLES = {"ok": "green", "look": "yellow", "bad": "bold red", "skipped": "dim"}
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     """Runs a subcommand. Returns 1 if the data is worse than --fail_on allows.
 
     Raises:
-        ValueError: anything that the user can mend.
+        ValueError: a mistake that the user can fix.
     """
     if not argv or argv[0] in ("-h", "--help", "help"):
         width = max(map(len, SUBCOMMANDS))

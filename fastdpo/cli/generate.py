@@ -15,7 +15,7 @@ def main(argv: list[str]) -> None:
     """Generates, judges, pairs and writes.
 
     Raises:
-        ValueError: anything that the user can mend.
+        ValueError: a mistake that the user can fix.
     """
     options = _parser().parse_args(argv)
     from fastdpo.rounds.generate import Pairing, Sampling

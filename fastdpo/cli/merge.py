@@ -9,7 +9,7 @@ def main(argv: list[str]) -> None:
     """Merges, and prints the error of the merged logits.
 
     Raises:
-        ValueError: anything that the user can mend.
+        ValueError: a mistake that the user can fix.
     """
     parser = RaisingParser(
         prog="fastdpo merge",

@@ -39,8 +39,10 @@ _OF_COMPARISONS = ("cluster", "length", "exclude")
 
 
 def main(argv: list[str]) -> None:
-    """Raises:
-    ValueError: anything that the user can mend.
+    """Ranks, prints and writes.
+
+    Raises:
+        ValueError: a mistake that the user can fix.
     """
     options = _parser().parse_args(argv)
     given = vars(options)

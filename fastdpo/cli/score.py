@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     """Scores, writes and prints.
 
     Raises:
-        ValueError: anything that the user can mend.
+        ValueError: a mistake that the user can fix.
     """
     options = _parser().parse_args(argv)
     _check(options)
@@ -96,7 +96,7 @@ def _parser() -> RaisingParser:
     add("--columns", help="The dataset's own column names, such as prompt=question,chosen=good.")
     add("--chat_template", "--chat-template", help="Chat template: a file or Jinja text. Default: the tokenizer's.")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="Dtype of the weights. Default: float32.")
-    add("--bf16", action="store_true", default=None, help="bf16 autocast. Default: where a GPU supports it.")
+    add("--bf16", action="store_true", default=None, help="bf16 autocast. Default: on if the GPU supports it.")
     add("--use_cpu", "--use-cpu", action="store_true", help="Use the CPU even if there is a GPU.")
     add("--ref_cache_dir", "--ref-cache-dir", help="Folder of cached log-probs. Default: as for `fastdpo train`.")
     add("--trust_remote_code", "--trust-remote-code", action="store_true", help="Run code from the Hub.")

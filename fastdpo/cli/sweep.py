@@ -15,7 +15,7 @@ def main(argv: list[str]) -> None:
     """Runs the unfinished runs.
 
     Raises:
-        ValueError: anything that the user can mend.
+        ValueError: a mistake that the user can fix.
     """
     options, train_options = _parser().parse_known_args(argv)
     for option in train_options:

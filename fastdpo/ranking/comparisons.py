@@ -46,7 +46,7 @@ class Comparisons:
     models: tuple[str, ...]  # (K,)
     first: NDArray[np.int64]  # (N,) number of the model
     second: NDArray[np.int64]  # (N,)
-    outcomes: NDArray[np.float64]  # (N,) 1 where the first one won, 0 where the second one did, 0.5 for a tie
+    outcomes: NDArray[np.float64]  # (N,) 1 if the first model won, 0 if the second one did, 0.5 for a tie
     clusters: NDArray[np.int64] | None = None  # (N,) number of the prompt; None: all comparisons are independent
     lengths: NDArray[np.float64] | None = None  # (N, 2) of the responses, in tokens or characters
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> rows that could not be read
@@ -81,7 +81,7 @@ class Comparisons:
         return points
 
     def without(self, models: Sequence[str]) -> Comparisons:
-        """The comparisons in which none of these models takes part.
+        """The comparisons without these models.
 
         Raises:
             ValueError: one of them is in no comparison.

@@ -66,7 +66,7 @@ class PackedTrainer(Trainer):
     loss_is_scaled_for_ga = True
     reference: Reference | None = None
     reference_reason = ""
-    dataset_name: str | None = None  # for the model card, where the dataset has a name
+    dataset_name: str | None = None  # for the model card, if the dataset has a name
     _summary_is_due = True
     _evaluation: Evaluation | None = None  # the evaluation that is running
 
@@ -319,7 +319,7 @@ class PackedTrainer(Trainer):
     def _part_loss_sum(self, model: nn.Module, part: dict[str, Any]) -> Tensor:
         """The summed loss of one micro-batch. Also records its metrics."""
         batch = PackedBatch(**{key: value for key, value in part.items() if key != FOR_NOTHING})
-        with self.accelerator.autocast():  # policy and reference alike, wrapped by accelerate or not
+        with self.accelerator.autocast():  # for policy and reference, whether accelerate wraps them or not
             result = self._loss_sum(model, batch)
         if FOR_NOTHING in part:
             return result.loss * 0.0
