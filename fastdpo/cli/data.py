@@ -19,7 +19,7 @@ from fastdpo.cli.options.parser import RaisingParser, TakesCommas
 from fastdpo.cli.options.values import OrNone, json_object
 
 SUBCOMMANDS = {
-    "inspect": "judge the data: form, duplicates, contradictions, leaks, length bias, what the tokenizer cuts or loses",
+    "inspect": "check the data: form, duplicates, contradictions, leaks, length bias, truncated or lost content",
     "clean": "write the rows without these faults, and a log line for each removed row",
     "convert": "write any form as explicit conversational pairs",
 }

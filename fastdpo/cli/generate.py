@@ -77,7 +77,7 @@ def _parser() -> RaisingParser:
         " http://URL of an OpenAI-compatible endpoint, or module:function.",
     )
     add("--judge_model", "--judge-model", help="Name of the endpoint's model.")
-    add("--output", "-o", required=True, metavar="FILE", help="Preference rows are written here (JSON Lines).")
+    add("--output", "-o", required=True, metavar="FILE", help="JSON Lines file for the preference rows.")
     add("--num", "-n", type=int, default=4, help="Responses for each prompt. Default: 4.")
     add("--pairs", choices=WAYS, default="best_worst", help="Pairs to keep, or whole rankings. Default: best_worst.")
     add("--margin", type=float, default=0.0, help="Least difference of two scores. Default: any except 0.")
@@ -87,7 +87,7 @@ def _parser() -> RaisingParser:
         action="store_true",
         help="Drop pairs until the longer response is chosen in half of them.",
     )
-    add("--max_prompts", "--max-prompts", type=int, help="Use the first prompts only.")
+    add("--max_prompts", "--max-prompts", type=int, help="Number of prompts to use, from the first. Default: all.")
     add("--max_new_tokens", "--max-new-tokens", type=int, default=512, help="Maximum response tokens. Default: 512.")
     add("--temperature", type=float, default=1.0, help="Sampling temperature, > 0. Default: 1.")
     add("--batch_size", "--batch-size", type=int, default=32, help="Sequences generated at a time. Default: 32.")

@@ -88,9 +88,7 @@ def _with_remedy(check: Check) -> str:
 
 def _sample(what: str, number: int, read: ReadRow) -> Sample:
     if read.row is None:
-        return Sample(
-            f"{what} {number}: {read.reason}", [Response("as it stands", _short(str(dict(read.example))), "")]
-        )
+        return Sample(f"{what} {number}: {read.reason}", [Response("whole row", _short(str(dict(read.example))), "")])
     better = {chosen for chosen, _ in read.row.preferences}
     worse = {rejected for _, rejected in read.row.preferences}
     responses = []

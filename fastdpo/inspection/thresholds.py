@@ -98,6 +98,6 @@ LIMITS = {
 LENGTH_LOOK, LENGTH_BAD = 0.60, 0.75
 
 # Near duplicates: both the prompt and the answers have at least this Jaccard similarity of their runs of SHINGLE
-# bytes. 0.8 is what text corpora are deduplicated by (Lee et al. 2022, arXiv 2107.06499, uses edit similarity 0.8).
+# bytes. Text corpora are deduplicated at 0.8 (Lee et al. 2022, arXiv 2107.06499, uses edit similarity 0.8).
 NEAR_SIMILARITY = 0.8
 SHINGLE = 8  # bytes: longer than most words, so that common words alone do not make texts similar

@@ -46,7 +46,7 @@ class Sampling:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises ValueError for what cannot work."""
+        """Raises ValueError for values that cannot work."""
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -65,7 +65,7 @@ class Pairing:
     balance_lengths: bool = False
 
     def check(self) -> None:
-        """Raises ValueError for what cannot work."""
+        """Raises ValueError for values that cannot work."""
         if self.way not in WAYS:
             raise ValueError(f"pairs must be one of {', '.join(WAYS)}, got {self.way!r}")
         if self.margin < 0:

@@ -31,7 +31,7 @@ class Plan:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises ValueError for what cannot work."""
+        """Raises ValueError for values that cannot work."""
         if self.num_rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.num_rounds}")
         for name, allowed in (("reference", REFERENCES), ("start", STARTS)):

@@ -73,7 +73,7 @@ class DPOTrainer(PackedTrainer):
     method = "dpo"
     args: DPOConfig
     reference: Reference
-    eval_samples: EvalSamples | None = None  # what policy and reference answered at each evaluation
+    eval_samples: EvalSamples | None = None  # answers of policy and reference at each evaluation
     watch: TrainingWatch | None = None  # the warnings of this run
     _cached: CachedReference | None = None  # computes log-probs for datasets that are passed later
 

@@ -126,7 +126,7 @@ def test_a_file_of_comparisons_is_ranked_without_a_model(capsys, tmp_path):
     code, out, err = run(capsys, "rank", "--data", file, "-o", out_file, "--html", page)
     assert code == 0, err
     assert "a model compared with itself: 1" in out
-    assert "only 7 comparisons: with less than 30, intervals are too narrow" in out
+    assert "only 7 comparisons: intervals are too narrow for fewer than 30" in out
     assert [record["model"] for record in lines(out_file)] == ["A", "B", "C"]
     assert {"model", "rating", "rating_lower", "rating_upper"} <= lines(out_file)[0].keys()
     assert "data:image/svg+xml" in page.read_text()
