@@ -96,7 +96,7 @@ class EvalSamples(TrainerCallback):
         if not self.prompt_ids:
             raise ValueError(
                 f"num_eval_samples must be 0, got {args.num_eval_samples}: no row of eval_dataset has a separate prompt"
-                + (f" of at most {longest} tokens, which leaves room for the answer" if longest < math.inf else "")
+                + (f" of at most {longest} tokens, which would leave room for the answer" if longest < math.inf else "")
             )
         self.answered: list[Answered] = []
         self._of_reference: list[Response] | None = None  # its answers, once they are known and cannot change

@@ -166,7 +166,7 @@ def test_prompts_leave_room_for_answers_where_positions_are_learned(tmp_path):
     fast = tiny_trainer(tmp_path, GPT2LMHeadModel(config), eval_sample_tokens=18, **settings)
     assert [len(ids) for ids in fast.eval_samples.prompt_ids] == [n for n in lengths if n <= 6]
     fast.evaluate()
-    with pytest.raises(ValueError, match="no row of eval_dataset has a prompt of its own of at most 1 tokens"):
+    with pytest.raises(ValueError, match="no row of eval_dataset has a separate prompt of at most 1 tokens"):
         tiny_trainer(tmp_path, GPT2LMHeadModel(config), eval_sample_tokens=23, **settings)
 
 

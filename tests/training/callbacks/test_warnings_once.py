@@ -152,7 +152,7 @@ def test_without_a_reference_log_probs_are_compared_with_the_beginning(tmp_path)
     assert run.log(rewards__chosen=-10.0, rewards__rejected=-11.0, rewards__margins=0.5) == {}
     given = run.log(logps__chosen=-112.0, rewards__margins=0.9)
     assert set(given) == {"chosen_falls"}
-    assert "12.0 nats on average than when training began" in given["chosen_falls"]
+    assert "12.0 nats less likely on average than when training began" in given["chosen_falls"]
 
 
 def test_a_resumed_run_does_not_repeat_itself_and_a_new_one_does(tmp_path, caplog):

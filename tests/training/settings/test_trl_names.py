@@ -270,5 +270,5 @@ def test_the_methods_that_subclasses_of_trls_trainer_override_are_those_that_it_
 
 def test_a_collator_of_trls_is_refused():
     collator = type("DataCollatorForPreference", (), {"__module__": "trl.trainer.dpo_trainer"})()
-    with pytest.raises(ValueError, match=r"PackedBatch.asdict\(\), got TRL's DataCollatorForPreference; give none"):
+    with pytest.raises(ValueError, match=r"PackedBatch.asdict\(\), got TRL's DataCollatorForPreference; remove it"):
         DPOTrainer(make_llama(), args=DPOConfig("out", use_cpu=True), data_collator=collator, **parts())
