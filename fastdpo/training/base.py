@@ -344,7 +344,7 @@ class PackedTrainer(Trainer):
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return inputs
         if inputs.get("example_ids") is None:
-            raise ValueError("data_collator must give example_ids in an evaluation on several processes, got None")
+            raise ValueError("data_collator must return example_ids in an evaluation on several processes, got None")
         num_rows = self.args.eval_batch_size
         return self._first_rows(inputs, min(max(state.remainder - self.args.process_index * num_rows, 0), num_rows))
 
