@@ -1,8 +1,8 @@
-"""`fastdpo chat`: talk to a model, or to two at once, and keep which answer is better.
+"""`fastdpo chat`: talk to a model, or to two at once, and save which answer is better.
 
-In: lines from the terminal. Out: answers as they are written. With --against, both models answer under numbers in
-random order; with --save, the answer that the user prefers becomes a row of preference data. The conversation goes on
-with that answer.
+In: lines from the terminal. Out: answers, printed while they are generated. With --against, both models answer,
+numbered in random order. With --save, the user's choice becomes a row of preference data. The conversation continues
+with the preferred answer.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def main(argv: list[str]) -> None:
     """Talks until the input ends.
 
     Raises:
-        ValueError: anything that the user can mend.
+        ValueError: a mistake that the user can fix.
     """
     options = _parser().parse_args(argv)
     if options.save and not options.against:
-        raise ValueError("save needs --against MODEL: pairs are made of two models' answers")
+        raise ValueError("save must not be given without --against MODEL: a pair needs the answers of two models")
     if options.temperature < 0:
         raise ValueError(f"temperature must be >= 0, got {options.temperature}")
     if options.max_new_tokens < 1:
@@ -52,11 +52,11 @@ def main(argv: list[str]) -> None:
 def _parser() -> RaisingParser:
     parser = RaisingParser(prog="fastdpo chat", description="Talk to a model, or compare two.")
     add = parser.add_argument
-    add("--model", required=True, help="Model: a folder (of an adapter too) or a name on the Hub.")
+    add("--model", required=True, help="Model: a folder (also of an adapter) or a name on the Hub.")
     add("--against", metavar="MODEL", help="A second model that answers too.")
     add("--save", metavar="FILE", help="Append each preferred answer as a row of preference data (JSON Lines).")
     add("--system", help="System message at the start.")
-    add("--max_new_tokens", "--max-new-tokens", type=int, default=512, help="Most tokens of an answer. Default: 512.")
+    add("--max_new_tokens", "--max-new-tokens", type=int, default=512, help="Maximum answer tokens. Default: 512.")
     add("--temperature", type=float, default=0.7, help="0 takes the likeliest token. Default: 0.7.")
     add("--seed", type=int, default=0, help="Seed of sampling and of the order of two answers. Default: 0.")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="Dtype of the weights. Default: float32.")
@@ -84,7 +84,7 @@ def _talker(name: str, options: Any) -> Any:
 
 
 def _read(question: str) -> str | None:
-    """A line without spaces around it; None at the end of the input."""
+    """The next line without surrounding spaces; None at the end of the input."""
     try:
         return input(question).strip()
     except EOFError:
@@ -100,7 +100,7 @@ def _say(name: str, talker: Any, messages: Sequence[dict[str, str]]) -> str:
 
 
 def _compare(talkers: Sequence[Any], messages: list[dict[str, str]], options: Any, order: random.Random) -> str:
-    """Both answers in random order, and the one to go on with: the preferred one, or the first."""
+    """Shows both answers in random order. Returns the answer to continue with: the preferred one, or the first."""
     places = [0, 1]
     order.shuffle(places)
     answers = [_say(f"answer {number}", talkers[place], messages) for number, place in enumerate(places, 1)]

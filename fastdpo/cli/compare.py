@@ -1,4 +1,4 @@
-"""`fastdpo compare RUN RUN ...`: runs beside each other, as a table, JSON or a page."""
+"""`fastdpo compare RUN RUN ...`: shows runs side by side, as a table, JSON or a page."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from fastdpo.cli.options.parser import RaisingParser
 
 
 def main(argv: list[str]) -> None:
-    """Reads the runs and prints what differs.
+    """Reads the runs and prints their differences.
 
     Raises:
-        ValueError: anything that the user can mend.
+        ValueError: a mistake that the user can fix.
     """
     parser = RaisingParser(
-        prog="fastdpo compare", description="Shows several training runs beside each other: metrics, settings, curves."
+        prog="fastdpo compare", description="Shows several training runs side by side: metrics, settings, curves."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Output folders of training runs.")
     parser.add_argument("--html", metavar="PAGE", help="Write a page with curves and samples.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     options = parser.parse_args(argv)
     if options.html is not None and Path(options.html).is_dir():
-        raise ValueError(f"html must be a file, {options.html} is a folder")
+        raise ValueError(f"html must be a file, got the folder {options.html}")
     from rich import box
     from rich.table import Table
 

@@ -1,8 +1,9 @@
-"""`fastdpo data inspect | clean | convert`: a look at preference data before it is trained on.
+"""`fastdpo data inspect | clean | convert`: checks, cleans and converts preference data before training.
 
-In: a file, folder or name of preferences in any form. Out: a table of verdicts (or JSON, or an HTML page); what is left
-without the rows that are at fault, and a log of those; explicit conversational pairs. `inspect` ends with exit code 1
-where a check is bad, or worth a look with --fail_on look. Refuses what is not there or of no known form.
+In: a file, folder or name of preferences in any form. Out: from `inspect` a table of verdicts (or JSON, or an HTML
+page), from `clean` the rows without faults and a log of the others, from `convert` explicit conversational pairs.
+`inspect` ends with exit code 1 if a check is bad; with --fail_on look, if any check is not ok. Refuses data that does
+not exist or has no known form.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from fastdpo.cli.options.parser import RaisingParser, TakesCommas
 from fastdpo.cli.options.values import OrNone, json_object
 
 SUBCOMMANDS = {
-    "inspect": "judge the data: form, duplicates, contradictions, leaks, length bias, what the tokenizer cuts or loses",
-    "clean": "write the rows that have none of these faults, and a log line for each removed row",
+    "inspect": "check the data: form, duplicates, contradictions, leaks, length bias, truncated or lost content",
+    "clean": "write the rows without these faults, and a log line for each removed row",
     "convert": "write any form as explicit conversational pairs",
 }
 STYLES = {"ok": "green", "look": "yellow", "bad": "bold red", "skipped": "dim"}
@@ -27,14 +28,14 @@ SHOWN_ROWS = 3  # examples of each check in the table
 
 
 class _Parser(TakesCommas, RaisingParser):
-    """Lists may be parted by commas, mistakes are raised."""
+    """Takes lists separated by commas, and raises mistakes as ValueError."""
 
 
 def main(argv: list[str]) -> int:
-    """Runs a subcommand; 1 where the data is worse than --fail_on allows.
+    """Runs a subcommand. Returns 1 if the data is worse than --fail_on allows.
 
     Raises:
-        ValueError: anything that the user can mend.
+        ValueError: a mistake that the user can fix.
     """
     if not argv or argv[0] in ("-h", "--help", "help"):
         width = max(map(len, SUBCOMMANDS))
@@ -63,12 +64,12 @@ def _parser(name: str) -> argparse.ArgumentParser:
     add("--split", default="train", help="Split of a folder or a published dataset. Default: train.")
     add("--dataset_config", help="Configuration of a published dataset.")
     add("--dataset_format", default="auto", help="Form of the rows. Default: recognized by the columns.")
-    add("--columns", help="Their names of columns: prompt=instruction,rejected=worst,ignore=notes.")
+    add("--columns", help="The dataset's own column names: prompt=instruction,rejected=worst,ignore=notes.")
     if name == "convert":
         return parser
-    add("--eval", metavar="FILE", help="Evaluation data, whose prompts should not stand in the training data.")
+    add("--eval", metavar="FILE", help="Evaluation data. Its prompts should not be in the training data.")
     add("--eval_split", default="test", help="Split of a folder or a published dataset. Default: test.")
-    add("--model", help="Folder or name. Only its tokenizer is loaded, to see what it cuts, loses and counts.")
+    add("--model", help="Folder or name. Only its tokenizer is loaded, for the checks of tokens.")
     add("--trust_remote_code", action="store_true", help="Run code from the Hub, as in from_pretrained.")
     add("--chat_template", help="Template of the run: a file, Jinja text, or a name. Default: the tokenizer's.")
     add("--chat_template_kwargs", type=json_object, help='Variables for it, as JSON: {"enable_thinking": false}.')
@@ -178,7 +179,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _settings_and_more(options: argparse.Namespace) -> dict[str, Any]:
-    """What `inspect_data` and `clean_data` both take."""
+    """The arguments that `inspect_data` and `clean_data` share."""
     from fastdpo.data.tokens.chat.templates import check_template_name, resolve_template
     from fastdpo.data.tokens.settings import TokenizationSettings
 
@@ -253,14 +254,14 @@ def _token_table(tokens: Any) -> Any:
 
 
 def _bar(rows: Iterable[Any], what: str) -> Iterable[Any]:
-    """A progress bar on stderr, where somebody looks at it."""
+    """A progress bar on stderr, only on a terminal."""
     from tqdm import tqdm
 
     return tqdm(rows, desc=what, unit=" rows", mininterval=0.5, leave=False, disable=not sys.stderr.isatty())
 
 
 def _underscored(word: str) -> str:
-    """An option with underscores; values stay as they are."""
+    """An option with underscores instead of hyphens. Values do not change."""
     if not word.startswith("--"):
         return word
     name, joined, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""`fastdpo generate`: preference pairs out of a model's own responses, labelled by a judge."""
+"""`fastdpo generate`: makes preference pairs from a model's own responses, labelled by a judge."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main(argv: list[str]) -> None:
     """Generates, judges, pairs and writes.
 
     Raises:
-        ValueError: anything that the user can mend.
+        ValueError: a mistake that the user can fix.
     """
     options = _parser().parse_args(argv)
     from fastdpo.rounds.generate import Pairing, Sampling
@@ -26,9 +26,9 @@ def main(argv: list[str]) -> None:
     pairing.check()
     output = Path(options.output)
     if output.is_dir():
-        raise ValueError(f"output must be a file, {output} is a folder")
+        raise ValueError(f"output must be a file, got the folder {output}")
     if options.judge.startswith(("http://", "https://")) and not options.judge_model:
-        raise ValueError("judge_model must name the endpoint's model where judge is a URL")
+        raise ValueError("judge_model must name the endpoint's model if judge is a URL, got none")
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -53,9 +53,8 @@ def main(argv: list[str]) -> None:
     made = summary_of(scored, rows, counted, judge)
     if not rows:
         raise ValueError(
-            f"pairs must be possible for at least one prompt: {counted.num_ties} ties, {counted.num_duplicates}"
-            f" duplicates, {counted.num_unscored} responses without a score; try a higher temperature or num, or"
-            " another judge"
+            f"prompts must give at least one pair, got {counted.num_ties} ties, {counted.num_duplicates} duplicates and"
+            f" {counted.num_unscored} responses without a score; try a higher temperature or num, or another judge"
         )
     partial = output.with_name(f".{output.name}.partial")
     partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -69,7 +68,7 @@ def _parser() -> RaisingParser:
         prog="fastdpo generate", description="Makes preference pairs from a model's responses, labelled by a judge."
     )
     add = parser.add_argument
-    add("--model", required=True, help="Model that answers: a folder (of an adapter too) or a name on the Hub.")
+    add("--model", required=True, help="Model that answers: a folder (also of an adapter) or a name on the Hub.")
     add("--prompts", required=True, help="File, folder or dataset with a column prompt, or with rows for training.")
     add(
         "--judge",
@@ -78,14 +77,19 @@ def _parser() -> RaisingParser:
         " http://URL of an OpenAI-compatible endpoint, or module:function.",
     )
     add("--judge_model", "--judge-model", help="Name of the endpoint's model.")
-    add("--output", "-o", required=True, metavar="FILE", help="Preference rows are written here (JSON Lines).")
+    add("--output", "-o", required=True, metavar="FILE", help="JSON Lines file for the preference rows.")
     add("--num", "-n", type=int, default=4, help="Responses for each prompt. Default: 4.")
-    add("--pairs", choices=WAYS, default="best_worst", help="Which pairs to keep, or whole rankings.")
-    add("--margin", type=float, default=0.0, help="Least difference of two scores. Default: any but 0.")
-    add("--balance_lengths", "--balance-lengths", action="store_true", help="Drop pairs until length says nothing.")
-    add("--max_prompts", "--max-prompts", type=int, help="Use the first prompts only.")
-    add("--max_new_tokens", "--max-new-tokens", type=int, default=512, help="Most tokens of a response. Default: 512.")
-    add("--temperature", type=float, default=1.0, help="Of sampling, > 0. Default: 1.")
+    add("--pairs", choices=WAYS, default="best_worst", help="Pairs to keep, or whole rankings. Default: best_worst.")
+    add("--margin", type=float, default=0.0, help="Least difference of two scores. Default: any except 0.")
+    add(
+        "--balance_lengths",
+        "--balance-lengths",
+        action="store_true",
+        help="Drop pairs until the longer response is chosen in half of them.",
+    )
+    add("--max_prompts", "--max-prompts", type=int, help="Number of prompts to use, from the first. Default: all.")
+    add("--max_new_tokens", "--max-new-tokens", type=int, default=512, help="Maximum response tokens. Default: 512.")
+    add("--temperature", type=float, default=1.0, help="Sampling temperature, > 0. Default: 1.")
     add("--batch_size", "--batch-size", type=int, default=32, help="Sequences generated at a time. Default: 32.")
     add("--seed", type=int, default=0, help="Seed of sampling. Default: 0.")
     add("--dataset_split", "--dataset-split", default="train", help="Split of a named dataset. Default: train.")

@@ -12,21 +12,21 @@ NOT_FORWARDED = ("--output_dir", "--output-dir", "--dataset", "--ref_model", "--
 
 
 def main(argv: list[str]) -> None:
-    """Runs the rounds that are not done.
+    """Runs the unfinished rounds.
 
     Raises:
-        ValueError: anything that the user can mend.
+        ValueError: a mistake that the user can fix.
     """
     options, train_options = _parser().parse_known_args(argv)
     for option in train_options:
         if option.partition("=")[0] in NOT_FORWARDED:
-            raise ValueError(f"{option} must not be given: iterate sets it for each round")
+            raise ValueError(f"{option.partition('=')[0]} must not be given, because iterate sets it in each round")
     from fastdpo.rounds.iterate import Plan, iterate
 
     plan = Plan(options.model, options.rounds, options.reference, options.start, options.replay, options.seed)
     plan.check()
     if options.judge.startswith(("http://", "https://")) and not options.judge_model:
-        raise ValueError("judge_model must name the endpoint's model where judge is a URL")
+        raise ValueError("judge_model must name the endpoint's model if judge is a URL, got none")
     if options.eval_prompts < 2:
         raise ValueError(f"eval_prompts must be at least 2, got {options.eval_prompts}")
     from fastdpo.cli.console import make_console
@@ -42,7 +42,8 @@ def main(argv: list[str]) -> None:
 def _parser() -> RaisingParser:
     parser = RaisingParser(
         prog="fastdpo iterate",
-        description="Online DPO: in every round the model answers prompts, a judge labels, the model trains.",
+        description="Online DPO: in every round the model answers prompts, a judge labels the answers, and the model"
+        " trains on them.",
         epilog="All further options are those of `fastdpo train`, such as --beta, --learning_rate or --use_peft.",
         allow_abbrev=False,
     )
@@ -52,15 +53,15 @@ def _parser() -> RaisingParser:
     add("--judge", required=True, help="As for `fastdpo generate`.")
     add("--judge_model", "--judge-model", help="Name of the endpoint's model.")
     add("--output_dir", "--output-dir", required=True, help="Folder of the rounds.")
-    add("--rounds", type=int, default=3, help="Default: 3.")
-    add("--reference", default="keep", help="keep: the start. move: the model that a round starts from. Default: keep.")
-    add("--start", default="last", help="last: train the last round's model on. first: the start anew. Default: last.")
-    add("--replay", default="none", help="Rows of earlier rounds to train on as well: none, all or a number.")
+    add("--rounds", type=int, default=3, help="Number of rounds. Default: 3.")
+    add("--reference", default="keep", help="keep: the start. move: the model a round starts from. Default: keep.")
+    add("--start", default="last", help="last: train the last round's model. first: the start anew. Default: last.")
+    add("--replay", default="none", help="Rows of earlier rounds to add: none, all or a number. Default: none.")
     add("--num", "-n", type=int, default=4, help="Responses for each prompt. Default: 4.")
     add("--pairs", default="best_worst", help="As for `fastdpo generate`. Default: best_worst.")
     add("--eval_prompts", "--eval-prompts", type=int, default=32, help="Prompts held out to measure. Default: 32.")
-    add("--max_new_tokens", "--max-new-tokens", type=int, default=512, help="Most tokens of a response. Default: 512.")
-    add("--temperature", type=float, default=1.0, help="Of sampling, > 0. Default: 1.")
+    add("--max_new_tokens", "--max-new-tokens", type=int, default=512, help="Maximum response tokens. Default: 512.")
+    add("--temperature", type=float, default=1.0, help="Sampling temperature, > 0. Default: 1.")
     add("--batch_size", "--batch-size", type=int, default=32, help="Sequences generated at a time. Default: 32.")
     add("--seed", type=int, default=0, help="Seed of sampling and of training. Default: 0.")
     add("--use_cpu", "--use-cpu", action="store_true", help="Use the CPU even if there is a GPU.")
@@ -79,7 +80,7 @@ class _Run:
         prompts = read_prompts(load_preference_dataset(options.prompts))
         if len(prompts) < options.eval_prompts + 1:
             raise ValueError(
-                f"prompts must be more than eval_prompts ({options.eval_prompts}), got {len(prompts)}; lower"
+                f"prompts must hold more than eval_prompts ({options.eval_prompts}) prompts, got {len(prompts)}; lower"
                 " --eval_prompts"
             )
         self.held_out, self.prompts = prompts[: options.eval_prompts], prompts[options.eval_prompts :]
@@ -131,7 +132,9 @@ class _Run:
         rows, counted = make_rows(scored, Pairing(self.options.pairs), source, sampling.seed)
         if not rows:
             found = f"{counted.num_ties} ties, {counted.num_duplicates} duplicates"
-            raise ValueError(f"pairs must be possible in round {number}, got {found}; raise temperature or num")
+            raise ValueError(
+                f"prompts must give at least one pair in round {number}, got {found}; raise temperature or num"
+            )
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         path.with_name(".pairs.partial").write_text(text, encoding="utf-8")
         path.with_name(".pairs.partial").replace(path)

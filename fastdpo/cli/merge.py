@@ -1,4 +1,4 @@
-"""`fastdpo merge`: a plain model out of an adapter and its base, checked before it is called done."""
+"""`fastdpo merge`: merges an adapter into its base model, and checks the result."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from fastdpo.cli.options.parser import RaisingParser
 
 
 def main(argv: list[str]) -> None:
-    """Merges, and says how exactly.
+    """Merges, and prints the error of the merged logits.
 
     Raises:
-        ValueError: anything that the user can mend.
+        ValueError: a mistake that the user can fix.
     """
     parser = RaisingParser(
         prog="fastdpo merge",
@@ -38,4 +38,4 @@ def main(argv: list[str]) -> None:
     console.print(f"wrote {done.folder}, loaded it again and compared it with the adapter on its base model:")
     console.print(f"  logits differ by at most {done.error:.2g}; the adapter changes them by up to {done.effect:.2g}")
     if done.untied:
-        console.print("  embedding and head shared a weight and now have one each: the adapter was on one of them")
+        console.print("  embedding and head no longer share a weight, because the adapter changes only one of them")

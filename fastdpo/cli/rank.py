@@ -1,9 +1,8 @@
-"""`fastdpo rank`: ranks models on preference pairs by what each of them prefers, or ranks the models of a file of
-comparisons.
+"""`fastdpo rank`: ranks models on preference pairs by the responses that they prefer, or from a file of comparisons.
 
 In: with --models, models or the folder of a run, and preference data; without, comparisons in Arena's columns
-(model_a, model_b, winner). Out: tables; with -o JSON Lines; with --html a page. Log-probs are cached, so a run that was
-stopped goes on where it was. Refuses options that the other use reads.
+(model_a, model_b, winner). Out: tables; with -o JSON Lines; with --html a page. Log-probs are cached, so a stopped run
+continues where it stopped. Options that apply only to the other use are refused.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from fastdpo.ranking.models import RankedModels
 
 DATA = ["dataset_split", "dataset_config"]
-OPTIONS = (  # of the options of `fastdpo train`, those that log-probs depend on
+OPTIONS = (  # the options of `fastdpo train` that log-probs depend on
     "tokenizer chat_template chat_template_kwargs pad_token max_length max_prompt_length truncation_mode on_long_row"
     " on_bad_row on_lost_content dataset_format dataset_num_proc dtype trust_remote_code bf16 fp16 ref_cache_dir"
     " ref_max_memory ref_tokens_per_batch packing prefix_sharing attention_backend impl workspace_bytes use_cpu"
@@ -40,16 +39,19 @@ _OF_COMPARISONS = ("cluster", "length", "exclude")
 
 
 def main(argv: list[str]) -> None:
-    """Raises:
-    ValueError: anything that the user can mend.
+    """Ranks, prints and writes.
+
+    Raises:
+        ValueError: a mistake that the user can fix.
     """
     options = _parser().parse_args(argv)
     given = vars(options)
     has_models = options.models is not None
     misplaced = next((name for name in (_OF_COMPARISONS if has_models else _OF_MODELS) if name in given), None)
     if misplaced is not None:
-        use = "has no effect on preference pairs" if has_models else "needs --models, which say what is to be ranked"
-        raise ValueError(f"{misplaced} must not be given here, got {given[misplaced]!r}: it {use}")
+        rule = "must not be given with --models" if has_models else "must not be given without --models"
+        why = "applies only to a file of comparisons" if has_models else "applies only to models on preference pairs"
+        raise ValueError(f"{misplaced} {rule}, got {given[misplaced]!r}: it {why}")
     if not 0 < options.confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {options.confidence}")
     for path in (options.output, options.html):
@@ -82,7 +84,7 @@ def _parser() -> RaisingParser:
     parser.add_argument("-o", "--output", metavar="FILE", help="Write one JSON object per model: model, rating, ...")
     parser.add_argument("--html", metavar="PAGE", help="Write a page with plots.")
     parser.add_argument("--confidence", type=float, default=0.95, help="Of all intervals.")
-    parser.add_argument("--anchor", metavar="MODEL", help="Model that has 1000 points. Default: the mean of all has.")
+    parser.add_argument("--anchor", metavar="MODEL", help="Model with 1000 points. Default: the mean of all models.")
     add_options(parser, DATA)
     parser.add_argument(
         "--columns",
@@ -93,7 +95,7 @@ def _parser() -> RaisingParser:
     models.add_argument(
         "--models", nargs="+", metavar="MODEL", help="Names or folders, also of adapters; or one run with checkpoints."
     )
-    late: dict[str, Any] = {"default": argparse.SUPPRESS}  # so that it shows which were given
+    late: dict[str, Any] = {"default": argparse.SUPPRESS}  # so that only given options are set
     models.add_argument("--reference", metavar="MODEL", help="Also compare log-probs relative to this model.", **late)
     models.add_argument(
         "--by",
@@ -105,8 +107,8 @@ def _parser() -> RaisingParser:
     models.add_argument(
         "--wins",
         choices=("right", "margin"),
-        help="A model wins where it is right about a pair and the other is not, or where its margin is larger. Default:"
-        " right.",
+        help="right: a model wins if it is right about a pair and the other is not. margin: the larger margin wins."
+        " Default: right.",
         **late,
     )
     add_options(models, ENGINE)
@@ -114,8 +116,8 @@ def _parser() -> RaisingParser:
     compared.add_argument(
         "--cluster",
         metavar="COLUMN",
-        help="Column that says which prompt a row is about; none: all rows are independent. Default: prompt_id,"
-        " question_id, prompt, question or instruction, the first that is there.",
+        help="Column that identifies the prompt; none: all rows are independent. Default: the first existing column of"
+        " prompt_id, question_id, prompt, question and instruction.",
         **late,
     )
     compared.add_argument(
@@ -158,7 +160,7 @@ def _rank_comparisons(options: argparse.Namespace, given: Mapping[str, Any]) -> 
     _check_anchor(options.anchor, comparisons.models)
     strengths = fit_bradley_terry(comparisons, length="length" in given)
     clusters = (
-        "each comparison by itself" if comparisons.clusters is None else counted(strengths.num_clusters, "prompt")
+        "comparisons are independent" if comparisons.clusters is None else counted(strengths.num_clusters, "prompt")
     )
     facts = [("data", options.data), ("comparisons", f"{len(comparisons.outcomes):,}"), ("clusters", clusters)]
     facts += [("left out", f"{reason}: {count:,}") for reason, count in comparisons.left_out.items()]
@@ -212,10 +214,10 @@ def _rank_models(options: argparse.Namespace, given: Mapping[str, Any]) -> None:
 
 
 def _facts(options: argparse.Namespace, given: Mapping[str, Any], ranked: RankedModels) -> list[tuple[str, str]]:
-    """What was compared, and what became of the rows under each model where models differ in it."""
+    """Facts about the comparison, and reports on the rows, per model if they differ."""
     facts = [("data", options.data), ("pairs", f"{ranked.num_pairs:,}, of {counted(ranked.num_prompts, 'prompt')}")]
     if ranked.num_not_shared:
-        facts.append(("pairs left out", f"{ranked.num_not_shared:,} that not every model can read"))
+        facts.append(("pairs left out", f"{ranked.num_not_shared:,}, because not every model can read them"))
     told: dict[str, list[str]] = {}
     for model, scored in ranked.reports.items():
         lines = scored.report.lines()
@@ -227,16 +229,16 @@ def _facts(options: argparse.Namespace, given: Mapping[str, Any], ranked: Ranked
     if "reference" in given:
         facts.append(("reference", given["reference"]))
     facts.append(("compared by", MEASURE_NAMES[ranked.by]))
-    facts.append(("a model wins where", WINS[ranked.wins]))
+    facts.append(("a model wins if", WINS[ranked.wins]))
     return facts
 
 
 def _models(given: Sequence[str]) -> list[str]:
-    """The models that were named, or the checkpoints of the one run that was."""
+    """The given models, or the checkpoints of the given run."""
     if len(given) > 1:
         twice = next((model for model in given if given.count(model) > 1), None)
         if twice is not None:
-            raise ValueError(f"models must be different ones, got {twice!r} twice")
+            raise ValueError(f"models must be different, got {twice!r} twice")
         return list(given)
     from fastdpo.ranking.runs import run_checkpoints
 
@@ -261,7 +263,7 @@ def _finish(
     facts: list[tuple[str, str]],
     ranked: RankedModels | None = None,
 ) -> None:
-    """Prints, and writes what was asked for."""
+    """Prints the ranking, and writes the requested files."""
     from fastdpo.cli.console import make_console
     from fastdpo.cli.rank_tables import print_ranking
     from fastdpo.ranking.ratings import rating_records, write_records

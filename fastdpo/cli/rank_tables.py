@@ -1,4 +1,4 @@
-"""The tables that `fastdpo rank` prints: accuracies, ratings, and what they are worth."""
+"""The tables that `fastdpo rank` prints: accuracies, ratings, and facts about the comparison."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def print_ranking(
     confidence: float,
     ranked: RankedModels | None = None,
 ) -> None:
-    """Prints the tables and below them what was compared."""
+    """Prints the tables, and below them the facts about the comparison."""
     names = short_names(comparisons.models)
     if ranked is not None:
         console.print(_accuracies(ranked, names))
@@ -43,7 +43,7 @@ def print_ranking(
     console.print(about)
     if strengths is not None and strengths.num_clusters < FEW_CLUSTERS:
         clusters = counted(strengths.num_clusters, "comparison" if comparisons.clusters is None else "prompt")
-        console.print(f"only {clusters}: with less than {FEW_CLUSTERS}, intervals are too narrow", highlight=False)
+        console.print(f"only {clusters}: intervals are too narrow for fewer than {FEW_CLUSTERS}", highlight=False)
 
 
 def _accuracies(ranked: RankedModels, names: Mapping[str, str]) -> Table:
@@ -76,7 +76,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _plain(text: str) -> Any:
-    """Text of users, in which brackets are no markup."""
+    """Text from users. Brackets in it are not markup."""
     from rich.text import Text
 
     return Text(text)

@@ -1,4 +1,4 @@
-"""`fastdpo report RUN`: the page of a training run, made again from what the run left in its folder."""
+"""`fastdpo report RUN`: writes the page of a training run again, from the files in the run's folder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def main(argv: list[str]) -> None:
     """Writes the page.
 
     Raises:
-        ValueError: the folder holds no run.
+        ValueError: the folder does not contain a run.
     """
     parser = RaisingParser(prog="fastdpo report", description="Writes the HTML report of a training run again.")
-    parser.add_argument("run", metavar="RUN", help="Output folder of a training run, also of one that was stopped.")
+    parser.add_argument("run", metavar="RUN", help="Output folder of a training run, which may be unfinished.")
     options = parser.parse_args(argv)
     from fastdpo.report.compare import flat_options
     from fastdpo.report.run import write_run_report

@@ -1,7 +1,7 @@
 """`fastdpo score`: the implicit reward of every response of a dataset, and how often it agrees with the preferences.
 
 In: a model, optionally a reference, and data in any form that `fastdpo train` reads. Out: a JSON line for each row, a
-table, and with --html a page. Log-probs are kept in the cache of references: a run that was stopped goes on.
+table, and with --html a page. Log-probs are stored in the cache of references, so that a stopped run can continue.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     """Scores, writes and prints.
 
     Raises:
-        ValueError: anything that the user can mend.
+        ValueError: a mistake that the user can fix.
     """
     options = _parser().parse_args(argv)
     _check(options)
@@ -78,15 +78,15 @@ def _parser() -> RaisingParser:
         prog="fastdpo score", description="Scores every response with a DPO model's implicit reward."
     )
     add = parser.add_argument
-    add("--model", required=True, help="Model to score with: a folder (of an adapter too) or a name on the Hub.")
-    add("--reference", help="Model it was trained against. Default: an adapter's base model; without one, none.")
+    add("--model", required=True, help="Model to score with: a folder (also of an adapter) or a name on the Hub.")
+    add("--reference", help="Reference of its training. Default: for an adapter its base model, otherwise none.")
     add("--data", required=True, help="Preference data: a file, a folder or a name, as for `fastdpo train`.")
     add("--output", "-o", metavar="FILE", help="Write a JSON line for each row.")
     add("--beta", type=float, default=0.1, help="Beta of the training. Default: 0.1.")
-    add("--per_token", "--per-token", action="store_true", help="Also give what each token adds to the reward.")
-    add("--html", metavar="PAGE", help="Write a page; with --per_token it colours the text.")
+    add("--per_token", "--per-token", action="store_true", help="Also compute each token's share of the reward.")
+    add("--html", metavar="PAGE", help="Write a page. With --per_token, it colours the text.")
     add("--examples", type=int, default=20, help="Rows on the page. Default: 20.")
-    add("--benchmark", choices=BENCHMARKS, help="The data is this benchmark's file: score its subsets as it does.")
+    add("--benchmark", choices=BENCHMARKS, help="Read the data as this benchmark's file, and score its subsets.")
     add("--json", action="store_true", help="Print the summary as JSON.")
     add("--max_length", "--max-length", type=int, help="Tokens kept of prompt and response. Default: all.")
     add("--max_prompt_length", "--max-prompt-length", type=int, help="Tokens kept of the prompt. Default: all.")
@@ -96,7 +96,7 @@ def _parser() -> RaisingParser:
     add("--columns", help="The dataset's own column names, such as prompt=question,chosen=good.")
     add("--chat_template", "--chat-template", help="Chat template: a file or Jinja text. Default: the tokenizer's.")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="Dtype of the weights. Default: float32.")
-    add("--bf16", action="store_true", default=None, help="bf16 autocast. Default: where a GPU supports it.")
+    add("--bf16", action="store_true", default=None, help="bf16 autocast. Default: on if the GPU supports it.")
     add("--use_cpu", "--use-cpu", action="store_true", help="Use the CPU even if there is a GPU.")
     add("--ref_cache_dir", "--ref-cache-dir", help="Folder of cached log-probs. Default: as for `fastdpo train`.")
     add("--trust_remote_code", "--trust-remote-code", action="store_true", help="Run code from the Hub.")
@@ -109,15 +109,18 @@ def _check(options: Any) -> None:
     if options.examples < 1:
         raise ValueError(f"examples must be at least 1, got {options.examples}")
     if options.benchmark and options.columns:
-        raise ValueError(f"columns must not be given with --benchmark {options.benchmark}, whose columns are known")
+        raise ValueError(
+            f"columns must not be given with --benchmark, got {options.columns!r}: the columns of {options.benchmark}"
+            " are known"
+        )
     for name in ("output", "html"):
         path = getattr(options, name)
         if path is not None and Path(path).is_dir():
-            raise ValueError(f"{name} must be a file, {path} is a folder")
+            raise ValueError(f"{name} must be a file, got the folder {path}")
 
 
 def _credits(options: Any, reference: str | None, found: Any, args: Any) -> list[Any]:
-    """Of all rows for a file; of those on the page else."""
+    """The credits of all rows if they are written to a file, otherwise only of the rows on the page."""
     from fastdpo.rewards.credits import token_credits
     from fastdpo.training.setup.models import resolve_tokenizer
 
@@ -129,7 +132,7 @@ def _credits(options: Any, reference: str | None, found: Any, args: Any) -> list
 
 
 def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """The whole file or none."""
+    """Writes the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
@@ -193,6 +196,6 @@ def _page(path: Path, options: Any, found: Any, credits: Sequence[Any] | None, s
             names = ["chosen" if k in better else "rejected" for k in range(len(of_row))]
             prompt = tokenizer.decode(group.prompt_ids, skip_special_tokens=True)
             rows.append(ColouredRow(prompt, list(zip(names, of_row, strict=True))))
-        note = "Green adds to the reward, red takes from it; the credits of a response sum to its reward."
-        sections.append(ColouredText("What each token adds", rows, note))
+        note = "Green tokens raise the reward, red tokens lower it. The credits of a response sum to its reward."
+        sections.append(ColouredText("Reward by token", rows, note))
     write_report(path, "Implicit rewards", sections, subtitle=f"{options.model} on {options.data}")

@@ -12,22 +12,22 @@ NOT_FORWARDED = ("--output_dir", "--output-dir")
 
 
 def main(argv: list[str]) -> None:
-    """Runs what is not done.
+    """Runs the unfinished runs.
 
     Raises:
-        ValueError: anything that the user can mend.
+        ValueError: a mistake that the user can fix.
     """
     options, train_options = _parser().parse_known_args(argv)
     for option in train_options:
         if option.partition("=")[0] in NOT_FORWARDED:
-            raise ValueError(f"{option} must not be given: sweep sets it for each run")
+            raise ValueError(f"{option.partition('=')[0]} must not be given, because sweep sets it for each run")
     from fastdpo.rounds.sweep import combinations_of, name_of, read_params, sweep
 
     params = read_params(options.param)
     given = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in train_options if word.startswith("--")}
     for name in params:
         if name in given or name in ("model", "dataset"):
-            raise ValueError(f"param must not name {name}, which is given for all runs")
+            raise ValueError(f"param must not name an option that is set for all runs, got {name}")
     runs = combinations_of(params, options.random, options.seed)
     output = Path(options.output_dir)
     common = ["--model", options.model, "--dataset", options.dataset, "--seed", str(options.seed), *train_options]
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     from fastdpo.cli.console import make_console
     from fastdpo.cli.options.early import look
 
-    for run in runs:  # every value is looked at before the first run
+    for run in runs:  # check every value before the first run
         look("train", _words(common, run, output / name_of(run)))
     console = make_console()
     if options.dry_run:
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     wrote = [str(output / "results.jsonl")]
     if measure is not None and len(results) > 1:
         wrote.append(str(_page(output, results, measure.start())))
-    console.print(f"wrote {', '.join(wrote)}; `fastdpo compare` shows runs beside each other")
+    console.print(f"wrote {', '.join(wrote)}; `fastdpo compare` shows runs side by side")
 
 
 def _parser() -> RaisingParser:
@@ -68,7 +68,7 @@ def _parser() -> RaisingParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--param", action="append", default=[], metavar="NAME=V1,V2", help="A setting and its values; repeatable.")
+    add("--param", action="append", default=[], metavar="NAME=V1,V2", help="A setting and its values. Repeatable.")
     add("--random", type=int, metavar="N", help="Run N combinations drawn at random. Default: all.")
     add("--model", required=True, help="Model to train: a folder or a name on the Hub.")
     add("--dataset", required=True, help="Preference data, as for `fastdpo train`.")
@@ -77,7 +77,7 @@ def _parser() -> RaisingParser:
     add("--judge", help="Also measure reward and KL on the prompts of --eval_prompts; as for `fastdpo generate`.")
     add("--judge_model", "--judge-model", help="Name of the endpoint's model.")
     add("--eval_prompts", "--eval-prompts", metavar="FILE", help="Prompts to measure on, with --judge.")
-    add("--max_new_tokens", "--max-new-tokens", type=int, default=256, help="Of measured answers. Default: 256.")
+    add("--max_new_tokens", "--max-new-tokens", type=int, default=256, help="Maximum answer tokens. Default: 256.")
     add("--seed", type=int, default=0, help="Seed of training, sampling and --random. Default: 0.")
     return parser
 
@@ -103,7 +103,7 @@ def _train(words: list[str], folder: Path) -> None:
 
 
 def _metrics(folder: Path) -> dict[str, float]:
-    """The last values of evaluation, or of training where there is none."""
+    """The last metrics of evaluation, or of training if there was no evaluation."""
     from fastdpo.training.callbacks.log_history import logs_by_source
 
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
@@ -113,16 +113,16 @@ def _metrics(folder: Path) -> dict[str, float]:
 
 
 class _Measure:
-    """Reward by a judge and KL to the start, on prompts that are the same for all runs."""
+    """Measures judged reward and KL to the start, on the same prompts for all runs."""
 
     def __init__(self, options: Any, output: Path) -> None:
         from fastdpo.data.sources.loading import load_preference_dataset
         from fastdpo.rounds.generate import Sampling, read_prompts
 
         if options.eval_prompts is None:
-            raise ValueError("eval_prompts must be given with --judge: answers to them are judged")
+            raise ValueError("eval_prompts must be given with --judge, got none: the judge scores answers to them")
         if options.judge.startswith(("http://", "https://")) and not options.judge_model:
-            raise ValueError("judge_model must name the endpoint's model where judge is a URL")
+            raise ValueError("judge_model must name the endpoint's model if judge is a URL, got none")
         self.options, self.file = options, output / "start_answers.json"
         self.prompts = read_prompts(load_preference_dataset(options.eval_prompts))
         self.sampling = Sampling(2, options.max_new_tokens, seed=options.seed)

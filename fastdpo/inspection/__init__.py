@@ -1,4 +1,4 @@
-"""A look at preference data before it is trained on: `inspect_data` judges it, `clean_data` writes what is left of it,
+"""Tools for preference data before training: `inspect_data` checks it, `clean_data` writes the rows without faults,
 `convert_data` writes it as explicit conversational pairs."""
 
 from importlib import import_module

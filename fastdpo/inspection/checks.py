@@ -1,6 +1,6 @@
-"""The checks, one function each: from what was found in the rows to a verdict, numbers and example rows.
+"""The checks, one function each: they turn findings about the rows into a verdict, numbers and example rows.
 
-In: a `Survey`, a `TokenSurvey`, or both. Out: a `Check`. The shares from which a verdict changes are in `thresholds`.
+In: a `Survey`, a `TokenSurvey`, or both. Out: a `Check`. `thresholds` holds the shares at which a verdict changes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastdpo.inspection.tokens import BATCH_SIZE, TokenSurvey
 from fastdpo.rewards.intervals import wilson
 
 OK, LOOK, BAD, SKIPPED = "ok", "look", "bad", "skipped"
-NUM_EXAMPLES = 20  # kept of each check; a page shows fewer
+NUM_EXAMPLES = 20  # kept for each check; a page shows fewer
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class Check:
     """The result of one check."""
 
     name: str
-    verdict: str  # "ok", "look", "bad"; "skipped" where it cannot be made
+    verdict: str  # "ok", "look", "bad"; "skipped" if the check is not possible
     finding: str  # one sentence
     numbers: Mapping[str, Any] = field(default_factory=dict)
-    examples: tuple[tuple[int, ...], ...] = ()  # rows of the data that belong together, counted from 0
-    remedy: str = ""  # what to do, where the verdict is not ok
-    eval_rows: tuple[int, ...] = ()  # of each example, the row of the evaluation data that it goes with
+    examples: tuple[tuple[int, ...], ...] = ()  # row numbers from 0; the rows of one example belong together
+    remedy: str = ""  # what to do if the verdict is not ok
+    eval_rows: tuple[int, ...] = ()  # for each example, the matching row of the evaluation data
 
 
 def check_form(survey: Survey, dataset_format: str) -> Check:
-    """Which form the rows were read by, and which columns nothing reads."""
+    """The form of the rows, and the columns that nothing reads."""
     forms = dict(survey.forms.most_common())
     unread = list(survey.columns.unread)
     names = " and ".join(f"{name} ({count:,} rows)" if len(forms) > 1 else name for name, count in forms.items())
@@ -47,7 +47,7 @@ def check_form(survey: Survey, dataset_format: str) -> Check:
     if unread:
         finding += f"; not read: {', '.join(unread)}"
     verdict = BAD if not forms else LOOK if len(forms) > 1 else OK
-    remedy = "Rows of several forms in one file: name one with --dataset_format, or split the file." if forms else ""
+    remedy = "The file mixes several forms: name one with --dataset_format, or split the file." if forms else ""
     return Check("form", verdict, finding, {"forms": forms, "unread": unread}, remedy=_unless_ok(verdict, remedy))
 
 
@@ -68,7 +68,7 @@ def check_rows(num_rows: int, num_kept: int, num_pairs: int, dropped: Mapping[st
         {"num_rows": num_rows, "num_kept": num_kept, "num_pairs": num_pairs, "dropped": by_reason},
         _examples((row,) for rows in dropped.values() for row in islice(rows, 5)),
         _unless_ok(
-            verdict, "Training leaves these rows out: look at --columns, or --max_length where the prompt fills it."
+            verdict, "Training leaves these rows out: check --columns, and --max_length if prompts are too long."
         ),
     )
 
@@ -86,7 +86,7 @@ def check_duplicates(survey: Survey, repeats: Mapping[int, int]) -> Check:
 
 
 def check_near_duplicates(survey: Survey, repeats: Mapping[int, int] | None) -> Check:
-    """Rows whose prompt and answers are both nearly those of an earlier row; None: could not be looked for."""
+    """Rows whose prompt and answers are both similar to those of an earlier row; None if datasketch is missing."""
     if repeats is None:
         missing = 'needs datasketch, which is not installed: pip install "fastdpo[data]"'
         return Check("near duplicates", SKIPPED, missing)
@@ -94,14 +94,14 @@ def check_near_duplicates(survey: Survey, repeats: Mapping[int, int] | None) -> 
         "near duplicates",
         len(repeats),
         survey.num_kept,
-        f"are like an earlier row (prompt and answers {NEAR_SIMILARITY:.0%} similar or more)",
+        f"nearly repeat an earlier row (prompt and answers at least {NEAR_SIMILARITY:.0%} similar)",
         _examples((first, row) for row, first in repeats.items()),
         "Look at the examples. `fastdpo data clean --remove near_duplicates,...` keeps the first of each.",
     )
 
 
 def check_equal_answers(survey: Survey) -> Check:
-    """Pairs whose answers differ in nothing but blanks and upper case."""
+    """Pairs whose answers differ only in blanks and upper case."""
     rows = [row.number for row in survey.rows if row.has_alike]
     return _of_rows(
         "equal answers",
@@ -121,14 +121,14 @@ def check_contradictions(survey: Survey, found: Sequence[Contradiction]) -> Chec
     finding = "none" if not found else f"{_of(len(found), num_compared)} compared answers are preferred both ways"
     numbers = {"num_contradictions": len(found), "num_compared": num_compared, "share": share}
     remedy = (
-        "They cancel in the loss. `fastdpo data clean` keeps the side that more rows hold, and none where it is even."
+        "They cancel in the loss. `fastdpo data clean` keeps the side with more rows; if both have equally many, none."
     )
     examples = _examples(tuple(dict.fromkeys((one.rows[0], one.others[0]))) for one in found)
     return Check("contradictions", verdict, finding, numbers, examples, _unless_ok(verdict, remedy))
 
 
 def check_cycles(survey: Survey, found: Sequence[Cycle]) -> Check:
-    """Preferences over the answers to a prompt that go round in a circle."""
+    """Preferences over the answers to one prompt that form a cycle."""
     answers: dict[int, set[int]] = {}
     for row in survey.rows:
         answers.setdefault(row.prompt, set()).update(answer for edge in row.edges for answer in edge)
@@ -157,16 +157,16 @@ def check_cycles(survey: Survey, found: Sequence[Cycle]) -> Check:
 
 
 def check_eval_prompts(survey: Survey, evaluated: Survey | None, found: Mapping[int, int]) -> Check:
-    """Prompts that stand in both the training and the evaluation data; None: there is no evaluation data."""
+    """Prompts that are in both training and evaluation data. `evaluated` is None if there is no evaluation data."""
     if evaluated is None:
         return Check("train and eval", SKIPPED, "no evaluation data: --eval FILE")
     num_prompts = len(evaluated.prompts)
     num_shared = sum(key in survey.prompts for key in evaluated.prompts)
     share = num_shared / num_prompts if num_prompts else 0.0
     verdict = LIMITS["train and eval"].verdict(share)
-    finding = f"none of {num_prompts:,} prompts of the evaluation data stands in the training data"
+    finding = f"none of {num_prompts:,} prompts of the evaluation data is in the training data"
     if num_shared:
-        finding = f"{_of(num_shared, num_prompts)} prompts of the evaluation data stand in {len(found):,} training rows"
+        finding = f"{_of(num_shared, num_prompts)} prompts of the evaluation data are in {len(found):,} training rows"
     numbers = {"num_shared": num_shared, "num_eval_prompts": num_prompts, "num_train_rows": len(found), "share": share}
     shown = list(islice(found.items(), NUM_EXAMPLES))
     return Check(
@@ -194,7 +194,7 @@ def check_length_bias(rows: Sequence[Facts], lengths: tuple[Sequence[int], Seque
         return Check("length bias", OK, "no pair has answers of different length", {**numbers, "unit": unit})
     share = longer / (longer + shorter)
     low, high = wilson(longer, longer + shorter)
-    nearest = low if low > 0.5 else 1 - high  # of the interval, how far its nearest end is on one side
+    nearest = low if low > 0.5 else 1 - high  # the end of the interval that is nearest to one half
     verdict = BAD if nearest > LENGTH_BAD else LOOK if nearest > LENGTH_LOOK else OK
     means = fmean(chosen for chosen, _ in pairs), fmean(rejected for _, rejected in pairs)
     finding = (
@@ -213,14 +213,14 @@ def check_length_bias(rows: Sequence[Facts], lengths: tuple[Sequence[int], Seque
 
 
 def check_one_side_cut(tokens: TokenSurvey, settings: TokenizationSettings) -> Check:
-    """Pairs of which one answer lost its end and the other did not."""
+    """Pairs in which only one answer lost its end."""
     return _of_rows(
         "one side cut",
         len(tokens.one_cut),
         tokens.num_kept,
-        f"lose the end of one answer alone at max_length {settings.max_length}",
+        f"lose the end of only one answer at max_length {settings.max_length}",
         _examples((row,) for row in tokens.one_cut),
-        _longer(tokens, "A longer --max_length, or on_long_row='drop', compares whole answers."),
+        _longer(tokens, "Raise --max_length, or train with on_long_row='drop', to compare whole answers."),
     )
 
 
@@ -246,12 +246,12 @@ def check_ends_cut(tokens: TokenSurvey, settings: TokenizationSettings) -> Check
 
 
 def check_special_tokens(tokens: TokenSurvey, num_rows: int) -> Check:
-    """Special tokens of the tokenizer that the text of rows spells out."""
+    """Rows whose text spells out special tokens of the tokenizer."""
     names = dict(tokens.names.most_common(8))
     num_control = len(tokens.spelled_as_tokens)
     words = f"spell out {', '.join(names)}" if names else "spell out a special token"
     if num_control:
-        words += f", a control token in {num_control:,} of them"
+        words += f", tokenized as a control token in {num_control:,} of them"
     elif names:
         words += ", tokenized as plain characters"
     return _of_rows(
@@ -260,17 +260,17 @@ def check_special_tokens(tokens: TokenSurvey, num_rows: int) -> Check:
         num_rows,
         words,
         _examples((row,) for row in tokens.spelled),
-        "If the text already holds the chat template, give it as messages; if it is markup that leaked in, remove it.",
+        "If the text already contains the chat template, give it as messages. If it contains stray markup, remove it.",
         {"names": names, "num_as_control_tokens": num_control},
     )
 
 
 def check_lost_content(tokens: TokenSurvey, num_rows: int) -> Check:
-    """Content that the chat template leaves out, as thoughts, or that the tokenizer does not know."""
+    """Content that the chat template leaves out, such as thoughts, or that the tokenizer does not know."""
     lines = [line for line in loss_lines(tokens.notes, num_rows) if not line.startswith("the prompt alone")]
     share = len(tokens.lost) / num_rows
     verdict = LIMITS["lost content"].verdict(share)
-    finding = "; ".join(lines) if lines else "none: the tokens hold all that the rows say"
+    finding = "; ".join(lines) if lines else "none: the tokens hold the rows' whole content"
     kinds: dict[str, int] = {}
     for what in tokens.lost.values():
         kinds[what] = kinds.get(what, 0) + 1
@@ -281,18 +281,18 @@ def check_lost_content(tokens: TokenSurvey, num_rows: int) -> Check:
 
 
 def check_prompt_ends(tokens: TokenSurvey, num_rows: int) -> Check:
-    """Prompts that end in other tokens when a model is asked than before the answers that it was trained on."""
+    """Prompts that end in other tokens in generation than before an answer in training."""
     found = tokens.notes.num_rows(OPENS)
     ends = tokens.notes.whats(OPENS)
     words = (
         f"end in {ends[0]!r} in generation, but not before an answer" if ends else "end in other tokens in generation"
     )
-    remedy = "Another --chat_template, or chat_template_kwargs such as enable_thinking, may render both alike."
+    remedy = "Another --chat_template, or chat_template_kwargs such as enable_thinking, may render both the same way."
     return _of_rows("prompt ends", found, num_rows, words, _examples((r,) for r in tokens.rows_of_note[OPENS]), remedy)
 
 
 def check_savings(survey: Survey, tokens: TokenSurvey | None) -> Check:
-    """What packing and shared prompts save on this data; without a tokenizer, of the characters of each row."""
+    """The tokens that packing and shared prompts save on this data; without a tokenizer, the characters."""
     if tokens is None:
         raw = sum(row.num_raw for row in survey.rows)
         unique = raw - sum(row.num_shared for row in survey.rows)
@@ -320,7 +320,7 @@ def _of_rows(
     remedy: str,
     numbers: Mapping[str, Any] | None = None,
 ) -> Check:
-    """A check that counts rows."""
+    """The result of a check that counts rows."""
     share = num_found / num_rows if num_rows else 0.0
     verdict = LIMITS[name].verdict(share)
     finding = f"{_of(num_found, num_rows)} rows {words}" if num_found else "none"
@@ -341,7 +341,7 @@ def _examples(rows: Iterable[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
 
 
 def _longer(tokens: TokenSurvey, otherwise: str) -> str:
-    """The length that keeps 99 % of the rows whole."""
+    """The remedy, and the length that keeps 99 % of the rows whole."""
     if not tokens.longest:
         return otherwise
     needed = sorted(tokens.longest)[math.ceil(0.99 * len(tokens.longest)) - 1]

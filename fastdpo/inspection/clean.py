@@ -1,9 +1,9 @@
-"""What is left of a dataset without the rows that `inspect` finds fault with: `clean_data`.
+"""Removes rows with faults from a dataset: `clean_data`.
 
-In: as `inspect_data`, and which faults remove a row. Out: a file of JSON Lines with the rows that are left, as they
-stand in the input (of trees and single answers, the ranked rows that they become), and one with a line for each row
-that was removed: its number, the fault, and what it was. Both appear whole or not at all. Refused with ValueError:
-unknown faults, faults that need a tokenizer or evaluation data without one, data of which nothing would be left.
+In: the arguments of `inspect_data`, and the faults that remove a row. Out: a JSON Lines file with the remaining rows,
+unchanged (trees and single answers become ranked rows), and one with a line for each removed row: its number, the fault
+and the row. Both files appear complete or not at all. Refused with ValueError: unknown faults, faults that need a
+tokenizer or evaluation data if there is none, and data in which every row has a fault.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DEFAULT_FAULTS = ("unusable", "duplicates", "contradictions", "cycles")  # and e
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What was written."""
+    """The written files, and the numbers of rows."""
 
     out: Path
     log: Path
@@ -51,12 +51,12 @@ def clean_data(
     config_name: str | None = None,
     progress: Progress = no_progress,
 ) -> Cleaned:
-    """Writes what is left of `data` to `out`.
+    """Writes the rows of `data` without faults to `out`.
 
     Args:
-        log: the file for removed rows; by default that of `out` with ".removed.jsonl" in place of its ending.
-        remove: names of FAULTS; by default DEFAULT_FAULTS, and eval_prompts where there is evaluation data.
-        others: as of `inspect_data`.
+        log: the file for removed rows; by default `out` with the ending ".removed.jsonl".
+        remove: names of FAULTS; by default DEFAULT_FAULTS, and eval_prompts if there is evaluation data.
+        others: as for `inspect_data`.
     Raises:
         ValueError: see the module's docstring.
     """
@@ -64,7 +64,7 @@ def clean_data(
     target = check_output(out, data, eval_data)
     log_file = check_output(_log_name(target) if log is None else log, data, eval_data, name="log")
     if log_file.resolve() == target.resolve():
-        raise ValueError(f"log must be another file than out, got {os.fspath(log_file)!r} for both")
+        raise ValueError(f"log must differ from out, got {os.fspath(log_file)!r} for both")
     faults = _checked(remove, eval_data, tokenizer)
     source = Source(data, settings, split=split, config_name=config_name)
     near = NearDuplicates() if "near_duplicates" in faults else None
@@ -79,7 +79,9 @@ def clean_data(
         tokens = survey_tokens(source, tokenizer, settings, lambda rows: progress(rows, "tokenizing"))
     reasons = _reasons(faults, _Evidence(survey, evaluated, near, tokens))
     if len(reasons) == survey.num_rows:
-        raise ValueError(f"data must hold a row without a fault, all {survey.num_rows} rows of {source.name} have one")
+        raise ValueError(
+            f"data must hold at least one row without a fault, got {survey.num_rows} rows with faults in {source.name}"
+        )
     removed: dict[str, int] = {}
     with json_lines(target, log_file) as (write, write_log):
         for read in progress(source.rows(), "writing"):
@@ -104,18 +106,20 @@ def _checked(remove: Sequence[str] | None, eval_data: Any, tokenizer: Any) -> tu
     if unknown or not remove:
         raise ValueError(f"remove must be names of {', '.join(FAULTS)}, got {', '.join(unknown) or 'none'}")
     if "eval_prompts" in remove and eval_data is None:
-        raise ValueError("eval_prompts needs evaluation data, got none: --eval FILE")
+        raise ValueError("remove must not hold eval_prompts without evaluation data; give it with --eval FILE")
     needing = [name for name in remove if FAULTS[name].needs_tokenizer]
     if needing and tokenizer is None:
-        raise ValueError(f"{needing[0]} needs a tokenizer, got none: --model FOLDER_OR_NAME")
+        raise ValueError(
+            f"remove must not hold {needing[0]} without a tokenizer; name its model with --model FOLDER_OR_NAME"
+        )
     if "near_duplicates" in remove and not is_available():
-        raise ValueError('near_duplicates needs datasketch, which is not installed: pip install "fastdpo[data]"')
+        raise ValueError('remove must not hold near_duplicates without datasketch: pip install "fastdpo[data]"')
     return tuple(remove)
 
 
 @dataclass(frozen=True)
 class _Evidence:
-    """What was found out about the rows."""
+    """All findings about the rows."""
 
     survey: Survey
     evaluated: Survey | None = None
@@ -124,12 +128,11 @@ class _Evidence:
 
 
 Rows = list[Facts]
-Found = Iterator[tuple[int, str]]  # number of a row, and what its fault is
+Found = Iterator[tuple[int, str]]  # number of a row, and detail of its fault
 
 
 def _reasons(faults: Sequence[str], evidence: _Evidence) -> dict[int, tuple[str, str]]:
-    """Rows to remove, each with the first of its faults and what it is; a fault is looked for among the rows that the
-    ones before it have left."""
+    """Row to remove -> its first fault and a detail. Each fault is looked for only in rows without earlier faults."""
     reasons: dict[int, tuple[str, str]] = {}
     for fault in FAULTS.values():
         if fault.name in faults:
@@ -147,7 +150,7 @@ def _unusable(evidence: _Evidence, rows: Rows) -> Found:
 def _eval_prompts(evidence: _Evidence, rows: Rows) -> Found:
     assert evidence.evaluated is not None
     found = eval_prompts(evidence.survey, evidence.evaluated)
-    return ((number, f"prompt of row {other} of the evaluation data") for number, other in found.items())
+    return ((number, f"has the prompt of row {other} of the evaluation data") for number, other in found.items())
 
 
 def _duplicates(evidence: _Evidence, rows: Rows) -> Found:
@@ -155,7 +158,7 @@ def _duplicates(evidence: _Evidence, rows: Rows) -> Found:
 
 
 def _contradictions(evidence: _Evidence, rows: Rows) -> Found:
-    """Counted over all rows: a preference that several hold outweighs a single one."""
+    """Counts the rows of each side over all rows, including removed ones, so that duplicates count too."""
     for number, one in outvoted_rows(rows, contradictions(evidence.survey.rows)).items():
         yield number, f"contradicted by {_numbers(one.others if number in one.rows else one.rows)}"
 
@@ -170,7 +173,7 @@ def _equal_answers(evidence: _Evidence, rows: Rows) -> Found:
 
 
 def _near_duplicates(evidence: _Evidence, rows: Rows) -> Found:
-    """Of rows that are like one another the first that is left stays."""
+    """Keeps the first remaining row of each group of near duplicates."""
     assert evidence.near is not None
     stays: dict[int, int] = {}
     for row in rows:
@@ -182,7 +185,7 @@ def _near_duplicates(evidence: _Evidence, rows: Rows) -> Found:
 
 def _one_side_cut(evidence: _Evidence, rows: Rows) -> Found:
     assert evidence.tokens is not None
-    return ((number, "one answer alone is cut at max_length") for number in evidence.tokens.one_cut)
+    return ((number, "only one answer is cut at max_length") for number in evidence.tokens.one_cut)
 
 
 def _ends_cut(evidence: _Evidence, rows: Rows) -> Found:
@@ -202,29 +205,29 @@ def _lost_content(evidence: _Evidence, rows: Rows) -> Found:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why rows are removed."""
+    """A reason to remove rows."""
 
     name: str
-    what: str  # which rows
+    what: str  # the rows that have it
     find: Callable[[_Evidence, Rows], Found]
     needs_tokenizer: bool = False
 
 
-# In this order: a row is logged under the first fault that it has.
+# The order matters: a row is logged under its first fault.
 FAULTS = {
     fault.name: fault
     for fault in (
         Fault("unusable", "rows that training cannot use", _unusable),
-        Fault("eval_prompts", "rows whose prompt stands in the evaluation data", _eval_prompts),
+        Fault("eval_prompts", "rows whose prompt is in the evaluation data", _eval_prompts),
         Fault("duplicates", "rows that repeat an earlier one", _duplicates),
-        Fault("contradictions", "rows that as many other rows contradict, or more", _contradictions),
+        Fault("contradictions", "rows contradicted by equally many or more rows", _contradictions),
         Fault("cycles", "rows whose preferences all lie on cycles", _cycles),
         Fault("equal_answers", "rows with a pair that differs only in blanks or upper case", _equal_answers),
-        Fault("near_duplicates", "rows that are like an earlier one", _near_duplicates),
-        Fault("one_side_cut", "rows of which one answer alone loses its end", _one_side_cut, True),
-        Fault("ends_cut", "rows of which an answer loses its end", _ends_cut, True),
+        Fault("near_duplicates", "rows that nearly repeat an earlier one", _near_duplicates),
+        Fault("one_side_cut", "rows in which only one answer loses its end", _one_side_cut, True),
+        Fault("ends_cut", "rows in which an answer loses its end", _ends_cut, True),
         Fault("special_tokens", "rows whose text spells out special tokens", _special_tokens, True),
-        Fault("lost_content", "rows of which template or tokenizer leave something out", _lost_content, True),
+        Fault("lost_content", "rows that lose content in the template or tokenizer", _lost_content, True),
     )
 }
 

@@ -1,10 +1,11 @@
-"""Any form of preferences as explicit conversational pairs: `convert_data`.
+"""Converts preferences in any form to explicit conversational pairs: `convert_data`.
 
-In: preferences in any form. Out: a file of JSON Lines, one pair a line: `prompt`, `chosen` and `rejected`, each a list
-of messages, with `tools` and `chat_template_kwargs` where the row has them. A row of several preferences becomes a pair
-for each. Transcripts of Human: and Assistant:, and Alpaca's headings, become turns, and a system prompt its message;
-any other text becomes one message of the user and one of the assistant, without the blanks where the two met. Refused
-with ValueError: rows of token ids, whose text is not known, data without a usable pair, and what the forms refuse.
+In: preferences in any form. Out: a JSON Lines file with one pair per line: `prompt`, `chosen` and `rejected` as lists
+of messages, and `tools` and `chat_template_kwargs` if the row has them. A row with several preferences becomes one pair
+per preference. Transcripts (Human: and Assistant:) and Alpaca's headings become turns, and a system prompt becomes a
+system message. Any other text becomes one user message and one assistant message, without the blanks between them.
+Refused with ValueError: rows of token ids (their text is unknown), data without a usable pair, and rows that the forms
+refuse.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ _HEADING = re.compile(r"(?:^|\n\n)### (Instruction|Input|Response):[ \n]*")
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written."""
+    """The written file, and the numbers of rows."""
 
     out: Path
     num_rows: int
     num_pairs: int
-    forms: dict[str, int]  # the forms that were read, and rows of each
+    forms: dict[str, int]  # form -> number of rows
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
 
 
@@ -52,11 +53,11 @@ def convert_data(
     config_name: str | None = None,
     progress: Progress = no_progress,
 ) -> Converted:
-    """Writes the pairs of `data` to `out`; rows that cannot be used are counted.
+    """Writes the pairs of `data` to `out`. Unusable rows are left out and counted.
 
     Args:
-        settings: dataset_format and columns say how rows are read.
-        others: as of `inspect_data`.
+        settings: only dataset_format and columns matter.
+        others: as for `inspect_data`.
     Raises:
         ValueError: see the module's docstring.
     """
@@ -79,7 +80,7 @@ def convert_data(
                 num_pairs += 1
         if num_pairs == 0:
             reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
-            raise ValueError(f"data must hold at least one usable row, {num_rows} rows of {source.name}: {reasons}")
+            raise ValueError(f"data must hold at least one usable row, got {num_rows} in {source.name}: {reasons}")
     return Converted(target, num_rows, num_pairs, forms, dropped)
 
 
@@ -87,14 +88,14 @@ def explicit_pairs(read: ReadRow, columns: Mapping[str, Any] | None = None) -> I
     """The pairs of one row.
 
     Args:
-        columns: as the setting of this name.
+        columns: as in the setting `columns`.
     Raises:
-        BadRow: it cannot be used.
-        ValueError: it holds token ids.
+        BadRow: the row is unusable.
+        ValueError: the row holds token ids.
     """
     row = read.row
     if read.form == TOKENIZED:
-        raise ValueError(f"data must hold text or messages to be converted, row {read.number} holds token ids")
+        raise ValueError(f"data must hold text or messages to be converted, got token ids in row {read.number}")
     if row is None:
         raise BadRow(read.reason)
     prompt, responses = row.prompt, row.responses
@@ -112,7 +113,7 @@ def _conversations(prompt: str, system: str, responses: list[str]) -> tuple[list
     """A text and its responses as messages.
 
     Args:
-        system: what the text begins with, where the row has a system prompt.
+        system: the system prompt at the beginning of the text, or "".
     """
     text = prompt.removeprefix(system).lstrip() if system else prompt
     before: list[Message] = [{"role": "system", "content": system}] if system and text != prompt else []
@@ -125,7 +126,7 @@ def _conversations(prompt: str, system: str, responses: list[str]) -> tuple[list
 
 
 def _task_turns(text: str) -> list[Message]:
-    """The turns of a text with Alpaca's headings that ends in "### Response:"; none of any other text."""
+    """The turns of a text with Alpaca's headings that ends in "### Response:"; an empty list for any other text."""
     before, *pieces = _HEADING.split(text)
     turns: list[Message] = [{"role": "system", "content": before.strip()}] if before.strip() else []
     kinds, texts = pieces[::2], [piece.strip() for piece in pieces[1::2]]
@@ -140,7 +141,7 @@ def _task_turns(text: str) -> list[Message]:
 
 
 def _for_template(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that give the chat template what it had."""
+    """The columns that give the chat template the same variables."""
     rest = {name: value for name, value in kwargs.items() if name != "tools"}
     tools = {"tools": kwargs["tools"]} if kwargs.get("tools") else {}
     return {**tools, **({"chat_template_kwargs": rest} if rest else {})}

@@ -1,6 +1,7 @@
-"""Which rows repeat, contradict or leak: from the facts of a survey to rows and the rows they go with.
+"""Finds rows that repeat, contradict or leak.
 
-The checks count what is found here, and `clean` removes it.
+In: the facts of a survey. Out: row numbers, with the rows that they repeat or contradict. `checks` counts these rows,
+and `clean` removes them.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ Graph = dict[int, set[int]]  # answer -> answers that it is preferred to
 
 @dataclass(frozen=True)
 class Contradiction:
-    """Two answers to one prompt that are preferred both ways."""
+    """Two answers to one prompt, each preferred to the other by some rows."""
 
     prompt: int
     answers: tuple[int, int]
-    rows: tuple[int, ...]  # numbers of the rows that prefer the first
-    others: tuple[int, ...]  # of those that prefer the second
+    rows: tuple[int, ...]  # numbers of the rows that prefer the first answer
+    others: tuple[int, ...]  # numbers of the rows that prefer the second answer
 
 
 @dataclass(frozen=True)
 class Cycle:
-    """Answers to one prompt of which each is preferred to the next, and the last to the first."""
+    """Answers to one prompt: each is preferred to the next one, and the last to the first."""
 
     prompt: int
     answers: tuple[int, ...]  # of the shortest cycle
@@ -37,7 +38,7 @@ class Cycle:
 
 
 def duplicates(rows: Iterable[Facts]) -> dict[int, int]:
-    """Rows that repeat an earlier one, and that one: the same prompt, answers and preferences."""
+    """Row -> the earlier row that it repeats: the same prompt, answers and preferences."""
     first: dict[tuple[int, frozenset[tuple[int, int]]], int] = {}
     found = {}
     for row in rows:
@@ -48,20 +49,20 @@ def duplicates(rows: Iterable[Facts]) -> dict[int, int]:
 
 
 def contradictions(rows: Iterable[Facts]) -> list[Contradiction]:
-    """Preferences that some rows hold one way and some the other, a row of several preferences also by itself."""
+    """Preferences that rows hold in both directions. A row with several preferences can contradict itself."""
     holders = _holders(rows)
     found = []
     for (prompt, better, worse), numbers in holders.items():
         others = holders.get((prompt, worse, better))
-        if others is not None and (numbers[0], better) < (others[0], worse):  # each once, the first row's order first
+        if others is not None and (numbers[0], better) < (others[0], worse):  # each once, in the first row's direction
             found.append(Contradiction(prompt, (better, worse), tuple(numbers), tuple(others)))
     return found
 
 
 def cycles(rows: Iterable[Facts]) -> list[Cycle]:
-    """Cycles of three answers or more, one for each group of answers that are on cycles together.
+    """Cycles of three or more answers, one for each group of answers that share cycles.
 
-    Preferences that are contradicted outright are left aside: `contradictions` has them.
+    Preferences with a direct contradiction are ignored here, because `contradictions` finds them.
     """
     holders = _holders(rows)
     of_prompt: dict[int, list[tuple[int, int]]] = defaultdict(list)
@@ -85,7 +86,7 @@ def cycles(rows: Iterable[Facts]) -> list[Cycle]:
 
 
 def eval_prompts(train: Survey, evaluated: Survey) -> dict[int, int]:
-    """Rows of the training data whose prompt stands in the evaluation data, and the first row that has it there."""
+    """Training row whose prompt is also in the evaluation data -> the first evaluation row with this prompt."""
     first: dict[int, int] = {}
     for row in evaluated.rows:
         first.setdefault(row.prompt, row.number)
@@ -94,10 +95,10 @@ def eval_prompts(train: Survey, evaluated: Survey) -> dict[int, int]:
 
 
 def outvoted_rows(rows: Sequence[Facts], found: Sequence[Contradiction]) -> dict[int, Contradiction]:
-    """Rows all of whose preferences are contradicted by as many rows as hold them, or more.
+    """Rows that lose all of their preferences to contradictions.
 
-    Of a contradiction the side that more rows hold stays; of equal sides neither does. A row of several preferences
-    stays while one of them holds.
+    The side of a contradiction that more rows hold is kept; if both sides have equally many rows, neither is. A row
+    with several preferences is kept if at least one of them is.
     """
     lost: dict[tuple[int, int, int], Contradiction] = {}
     for one in found:
@@ -110,12 +111,12 @@ def outvoted_rows(rows: Sequence[Facts], found: Sequence[Contradiction]) -> dict
 
 
 def cyclic_rows(rows: Sequence[Facts], found: Sequence[Cycle]) -> dict[int, Cycle]:
-    """Rows all of whose preferences lie on cycles."""
+    """Rows whose preferences all lie on cycles."""
     return _rows_without(rows, {(cycle.prompt, *edge): cycle for cycle in found for edge in cycle.edges})
 
 
 def _rows_without(rows: Iterable[Facts], lost: Mapping[tuple[int, int, int], Found]) -> dict[int, Found]:
-    """Rows none of whose preferences holds, and what the first of them is lost to."""
+    """Row whose preferences are all in `lost` -> the finding for its first preference."""
     found: dict[int, Found] = {}
     for row in rows:
         edges = [(row.prompt, better, worse) for better, worse in row.edges]
@@ -125,7 +126,7 @@ def _rows_without(rows: Iterable[Facts], lost: Mapping[tuple[int, int, int], Fou
 
 
 def _holders(rows: Iterable[Facts]) -> dict[tuple[int, int, int], list[int]]:
-    """(prompt, better, worse) -> numbers of the rows that say so, each once."""
+    """(prompt, better, worse) -> numbers of the rows with this preference, each once."""
     holders: dict[tuple[int, int, int], list[int]] = {}
     for row in rows:
         for better, worse in set(row.edges):
@@ -135,7 +136,7 @@ def _holders(rows: Iterable[Facts]) -> dict[tuple[int, int, int], list[int]]:
 
 
 def _on_cycles_together(graph: Graph) -> list[set[int]]:
-    """The strongly connected components of more than one answer. Tarjan 1972, without recursion."""
+    """The strongly connected components with more than one answer. Tarjan 1972, without recursion."""
     index: dict[int, int] = {}
     low: dict[int, int] = {}
     stack: list[int] = []
@@ -174,7 +175,7 @@ def _on_cycles_together(graph: Graph) -> list[set[int]]:
 
 
 def _shortest_cycle(graph: Graph, group: set[int]) -> tuple[int, ...]:
-    """The shortest way from an answer of the group back to it, by breadth-first search."""
+    """The shortest cycle through an answer of the group, by breadth-first search."""
     best: tuple[int, ...] = ()
     for start in sorted(group):
         before: dict[int, int] = {}

@@ -1,8 +1,8 @@
 """All checks of one dataset: `inspect_data`.
 
 In: preferences in any form, optionally evaluation data, a tokenizer and the settings of a run. Out: an `Inspection`
-with a `Check` for each question, token statistics, and the first row as it is read. A file is read one row at a time;
-what is kept of a row does not grow with its text. Refused with ValueError: what the forms refuse, an empty file.
+with all `Check`s, token statistics, and the first row as fastdpo reads it. A file is read one row at a time, and memory
+does not grow with the length of texts. Refused with ValueError: rows that the forms refuse, and an empty file.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ def no_progress(rows: Iterable[ReadRow], what: str) -> Iterable[ReadRow]:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the checks found."""
+    """The results of all checks."""
 
     name: str  # of the data
     checks: tuple[Check, ...]
     tokens: dict[str, TokenStats] = field(default_factory=dict)  # prompt, chosen, rejected; only with a tokenizer
-    first_row: tuple[tuple[str, str], ...] = ()  # the first usable row: who says what
-    unit: str = "characters"  # of `lengths`: "tokens" where they are known
+    first_row: tuple[tuple[str, str], ...] = ()  # (role, text) of the first usable row
+    unit: str = "characters"  # of `lengths`; "tokens" with a tokenizer
     lengths: Mapping[str, Sequence[int]] = field(default_factory=dict, repr=False)  # chosen, rejected: of each pair
-    source: Source | None = field(default=None, repr=False)  # to read examples again
+    source: Source | None = field(default=None, repr=False)  # for reading examples again
     eval_source: Source | None = field(default=None, repr=False)
 
     @property
     def verdict(self) -> str:
-        """The worst verdict of a check."""
+        """The worst verdict of all checks."""
         verdicts = {check.verdict for check in self.checks}
         return BAD if BAD in verdicts else LOOK if LOOK in verdicts else checks.OK
 
     def check(self, name: str) -> Check:
-        """The check of this name.
+        """The check with this name.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no such check.
         """
         for check in self.checks:
             if check.name == name:
@@ -63,7 +63,7 @@ class Inspection:
         raise ValueError(f"name must be one of {[check.name for check in self.checks]}, got {name!r}")
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as JSON has it."""
+        """The inspection as a dict for JSON."""
         return {
             "data": self.name,
             "verdict": self.verdict,
@@ -85,18 +85,18 @@ def inspect_data(
     look_for_near: bool = True,
     progress: Progress = no_progress,
 ) -> Inspection:
-    """Looks at preference data before it is trained on.
+    """Checks preference data before training.
 
     Args:
         data: a path or name, a Dataset or a list of dicts, in any form of preferences.
-        eval_data: the same, whose prompts should not stand in `data`.
-        tokenizer: of the model that will be trained; without it no check of tokens is made.
-        settings: dataset_format, columns, max_length and their like, as in a run.
+        eval_data: evaluation data. Its prompts should not be in `data`.
+        tokenizer: of the model to be trained. Without it, the checks of tokens are skipped.
+        settings: dataset_format, columns, max_length and other settings of the later run.
         split, eval_split, config_name: of folders and published datasets.
-        look_for_near: looks for near duplicates, where datasketch is installed; they take most of the time.
-        progress: wraps the rows of each pass, with what the pass does.
+        look_for_near: whether to look for near duplicates if datasketch is installed. This takes most of the time.
+        progress: wraps the rows of each pass; its second argument names the pass.
     Raises:
-        ValueError: data without a row or of no known form, a tokenizer without the chat template that rows need.
+        ValueError: the data has no row or no known form, or the tokenizer lacks a chat template that rows need.
     """
     settings = settings or TokenizationSettings()
     source = Source(data, settings, split=split, config_name=config_name)
@@ -128,7 +128,7 @@ def inspect_data(
 
 
 def read_survey(source: Source, near: NearDuplicates | None, progress: Progress, what: str) -> Survey:
-    """The survey of all rows; those that repeat none exactly are also compared for near duplicates."""
+    """The survey of all rows. Rows that are not exact duplicates are also compared for near duplicates."""
     survey = Survey()
     seen: set[tuple[int, frozenset[tuple[int, int]]]] = set()
     for read in progress(source.rows(), what):
@@ -154,7 +154,7 @@ def _without_tokens(
     repeats = eval_prompts(survey, evaluated) if evaluated is not None else {}
     counts: tuple[int, int, Any] = (survey.num_kept, survey.num_pairs, survey.dropped)
     lengths, unit = survey.pair_lengths(), survey.unit
-    if tokens is not None:  # knows more reasons to drop a row, and the lengths that count
+    if tokens is not None:  # tokenization finds more reasons to drop a row, and gives the lengths in tokens
         counts = (tokens.num_kept, tokens.num_pairs, tokens.dropped)
         lengths, unit = (tokens.chosen, tokens.rejected), "tokens"
     found = [
@@ -185,6 +185,6 @@ def _of_tokens(survey: Survey, tokens: TokenSurvey, settings: TokenizationSettin
 
 
 def config_of_eval(data: Any, eval_data: Any, config_name: str | None) -> str | None:
-    """The configuration of the evaluation data: that of the data where both are one published dataset."""
+    """The configuration of the evaluation data: `config_name` if it is the same published dataset as the data."""
     are_names = all(isinstance(item, (str, os.PathLike)) for item in (data, eval_data))
     return config_name if are_names and str(data) == str(eval_data) else None

@@ -1,10 +1,10 @@
-"""Rows that nearly repeat an earlier one, by MinHash (Broder 1997) and locality-sensitive hashing of `datasketch`.
+"""Finds rows that nearly repeat an earlier one, by MinHash (Broder 1997) and locality-sensitive hashing (`datasketch`).
 
-In: read rows, one by one. Out: for each that is like an earlier one, that one. Two rows are alike where both their
-prompts and their answers have a Jaccard similarity of NEAR_SIMILARITY or more; with the same prompt and one answer in
-common, or with the same answers preferred the other way, rows are not. Texts are sets of runs of SHINGLE bytes; of a
-long text the SKETCH smallest hashes stand for all, an unbiased sample by which similarity is estimated to some
-hundredths.
+In: rows, one by one. Out: for each near duplicate, the number of the earlier row. Two rows are near duplicates if both
+their prompts and their answers have a Jaccard similarity of NEAR_SIMILARITY or more. Rows with the same prompt that
+share only one answer, or with the same answers but the opposite preference, are not. A text is the set of its runs of
+SHINGLE bytes. Long texts are represented by the SKETCH smallest hashes, an unbiased sample that estimates similarity
+with an error of some hundredths.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from fastdpo.inspection.source import ReadRow
 from fastdpo.inspection.survey import Part, text_of
 from fastdpo.inspection.thresholds import NEAR_SIMILARITY, SHINGLE
 
-SKETCH = 128  # hashes kept of the prompt, and of the answers
-NUM_PERM = 64  # of MinHash: candidates only, each is compared by its sketches
+SKETCH = 128  # number of hashes kept of the prompt, and of the answers
+NUM_PERM = 64  # permutations of MinHash, which only finds candidates; sketches then decide
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: spreads the bytes over all bits
-_PLAIN, _WORSE = np.uint32(0), np.uint32(0x5BD1E995)  # any constant: hashes of the two kinds then differ
-_ANSWERS = np.uint32(0x80000000)  # marks the hashes of answers, so that no prompt is like an answer
+_PLAIN, _WORSE = np.uint32(0), np.uint32(0x5BD1E995)  # any two constants: they make the hashes of both kinds differ
+_ANSWERS = np.uint32(0x80000000)  # marks the hashes of answers, so that prompts and answers never match
 
 
 def is_available() -> bool:
-    """Whether datasketch, and scipy that it needs, are installed."""
+    """Whether datasketch and its dependency scipy are installed."""
     return all(importlib.util.find_spec(name) is not None for name in ("datasketch", "scipy"))
 
 
 class NearDuplicates:
-    """Rows seen so far.
+    """Compares each added row with the earlier ones.
 
     Raises:
         ImportError: datasketch is not installed.
@@ -41,15 +41,15 @@ class NearDuplicates:
     def __init__(self, similarity: float = NEAR_SIMILARITY) -> None:
         from datasketch import MinHash, MinHashLSH
 
-        self.found: dict[int, int] = {}  # row -> the first one that it is like
+        self.found: dict[int, int] = {}  # row -> the first row that it nearly repeats
         self._similarity = similarity
         self._empty = MinHash(num_perm=NUM_PERM, hashfunc=int)
-        # candidates are found by prompt and answers together, with room for the error of both estimates
+        # candidates match in prompt and answers together; the lower threshold allows for errors of both estimates
         self._index = MinHashLSH(threshold=max(0.1, similarity - 0.1), num_perm=NUM_PERM)
         self._sketches: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def add(self, read: ReadRow) -> None:
-        """Takes down a usable row. One that is like an earlier one is found, and others are not compared with it."""
+        """Adds a usable row. A near duplicate is recorded in `found`, and later rows are not compared with it."""
         assert read.row is not None
         prompt = sketch([read.row.prompt])
         worse = {rejected for _, rejected in read.row.preferences}
@@ -69,7 +69,7 @@ def sketch(parts: Sequence[Part], are_worse: Sequence[bool] | None = None) -> np
     """The SKETCH smallest hashes of the texts' shingles, (<= SKETCH,) uint32, ascending.
 
     Args:
-        are_worse: of each text, whether another is preferred to it; its shingles then are other ones.
+        are_worse: for each text, whether another one is preferred to it. Its shingles then get different hashes.
     """
     hashes = np.concatenate(
         [
@@ -79,13 +79,13 @@ def sketch(parts: Sequence[Part], are_worse: Sequence[bool] | None = None) -> np
     )
     if len(hashes) > 4 * SKETCH:  # sorting all would take most of the time
         smallest = np.unique(np.partition(hashes, 2 * SKETCH)[: 2 * SKETCH])
-        if len(smallest) >= SKETCH:  # else the text repeats itself
+        if len(smallest) >= SKETCH:  # otherwise the text repeats itself
             return smallest[:SKETCH]
     return np.unique(hashes)[:SKETCH]
 
 
 def jaccard(sketch: np.ndarray, other: np.ndarray) -> float:
-    """The estimated similarity of two sets: of the smallest hashes of their union, the share that both have."""
+    """The estimated Jaccard similarity of two sets: the share of the smallest hashes of their union that both have."""
     both = np.union1d(sketch, other)
     if len(sketch) == SKETCH or len(other) == SKETCH:
         both = both[:SKETCH]
@@ -93,7 +93,7 @@ def jaccard(sketch: np.ndarray, other: np.ndarray) -> float:
 
 
 def _shingle_hashes(data: bytes) -> np.ndarray:
-    """(n,) uint32, one hash of each run of SHINGLE bytes; of a shorter text, of the whole."""
+    """(n,) uint32, one hash of each run of SHINGLE bytes; a shorter text has one hash of the whole text."""
     padded = data.ljust(SHINGLE, b"\0")
     words = np.ndarray(len(padded) - SHINGLE + 1, dtype="<u8", buffer=padded, strides=(1,))  # overlapping
     mixed = (words ^ (words >> np.uint64(32))) * _MULTIPLIER

@@ -1,4 +1,4 @@
-"""Files of JSON Lines that appear whole or not at all, gzipped where their name ends in .gz."""
+"""Writes JSON Lines files that appear complete or not at all. Files whose name ends in .gz are gzipped."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ WriteLine = Callable[[Mapping[str, Any]], None]
 
 
 def check_output(path: str | os.PathLike[str], *inputs: Any, name: str = "out") -> Path:
-    """The path to write to, before any work.
+    """Checks and returns the path of an output file, before any work.
 
     Raises:
-        ValueError: it does not end as JSON Lines do, is a folder, or is one of the files that are read.
+        ValueError: it does not have the suffix of JSON Lines, is a folder, or is one of the input files.
     """
     target = Path(path).expanduser()
     if not target.name.lower().endswith(SUFFIXES):
@@ -28,13 +28,13 @@ def check_output(path: str | os.PathLike[str], *inputs: Any, name: str = "out") 
         raise ValueError(f"{name} must be a file, got the folder {os.fspath(path)!r}")
     for data in inputs:
         if isinstance(data, (str, os.PathLike)) and Path(data).expanduser().resolve() == target.resolve():
-            raise ValueError(f"{name} must not be the file that is read, got {os.fspath(path)!r}")
+            raise ValueError(f"{name} must not be the input file, got {os.fspath(path)!r}")
     return target
 
 
 @contextmanager
 def json_lines(*targets: Path) -> Iterator[list[WriteLine]]:
-    """A function for each file that writes a line to it; after an error or an interrupt, none of them is there."""
+    """Yields, for each file, a function that writes a line to it. After an error or interrupt, no file exists."""
     partials = [target.with_name(f".{target.name}.partial") for target in targets]
     files: list[Any] = []
     try:

@@ -1,7 +1,7 @@
-"""The HTML page of an inspection: verdicts, statistics, and for each finding the rows that show it.
+"""The HTML page of an inspection: verdicts, statistics, and example rows for each finding.
 
-In: an `Inspection`. Out: one self-contained file. The rows of examples are read again from the data. Without
-matplotlib the plot of lengths is left out, and the page says so.
+In: an `Inspection`. Out: one self-contained file. Example rows are read from the data again. Without matplotlib the
+page has no plot of lengths, and says so.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from fastdpo.report.sections import Figure, Response, Sample, SampleList, Sectio
 
 SHOWN_CHARACTERS = 600  # of a prompt or an answer: its start and its end
 SHOWN_ANSWERS = 6
-ADVICE = {OK: "Nothing stands in the way of training on this data.", LOOK: "Look at what is marked before training."}
+ADVICE = {OK: "This data is ready for training.", LOOK: "Look at the marked checks before training."}
 
 
 def write_data_page(path: str | os.PathLike[str], inspection: Inspection, *, num_examples: int = 5) -> Path:
     """Writes the page and returns its path.
 
     Args:
-        num_examples: of each check that is not ok.
+        num_examples: number of examples for each check that is not ok.
     """
     shown = [check for check in inspection.checks if check.examples and check.verdict not in (OK, SKIPPED)]
     rows = _read(inspection, shown, num_examples)
-    advice = ADVICE.get(inspection.verdict, "Mend what is bad before training.")
+    advice = ADVICE.get(inspection.verdict, "Fix the bad checks before training.")
     sections: list[Section] = [
         Text("Verdict", [f"{inspection.verdict.capitalize()}. {advice}"]),
         Table(
@@ -50,17 +50,17 @@ def write_data_page(path: str | os.PathLike[str], inspection: Inspection, *, num
             [name, f"{s.mean:,.1f}", f"{s.median:,.1f}", f"{s.p95:,}", f"{s.max:,}", f"{s.total:,}"]
             for name, s in inspection.tokens.items()
         ]
-        sections.append(Table("Tokens", ("", *names), figures, note="As training has them, after cutting."))
+        sections.append(Table("Tokens", ("", *names), figures, note="After truncation, as in training."))
     if inspection.first_row:
         lines = [list(line) for line in inspection.first_row]
-        sections.append(Table("The first row, as it is read", (), lines, is_prose=True))
+        sections.append(Table("The first row, as fastdpo reads it", (), lines, is_prose=True))
     sections += [_examples(check, rows, num_examples) for check in shown]
     sections.append(_thresholds())
     return write_report(path, "Preference data", sections, subtitle=inspection.name)
 
 
 def _read(inspection: Inspection, shown: Iterable[Check], num_examples: int) -> dict[tuple[str, int], ReadRow]:
-    """The rows of the examples, of the data ("row") and of the evaluation data ("evaluation row")."""
+    """The example rows, by source ("row" for the data, "evaluation row" for the evaluation data) and number."""
     numbers: dict[str, set[int]] = {"row": set(), "evaluation row": set()}
     for check in shown:
         numbers["row"].update(number for rows in check.examples[:num_examples] for number in rows)
@@ -88,9 +88,7 @@ def _with_remedy(check: Check) -> str:
 
 def _sample(what: str, number: int, read: ReadRow) -> Sample:
     if read.row is None:
-        return Sample(
-            f"{what} {number}: {read.reason}", [Response("as it stands", _short(str(dict(read.example))), "")]
-        )
+        return Sample(f"{what} {number}: {read.reason}", [Response("whole row", _short(str(dict(read.example))), "")])
     better = {chosen for chosen, _ in read.row.preferences}
     worse = {rejected for _, rejected in read.row.preferences}
     responses = []
@@ -101,7 +99,7 @@ def _sample(what: str, number: int, read: ReadRow) -> Sample:
 
 
 def _dialogue(part: Part) -> str:
-    """A text, or who says what."""
+    """The text, with roles if there are several messages."""
     if isinstance(part, str) or len(part) == 1:
         return text_of(part)
     return "\n".join(f"{message['role']}: {text_of([message])}" for message in part)
@@ -129,7 +127,7 @@ def _thresholds() -> Table:
             "length bias",
             _percent(LENGTH_LOOK),
             _percent(LENGTH_BAD),
-            "The share of pairs whose longer answer is on one side; its whole 95 % interval must lie above.",
+            "The share of pairs whose longer answer is on one side. Its whole 95 % interval must lie above the limit.",
         ]
     )
     return Table("When a check is not ok", ("Check", "Look above", "Bad above", "Why"), rows, is_prose=True)

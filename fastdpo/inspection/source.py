@@ -1,8 +1,8 @@
-"""The rows of a dataset as the checks read them: one at a time, as often as they are asked for.
+"""Reads the rows of a dataset for the checks: one at a time, and repeatedly.
 
-In: a file, a folder, a name, a Dataset, a stream or a list of dicts, in any form of preferences. Out: `ReadRow`s, one
-for each prompt of trees and single answers, else one for each row. Nothing is held but what the form needs to be read
-as a whole. Refused with ValueError: what `formats` refuses, with the number of the row, and data without a row.
+In: a file, a folder, a name, a Dataset, a stream or a list of dicts, in any form of preferences. Out: one `ReadRow` per
+row; trees and single answers give one per prompt. Rows are kept in memory only for forms that must be read as a whole.
+Refused with ValueError: rows that `formats` refuses (with the row's number), and data without rows.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ TOKENIZED = "tokenized"  # the form of rows that hold token ids
 class ReadRow:
     """One row, read as training reads it."""
 
-    number: int  # counted from 0
-    example: Example  # as it stands in the file; of trees and single answers, the ranked row that they become
-    row: PreferenceRow | None = None  # None: cannot be used. Its preferences are between different answers
-    reason: str = ""  # why it cannot be used
+    number: int  # from 0
+    example: Example  # the row in the file; for trees and single answers, the ranked row made from them
+    row: PreferenceRow | None = None  # None if the row is unusable. Its preferences are between different answers
+    reason: str = ""  # why the row is unusable
     form: str = ""
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # for the chat template
 
@@ -40,8 +40,8 @@ class Source:
     """Rows that can be read more than once.
 
     Args:
-        data: a path or name as `--dataset` takes it, a Dataset, a stream, or a list of dicts.
-        settings: dataset_format and columns say how rows are read.
+        data: a path or name as for `--dataset`, a Dataset, a stream, or a list of dicts.
+        settings: only dataset_format and columns matter.
         split, config_name: of a folder or a published dataset.
     """
 
@@ -59,10 +59,10 @@ class Source:
         self.name = str(data) if is_path else type(data).__name__
 
     def examples(self) -> Iterator[Example]:
-        """Every row as it stands; of trees and single answers, the ranked rows that they become.
+        """Every row, unchanged; for trees and single answers, the ranked rows made from them.
 
         Raises:
-            ValueError: there is none, or rows of trees or single answers are not all alike.
+            ValueError: there are no rows, or rows of trees or single answers differ in form.
         """
         examples = self._raw()
         first = next(examples, None)
@@ -77,8 +77,8 @@ class Source:
             yield from grouped
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                "data rows must all be like the first, as their answers are put together by prompt, got one that is"
-                f" not ({type(error).__name__}: {error})"
+                "data rows must all have the form of the first, because their answers are grouped by prompt, got"
+                f" another form ({type(error).__name__}: {error})"
             ) from error
 
     def _raw(self) -> Iterator[Example]:
@@ -92,16 +92,16 @@ class Source:
             yield raw_example(example, features)
 
     def rows(self) -> Iterator[ReadRow]:
-        """Every row, read.
+        """Reads every row.
 
         Raises:
-            ValueError: a row is of no known form, or what `formats` refuses.
+            ValueError: a row has no known form, or `formats` refuses it.
         """
         for number, example in enumerate(self.examples()):
             yield self._read(number, example)
 
     def pick(self, numbers: Iterable[int]) -> dict[int, ReadRow]:
-        """The rows of these numbers."""
+        """The rows with these numbers."""
         wanted = set(numbers)
         if not wanted:
             return {}
@@ -130,7 +130,7 @@ class Source:
 
 
 def _row_of_ids(example: Example) -> PreferenceRow:
-    """Token ids as words of a text, in which rows can be compared as others are."""
+    """A row of token ids as texts whose words are the ids, so that rows can be compared like texts."""
     try:
         group = group_from_columns(example)
     except (KeyError, TypeError, ValueError) as error:

@@ -1,8 +1,8 @@
-"""What is taken down of every row, so that checks can compare rows without holding their texts.
+"""Collects facts about every row, so that checks can compare rows without keeping their texts.
 
 In: a `Source`. Out: a `Survey`: for each usable row the numbers of its prompt and answers (equal for equal texts), its
-preferences and its lengths. Equal prompts are those of equal messages, blanks at their ends aside; a text is then the
-same as one message of the user. Equal answers are equal to the character.
+preferences and its lengths. Prompts are equal if their messages are, apart from blanks at their ends; a text equals one
+user message with that text. Answers are equal only to the character.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Facts:
     lengths: tuple[int, ...]  # (K,) of each answer, in the survey's unit
     pairs: tuple[tuple[int, int], ...]  # (better, worse): positions in `answers`
     prompt_length: int
-    num_raw: int  # prompt and answer of each response, the prompt once a response
-    num_shared: int  # of them, what is not computed again where responses begin alike
+    num_raw: int  # total length of all responses, each with the prompt
+    num_shared: int  # the part of it that sharing prompts and common beginnings saves
     has_alike: bool  # a pair differs only in blanks and upper case
 
     @property
     def edges(self) -> list[tuple[int, int]]:
-        """(better, worse) answers of each pair, as the survey numbers them."""
+        """(better, worse) answers of each pair, by the survey's numbers."""
         return [(self.answers[better], self.answers[worse]) for better, worse in self.pairs]
 
 
@@ -70,7 +70,7 @@ class Survey:
         return [chosen for chosen, _ in pairs], [rejected for _, rejected in pairs]
 
     def add(self, read: ReadRow) -> Facts | None:
-        """Takes down one row; None where it cannot be used.
+        """Adds one row; returns None if it is unusable.
 
         Raises:
             ValueError: a column is text in this row and messages in an earlier one.
@@ -129,7 +129,7 @@ def survey_rows(rows: Iterable[ReadRow]) -> Survey:
 
 
 def prompt_key(prompt: Part, kwargs: Mapping[str, Any] | None = None) -> bytes:
-    """Equal for equal prompts, and tools that come with them."""
+    """A key that is equal for prompts with equal messages and equal variables of the template, such as tools."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if len(messages) == 1 and not kwargs and messages[0].keys() == {"role", "content"}:  # most
         return _digest(f"{messages[0]['role']}\0{messages[0]['content'].strip()}")
@@ -150,7 +150,7 @@ def _digest(text: str) -> bytes:
 
 
 def text_of(part: Part) -> str:
-    """What is said, for comparing and showing: the text, or the messages' contents with what else they hold."""
+    """A text for comparing and showing: the text itself, or the messages' contents with their other fields."""
     if isinstance(part, str):
         return part
     return "\n\n".join(_message_text(message) for message in part)
@@ -162,7 +162,7 @@ def _message_text(message: Message) -> str:
 
 
 def num_characters(part: Part) -> int:
-    """Characters of a text, or of what messages say and think."""
+    """The number of characters of a text, or of the contents and thoughts of messages."""
     if isinstance(part, str):
         return len(part)
     thoughts = (message[key] for message in part for key in THOUGHT_KEYS if isinstance(message.get(key), str))
@@ -182,7 +182,7 @@ def _are_alike(text: str, other: str) -> bool:
 
 
 def _num_common(text: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many leading characters are the same, by halving: a loop over characters would take most of the time."""
+    """The number of equal leading characters, by bisection, because a loop over characters would be too slow."""
     low, high = 0, min(len(text), len(other))
     if text[:1] != other[:1]:
         return 0

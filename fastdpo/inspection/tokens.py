@@ -1,8 +1,8 @@
-"""What the tokenizer makes of every row: what is cut, what is lost, and how many tokens there are to compute.
+"""Tokenizes every row: finds truncated and lost content, and counts the tokens to compute.
 
-In: a `Source`, a tokenizer and the settings of a run. Out: a `TokenSurvey`. Rows are tokenized whole, by what prepares
-them for training, then cut as training cuts them, so that what was cut is known. Refused with ValueError: what
-preparing refuses, as messages without a chat template.
+In: a `Source`, a tokenizer and the settings of a run. Out: a `TokenSurvey`. Rows are tokenized without truncation by
+the code that prepares them for training, and then truncated as in training. Refused with ValueError: rows that
+preparation refuses, such as messages without a chat template.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from fastdpo.data.values import BadRow
 from fastdpo.inspection.source import ReadRow, Source
 from fastdpo.types import TokenizedGroup
 
-ROWS_AT_ONCE = 256  # tokenized together
-BATCH_SIZE = 8  # rows of a step, of which padding and sharing are counted: the trainer's default
-_SHOWN_ROWS = 1000  # numbers kept of each kind of note
+ROWS_AT_ONCE = 256  # rows that are tokenized together
+BATCH_SIZE = 8  # rows per batch for counting padding and sharing: the trainer's default
+_SHOWN_ROWS = 1000  # row numbers kept for each kind of note
 
 
 @dataclass
@@ -40,27 +40,27 @@ class TokenSurvey:
     dropped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     num_kept: int = 0
     num_pairs: int = 0
-    num_transcripts: int = 0  # messages that became text, for lack of a chat template
-    one_cut: list[int] = field(default_factory=list)  # rows of which one side of a pair lost its end
-    ends_cut: list[int] = field(default_factory=list)  # rows of which an answer lost its end
+    num_transcripts: int = 0  # rows whose messages became plain text because there is no chat template
+    one_cut: list[int] = field(default_factory=list)  # rows in which only one side of a pair lost its end
+    ends_cut: list[int] = field(default_factory=list)  # rows in which an answer lost its end
     prompts_cut: list[int] = field(default_factory=list)
     spelled: dict[int, tuple[str, ...]] = field(default_factory=dict)  # rows with special tokens in their text
-    spelled_as_tokens: list[int] = field(default_factory=list)  # those in which they are control tokens
-    names: Counter[str] = field(default_factory=Counter)  # rows of each such token
+    spelled_as_tokens: list[int] = field(default_factory=list)  # rows in which they become control tokens
+    names: Counter[str] = field(default_factory=Counter)  # token -> number of rows
     notes: NoteCounts = field(default_factory=NoteCounts)
     rows_of_note: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    lost: dict[int, str] = field(default_factory=dict)  # rows that lose content, and what
+    lost: dict[int, str] = field(default_factory=dict)  # row -> the content that it loses
     prompts: list[int] = field(default_factory=list)  # tokens of each kept row's prompt
-    longest: list[int] = field(default_factory=list)  # tokens of each row's longest sequence, before cutting
+    longest: list[int] = field(default_factory=list)  # tokens of each row's longest sequence, before truncation
     chosen: list[int] = field(default_factory=list)  # tokens of each pair's answers
     rejected: list[int] = field(default_factory=list)
-    num_raw: int = 0  # tokens with the prompt once a response
-    num_unique: int = 0  # tokens that are computed, of batches in the order of the file
+    num_raw: int = 0  # tokens, with the prompt repeated for each response
+    num_unique: int = 0  # tokens to compute, in batches in the order of the file
     num_padded: int = 0  # tokens of the same batches, padded
-    num_together: int = 0  # tokens that are computed where the rows of a prompt are in one batch
+    num_together: int = 0  # tokens to compute if all rows of a prompt are in one batch
 
     def stats(self) -> dict[str, TokenStats]:
-        """Of prompt, chosen and rejected, as training has them."""
+        """Statistics of prompt, chosen and rejected, after truncation."""
         lengths = {"prompt": self.prompts, "chosen": self.chosen, "rejected": self.rejected}
         return {name: TokenStats.of(values) for name, values in lengths.items() if values}
 
@@ -73,7 +73,7 @@ def survey_tokens(
     Args:
         progress: wraps the iteration over rows, as tqdm does.
     Raises:
-        ValueError: what preparing refuses.
+        ValueError: preparation for training refuses a row.
     """
     whole = replace(settings, max_length=None, max_prompt_length=None, on_bad_row="drop", on_lost_content="warn")
     preparer = RowPreparer(tokenizer, whole, is_sft=False)
@@ -94,7 +94,7 @@ def survey_tokens(
 def _add(
     survey: TokenSurvey, read: ReadRow, columns: Mapping[str, Any], settings: TokenizationSettings
 ) -> TokenizedGroup | None:
-    """Takes down a row; the group that is trained on, or None where it cannot be used."""
+    """Adds a row to the survey. Returns its group as training uses it, or None if the row is unusable."""
     notes = [Note(**note) for note in columns["notes"] or ()]
     survey.notes.add(read.number, notes)
     for kind in {note.kind for note in notes}:
@@ -129,7 +129,7 @@ def _add_cuts(
 ) -> None:
     if len(group.prompt_ids) < len(whole.prompt_ids):
         survey.prompts_cut.append(number)
-    if settings.truncation_mode == "keep_end":  # no end is cut
+    if settings.truncation_mode == "keep_end":  # never cuts the end of an answer
         return
     is_cut = [len(after) < len(before) for before, after in zip(whole.responses, group.responses, strict=True)]
     if any(is_cut):
@@ -139,14 +139,14 @@ def _add_cuts(
 
 
 def _add_spelled(survey: TokenSurvey, read: ReadRow, columns: Mapping[str, Any], control: ControlTokens) -> None:
-    """Special tokens that the text spells out. In messages they are tokenized as the characters that they are."""
+    """Records special tokens that the text spells out. In messages they are tokenized as plain characters."""
     if read.row is None:
         return
     names = list(dict.fromkeys(name for text in _texts(read) for name in control.found_in(text)))
     kinds = {note["kind"] for note in columns["notes"] or ()}
     if read.row.is_conversational:
         kinds.discard(SPELLED)
-    elif SPELLED not in kinds:  # only at the ends of a text, where they belong
+    elif SPELLED not in kinds:  # they are only at the ends of a text, where they belong
         return
     if not names:
         return
@@ -163,11 +163,11 @@ def _texts(read: ReadRow) -> Iterator[str]:
 
 
 class _Counter:
-    """Tokens to compute, batch by batch."""
+    """Counts the tokens to compute, batch by batch."""
 
     def __init__(self) -> None:
         self._batch: list[TokenizedGroup] = []
-        self._prompts: set[bytes] = set()  # digests of those that were counted
+        self._prompts: set[bytes] = set()  # digests of the prompts counted so far
         self.num_raw = self.num_unique = self.num_padded = self.num_repeated = 0
 
     def add(self, group: TokenizedGroup) -> None:
@@ -198,6 +198,6 @@ class _Counter:
 
 
 def _lengths(group: TokenizedGroup) -> Sequence[int]:
-    """Of each sequence that is compared, the prompt with it."""
+    """The number of tokens, including the prompt, of each response that is in a pair."""
     used = sorted({index for pair in group.preferences for index in pair})
     return [len(group.prompt_ids) + len(group.responses[index]) for index in used]

@@ -1,10 +1,10 @@
-"""Bradley-Terry strengths by maximum likelihood, with intervals that hold where comparisons share a prompt.
+"""Bradley-Terry strengths by maximum likelihood, with intervals that stay valid if comparisons share a prompt.
 
 In: `Comparisons`. Out: `Strengths`, in nats: the first model beats the second one with the probability
 sigmoid(strength_1 - strength_2), or with a length covariate sigmoid(strength_1 - strength_2 + slope * x), where
 x = (length_1 - length_2) / (length_1 + length_2). A tie is half a win of each.
-Refused with ValueError: less than two models, comparisons that do not connect all models, groups of models of which one
-won every comparison with the other (the maximum is at infinity), lengths that cannot be told from the models.
+Refused with ValueError: fewer than two models; comparisons that do not connect all models; two groups of models such
+that one won every comparison with the other (the maximum is at infinity); lengths that depend on the model only.
 
 Source: R. A. Bradley and M. E. Terry, Biometrika 39 (1952); existence of the maximum: L. R. Ford, American Mathematical
 Monthly 64 (1957); sandwich covariance with clusters: K.-Y. Liang and S. L. Zeger, Biometrika 73 (1986).
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from fastdpo.ranking.comparisons import Comparisons
 
-_MAX_STEPS = 100  # Newton needs about five
-_STEP_TOLERANCE = 1e-10  # nats; the error after such a step is its square
-_MAX_LOG_ODDS = 40.0  # from length alone: no finite maximum lies there
-_LEAST_SHARE = 1e-8  # of the variation of lengths, that the models do not explain
-_NUMBERS_AT_A_TIME = 1 << 22  # of the matrix (clusters, parameters)
-FEW_CLUSTERS = 30  # below, sandwich intervals are too narrow
+_MAX_STEPS = 100  # Newton's method needs about five
+_STEP_TOLERANCE = 1e-10  # nats; the error after such a step is about its square
+_MAX_LOG_ODDS = 40.0  # from length alone; beyond, the likelihood has no finite maximum
+_LEAST_SHARE = 1e-8  # least share of the lengths' variation that the models must not explain
+_NUMBERS_AT_A_TIME = 1 << 22  # entries of the matrix (clusters, parameters) that are built at once
+FEW_CLUSTERS = 30  # with fewer clusters, sandwich intervals are too narrow
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,19 @@ class Strengths:
     length_stderr: float | None = None
 
     def stderrs(self) -> NDArray[np.float64]:
-        """(K,), of each strength relative to the mean of all."""
+        """(K,) standard errors of the strengths relative to their mean."""
         return np.sqrt(np.diag(self.covariance).clip(0))
 
     def intervals(self, confidence: float = 0.95) -> NDArray[np.float64]:
-        """(K, 2), lower and upper end."""
+        """(K, 2) lower and upper ends."""
         reach = normal_quantile(confidence) * self.stderrs()
         return np.stack([self.values - reach, self.values + reach], axis=1)
 
     def relative_to(self, model: str) -> Strengths:
-        """The same with the strength 0 for one model: every interval is one of the difference from it.
+        """The strengths relative to one model, whose strength is 0. Intervals are then of the difference from it.
 
         Raises:
-            ValueError: no such model.
+            ValueError: there is no such model.
         """
         if model not in self.models:
             raise ValueError(f"anchor must be one of {list(self.models)}, got {model!r}")
@@ -71,9 +71,9 @@ class Strengths:
         )
 
     def ranks(self, confidence: float = 0.95) -> list[tuple[int, int]]:
-        """For each model its best and its worst rank: models from which it cannot be told may be before or behind it.
+        """The best and the worst possible rank of each model.
 
-        Two models are told apart where the interval of their difference does not hold 0.
+        A model ranks before another one only if the interval of their difference does not contain 0.
         """
         variances = np.diag(self.covariance)
         of_differences = (variances[:, None] + variances[None, :] - 2 * self.covariance).clip(0)
@@ -85,10 +85,10 @@ class Strengths:
 
 
 def normal_quantile(confidence: float) -> float:
-    """Standard errors each way that an interval reaches, 1.96 for 0.95.
+    """Half the width of an interval in standard errors: 1.96 for a confidence of 0.95.
 
     Raises:
-        ValueError: confidence is no share between 0 and 1.
+        ValueError: confidence is not between 0 and 1.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
@@ -99,7 +99,7 @@ def fit_bradley_terry(comparisons: Comparisons, *, length: bool = False) -> Stre
     """The strengths that make the outcomes most probable, and their sandwich covariance.
 
     Args:
-        length: fit the slope of length, so that strengths are those at equal length.
+        length: also fit the effect of length, so that strengths apply to responses of equal length.
     Raises:
         ValueError: see the module's docstring.
     """
@@ -118,7 +118,7 @@ def fit_bradley_terry(comparisons: Comparisons, *, length: bool = False) -> Stre
             step = np.linalg.solve(hessian, gradient)
         except np.linalg.LinAlgError:
             break
-        # a Newton step may go too far, and the likelihood is concave: halve it until it does not fall
+        # a Newton step may go too far: halve it until the likelihood, which is concave, does not fall
         for _ in range(60):
             tried, tried_slope = values + step[:num_models], slope + (step[num_models] if length else 0.0)
             log_odds = tried[first] - tried[second]
@@ -134,18 +134,18 @@ def fit_bradley_terry(comparisons: Comparisons, *, length: bool = False) -> Stre
         if np.abs(step).max() <= _STEP_TOLERANCE * (1 + np.abs(values).max()):
             return _strengths(comparisons, values, slope, log_odds, covariate)
     raise ValueError(
-        "length must not be fitted here: together with the models it decides every comparison, so its slope is"
-        " infinite. Rank without the length covariate, or add comparisons"
+        "length must not be fitted on these comparisons: together with the models it decides every comparison, so its"
+        " slope is infinite. Rank without --length, or add comparisons"
     )
 
 
 def check_comparable(comparisons: Comparisons) -> None:
-    """Raises ValueError where the maximum of the likelihood does not exist or is not unique (Ford's condition)."""
+    """Raises ValueError if the maximum of the likelihood does not exist or is not unique (Ford's condition)."""
     models, num_models = comparisons.models, len(comparisons.models)
     if len(comparisons.outcomes) == 0:
         raise ValueError("comparisons must hold at least one comparison, got none")
     if num_models < 2:
-        raise ValueError(f"models must be at least two, got {list(models)}")
+        raise ValueError(f"comparisons must have at least two models, got {list(models)}")
     took = np.zeros((num_models, num_models), bool)  # [i, j]: i won or tied against j
     took[comparisons.first[comparisons.outcomes > 0], comparisons.second[comparisons.outcomes > 0]] = True
     took[comparisons.second[comparisons.outcomes < 1], comparisons.first[comparisons.outcomes < 1]] = True
@@ -175,7 +175,7 @@ def check_comparable(comparisons: Comparisons) -> None:
 
 
 def _reached(graph: NDArray[np.bool_], start: int) -> NDArray[np.bool_]:
-    """(K,), which models a walk along the edges of the graph (K, K) can reach."""
+    """(K,) which models can be reached from `start` along the edges of the graph (K, K)."""
     reached = np.zeros(len(graph), bool)
     reached[start] = True
     new = reached
@@ -186,23 +186,23 @@ def _reached(graph: NDArray[np.bool_], start: int) -> NDArray[np.bool_]:
 
 
 def _length_covariate(comparisons: Comparisons) -> NDArray[np.float64]:
-    """(N,), in [-1, 1]: the difference of both lengths over their sum, as in Arena's style control."""
+    """(N,) in [-1, 1]: the difference of both lengths divided by their sum, as in Arena's style control."""
     if comparisons.lengths is None:
-        raise ValueError("length must not be fitted here: the comparisons do not say how long the responses are")
+        raise ValueError("length must not be fitted on these comparisons: they have no lengths of responses")
     lengths = comparisons.lengths
     total = lengths.sum(1)
     covariate = np.divide(lengths[:, 0] - lengths[:, 1], total, out=np.zeros(len(total)), where=total > 0)
     information = _information(comparisons, np.ones(len(total)), covariate)
     if information[-1, -1] == 0 or _own_share(information) < _LEAST_SHARE:
         raise ValueError(
-            "length must not be fitted here: the lengths differ by model only (or not at all), so their effect cannot"
-            " be told from the models' strengths. Rank without the length covariate"
+            "length must not be fitted on these comparisons: lengths depend on the model only (or are all equal), so"
+            " their effect cannot be separated from the models' strengths. Rank without --length"
         )
     return covariate
 
 
 def _own_share(information: NDArray[np.float64]) -> float:
-    """Share of the covariate's variation that the models do not explain."""
+    """The share of the covariate's variation that the models do not explain."""
     of_models, crossed, own = information[:-1, :-1], information[:-1, -1], information[-1, -1]
     return float(1 - crossed @ np.linalg.solve(of_models, crossed) / own)
 
@@ -210,7 +210,7 @@ def _own_share(information: NDArray[np.float64]) -> float:
 def _to_parameters(
     comparisons: Comparisons, weights: NDArray[np.float64], covariate: NDArray[np.float64] | None
 ) -> NDArray[np.float64]:
-    """(P,), the design matrix transposed times `weights` (N,); row n has 1 for its first model, -1 for its second."""
+    """(P,) the transposed design matrix times `weights` (N,). Row n has 1 for its first model and -1 for its second."""
     num_models = len(comparisons.models)
     won = np.bincount(comparisons.first, weights, num_models)
     sums = np.asarray(won - np.bincount(comparisons.second, weights, num_models), np.float64)
@@ -220,7 +220,7 @@ def _to_parameters(
 def _products(
     comparisons: Comparisons, weights: NDArray[np.float64], covariate: NDArray[np.float64] | None
 ) -> NDArray[np.float64]:
-    """(P, P), the design matrix transposed times itself, its rows weighted by `weights` (N,)."""
+    """(P, P) the transposed design matrix times the design matrix, with rows weighted by `weights` (N,)."""
     num_models = len(comparisons.models)
     cells = comparisons.first * num_models + comparisons.second
     between = np.bincount(cells, weights, num_models**2).reshape(num_models, num_models)
@@ -236,8 +236,8 @@ def _products(
 def _information(
     comparisons: Comparisons, weights: NDArray[np.float64], covariate: NDArray[np.float64] | None
 ) -> NDArray[np.float64]:
-    """`_products` with a constant added for the strengths, which the likelihood knows up to one: so the matrix has an
-    inverse, and steps and covariances are those of strengths with mean 0."""
+    """`_products` plus a constant for the strengths. The likelihood does not change if all strengths shift equally; the
+    constant makes the matrix invertible, and steps and covariances those of strengths with mean 0."""
     num_models = len(comparisons.models)
     information = _products(comparisons, weights, covariate)
     information[:num_models, :num_models] += np.trace(information[:num_models, :num_models]) / num_models**2
@@ -251,8 +251,8 @@ def _strengths(
     log_odds: NDArray[np.float64],
     covariate: NDArray[np.float64] | None,
 ) -> Strengths:
-    """With the covariance inverse(H) M inverse(H): H the information, M the sum over clusters of their scores' outer
-    products. The factor G / (G - 1) for G clusters makes up for M's bias where they are few."""
+    """Computes the covariance inverse(H) M inverse(H). H is the information, M the sum over clusters of the outer
+    products of their scores. The factor G / (G - 1) corrects M's bias for a small number G of clusters."""
     probabilities = _sigmoid(log_odds)
     inverse = np.linalg.inv(_information(comparisons, probabilities * (1 - probabilities), covariate))
     num_clusters, middle = _middle(comparisons, comparisons.outcomes - probabilities, covariate)

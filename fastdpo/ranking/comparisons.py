@@ -1,10 +1,10 @@
-"""Comparisons of models in pairs, as people or judges make them and arenas publish them, from a file or rows.
+"""Pairwise comparisons of models, made by people or judges, from a file or rows.
 
 In: rows with `model_a`, `model_b` and `winner`, in JSON, JSON Lines (also gzipped), CSV, Parquet, a directory of those
 or a published dataset. The winner is model_a, model_b, one of Arena's words for a tie, or the name of one of the two
-models; or it stands in three columns winner_model_a, winner_model_b and winner_tie. Rows may say which prompt they are
-about (`prompt_id`, `question_id`, `prompt`, ...) and how long the responses are. Out: `Comparisons`, and how many rows
-were left out, by reason. Refused with ValueError: missing columns, and a file of which no row can be read.
+models. It can also be given by the three columns winner_model_a, winner_model_b and winner_tie. Optional columns hold
+the prompt (`prompt_id`, `question_id`, `prompt`, ...) and the lengths of the responses. Out: `Comparisons`, with the
+number of left-out rows by reason. Refused with ValueError: missing columns, and a file without any usable row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from fastdpo.data.forms.names import plain_name
 from fastdpo.data.forms.winners import FIRST, SECOND, TIES
 
-CLUSTERS = ("prompt_id", "question_id", "prompt", "question", "instruction")  # the first that is there counts
+CLUSTERS = ("prompt_id", "question_id", "prompt", "question", "instruction")  # the first existing column is used
 CSV_SUFFIXES = (".csv", ".tsv")
 MODELS = ("model_a", "model_b")
 WINNER = "winner"
@@ -46,8 +46,8 @@ class Comparisons:
     models: tuple[str, ...]  # (K,)
     first: NDArray[np.int64]  # (N,) number of the model
     second: NDArray[np.int64]  # (N,)
-    outcomes: NDArray[np.float64]  # (N,) 1 where the first one won, 0 where the second one did, 0.5 for a tie
-    clusters: NDArray[np.int64] | None = None  # (N,) one number for all comparisons of a prompt; None: all independent
+    outcomes: NDArray[np.float64]  # (N,) 1 if the first model won, 0 if the second one did, 0.5 for a tie
+    clusters: NDArray[np.int64] | None = None  # (N,) number of the prompt; None: all comparisons are independent
     lengths: NDArray[np.float64] | None = None  # (N, 2) of the responses, in tokens or characters
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> rows that could not be read
 
@@ -58,9 +58,9 @@ class Comparisons:
             if numbers.shape != (num_rows,) or (num_rows and not 0 <= numbers.min() <= numbers.max() < num_models):
                 raise ValueError(f"{name} must hold {num_rows} numbers from 0 to {num_models - 1}, got {numbers}")
         if not np.isin(self.outcomes, (0, 0.5, 1)).all():
-            raise ValueError("outcomes must be 1, 0 or, for a tie, 0.5")
+            raise ValueError(f"outcomes must be 1, 0 or 0.5 (a tie), got {np.unique(self.outcomes).tolist()}")
         if (self.first == self.second).any():
-            raise ValueError("first and second must differ: a model cannot be compared with itself")
+            raise ValueError("first and second must differ, got a model compared with itself")
 
     def counts(self) -> NDArray[np.int64]:
         """(K, 3): wins, ties and losses of each model."""
@@ -73,7 +73,7 @@ class Comparisons:
         return np.stack(counts, axis=1)
 
     def points(self) -> NDArray[np.float64]:
-        """(K, K): what model i took in its comparisons with model j, 1 for a win and half for a tie."""
+        """(K, K): the points of model i in its comparisons with model j, 1 for a win and 0.5 for a tie."""
         num_models = len(self.models)
         points = np.zeros((num_models, num_models))
         np.add.at(points, (self.first, self.second), self.outcomes)
@@ -81,14 +81,14 @@ class Comparisons:
         return points
 
     def without(self, models: Sequence[str]) -> Comparisons:
-        """The comparisons in which none of these models takes part.
+        """The comparisons without these models.
 
         Raises:
-            ValueError: one of them takes part in no comparison.
+            ValueError: one of them is in no comparison.
         """
         unknown = [model for model in models if model not in self.models]
         if unknown:
-            raise ValueError(f"exclude must name models of the comparisons, {list(self.models)}, got {unknown[0]!r}")
+            raise ValueError(f"exclude must name models in {list(self.models)}, got {unknown[0]!r}")
         stays = np.array([model not in models for model in self.models], bool)
         rows = stays[self.first] & stays[self.second]
         number = np.cumsum(stays) - 1
@@ -111,10 +111,10 @@ def read_comparisons(
     cluster: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Comparisons:
-    """The comparisons of a file, a directory or a published dataset; for the arguments see `comparisons_of`.
+    """The comparisons of a file, a directory or a published dataset. `comparisons_of` describes the arguments.
 
     Raises:
-        ValueError: nothing is there, a line is malformed, or what `comparisons_of` refuses.
+        ValueError: the path does not exist, a line is malformed, or `comparisons_of` refuses the rows.
     """
     from fastdpo.data.sources.loading import JSON_SUFFIXES, load_preference_dataset, raw_example, read_json_rows
 
@@ -136,26 +136,26 @@ def comparisons_of(
     columns: Mapping[str, str] | None = None,
     source: str = "comparisons",
 ) -> Comparisons:
-    """The comparisons that rows hold.
+    """The comparisons in these rows.
 
     Args:
-        cluster: the column that says which prompt a row is about; "none" for none. By default the first of CLUSTERS
-            that the rows have. A row without a value is a prompt of its own.
-        columns: our names of columns (model_a, model_b, winner) -> theirs.
-        source: for errors.
+        cluster: the column that identifies the prompt; "none" treats all rows as independent. By default the first of
+            CLUSTERS that the rows have. A row without a value counts as a separate prompt.
+        columns: fastdpo's column names (model_a, model_b, winner) -> the names in the rows.
+        source: name of the data, for messages.
     Raises:
-        ValueError: columns are missing, or no row can be read.
+        ValueError: columns are missing, or no row is usable.
     """
     of = dict(columns or {})
     unknown = [name for name in of if name not in (*MODELS, WINNER)]
     if unknown:
-        raise ValueError(f"columns must map {[*MODELS, WINNER]}, got {unknown[0]!r}")
+        raise ValueError(f"columns must map names in {[*MODELS, WINNER]}, got {unknown[0]!r}")
     names: dict[str, int] = {}
     prompts: dict[Any, int] = {}
     found: list[tuple[int, int, float, int]] = []
     lengths: list[tuple[float, float]] = []
     left_out: Counter[str] = Counter()
-    examples: dict[str, str] = {}  # of each reason, the first
+    examples: dict[str, str] = {}  # reason -> its first example
     seen: set[Any] = set()  # winners that are numbers
     reader: _Reader | None = None
     number = -1
@@ -186,17 +186,17 @@ def comparisons_of(
     if not found:
         reasons = "; ".join(f"{reason}{examples[reason]}: {count:,}" for reason, count in left_out.most_common())
         raise ValueError(
-            f"{source} must hold at least one comparison that can be read, {number + 1:,} cannot: {reasons}"
+            f"{source} must hold at least one usable comparison, got {number + 1:,} unusable rows: {reasons}"
         )
     if 0 in seen and not seen & {1.5, 2}:
         raise ValueError(
-            f"winner must be model_a, model_b or tie, or 1, 2 and 0 for a tie, got only 0 and 1 in {source}: 0 may mean"
-            " a tie or the second model. Write the names of the sides"
+            f"winner must be model_a, model_b or tie, or 1, 2 and 0 for a tie, got only 0 and 1 in {source}: 0 could"
+            " mean a tie or the second model. Write model_a, model_b and tie instead"
         )
     first_numbers, second_numbers, outcomes, clusters = zip(*found, strict=True)
     known = np.array(lengths, float) if lengths else None
     if known is not None and np.isnan(known).any():
-        known = None  # of some rows nobody knows
+        known = None  # some rows have no lengths
     return Comparisons(
         tuple(names),
         np.array(first_numbers, np.int64),
@@ -209,11 +209,11 @@ def comparisons_of(
 
 
 class _BadComparison(Exception):
-    """Why a row is left out, and the value if one shows it."""
+    """The reason why a row is left out, and optionally the value that caused it."""
 
 
 class _Reader:
-    """Reads rows that are like the first one."""
+    """Reads rows with the columns of the first row."""
 
     def __init__(self, row: Mapping[str, Any], of: Mapping[str, str], cluster: str | None, source: str) -> None:
         self.columns = [of.get(name, name) for name in MODELS]
@@ -226,20 +226,20 @@ class _Reader:
             hint = (
                 "rank models on these pairs: --models A B"
                 if is_pairs
-                else "name yours: --columns model_a=...,winner=..."
+                else "map your names: --columns model_a=...,winner=..."
             )
             raise ValueError(
-                f"{source} must have the columns model_a, model_b and winner, {missing[0]!r} is missing, got"
-                f" {sorted(row)}; {hint}"
+                f"{source} must have the columns model_a, model_b and winner, got {sorted(row)} without"
+                f" {missing[0]!r}; {hint}"
             )
         if cluster not in (None, "none") and cluster not in row:
-            raise ValueError(f"cluster must be a column of {source}, {sorted(row)}, got {cluster!r}")
+            raise ValueError(f"cluster must be one of the columns {sorted(row)} of {source}, got {cluster!r}")
         at_hand = (name for name in CLUSTERS if name in row)
         self.cluster = None if cluster == "none" else cluster or next(at_hand, None)
         self.lengths = _length_reader(row)
 
     def result(self, row: Mapping[str, Any]) -> tuple[str, str, float]:
-        """Both models, and the outcome for the first one."""
+        """Both models, and the outcome for the first model."""
         names = [row.get(column) for column in self.columns]
         if not all(isinstance(name, str) and name.strip() for name in names):
             raise _BadComparison("a model without a name")
@@ -251,7 +251,7 @@ class _Reader:
         return first, second, _outcome(row.get(self.winner), first, second)
 
     def prompt(self, row: Mapping[str, Any]) -> Any:
-        """What rows of the same prompt have in common; None where the row does not say."""
+        """The prompt's identifier, equal for rows of the same prompt; None if the row has none."""
         value = None if self.cluster is None else row.get(self.cluster)
         if value is None or value == "":
             return None
@@ -283,7 +283,7 @@ def _outcome(winner: Any, first: str, second: str) -> float:
 
 
 def _winner_number(winner: Any) -> Any:
-    """The winner as a number, also one that is written as text (CSV); None where it is none."""
+    """The winner as a number, also if it is written as text (CSV); None if it is not a number."""
     if isinstance(winner, str):
         return float(winner) if re.fullmatch(r"\s*\d+(\.\d*)?\s*", winner) else None
     return winner if isinstance(winner, (int, float)) and not isinstance(winner, bool) else None
@@ -294,15 +294,15 @@ def _not_one(winner: Any) -> _BadComparison:
 
 
 def _of_flags(values: Sequence[Any]) -> float:
-    """Of winner_model_a, winner_model_b, winner_tie, of which one is set."""
+    """The outcome by winner_model_a, winner_model_b and winner_tie. Exactly one of them must be set."""
     is_set = [str(value).strip().lower() in ("1", "1.0", "true") for value in values]
     if sum(is_set) != 1:
-        raise _BadComparison(f"{', '.join(FLAGS)} of which not exactly one is set")
+        raise _BadComparison(f"not exactly one of {', '.join(FLAGS)} is set")
     return (1.0, 0.0, 0.5)[is_set.index(True)]
 
 
 def _length_reader(row: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], tuple[float, float]] | None:
-    """How the lengths of both responses are read; None where rows do not say."""
+    """A function that reads the lengths of both responses from a row; None if the rows have no lengths."""
     for names in LENGTHS:
         if all(name in row for name in names):
             return lambda row, names=names: (_number(row.get(names[0])), _number(row.get(names[1])))  # type: ignore[misc]
@@ -328,7 +328,7 @@ def _number(value: Any) -> float:
 
 
 def _characters(value: Any) -> float:
-    """Of a text, or of the assistant's messages of a conversation."""
+    """The number of characters of a text, or of the assistant's messages in a conversation."""
     if isinstance(value, str):
         return float(len(value))
     if not isinstance(value, list):
@@ -338,7 +338,7 @@ def _characters(value: Any) -> float:
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file with a line of names; tabs or semicolons part its cells where the first line has more of them."""
+    """Rows of a file with a header line. The delimiter is the most frequent of comma, tab and semicolon in it."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             head = lines.readline()
@@ -346,9 +346,7 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
             delimiter = max(",\t;", key=head.count)
             for row in csv.DictReader(lines, delimiter=delimiter):
                 if None in row or None in row.values():
-                    raise ValueError(
-                        f"{path} must have as many cells in each line as names in the first one, got {row}"
-                    )
+                    raise ValueError(f"{path} must have the same number of cells in every line, got {row}")
                 yield row
     except FileNotFoundError:
         raise ValueError(f"dataset file does not exist: {path}") from None

@@ -1,23 +1,23 @@
-"""Models ranked on preference pairs by what each of them prefers: one packed forward per model.
+"""Ranks models on preference pairs by the responses that each model prefers: one packed forward per model.
 
-In: two or more models, or the checkpoints of a run, and preference data in any form that DPOTrainer takes. Out: for
-each model the share of pairs that it orders as they are labelled, and Bradley-Terry strengths of all of them. Refused
-with ValueError: fewer than two models, a measure that needs a reference without one, data without usable pairs.
+In: two or more models, or the checkpoints of a run, and preference data in any form that DPOTrainer takes. Out: the
+share of pairs that each model orders as labelled, and Bradley-Terry strengths of all models. Refused with ValueError:
+fewer than two models, a measure that needs a reference without one, data without usable pairs.
 
-**What a model prefers.** Of a pair it prefers the response with the larger score, where the score is (`by`)
+**What a model prefers.** A model prefers the response of a pair with the larger score. The score is (`by`)
 - `sum`: the log-prob of the response, summed over its counted tokens;
 - `mean`: the same divided by the number of these tokens;
-- `reference`: the same minus that of the reference, DPO's implicit reward divided by beta.
-A model is right about a pair where it prefers the chosen response. Scores that differ by less than rounding are a tie,
+- `reference`: the summed log-prob minus the reference's, which is DPO's implicit reward divided by beta.
+A model is right about a pair if it prefers the chosen response. Scores that differ by less than rounding are a tie,
 which counts as half right.
 
-**Who wins.** On every pair any two models are compared. One wins (`wins`)
-- `right`: where it is right and the other one is wrong (or only one of them has a tie);
-- `margin`: where its margin, the score of the chosen response minus that of the rejected one, is the larger one.
-All else is a tie. Comparisons of one prompt are one cluster. `margin` tells more from few pairs, but favours models
-with extreme log-probs; by `mean` or `reference` less than by `sum`.
+**Who wins.** Every two models are compared on every pair. With `wins`
+- `right`, a model wins if it is right and the other one is wrong, or if only one of them has a tie and it does better;
+- `margin`, the model with the larger margin wins: the score of the chosen response minus that of the rejected one.
+Otherwise it is a tie. Comparisons of one prompt are one cluster. `margin` needs fewer pairs, but favours models with
+extreme log-probs; less so by `mean` or `reference` than by `sum`.
 
-Every model reads its own tokens: its own tokenizer and chat template count, unless one is given for all.
+Each model uses its own tokenizer and chat template, unless one tokenizer is given for all.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ _Pair = tuple[int, int, int]  # row, better response, worse response
 
 @dataclass(frozen=True)
 class RankedModels:
-    """What came out, in the order in which the models were given."""
+    """The result, with models in the given order."""
 
     models: tuple[str, ...]
     accuracies: dict[str, list[Share]]  # measure -> one for each model
-    longer: list[Share | None]  # of pairs of unequal lengths, those where the model prefers the longer one, by `by`
+    longer: list[Share | None]  # share of pairs of unequal lengths in which the model prefers the longer one, by `by`
     comparisons: Comparisons
     strengths: Strengths | None
-    no_strengths: str  # why there are none; empty where there are
+    no_strengths: str  # the reason why there are no strengths; empty if there are
     num_pairs: int
     num_prompts: int
-    reports: dict[str, ScoredData]  # model -> its log-probs, and what became of the rows
-    num_not_shared: int  # pairs that not every model could read, which are left out
+    reports: dict[str, ScoredData]  # model -> its log-probs, and a report on the rows
+    num_not_shared: int  # left-out pairs, which not every model could read
     by: str
     wins: str
 
@@ -73,7 +73,7 @@ class _Sides:
     reference: NDArray[np.float64] | None  # (P, 2)
 
     def margins(self, measure: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(P,) better minus worse, and (P,) below what size rounding may have made it."""
+        """(P,) score of better minus worse, and (P,) its possible rounding error."""
         scores, sizes = self.logps, np.abs(self.logps)
         if measure == "mean":
             scores, sizes = scores / self.lengths, sizes / self.lengths
@@ -95,15 +95,17 @@ def rank_models(
     confidence: float = 0.95,
     on_model: Callable[[str], None] = lambda name: None,
 ) -> RankedModels:
-    """Ranks models on preference pairs; see the module's docstring for what is compared.
+    """Ranks models on preference pairs. The module's docstring defines the comparison.
 
     Args:
-        models: names or folders, also of adapters; or models by the names that they are to have.
-        args: max_length and its like, bf16, fp16, impl and ref_cache_dir count, as for `response_logps`.
+        models: names or folders, also of adapters; or a dict of names to models.
+        args: the settings that matter are those of `response_logps`: tokenization, bf16, fp16, impl, ref_cache_dir.
         data: rows in any form.
-        reference: of the measure `reference`.
-        processing_class: the tokenizer of all models; by default each has its own.
-        by: the measure by which models are compared; accuracies are given by all.
+        reference: the model for the measure `reference`.
+        processing_class: one tokenizer for all models; by default each model uses its own.
+        by: the measure by which models are compared. Accuracies are computed by all measures.
+        wins: "right" or "margin".
+        confidence: of all intervals.
         on_model: called with the name of each model before it runs.
     Raises:
         ValueError: see the module's docstring.
@@ -114,7 +116,7 @@ def rank_models(
     check_choice("by", by, MEASURES)
     check_choice("wins", wins, WINS)
     if by == "reference" and reference is None:
-        raise ValueError("by must be 'sum' or 'mean' where there is no reference, got 'reference'; name one: reference")
+        raise ValueError("by must be 'sum' or 'mean' without a reference, got 'reference'; set reference to a model")
     tokenizers = {name: resolve_tokenizer(model, processing_class, args) for name, model in named.items()}
     of_reference: dict[str, ScoredData] = {}
     if reference is not None:
@@ -135,8 +137,8 @@ def rank_models(
 
 
 def accuracy_record(ranked: RankedModels, model: str) -> dict[str, Any]:
-    """accuracy_sum, accuracy_sum_lower, accuracy_sum_upper, the same of other measures and of `prefers_longer`, and
-    num_pairs; as the record of the model in a file."""
+    """Keys for the model's record in a file: accuracy_sum, accuracy_sum_lower, accuracy_sum_upper, the same for the
+    other measures and for `prefers_longer`, and num_pairs."""
     index = ranked.models.index(model)
     shares: dict[str, Share | None] = {f"accuracy_{name}": of[index] for name, of in ranked.accuracies.items()}
     record: dict[str, Any] = {}
@@ -147,7 +149,7 @@ def accuracy_record(ranked: RankedModels, model: str) -> dict[str, Any]:
 
 
 def _shared_pairs(scored: Any) -> tuple[list[tuple[_Pair, bytes]], int]:
-    """The pairs that all models could read, each with its prompt, and how many there are that any of them could."""
+    """The pairs that all models could read, each with its prompt, and the number of pairs that any model could read."""
     pairs: list[dict[_Pair, bytes]] = []
     for data in scored:
         of_model: dict[_Pair, bytes] = {}
@@ -211,7 +213,7 @@ def _ranked(
 
 
 def _signs(margins: NDArray[np.float64], rounding: NDArray[np.float64]) -> NDArray[np.float64]:
-    """1, 0 or -1; 0 for what rounding may have made."""
+    """The signs of the margins, 0 for margins within the rounding error."""
     return np.where(np.abs(margins) <= rounding, 0.0, np.sign(margins))
 
 

@@ -1,6 +1,6 @@
-"""The HTML page of a ranking: ratings with their intervals, accuracies, who beats whom, how to read it.
+"""The HTML page of a ranking: ratings with their intervals, accuracies, pairwise win rates, and how to read them.
 
-In: what `rating_records` and `rank_models` return. Out: sections for `write_report`. Needs matplotlib.
+In: the results of `rating_records` and `rank_models`. Out: sections for `write_report`. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastdpo.ranking.models import RankedModels
     from fastdpo.ranking.shares import Share
 
-_MOST_IN_TABLE = 20  # models whose wins against each other still make a table that can be read
+_MOST_IN_TABLE = 20  # the table of pairwise wins is unreadable for more models
 
 
 def ranking_sections(
@@ -34,9 +34,10 @@ def ranking_sections(
     """All sections, in the order of the page.
 
     Args:
-        records: of `rating_records`.
+        records: the result of `rating_records`.
         facts: name and text of each row of the last table.
-        ranked: where models were ranked on pairs; None for a file of comparisons.
+        ranked: the result of `rank_models`; None for a file of comparisons.
+        no_strengths: the reason why there are no ratings.
     """
     names = short_names(comparisons.models)
     sections: list[Section] = []
@@ -59,7 +60,7 @@ def _ratings(records: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> 
         for record in records
     ]
     alt = "Rating of each model: " + "; ".join(f"{row.name} {row.value:.0f}" for row in rows)
-    note = "Bars are intervals. Where two bars overlap, look at the ranks: they tell which models differ."
+    note = "Bars are intervals. If two bars overlap, look at the ranks: they show which models differ."
     cells = [
         [names[record["model"]], ranks_text(record), *rating_cells(record)]
         + [f"{record[name]:,}" for name in ("wins", "ties", "losses")]
@@ -99,7 +100,7 @@ def _accuracies(ranked: RankedModels, names: Mapping[str, str]) -> list[Section]
 
 
 def _interval(name: str, share: Share) -> Interval:
-    """Of a model that has ties only, which say nothing, none is drawn."""
+    """The bar of a model; nothing is drawn for a model that has only ties."""
     if share.num_ties == share.num:
         return Interval(name, math.nan, math.nan, math.nan)
     return Interval(name, share.rate, share.lower, share.upper)
@@ -119,7 +120,7 @@ def _wins(comparisons: Comparisons, order: Sequence[str], names: Mapping[str, st
         "Who beats whom",
         ["", *(names[model] for model in order)],
         rows,
-        note="Share of the comparisons that the model of the row wins against that of the column; a tie is half a win.",
+        note="Share of comparisons that the row's model wins against the column's model. A tie is half a win.",
     )
 
 
@@ -128,14 +129,14 @@ def _reading(strengths: Strengths | None, ranked: RankedModels | None) -> list[s
     if strengths is not None:
         paragraphs.append(
             "Ratings are Bradley-Terry strengths on Arena's scale. 400 points more mean odds of 10 to 1, 100 points a"
-            " win in 64 % of comparisons. The rank is a range where a model cannot be told from others."
+            " win in 64 % of comparisons. The rank is a range if the data cannot separate the model from others."
         )
     if ranked is not None:
         paragraphs.append(
-            "Each pair of models is compared on every preference pair: a model wins where it is right and the other is"
-            " not, or where its margin is larger, as the table below says. Ties pull ratings together, so compare"
-            " ratings only within one page."
+            "Each pair of models is compared on every preference pair. A model wins if it is right and the other is"
+            " not, or if its margin is larger; the table below says which rule applies. Ties pull ratings together, so"
+            " compare ratings only within one page."
         )
     if strengths is not None and strengths.length_slope is not None:
-        paragraphs.append("Ratings are those at equal length: the effect of length is fitted and taken away.")
+        paragraphs.append("Ratings apply to responses of equal length: the effect of length is fitted and removed.")
     return paragraphs

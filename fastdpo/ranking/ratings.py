@@ -1,7 +1,7 @@
-"""Strengths as ratings: what a leaderboard shows and what is written to a file.
+"""Ratings: strengths on Arena's scale, as records for tables and files.
 
-In: `Strengths`, and the comparisons behind them. Out: one record for each model, the strongest first. A rating is on
-Arena's scale: 1000 is the mean of all models (or the anchor), and 400 points more are odds of 10 to 1.
+In: `Strengths`, and the comparisons that they come from. Out: one record for each model, the strongest first. On
+Arena's scale, 1000 is the mean of all models (or the anchor), and 400 more points mean odds of 10 to 1.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SHORT_NAMES = {"sum": "summed", "mean": "per token", "reference": "vs reference"
 def rating_records(
     comparisons: Comparisons, strengths: Strengths | None, *, confidence: float = 0.95, anchor: str | None = None
 ) -> list[dict[str, Any]]:
-    """One for each model: model, rating, rating_lower, rating_upper, rank_best, rank_worst, strength and
-    strength_stderr (nats), wins, ties, losses. The first eight are None where there are no strengths, except model.
+    """One record for each model: model, rating, rating_lower, rating_upper, rank_best, rank_worst, strength and
+    strength_stderr (nats), wins, ties, losses. Without strengths, all from rating to strength_stderr are None.
 
     Args:
-        anchor: the model that has 1000 points; intervals are then those of the difference from it.
+        anchor: the model that has 1000 points. Intervals are then of the difference from this model.
     """
     records: list[dict[str, Any]] = []
     if strengths is not None:
@@ -59,7 +59,7 @@ def _points(strength: float) -> float:
 
 
 def write_records(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes one JSON object a line and returns the path. The file appears whole or not at all."""
+    """Writes one JSON object per line and returns the path. An incomplete file never appears."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
@@ -69,21 +69,21 @@ def write_records(path: str | os.PathLike[str], records: Sequence[Mapping[str, A
 
 
 def ranks_text(record: Mapping[str, Any]) -> str:
-    """The best and the worst rank that a model may have."""
+    """A model's range of ranks, such as "2 to 3"; empty without ranks."""
     best, worst = record["rank_best"], record["rank_worst"]
     return "" if best is None else str(best) if best == worst else f"{best} to {worst}"
 
 
 def rating_cells(record: Mapping[str, Any]) -> list[str]:
-    """Rating and interval as text; empty where there is no rating."""
+    """Rating and interval as text; empty without a rating."""
     if record["rating"] is None:
         return ["", ""]
     return [f"{record['rating']:.0f}", f"{record['rating_lower']:.0f} to {record['rating_upper']:.0f}"]
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
-    """Paths without the folders that all of them share: runs/a/checkpoint-10 and runs/a/checkpoint-20 are checkpoint-10
-    and checkpoint-20."""
+    """Paths without their common parent folders: runs/a/checkpoint-10 and runs/a/checkpoint-20 become checkpoint-10 and
+    checkpoint-20."""
     parts = [model.rstrip("/").split("/") for model in models]
     shared = 0
     while len(models) > 1 and all(len(own) > shared + 1 and own[shared] == parts[0][shared] for own in parts):

@@ -1,6 +1,6 @@
-"""The checkpoints of a run, as models that can be ranked.
+"""The checkpoints of a run, as models to rank.
 
-In: the folder of a run. Out: its checkpoints in the order of their steps, and the model at its end.
+In: the folder of a run. Out: its checkpoints in the order of their steps, and the final model.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from pathlib import Path
 
 
 def run_checkpoints(folder: str | Path) -> list[str]:
-    """The checkpoints of a run in the order of their steps, and the folder itself where it holds a model that none of
-    them is. Empty where the folder holds no checkpoint."""
+    """The checkpoints of a run in the order of their steps. If the folder itself contains a different, final model, it
+    is last. Empty if there are no checkpoints."""
     path = Path(folder)
     steps = {int(found.name[11:]): found for found in path.glob("checkpoint-*") if found.name[11:].isdigit()}
     found = [str(steps[step]) for step in sorted(steps) if _holds_model(steps[step])]

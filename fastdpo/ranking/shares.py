@@ -1,8 +1,8 @@
-"""A share with its Wilson interval, also where what is counted comes in clusters.
+"""A share with its Wilson interval, also for values that come in clusters.
 
-In: a value in [0, 1] for each thing counted. Out: its mean, and the interval that E. B. Wilson gives (Journal of the
-American Statistical Association 22, 1927). In clusters the interval is that of as many independent things as carry the
-same information: their number divided by the design effect (L. Kish, Survey Sampling, 1965).
+In: values in [0, 1]. Out: their mean, and E. B. Wilson's interval (Journal of the American Statistical Association 22,
+1927). For clustered values, the interval uses the effective number of independent values: their number divided by the
+design effect (L. Kish, Survey Sampling, 1965).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Share:
     rate: float
     lower: float
     upper: float
-    num: int  # of what is counted
-    num_ties: int = 0  # of them, those of the value 0.5
+    num: int  # number of values
+    num_ties: int = 0  # number of values that are 0.5
 
     def text(self) -> str:
-        """As 71.3 % (65.0 to 76.9), or where nothing else was seen: ties only."""
+        """Such as "71.3 % (65.0 to 76.9)"; "ties only" if all values are ties."""
         if self.num_ties == self.num:
             return "ties only"
         return f"{100 * self.rate:.1f} % ({100 * self.lower:.1f} to {100 * self.upper:.1f})"
@@ -37,7 +37,7 @@ def share_of(values: NDArray[np.float64], clusters: NDArray[np.int64], confidenc
     """The mean of `values` (N,), N >= 1, with its interval.
 
     Args:
-        clusters: (N,) one number for all values that belong together.
+        clusters: (N,) the same number for values that depend on each other.
     """
     num = len(values)
     rate = float(values.mean())
@@ -50,7 +50,7 @@ def share_of(values: NDArray[np.float64], clusters: NDArray[np.int64], confidenc
             design_effect = float((np.bincount(clusters, values - rate) ** 2).sum()) / binomial
             independent = num / max(design_effect, 1.0)
         else:
-            independent = float(num_clusters)  # all alike, so perhaps by cluster
+            independent = float(num_clusters)  # all values are equal: assume full dependence within clusters
     return Share(
         rate, *wilson(rate * independent, independent, normal_quantile(confidence)), num, int((values == 0.5).sum())
     )

@@ -1,7 +1,7 @@
-"""What each token of a response adds to its implicit reward: `beta * (log p_policy(token) - log p_reference(token))`.
+"""Credits: the contribution of each token to the implicit reward of a response.
 
-The credits of a response sum to its reward. That a DPO policy's log-ratio is a reward per token is the view of Rafailov
-et al., "From r to Q*", arXiv 2404.12358.
+A token's credit is `beta * (log p_policy(token) - log p_reference(token))`. The credits of a response sum to its
+reward. Rafailov et al., "From r to Q*", arXiv 2404.12358, interpret these log-ratios as a reward per token.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from fastdpo.rewards.scorer import ModelScorer
 from fastdpo.training.settings.config import DPOConfig
 from fastdpo.types import TokenizedGroup
 
-_WINDOW = 8  # tokens before one that its text may depend on
+_WINDOW = 8  # number of preceding tokens that the text of a token may depend on
 
 
 @dataclass(frozen=True)
 class Credits:
-    """One response, token by token."""
+    """The credits of one response, token by token."""
 
-    tokens: tuple[str, ...]  # as text; those that do not count (prompt, other speakers) are left out
+    tokens: tuple[str, ...]  # text of the counted tokens, without prompt and other speakers
     values: tuple[float, ...]  # nats
 
     @property
@@ -42,10 +42,10 @@ def token_credits(
     *,
     beta: float = 0.1,
 ) -> Iterator[list[Credits]]:
-    """For each row of a prepared dataset the credits of its responses.
+    """Yields the credits of the responses, for each row of a prepared dataset.
 
     Args:
-        reference: None leaves `beta` times the log-probs themselves.
+        reference: the reference model. With None, credits are `beta` times the log-probs.
     """
     groups = list(read_groups(dataset, range(len(dataset))))
     ours = list(ModelScorer(model, args, tokenizer).token_logps(groups))
@@ -59,7 +59,7 @@ def token_credits(
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """The text that each token adds to those before it, spaces included, which a token decoded alone may lose."""
+    """The text that each token adds to the preceding text. A token decoded alone could lose its spaces."""
     pieces = []
     for place, token in enumerate(ids):
         before = ids[max(place - _WINDOW, 0) : place]
@@ -69,5 +69,5 @@ def _pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
 
 
 def _counted_ids(group: TokenizedGroup) -> list[Sequence[int]]:
-    """The ids of each response that count."""
+    """The counted token ids of each response."""
     return [sequence.tokens[sequence.is_counted].tolist() for sequence in counted_sequences(group)]

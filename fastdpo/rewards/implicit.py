@@ -1,7 +1,7 @@
 """The implicit reward of a DPO checkpoint as a function, so that it can serve as a reward model elsewhere.
 
-`r(x, y) = beta * (log p_policy(y | x) - log p_reference(y | x))`, DPO, arXiv 2305.18290, eq. 5 without its term of the
-prompt alone, which no comparison of responses sees.
+`r(x, y) = beta * (log p_policy(y | x) - log p_reference(y | x))`, DPO, arXiv 2305.18290, eq. 5, without the term that
+depends only on the prompt. That term does not affect comparisons of responses to one prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RewardFunction = Callable[..., list[float | None]]
 
 
 def default_reference(model: str | nn.Module) -> str | None:
-    """The base model of a saved adapter; None where `model` is no such folder."""
+    """The base model of a saved adapter; None if `model` is not an adapter's folder."""
     return adapter_base(model) if isinstance(model, str) else None
 
 
@@ -38,17 +38,17 @@ def implicit_reward(
 ) -> RewardFunction:
     """A function with the signature of TRL's `reward_funcs`: `(prompts, completions, **kwargs) -> rewards`.
 
-    Prompts and completions are texts or lists of messages, one completion for each prompt. Completions of equal prompts
-    that follow each other share the prompt's computation. A completion without a token gets None, which TRL leaves out.
+    Prompts and completions are texts or lists of messages, one completion for each prompt. Consecutive completions of
+    the same prompt share its computation. A completion without tokens gets None, which TRL leaves out.
 
     Args:
-        model: the trained checkpoint, a name, a folder (of an adapter too) or a model.
-        reference: what it was trained against. Default: the base model of an adapter's folder, else none, and then the
-            reward is `beta` times the log-prob.
+        model: the trained checkpoint: a name, a folder (also of an adapter) or a model.
+        reference: the reference of its training. Default: for an adapter's folder its base model, otherwise none.
+            Without a reference, the reward is `beta` times the log-prob.
         tokenizer: by default the one saved with the model.
-        beta: of the training, > 0.
-        per_token: rewards are means over the completion's tokens.
-        args: max_length, precision, packing and impl. Default: what DPOConfig has, without a limit on length.
+        beta: beta of the training, > 0.
+        per_token: whether rewards are means over the completion's tokens.
+        args: max_length, precision, packing and impl. Default: DPOConfig's defaults, without a limit on length.
     Raises:
         ValueError: beta is not > 0, or a model cannot be loaded.
     """
@@ -63,7 +63,7 @@ def implicit_reward(
     def implicit_reward(prompts: Sequence[Any], completions: Sequence[Any], **kwargs: Any) -> list[float | None]:
         if len(prompts) != len(completions):
             raise ValueError(
-                f"completions must be as many as prompts ({len(prompts)}), got {len(completions)} completions"
+                f"completions must have one entry per prompt ({len(prompts)}), got {len(completions)} completions"
             )
         groups, places = _groups(prompts, completions, tokenizer, args)
         rewards: list[float | None] = [None] * len(prompts)
@@ -80,7 +80,7 @@ def implicit_reward(
 def _groups(
     prompts: Sequence[Any], completions: Sequence[Any], tokenizer: Any, args: DPOConfig
 ) -> tuple[list[TokenizedGroup], list[int]]:
-    """The completions as groups, and which of them each response in turn is."""
+    """The completions as groups, and the index of each grouped response among the completions."""
     settings = args.tokenization_settings()
     encoder = RowEncoder(tokenizer, settings.chat_template, settings.chat_template_kwargs)
     rows = [PreferenceRow(prompt, (said,), ()) for prompt, said in zip(prompts, completions, strict=True)]

@@ -1,4 +1,4 @@
-"""Intervals of shares."""
+"""Confidence intervals of shares."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def wilson(successes: float, trials: float, z: float = Z_95) -> tuple[float, flo
     """Wilson's score interval of a share (Wilson 1927): lower and upper end, (0, 1) without trials.
 
     Args:
-        successes: may hold halves, of ties.
+        successes: a tie counts one half.
     """
     if trials <= 0:
         return 0.0, 1.0

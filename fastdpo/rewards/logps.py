@@ -1,8 +1,8 @@
-"""Log-probs of every response of a dataset under a model: what rewards and rankings of models are made of.
+"""Log-probs of every response of a dataset under a model, the basis of rewards and of model rankings.
 
 In: a model by name, folder or object, and data in any form that DPOTrainer takes. Out: one `Scored` per row, in order.
-The forward is the trainer's own: packed, prompts shared, full logits never made. Log-probs are kept on disk with those
-of references, so that a run that was stopped goes on where it was, and a second one computes nothing.
+The forward is the trainer's: packed, with shared prompts and without full logits. Log-probs are stored in the cache of
+references, so that a stopped run continues where it stopped, and a second run computes nothing.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _ROWS_AT_A_TIME = 1000
 class Scored:
     """One row: a prompt with K responses."""
 
-    row: int  # of the dataset, counted from 0; rows that cannot be used are left out
+    row: int  # number of the row in the dataset, from 0; unusable rows are left out
     logps: tuple[float, ...]  # (K,) summed over the counted tokens of each response, nats
     lengths: tuple[int, ...]  # (K,) counted tokens
     preferences: tuple[tuple[int, int], ...]  # (better, worse) responses
-    prompt: bytes = b""  # what rows of one prompt have in common; empty where each response has a prompt of its own
+    prompt: bytes = b""  # equal for rows with the same prompt; empty if each response has its own prompt
 
 
 @dataclass(frozen=True)
 class ScoredData:
-    """All rows that could be used, and what became of the others."""
+    """All usable rows, and a report on the others."""
 
     rows: list[Scored]
     report: Report
@@ -58,13 +58,13 @@ def response_logps(
     """The log-probs of every response under `model`.
 
     Args:
-        args: max_length and its like, bf16, fp16, impl and ref_cache_dir count.
-        data: rows in any form, or a prepared dataset. Log-probs that rows bring (ref_chosen_logps, ref_rejected_logps)
-            are another model's and are not used.
+        args: the settings that matter are those of tokenization (such as max_length), bf16, fp16, impl, ref_cache_dir.
+        data: rows in any form, or a prepared dataset. The columns ref_chosen_logps and ref_rejected_logps are not used,
+            because they come from another model.
         tokenizer_of: the model whose tokenizer and chat template are used; by default `model`. Log-probs of two models
-            can be compared only where both read the same tokens.
+            are comparable only if both read the same tokens.
     Raises:
-        ValueError: rows that cannot be used, a model that cannot be loaded, or settings that cannot work.
+        ValueError: rows are unusable, a model cannot be loaded, or settings cannot work.
     """
     source = model if tokenizer_of is None else tokenizer_of
     asked = None if source is model else model

@@ -1,4 +1,4 @@
-"""The page of `fastdpo score --per_token`: responses whose tokens are coloured by what each adds to the reward."""
+"""The page of `fastdpo score --per_token`: responses with tokens coloured by their credits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from html import escape
 
 from fastdpo.rewards.credits import Credits
 
-UP, DOWN = "27 120 55", "190 50 40"  # RGB: what adds to the reward is green, what takes from it red
+UP, DOWN = "27 120 55", "190 50 40"  # RGB: green for positive credits, red for negative ones
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,12 @@ class ColouredRow:
     """One row of the data."""
 
     prompt: str
-    responses: Sequence[tuple[str, Credits]]  # (which one, its tokens)
+    responses: Sequence[tuple[str, Credits]]  # (name, tokens)
 
 
 @dataclass(frozen=True)
 class ColouredText:
-    """A section of a report: responses with coloured tokens. Pointing at a token shows its number."""
+    """A section of a report: responses with coloured tokens. Hover over a token to see its credit."""
 
     title: str
     rows: Sequence[ColouredRow]

@@ -1,9 +1,9 @@
 """RewardBench and RewardBench 2: their files as rows of preferences, and their scores.
 
 In: a file as published (allenai/reward-bench, arXiv 2403.13787; allenai/reward-bench-2, arXiv 2506.01937). Out: rows in
-the explicit or ranked form, and per subset the score that their own code gives: accuracy; in RewardBench 2 best of four
-where a tie at the top counts as one over the number of tied, and for "Ties" their mixture of accuracies and margins.
-Numbers of rows and weights are those of their repository (allenai/reward-bench, constants.py and utils.py).
+the explicit or ranked form, and per subset the same score as the benchmark's own code. In RewardBench this is accuracy.
+In RewardBench 2 it is best of four, and a tie at the top counts one over the number of tied responses; "Ties" mixes
+accuracies and margins. Numbers of rows and weights come from allenai/reward-bench (constants.py and utils.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     ),
     "Reasoning": ("math-prm", *_CODE),
 }
-_MATH = "math-prm"  # weighs as much as all code together: 984 rows in place of its 447
+_MATH = "math-prm"  # has the weight of all code subsets together: 984 rows instead of its 447
 _TIES = "Ties"
 
 
@@ -43,7 +43,7 @@ class SubsetScore:
     name: str
     score: float
     num_rows: int
-    interval: tuple[float, float] | None = None  # 95%, where the score is a share of rows
+    interval: tuple[float, float] | None = None  # 95%; only if the score is a share of rows
 
 
 def benchmark_rows(name: str, examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def benchmark_rows(name: str, examples: Sequence[Mapping[str, Any]]) -> list[dic
     needed = ("prompt", "chosen", "rejected", "subset") + (("id",) if name == "rewardbench2" else ())
     missing = [column for column in needed if not examples or column not in examples[0]]
     if missing:
-        raise ValueError(f"{name} must have the columns {', '.join(needed)}, the file lacks {', '.join(missing)}")
+        raise ValueError(f"{name} must have the columns {', '.join(needed)}, got a file without {', '.join(missing)}")
     if name == "rewardbench":
         return [_explicit(example) for example in examples]
     return [_ranked(example) for example in examples]
@@ -78,10 +78,10 @@ def _ranked(example: Mapping[str, Any]) -> dict[str, Any]:
 def benchmark_scores(
     name: str, examples: Sequence[Mapping[str, Any]], rows: Sequence[RowScores], *, per_token: bool = False
 ) -> list[SubsetScore]:
-    """Scores of the subsets, of sections where there are some, and overall.
+    """Scores of the subsets, of the sections (RewardBench only), and overall.
 
     Args:
-        per_token: rewards are means over tokens.
+        per_token: whether rewards are divided by the number of tokens.
     """
     found: dict[str, list[tuple[Mapping[str, Any], list[float], int]]] = {}
     for row in rows:
@@ -95,7 +95,7 @@ def benchmark_scores(
 
 
 def _first(found: Mapping[str, Sequence[tuple[Any, list[float], int]]]) -> list[SubsetScore]:
-    """RewardBench: a tie is wrong, as in their code. Sections are means over rows, overall is the mean of sections."""
+    """RewardBench: a tie counts as wrong, as in its code. Sections are means over rows, overall is their mean."""
     subsets = {}
     for subset, rows in found.items():
         right = sum(rewards[0] > rewards[1] for _, rewards, _ in rows)
@@ -125,7 +125,7 @@ def _second(found: Mapping[str, Sequence[tuple[Any, list[float], int]]]) -> list
 
 
 def best_of(rewards: Sequence[float], num_right: int) -> float:
-    """What an item is worth: 1 where a right response has the largest reward, shared with all that tie with it."""
+    """The score of an item: 1 if a right response has the largest reward, divided among all that tie with it."""
     top = max(rewards)
     at_top = [index for index, reward in enumerate(rewards) if reward == top]
     return sum(index < num_right for index in at_top) / len(at_top)
@@ -134,9 +134,11 @@ def best_of(rewards: Sequence[float], num_right: int) -> float:
 def ties_score(rows: Sequence[tuple[Mapping[str, Any], list[float], int]]) -> float:
     """RewardBench 2's score of "Ties".
 
-    Items come in twos: `ref:N` with one right response, `tied:N` with several. 0.3 each for the share of either kind in
-    which every right response is above every wrong one; 0.2 each for the share of twos in which the gap between right
-    and wrong exceeds that among the right ones, of the tied item and of both; 0.01 of how far it does.
+    Items come in pairs: `ref:N` with one right response, `tied:N` with several. The score is the sum of
+    - 0.3 times the share of `ref` items with every right response above every wrong one, and the same for `tied` items;
+    - 0.2 times the share of pairs in which the gap between right and wrong responses of the tied item exceeds the gap
+      among its right ones, and 0.2 times the share in which the smaller gap of both items does;
+    - 0.01 times the mean of tanh(smaller gap / gap among the right ones - 1).
     """
     stats: dict[str, dict[str, tuple[bool, float, float]]] = {"ref": {}, "tied": {}}
     for example, rewards, num_right in rows:

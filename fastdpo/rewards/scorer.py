@@ -1,7 +1,7 @@
-"""ModelScorer: log-probs of the tokens of responses under one model, a batch of groups at a time.
+"""ModelScorer: log-probs of the tokens of responses under one model, one batch of groups at a time.
 
-In: tokenized groups. Out: the log-prob of every counted token, nats. Packed where the self-check finds that exact, else
-padded. Nothing is kept on disk; `logps.py` does that for whole datasets.
+In: tokenized groups. Out: the log-prob of every counted token, nats. Batches are packed if the self-check finds that
+exact for the model, otherwise padded. Results are not cached; `logps.py` caches whole datasets.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ TOKENS_PER_BATCH_ELSEWHERE = 4096
 
 
 class ModelScorer:
-    """A model that is asked for log-probs and never trained.
+    """Computes log-probs with a model that is not trained.
 
     Args:
-        model: a name, a folder (of an adapter too) or a model.
-        args: its device, precision, packing and impl count.
+        model: a name, a folder (also of an adapter) or a model.
+        args: only device, precision, packing and impl matter.
     """
 
     def __init__(self, model: str | nn.Module, args: DPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -52,7 +52,7 @@ class ModelScorer:
         self.tokens_per_batch = args.ref_tokens_per_batch or default
 
     def token_logps(self, groups: Sequence[TokenizedGroup]) -> Iterator[list[Tensor]]:
-        """For each group the log-probs of each response's counted tokens, (N,) fp32 on the CPU."""
+        """Yields, for each group, the log-probs of each response's counted tokens, (N,) fp32 on the CPU."""
         for batch in _batches(groups, self.tokens_per_batch):
             yield from self._of_batch(batch)
 
@@ -79,7 +79,7 @@ class ModelScorer:
 
 
 def _batches(groups: Sequence[TokenizedGroup], num_tokens: int) -> Iterator[list[TokenizedGroup]]:
-    """Groups in order, as many as have at most so many tokens together; a larger one by itself."""
+    """Batches of consecutive groups with at most `num_tokens` tokens. A larger group is a batch by itself."""
     batch: list[TokenizedGroup] = []
     size = 0
     for group in groups:

@@ -1,7 +1,7 @@
 """Rewards of every response of a dataset, and how often they agree with its preferences.
 
-In: two models and data in any form that DPOTrainer takes. Out: a `RowScores` per row, and a `Summary`. Log-probs are
-the trainer's own (`logps.py`), so rewards are those that it logs.
+In: two models and data in any form that DPOTrainer takes. Out: a `RowScores` per row, and a `Summary`. `logps.py`
+computes log-probs as the trainer does, so the rewards equal those that the trainer logs.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from fastdpo.training.settings.config import DPOConfig
 class RowScores:
     """One row with K responses; a line of the output file."""
 
-    row: int  # of the dataset, counted from 0
+    row: int  # number of the row in the dataset, from 0
     rewards: tuple[float, ...]  # (K,) beta * (log-prob - the reference's), nats
-    logps: tuple[float, ...]  # (K,) of the model, nats
+    logps: tuple[float, ...]  # (K,) under the model, nats
     ref_logps: tuple[float, ...] | None  # (K,)
     lengths: tuple[int, ...]  # (K,) counted tokens
     preferences: tuple[tuple[int, int], ...]  # (better, worse) responses
     margins: tuple[float, ...]  # of each preference: reward of the better minus that of the worse
-    best: int  # the response with the largest reward
+    best: int  # index of the response with the largest reward
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The rows that could be used, and what became of the others."""
+    """The usable rows, and a report on the others."""
 
     rows: list[RowScores]
     report: Report
@@ -46,7 +46,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Summary:
-    """How rewards agree with preferences."""
+    """How often rewards agree with preferences."""
 
     name: str
     num_pairs: int
@@ -60,7 +60,7 @@ class Summary:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95%, Wilson."""
+        """Wilson's 95% interval of the accuracy."""
         return wilson(self.num_right, self.num_pairs)
 
 
@@ -73,13 +73,13 @@ def score(
     beta: float = 0.1,
     processing_class: PreTrainedTokenizerBase | None = None,
 ) -> Scores:
-    """Rewards of all responses, and what became of the rows.
+    """Rewards of all responses, and a report on the rows.
 
     Args:
-        reference: as in `implicit_reward`: by default an adapter's base model, else none.
-        args: max_length and its like, precision, packing and ref_cache_dir.
+        reference: as in `implicit_reward`: by default an adapter's base model, otherwise none.
+        args: tokenization settings such as max_length, precision, packing and ref_cache_dir.
     Raises:
-        ValueError: beta is not > 0, no row can be used, or a model cannot be loaded.
+        ValueError: beta is not > 0, no row is usable, or a model cannot be loaded.
     """
     if not beta > 0:
         raise ValueError(f"beta must be > 0, got {beta}")
@@ -106,7 +106,7 @@ def summarize(rows: Sequence[RowScores], name: str = "sum over tokens") -> Summa
 
 
 def summarize_per_token(rows: Sequence[RowScores], name: str = "mean per token") -> Summary:
-    """The same for rewards divided by the number of tokens, in which length by itself earns nothing."""
+    """As `summarize`, for rewards divided by the number of tokens, so that length itself does not matter."""
     margins = []
     for row in rows:
         means = [reward / max(length, 1) for reward, length in zip(row.rewards, row.lengths, strict=True)]

@@ -1,9 +1,9 @@
-"""A language model behind an OpenAI-compatible endpoint that says which of two responses is better.
+"""A judge: a language model behind an OpenAI-compatible endpoint that compares two responses.
 
-It is asked twice, with the responses in either order, because such judges favour a place (Zheng et al., arXiv
-2306.05685). What it says only in one order is a tie. A response's score is its share of won comparisons with the other
-responses to its prompt. An answer that cannot be read, or a request that fails after all attempts, counts as a tie and
-is counted.
+It compares every pair twice, once in each order, because such judges favour a position (Zheng et al., arXiv
+2306.05685). If the two verdicts differ, the comparison is a tie. A response's score is the share of comparisons that it
+wins against the other responses to its prompt. An unreadable answer, or a request that fails in all attempts, is a tie
+and is counted in `Counts`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LETTER = re.compile(r"\b([ABC])\b")
 class Counts:
     """How reliable the judge was."""
 
-    comparisons: int = 0  # each asked in both orders
+    comparisons: int = 0  # each made in both orders
     agreed: int = 0  # both orders gave the same verdict
     unread: int = 0  # requests without a verdict: they failed, or the answer had no letter
 
@@ -45,10 +45,10 @@ class EndpointJudge:
     """Compares all responses to a prompt with each other.
 
     Args:
-        url: the base, such as http://localhost:8000/v1.
-        model: name that the endpoint knows.
+        url: the base URL, such as http://localhost:8000/v1.
+        model: the endpoint's name of the model.
         timeout: seconds for a request.
-        attempts: requests until one is given up.
+        attempts: number of attempts for each request.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class EndpointJudge:
         self.counts = Counts()
 
     def scores(self, prompt: str, responses: Sequence[str]) -> list[float]:
-        """(n,) share of comparisons that each response wins; a tie is half."""
+        """(n,) the share of comparisons that each response wins. A tie counts half."""
         wins = [0.0] * len(responses)
         pairs = list(combinations(range(len(responses)), 2))
         asked = [(prompt, responses[a], responses[b]) for i, j in pairs for a, b in ((i, j), (j, i))]
@@ -78,7 +78,7 @@ class EndpointJudge:
         return [won / others for won in wins]
 
     def _verdict(self, prompt: str, a: str, b: str) -> str | None:
-        """A, B or C; None without an answer that can be read."""
+        """A, B or C; None without a readable answer."""
         content = QUESTION.format(prompt=prompt, a=a, b=b)
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
         headers = {"Content-Type": "application/json"}

@@ -1,8 +1,8 @@
-"""Responses of a model to prompts, scored by a judge and paired: preference data of its own.
+"""Makes preference data from a model's own responses: samples them, scores them with a judge, and pairs them.
 
-In: a model, prompts, a judge. Out: rows of preferences, each with where it comes from. Work is done in chunks of
-prompts. Every finished chunk is appended to a file beside the output, so that a run that was stopped goes on. A chunk's
-seed follows from its place, so the same run gives the same samples, stopped or not.
+In: a model, prompts, a judge. Out: rows of preferences, each with its source. Prompts are processed in chunks, and each
+finished chunk is appended to a file, so that a stopped run can continue. A chunk's seed depends on its position only,
+so a run gives the same samples whether it was stopped or not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CHUNK = 32  # prompts between two saves
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn."""
+    """How responses are sampled."""
 
     num_responses: int = 4
     max_new_tokens: int = 512
@@ -46,14 +46,14 @@ class Sampling:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises ValueError for what cannot work."""
+        """Raises ValueError for values that cannot work."""
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_responses < 2:
             raise ValueError(f"num_responses must be at least 2 to make pairs, got {self.num_responses}")
         if not self.temperature > 0:
-            raise ValueError(f"temperature must be > 0, or all responses would be one, got {self.temperature}")
+            raise ValueError(f"temperature must be > 0, got {self.temperature}: otherwise all responses are equal")
 
 
 @dataclass(frozen=True)
@@ -65,32 +65,32 @@ class Pairing:
     balance_lengths: bool = False
 
     def check(self) -> None:
-        """Raises ValueError for what cannot work."""
+        """Raises ValueError for values that cannot work."""
         if self.way not in WAYS:
             raise ValueError(f"pairs must be one of {', '.join(WAYS)}, got {self.way!r}")
         if self.margin < 0:
             raise ValueError(f"margin must be >= 0, got {self.margin}")
         if self.balance_lengths and self.way == "ranking":
-            raise ValueError("balance_lengths must be off with rankings, which are not pairs")
+            raise ValueError("balance_lengths must be off if pairs is 'ranking', got True: only pairs can be balanced")
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a run made, in numbers."""
+    """The numbers of a run."""
 
     num_prompts: int
     num_rows: int
     counted: Counted
     correlation: float  # of length and score, over all responses
-    agreement: float | None  # of an endpoint's verdicts in both orders
-    num_unread: int  # an endpoint's verdicts that could not be had
+    agreement: float | None  # how often an endpoint's verdicts in both orders agree
+    num_unread: int  # requests to an endpoint without a readable verdict
 
 
 def read_prompts(rows: Iterable[Mapping[str, Any]]) -> list[Prompt]:
-    """The prompts of rows, each once: of a column `prompt`, or of any form that fastdpo reads.
+    """The different prompts of rows, from a column `prompt` or from any form that fastdpo reads.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no prompts.
     """
     found: dict[str, Prompt] = {}
     for row in rows:
@@ -103,12 +103,14 @@ def read_prompts(rows: Iterable[Mapping[str, Any]]) -> list[Prompt]:
         if prompt:
             found.setdefault(json.dumps(prompt, sort_keys=True), prompt)
     if not found:
-        raise ValueError("prompts must hold a prompt, in a column `prompt` or in rows of a form that fastdpo reads")
+        raise ValueError(
+            "prompts must hold at least one prompt, in a column `prompt` or in a form that fastdpo reads, got none"
+        )
     return list(found.values())
 
 
 def sample(model: Any, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[list[str]]:
-    """`num_responses` texts for each prompt."""
+    """Samples `num_responses` texts for each prompt."""
     drawn = sample_ids(model, tokenizer, prompts, sampling, seed)
     return [[text.strip() for text in tokenizer.batch_decode(of, skip_special_tokens=True)] for of in drawn]
 
@@ -116,7 +118,7 @@ def sample(model: Any, tokenizer: Any, prompts: Sequence[Prompt], sampling: Samp
 def sample_ids(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, seed: int
 ) -> list[list[list[int]]]:
-    """`num_responses` responses for each prompt as token ids. Prompts of similar length are generated together."""
+    """Samples `num_responses` responses for each prompt, as token ids. Prompts of similar length share a batch."""
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
     repeated = [ids[i] for i in order for _ in range(sampling.num_responses)]
@@ -138,15 +140,15 @@ def sample_ids(
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The tokens that a response goes on from.
+    """The token ids of a prompt, after which the model generates its response.
 
     Raises:
-        ValueError: messages, and a tokenizer without a chat template.
+        ValueError: the prompt is a list of messages, and the tokenizer has no chat template.
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     if not has_chat_template(tokenizer):
-        raise ValueError("prompts must be text where there is no chat template, got messages; use --chat_template")
+        raise ValueError("prompts must be text without a chat template, got messages; set one with --chat_template")
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
     return list(ids)
 
@@ -162,18 +164,22 @@ def generate_scored(
     key: Mapping[str, Any],
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
-    """One dict per prompt: `prompt`, `responses`, `scores`; those in `path` already are not made again.
+    """One dict per prompt: `prompt`, `responses`, `scores`. Prompts that are already in `path` are not sampled again.
 
     Args:
-        key: what the samples depend on; lines of another key are not used.
-        progress: is told how many prompts are done.
+        path: the file that finished chunks are appended to.
+        key: identifies the run, together with `sampling`.
+        progress: called with the number of finished prompts.
     Raises:
-        ValueError: `path` holds samples of another run, or a score is no number.
+        ValueError: `path` holds samples of another run, or a score is not a number.
     """
     digest = hashlib.sha256(json.dumps({**key, **asdict(sampling)}, sort_keys=True).encode()).hexdigest()[:16]
     lines = read_lines(path)
     if lines and lines[0].get("key") != digest:
-        raise ValueError(f"{path} must be of the same model, judge and settings: delete it, or choose another output")
+        raise ValueError(
+            f"{path} must hold samples of the same model, judge and settings, got another run's; delete it, or choose"
+            " another output"
+        )
     done = {line["number"]: line for line in lines if "number" in line}
     if not lines:
         append_lines(path, [{"key": digest, **key}])
@@ -214,25 +220,25 @@ def _scores(
 
 
 def shown(prompt: Prompt) -> str:
-    """A prompt as text, for a judge to read."""
+    """A prompt as text for a judge."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def as_completion(prompt: Prompt, text: str) -> Any:
-    """A response in the form of its prompt: text, or a message."""
+    """A response in the form of its prompt: a text, or a list with one message."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def make_rows(
     scored: Sequence[Mapping[str, Any]], pairing: Pairing, source: Mapping[str, Any], seed: int = 0
 ) -> tuple[list[dict[str, Any]], Counted]:
-    """Rows of preferences in the explicit or ranked form, and what became of the responses.
+    """Rows of preferences in the explicit or ranked form, and counts of responses and pairs.
 
     Args:
-        scored: from `generate_scored`.
-        source: is written into each row.
+        scored: the result of `generate_scored`.
+        source: keys that are added to each row.
     """
     rng, counted = random.Random(seed), Counted()
     rows: list[dict[str, Any]] = []
@@ -264,7 +270,7 @@ def make_rows(
 def summary_of(
     scored: Sequence[Mapping[str, Any]], rows: Sequence[Any], counted: Counted, judge: Judge | EndpointJudge
 ) -> Made:
-    """The numbers at the end of a run."""
+    """The numbers of a finished run."""
     both = [
         (float(len(text)), float(score))
         for line in scored

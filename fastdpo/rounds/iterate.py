@@ -1,9 +1,9 @@
-"""Online DPO in rounds: the model answers prompts, a judge makes pairs of the answers, the model trains on them.
+"""Online DPO in rounds: the model answers prompts, a judge labels pairs of answers, and the model trains on them.
 
-In: a Plan, and the three steps of a round as functions. Out: a folder per round with a manifest, which says what is
-done, so that a run that was killed at any moment goes on with the step that it was in. After every round the model
-answers held-out prompts: mean judged reward, win rate against the start, KL to the start. Iterated DPO is from Xu et
-al. (arXiv 2312.16682) and Guo et al. (arXiv 2402.04792).
+In: a Plan, and the three steps of a round as functions. Out: a folder per round. Its manifest lists the finished steps,
+so that a killed run continues with the step that it was in. After every round the model answers held-out prompts, which
+gives the mean judged reward, the win rate against the start, and the KL to the start. Iterated DPO: Xu et al. (arXiv
+2312.16682) and Guo et al. (arXiv 2402.04792).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ PLAN_FILE, MANIFEST = "iterate.json", "manifest.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done in every round."""
+    """The settings of all rounds."""
 
     model: str  # the start
     num_rounds: int = 3
     reference: str = "keep"  # keep: the start in every round. move: the model that the round starts from
-    start: str = "last"  # last: the last round's model trains on. first: every round trains the start anew
-    replay: str = "none"  # rows of earlier rounds to train on as well: none, all, or a number
+    start: str = "last"  # last: train the last round's model further. first: train the start anew in every round
+    replay: str = "none"  # rows of earlier rounds to add: none, all, or a number
     seed: int = 0
 
     def check(self) -> None:
-        """Raises ValueError for what cannot work."""
+        """Raises ValueError for values that cannot work."""
         if self.num_rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.num_rounds}")
         for name, allowed in (("reference", REFERENCES), ("start", STARTS)):
@@ -43,7 +43,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Steps:
-    """A round's work; each step may be called again where it was stopped."""
+    """The steps of a round. A step is called again if it was stopped."""
 
     make_pairs: Callable[[str, Path, int], None]  # (model, file to write, round)
     train: Callable[[str, str, Path, Path], None]  # (start, reference, data, folder of the model)
@@ -51,12 +51,12 @@ class Steps:
 
 
 def iterate(plan: Plan, output: Path, steps: Steps, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Runs the rounds that are not done, and returns the metrics of all: round 0 is the start.
+    """Runs the unfinished rounds, and returns the metrics of all rounds. Round 0 is the start.
 
     Args:
-        settings: what else the results depend on; a folder of other settings is not gone on with.
+        settings: further settings that the results depend on. They must not change between runs in one folder.
     Raises:
-        ValueError: the plan cannot work, or the folder is of another one.
+        ValueError: the plan cannot work, or the folder belongs to another plan.
     """
     plan.check()
     output.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def iterate(plan: Plan, output: Path, steps: Steps, settings: Mapping[str, Any])
 
 
 def model_of(plan: Plan, output: Path, number: int) -> str:
-    """The model that a round leaves: a folder, or the start."""
+    """The model after a round: a folder, or the start for round 0."""
     return plan.model if number == 0 else str(output / f"round_{number}" / "model")
 
 
@@ -97,7 +97,7 @@ def _train_round(plan: Plan, output: Path, number: int, manifest: dict[str, Any]
 
 
 def _with_replay(plan: Plan, output: Path, number: int) -> Path:
-    """The file to train on: the round's pairs, and rows of earlier rounds."""
+    """The file to train on, with the round's pairs and rows of earlier rounds."""
     own = output / f"round_{number}" / "pairs.jsonl"
     earlier = [line for n in range(1, number) for line in _lines(output / f"round_{n}" / "pairs.jsonl")]
     if plan.replay == "none" or not earlier:
@@ -115,14 +115,14 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _check_same(path: Path, settings: Mapping[str, Any]) -> None:
-    """Writes the settings of a new folder; of an old one all but the number of rounds must be the same."""
+    """Writes the settings into a new folder. In an existing one, only the number of rounds may differ."""
     now = json.loads(json.dumps(settings))
     before = _read(path)
     differing = [key for key in now if before and key != "num_rounds" and before.get(key) != now[key]]
     if differing:
         name = differing[0]
         raise ValueError(
-            f"{name} must be {before.get(name)!r}, as in the rounds in {path.parent}, got {now[name]!r}; choose another"
+            f"{name} must be {before.get(name)!r}, as in the rounds in {path.parent}, got {now[name]!r}; use another"
             " output_dir for other settings"
         )
     _write(path, now)
@@ -134,7 +134,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """The whole file or none."""
+    """Writes the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
@@ -142,7 +142,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def win_rate(scores: Sequence[float | None], start_scores: Sequence[float | None]) -> float:
-    """Share of prompts whose response scores above the start's; a tie, or a response without a score, is half."""
+    """The share of prompts whose response scores above the start's. A tie or a missing score counts half."""
     wins = [
         0.5 if a is None or b is None or a == b else float(a > b) for a, b in zip(scores, start_scores, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Judges: functions that score responses, by name. All have the signature of TRL's `reward_funcs`.
+"""Judges by name: functions that score responses. All have the signature of TRL's `reward_funcs`.
 
     length                 number of characters
     shortest               the same, negated
@@ -35,11 +35,11 @@ def is_endpoint(name: str) -> bool:
 
 
 def make_judge(name: str, *, model: Any = None, tokenizer: Any = None, args: DPOConfig | None = None) -> Judge:
-    """The judge of that name.
+    """The judge with this name.
 
     Args:
-        model, tokenizer: that wrote the responses, for `logp`.
-        args: precision, device and max_length of judges that are models.
+        model, tokenizer: the model that wrote the responses, and its tokenizer; for `logp`.
+        args: precision, device and max_length for judges that are models.
     Raises:
         ValueError: there is no such judge, or it cannot be loaded.
     """
@@ -67,7 +67,7 @@ def make_judge(name: str, *, model: Any = None, tokenizer: Any = None, args: DPO
 
 
 def text_of(completion: Any) -> str:
-    """A completion's text; of messages, what they say, one below the other."""
+    """The text of a completion. Contents of messages are joined by line breaks."""
     if isinstance(completion, str):
         return completion
     return "\n".join(str(message.get("content") or "") for message in completion)
@@ -97,7 +97,7 @@ class Classifier:
         except OSError as error:
             raise ValueError(f"judge classifier must name a model, got {name!r}: {error}") from error
         if model.config.num_labels != 1:
-            raise ValueError(f"judge classifier must have one output, {name} has {model.config.num_labels}")
+            raise ValueError(f"judge classifier must have one output, got {model.config.num_labels} in {name}")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""How good and how far from the start a round's model is, on held-out prompts."""
+"""Measures a round's model on held-out prompts: judged reward, and distance from the start."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def measure(
 ) -> dict[str, float]:
     """Mean judged reward, win rate against the start, KL to the start, tokens.
 
-    The KL is exact per token on the policy's own samples (see `kl_to_reference`), which estimates KL(policy || start)
-    without bias where they are drawn at temperature 1.
+    The KL is exact per token on the policy's own samples (see `kl_to_reference`). At temperature 1, this is an unbiased
+    estimate of KL(policy || start).
 
     Args:
-        start: the start's model; None where `model` is the start, whose answers are then kept in `start_file`.
+        start: the start's model; None if `model` is the start. Its answers are then stored in `start_file`.
     """
     one = replace(sampling, num_responses=1)
     said_ids = tuple(drawn[0] for drawn in sample_ids(model, tokenizer, prompts, one, sampling.seed))

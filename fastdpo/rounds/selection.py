@@ -1,4 +1,4 @@
-"""From scored responses to rows of preferences: which pairs are kept, and how biased the labels are."""
+"""Selects pairs from scored responses, and measures how biased their labels are."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ class Candidates:
 
 @dataclass
 class Counted:
-    """What became of responses and pairs."""
+    """Counts of responses and pairs."""
 
     num_responses: int = 0
     num_duplicates: int = 0
-    num_unscored: int = 0  # or without text
-    num_ties: int = 0  # pairs whose scores differ by no more than the margin
+    num_unscored: int = 0  # responses without a score or without text
+    num_ties: int = 0  # dropped pairs: equal scores, or a difference below the margin
     num_prompts_without_pair: int = 0
     num_balanced_away: int = 0
     lengths: list[tuple[int, int]] = field(default_factory=list)  # characters of (chosen, rejected) of the kept pairs
 
     @property
     def longer_chosen(self) -> tuple[float, tuple[float, float]]:
-        """The share of pairs whose chosen response is the longer one (equal lengths are half), with its interval."""
+        """The share of pairs whose chosen response is longer (equal lengths count half), with its interval."""
         longer = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in self.lengths)
         return longer / max(len(self.lengths), 1), wilson(longer, len(self.lengths))
 
 
 def distinct(responses: Sequence[str], scores: Sequence[float | None], counted: Counted) -> Candidates:
-    """The responses that differ and have a score; of equal ones the first."""
+    """The distinct responses with a score. Of equal responses, the first is kept."""
     found: dict[str, float] = {}
     for response, score in zip(responses, scores, strict=True):
         counted.num_responses += 1
@@ -61,8 +61,8 @@ def choose_pairs(
     """(better, worse) responses.
 
     Args:
-        way: best_worst, best_random (best against another one drawn at random), or all.
-        margin: by how much scores must differ at least; 0 only drops ties.
+        way: best_worst, best_random (the best and a random other one), or all.
+        margin: least difference of the scores; 0 only drops ties.
     """
     order = sorted(range(len(of.scores)), key=lambda i: -of.scores[i])
     if len(order) < 2:
@@ -82,8 +82,8 @@ def choose_pairs(
 
 
 def balanced(lengths: Sequence[tuple[int, int]], margins: Sequence[float]) -> list[int]:
-    """The pairs to keep so that the longer response is chosen in half of them. Of the larger kind, those with the
-    smallest margins are left out."""
+    """The pairs to keep so that the longer response is chosen as often as the shorter one. Drops the pairs with the
+    smallest margins."""
     longer = [i for i, (a, b) in enumerate(lengths) if a > b]
     shorter = [i for i, (a, b) in enumerate(lengths) if a < b]
     more, fewer = (longer, shorter) if len(longer) > len(shorter) else (shorter, longer)
@@ -92,7 +92,7 @@ def balanced(lengths: Sequence[tuple[int, int]], margins: Sequence[float]) -> li
 
 
 def length_correlation(lengths: Sequence[float], scores: Sequence[float]) -> float:
-    """Pearson's correlation of response length with score; 0 where either does not vary."""
+    """Pearson's correlation of response length with score; 0 if either does not vary."""
     if len(lengths) < 2 or np.std(lengths) == 0 or np.std(scores) == 0:
         return 0.0
     return float(np.corrcoef(lengths, scores)[0, 1])

@@ -1,7 +1,7 @@
-"""Runs over a grid of settings: which, which are done, and their results in one file.
+"""Runs over a grid of settings, with their results in one file.
 
-In: values by setting. Out: a folder per run, and results.jsonl with a line for each finished run. A sweep that was
-stopped goes on with the runs that are not in that file.
+In: values by setting. Out: a folder per run, and results.jsonl with a line for each finished run. A stopped sweep
+continues with the runs that are not in that file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def read_params(given: Sequence[str]) -> dict[str, list[str]]:
     """`["beta=0.1,0.3", "loss_type=sigmoid,ipo"]` as values by setting.
 
     Raises:
-        ValueError: no name, no value, or a value twice.
+        ValueError: a name or value is missing, or occurs twice.
     """
     found: dict[str, list[str]] = {}
     for text in given:
@@ -41,7 +41,7 @@ def read_params(given: Sequence[str]) -> dict[str, list[str]]:
 
 
 def combinations_of(params: Mapping[str, Sequence[str]], num_random: int | None = None, seed: int = 0) -> list[Params]:
-    """Every combination of the values, or `num_random` of them drawn without repeats, in the grid's order.
+    """All combinations of the values, or `num_random` different ones drawn at random, in the grid's order.
 
     Raises:
         ValueError: num_random is below 1.
@@ -56,20 +56,20 @@ def combinations_of(params: Mapping[str, Sequence[str]], num_random: int | None 
 
 
 def name_of(params: Params) -> str:
-    """A folder's name: beta=0.1,loss_type=ipo."""
+    """The name of a run's folder, such as beta=0.1,loss_type=ipo."""
     return ",".join(f"{name}={value}" for name, value in params.items()).replace("/", "_")
 
 
 def sweep(
     runs: Sequence[Params], output: Path, run_one: Callable[[Params, Path], dict[str, Any]], settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The results of all runs, in order; those that the file has are not run again.
+    """The results of all runs, in order. Runs with results in the file are not repeated.
 
     Args:
-        run_one: trains and measures one run in a folder; may be called again where it was stopped.
-        settings: what all runs have in common; lines of other settings are refused.
+        run_one: trains and measures one run in a folder. It is called again if it was stopped.
+        settings: the common settings of all runs. They must be those of the results in the file.
     Raises:
-        ValueError: the folder is of other settings.
+        ValueError: the folder has results of other settings.
     """
     path = output / RESULTS_FILE
     now = json.loads(json.dumps(dict(settings)))
@@ -78,8 +78,8 @@ def sweep(
         if line["settings"] != now:
             differing = next(key for key in {*now, *line["settings"]} if line["settings"].get(key) != now.get(key))
             raise ValueError(
-                f"{differing} must be as in {path}, {line['settings'].get(differing)!r}, got {now.get(differing)!r};"
-                " choose another output_dir for other settings"
+                f"{differing} must be {line['settings'].get(differing)!r}, as in {path}, got {now.get(differing)!r};"
+                " use another output_dir for other settings"
             )
         done[name_of(line["params"])] = line
     for params in runs:

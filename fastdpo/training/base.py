@@ -1,9 +1,9 @@
-"""PackedTrainer: what preference training and supervised fine-tuning share on top of transformers.Trainer.
+"""PackedTrainer: the common base of preference training and supervised fine-tuning, on top of transformers.Trainer.
 
-Trainer keeps the loop, checkpoints, distribution and logging. This class gives it packed batches, a loss that is the
-exact mean over the items (pairs or tokens) of the whole optimizer step, however it is cut, metrics with exact
-weights, and a stop at the first loss that is not finite. A batch that the collator has split runs micro-batch by
-micro-batch inside one training step, with the gradient of the whole.
+Trainer keeps the loop, checkpoints, distribution and logging. This class adds packed batches, a loss that is the exact
+mean over the items (pairs or tokens) of the whole optimizer step, however the step is split, metrics with exact
+weights, and a stop at the first loss that is not finite. If the collator splits a batch, its micro-batches run inside
+one training step, with the gradient of the whole batch.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
 
-FOR_NOTHING = "for_nothing"  # key of a micro-batch that only takes part in what all processes do together
+FOR_NOTHING = "for_nothing"  # key of a micro-batch that runs only to keep this process in step with the others
 
 
 class PackedTrainer(Trainer):
-    """Base of DPOTrainer and SFTTrainer; see there."""
+    """Base of DPOTrainer and SFTTrainer, which describe the arguments."""
 
-    method = ""  # "dpo", "sft": a tag of the model and of its card
+    method = ""  # "dpo" or "sft": the tag of the model and of its card
     args: EngineConfig
     # every subclass's loss is already a mean over the step's items, so Trainer must not divide it again
     loss_is_scaled_for_ga = True
     reference: Reference | None = None
     reference_reason = ""
-    dataset_name: str | None = None  # for the model card, where the dataset has a name
+    dataset_name: str | None = None  # for the model card, if the dataset has a name
     _summary_is_due = True
-    _evaluation: Evaluation | None = None  # under way
+    _evaluation: Evaluation | None = None  # the evaluation that is running
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class PackedTrainer(Trainer):
         **trainer_arguments: Any,
     ) -> None:
         self.data_reports: dict[str, Report] = {}  # by "train", "eval" or "eval_<name>"
-        self.warnings_given: dict[str, str] = {}  # of training, by name
+        self.warnings_given: dict[str, str] = {}  # name -> message of each training warning
         self.train_means = MetricMeans()  # since the last log
         self._num_train_tokens = 0  # since the last log
         self._losses = FiniteLosses()
@@ -106,19 +106,20 @@ class PackedTrainer(Trainer):
             disable_dropout(model)
         if args.n_gpu > 1:
             logger.warning(
-                "Using one GPU: a packed row cannot be scattered. Start with `accelerate launch` to use all."
+                "Using one GPU: DataParallel cannot split a packed row. Use `accelerate launch` to train on all GPUs."
             )
             args._n_gpu = 1
         if args.has_default_workers and is_stream(train_dataset):
-            args.dataloader_num_workers = 0  # a stream's shards are its own to divide
+            args.dataloader_num_workers = 0  # a stream divides its shards itself
         budget = args.max_tokens_per_microbatch
         if type(data_collator).__module__.partition(".")[0] == "trl":
             raise ValueError(
-                f"data_collator must return PackedBatch.asdict(), got TRL's {type(data_collator).__name__}; give none"
+                f"data_collator must return PackedBatch.asdict(), got TRL's {type(data_collator).__name__}; remove it"
             )
         if data_collator is not None and budget is not None:
             raise ValueError(
-                f"data_collator must be None where max_tokens_per_microbatch is set, which splits batches, got {budget}"
+                "data_collator must be None if max_tokens_per_microbatch is set, because only fastdpo's collator splits"
+                f" batches, got {type(data_collator).__name__} and {budget}"
             )
         self.collator = collator_for(args, tokenizer)
         self.card = ModelCard(self)
@@ -129,12 +130,12 @@ class PackedTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[self.card, *(callbacks or ())],  # whoever hears of a checkpoint finds the card there
+            callbacks=[self.card, *(callbacks or ())],  # first, so that later callbacks find the card in a checkpoint
             **trainer_arguments,
         )
         tag_model(self.model, self.method)
         self.saved = SavedModel(self, processor)
-        self.restored: list[SyncReference] = []  # what a checkpoint holds beside model and optimizer
+        self.restored: list[SyncReference] = []  # state in a checkpoint besides model and optimizer
         self.model_accepts_loss_kwargs = True  # Trainer then counts items through _get_num_items_in_batch
         resolve_impl(args.impl, args.device, head_dtype(self.model, args))  # a named impl that cannot run raises here
         self.router_aux_loss_coef = router_coefficient(args, self.model)
@@ -148,38 +149,38 @@ class PackedTrainer(Trainer):
             if dataset is not None:
                 check_row_sizes(dataset, name, self.collator, args.on_oversized_row)
 
-    # What a subclass says
+    # For subclasses to define
 
     def _prepare_dataset(self, dataset: Any) -> tuple[Any, Report]:
-        """The dataset as token columns, and what became of its rows."""
-        raise TypeError(f"{type(self).__name__} must say how its dataset is tokenized")
+        """The dataset as token columns, and a report on its rows."""
+        raise TypeError(f"{type(self).__name__} must define _prepare_dataset, which tokenizes the dataset")
 
     def _num_items(self, inputs: dict[str, Any]) -> int:
-        """How many items (pairs or tokens) of a collated batch the loss is a mean over."""
-        raise TypeError(f"{type(self).__name__} must say what its loss is a mean over")
+        """The number of items (pairs or tokens) in a collated batch that the loss is a mean over."""
+        raise TypeError(f"{type(self).__name__} must define _num_items, which counts the items of a batch")
 
     def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> StepResult:
-        """The loss of a micro-batch, and its metrics."""
-        raise TypeError(f"{type(self).__name__} must say what its loss is")
+        """The summed loss of a micro-batch, and its metrics."""
+        raise TypeError(f"{type(self).__name__} must define _loss_sum, the loss of a micro-batch")
 
     def _first_rows(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
-        """The batch with the items of its first rows; what was computed for the others is not counted."""
-        raise TypeError(f"{type(self).__name__} must say what the items of a row are")
+        """The batch, reduced to the items of its first `num_rows` rows."""
+        raise TypeError(f"{type(self).__name__} must define _first_rows, which selects the items of the first rows")
 
     def _tell_step(self, parts: list[dict[str, Any]], reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Writes into all micro-batches of an optimizer step what their losses must know of the whole step.
+        """Writes statistics of the whole optimizer step, which some losses need, into each of its micro-batches.
 
-        `reduce` sums over processes. Nothing has to be known of a loss that is a sum over items.
+        `reduce` sums over processes. A loss that is a sum over items needs no statistics.
         """
 
     def _start_evaluation(self, dataset: Any, *, loss_only: bool) -> Evaluation:
-        """What an evaluation of `dataset` collects, and what its losses must know of all of it."""
+        """An empty Evaluation, with the statistics of the whole `dataset` that the losses need."""
         return Evaluation()
 
     # Before training
 
     def _prepared(self, dataset: Any, name: str, model: nn.Module) -> Dataset | None:
-        """Tokenized and reported, or None where there is none; a dataset that already is comes back as it is."""
+        """The tokenized dataset, with its report stored. None stays None; a tokenized dataset is not changed."""
         if dataset is None:
             return None
         if is_stream(dataset) and name != "train" and self.args.world_size > 1:
@@ -193,10 +194,10 @@ class PackedTrainer(Trainer):
         return prepared
 
     def _check_packing(self, model: nn.Module) -> PackingCheck:
-        """Checks a model on this device, and falls back to padded batches where packed ones would be wrong.
+        """Checks a model on this device, and falls back to padded batches if packed ones would be wrong.
 
         Raises:
-            ValueError: packing was asked for and cannot be had, or the model's head is none that can be trained here.
+            ValueError: packing is 'packed' and the model fails the check, or fastdpo does not support the model's head.
         """
         prepare_model(
             model,
@@ -214,21 +215,21 @@ class PackedTrainer(Trainer):
         return check
 
     def summary(self) -> str:
-        """What the run will do, as text: model, data, reference, batches, attention, head op, steps and peak memory."""
+        """A summary of the run as text: model, data, reference, batches, attention, head op, steps and peak memory."""
         return summary_text(self)
 
     def print_summary(self, *more: tuple[str, str]) -> None:
-        """Prints the summary and further (what, fact) lines, on the main process; `train` then does not."""
+        """Prints the summary and further (what, fact) lines on the main process. `train` does not print it again."""
         self._summary_is_due = False
         if self.is_world_process_zero():
             print_summary(self, more)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, also after an evaluation: see `forget_accelerate`. Says first what it will do, unless
+        """As in Trainer, and also works after an evaluation (see `forget_accelerate`). Prints the summary first, unless
         `disable_tqdm` is set.
 
         Raises:
-            ValueError: `resume_from_checkpoint` is no checkpoint of such a run, or no checkpoint could be saved.
+            ValueError: `resume_from_checkpoint` is no checkpoint of such a run, or saving a checkpoint would fail.
         """
         has_adapter = is_peft_model(self.model)
         resume = checkpoint_folder(resume_from_checkpoint, self.args.output_dir, has_adapter=has_adapter)
@@ -250,7 +251,7 @@ class PackedTrainer(Trainer):
     # The loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        """Items of all micro-batches of one optimizer step, on all processes."""
+        """The number of items in all micro-batches of one optimizer step, on all processes."""
         parts = [part for inputs in batch_samples for part in microbatches_of(inputs)]
         self._tell_step(parts, self._reduce)
         num_items = sum(self._num_items(part) for part in parts)
@@ -262,7 +263,7 @@ class PackedTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Trainer's, once for each micro-batch of the batch; gradients are reduced after the last one."""
+        """Runs Trainer's step once per micro-batch of the batch. Gradients are reduced after the last one."""
         parts = microbatches_of(inputs)
         if num_items_in_batch is None:  # called from outside the loop: the mean over this batch
             self._tell_step(parts)
@@ -277,12 +278,12 @@ class PackedTrainer(Trainer):
         return torch.stack(losses).sum()
 
     def _shards_weights(self) -> bool:
-        """Whether processes gather weights in every forward, so that all must run as many of them."""
+        """Whether processes gather weights in every forward, so that all must run the same number of forwards."""
         loaded_in_shards = getattr(self, "is_distributed_loading_by_transformers", False)
         return self.accelerator.distributed_type == DistributedType.FSDP or loaded_in_shards
 
     def _in_step(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Where weights are sharded, as many micro-batches as the process with the most has: some run for nothing."""
+        """With sharded weights, adds micro-batches that do not count until all processes have equally many."""
         if self.args.max_tokens_per_microbatch is None or not self._shards_weights():
             return parts
         count = torch.tensor([len(parts)], device=self.args.device)
@@ -296,7 +297,10 @@ class PackedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Sum over the batch's items, divided by the items of the whole optimizer step (of the batch in evaluation)."""
+        """The loss summed over the batch's items, divided by the number of items in the whole optimizer step.
+
+        In evaluation it is divided by the number of items in the batch.
+        """
         is_training = model.training
         parts = microbatches_of(inputs)
         if not is_training or num_items_in_batch is None:
@@ -313,9 +317,9 @@ class PackedTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def _part_loss_sum(self, model: nn.Module, part: dict[str, Any]) -> Tensor:
-        """The summed loss of one micro-batch, whose metrics are taken down."""
+        """The summed loss of one micro-batch. Also records its metrics."""
         batch = PackedBatch(**{key: value for key, value in part.items() if key != FOR_NOTHING})
-        with self.accelerator.autocast():  # policy and reference alike, wrapped by accelerate or not
+        with self.accelerator.autocast():  # for policy and reference, whether accelerate wraps them or not
             result = self._loss_sum(model, batch)
         if FOR_NOTHING in part:
             return result.loss * 0.0
@@ -335,23 +339,24 @@ class PackedTrainer(Trainer):
             return self._loss_sum(self.model, batch).loss
 
     def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch without the rows that accelerate repeats to give every process as many in the last step."""
+        """The batch without the rows that accelerate repeats in the last step to give all processes equally many."""
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return inputs
         if inputs.get("example_ids") is None:
-            raise ValueError("data_collator must give example_ids in an evaluation on several processes, got None")
+            raise ValueError("data_collator must return example_ids in an evaluation on several processes, got None")
         num_rows = self.args.eval_batch_size
         return self._first_rows(inputs, min(max(state.remainder - self.args.process_index * num_rows, 0), num_rows))
 
     def _prepare_input(self, data: Any) -> Any:
-        """Trainer's, which under DeepSpeed rounds floats to the dtype of the weights: log-probs keep their digits."""
+        """Moves tensors without rounding. Trainer would round floats to the weights' dtype under DeepSpeed, so cached
+        log-probs would lose digits."""
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     # Logging and evaluation
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Trainer's, which looks for one attention mask: packed rows have none, micro-batches one each."""
+        """Gives Trainer the one attention mask that it expects: packed rows have none, micro-batches one each."""
         if self.args.include_num_input_tokens_seen == "non_padding":
             masks = [(part["input_ids"], part.get("attention_mask")) for part in microbatches_of(inputs)]
             flat = [(torch.ones_like(ids) if mask is None else mask).flatten() for ids, mask in masks]
@@ -392,9 +397,10 @@ class PackedTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Trainer's loop, with means over items in place of its means over batches.
+        """Trainer's loop, with means over items instead of means over batches.
 
-        `predictions` and `label_ids` are those of `callbacks/predictions.py`, unless the loss is all that is asked for.
+        `predictions` and `label_ids` are described in `callbacks/predictions.py`. They are None if only the loss is
+        wanted.
         """
         self._losses.settle(self)
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
@@ -417,13 +423,13 @@ class PackedTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Metrics on the given or the trainer's own eval dataset; raw rows are tokenized first."""
+        """Metrics on `eval_dataset`, or on the trainer's own. Raw rows are tokenized first."""
         if isinstance(eval_dataset, Dataset | IterableDataset | list) and not self._is_prepared(eval_dataset):
             eval_dataset = self._prepared(eval_dataset, metric_key_prefix, self.model)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
-        """Trainer's; raw rows are tokenized first. Metrics as in `evaluate`; there are no predictions."""
+        """As in Trainer. Raw rows are tokenized first. The metrics are those of `evaluate`."""
         if not self._is_prepared(test_dataset):
             test_dataset = self._prepared(test_dataset, metric_key_prefix, self.model)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
@@ -436,18 +442,18 @@ class PackedTrainer(Trainer):
     # Checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, with the model card beside the model."""
-        self._losses.settle(self)  # nothing is saved, logged or evaluated after a step that should not have been
+        """Saves the model as Trainer does, and the model card with it."""
+        self._losses.settle(self)  # never save, log or evaluate after a step with a loss that is not finite
         super().save_model(output_dir, _internal_call)
         if not _internal_call:
             self.card.write(output_dir or self.args.output_dir)
 
     def create_model_card(self, *args: Any, **metadata: Any) -> None:
-        """Writes README.md into the output directory; arguments as in `ModelCard.write`."""
+        """Writes README.md into the output directory. The arguments are those of `ModelCard.write`."""
         self.card.write(self.args.output_dir, *args, **metadata)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Trainer's, without the reference's adapter: it is where training started, and no part of what came out."""
+        """Saves as Trainer does, without the reference's adapter: it is not part of the trained model."""
         has_one = self.reference is not None and is_peft_model(self.model)
         if has_one and REFERENCE_ADAPTER in self.model.peft_config:
             state_dict = without_reference_weights(self.model.state_dict() if state_dict is None else state_dict)
@@ -466,7 +472,7 @@ class PackedTrainer(Trainer):
         best = self.state.best_model_checkpoint
         if self._holds_parts() or not self.saved.load(best):
             super()._load_best_model()
-        for part in self.restored:  # what makes it the best was measured against the reference of that step
+        for part in self.restored:  # its metrics were measured against the reference of that step
             part.load(best)
 
     def _holds_parts(self) -> bool:

@@ -1,5 +1,4 @@
-"""DPOTrainer: rows of preferences in, a trained policy out. It strings the flow's steps together and holds no formula
-of its own.
+"""DPOTrainer: rows of preferences in, a trained policy out. It connects the steps below and contains no formula itself.
 
 rows -> token columns (data) -> PackedBatch (collator) -> log-probs of policy (modeling, ops) and reference (references)
      -> PairScores -> loss (losses) and metrics
@@ -55,28 +54,28 @@ class DPOTrainer(PackedTrainer):
     """Direct Preference Optimization of a causal LM.
 
     Args:
-        model: the policy, as a model, a PeftModel, or a name or path that is loaded in fp32; the path of a saved
-            adapter loads its base model and goes on with the adapter.
-        ref_model: the reference; by default the policy's own start.
-        args: DPOConfig; TRL's is taken over as far as it differs from its defaults.
-        data_collator: in place of the packing collator; must return `PackedBatch.asdict()`.
+        model: the policy: a model, a PeftModel, or a name or path, which is loaded in fp32. For the path of a saved
+            adapter, the base model is loaded and the adapter is trained further.
+        ref_model: the reference; by default the policy before training.
+        args: DPOConfig. From TRL's DPOConfig, the settings that differ from TRL's defaults are used.
+        data_collator: replaces the packing collator; must return `PackedBatch.asdict()`.
         train_dataset, eval_dataset: `datasets.Dataset`, stream or list of dicts in any form that fastdpo reads, or
             already tokenized; eval_dataset may be a dict of them.
         processing_class: the tokenizer, or a processor with one; by default the one saved with the model.
-        compute_metrics: gets numbers of every pair and no logits, see `callbacks/predictions.py`.
+        compute_metrics: gets log-probs and rewards of every pair, and no logits; see `callbacks/predictions.py`.
         callbacks, optimizers: as in transformers.Trainer.
-        quantization_config: how a model given by name is quantized (BitsAndBytesConfig); needs peft_config.
-        peft_config: puts a new adapter on the model; the model as it was before is the reference.
+        quantization_config: quantizes a model that is given by name (BitsAndBytesConfig); needs peft_config.
+        peft_config: adds a new adapter to the model. The model without the adapter is the reference.
     Raises:
-        ValueError: arguments that cannot work together, before any weight is changed.
+        ValueError: the arguments cannot work together. No weight has changed by then.
     """
 
     method = "dpo"
     args: DPOConfig
     reference: Reference
-    eval_samples: EvalSamples | None = None  # what policy and reference answered at each evaluation
+    eval_samples: EvalSamples | None = None  # answers of policy and reference at each evaluation
     watch: TrainingWatch | None = None  # the warnings of this run
-    _cached: CachedReference | None = None  # for datasets that come later
+    _cached: CachedReference | None = None  # computes log-probs for datasets that are passed later
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -103,7 +102,7 @@ class DPOTrainer(PackedTrainer):
             processing_class = tokenizer_given_as(renamed, processing_class, DPOConfig)
         if ref_model is model and ref_model is not None and not isinstance(model, str):
             raise ValueError(
-                "ref_model must not be the model that is trained; leave it out to compare with a copy of its start"
+                "ref_model must not be the same object as model; leave it out to use a copy of the model as reference"
             )
         check_before_weights(args, train_dataset, eval_dataset, is_sft=False)
         policy, tokenizer = resolve_model(model, processing_class, args, quantization_config)
@@ -131,16 +130,16 @@ class DPOTrainer(PackedTrainer):
         self._add_callbacks()
 
     def _add_callbacks(self) -> None:
-        """What the settings ask for around the steps.
+        """Adds the callbacks that the settings turn on.
 
         Raises:
-            ValueError: a setting that cannot work with model, data or reference.
+            ValueError: a setting cannot work with the model, data or reference.
         """
         args, is_sharded = self.args, self._holds_parts()
         if self.compute_metrics is not None and args.include_for_metrics:
             raise ValueError(
-                "include_for_metrics must be empty: compute_metrics gets the numbers of every pair and no inputs, got"
-                f" {args.include_for_metrics}"
+                f"include_for_metrics must be empty, got {args.include_for_metrics}: compute_metrics gets log-probs and"
+                " rewards of every pair, and no inputs"
             )
         if args.sync_ref_model:
             synced = SyncReference(self.reference, self.model, is_sharded=is_sharded)
@@ -169,14 +168,14 @@ class DPOTrainer(PackedTrainer):
     # The reference
 
     def _datasets(self) -> dict[str, Dataset]:
-        """What the run will see, by "train", "eval" or "eval_<name>"."""
+        """The datasets of the run, by "train", "eval" or "eval_<name>"."""
         eval_dataset: Any = self.eval_dataset
         evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         named = {f"eval_{name}".removesuffix("_"): dataset for name, dataset in evaluated.items()}
         return {n: dataset for n, dataset in {"train": self.train_dataset, **named}.items() if dataset is not None}
 
     def _has_ref_logps(self) -> bool:
-        """Whether every row that the run will see brings reference log-probs."""
+        """Whether every row of the run's datasets has reference log-probs."""
         datasets = self._datasets().values()
         return bool(datasets) and all(map(brings_ref_logps, datasets))
 
@@ -198,7 +197,7 @@ class DPOTrainer(PackedTrainer):
         return reference
 
     def _cache_reference(self, ref_model: str | nn.Module | None) -> None:
-        """Fills the rows of all datasets, and frees the reference."""
+        """Adds the reference log-probs to the rows of all datasets, and frees the reference."""
         cached = CachedReference(self.args, self.model, ref_model, self.processing_class)
         filled, done = cached.fill(self._datasets(), self._runs_packed)
         self.train_dataset: Any = filled.get("train")
@@ -217,7 +216,7 @@ class DPOTrainer(PackedTrainer):
         return self.is_packed
 
     def _prepared(self, dataset: Any, name: str, model: nn.Module) -> Any:
-        """As in PackedTrainer; a dataset that comes after the reference was cached gets its log-probs too."""
+        """As in PackedTrainer. If the reference is cached, later datasets get its log-probs too."""
         prepared = super()._prepared(dataset, name, model)
         return prepared if prepared is None or self._cached is None else self._cached.fill_late(prepared, name)
 
@@ -229,7 +228,7 @@ class DPOTrainer(PackedTrainer):
         )
 
     def _num_items(self, inputs: dict[str, Any]) -> int:
-        """Pairs, or rankings where the loss is one of rankings."""
+        """The number of pairs, or of rankings for a listwise loss."""
         pairs = inputs["pairs"]
         if is_listwise(self.args):
             return len(_rankings(inputs["example_ids"], pairs).unique_consecutive())
@@ -250,7 +249,7 @@ class DPOTrainer(PackedTrainer):
             part["mean_chosen_length"] = mean
 
     def _start_evaluation(self, dataset: Any, *, loss_only: bool) -> Evaluation:
-        """A stream is not read beforehand: there the mean length is that of each batch."""
+        """An Evaluation with the dataset's mean length. For a stream, each batch uses its own mean length."""
         mean = None
         if reads_mean_length(self.args) and isinstance(dataset, Dataset):
             mean = torch.tensor(mean_length_of_dataset(dataset), dtype=torch.float32, device=self.args.device)
@@ -260,10 +259,11 @@ class DPOTrainer(PackedTrainer):
         args = self.args
         if args.ld_alpha is not None and batch.shared_parts is None:
             raise ValueError(
-                "data_collator must give shared_parts where ld_alpha is set, as PackingCollator(shared_parts=True) does"
+                "data_collator must return shared_parts if ld_alpha is set, as PackingCollator(shared_parts=True) does,"
+                " got None"
             )
         rankings = _rankings(batch.example_ids, batch.pairs) if is_listwise(args) else None
-        ref_sums = self.reference.sums(model, batch)  # first: then the policy's head knows the weight of each pair
+        ref_sums = self.reference.sums(model, batch)  # first, because the policy's head needs the weight of each pair
 
         def loss_of(sums: Tensor, lengths: Tensor, sequences: slice, pairs: slice, **statistics: Tensor) -> Tensor:
             scores = pair_scores(
@@ -305,30 +305,30 @@ class DPOTrainer(PackedTrainer):
 
 
 def _rankings(example_ids: Tensor | None, pairs: Tensor) -> Tensor:
-    """(B,) the ranking that each of (B, 2) pairs of sequences is a stage of: every example of the batch brings one.
+    """(B,) number of the ranking that each of the (B, 2) pairs belongs to. Every example of the batch is one ranking.
 
     Raises:
-        ValueError: a collator does not say which example a sequence is of.
+        ValueError: the collator does not return example_ids.
     """
     if example_ids is None:
-        raise ValueError("data_collator must give example_ids where the loss is one of rankings, got None")
+        raise ValueError("data_collator must return example_ids for a listwise loss, got None")
     return example_ids[pairs[:, 0]]
 
 
 def _as_config(args: Any, model: Any) -> DPOConfig:
-    """The settings as DPOConfig: those given, TRL's taken over, or the defaults.
+    """The settings as DPOConfig: `args` itself, converted from TRL's DPOConfig, or the defaults for None.
 
     Raises:
-        ValueError: neither of them.
+        ValueError: `args` is something else.
     """
     if args is None:
         return DPOConfig(f"{model_name(model).rstrip('/').split('/')[-1]}-DPO")
     if isinstance(args, DPOConfig):
         return args
     if is_trls_config(args):
-        logger.warning("args is TRL's DPOConfig: what differs from its defaults is taken over into fastdpo's.")
+        logger.warning("args is TRL's DPOConfig: fastdpo uses the settings in it that differ from TRL's defaults.")
         return DPOConfig(**settings_of(args))
     raise ValueError(
-        f"args must be a DPOConfig, got {type(args).__name__}; write args=fastdpo.DPOConfig(...), which has all that"
-        " TrainingArguments has"
+        f"args must be a DPOConfig, got {type(args).__name__}; write args=fastdpo.DPOConfig(...), which has all"
+        " settings of TrainingArguments"
     )

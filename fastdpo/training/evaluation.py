@@ -1,4 +1,4 @@
-"""What a micro-batch gives, and an evaluation under way that collects it."""
+"""The result of a micro-batch, and an evaluation that collects such results."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from fastdpo.training.callbacks.predictions import Predictions, call_compute_met
 
 @dataclass(frozen=True)
 class StepResult:
-    """The loss of one micro-batch with what is logged of it."""
+    """The loss and metrics of one micro-batch."""
 
     loss: Tensor  # (), summed over the micro-batch's items, with a graph
     metrics: dict[str, SumAndWeight]
-    pair_values: dict[str, Tensor] | None = None  # (B,) each, as in `callbacks/predictions.py`; where asked for
+    pair_values: dict[str, Tensor] | None = None  # (B,) each, as in `callbacks/predictions.py`; only for predictions
 
 
 @dataclass
 class Evaluation:
     """One pass over an evaluation dataset."""
 
-    mean_chosen_length: Tensor | None = None  # () of the whole dataset, where a loss reads it
-    predictions: Predictions | None = None  # numbers of every pair, where more than the loss is asked for
+    mean_chosen_length: Tensor | None = None  # () over the whole dataset; only if a loss reads it
+    predictions: Predictions | None = None  # values of every pair; None if only the loss is wanted
     means: MetricMeans = field(default_factory=MetricMeans)
 
     def add(self, result: StepResult, num_items: int) -> None:
-        """Takes a micro-batch down."""
+        """Adds the result of a micro-batch."""
         self.means.add({**result.metrics, "loss": (result.loss.detach(), num_items)})
         if self.predictions is not None and result.pair_values is not None:
             self.predictions.add_part(result.pair_values)
 
     def end_batch(self) -> None:
-        """To be called behind the last micro-batch of each batch."""
+        """Call this after the last micro-batch of each batch."""
         if self.predictions is not None:
             self.predictions.end_batch()
 
     def with_predictions(
         self, output: EvalLoopOutput, compute_metrics: Callable[..., dict[str, float]] | None, prefix: str, args: Any
     ) -> EvalLoopOutput:
-        """Trainer's output with `predictions` and `label_ids`, and with the metrics of `compute_metrics`."""
+        """Trainer's output, completed by `predictions`, `label_ids` and the metrics of `compute_metrics`."""
         if self.predictions is None:
             return output
         values, lengths = self.predictions.collected(args.world_size)

@@ -1,8 +1,8 @@
-"""Reference log-probs ahead of training: a model and datasets in, files in the cache out, where a later run with the
-same model, data and settings finds them.
+"""Computes reference log-probs before training: a model and datasets in, files in the cache out. A later run with the
+same model, data and settings reads them from there.
 
-Nothing is trained and no second model is held: the reference is loaded alone, offloaded where it exceeds
-`ref_max_memory`. Refuses what DPOTrainer would refuse of the same arguments.
+Only the reference is loaded, offloaded if it exceeds `ref_max_memory`. Arguments that DPOTrainer refuses are refused
+here too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Precomputed:
-    """What is in the cache now, by name of the dataset, and where."""
+    """The datasets whose log-probs are now in the cache, by name, and the cache's folder."""
 
     datasets: dict[str, Dataset]  # prepared, with the log-probs of every response in `ref_logps`
     counts: dict[str, Filled]
@@ -52,19 +52,20 @@ def precompute_ref_logps(
     quantization_config: Any = None,
     takes_brought: bool = True,
 ) -> Precomputed:
-    """Computes what the cache lacks of these datasets.
+    """Computes the log-probs of these datasets that the cache does not have yet.
 
     Args:
-        model: what will be trained; its start is the reference where no `ref_model` is given. With a `ref_model`, only
-            its tokenizer is read.
-        args: those of the run to come; max_length and its like, bf16, fp16, impl and the ref_ settings count.
+        model: the model to be trained. Without `ref_model` it is also the reference; with one, only its tokenizer is
+            read.
+        args: the settings of the later run: max_length and the other tokenization settings, bf16, fp16, impl and the
+            ref_ settings matter.
         datasets: by name, in any form that DPOTrainer takes.
-        takes_brought: whether log-probs that rows bring (ref_chosen_logps, ref_rejected_logps) stand for the model's.
+        takes_brought: use log-probs from the columns ref_chosen_logps and ref_rejected_logps instead of computing them.
     Raises:
-        ValueError: arguments that cannot work together.
+        ValueError: the arguments cannot work together.
     """
     if args.reference_free or args.reference == "none":
-        raise ValueError("reference must not be 'none' here: without a reference there is nothing to compute")
+        raise ValueError("reference must not be 'none' to precompute log-probs: there is no reference to compute with")
     check_not_streamed(datasets, args)
     tokenizer = resolve_tokenizer(model, processing_class, args)
     filled: dict[str, Dataset] = {}

@@ -1,4 +1,4 @@
-"""Run: what the estimate of memory, the summary, the model card and the dry save read of a trainer."""
+"""Run: the attributes of a trainer that the memory estimate, the summary, the model card and the dry save read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Run(Protocol):
     packing_check: PackingCheck
     reference: Reference | None
     reference_reason: str  # how the reference was chosen, in words
-    warnings_given: dict[str, str]  # of training, by name
+    warnings_given: dict[str, str]  # name -> message of each training warning
     dataset_name: str | None  # for the model card
 
     def create_model_card(self) -> None:

@@ -1,7 +1,7 @@
 """SFTTrainer: supervised fine-tuning on the same packed forward and head op.
 
-It takes prompt/completion rows, conversations, plain text, or preference rows, of which it trains on the chosen
-response: the Preferred-FT stage of the DPO paper (arXiv 2305.18290, sec. 6).
+It takes prompt/completion rows, conversations, plain text or preference rows. From preference rows it trains on the
+chosen responses: the Preferred-FT stage of the DPO paper (arXiv 2305.18290, sec. 6).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from fastdpo.types import PackedBatch
 
 
 class SFTTrainer(PackedTrainer):
-    """Next-token training on responses; prompts are read and not learned.
+    """Next-token training on responses. Prompt tokens are context only and have no loss.
 
-    The loss is the mean negative log-prob per response token, in nats, over the whole optimizer step; mixtures of
-    experts add their load-balancing loss, see `router_aux_loss_coef`. Arguments as in DPOTrainer.
+    The loss is the mean negative log-prob per response token, in nats, over the whole optimizer step. Mixtures of
+    experts add their load-balancing loss, see `router_aux_loss_coef`. The arguments are those of DPOTrainer.
     """
 
     method = "sft"

@@ -1,8 +1,8 @@
-"""Counted tokens per chosen response: what a loss that is a mean over tokens has to know before its first batch runs.
+"""The mean number of counted tokens per chosen response. A loss that is a mean over tokens needs it in advance.
 
 In: the batches of an optimizer step, or the rows of an evaluation. Out: the mean over all of them, on all processes.
-With it the likelihood terms (sft, orpo, cpo) are sums over pairs: a step can be split, and an evaluation has the same
-loss whatever its batch size.
+With this mean, the likelihood terms (sft, orpo, cpo) become sums over pairs: a step can be split, and the loss of an
+evaluation does not depend on its batch size.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def reads_mean_length(config: LossConfig) -> bool:
 def mean_length_of_batches(
     parts: Sequence[dict[str, Any]], device: torch.device, reduce: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """(): the mean over collated micro-batches; `reduce` sums (tokens, pairs) over processes, of which some may have
-    none: the stream that a process reads ends earlier than another's."""
+    """(): the mean over collated micro-batches. `reduce` sums (tokens, pairs) over processes. A process may have no
+    micro-batches if its part of a stream ends early."""
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     for part in parts:
         counts[0] += part["cu_seqlens"].diff()[part["pairs"][:, 0]].sum().to(device)

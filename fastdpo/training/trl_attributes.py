@@ -1,8 +1,8 @@
-"""What scripts and callbacks read off TRL's DPOTrainer, with TRL's meaning, on this one.
+"""Attributes of TRL's DPOTrainer that scripts and callbacks read, with the same meaning on fastdpo's DPOTrainer.
 
-In: a built trainer. Out: the settings of its loss under the names that TRL's trainer has for them, its reference model,
-its tags. Assigning `trainer.beta` and its like changes `args`, which is what the loss reads. Refused: attributes of
-TRL's, in 1.16 and before, that mean nothing here, with an AttributeError that says what to read instead.
+In: a built trainer. Out: its loss settings, reference model and tags under TRL's names. Assigning an attribute such as
+`trainer.beta` changes `args`, which the loss reads. Attributes of TRL (1.16 and before) without a meaning here raise
+an AttributeError that says what to read instead.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from fastdpo.references.adapters import REFERENCE_ADAPTER, is_peft_model
 
 T = TypeVar("T")
 
-# What to read in place of attributes of TRL's trainer that have no meaning here.
+# TRL's attributes without a meaning here, and what to read instead.
 INSTEAD: Mapping[str, str] = {
     "compute_ref_log_probs": "trainer.reference.sums(model, batch), the summed log-probs of a packed batch",
-    "maybe_activation_offload_context": "args.activation_checkpointing_kwargs, whose 'offload' moves activations away",
+    "maybe_activation_offload_context": "args.activation_checkpointing_kwargs: 'offload' moves activations to the host",
     # of releases before 1.16
     "loss_type": "trainer.loss_types",
     "reference_free": "trainer.args.reference_free",
@@ -45,7 +45,7 @@ INSTEAD: Mapping[str, str] = {
 }
 
 
-# By TRL's names on its trainer, the config's.
+# TRL's attribute -> the setting in DPOConfig.
 _LOSS_SETTINGS: Mapping[str, str] = {
     "beta": "beta",
     "loss_types": "loss_type",
@@ -59,7 +59,7 @@ _LOSS_SETTINGS: Mapping[str, str] = {
 
 
 class _LossSetting:
-    """A setting of the loss as an attribute of the trainer; what is assigned is checked and read from then on."""
+    """A setting of the loss as an attribute of the trainer. Assigned values are checked and take effect at once."""
 
     def __init__(self, name: str) -> None:
         self.name = name  # in the settings
@@ -79,8 +79,8 @@ class _LossSetting:
             args.check()
             if is_listwise(args) and not was_listwise:
                 raise ValueError(
-                    f"loss_type must name a loss of rankings in the config already, got {value!r} later: the rows of"
-                    " this trainer have been prepared as pairs"
+                    f"loss_type must be set to a listwise loss in the config, got {value!r} after the trainer prepared"
+                    " its rows as pairs"
                 )
         except ValueError:
             setattr(args, self.name, before)
@@ -99,18 +99,18 @@ def with_trl_attributes(trainer_class: type[T]) -> type[T]:
 
 
 def ref_model(trainer: Any) -> nn.Module | None:
-    """The model that is held beside the policy; None where the reference is an adapter, cached, or none at all."""
+    """The reference model; None if the reference is an adapter or cached, or if there is no reference."""
     return trainer.reference.model if isinstance(trainer.reference, FrozenReference) else None
 
 
 def ref_adapter_name(trainer: Any) -> str | None:
-    """The adapter that is the reference; None where the model without an adapter, or another model, is."""
+    """Name of the adapter that serves as reference; None if no adapter does."""
     has_one = is_peft_model(trainer.model) and REFERENCE_ADAPTER in trainer.model.peft_config
     return REFERENCE_ADAPTER if has_one else None
 
 
 def precompute_ref_logps(trainer: Any) -> bool:
-    """Whether reference log-probs were there before training: computed once, or brought by the rows."""
+    """Whether reference log-probs are known before training: computed once, or columns of the dataset."""
     reference: Reference | None = trainer.reference
     return trainer.args.reference == "cached" if reference is None else reference.mode == "cached"
 
@@ -126,7 +126,7 @@ def padding_free(trainer: Any) -> bool:
 
 
 def _say_what_to_read(trainer: Any, name: str) -> Any:
-    """Of names that nothing here has: TRL's with what to read instead."""
+    """Raises AttributeError for an unknown name; for TRL's names it says what to read instead."""
     message = f"{type(trainer).__name__!r} object has no attribute {name!r}"
     if name in INSTEAD:
         message += f", which TRL's DPOTrainer has or had; read {INSTEAD[name]}"

@@ -89,7 +89,7 @@ def test_a_tokenizer_without_template_reads_a_transcript():
 @pytest.mark.parametrize(
     ("more", "word"),
     [
-        (("--save", "x.jsonl"), "save needs --against"),
+        (("--save", "x.jsonl"), "save must not be given without --against"),
         (("--temperature", "-1"), "temperature must be >= 0, got -1.0"),
         (("--max_new_tokens", "0"), "max_new_tokens must be at least 1, got 0"),
         (("--against", "no/such"), "no/such"),

@@ -140,7 +140,7 @@ def test_own_columns_are_named_as_for_training(capsys, place):
         (("inspect", "pairs.jsonl", "--fail_on", "ok"), "argument --fail_on: invalid choice: 'ok'"),
         (("inspect", "pairs.jsonl", "--num_examples", "0"), "num_examples must be at least 1, got 0"),
         (("clean", "pairs.jsonl"), "the following arguments are required: -o/--out"),
-        (("clean", "pairs.jsonl", "-o", "pairs.jsonl"), "out must not be the file that is read"),
+        (("clean", "pairs.jsonl", "-o", "pairs.jsonl"), "out must not be the input file"),
         (("clean", "pairs.jsonl", "-o", "x.jsonl", "--remove", "dupes"), "remove must be names of unusable"),
         (("convert", "pairs.jsonl", "-o", "pairs.json"), "out must end in one of .jsonl"),
         (("convert", "pairs.jsonl", "-o", "x.jsonl", "--model", "m"), "unrecognized arguments: --model m"),

@@ -38,7 +38,7 @@ def test_pairs_are_made_told_and_trained_on(capsys, paths):
     [
         (("--judge", "lenght"), "judge must be one of"),
         (("--judge", "http://127.0.0.1:9/v1"), "judge_model must name"),
-        (("--judge", "regex:nowhere"), "pairs must be possible"),
+        (("--judge", "regex:nowhere"), "prompts must give at least one pair"),
         (("-n", "1"), "num_responses must be at least 2"),
         (("--prompts", "none.jsonl"), "none.jsonl"),
         (("--pairs", "best"), "--pairs"),

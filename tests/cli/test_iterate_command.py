@@ -49,7 +49,7 @@ def test_rounds_are_run_measured_and_not_run_again(capsys, paths):
     [
         (("--dataset", "x"), "--dataset must not be given"),
         (("--rounds", "0"), "rounds must be at least 1"),
-        (("--eval_prompts", "30"), "prompts must be more than eval_prompts"),
+        (("--eval_prompts", "30"), "prompts must hold more than eval_prompts"),
         (("--judge", "http://x/v1"), "judge_model must name"),
         (("--lerning_rate", "1"), "--lerning_rate"),
     ],

@@ -146,7 +146,7 @@ def test_one_option_by_two_names_must_say_one_thing(tmp_path):
         in_yaml(tmp_path, "dtype: float32\ntorch_dtype: float16\n")
     with pytest.raises(ValueError, match=r"attn_implementation must .*two names"):
         in_yaml(tmp_path, "use_flash_attention_2: true\nattn_implementation: sdpa\n")
-    with pytest.raises(ValueError, match="warmup_ratio must not be given beside warmup_steps"):
+    with pytest.raises(ValueError, match="warmup_ratio must not be given together with warmup_steps"):
         in_yaml(tmp_path, "warmup_ratio: 0.1\nwarmup_steps: 7\n")
 
 

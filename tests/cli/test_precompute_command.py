@@ -121,7 +121,7 @@ def test_a_config_file_of_a_run_serves_both(capsys, paths):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--reference_free", "true"), "nothing to compute"),
+        (("--reference_free", "true"), "no reference to compute with"),
         (("--ref_model", "/nowhere"), "got /nowhere, which does not exist"),
         (("--ref_max_memory", "[1]"), "ref_max_memory must be a JSON object"),
         (("--ref_tokens_per_batch", "0"), "ref_tokens_per_batch must be an integer >= 1"),

@@ -126,7 +126,7 @@ def test_a_file_of_comparisons_is_ranked_without_a_model(capsys, tmp_path):
     code, out, err = run(capsys, "rank", "--data", file, "-o", out_file, "--html", page)
     assert code == 0, err
     assert "a model compared with itself: 1" in out
-    assert "only 7 comparisons: with less than 30, intervals are too narrow" in out
+    assert "only 7 comparisons: intervals are too narrow for fewer than 30" in out
     assert [record["model"] for record in lines(out_file)] == ["A", "B", "C"]
     assert {"model", "rating", "rating_lower", "rating_upper"} <= lines(out_file)[0].keys()
     assert "data:image/svg+xml" in page.read_text()
@@ -168,16 +168,16 @@ def test_length_anchor_exclude_and_confidence_are_read(capsys, tmp_path):
     [
         ("A>B C>D", (), "must connect all models, got 2 groups"),
         ("A>B B>C A>C", (), "winning every comparison with"),
-        ("A>B B>A", ("--length",), "do not say how long"),
+        ("A>B B>A", ("--length",), "they have no lengths of responses"),
         ("A>B B>A", ("--anchor", "Z"), "anchor must be one of ['A', 'B'], got 'Z'"),
         ("A>B B>A", ("--exclude", "A"), "at least one comparison, got none"),
         ("A>B B>A", ("--exclude", "Z"), "got 'Z'"),
-        ("A>B B>A", ("--cluster", "topic"), "cluster must be a column"),
-        ("A>B B>A", ("--columns", "winner=result"), "'result' is missing"),
+        ("A>B B>A", ("--cluster", "topic"), "cluster must be one of the columns"),
+        ("A>B B>A", ("--columns", "winner=result"), "without 'result'"),
         ("A>B B>A", ("--columns", "prompt=result"), "got 'prompt'"),
         ("A>B B>A", ("--confidence", "95"), "confidence must be between 0 and 1, got 95.0"),
-        ("A>B B>A", ("--reference", "x"), "reference must not be given here, got 'x': it needs --models"),
-        ("A>B B>A", ("--max_length", "5"), "max_length must not be given here"),
+        ("A>B B>A", ("--reference", "x"), "reference must not be given without --models, got 'x'"),
+        ("A>B B>A", ("--max_length", "5"), "max_length must not be given without --models"),
         ("A>B B>A", ("--nonsense",), "--nonsense"),
         ("", (), "must not be empty"),
     ],
@@ -193,9 +193,9 @@ def test_comparisons_that_cannot_be_ranked_are_refused_and_nothing_is_written(ca
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--by", "reference"), "by must be 'sum' or 'mean' where there is no reference"),
+        (("--by", "reference"), "by must be 'sum' or 'mean' without a reference"),
         (("--by", "length"), "argument --by"),
-        (("--length",), "length must not be given here, got True: it has no effect on preference pairs"),
+        (("--length",), "length must not be given with --models, got True"),
         (("--reference", "/nowhere"), "got /nowhere, which does not exist"),
         (("--anchor", "Z"), "anchor must be one of"),
         (("--max_length", "0"), "max_length"),
@@ -221,7 +221,7 @@ def test_models_and_data_that_are_not_there_are_refused_before_anything_is_loade
     assert "does not exist" in err
     code, _, err = run(capsys, "rank", "--data", pairs / "pairs.jsonl")  # without models it is no file of comparisons
     assert code == 2
-    assert "'model_a' is missing" in err
+    assert "without 'model_a'" in err
     assert "--models A B" in err
 
 

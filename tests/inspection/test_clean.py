@@ -120,13 +120,21 @@ def test_trees_are_written_as_the_ranked_rows_that_they_become(tmp_path):
     ("out", "more", "message"),
     [
         ("clean.csv", {}, r"out must end in one of .jsonl, .ndjson, .jsonl.gz, .ndjson.gz, got"),
-        ("rows.jsonl", {}, "out must not be the file that is read"),
-        ("clean.jsonl", {"log": "clean.jsonl"}, "log must be another file than out"),
-        ("clean.jsonl", {"log": "rows.jsonl"}, "log must not be the file that is read"),
+        ("rows.jsonl", {}, "out must not be the input file"),
+        ("clean.jsonl", {"log": "clean.jsonl"}, "log must differ from out"),
+        ("clean.jsonl", {"log": "rows.jsonl"}, "log must not be the input file"),
         ("clean.jsonl", {"remove": ["dupes"]}, "remove must be names of unusable, .*got dupes"),
         ("clean.jsonl", {"remove": []}, "remove must be names of .*got none"),
-        ("clean.jsonl", {"remove": ["eval_prompts"]}, "eval_prompts needs evaluation data, got none: --eval FILE"),
-        ("clean.jsonl", {"remove": ["ends_cut"]}, "ends_cut needs a tokenizer, got none: --model"),
+        (
+            "clean.jsonl",
+            {"remove": ["eval_prompts"]},
+            "remove must not hold eval_prompts without evaluation data; give it with --eval FILE",
+        ),
+        (
+            "clean.jsonl",
+            {"remove": ["ends_cut"]},
+            "remove must not hold ends_cut without a tokenizer; name its model with --model",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_file_is_written(tmp_path, monkeypatch, out, more, message):
@@ -140,12 +148,12 @@ def test_what_cannot_work_is_refused_before_a_file_is_written(tmp_path, monkeypa
 
 def test_near_duplicates_without_datasketch_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("fastdpo.inspection.clean.is_available", lambda: False)
-    with pytest.raises(ValueError, match="near_duplicates needs datasketch"):
+    with pytest.raises(ValueError, match="near_duplicates without datasketch"):
         clean_data(ROWS, tmp_path / "clean.jsonl", remove=["near_duplicates"])
 
 
 def test_data_of_which_nothing_is_left_and_a_broken_line_leave_no_file(tmp_path):
-    with pytest.raises(ValueError, match="must hold a row without a fault, all 2 rows of list have one"):
+    with pytest.raises(ValueError, match="must hold at least one row without a fault, got 2 rows with faults in list"):
         clean_data([pair("a", "b"), pair("b", "a")], tmp_path / "clean.jsonl")
     (tmp_path / "rows.jsonl").write_text(json.dumps(pair()) + "\n{broken\n")
     with pytest.raises(ValueError, match=r"malformed JSON in .*, line 2"):

@@ -103,9 +103,12 @@ def test_rows_that_cannot_be_used_are_counted_and_blanks_make_no_pair(tmp_path):
     [
         (
             [{"prompt": "Q", "chosen": "a", "rejected": "a"}],
-            r"usable row, 1 rows of list: chosen equals rejected \(1\)",
+            r"usable row, got 1 in list: chosen equals rejected \(1\)",
         ),
-        ([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}], "text or messages to be converted, row 0"),
+        (
+            [{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}],
+            "text or messages to be converted, got token ids in row 0",
+        ),
         ([], "at least one row"),
     ],
 )

@@ -27,7 +27,7 @@ def test_the_page_shows_verdicts_statistics_and_the_rows_behind_each_finding(tmp
     found = inspect_data(ROWS, eval_data=[pair("n", "m", "P")], tokenizer=make_byte_tokenizer())
     page = write_data_page(tmp_path / "page.html", found).read_text(encoding="utf-8")
     titles = re.findall(r"<h2>(.*?)</h2>", page)
-    assert titles[:5] == ["Verdict", "Checks", "Length of answers", "Tokens", "The first row, as it is read"]
+    assert titles[:5] == ["Verdict", "Checks", "Length of answers", "Tokens", "The first row, as fastdpo reads it"]
     assert titles[5:] == [
         *("Rows", "Duplicates", "Contradictions", "Train and eval", "One side cut", "Ends cut"),
         "When a check is not ok",

@@ -71,7 +71,7 @@ def test_checks_of_cuts_judge_and_name_a_length_that_keeps_the_rows_whole(words)
     found = inspect_data(rows, tokenizer=words, settings=TokenizationSettings(max_length=10), look_for_near=False)
     check = found.check("one side cut")
     assert (check.verdict, check.examples) == ("look", ((98,),))
-    assert "1 of 100 (1.0%) rows lose the end of one answer alone at max_length 10" in check.finding
+    assert "1 of 100 (1.0%) rows lose the end of only one answer at max_length 10" in check.finding
     assert "--max_length 24 keeps 99 % of the rows whole" in check.remedy  # <s> the cat, 20 words, </s>
     assert found.check("ends cut").verdict == "look"
     assert found.check("ends cut").examples == ((98,), (99,))
@@ -128,7 +128,7 @@ def test_thoughts_that_the_template_loses_are_lost_content():
     assert check.numbers["num_found"] == 2
     assert "the chat template leaves out thoughts: 2 of 10 chosen" in check.finding
     kept = inspect_data(rows[2:], tokenizer=tokenizer, look_for_near=False).check("lost content")
-    assert (kept.verdict, kept.finding) == ("ok", "none: the tokens hold all that the rows say")
+    assert (kept.verdict, kept.finding) == ("ok", "none: the tokens hold the rows' whole content")
 
 
 def test_a_prompt_that_ends_otherwise_in_generation_is_worth_a_look():

@@ -53,8 +53,14 @@ def test_the_default_is_one_sigmoid_loss(tmp_path):
             {"loss_type": ["sigmoid", "nca_pair"], "f_divergence_type": "forward_kl"},
             "f_divergence_type must be 'reverse_kl' for loss_type 'nca_pair'",
         ),
-        ({"f_divergence_type": "forward_kl", "reference_free": True}, "no reference to diverge from"),
-        ({"f_divergence_type": "forward_kl", "reference": "none"}, "no reference to diverge from"),
+        (
+            {"f_divergence_type": "forward_kl", "reference_free": True},
+            "f_divergence_type must be 'reverse_kl' without a reference",
+        ),
+        (
+            {"f_divergence_type": "forward_kl", "reference": "none"},
+            "f_divergence_type must be 'reverse_kl' without a reference",
+        ),
         ({"ld_alpha": 1.5}, r"ld_alpha must be None or in \[0, 1\], got 1.5"),
         ({"ld_alpha": 0.5, "loss_type": "orpo"}, "ld_alpha must be None for loss_type 'orpo'"),
         ({"ld_alpha": 0.5, "loss_type": "plackett_luce"}, "ld_alpha must be None for loss_type 'plackett_luce'"),

@@ -98,7 +98,7 @@ def test_rows_of_one_prompt_are_one_cluster_and_rows_without_one_are_alone():
     assert by_prompt[0] == by_prompt[2]
     assert comparisons_of(rows).clusters is None  # question_id stands before prompt, and says nothing
     assert comparisons_of(rows, cluster="none").clusters is None
-    with pytest.raises(ValueError, match=r"cluster must be a column of .*, got 'topic'"):
+    with pytest.raises(ValueError, match=r"cluster must be one of the columns .*, got 'topic'"):
         comparisons_of(rows, cluster="topic")
 
 
@@ -152,12 +152,16 @@ def test_every_kind_of_file_gives_the_same_comparisons(tmp_path):
         ("a.jsonl", "{", "malformed JSON"),
         ("a.csv", "", "at least one comparison, got none"),
         ("a.csv", "model_a,model_b,winner\n", "at least one comparison, got none"),
-        ("a.csv", "model_a,model_b,winner\nx,y\n", "as many cells"),
-        ("a.csv", "model_a,model_b,winner\nx,y,model_a,z\n", "as many cells"),
+        ("a.csv", "model_a,model_b,winner\nx,y\n", "same number of cells"),
+        ("a.csv", "model_a,model_b,winner\nx,y,model_a,z\n", "same number of cells"),
         ("a.csv", b"model_a,model_b,winner\n\xff,y,tie\n", "cannot be read"),
-        ("a.jsonl", '{"model_a": "x", "model_b": "y"}', "'winner' is missing"),
-        ("a.jsonl", '{"prompt": "p", "chosen": "x", "rejected": "y"}', "'model_a' is missing.*--models A B"),
-        ("a.jsonl", '{"model_a": "x", "model_b": "x", "winner": "tie"}', "1 cannot: a model compared with itself: 1"),
+        ("a.jsonl", '{"model_a": "x", "model_b": "y"}', "without 'winner'"),
+        ("a.jsonl", '{"prompt": "p", "chosen": "x", "rejected": "y"}', "without 'model_a'.*--models A B"),
+        (
+            "a.jsonl",
+            '{"model_a": "x", "model_b": "x", "winner": "tie"}',
+            "got 1 unusable rows: a model compared with itself: 1",
+        ),
         ("a.txt", "x", "must all be JSON or all Parquet"),
     ],
 )

@@ -172,7 +172,7 @@ def test_a_model_that_wins_everything_has_an_accuracy_and_no_rating(args):
         (["a"], {}, r"at least two different ones, got \['a'\]"),
         ([], {}, r"at least two different ones, got \[\]"),
         (["a", "a"], {}, "at least two different ones"),
-        (["a", "b"], {"by": "reference"}, "by must be 'sum' or 'mean' where there is no reference"),
+        (["a", "b"], {"by": "reference"}, "by must be 'sum' or 'mean' without a reference"),
         (["a", "b"], {"by": "length"}, "by must be one of .*got 'length'"),
         (["a", "b"], {"wins": "margins"}, "wins must be one of .*did you mean 'margin'"),
     ],

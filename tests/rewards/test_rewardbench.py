@@ -80,7 +80,7 @@ def test_rows_become_forms_that_are_read():
 
 
 def test_a_file_of_something_else_is_refused():
-    with pytest.raises(ValueError, match=r"rewardbench2.*lacks subset, id"):
+    with pytest.raises(ValueError, match=r"rewardbench2.*got a file without subset, id"):
         benchmark_rows("rewardbench2", [{"prompt": "", "chosen": "", "rejected": ""}])
     with pytest.raises(ValueError, match="benchmark must be one of rewardbench"):
         benchmark_rows("mtbench", [])

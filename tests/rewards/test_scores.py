@@ -70,7 +70,7 @@ def test_a_completion_of_nothing_has_no_reward_and_costs_no_other(tmp_path):
     alone = reward(["the cat "], ["sees"])
     assert reward(["the cat ", "the cat ", "a dog "], ["", "sees", ""]) == [None, pytest.approx(alone[0]), None]
     assert reward([], []) == []
-    with pytest.raises(ValueError, match="completions must be as many as prompts"):
+    with pytest.raises(ValueError, match="completions must have one entry per prompt"):
         reward(["the cat "], [])
 
 

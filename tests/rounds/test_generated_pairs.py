@@ -107,7 +107,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_samples(tmp_path, monkeypa
 
 def test_samples_of_another_run_are_refused(tmp_path):
     made(tmp_path, PROMPTS[:2], make_judge("length"))
-    with pytest.raises(ValueError, match="must be of the same model, judge and settings"):
+    with pytest.raises(ValueError, match="must hold samples of the same model, judge and settings"):
         generate_scored(
             make_llama(),
             make_tokenizer(),
@@ -132,7 +132,7 @@ def test_prompts_of_a_column_or_of_any_form_each_once():
     pair = {"prompt": "p ", "chosen": "a", "rejected": "b"}
     chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     assert read_prompts([{"prompt": "x"}, {"prompt": "x"}, pair, chat]) == ["x", "p ", chat["messages"][:1]]
-    with pytest.raises(ValueError, match="prompts must hold a prompt"):
+    with pytest.raises(ValueError, match="prompts must hold at least one prompt"):
         read_prompts([])
 
 

@@ -56,7 +56,7 @@ def test_a_classifier_scores_prompt_and_response(tmp_path):
     together = numbers(judge, "sees a dog", "never")
     assert together == pytest.approx([numbers(judge, "sees a dog")[0], numbers(judge, "never")[0]], rel=1e-4, abs=1e-5)
     assert together[0] != together[1]
-    with pytest.raises(ValueError, match=r"must have one output.*has 2"):
+    with pytest.raises(ValueError, match="must have one output, got 2"):
         make_judge(f"classifier:{tmp_path / 'two'}")
 
 

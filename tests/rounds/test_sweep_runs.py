@@ -41,7 +41,7 @@ def test_a_sweep_that_was_stopped_goes_on_and_other_settings_are_refused(tmp_pat
     results = sweep(runs, tmp_path, lambda params, folder: calls.append(params) or {"metrics": {}}, {"model": "m"})
     assert calls == runs
     assert [line["params"] for line in results] == runs
-    with pytest.raises(ValueError, match=r"model must be as in .*'m', got 'other'"):
+    with pytest.raises(ValueError, match=r"model must be 'm', as in .*, got 'other'"):
         sweep(runs, tmp_path, run_one, {"model": "other"})
 
 

@@ -130,7 +130,7 @@ def test_token_ids_outside_the_embedding_are_refused(tmp_path):
 
 def test_the_policy_itself_is_no_reference(tmp_path):
     model = make_llama()
-    with pytest.raises(ValueError, match="ref_model must not be the model that is trained"):
+    with pytest.raises(ValueError, match="ref_model must not be the same object as model"):
         build(tmp_path, model, ref_model=model)
 
 

@@ -111,7 +111,7 @@ def test_a_collator_of_ones_own_needs_example_ids_for_rankings_alone(tmp_path):
         return metrics["eval_loss"], metrics["eval_first"]
 
     assert evaluated(tmp_path / "a", of_ones_own=True) == evaluated(tmp_path / "b", of_ones_own=False)
-    with pytest.raises(ValueError, match="data_collator must give example_ids"):
+    with pytest.raises(ValueError, match="data_collator must return example_ids"):
         evaluated(tmp_path / "c", of_ones_own=True, loss_type="plackett_luce")
 
 

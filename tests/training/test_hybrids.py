@@ -130,7 +130,7 @@ def test_the_summary_of_a_hybrid_says_that_it_is_packed_and_estimates_its_memory
     args = DPOConfig(str(tmp_path), per_device_train_batch_size=2, use_cpu=True, report_to="none")
     trainer = DPOTrainer(build_hybrid("qwen3_5_text"), args=args, train_dataset=ROWS, processing_class=make_tokenizer())
     said = dict(summary_lines(trainer))
-    assert said["batches"] == "packed: one row without padding, what responses share computed once"
+    assert said["batches"] == "packed: one row without padding, shared tokens computed once"
     assert said["peak memory"].startswith("about ")
 
 

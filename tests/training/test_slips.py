@@ -78,19 +78,19 @@ def test_what_is_no_checkpoint_is_refused_before_anything_is_loaded(checkpoints,
     resume(str(tmp_path / "nowhere"), "must name a checkpoint directory, found none for .*nowhere")
     resume(True, "must name a checkpoint directory, found none for True")
     run_folder = checkpoints["full"].parent
-    resume(str(run_folder), "is the folder of a run, with checkpoint-2 in it")
-    resume(str(tmp_path), "must be a checkpoint, there is no trainer_state.json in")
-    resume(str(checkpoints["adapter"]), "trained an adapter, this one trains all weights")
+    resume(str(run_folder), "got the folder of a run: .* It contains checkpoint-2")
+    resume(str(tmp_path), "must be a checkpoint, got .* without trainer_state.json")
+    resume(str(checkpoints["adapter"]), "trains all weights like this one, got .* that trained an adapter")
     copy = copied(checkpoints["full"], tmp_path)
     (copy / "trainer_state.json").write_text('{"global_')
-    resume(str(copy), "must be a whole checkpoint, .*trainer_state.json cannot be read")
+    resume(str(copy), "must be a complete checkpoint, got unreadable .*trainer_state.json")
     (copy / "trainer_state.json").write_text(json.dumps({"global_step": 2}))
     (copy / "model.safetensors").unlink()
-    resume(str(copy), "must hold weights, there are none in")
+    resume(str(copy), "must contain weights, got .* without any")
 
 
 def test_a_run_of_an_adapter_does_not_go_on_from_one_of_all_weights(checkpoints, tmp_path):
-    with pytest.raises(ValueError, match="trained all weights, this one trains an adapter"):
+    with pytest.raises(ValueError, match=r"trains an adapter like this one, got .* that trained all weights"):
         run(tmp_path, make_lora).train(resume_from_checkpoint=str(checkpoints["full"]))
 
 
@@ -100,7 +100,7 @@ def test_a_checkpoint_of_weights_alone_is_resumed_with_a_warning(checkpoints, tm
     trainer = run(tmp_path / "out")
     with caplog.at_level(logging.WARNING):
         trainer.train(resume_from_checkpoint=str(copy))
-    assert "was saved without its optimizer (save_only_model?): training goes on from step 2" in caplog.text
+    assert "was saved without optimizer (save_only_model?): training resumes from step 2" in caplog.text
 
 
 # Steps
@@ -240,7 +240,7 @@ def test_the_trainer_of_fine_tuning_takes_its_tokenizer_under_the_old_name_and_a
         trainer = SFTTrainer(make_llama(), args=args, train_dataset=rows, tokenizer=tokenizer)
     assert trainer.processing_class is tokenizer
     given = {"args": args, "train_dataset": rows, "processing_class": tokenizer}
-    with pytest.raises(ValueError, match=r"compute_metrics.*there are no logits"):
+    with pytest.raises(ValueError, match=r"compute_metrics.*no logits exist"):
         SFTTrainer(make_llama(), **given, compute_metrics=lambda prediction: {})
     with pytest.raises(ValueError, match=r"args=SFTConfig\(max_length=...\)\), got 7"):
         SFTTrainer(make_llama(), **given, max_length=7)

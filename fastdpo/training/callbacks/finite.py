@@ -1,10 +1,10 @@
-"""Losses that are not finite: looked for once a step, and the micro-batch behind the first of them is saved.
+"""Stops training at a loss that is not finite, before any weight changes, and saves its micro-batch.
 
-Losses in as they are made, on the device; an error out, on all processes at once, and no weight has changed. Reading a
-loss back waits for the whole step. So on a GPU the optimizer is told on the device, where it can be: fused AdamW and
-its like leave weights and moments as they are in a step whose `found_inf` is 1. The host reads the same number when the
-next step has been launched, or before it logs, evaluates or saves, and stops there: that step's optimizer has not run
-either. Every other optimizer, and a gradient scaler, which has a use of its own for `found_inf`, are waited for.
+In: the losses of each step, on the device. Out: an error, on all processes at once. Reading a loss waits for the whole
+step on the GPU, so the check avoids that wait if it can: fused AdamW and similar optimizers skip a step if their
+`found_inf` is 1, and this number stays on the device. The host reads it after it has launched the next step, or before
+it logs, evaluates or saves. By then neither step has changed a weight. With other optimizers, and with a gradient
+scaler (which uses `found_inf` itself), the host waits in every step.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from transformers import Trainer
 
 from fastdpo.training.memory.token_budget import steps_in_backward
 
-_TOLD_ON_DEVICE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)  # weights in one piece
+_TOLD_ON_DEVICE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)  # weights not sharded
 
 
 @dataclass
 class _Step:
-    """What is on its way to the host: the losses of a step, and how many processes have one that is not finite."""
+    """A copy to the host that may still run: the losses of a step, and the number of processes with a bad one."""
 
-    losses: Tensor  # (n + 1,) on the host, the count last; valid once the event has come
+    losses: Tensor  # (n + 1,) on the host, the number last; valid after the event
     event: Any
     inputs: list[dict[str, Any]]
     number: int
 
 
 class FiniteLosses:
-    """Keeps losses and inputs of micro-batches until `check` looks, because reading a loss waits for the device."""
+    """Keeps losses and inputs of micro-batches until `check` reads them, because reading a loss waits for the GPU."""
 
     def __init__(self) -> None:
         self.unchecked: list[tuple[Tensor, dict[str, Any]]] = []
@@ -45,11 +45,11 @@ class FiniteLosses:
         self.unchecked.append((loss.detach(), inputs))
 
     def check(self, trainer: Trainer) -> None:
-        """To be called before the optimizer steps; every process must call it as often as the others.
+        """Call this before the optimizer steps. Every process must call it equally often.
 
         Raises:
-            FloatingPointError: a loss since the last call is not finite, here or on another process; where it was not
-                waited for, at the next call of this or of `settle`.
+            FloatingPointError: a loss since the last call is not finite, on this or another process. Without waiting,
+                the error comes at the next call of `check` or `settle`.
         """
         self.settle(trainer)
         optimizer = _optimizer_that_skips(trainer)
@@ -57,7 +57,7 @@ class FiniteLosses:
         device = trainer.args.device
         losses = torch.stack([loss for loss, _ in unchecked]) if unchecked else torch.zeros(1, device=device)
         num_stopping = (~losses.isfinite()).any().float()
-        if trainer.args.world_size > 1:  # else the others would step, and then wait for this one
+        if trainer.args.world_size > 1:  # otherwise the others would step, and then wait for this process forever
             num_stopping = trainer.accelerator.reduce(num_stopping, "sum")
         if optimizer is not None:
             optimizer.found_inf = num_stopping.clamp(max=1.0)
@@ -67,10 +67,10 @@ class FiniteLosses:
             self.settle(trainer)
 
     def settle(self, trainer: Trainer) -> None:
-        """Looks at the step that was not waited for.
+        """Reads the losses of the last step, if `check` did not wait for them.
 
         Raises:
-            FloatingPointError: one of its losses is not finite.
+            FloatingPointError: one of them is not finite.
         """
         step, self._coming = self._coming, None
         if step is None:
@@ -90,19 +90,18 @@ class FiniteLosses:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"inputs": step.inputs[where], "step": step.number}, path)
         raise FloatingPointError(
-            f"the loss is {losses[where]} at step {step.number}; no weight was changed by this batch, which is saved in"
-            f" {path}"
+            f"the loss is {losses[where]} at step {step.number}; no weight was changed. The batch is saved in {path}"
         )
 
 
 def waiting_costs(device: torch.device) -> bool:
-    """Whether numbers are read back from a device that works on while the host does."""
+    """Whether the device runs asynchronously, so that reading a number from it waits."""
     return device.type == "cuda"
 
 
 def _optimizer_that_skips(trainer: Trainer) -> Any:
-    """The optimizer, if it leaves all weights as they are where its `found_inf` says so; else None."""
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # in accelerate's wrapper
+    """The optimizer, if it skips a step when its `found_inf` is 1; else None."""
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # without accelerate's wrapper
     can_skip = getattr(optimizer, "_step_supports_amp_scaling", False) and not steps_in_backward(trainer)
     accelerator = trainer.accelerator
     is_plain = accelerator.distributed_type in _TOLD_ON_DEVICE and accelerator.scaler is None
@@ -110,7 +109,7 @@ def _optimizer_that_skips(trainer: Trainer) -> Any:
 
 
 def _to_host(numbers: Tensor, *, wait: bool) -> tuple[Tensor, Any]:
-    """The numbers on the host, and the event after which they are there."""
+    """The numbers on the host, and the event after which they are valid (None: at once)."""
     if wait or not numbers.is_cuda:
         return numbers.cpu(), None
     host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)

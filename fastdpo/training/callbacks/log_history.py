@@ -1,4 +1,4 @@
-"""What a run's log says of its result: the metrics worth a row in the model card and in the report, and whose they are.
+"""The results in a run's log: the metrics that model card and report show, by training and evaluation dataset.
 
 In: `trainer.state.log_history`. One evaluation dataset logs as `eval_loss`, several as `eval_<name>_loss`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# in the order of the rows, by key of the log; what a run does not have is left out
+# key of the log -> name, in the order of the table's rows; a run without a metric has no row for it
 RESULTS = {
     "loss": "Loss",
     "rewards/accuracies": "Accuracy of pairs",
@@ -25,9 +25,9 @@ RESULTS = {
 
 
 def logs_by_source(history: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The entries of training and of each evaluation, in order, with the keys of training and their step.
+    """The log entries of training and of each evaluation, in order, with their step. All use training's keys.
 
-    `eval_seen_loss` becomes `loss` of "evaluation, seen"; sources that logged nothing are left out.
+    For example, `eval_seen_loss` becomes `loss` of "evaluation, seen". Sources without entries are left out.
     """
     prefixes = {"training": ""}
     for entry in history:

@@ -1,8 +1,7 @@
-"""The README.md of a trained model, with the facts of its run: where it comes from, what was optimized, how far.
+"""The README.md of a trained model: base model, data, settings, results and warnings of its run.
 
-In: a Run. Out: README.md beside the model, at every checkpoint in the output directory, at `save_model` in the
-folder saved to, and before `push_to_hub` uploads it. Nothing is written that the run does not know; what it warned of
-is written too.
+In: a Run. Out: README.md in the output directory at every checkpoint, in the folder of `save_model`, and before
+`push_to_hub` uploads. It contains only facts that the run knows.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _NAMES_IN_TRANSFORMERS = {"finetuned_from": "base_model", "dataset": "datasets",
 
 
 class ModelCard(TrainerCallback):
-    """Writes README.md at every checkpoint, before each upload, and where it is told to."""
+    """Writes README.md at every checkpoint, before each upload, and when `write` is called."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -53,13 +52,13 @@ class ModelCard(TrainerCallback):
         tags: str | Sequence[str] | None = None,
         **metadata: Any,
     ) -> None:
-        """README.md of `folder`, on the main process.
+        """Writes README.md into `folder`, on the main process.
 
         Args:
-            model_name: the title; by default that of the repository or of the folder.
-            dataset_name: on the Hub, or in words.
-            tags: besides those of fastdpo and of the method.
-            metadata: more of the card's metadata, such as license or language; transformers' names for it are taken.
+            model_name: the title; by default the name of the repository or of the folder.
+            dataset_name: a name on the Hub, or a description.
+            tags: added to the tags "fastdpo" and the method.
+            metadata: more fields of the card, such as license or language. Also takes transformers' names of fields.
         """
         if not self.run.state.is_world_process_zero:
             return
@@ -76,7 +75,7 @@ class ModelCard(TrainerCallback):
 
 
 def tag_model(model: nn.Module, method: str) -> None:
-    """Tags the model as transformers does, so that its own card and `push_to_hub` name how it was trained."""
+    """Tags the model with transformers' tags, so that its own card and `push_to_hub` name the training method."""
     bare = bare_model(model)
     if hasattr(bare, "add_model_tags"):
         bare.add_model_tags(["fastdpo", method])
@@ -104,7 +103,7 @@ def model_card(
         "tags": list(dict.fromkeys([*own_tags, *model_tags, *tags])),
     }
     data = ModelCardData(**{**known, **{key: value for key, value in on_hub.items() if value}, **metadata})
-    start = f"`{Path(base).name}`" if base else "A model"  # of a local one its name and not where it lies
+    start = f"`{Path(base).name}`" if base else "A model"  # for a local model the name without its folder
     if on_hub["base_model"]:
         start = f"[{base}](https://huggingface.co/{base})"
     method = run.method.upper()
@@ -121,20 +120,20 @@ def model_card(
     if results:
         parts.append(f"## Results\n\n{_table(results[0], results[1:])}\n\nRewards and log-probs are in nats.")
     if run.warnings_given:
-        parts.append("## What training warned of\n\n" + "\n".join(f"- {text}." for text in run.warnings_given.values()))
+        parts.append("## Warnings of training\n\n" + "\n".join(f"- {text}." for text in run.warnings_given.values()))
     parts.append(f"## Versions\n\n{_versions()}")
     return "\n\n".join(parts) + "\n"
 
 
 def training_facts(run: Run) -> list[tuple[str, str]]:
-    """(what, fact) of the run, in reading order."""
+    """(what, fact) lines about the run, in reading order."""
     args, model, state = run.args, run.model, run.state
     facts: list[tuple[str, str]] = []
     if run.reference is not None:
         reason = "; ".join(part for part in run.reference_reason.split("; ") if not part.startswith("in "))
-        facts += [*_loss_facts(args), ("reference", f"{run.reference.mode}: {reason}")]  # not in which folder
+        facts += [*_loss_facts(args), ("reference", f"{run.reference.mode}: {reason}")]  # without its local folder
     facts += [(f"{name} data", report.lines()[0]) for name, report in run.data_reports.items()]
-    bare = bare_model(model)  # whose own count knows how many a 4-bit weight packs into one
+    bare = bare_model(model)  # its num_parameters counts 4-bit weights right, although several share one element
     num_trained = bare.num_parameters(only_trainable=True)
     facts.append(("trained parameters", f"{num_trained:,} of {bare.num_parameters():,}"))
     config = next(iter(getattr(model, "peft_config", {}).values()), None)
@@ -169,7 +168,7 @@ def _loss_facts(args: Any) -> list[tuple[str, str]]:
 
 
 def _results(history: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Rows of the table of results, its head first; empty where nothing was logged."""
+    """Rows of the table of results, the header first; empty if nothing was logged."""
     last = {source: entries[-1] for source, entries in logs_by_source(history).items()}
     rows = [
         [words, *(f"{entry[key]:.4f}" if key in entry else "" for entry in last.values())]
@@ -200,7 +199,7 @@ def _usage(run: Run, is_adapter: bool) -> str:
 
 
 def _auto_class_of(bare: Any) -> str:
-    """The auto class that loads such a model: of a composite not the one that takes its text part out."""
+    """The auto class that loads the model. For a composite model, not the one that loads only its text part."""
     for auto in auto_classes(bare.config) if is_composite(bare) else ():
         if auto._model_mapping.get(type(bare.config), None) is type(bare):
             return str(auto.__name__)
@@ -223,5 +222,5 @@ def _versions() -> str:
 
 
 def _is_local(name: str) -> bool:
-    """Whether a name is a path, or none that a repository on the Hub could have."""
+    """Whether a name is a path, or cannot be the name of a repository on the Hub."""
     return name.count("/") > 1 or " " in name or name.startswith((".", "/", "~")) or Path(name).exists()

@@ -1,10 +1,10 @@
-"""What `compute_metrics` and `predict` get: numbers of every pair, in the order of the dataset's rows.
+"""The input of `compute_metrics` and the result of `predict`: values of every pair, in the order of the dataset's rows.
 
 In: the log-probs of each batch of an evaluation. Out: transformers' EvalPrediction, with
     predictions: {name: (N,) array} for the names in PAIR_VALUES, log-probs summed over the response, in nats
     label_ids: (N, 2) int64, counted tokens of the chosen and of the rejected response
-N counts pairs: a row of K ranked responses brings all of its pairs. No logits: they are never made, so a function that
-needs them has to run the model itself.
+N counts pairs: a row of K ranked responses contributes all of its pairs. Logits are never computed, so a function that
+needs them must run the model itself.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _EXAMPLE = "example"
 
 
 def pair_values(scores: PairScores, batch: PackedBatch, beta: float, *, per_token: bool = False) -> dict[str, Tensor]:
-    """(B,) each: PAIR_VALUES, lengths, and which example of the collated batch a pair belongs to: 0 where a collator
-    does not say.
+    """(B,) each: PAIR_VALUES, lengths, and the number of the pair's example in the collated batch (0 if the collator
+    does not return example_ids).
 
     Args:
-        per_token: rewards are means over tokens, as in the metrics of the run.
+        per_token: whether rewards are means over tokens, as in the metrics of the run.
     """
     chosen_rewards, rejected_rewards = implicit_rewards(scores, beta, per_token=per_token)
     chosen = batch.pairs[:, 0]
@@ -61,7 +61,7 @@ def pair_values(scores: PairScores, batch: PackedBatch, beta: float, *, per_toke
 
 @dataclass
 class Predictions:
-    """Collects pair values batch by batch. Micro-batches of a batch are put in the order of its examples."""
+    """Collects pair values batch by batch, and sorts those of a batch's micro-batches by example."""
 
     batches: list[dict[str, Tensor]] = field(default_factory=list)
     _parts: list[dict[str, Tensor]] = field(default_factory=list)
@@ -79,7 +79,7 @@ class Predictions:
         self.batches.append({name: values[order] for name, values in joined.items()})
 
     def collected(self, num_processes: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """`predictions` and `label_ids` over the batches of all processes, which take batches in turn."""
+        """`predictions` and `label_ids` over the batches of all processes. The processes take batches in turn."""
         batches = [{name: values.cpu().numpy() for name, values in batch.items()} for batch in self.batches]
         per_process = gather_object([batches]) if num_processes > 1 else [batches]
         num_steps = max((len(batches) for batches in per_process), default=0)
@@ -97,10 +97,10 @@ def call_compute_metrics(
     """The metrics of the user's function, each with the prefix.
 
     Args:
-        in_batches: `batch_eval_metrics` is set: the function takes `compute_result`, which is True in the one call
-            over all pairs.
+        in_batches: whether `batch_eval_metrics` is set. The function then takes `compute_result`, and is called once,
+            over all pairs, with True.
     Raises:
-        ValueError: it could not use what it got, as functions written for logits cannot, or returned no dict.
+        ValueError: the function failed, for example because it expects logits, or did not return a dict.
     """
     try:
         metrics = compute_metrics(prediction, compute_result=True) if in_batches else compute_metrics(prediction)

@@ -1,9 +1,9 @@
-"""What policy and reference answer, side by side: at every evaluation, to the console, the loggers and the report.
+"""Samples of policy and reference side by side, at every evaluation.
 
-In: a built trainer. At each evaluation the first `num_eval_samples` prompts of the evaluation data go to the policy and
-to a live reference; where the reference is cached or absent, to the policy before its first step instead. Out: a table
-on the console, in TensorBoard and W&B where they are on, and lines of SAMPLES_FILE in the output directory. Refuses
-FSDP and DeepSpeed, which hold weights in parts. Generation runs on the model's original attention.
+In: a built trainer. At each evaluation, policy and reference answer the first `num_eval_samples` prompts of the
+evaluation data. If the reference is cached or there is none, samples of the initial policy are shown instead. Out: a
+table on the console, and in TensorBoard and W&B if they are on, and lines of SAMPLES_FILE in the output directory for
+the report. Refuses FSDP and DeepSpeed, which shard the weights. Generation uses the model's original attention.
 """
 
 from __future__ import annotations
@@ -38,34 +38,34 @@ BATCH_SIZE = 16  # prompts generated at a time
 
 @dataclass(frozen=True)
 class Answered:
-    """One prompt at one evaluation; a line of SAMPLES_FILE."""
+    """The answers to one prompt at one evaluation; a line of SAMPLES_FILE."""
 
     step: int
     prompt: str
     policy: str
     policy_tokens: int
-    reference: str | None  # None where nothing is known of it
+    reference: str | None  # None if it is not known
     reference_tokens: int | None
     reference_name: str  # "reference", or "before training"
 
 
 class Response(NamedTuple):
-    """What a model answered to one prompt."""
+    """A model's answer to one prompt."""
 
     text: str
     num_tokens: int
 
 
 class EvalSamples(TrainerCallback):
-    """`answered` holds all samples of the run.
+    """Takes samples at every evaluation. `answered` holds all samples of the run.
 
     Args:
-        autocast: the precision of the run, as a context.
-        callbacks: of the run, among which are its loggers.
-        watch: is told how long the answers are.
-        is_sharded: processes hold parts of the weights.
+        autocast: returns a context with the precision of the run.
+        callbacks: all callbacks of the run, including its loggers.
+        watch: warns if the answers grow too long.
+        is_sharded: whether the weights are sharded over processes.
     Raises:
-        ValueError: there is no evaluation data, or weights are in parts.
+        ValueError: there is no evaluation data, no usable prompt, or the weights are sharded.
     """
 
     def __init__(
@@ -83,7 +83,8 @@ class EvalSamples(TrainerCallback):
     ) -> None:
         if is_sharded:
             raise ValueError(
-                "num_eval_samples must be 0 under FSDP and DeepSpeed, whose processes hold parts of weights"
+                "num_eval_samples must be 0 under FSDP and DeepSpeed, which shard the weights, got"
+                f" {args.num_eval_samples}"
             )
         if eval_dataset is None:
             raise ValueError(f"num_eval_samples must be 0 without eval_dataset, got {args.num_eval_samples}")
@@ -94,17 +95,17 @@ class EvalSamples(TrainerCallback):
         self.prompt_ids = _prompts(eval_dataset, args.num_eval_samples, longest)
         if not self.prompt_ids:
             raise ValueError(
-                "num_eval_samples must be 0: no row of eval_dataset has a prompt of its own"
-                + (f" of at most {longest} tokens, which leave eval_sample_tokens" if longest < math.inf else "")
+                f"num_eval_samples must be 0, got {args.num_eval_samples}: no row of eval_dataset has a separate prompt"
+                + (f" of at most {longest} tokens, which would leave room for the answer" if longest < math.inf else "")
             )
         self.answered: list[Answered] = []
-        self._of_reference: list[Response] | None = None  # once it is known and stays as it is
+        self._of_reference: list[Response] | None = None  # its answers, once they are known and cannot change
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir) / SAMPLES_FILE
-        if state.global_step == 0:  # what stands there is of another run, but for an evaluation before this one
+        if state.global_step == 0:  # an old file is of another run, except for an evaluation just before training
             path.unlink(missing_ok=True)
             self.answered = [entry for entry in self.answered if entry.step == 0]
             self._write(self.answered)
@@ -112,8 +113,8 @@ class EvalSamples(TrainerCallback):
                 self._of_reference = self._generate(self.policy)
         elif path.is_file():
             found = [Answered(**line) for line in read_lines(path)]
-            before = found[: len(found) - len(self.answered)] or found  # an evaluation since then asked the start again
-            self.answered = [entry for entry in before if entry.step <= state.global_step]  # those after it come again
+            before = found[: len(found) - len(self.answered)] or found  # drop an evaluation just before resuming
+            self.answered = [entry for entry in before if entry.step <= state.global_step]  # later ones are repeated
             path.unlink()
             self._write(self.answered)
             first = self.answered[: len(self.prompt_ids)]
@@ -122,12 +123,12 @@ class EvalSamples(TrainerCallback):
                 self._of_reference = known
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        is_new = not self.answered or self.answered[-1].step != state.global_step  # several datasets: once
+        is_new = not self.answered or self.answered[-1].step != state.global_step  # once for several datasets
         if state.is_world_process_zero and is_new:
             self.take(state.global_step)
 
     def take(self, step: int) -> list[Answered]:
-        """Generates, shows and keeps the samples of this moment."""
+        """Generates, shows and stores the samples at this step."""
         policy = self._generate(self.policy)
         references, live = self._of_reference, self._live_reference()
         if references is None and live is not None:
@@ -158,7 +159,7 @@ class EvalSamples(TrainerCallback):
         append_lines(Path(self.args.output_dir) / SAMPLES_FILE, map(asdict, entries))
 
     def _live_reference(self) -> Any:
-        """A context that gives the model to ask, or None."""
+        """A context that yields the reference model; None if no such model is loaded."""
         reference = self.reference
         if isinstance(reference, FrozenReference):
             return nullcontext(reference.model)
@@ -199,7 +200,7 @@ class EvalSamples(TrainerCallback):
         for column in columns:
             table.add_column(column, ratio=1, overflow="fold")
         for row in rows:
-            table.add_row(*(Text(cell.strip()) for cell in row))  # not markup: texts may hold brackets
+            table.add_row(*(Text(cell.strip()) for cell in row))  # Text, because brackets could look like markup
         Console().print(table)
         for callback in self.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
@@ -218,13 +219,13 @@ def _asked(reference: AdapterReference) -> Iterator[nn.Module]:
 
 
 def _prompts(eval_dataset: Any, num_prompts: int, longest: float) -> list[list[int]]:
-    """The first prompts of at most `longest` tokens that differ, of the first dataset where there are several."""
+    """The first different prompts of at most `longest` tokens. Of several datasets, only the first is used."""
     dataset = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
     prompts: dict[tuple[int, ...], None] = {}
     for row in dataset.select_columns(["prompt_ids"]) if isinstance(dataset, Dataset) else dataset:
         if len(prompts) == num_prompts:
             break
-        # a prompt that truncation cut differently for each response is in none of them
+        # prompt_ids is empty if truncation cut the prompt differently for each response
         if 0 < len(row["prompt_ids"]) <= longest:
             prompts[tuple(row["prompt_ids"])] = None
     return [list(prompt) for prompt in prompts]

@@ -1,6 +1,6 @@
-"""What a run will do, said before it starts: model, data, reference, kernels, attention, steps, estimated peak memory.
+"""The summary of a run before it starts: model, data, reference, kernels, attention, steps, estimated peak memory.
 
-The facts are read off a built trainer; the estimate of memory is explained in `memory/estimate.py`.
+In: a built trainer. Out: lines of text. `memory/estimate.py` explains the estimate of memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastdpo.training.setup.models import head_dtype
 
 
 def summary_lines(run: Run) -> list[tuple[str, str]]:
-    """(what, fact) pairs in reading order, for the start of a run."""
+    """The summary as (what, fact) pairs in reading order."""
     lines = [("model", _model(run))]
     if is_peft_model(run.model):
         about, *more = adapter_lines(run.model)
@@ -53,60 +53,60 @@ def summary_lines(run: Run) -> list[tuple[str, str]]:
 
 
 def summary_text(run: Run) -> str:
-    """The lines as plain text, one below the other; state of random generators stays as it is."""
+    """The summary as plain text, one line per fact. Does not change the state of random generators."""
     lines = _lines_apart(run)
     width = max(len(what) for what, _ in lines)
     return "\n".join(f"{what:<{width}}  {fact}" for what, fact in lines)
 
 
 def print_summary(run: Run, more: Sequence[tuple[str, str]] = ()) -> None:
-    """The lines and those of `more` on the terminal, or as wide as 140 characters in a file or a pipe."""
+    """Prints the summary and the lines of `more`. In a file or a pipe, lines have 140 characters."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for what, fact in [*_lines_apart(run), *more]:
-        table.add_row(what, Text(fact))  # what rows say may look like markup
+        table.add_row(what, Text(fact))  # Text, because the content of rows could look like markup
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def _lines_apart(run: Run) -> list[tuple[str, str]]:
-    with torch.random.fork_rng(devices=[]):  # the order of the rows must not depend on what is said of them
+    with torch.random.fork_rng(devices=[]):  # the summary must not change the order of the rows
         return summary_lines(run)
 
 
 def _model(run: Run) -> str:
-    model = bare_model(run.model)  # whose own count knows how many a 4-bit weight packs into one
+    model = bare_model(run.model)  # its num_parameters counts 4-bit weights right, although several share one element
     total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
     share = "all trained" if trained == total else f"{trained:,} trained"
     autocast = "bf16 autocast" if run.args.bf16 else "fp16 autocast" if run.args.fp16 else "no autocast"
     towers = tower_names(model)
-    share += f"; {', '.join(towers)} stay as they are" if towers else ""
+    share += f"; {', '.join(towers)} not trained" if towers else ""
     return f"{type(model).__name__}, {total:,} parameters ({share}), {dtypes}, {autocast}, {run.args.device}"
 
 
 def _batches(run: Run) -> str:
     limit = run.collator.max_tokens
-    auto = ", in micro-batches of what the free memory holds" if run.args.max_tokens_per_microbatch == "auto" else ""
+    auto = ", in micro-batches that fit the free memory" if run.args.max_tokens_per_microbatch == "auto" else ""
     split = auto if limit is None else f", in micro-batches of at most {limit:,} tokens"
     if not run.is_packed:
         return "padded: one row per sequence" + split
     shares = run.args.prefix_sharing and any(report.kind == "pairs" for report in run.data_reports.values())
-    return "packed: one row without padding" + (", what responses share computed once" if shares else "") + split
+    return "packed: one row without padding" + (", shared tokens computed once" if shares else "") + split
 
 
 def _attention(run: Run) -> str:
     check = run.packing_check
     if run.is_packed:
         return str(check)
-    reason = "packing='padded' was asked for" if run.args.packing == "padded" else check.reason
+    reason = "packing='padded' is set" if run.args.packing == "padded" else check.reason
     return f"{bare_model(run.model).config._attn_implementation}, the model's own: {reason}"
 
 
 def _head_op(run: Run) -> str:
     weight = bare_model(run.model).get_output_embeddings().weight
     impl = resolve_impl(run.args.impl, run.args.device, head_dtype(run.model, run.args))
-    why = "asked for" if run.args.impl != "auto" else f"chosen for {run.args.device.type}"
+    why = "set by impl" if run.args.impl != "auto" else f"chosen for {run.args.device.type}"
     return f"{impl} ({why}); vocabulary {weight.shape[0]:,}, hidden size {weight.shape[1]:,}"
 
 
@@ -126,15 +126,15 @@ def _steps(run: Run) -> str:
 def _peak_memory(run: Run) -> str:
     try:
         estimate = estimate_peak_memory(run)
-    except Exception as error:  # whatever a model's code does with tensors that hold no numbers, it can be trained
+    except Exception as error:  # model code may fail on tensors without data, and still be trainable
         return f"not estimated: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if is_measured_later(run):
-        return f"micro-batches grow to what is free when training starts; the longest row alone takes {estimate}"
+        return f"micro-batches fill the memory that is free at the start; the longest row alone takes {estimate}"
     return str(estimate)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak so far: allocated on a GPU, resident of this process on a CPU."""
+    """Peak bytes so far: allocated memory on a GPU, resident memory of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

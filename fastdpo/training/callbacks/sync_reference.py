@@ -1,12 +1,13 @@
 """A reference that follows the policy: TR-DPO, arXiv 2404.09656, with TRL's names and defaults.
 
 In: the reference of a built trainer and its policy. Every `ref_model_sync_steps` optimizer steps the reference's
-weights become `(1 - alpha) * reference + alpha * policy`, alpha = `ref_model_mixup_alpha`. Refuses references that have
-no weights to mix (cached, none), or others than the policy's.
+weights become `(1 - alpha) * reference + alpha * policy`, alpha = `ref_model_mixup_alpha`. Refuses references without
+weights (cached, none), and references with other weights than the policy's.
 
-A LoRA run whose reference is an adapter mixes adapters: A and B each, so that the reference stays an adapter of the
-same rank. Their product is the mixture of the products exactly at alpha = 1, and nearly so while A is close to its
-start. A checkpoint holds the reference as well, because nothing else knows it once it has been mixed.
+In a LoRA run whose reference is an adapter, the matrices A and B are mixed one by one, so that the reference stays an
+adapter of the same rank. The product of the mixed matrices equals the mixture of the products exactly if alpha = 1, and
+nearly while A is close to its initial values. Checkpoints contain the reference, because a mixed reference cannot be
+computed again.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from fastdpo.references.adapters import reference_and_policy_weights
 logger = logging.get_logger(__name__)
 
 _OTHERWISE = (
-    "sync_ref_model must be off where the reference is built otherwise than the policy: weights of equal names and"
-    " shapes are mixed"
+    "sync_ref_model must be off if the reference is built otherwise than the policy, got True: only weights of equal"
+    " names and shapes can be mixed"
 )
 REFERENCE_FILE = "synced_reference.safetensors"  # in every checkpoint of such a run
 
 
 def mixed_weights(reference: Reference, policy: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """(reference's, policy's) weight by name: of two models all, of adapters those of `ref` and of the active one.
+    """(reference's weight, policy's weight) by name: all weights of two models, or those of the adapter `ref` and the
+    active adapter.
 
     Raises:
-        ValueError: there are no two sets of weights of the same names and shapes.
+        ValueError: reference and policy do not have weights of the same names and shapes.
     """
     mixed: dict[str, tuple[Tensor, Tensor]]
     if isinstance(reference, FrozenReference):
@@ -48,7 +50,9 @@ def mixed_weights(reference: Reference, policy: nn.Module) -> dict[str, tuple[Te
         pairs = reference_and_policy_weights(policy)
         mixed = {names[id(frozen)]: (frozen, trained) for frozen, trained in pairs if id(frozen) in names}
     else:
-        raise ValueError(f"sync_ref_model must be off with the reference {reference.mode!r}: it has no weights to mix")
+        raise ValueError(
+            f"sync_ref_model must be off if reference is {reference.mode!r}, got True: this reference has no weights"
+        )
     if any(frozen.shape != trained.shape for frozen, trained in mixed.values()):
         raise ValueError(_OTHERWISE)
     return {name: weights for name, weights in mixed.items() if weights[0].is_floating_point()}
@@ -56,28 +60,26 @@ def mixed_weights(reference: Reference, policy: nn.Module) -> dict[str, tuple[Te
 
 @torch.no_grad()
 def mix(weights: dict[str, tuple[Tensor, Tensor]], alpha: float) -> None:
-    """Moves each reference weight, in place, the share `alpha` of the way to the policy's.
+    """Moves each reference weight, in place, by the share `alpha` of its distance to the policy's weight.
 
-    Rounded once, and not at all where both are equal: in bf16, weights that are not trained would drift otherwise.
+    Rounds once, and equal weights stay exactly equal: otherwise untrained weights would drift in bf16.
     """
     for reference, policy in weights.values():
         reference.lerp_(policy.to(reference), alpha)
 
 
 class SyncReference(TrainerCallback):
-    """Mixes at the end of every `ref_model_sync_steps`-th optimizer step, and saves with every checkpoint.
+    """Moves the reference every `ref_model_sync_steps` optimizer steps, and saves it with every checkpoint.
 
     Args:
-        is_sharded: processes hold parts of the weights.
+        is_sharded: whether the weights are sharded over processes.
     Raises:
-        ValueError: the run has no reference that could be mixed.
+        ValueError: the weights are sharded, or the reference cannot be mixed with the policy.
     """
 
     def __init__(self, reference: Reference, policy: nn.Module, *, is_sharded: bool) -> None:
         if is_sharded:
-            raise ValueError(
-                "sync_ref_model must be off under FSDP and DeepSpeed, whose processes hold parts of weights"
-            )
+            raise ValueError("sync_ref_model must be off under FSDP and DeepSpeed, which shard the weights, got True")
         self.weights = mixed_weights(reference, policy)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -94,13 +96,13 @@ class SyncReference(TrainerCallback):
 
     @torch.no_grad()
     def load(self, checkpoint: str) -> None:
-        """Takes the reference from a checkpoint of such a run; warns where it has none."""
+        """Loads the reference from a checkpoint; warns if the checkpoint does not contain one."""
         from safetensors.torch import load_file
 
         path = Path(checkpoint) / REFERENCE_FILE
         if not path.is_file():
             logger.warning(
-                f"{checkpoint} comes from a run without sync_ref_model: the reference is what it was before training"
+                f"{checkpoint} comes from a run without sync_ref_model: training resumes with the initial reference"
             )
             return
         for name, tensor in load_file(path).items():

@@ -1,6 +1,6 @@
-"""Known ways in which preference training goes wrong, as functions of what it logs: a message with the number, or None.
+"""Checks for known failures of preference training. Each takes logged metrics and returns a message or None.
 
-The thresholds are judgements, not theorems; the reason of each stands beside it.
+The thresholds are judgements, not theorems. A comment gives the reason for each.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from typing import Any
 
 from fastdpo.losses import LOSSES, is_listwise
 
-CHOSEN_FALL = 10.0  # nats of a whole response: e^10, so 22,000 times less likely than it was
-SATURATED_ACCURACY = 0.99  # 2 or 3 of 256 pairs are still wrong: what is left to learn is noise of the labels
-WORTHY_MARGIN = 0.5  # a pair is then preferred with probability 0.62; below it, margins move by chance
-COLLAPSED_SHARE = 0.5  # of the best margin that training has had
-LOGRATIO_PER_TOKEN = 1.0  # nats: the average token is e times as likely as under the reference, or as unlikely
-LOGRATIO_NATS = 20.0  # and whole responses by e^20: a few tokens may move that much without harm
-LENGTH_RATIO = 1.5  # of one side's mean length to the other's: beyond what an annotator's taste for detail explains
-SAMPLED_PROMPTS = 8  # of fewer, the mean length is one of chance
-START_SHARE = 1e-3  # of a log-prob: above what bf16 rounds off a sum over some hundred tokens
+CHOSEN_FALL = 10.0  # nats per response: it has become e^10 = 22,000 times less likely
+SATURATED_ACCURACY = 0.99  # only 2 or 3 of 256 pairs are still wrong, and their labels are probably noise
+WORTHY_MARGIN = 0.5  # the preferred response then wins with probability 0.62; smaller margins move by chance
+COLLAPSED_SHARE = 0.5  # share of the best margin in this run
+LOGRATIO_PER_TOKEN = 1.0  # nats: on average, a token's probability changes by a factor of e
+LOGRATIO_NATS = 20.0  # nats per response, a factor of e^20: a few tokens may move that much without harm
+LENGTH_RATIO = 1.5  # between the mean lengths of both sides: more than an annotator's taste for detail explains
+SAMPLED_PROMPTS = 8  # the mean length of fewer samples is too noisy
+START_SHARE = 1e-3  # share of a log-prob: more than bf16 rounding in a sum over some hundred tokens
 START_NATS = 1e-2
-SFT_WEIGHT = 0.2  # of the supervised term that is suggested: felt where chosen log-probs fall, else below the main loss
+SFT_WEIGHT = 0.2  # of the suggested supervised term: it matters if chosen log-probs fall, and else stays small
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: means of logged metrics, by key."""
+    """The state of a run: means of logged metrics, by key."""
 
     now: Mapping[str, float]  # over the last pairs
-    first: Mapping[str, float]  # over the first as many pairs
-    best_margin: float  # of all such means so far; -inf where the reference moves, which makes margins small again
+    first: Mapping[str, float]  # over equally many pairs at the beginning
+    best_margin: float  # largest mean margin so far; -inf if the reference moves, because margins then shrink again
     has_reference: bool
-    args: Any  # the run's DPOConfig: what its loss is
+    args: Any  # the run's DPOConfig
 
     def logratio(self, side: str) -> float:
-        """Policy against reference, nats per response; against the run's beginning where there is no reference."""
+        """Log-ratio of policy and reference, nats per response; without a reference, the change since the beginning."""
         if self.has_reference:
             return self.now[f"rewards/{side}"] / self.args.beta
         return self.now[f"logps/{side}"] - self.first[f"logps/{side}"]
@@ -47,22 +47,22 @@ def chosen_falls(run: Progress) -> str | None:
         return None
     than = "under the reference" if run.has_reference else "when training began"
     return (
-        f"chosen responses have become less likely, by {fall:.1f} nats on average than {than}, while reward margins"
-        f" have risen to {margin:.3f}. Training pushes both responses down and moves probability to texts that nobody"
-        f" chose. {_held_by(run.args)}; a larger beta or a lower learning rate help too"
+        f"chosen responses are {fall:.1f} nats less likely on average than {than}, while reward margins have risen to"
+        f" {margin:.3f}. Training makes both responses less likely and moves probability to texts that nobody chose."
+        f" {_held_by(run.args)}; a larger beta or a lower learning rate also helps"
     )
 
 
 def _held_by(args: Any) -> str:
-    """What keeps chosen responses likely, as settings of this run."""
+    """Advice that keeps chosen responses likely, with settings for this run."""
     names = args.loss_type
     if any(LOSSES[name].likelihood for name in names):
-        return "Give the term of the chosen responses' likelihood more weight (loss_weights, cpo_alpha)"
+        return "Increase the weight of the chosen responses' likelihood (loss_weights, cpo_alpha)"
     if is_listwise(args):
-        return "A loss of pairs can be held by a term of supervised loss; this one stands alone"
+        return "Consider a loss of pairs: it can be combined with a supervised loss, a listwise loss cannot"
     losses, weights = [*names, "sft"], [*(args.loss_weights or [1.0] * len(names)), SFT_WEIGHT]
     as_written = ", ".join(f'"{name}"' for name in losses)
-    return f"A term of supervised loss on the chosen ones holds them: loss_type=[{as_written}], loss_weights={weights}"
+    return f"Add a supervised loss on the chosen responses: loss_type=[{as_written}], loss_weights={weights}"
 
 
 def accuracy_saturated(run: Progress) -> str | None:
@@ -70,8 +70,8 @@ def accuracy_saturated(run: Progress) -> str | None:
     if accuracy < SATURATED_ACCURACY:
         return None
     return (
-        f"{accuracy:.1%} of the training pairs are ranked as labelled, and the mean gradient weight of a pair is"
-        f" {run.now['rewards/weight']:.3f}, after 0.5 at the start. Further steps fit noise: compare with"
+        f"{accuracy:.1%} of the training pairs are ranked as labelled, and the mean gradient weight of a pair has"
+        f" fallen from 0.5 to {run.now['rewards/weight']:.3f}. Further steps fit noise: compare with"
         " eval_rewards/accuracies, stop earlier, or raise beta"
     )
 
@@ -81,8 +81,8 @@ def margin_collapse(run: Progress) -> str | None:
     if run.best_margin < WORTHY_MARGIN or margin >= COLLAPSED_SHARE * run.best_margin:
         return None
     return (
-        f"reward margins have collapsed to {margin:.3f}, after {run.best_margin:.3f} at their best. The usual cause is"
-        " a learning rate that is too high: lower it, warm up longer, or clip gradients at a smaller norm"
+        f"reward margins have collapsed from {run.best_margin:.3f} to {margin:.3f}. The usual cause is a learning rate"
+        " that is too high: lower it, warm up longer, or clip gradients at a smaller norm"
     )
 
 
@@ -95,9 +95,9 @@ def logratio_blowup(run: Progress) -> str | None:
     if abs(logratio) <= max(LOGRATIO_PER_TOKEN * lengths[side], LOGRATIO_NATS):
         return None
     return (
-        f"the policy has left the reference: {side} responses differ by {logratio / lengths[side]:+.2f} nats a token,"
-        f" {logratio:+.0f} a response. Its own samples are likely to be broken: look at some (num_eval_samples), raise"
-        " beta, or lower the learning rate"
+        f"the policy has moved far from the reference: {side} responses differ by {logratio / lengths[side]:+.2f} nats"
+        f" per token, {logratio:+.0f} per response. The policy's own samples may be broken: look at some"
+        " (num_eval_samples), raise beta, or lower the learning rate"
     )
 
 
@@ -108,8 +108,8 @@ def length_drift(run: Progress) -> str | None:
         return None
     return (
         f"chosen responses have {chosen:.0f} tokens on average and rejected ones {rejected:.0f}, {ratio:.2f} times as"
-        f" many: summed log-probs teach that length itself is {'good' if ratio > 1 else 'bad'}. ld_alpha < 1, or the"
-        " losses sigmoid_norm and simpo, which average over tokens, take length out"
+        f" many. Summed log-probs teach that length itself is {'good' if ratio > 1 else 'bad'}. To remove the effect of"
+        " length, set ld_alpha < 1, or use sigmoid_norm or simpo, which average over tokens"
     )
 
 
@@ -128,27 +128,27 @@ CHECKS: dict[str, Callable[[Progress], str | None]] = {
 
 
 def samples_grow(policy_tokens: Sequence[int], reference_tokens: Sequence[int]) -> str | None:
-    """From the lengths of what policy and reference answer to the same prompts."""
+    """Compares the lengths of the policy's and the reference's answers to the same prompts."""
     policy, reference = (sum(lengths) / max(len(lengths), 1) for lengths in (policy_tokens, reference_tokens))
     if len(policy_tokens) < SAMPLED_PROMPTS or policy <= LENGTH_RATIO * reference:
         return None
     return (
-        f"the policy's samples have grown to {policy:.0f} tokens on average, where the reference's have {reference:.0f}"
-        f" ({len(policy_tokens)} prompts): it may have learned that longer is better. ld_alpha < 1, or the losses"
-        " sigmoid_norm and simpo, take length out; a larger beta holds it closer to the reference"
+        f"the policy's samples have {policy:.0f} tokens on average, the reference's {reference:.0f}"
+        f" ({len(policy_tokens)} prompts): the policy may have learned that longer is better. To remove the effect of"
+        " length, set ld_alpha < 1, or use sigmoid_norm or simpo; a larger beta keeps it closer to the reference"
     )
 
 
 def reference_is_not_the_start(means: Mapping[str, float], beta: float, *, has_dropout: bool) -> str | None:
-    """From the metrics of the first optimizer step, which are those of the untouched policy."""
+    """Checks the metrics of the first optimizer step, which come from the policy before any update."""
     off = {side: means[f"rewards/{side}"] / beta for side in ("chosen", "rejected")}
     side = max(off, key=lambda side: abs(off[side]))
     if abs(off[side]) <= START_SHARE * abs(means[f"logps/{side}"]) + START_NATS:
         return None
-    dropout = ", or dropout, which is on," if has_dropout else ""
+    dropout = ", dropout (it is on)" if has_dropout else ""
     return (
-        f"the reference is not what training starts from: before the first update log-probs of {side} responses differ"
-        f" by {off[side]:+.3f} nats on average, so the first loss is not ln 2. A ref_model of other weights{dropout}"
-        " does that, as do reference log-probs of other data or another template; DPO expects a reference that is the"
-        " trained model as it starts"
+        "the reference differs from the policy at the start of training: before the first update, log-probs of"
+        f" {side} responses differ by {off[side]:+.3f} nats on average, so the first loss is not ln 2. Possible causes"
+        f" are a ref_model with other weights{dropout}, and reference log-probs from other data or another template."
+        " DPO expects the initial policy as reference"
     )

@@ -1,8 +1,8 @@
-"""Warnings that a practitioner wants: each known way of going wrong is said once in a run, with its number.
+"""Warns about known failures of preference training, each once per run, with its number.
 
-In: what training logs. Out: a warning, and a line of WARNINGS_FILE in the output directory, where the report finds it.
-Training is left alone. What counts as wrong stands in `warning_checks.py`; numbers are means over the last WINDOW_PAIRS
-pairs, so that small batches do not cry wolf.
+In: the logs of training. Out: a warning, and a line of WARNINGS_FILE in the output directory, which the report reads.
+Training itself does not change. `warning_checks.py` defines the failures. The numbers are means over the last
+WINDOW_PAIRS pairs, so that small batches cause no false alarms.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from fastdpo.training.callbacks.warning_checks import CHECKS, Progress, referenc
 logger = logging.get_logger(__name__)
 
 WARNINGS_FILE = "fastdpo_warnings.jsonl"
-WINDOW_PAIRS = 256  # an accuracy of one half has a standard error of 0.03 over so many
+WINDOW_PAIRS = 256  # over so many pairs, an accuracy of 0.5 has a standard error of 0.03
 
 
 class TrainingWatch(TrainerCallback):
-    """`given` holds the warnings of the run by name.
+    """Gives the warnings. `given` holds those of the run by name.
 
     Args:
-        has_reference: the loss compares with a reference.
-        first_means: the metrics of training since the last log, on this process.
-        given: is filled with the warnings.
+        has_reference: whether the loss compares with a reference.
+        first_means: returns the metrics of training since the last log, on this process.
+        given: a dict to write the warnings to.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TrainingWatch(TrainerCallback):
             return
         if state.global_step == 0:
             path.unlink()
-        else:  # what was said before the run was resumed
+        else:  # warnings given before the run was resumed
             self.given.update({entry["name"]: entry["message"] for entry in read_lines(path)})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -84,16 +84,16 @@ class TrainingWatch(TrainerCallback):
             self.say(name, check(progress), args, state.global_step)
 
     def say(self, name: str, message: str | None, args: Any, step: int) -> None:
-        """Gives a warning, if there is a message and it is the first of its name."""
+        """Gives a warning if there is a message and no warning of this name was given before."""
         if message is None or name in self.given:
             return
         self.given[name] = message
-        logger.warning(f"Step {step}: {message}. (Said once; training_warnings=False turns such warnings off.)")
+        logger.warning(f"Step {step}: {message}. (Shown once; training_warnings=False turns such warnings off.)")
         append_lines(Path(args.output_dir) / WARNINGS_FILE, [{"step": step, "name": name, "message": message}])
 
 
 def _means(window: deque[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
-    """Means over the pairs of the window, of what its last entry has."""
+    """Means over the pairs of the window, of all metrics that its last entry has."""
     total = sum(pairs for pairs, _ in window)
     keys = [key for key in window[-1][1] if key.startswith(("rewards/", "logps/", "lengths/"))]
     return {key: sum(pairs * logs[key] for pairs, logs in window) / total for key in keys}

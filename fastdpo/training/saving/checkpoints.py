@@ -1,7 +1,8 @@
-"""What a folder must hold to be resumed from, looked at before anything is loaded.
+"""Checks that training can resume from a checkpoint, before anything is loaded.
 
-In: what `train(resume_from_checkpoint=...)` and `--resume_from_checkpoint` take. Out: the folder. Refused: a folder
-that is no checkpoint, one whose run trained something else. What Trainer would begin anew without a word is warned of.
+In: the value of `train(resume_from_checkpoint=...)` or `--resume_from_checkpoint`. Out: the folder. Refused: a folder
+that is no checkpoint, or whose run trained something else. Warns about state that the checkpoint lacks and Trainer
+would create anew.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin", "*/adapter_model.s
 
 
 def checkpoint_folder(resume: Any, output_dir: str | Path, *, has_adapter: bool | None = None) -> str | None:
-    """The checkpoint that `resume` names, or the last one of `output_dir` where it is True; None where it is off.
+    """The checkpoint that `resume` names, or the last one in `output_dir` if it is True; None if resuming is off.
 
     Args:
-        has_adapter: whether the run trains an adapter; None where that is not known yet.
+        has_adapter: whether the run trains an adapter; None if that is not known yet.
     Raises:
-        ValueError: there is none, or it cannot be resumed from.
+        ValueError: there is no checkpoint, or training cannot resume from it.
     """
     if resume in (None, False, "false", "False"):
         return None
@@ -46,29 +47,29 @@ def _check(folder: Path, has_adapter: bool | None) -> None:
     inside = sorted(path.name for path in folder.glob("checkpoint-*"))
     if lost and inside:
         raise ValueError(
-            f"resume_from_checkpoint must be a checkpoint, {folder} is the folder of a run, with"
-            f" {', '.join(inside)} in it"
+            f"resume_from_checkpoint must be a checkpoint, got the folder of a run: {folder}. It contains"
+            f" {', '.join(inside)}"
         )
     if not (folder / _STATE).is_file():
-        raise ValueError(f"resume_from_checkpoint must be a checkpoint, there is no {_STATE} in {folder}")
+        raise ValueError(f"resume_from_checkpoint must be a checkpoint, got {folder} without {_STATE}")
     try:
         step = json.loads((folder / _STATE).read_text())["global_step"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"resume_from_checkpoint must be a whole checkpoint, {folder / _STATE} cannot be read: {error!r}"
+            f"resume_from_checkpoint must be a complete checkpoint, got unreadable {folder / _STATE}: {error!r}"
         ) from None
     is_whole = any(next(folder.glob(name), None) for name in _WEIGHTS)
     is_adapter = any(next(folder.glob(name), None) for name in _ADAPTER)
     if not (is_whole or is_adapter):
-        raise ValueError(f"resume_from_checkpoint must hold weights, there are none in {folder}")
+        raise ValueError(f"resume_from_checkpoint must contain weights, got {folder} without any")
     if has_adapter is not None and has_adapter != is_adapter and is_whole != is_adapter:
         trained, asked = ("an adapter", "all weights") if is_adapter else ("all weights", "an adapter")
         raise ValueError(
-            f"resume_from_checkpoint must be of a run like this one: {folder} is of one that trained {trained}, this"
-            f" one trains {asked}"
+            f"resume_from_checkpoint must come from a run that trains {asked} like this one, got {folder} from a run"
+            f" that trained {trained}"
         )
     if lost and not next(folder.glob("global_step*"), None):
         logger.warning(
-            f"{folder} was saved without its {' and '.join(lost)} (save_only_model?): training goes on from step {step}"
-            " with new ones"
+            f"{folder} was saved without {' and '.join(lost)} (save_only_model?): training resumes from step {step}"
+            " with a new state for them"
         )

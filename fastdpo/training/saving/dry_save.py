@@ -1,8 +1,8 @@
-"""A save of everything but the weights before the first step, so that no checkpoint fails that could have been known.
+"""Saves everything but the weights before the first step, so that a later checkpoint does not fail for a known reason.
 
-In: a run that is about to train. Out: nothing; what was written is gone again. Refused: a config, tokenizer,
-adapter or card that cannot be written, weights that share memory without the model saying so. A generation config with
-flags of sampling and without sampling, which transformers refuses to save, gets `do_sample`.
+In: a run that is about to train. Out: nothing; the files are deleted again. Refused: a config, tokenizer, adapter or
+card that cannot be saved, and weights that share memory although the model does not declare it. transformers refuses
+to save a generation config with sampling flags but without `do_sample`; such a config gets `do_sample`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ logger = logging.get_logger(__name__)
 
 
 def check_can_save(run: Run, saved: SavedModel, write_card: Callable[[str], None], *, is_sharded: bool = False) -> None:
-    """Writes into a temporary folder what a checkpoint holds beside weights and optimizer.
+    """Saves all parts of a checkpoint except weights and optimizer into a temporary folder.
 
     Args:
-        is_sharded: processes hold parts of the weights, which are then not looked at.
+        is_sharded: whether the weights are sharded over processes. Sharded weights are not checked.
     Raises:
-        ValueError: a part of it cannot be written.
+        ValueError: a part cannot be saved.
     """
     if not run.args.should_save:
         return
@@ -39,10 +39,9 @@ def check_can_save(run: Run, saved: SavedModel, write_card: Callable[[str], None
         for what, save in _parts(run, saved, write_card, folder, is_sharded=is_sharded):
             try:
                 save()
-            except Exception as error:  # whatever a library, or a model's own code, makes of what it cannot write
+            except Exception as error:  # libraries and models' own code raise many types
                 raise ValueError(
-                    f"{what} must be such that it can be saved, or the first checkpoint would fail:"
-                    f" {type(error).__name__}: {error}"
+                    f"{what} must be savable, or the first checkpoint would fail, got {type(error).__name__}: {error}"
                 ) from error
 
 
@@ -69,16 +68,16 @@ def _parts(
 
 
 def _check_shared(model: Any) -> None:
-    """transformers' own check of weights that share memory; nothing is copied."""
+    """Runs transformers' own check of weights that share memory. Copies nothing."""
     try:
         from transformers.modeling_utils import remove_tied_weights_from_state_dict
-    except ImportError:  # another release: said at the first save
+    except ImportError:  # in other releases of transformers, the first save runs the check
         return
     remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
 
 
 def _mend_generation_config(model: Any) -> None:
-    """Vicuna's, for one, has a temperature and no `do_sample`: what was meant is sampling."""
+    """Sets `do_sample` if the config has sampling flags without it, as Vicuna's has: its author meant sampling."""
     config = getattr(model, "generation_config", None)
     if config is None or config.do_sample:
         return
@@ -88,10 +87,10 @@ def _mend_generation_config(model: Any) -> None:
         config.do_sample = True
         try:
             config.validate(strict=True)
-        except ValueError:  # of another kind: told by the save
+        except ValueError:  # another error, which the save reports
             config.do_sample = False
             return
         logger.warning(
-            "The model's generation_config has flags of sampling without do_sample, which transformers refuses to save:"
-            " do_sample is set."
+            "The model's generation_config has sampling flags without do_sample, which transformers refuses to save."
+            " fastdpo sets do_sample."
         )

@@ -1,8 +1,9 @@
-"""A saved adapter and its base model as one plain model, which computes what the two compute.
+"""Merges a saved adapter into its base model: one plain model that computes the same logits.
 
 In: an adapter's folder. Out: a folder that transformers and vLLM load without PEFT, with tokenizer and processor files.
-The merged logits are compared with the adapter's twice, before saving and as read back; nothing is left behind where
-they differ. A weight that embedding and head share is parted first where the adapter changes only one of them.
+The merged logits are compared with the adapter's twice: before saving, and after loading the saved model. If they
+differ, no output stays behind. If the adapter changes only one of embedding and head, and both share a weight, each
+gets its own copy first.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from fastdpo.training.setup.models import adapter_base, load_model, load_tokeniz
 
 logger = logging.get_logger(__name__)
 
-LARGEST_SHARE = 0.05  # of what the adapter changes of the logits, that the merged model may be off by
+LARGEST_SHARE = 0.05  # largest error of the merged logits, as a share of the adapter's effect on the logits
 _PROBES, _PROBE_LENGTH = 4, 24  # random token ids
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What was made, and how exactly."""
+    """The merged model, and its error."""
 
     folder: Path
-    error: float  # largest difference of a logit between the merged model, as read back, and the adapter on its base
-    effect: float  # largest difference of a logit that the adapter makes
-    untied: bool  # whether embedding and head were parted
+    error: float  # largest difference of a logit between the saved merged model and the adapter on its base
+    effect: float  # largest change of a logit by the adapter
+    untied: bool  # whether a weight that embedding and head shared was split in two
 
 
 def merge_adapter(
@@ -45,11 +46,11 @@ def merge_adapter(
     """Writes the merged model.
 
     Args:
-        adapter: folder of a PEFT adapter, as `fastdpo train --use_peft` leaves it.
+        adapter: folder of a PEFT adapter, for example from `fastdpo train --use_peft`.
         output: a new folder.
-        dtype: of the weights that are saved; products of the adapter are rounded to it.
+        dtype: dtype of the saved weights. The adapter's products are rounded to it.
     Raises:
-        ValueError: no adapter, an output that exists, an adapter that cannot be merged, or logits that differ.
+        ValueError: `adapter` is no adapter or cannot be merged, `output` is not empty, or the logits differ.
     """
     if adapter_base(adapter) is None:
         raise ValueError(f"adapter must be a folder with an adapter_config.json and no config.json, got {adapter!r}")
@@ -68,7 +69,7 @@ def merge_adapter(
     try:
         merged: Any = model.merge_and_unload(safe_merge=True)
     except (NotImplementedError, AttributeError, ValueError, TypeError) as refusal:
-        raise ValueError(f"adapter must be of a kind that PEFT can merge, got {adapter}: {refusal}") from refusal
+        raise ValueError(f"adapter must be one that PEFT can merge, got {adapter}: {refusal}") from refusal
     _check(_logits(merged, ids), expected, effect, "the merged model")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -78,7 +79,7 @@ def merge_adapter(
         run: Any = SimpleNamespace(model=merged, args=args)
         SavedModel(run, None).add_to(str(partial))
         again = _logits(load_model(str(partial), args.init_kwargs()).eval(), ids)
-        error = _check(again, expected, effect, "the model as read back")
+        error = _check(again, expected, effect, "the saved model")
         if target.exists():
             target.rmdir()
         partial.rename(target)
@@ -110,16 +111,16 @@ def _check(logits: Tensor, expected: Tensor, effect: float, what: str) -> float:
     rounding = 1e-4 * expected.abs().max().item()
     if not error <= max(LARGEST_SHARE * effect, rounding):
         raise ValueError(
-            f"{what} must compute what the adapter computes: logits differ by {error:.2g}, where the adapter itself"
-            f" changes them by {effect:.2g}; a wider dtype (--dtype float32) may help"
+            f"{what} must have the adapter's logits, got a difference of {error:.2g}, while the adapter itself changes"
+            f" them by {effect:.2g}; try a wider dtype (--dtype float32)"
         )
     return error
 
 
 def _part_tied(model: Any) -> bool:
-    """Gives the head a weight of its own where it shares the embedding's and the adapter is on one of the two.
+    """Gives the head its own weight if it shares the embedding's and the adapter wraps one of the two.
 
-    PEFT adds an adapter's product to the weight that it wraps; where two modules share that weight, both would move.
+    PEFT adds an adapter's product to the wrapped weight. If two modules share this weight, both would change.
     """
     bare: Any = bare_model(model)
     ends = bare.get_input_embeddings(), bare.get_output_embeddings()

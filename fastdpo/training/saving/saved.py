@@ -1,8 +1,8 @@
-"""SavedModel: what is saved loads where the original loads, and is read back as it was saved.
+"""SavedModel: saves models so that they load wherever the original loads, and loads checkpoints completely.
 
-transformers writes weights under the names of the checkpoint that they came from, which are not always the module's
-(experts one by one, towers under other prefixes), and Trainer reads them back by the module's names: what it does not
-find stays as it is. Here a checkpoint is read by the class that wrote it.
+transformers saves weights under the names of the original checkpoint, which can differ from the module's names (experts
+one by one, towers under other prefixes). Trainer loads by the module's names and silently skips weights that it does
+not find. SavedModel loads a checkpoint with the class that saved it instead.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from fastdpo.training.setup.source_files import OtherParts, add_other_parts, cop
 
 
 class SavedModel:
-    """The files of a run's checkpoints that are not transformers' own, and how weights come back from them.
+    """Adds files to a run's checkpoints that transformers does not save, and loads weights from checkpoints.
 
     Args:
-        processor: that brought the tokenizer, where one was given.
+        processor: the processor that the user gave instead of a tokenizer, or None.
     """
 
     def __init__(self, run: Run, processor: Any) -> None:
         self.run, self.processor = run, processor
 
     def add_to(self, folder: str) -> None:
-        """Writes what belongs beside the weights in `folder`: processor files, and what the original checkpoint holds
-        that was not loaded."""
+        """Completes the saved weights in `folder`: adds processor files, and the parts of the original checkpoint that
+        were not loaded."""
         self.save_processor(folder)
         if self._other_parts is not None and not is_peft_model(self.run.model):
             add_other_parts(bare_model(self.run.model), self._other_parts, folder)
 
     def save_processor(self, folder: str) -> None:
-        """What turns images and sound into the model's inputs, as it came, beside the tokenizer."""
+        """Saves the processor (for images and sound) unchanged, next to the tokenizer."""
         if self.processor is not None:
             self.processor.save_pretrained(folder)
         bare = bare_model(self.run.model)
@@ -52,10 +52,10 @@ class SavedModel:
         return other_parts(bare, model_name(bare), where_from(self.run.args.init_kwargs()))
 
     def load(self, folder: str | None) -> bool:
-        """Reads whole weights into the model, which must not be sharded; False where an adapter is what was saved.
+        """Loads full weights into the model, which must not be sharded. False if the run saves an adapter instead.
 
         Raises:
-            ValueError: a weight is missing in the folder, or one is there that the model does not have.
+            ValueError: the folder lacks a weight of the model, or has a weight that the model lacks.
         """
         bare = bare_model(self.run.model)
         if folder is None or is_peft_model(self.run.model) or not hasattr(type(bare), "from_pretrained"):

@@ -1,7 +1,7 @@
-"""What a setting may be, where its type does not say it: checks and conversions that the configs share, and its help.
+"""Checks and conversions of setting values that the configs share.
 
-In: the name of a setting and its value, as Python or as text of a command line. Out: the value. Refuses, by name, rule
-and value, what cannot work.
+In: the name of a setting and its value, as a Python object or as text from a command line. Out: the value. Values that
+cannot work are refused with ValueError, which names the setting, the rule and the value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def help_text(text: str) -> dict[str, str]:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
-    """Raises ValueError with the nearest valid name."""
+    """Raises ValueError, with the nearest valid name, if `value` is not one of `choices`."""
     if value not in choices:
         nearest = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -28,7 +28,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) ->
 
 
 def as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    """A dict, or JSON of one from a command line."""
+    """The dict, parsed from JSON if it is text."""
     try:
         parsed = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
@@ -39,29 +39,29 @@ def as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | N
 
 
 def with_torch_dtype(model_init_kwargs: Any) -> dict[str, Any]:
-    """Arguments of from_pretrained with `dtype` as torch has it, whether it came as text or by its older name.
+    """Arguments of from_pretrained with `dtype` as a torch.dtype. Also takes text, and the older name torch_dtype.
 
     Raises:
-        ValueError: there is no such dtype, or it came by both names.
+        ValueError: there is no such dtype, or both names are given.
     """
     options = dict(model_init_kwargs or {})
     if "torch_dtype" in options:
         if "dtype" in options:
-            raise ValueError("model_init_kwargs must hold dtype or torch_dtype, its older name, got both")
+            raise ValueError("model_init_kwargs must hold either dtype or torch_dtype (its older name), got both")
         options["dtype"] = options.pop("torch_dtype")
     dtype = options.get("dtype")
     if isinstance(dtype, str) and dtype != "auto":
         options["dtype"] = getattr(torch, dtype.removeprefix("torch."), None)
         if not isinstance(options["dtype"], torch.dtype):
-            raise ValueError(f"model_init_kwargs must hold a dtype of torch, or 'auto', got {dtype!r}")
+            raise ValueError(f"model_init_kwargs must hold a torch dtype or 'auto' as dtype, got {dtype!r}")
     return options
 
 
 def parse_max_memory(value: dict[Any, Any] | str | None) -> dict[Any, Any] | None:
-    """Bytes by device: `cpu`, or the number of a GPU.
+    """Maximum bytes per device: `cpu`, or the number of a GPU.
 
     Raises:
-        ValueError: a device or an amount that is none.
+        ValueError: a device or an amount is not valid.
     """
     from accelerate.utils import convert_file_size_to_int
 
@@ -81,7 +81,7 @@ def parse_max_memory(value: dict[Any, Any] | str | None) -> dict[Any, Any] | Non
 
 
 def count_or_auto(name: str, value: int | str | None) -> int | str | None:
-    """A number of tokens, "auto" or None, also as the text of a command line."""
+    """A number of tokens, "auto" or None; also takes them as text from a command line."""
     if isinstance(value, str) and value.lower() in ("none", "null", "auto"):
         return "auto" if value.lower() == "auto" else None
     if isinstance(value, str) and value.isdigit():
@@ -92,19 +92,19 @@ def count_or_auto(name: str, value: int | str | None) -> int | str | None:
 
 
 def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:
-    """Raises ValueError where `value` is not an integer >= `least`, nor None where it is optional."""
+    """Raises ValueError if `value` is not an integer >= `least`. If it is optional, None is valid too."""
     if not (optional and value is None) and (type(value) is not int or value < least):
         raise ValueError(f"{name} must be an integer >= {least}{' or None' if optional else ''}, got {value!r}")
 
 
 def check_number(name: str, value: Any, *, least: float) -> None:
-    """Raises ValueError where `value` is not a finite number >= `least`."""
+    """Raises ValueError if `value` is not a finite number >= `least`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
         raise ValueError(f"{name} must be a finite number >= {least}, got {value!r}")
 
 
 def check_steps(args: Any) -> None:
-    """Raises ValueError where nothing would be trained, which would save the model as it came."""
+    """Raises ValueError if no step would run: such a run would save an untrained model."""
     if args.max_steps != -1:
         if type(args.max_steps) is not int or args.max_steps < 1:
             raise ValueError(f"max_steps must be an integer >= 1, or -1 for num_train_epochs, got {args.max_steps!r}")
@@ -115,55 +115,57 @@ def check_steps(args: Any) -> None:
 
 
 def check_order_of_rows(args: Any) -> None:
-    """Raises ValueError for orders that exclude each other, and for the one that fastdpo has another name for."""
+    """Raises ValueError for orders that exclude each other, and for one that has another name in fastdpo."""
     if args.regroup_dataset and args.length_bucketing:
-        raise ValueError("regroup_dataset and length_bucketing must not both be set: each is an order of its own")
+        raise ValueError("regroup_dataset and length_bucketing must not both be set: each sets the order of the rows")
     strategy = args.train_sampling_strategy
     if strategy not in ("random", "sequential"):
         raise ValueError(
-            f"train_sampling_strategy must be 'random' or 'sequential', got {strategy!r}; for steps of rows of"
-            " similar length set length_bucketing"
+            f"train_sampling_strategy must be 'random' or 'sequential', got {strategy!r}; to build each step from rows"
+            " of similar length, set length_bucketing"
         )
     if strategy != "random" and (args.regroup_dataset or args.length_bucketing):
         name = "regroup_dataset" if args.regroup_dataset else "length_bucketing"
-        raise ValueError(f"train_sampling_strategy must be 'random' where {name} is set, got {strategy!r}")
+        raise ValueError(f"train_sampling_strategy must be 'random' if {name} is set, got {strategy!r}")
 
 
 def check_packing_settings(args: Any) -> None:
-    """Raises ValueError for what goes with padded rows, or without them, alone."""
+    """Raises ValueError for settings that contradict `packing`."""
     if args.padding_free and args.packing == "padded":
-        raise ValueError("padding_free must be False where packing is 'padded', its opposite, got True")
+        raise ValueError("padding_free must be False if packing is 'padded', got True: they contradict each other")
     if args.neftune_noise_alpha is not None and args.packing != "padded":
         raise ValueError(
-            "neftune_noise_alpha must go with packing='padded': its noise is scaled by the length of a row, and a"
-            f" packed row holds many sequences, got {args.neftune_noise_alpha}"
+            f"neftune_noise_alpha must be None unless packing is 'padded', got {args.neftune_noise_alpha}: NEFTune"
+            " scales its noise by the length of a row, and a packed row holds many sequences"
         )
 
 
 def check_trainer_settings(args: Any) -> None:
-    """Raises ValueError for settings of transformers' Trainer that nothing here could honour."""
+    """Raises ValueError for settings of transformers' Trainer that fastdpo cannot honour."""
     if args.logging_nan_inf_filter:
         raise ValueError("logging_nan_inf_filter must be False: it would hide a loss that is not finite, got True")
     if args.label_smoothing_factor != 0:
         raise ValueError(
-            "label_smoothing_factor must be 0: it is Trainer's smoothing of tokens, which the head op does not do;"
-            f" for flipped preference labels use label_smoothing, got {args.label_smoothing_factor}"
+            f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: it smooths token labels, which the"
+            " head op does not support; for flipped preference labels use label_smoothing"
         )
 
 
 def resolve_checkpointing(args: Any, default: bool) -> None:
-    """Sets gradient_checkpointing, and activation_checkpointing, its name since transformers 5.23, to what was asked.
+    """Sets gradient_checkpointing and activation_checkpointing (its name since transformers 5.23) to the same value.
 
-    Both then have a value, so that transformers warns of neither.
+    Both get a value, so that transformers warns about neither.
 
+    Args:
+        default: the value if neither is given.
     Raises:
-        ValueError: the two names ask for different things.
+        ValueError: the two names have different values.
     """
     names = [name for name in ("gradient_checkpointing", "activation_checkpointing") if hasattr(args, name)]
     asked = {getattr(args, name) for name in names} - {None}
     if len(asked) > 1:
         raise ValueError(
-            "gradient_checkpointing and activation_checkpointing must not differ, they are two names of one setting,"
+            "gradient_checkpointing and activation_checkpointing must not differ, because they name the same setting,"
             f" got {args.gradient_checkpointing!r} and {args.activation_checkpointing!r}"
         )
     for name in names:
@@ -171,20 +173,20 @@ def resolve_checkpointing(args: Any, default: bool) -> None:
 
 
 def offload_checkpoints(args: Any, on_gpu: bool) -> None:
-    """TRL's activation_offloading as transformers' `offload` of what gradient checkpointing keeps.
+    """Translates TRL's activation_offloading into transformers' `offload` option of gradient checkpointing.
 
     Raises:
-        ValueError: there is no other memory to move it to, nothing is kept that could be moved, or transformers is
-            older than 5.23.
+        ValueError: the run is on a CPU, gradient checkpointing is off, or transformers is older than 5.23.
     """
     if not hasattr(args, "activation_checkpointing_kwargs"):
-        raise ValueError("activation_offloading must be False with transformers before 5.23, which cannot do it")
+        raise ValueError("activation_offloading must be False with transformers before 5.23, got True: upgrade it")
     if not on_gpu:
-        raise ValueError("activation_offloading must be False on a CPU, in whose memory activations are, got True")
+        raise ValueError("activation_offloading must be False on a CPU, got True: they are in the CPU's memory already")
     if not args.gradient_checkpointing:
         raise ValueError(
-            "activation_offloading must go with gradient_checkpointing: what checkpointing keeps is what is moved"
+            "activation_offloading must be False without gradient_checkpointing, got True: it moves the activations"
+            " that checkpointing keeps"
         )
-    name = "activation_checkpointing_kwargs"  # of which gradient_checkpointing_kwargs is the older one
+    name = "activation_checkpointing_kwargs"  # gradient_checkpointing_kwargs is its older name
     given = args.gradient_checkpointing_kwargs if getattr(args, name) is None else getattr(args, name)
     args.activation_checkpointing_kwargs = {**(as_dict(name, given) or {}), "offload": True}

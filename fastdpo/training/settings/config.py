@@ -1,6 +1,6 @@
 """The configs of the two trainers: DPOConfig and SFTConfig.
 
-Names are TRL's wherever TRL has the setting. What a type cannot check, `__post_init__` does, before anything is loaded.
+Names are TRL's wherever TRL has the setting. `__post_init__` checks the values before anything is loaded.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class DPOConfig(FeatureSettings, LossSettings, EngineConfig):
         super().__post_init__()
 
     def check(self) -> None:
-        """Refuses settings of loss, reference and features that cannot work together; again where one was changed.
+        """Checks that the settings of loss, reference and features can work together. Call it again after a change.
 
         Raises:
             ValueError: with the setting, the rule and the value.
@@ -92,36 +92,36 @@ class DPOConfig(FeatureSettings, LossSettings, EngineConfig):
         has_none = self.reference_free or self.reference == "none"
         if has_none and self.f_divergence_type != "reverse_kl":
             raise ValueError(
-                "f_divergence_type must be 'reverse_kl' where there is no reference to diverge from, got"
-                f" {self.f_divergence_type!r}"
+                f"f_divergence_type must be 'reverse_kl' without a reference, got {self.f_divergence_type!r}"
             )
         if self.max_tokens_per_microbatch is not None and looks_at_whole_batch(self):
             raise ValueError(
-                f"max_tokens_per_microbatch must be None for loss_type {self.loss_type}, which is not a sum over pairs:"
-                f" its batch cannot be split, got {self.max_tokens_per_microbatch!r}"
+                f"max_tokens_per_microbatch must be None for loss_type {self.loss_type}, got"
+                f" {self.max_tokens_per_microbatch!r}: this loss is not a sum over pairs, so its batch cannot be split"
             )
         if self.sync_ref_model and (has_none or self.reference == "cached"):
             mode = "none" if has_none else "cached"
-            why = "there is none to move" if has_none else "cached log-probs would be those of a reference that is gone"
-            raise ValueError(f"sync_ref_model must be off where the reference is {mode!r}: {why}")
+            why = "there is no reference to move" if has_none else "cached log-probs do not follow a moving reference"
+            raise ValueError(f"sync_ref_model must be off if reference is {mode!r}, got True: {why}")
 
     def _reference_mode(self) -> str:
-        """The mode that reference, reference_free, precompute_ref_log_probs and the losses ask for together."""
+        """The mode that follows from reference, reference_free, precompute_ref_log_probs and the losses."""
         check_choice("reference", self.reference, REFERENCE_MODES)
         free = losses_where(lambda loss: not loss.reference, self.loss_type)
         if free and self.reference not in ("auto", "none"):
             raise ValueError(
-                f"reference must be 'auto' or 'none' for loss_type {free[0]!r}, which has none, got {self.reference!r}"
+                f"reference must be 'auto' or 'none' for loss_type {free[0]!r}, which uses no reference, got"
+                f" {self.reference!r}"
             )
         if free and self.precompute_ref_log_probs:
             raise ValueError(
-                f"precompute_ref_log_probs must be off for loss_type {free[0]!r}, which has no reference, got True"
+                f"precompute_ref_log_probs must be off for loss_type {free[0]!r}, which uses no reference, got True"
             )
         if self.precompute_ref_log_probs and (self.reference not in ("auto", "cached") or self.reference_free):
             asked = "reference_free" if self.reference_free else f"reference={self.reference!r}"
-            raise ValueError(f"precompute_ref_log_probs must be off with {asked}: it is reference='cached'")
+            raise ValueError(f"precompute_ref_log_probs must be off with {asked}, got True: it sets reference='cached'")
         if self.reference_free and self.reference not in ("auto", "none"):
-            raise ValueError(f"reference must be 'none' or 'auto' where reference_free is set, got {self.reference!r}")
+            raise ValueError(f"reference must be 'none' or 'auto' if reference_free is set, got {self.reference!r}")
         return "none" if free else "cached" if self.precompute_ref_log_probs else self.reference
 
     def tokenization_settings(self) -> TokenizationSettings:

@@ -1,6 +1,6 @@
-"""The settings that every run has: TrainingArguments plus what model, data and engine need.
+"""The settings that every run has: TrainingArguments plus settings of model, data and engine.
 
-Names are TRL's wherever TRL has the setting. What a type cannot check, `__post_init__` does, before anything is loaded.
+Names are TRL's wherever TRL has the setting. `__post_init__` checks the values before anything is loaded.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ logger = logging.get_logger(__name__)
 
 PACKING_MODES = ("auto", "packed", "padded")
 OVERSIZED_ROWS = ("alone", "raise")
-WORKERS_ON_A_GPU = 2  # collating on the process that launches leaves a GPU idle for 5 to 15 ms a step
+WORKERS_ON_A_GPU = 2  # without workers, the GPU waits 5 to 15 ms a step while the main process collates
 
 
 @dataclass
 class EngineConfig(TrainingArguments):
     """What DPOConfig and SFTConfig have in common."""
 
-    # Defaults that differ from TrainingArguments, the first two because TRL's do
+    # Defaults that differ from TrainingArguments. The first two are TRL's defaults.
     logging_steps: float = field(default=10, metadata=help_text("Optimizer steps between two log entries."))
     gradient_checkpointing: bool | None = field(
         default=None,
@@ -262,12 +262,12 @@ class EngineConfig(TrainingArguments):
         check_order_of_rows(self)
         check_packing_settings(self)
         check_trainer_settings(self)
-        self.remove_unused_columns = False  # prepared datasets have no others
+        self.remove_unused_columns = False  # prepared datasets have no unused columns
         self._follow_device()
         super().__post_init__()
 
     def _follow_device(self) -> None:
-        """Gives the settings that have a default of their own on a GPU the one of this machine."""
+        """Fills in the defaults that depend on whether there is a GPU."""
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported()
@@ -280,14 +280,14 @@ class EngineConfig(TrainingArguments):
         if not on_gpu:
             self.dataloader_pin_memory = False
             if self.fp16:
-                logger.warning("fp16 on a CPU is slow and overflows above 65,504: use bf16, or neither")
+                logger.warning("fp16 on a CPU is slow and overflows above 65,504: use bf16 or fp32 instead")
 
     def to_dict(self) -> dict[str, Any]:
-        """TrainingArguments', which takes everything called ..._token for a secret, with the pad_token as it is."""
+        """As in TrainingArguments, which hides every value named ..._token as a secret; pad_token is kept readable."""
         return {**super().to_dict(), "pad_token": self.pad_token}
 
     def init_kwargs(self) -> dict[str, Any]:
-        """What from_pretrained is given where a model is loaded by name."""
+        """The keyword arguments of from_pretrained for a model that is loaded by name."""
         trust = {"trust_remote_code": True} if self.trust_remote_code else {}
         return {**trust, **with_torch_dtype(self.model_init_kwargs)}
 

@@ -1,4 +1,4 @@
-"""The settings of what DPOTrainer does beside the loss: a reference that follows, samples, warnings.
+"""Settings of DPOTrainer's features around the loss: a moving reference, samples, warnings.
 
 Part of DPOConfig. Names and defaults are TRL's where TRL has the setting.
 """
@@ -12,7 +12,7 @@ from fastdpo.training.settings.checks import check_count, check_number, help_tex
 
 @dataclass
 class FeatureSettings:
-    """Fields of DPOConfig; `check_features` raises ValueError where one of these fields cannot work."""
+    """Fields of DPOConfig. `check_features` raises ValueError for values that cannot work."""
 
     sync_ref_model: bool = field(
         default=False,

@@ -1,4 +1,4 @@
-"""The settings of the loss: which ones, how they are added, and what they are computed with. Part of DPOConfig.
+"""The settings of the loss: which losses, their weights, and their parameters. Part of DPOConfig.
 
 Names and defaults are TRL's where TRL has the setting.
 """
@@ -20,7 +20,7 @@ from fastdpo.training.settings.trl_names import RENAMED_LOSSES
 
 @dataclass
 class LossSettings:
-    """Fields of DPOConfig; `check_losses` raises ValueError where these fields cannot work, alone or together."""
+    """Fields of DPOConfig. `check_losses` raises ValueError for values that cannot work, alone or together."""
 
     beta: float = field(
         default=0.1,
@@ -72,13 +72,13 @@ class LossSettings:
         self.loss_type = _names(self.loss_type)
         for name in self.loss_type:
             if name in RENAMED_LOSSES:
-                raise ValueError(f"loss_type has no {name!r} any more; instead: {RENAMED_LOSSES[name]}")
+                raise ValueError(f"loss_type must not be {name!r}, a former name; instead: {RENAMED_LOSSES[name]}")
         check_loss_settings(self.loss_type, self)
         check_combination(self)
 
 
 def _names(loss_type: str | list[str]) -> list[str]:
-    """Names from a list or from text with commas, as command lines and TRL's older configs have it."""
+    """Names from a list, or from comma-separated text as on command lines and in older configs of TRL."""
     parts = [loss_type] if isinstance(loss_type, str) else loss_type
     if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
         raise ValueError(f"loss_type must be a name or a list of names, got {loss_type!r}")

@@ -88,7 +88,7 @@ def test_samples_that_grow_are_warned_of(tmp_path):
         ]
         fast.eval_samples.take(1)
         assert ("samples_grow" in fast.watch.given) == is_warned
-    assert "31 tokens on average, where the reference's have 20 (8 prompts)" in fast.watch.given["samples_grow"]
+    assert "31 tokens on average, the reference's 20 (8 prompts)" in fast.watch.given["samples_grow"]
 
 
 def test_they_change_neither_losses_nor_order(tmp_path):
@@ -166,7 +166,7 @@ def test_prompts_leave_room_for_answers_where_positions_are_learned(tmp_path):
     fast = tiny_trainer(tmp_path, GPT2LMHeadModel(config), eval_sample_tokens=18, **settings)
     assert [len(ids) for ids in fast.eval_samples.prompt_ids] == [n for n in lengths if n <= 6]
     fast.evaluate()
-    with pytest.raises(ValueError, match="no row of eval_dataset has a prompt of its own of at most 1 tokens"):
+    with pytest.raises(ValueError, match="no row of eval_dataset has a separate prompt of at most 1 tokens"):
         tiny_trainer(tmp_path, GPT2LMHeadModel(config), eval_sample_tokens=23, **settings)
 
 

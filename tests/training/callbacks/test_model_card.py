@@ -54,7 +54,7 @@ def test_its_metadata_and_facts_are_those_of_the_run(trained):
         assert fact in card.text, fact
     last = [entry for entry in trained.state.log_history if "eval_loss" in entry][-1]
     assert f" {last['eval_loss']:.4f} |" in card.text
-    assert "## What training warned of" in card.text
+    assert "## Warnings of training" in card.text
     assert trained.watch.given["reference_is_not_the_start"] in card.text
 
 

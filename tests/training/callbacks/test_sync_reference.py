@@ -148,9 +148,9 @@ def test_a_checkpoint_without_the_reference_is_warned_of(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"reference": "cached"}, "sync_ref_model must be off where the reference is 'cached'"),
-        ({"precompute_ref_log_probs": True}, "sync_ref_model must be off where the reference is 'cached'"),
-        ({"reference": "none"}, "sync_ref_model must be off where the reference is 'none'"),
+        ({"reference": "cached"}, "sync_ref_model must be off if reference is 'cached'"),
+        ({"precompute_ref_log_probs": True}, "sync_ref_model must be off if reference is 'cached'"),
+        ({"reference": "none"}, "sync_ref_model must be off if reference is 'none'"),
         ({"ref_model_mixup_alpha": 1.5}, r"ref_model_mixup_alpha must be in \(0, 1\], got 1.5"),
         ({"ref_model_sync_steps": 0}, "ref_model_sync_steps must be an integer >= 1, got 0"),
     ],
@@ -163,7 +163,7 @@ def test_what_cannot_be_synced_is_refused(tmp_path, settings, match):
 
 def test_a_reference_of_another_shape_is_refused(tmp_path):
     other = make_llama(intermediate_size=48)
-    with pytest.raises(ValueError, match="sync_ref_model must be off where the reference is built otherwise"):
+    with pytest.raises(ValueError, match="sync_ref_model must be off if the reference is built otherwise"):
         tiny_trainer(tmp_path, ref_model=other, sync_ref_model=True)
 
 

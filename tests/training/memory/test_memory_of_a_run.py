@@ -96,7 +96,7 @@ def test_a_budget_that_is_measured_later_is_not_estimated_now(tmp_path, monkeypa
     for module in ("memory.estimate", "callbacks.summary", "memory.largest_batch"):
         monkeypatch.setattr(f"fastdpo.training.{module}.is_measured_later", lambda trainer: True)
     text = dict(summary_lines(trainer))["peak memory"]
-    assert text.startswith("micro-batches grow to what is free when training starts; the longest row alone takes about")
+    assert text.startswith("micro-batches fill the memory that is free at the start; the longest row alone takes about")
     assert largest_microbatch(trainer).num_tokens < whole
 
 

@@ -237,7 +237,7 @@ def test_samples_summary_and_card_of_a_composite(tmp_path):
     summary = trainer.summary()
     decoder = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert f"{decoder:,} trained" in summary
-    assert "model.vision_tower, model.multi_modal_projector stay as they are" in summary
+    assert "model.vision_tower, model.multi_modal_projector not trained" in summary
     assert "about " in summary.partition("peak memory")[2]
     losses(trainer)
     assert (tmp_path / "out" / "fastdpo_samples.jsonl").read_text().count("\n") >= 4

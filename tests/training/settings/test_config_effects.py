@@ -199,7 +199,7 @@ def test_model_init_kwargs_beside_a_loaded_model_are_said_to_do_nothing(tmp_path
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"padding_free": True, "packing": "padded"}, "padding_free must be False where packing is 'padded'"),
+        ({"padding_free": True, "packing": "padded"}, "padding_free must be False if packing is 'padded'"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of must be an integer >= 1, 'auto' or None, got 0"),
         ({"pad_to_multiple_of": "many"}, "pad_to_multiple_of must be .* got 'many'"),
         ({"precompute_ref_batch_size": 0}, "precompute_ref_batch_size must be an integer >= 1 or None, got 0"),
@@ -208,10 +208,13 @@ def test_model_init_kwargs_beside_a_loaded_model_are_said_to_do_nothing(tmp_path
         ({"workspace_bytes": 0}, "workspace_bytes must be a positive int"),
         (
             {"activation_offloading": True},
-            "activation_offloading must be False (on a CPU|with transformers before 5.23, which cannot do it)",
+            "activation_offloading must be False (on a CPU|with transformers before 5.23)",
         ),
-        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must go with packing='padded'"),
-        ({"model_init_kwargs": {"dtype": "bfloat17"}}, "model_init_kwargs must hold a dtype of torch, or 'auto', got"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be None unless packing is 'padded', got 5.0"),
+        (
+            {"model_init_kwargs": {"dtype": "bfloat17"}},
+            "model_init_kwargs must hold a torch dtype or 'auto' as dtype, got",
+        ),
         ({"model_init_kwargs": {"dtype": "auto", "torch_dtype": "auto"}}, "got both"),
         ({"max_length": "512"}, "max_length must be an integer >= 2 or None, got '512'"),
         ({"max_prompt_length": True}, "max_prompt_length must be an integer >= 1 or None, got True"),
@@ -247,5 +250,5 @@ def test_offloaded_activations_are_checkpoints_kept_in_host_memory(tmp_path, mon
     monkeypatch.setattr(DPOConfig, "device", torch.device("cpu"))
     args = DPOConfig(str(tmp_path), activation_offloading=True, activation_checkpointing_kwargs={"every_n_layers": 2})
     assert args.activation_checkpointing_kwargs == {"every_n_layers": 2, "offload": True}
-    with pytest.raises(ValueError, match="activation_offloading must go with gradient_checkpointing"):
+    with pytest.raises(ValueError, match="activation_offloading must be False without gradient_checkpointing"):
         DPOConfig(str(tmp_path), activation_offloading=True, gradient_checkpointing=False)

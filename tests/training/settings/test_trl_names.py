@@ -140,7 +140,7 @@ def test_a_name_with_nothing_to_do_here_says_why(tmp_path, name):
         ({"is_encoder_decoder": True}, "causal LM"),
         ({"tools": [str]}, "'tools': tools"),
         ({"logging_dir": "logs"}, "TENSORBOARD_LOGGING_DIR='logs'"),
-        ({"simpo_gamma": 1.0, "beta": 0}, "simpo_gamma must be a number, and beta one > 0, got 1.0 and 0"),
+        ({"simpo_gamma": 1.0, "beta": 0}, "simpo_gamma must be a number and beta a number > 0, got 1.0 and 0"),
     ],
     ids=str,
 )
@@ -170,7 +170,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path):
 
 
 def test_two_names_for_one_setting_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="evaluation_strategy must not be given beside eval_strategy"):
+    with pytest.raises(ValueError, match="evaluation_strategy must not be given together with eval_strategy"):
         config(tmp_path, evaluation_strategy="no", eval_strategy="no")
 
 
@@ -255,7 +255,7 @@ def test_without_args_the_output_goes_where_trls_does(tmp_path, monkeypatch):
 
 def test_a_subclass_that_overrides_what_only_trl_calls_is_refused_instead_of_training_without_it():
     with pytest.raises(
-        ValueError, match=r"Mine must not override .* got \['_compute_loss', 'dpo_loss'\]; .*accelerate"
+        ValueError, match=r"Mine must not override .* got \['_compute_loss', 'dpo_loss'\]: .*accelerate"
     ):
         type("Mine", (DPOTrainer,), {"_compute_loss": None, "dpo_loss": None})
     with pytest.raises(ValueError, match="tokenize_row"):
@@ -270,5 +270,5 @@ def test_the_methods_that_subclasses_of_trls_trainer_override_are_those_that_it_
 
 def test_a_collator_of_trls_is_refused():
     collator = type("DataCollatorForPreference", (), {"__module__": "trl.trainer.dpo_trainer"})()
-    with pytest.raises(ValueError, match=r"PackedBatch.asdict\(\), got TRL's DataCollatorForPreference; give none"):
+    with pytest.raises(ValueError, match=r"PackedBatch.asdict\(\), got TRL's DataCollatorForPreference; remove it"):
         DPOTrainer(make_llama(), args=DPOConfig("out", use_cpu=True), data_collator=collator, **parts())
