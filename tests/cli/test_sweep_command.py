@@ -48,7 +48,7 @@ def test_a_dry_run_prints_the_commands(capsys, paths):
     ("more", "word"),
     [
         (("--param", "bta=0.1"), "--bta"),
-        (("--param", "beta=0.1", "--beta", "0.2"), "param must not name beta"),
+        (("--param", "beta=0.1", "--beta", "0.2"), "param must not name an option that is set for all runs, got beta"),
         (("--param", "beta=0.1", "--judge", "length"), "eval_prompts must be given"),
         ((), "param must be given"),
     ],
