@@ -47,7 +47,8 @@ def test_packed_text_equals_separate_forwards_of_the_whole_model(model_type, pre
 
 @pytest.mark.parametrize("model_type", COMPOSITES)
 def test_padded_text_equals_separate_forwards_of_the_whole_model(model_type):
-    model = make_composite(model_type)
+    """In fp64: the recurrence of Qwen3.5's linear attention amplifies the rounding of fp32."""
+    model = make_composite(model_type).double()
     freeze_towers(model)
     assert_same(model, pad_pairs(GROUPS))
 
