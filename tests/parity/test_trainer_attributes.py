@@ -190,7 +190,7 @@ def test_ld_alpha_can_be_taken_off_and_put_back(tmp_path):
 
 def test_a_setting_that_needs_other_rows_is_refused_once_they_are_prepared(tmp_path):
     trainer = tiny_trainer(tmp_path)
-    with pytest.raises(ValueError, match=r"loss_type must .* got \['plackett_luce'\] later"):
+    with pytest.raises(ValueError, match=r"loss_type must .* got \['plackett_luce'\] after"):
         trainer.loss_types = ["plackett_luce"]
     assert trainer.loss_types == ["sigmoid"]
     trainer.ld_alpha = 0.5
