@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.options.parser import RaisingParser
+from fastdpo.cli.records import write_records
 
 WAYS = ("best_worst", "best_random", "all", "ranking")
 
@@ -19,6 +19,7 @@ def main(argv: list[str]) -> None:
     """
     options = _parser().parse_args(argv)
     from fastdpo.rounds.generate import Pairing, Sampling
+    from fastdpo.rounds.judges import check_judge
 
     sampling = Sampling(options.num, options.max_new_tokens, options.temperature, options.batch_size, options.seed)
     pairing = Pairing(options.pairs, options.margin, options.balance_lengths)
@@ -27,8 +28,7 @@ def main(argv: list[str]) -> None:
     output = Path(options.output)
     if output.is_dir():
         raise ValueError(f"output must be a file, got the folder {output}")
-    if options.judge.startswith(("http://", "https://")) and not options.judge_model:
-        raise ValueError("judge_model must name the endpoint's model if judge is a URL, got none")
+    check_judge(options.judge, options.judge_model)
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -56,9 +56,7 @@ def main(argv: list[str]) -> None:
             f"prompts must give at least one pair, got {counted.num_ties} ties, {counted.num_duplicates} duplicates and"
             f" {counted.num_unscored} responses without a score; try a higher temperature or num, or another judge"
         )
-    partial = output.with_name(f".{output.name}.partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(output)
+    write_records(output, rows)
     console.print(_table(made, pairing.way))
     console.print(f"wrote {output}; all responses with their scores are in {samples}")
 
@@ -102,8 +100,7 @@ def _parser() -> RaisingParser:
 
 def _loaded(options: Any) -> tuple[Any, Any, Any]:
     """Model, tokenizer and judge."""
-    from fastdpo.rounds.endpoint import EndpointJudge
-    from fastdpo.rounds.judges import is_endpoint, make_judge
+    from fastdpo.rounds.judges import make_judge
     from fastdpo.training import DPOConfig
     from fastdpo.training.setup.models import load_model, resolve_tokenizer
 
@@ -115,10 +112,8 @@ def _loaded(options: Any) -> tuple[Any, Any, Any]:
         trust_remote_code=options.trust_remote_code,
         use_cpu=options.use_cpu,
     )
-    if is_endpoint(options.judge):
-        judge: Any = EndpointJudge(options.judge, options.judge_model)
-    elif options.judge != "logp":
-        judge = make_judge(options.judge, args=args)
+    if options.judge != "logp":  # made first, so that a mistake in its name costs no loading
+        judge: Any = make_judge(options.judge, options.judge_model, args=args)
     model: Any = load_model(options.model, args.init_kwargs())
     model.to(args.device).eval()
     tokenizer = resolve_tokenizer(options.model, None, args)

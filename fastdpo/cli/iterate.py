@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from fastdpo.cli.forwarded import check_forwarded, resuming
 from fastdpo.cli.options.parser import RaisingParser
+from fastdpo.cli.records import write_records
 
 NOT_FORWARDED = ("--output_dir", "--output-dir", "--dataset", "--ref_model", "--ref-model")
 
@@ -18,15 +19,13 @@ def main(argv: list[str]) -> None:
         ValueError: a mistake that the user can fix.
     """
     options, train_options = _parser().parse_known_args(argv)
-    for option in train_options:
-        if option.partition("=")[0] in NOT_FORWARDED:
-            raise ValueError(f"{option.partition('=')[0]} must not be given, because iterate sets it in each round")
+    check_forwarded(train_options, NOT_FORWARDED, "iterate sets it in each round")
     from fastdpo.rounds.iterate import Plan, iterate
+    from fastdpo.rounds.judges import check_judge
 
     plan = Plan(options.model, options.rounds, options.reference, options.start, options.replay, options.seed)
     plan.check()
-    if options.judge.startswith(("http://", "https://")) and not options.judge_model:
-        raise ValueError("judge_model must name the endpoint's model if judge is a URL, got none")
+    check_judge(options.judge, options.judge_model)
     if options.eval_prompts < 2:
         raise ValueError(f"eval_prompts must be at least 2, got {options.eval_prompts}")
     from fastdpo.cli.console import make_console
@@ -100,8 +99,7 @@ class _Run:
 
     def _loaded(self, name: str) -> tuple[Any, Any, Any]:
         """Model, tokenizer and judge."""
-        from fastdpo.rounds.endpoint import EndpointJudge
-        from fastdpo.rounds.judges import is_endpoint, make_judge
+        from fastdpo.rounds.judges import make_judge
         from fastdpo.training import DPOConfig
         from fastdpo.training.setup.models import load_model, resolve_tokenizer
 
@@ -112,10 +110,7 @@ class _Run:
         model: Any = load_model(name, args.init_kwargs())
         model.to(args.device).eval()
         tokenizer = resolve_tokenizer(name, None, args)
-        if is_endpoint(options.judge):
-            judge: Any = EndpointJudge(options.judge, options.judge_model)
-        else:
-            judge = make_judge(options.judge, model=model, tokenizer=tokenizer, args=args)
+        judge = make_judge(options.judge, options.judge_model, model=model, tokenizer=tokenizer, args=args)
         return model, tokenizer, judge
 
     def _make_pairs(self, name: str, path: Path, number: int) -> None:
@@ -135,9 +130,7 @@ class _Run:
             raise ValueError(
                 f"prompts must give at least one pair in round {number}, got {found}; raise temperature or num"
             )
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        path.with_name(".pairs.partial").write_text(text, encoding="utf-8")
-        path.with_name(".pairs.partial").replace(path)
+        write_records(path, rows)
 
     def _train(self, start: str, reference: str, data: Path, folder: Path) -> None:
         from fastdpo.cli.train import main as train
@@ -147,9 +140,7 @@ class _Run:
         words += ["--use_cpu", "true"] if self.options.use_cpu else []
         words += ["--trust_remote_code", "true"] if self.options.trust_remote_code else []
         words += ["--seed", str(self.options.seed)]
-        is_begun = any(folder.glob("checkpoint-*/trainer_state.json"))
-        words += ["--resume_from_checkpoint", "true"] if is_begun else ["--overwrite_output_dir"]
-        code = train([*words, *self.train_options])
+        code = train([*words, *resuming(folder), *self.train_options])
         if code:
             raise ValueError(f"training of {folder} ended with exit code {code}")
 

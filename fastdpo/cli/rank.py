@@ -266,7 +266,8 @@ def _finish(
     """Prints the ranking, and writes the requested files."""
     from fastdpo.cli.console import make_console
     from fastdpo.cli.rank_tables import print_ranking
-    from fastdpo.ranking.ratings import rating_records, write_records
+    from fastdpo.cli.records import write_records
+    from fastdpo.ranking.ratings import rating_records
 
     records = rating_records(comparisons, strengths, confidence=options.confidence, anchor=options.anchor)
     if ranked is not None:

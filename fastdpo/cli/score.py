@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.options.parser import RaisingParser
+from fastdpo.cli.records import write_records
 
 BENCHMARKS = ("rewardbench", "rewardbench2")
 
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
     for record, of_row in zip(records, credits or (), strict=False):
         record["credits"] = [list(zip(one.tokens, one.values, strict=True)) for one in of_row]
     if options.output is not None:
-        _write(Path(options.output), records)
+        write_records(options.output, records)
     summaries = [summarize(found.rows), summarize_per_token(found.rows)]
     subsets = benchmark_scores(options.benchmark, examples, found.rows) if options.benchmark else []
     if options.html is not None:
@@ -129,14 +130,6 @@ def _credits(options: Any, reference: str | None, found: Any, args: Any) -> list
         dataset = dataset.select(range(min(options.examples, len(dataset))))
     tokenizer = resolve_tokenizer(options.model, None, args)
     return list(token_credits(options.model, reference, dataset, tokenizer, args, beta=options.beta))
-
-
-def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Writes the file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    partial.replace(path)
 
 
 def _table(summaries: Sequence[Any], found: Any, reference: str | None) -> Any:

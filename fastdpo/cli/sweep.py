@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastdpo.cli.forwarded import check_forwarded, resuming
 from fastdpo.cli.options.parser import RaisingParser
 
 NOT_FORWARDED = ("--output_dir", "--output-dir")
@@ -18,9 +19,7 @@ def main(argv: list[str]) -> None:
         ValueError: a mistake that the user can fix.
     """
     options, train_options = _parser().parse_known_args(argv)
-    for option in train_options:
-        if option.partition("=")[0] in NOT_FORWARDED:
-            raise ValueError(f"{option.partition('=')[0]} must not be given, because sweep sets it for each run")
+    check_forwarded(train_options, NOT_FORWARDED, "sweep sets it for each run")
     from fastdpo.rounds.sweep import combinations_of, name_of, read_params, sweep
 
     params = read_params(options.param)
@@ -96,8 +95,7 @@ def _words(common: list[str], run: dict[str, str], folder: Path) -> list[str]:
 def _train(words: list[str], folder: Path) -> None:
     from fastdpo.cli.train import main as train
 
-    is_begun = any(folder.glob("checkpoint-*/trainer_state.json"))
-    code = train([*words, *(["--resume_from_checkpoint", "true"] if is_begun else ["--overwrite_output_dir"])])
+    code = train([*words, *resuming(folder)])
     if code:
         raise ValueError(f"the run in {folder} ended with exit code {code}")
 
@@ -118,11 +116,11 @@ class _Measure:
     def __init__(self, options: Any, output: Path) -> None:
         from fastdpo.data.sources.loading import load_preference_dataset
         from fastdpo.rounds.generate import Sampling, read_prompts
+        from fastdpo.rounds.judges import check_judge
 
         if options.eval_prompts is None:
             raise ValueError("eval_prompts must be given with --judge, got none: the judge scores answers to them")
-        if options.judge.startswith(("http://", "https://")) and not options.judge_model:
-            raise ValueError("judge_model must name the endpoint's model if judge is a URL, got none")
+        check_judge(options.judge, options.judge_model)
         self.options, self.file = options, output / "start_answers.json"
         self.prompts = read_prompts(load_preference_dataset(options.eval_prompts))
         self.sampling = Sampling(2, options.max_new_tokens, seed=options.seed)
@@ -132,8 +130,7 @@ class _Measure:
         return self(self.options.model)
 
     def __call__(self, name: Any) -> dict[str, float]:
-        from fastdpo.rounds.endpoint import EndpointJudge
-        from fastdpo.rounds.judges import is_endpoint, make_judge
+        from fastdpo.rounds.judges import make_judge
         from fastdpo.rounds.measure import measure
         from fastdpo.training import DPOConfig
         from fastdpo.training.setup.models import load_model, resolve_tokenizer
@@ -147,10 +144,7 @@ class _Measure:
             model: Any = load_model(path, args.init_kwargs())
             models.append(model.to(args.device).eval())
         tokenizer = resolve_tokenizer(options.model, None, args)
-        if is_endpoint(options.judge):
-            judge: Any = EndpointJudge(options.judge, options.judge_model)
-        else:
-            judge = make_judge(options.judge, model=models[0], tokenizer=tokenizer, args=args)
+        judge = make_judge(options.judge, options.judge_model, model=models[0], tokenizer=tokenizer, args=args)
         start = None if is_start else models[1]
         return measure(models[0], tokenizer, judge, self.prompts, self.sampling, start, self.file)
 

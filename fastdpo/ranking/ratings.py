@@ -6,11 +6,8 @@ Arena's scale, 1000 is the mean of all models (or the anchor), and 400 more poin
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,16 +53,6 @@ def rating_records(
 
 def _points(strength: float) -> float:
     return CENTER + POINTS_PER_NAT * strength
-
-
-def write_records(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes one JSON object per line and returns the path. An incomplete file never appears."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    partial.replace(target)
-    return target
 
 
 def ranks_text(record: Mapping[str, Any]) -> str:

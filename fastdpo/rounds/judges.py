@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from fastdpo.rewards.implicit import implicit_reward
+from fastdpo.rounds.endpoint import EndpointJudge
 from fastdpo.training.settings.config import DPOConfig
 
 Judge = Callable[..., Sequence[float | None]]
@@ -34,15 +35,32 @@ def is_endpoint(name: str) -> bool:
     return name.startswith(_ENDPOINTS)
 
 
-def make_judge(name: str, *, model: Any = None, tokenizer: Any = None, args: DPOConfig | None = None) -> Judge:
+def check_judge(name: str, endpoint_model: str | None) -> None:
+    """Raises ValueError if the judge is an endpoint and no model of it is named."""
+    if is_endpoint(name) and not endpoint_model:
+        raise ValueError("judge_model must name the endpoint's model if judge is a URL, got none")
+
+
+def make_judge(
+    name: str,
+    endpoint_model: str | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    args: DPOConfig | None = None,
+) -> Judge | EndpointJudge:
     """The judge with this name.
 
     Args:
+        endpoint_model: the model that an endpoint runs, if the name is its URL.
         model, tokenizer: the model that wrote the responses, and its tokenizer; for `logp`.
         args: precision, device and max_length for judges that are models.
     Raises:
         ValueError: there is no such judge, or it cannot be loaded.
     """
+    if is_endpoint(name):
+        check_judge(name, endpoint_model)
+        return EndpointJudge(name, str(endpoint_model))
     kind, _, rest = name.partition(":")
     if name == "length":
         return lambda prompts, completions, **kwargs: [float(len(text_of(said))) for said in completions]

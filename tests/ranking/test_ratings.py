@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 
+from fastdpo.cli.records import write_records
 from fastdpo.ranking.bradley_terry import fit_bradley_terry
 from fastdpo.ranking.comparisons import Comparisons
-from fastdpo.ranking.ratings import rating_records, short_names, write_records
+from fastdpo.ranking.ratings import rating_records, short_names
 
 # B wins 10 of 11 comparisons with A: odds of 10 to 1
 GIVEN = Comparisons(("A", "B"), np.zeros(11, int), np.ones(11, int), np.array([1.0] + [0.0] * 10))
