@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100  # label of a row that has no target; its log-prob is 0.0 and it gets no gradient
+ELSEWHERE = -(2**40)  # inside the head op: label in another process's part of the vocabulary
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}
 

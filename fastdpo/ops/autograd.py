@@ -8,6 +8,7 @@ only the values of labels are checked here, on the CPU. Refuses a second derivat
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from fastdpo.ops.engine import engine_of, resolve_impl
 from fastdpo.ops.gradients import head_gradients
 from fastdpo.ops.head import ALWAYS, Head, SplitLse, row_scale
 from fastdpo.ops.matmul import accumulator_dtype
+from fastdpo.ops.shard import Shard
 from fastdpo.ops.skipping import kept_tiles, row_order
 from fastdpo.ops.validation import check_labels
 from fastdpo.types import IGNORE_INDEX, TokenLogps
@@ -34,17 +36,20 @@ class Settings(NamedTuple):
     workspace_bytes: int | None
     impl: str  # "auto", "triton" or "tiled"
     dtype: torch.dtype  # of the matmuls' operands: the inputs' own, or autocast's
+    group_name: str  # of the processes that share the vocabulary; empty: this one has all of it
+    num_vocab: int
 
     @property
     def head(self) -> Head:
         names = tuple(filter(None, self.outputs.split(",")))
-        return Head(self.logit_scale, self.softcap, names, self.skip_tolerance, self.workspace_bytes)
+        shard = Shard(self.group_name, self.num_vocab) if self.group_name else None
+        return Head(self.logit_scale, self.softcap, names, self.skip_tolerance, self.workspace_bytes, shard)
 
 
 _INPUTS = "Tensor hidden_states, Tensor lm_head_weight, Tensor? bias, Tensor labels"
 _SETTINGS = (
     "float logit_scale, float? softcap, str outputs, float skip_tolerance, int? workspace_bytes, str impl, "
-    "ScalarType dtype"
+    "ScalarType dtype, str group_name, int num_vocab"
 )
 
 
@@ -60,7 +65,18 @@ def differentiable_logps(
     frozen_head = not (lm_head_weight.requires_grad or (bias is not None and bias.requires_grad))
     grad_in_forward = torch.is_grad_enabled() and hidden_states.requires_grad and frozen_head
     names = ",".join(head.outputs)
-    settings = (head.logit_scale, head.softcap, names, head.skip_tolerance, head.workspace_bytes, impl, dtype)
+    group_name, num_vocab = ("", lm_head_weight.shape[0]) if head.shard is None else astuple(head.shard)
+    settings = Settings(
+        head.logit_scale,
+        head.softcap,
+        names,
+        head.skip_tolerance,
+        head.workspace_bytes,
+        impl,
+        dtype,
+        group_name,
+        num_vocab,
+    )
     values = torch.ops.fastdpo.linear_logps(
         hidden_states, lm_head_weight, bias, labels, grad_in_forward and head.skip_tolerance == 0, *settings
     )
@@ -74,25 +90,30 @@ def forward(hidden_states, lm_head_weight, bias, labels, grad_in_forward, *setti
     settings = Settings(*settings)
     head, dtype, T = settings.head, settings.dtype, labels.shape[0]
     impl = resolve_impl(settings.impl, hidden_states.device, dtype)
-    engine = engine_of(impl)
+    engine = engine_of(impl, head.shard)
     rows = None
     if labels.device.type == "cpu":
-        check_labels(labels, lm_head_weight.shape[0])
+        check_labels(labels, settings.num_vocab)
         if impl == "tiled":  # ignored rows cost nothing where counting them does not stop a device
             rows = _rows_where(labels != IGNORE_INDEX)
+    if head.shard is not None:
+        labels = head.shard.local(labels)
     hidden_states, labels = _take(rows, hidden_states, labels)
     with torch.autocast(hidden_states.device.type, enabled=False):
         args = (hidden_states.to(dtype), lm_head_weight.to(dtype), None if bias is None else bias.to(dtype), labels)
         extra: list[Tensor] = []
         if grad_in_forward:
             values, unit_grad = hidden_grad_in_forward(*args, head, engine)
+            if head.shard is not None:
+                head.shard.reduce(unit_grad)
             extra = [_spread(rows, unit_grad, T)]
         else:
             values = engine.forward(*args, head)
         if head.skip_tolerance > 0:
             block_rows, block_vocab = engine.skip_blocks(hidden_states)
             order = row_order(values, labels)
-            kept = kept_tiles(values, labels, order, head.skip_tolerance, block_rows, block_vocab)
+            tolerance = head.skip_tolerance / (1 if head.shard is None else head.shard.group.size())
+            kept = kept_tiles(values, labels, order, tolerance, block_rows, block_vocab)
             extra = [pad(kept, (0, 0, 0, -(-T // block_rows) - len(kept))), pad(order, (0, T - len(order)))]
     return [*(_spread(rows, values[name], T) for name in (*ALWAYS, *head.outputs)), *extra]
 
@@ -104,9 +125,13 @@ def backward(  # type: ignore[no-untyped-def]
     settings = Settings(*settings)
     head, dtype, T = settings.head, settings.dtype, labels.shape[0]
     impl = resolve_impl(settings.impl, hidden_states.device, dtype)
-    engine = engine_of(impl)
+    engine = engine_of(impl, head.shard)
     inputs = (hidden_states, lm_head_weight, bias)
     grad_dtypes = [x.dtype if wanted else None for x, wanted in zip(inputs, needed, strict=True)]
+    if head.shard is not None:
+        labels = head.shard.local(labels)
+        if needed[0]:  # summed over the processes before it is rounded
+            grad_dtypes[0] = accumulator_dtype(dtype)
     scale = row_scale(grad_logps, lse_rest, labels, head)
     rows = None
     if impl == "tiled" and labels.device.type == "cpu":
@@ -127,6 +152,8 @@ def backward(  # type: ignore[no-untyped-def]
     grad_hidden, *others = grads
     if grad_hidden is not None:
         grad_hidden = _spread(rows, grad_hidden, T)
+        if head.shard is not None:
+            grad_hidden = head.shard.reduce(grad_hidden).to(inputs[0].dtype)
     return [grad for grad in (grad_hidden, *others) if grad is not None]
 
 

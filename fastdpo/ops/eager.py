@@ -17,13 +17,18 @@ from torch import Tensor
 
 from fastdpo.ops.head import ALWAYS, Head, padded, row_scale
 from fastdpo.ops.matmul import accumulator_dtype, matmul_into, operand, operand_blocks, product_bytes
+from fastdpo.ops.shard import Shard
 
 if TYPE_CHECKING:
     from fastdpo.ops.engine import Engine
 
 
 def max_chunk_rows(
-    lm_head_weight: Tensor, engine: Engine, workspace_bytes: int | None = None, weight_sums_bytes: int = 0
+    lm_head_weight: Tensor,
+    engine: Engine,
+    workspace_bytes: int | None = None,
+    weight_sums_bytes: int = 0,
+    shard: Shard | None = None,
 ) -> int:
     """Number of rows whose D fits the workspace; at least 1, and a multiple of the kernels' blocks if one fits.
 
@@ -32,12 +37,20 @@ def max_chunk_rows(
             the engine's maximum and the free memory: 16,384 rows with V = 128256 and H = 4096 then take 4 chunks, which
             read and write dW's 2.1 GB 7 times instead of 31.
         weight_sums_bytes: bytes of the fp32 sums of dW, 0 if dW is not needed.
+        shard: the part of the vocabulary that the weight holds. Every process must make the same chunks, so the largest
+            part counts, and the free memory does not.
     """
-    device, dtype = lm_head_weight.device, lm_head_weight.dtype
-    budget = _default_bytes(engine, device, weight_sums_bytes) if workspace_bytes is None else workspace_bytes
+    device, dtype, num_vocab = lm_head_weight.device, lm_head_weight.dtype, lm_head_weight.shape[0]
+    if shard is not None:
+        weight_sums_bytes = weight_sums_bytes // num_vocab * shard.largest
+        num_vocab = shard.largest
+    if workspace_bytes is not None:
+        budget = workspace_bytes
+    else:
+        budget = engine.workspace_bytes if shard else _default_bytes(engine, device, weight_sums_bytes)
     if weight_sums_bytes:
         budget -= min(product_bytes(device, dtype), budget // 2)
-    rows = budget // (engine.grads_dtype(dtype).itemsize * padded(lm_head_weight.shape[0], engine.row_multiple))
+    rows = budget // (engine.grads_dtype(dtype).itemsize * padded(num_vocab, engine.row_multiple))
     return max(1, rows // engine.chunk_multiple * engine.chunk_multiple or rows)
 
 
@@ -91,7 +104,7 @@ def hidden_grad_in_forward(
     if T == 0:
         return engine.forward(hidden_states, lm_head_weight, bias, labels, head), _sums_like(hidden_states)
     grads = RowGradients(hidden_states, lm_head_weight, bias, (True, False, False))
-    most = max_chunk_rows(lm_head_weight, engine, head.workspace_bytes)
+    most = max_chunk_rows(lm_head_weight, engine, head.workspace_bytes, shard=head.shard)
     chunks = list(even_chunks(slice(0, T), most, engine.chunk_multiple))
     space = workspace(chunks[0].stop, lm_head_weight, engine)
     found = []

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from fastdpo.ops.gradients import LogitGrads
 from fastdpo.ops.matmul import accumulator_dtype
+from fastdpo.ops.shard import Shard
 from fastdpo.ops.tiled import TiledLogitGrads, skip_blocks, tiled_forward
 from fastdpo.ops.tiled_eager import WORKSPACE_BYTES, tiled_forward_with_grads
 from fastdpo.ops.tiled_skipping import tiled_skipping_gradients
+from fastdpo.ops.vocab_parallel import sharded
 
 
 class Engine(NamedTuple):
@@ -25,7 +27,8 @@ class Engine(NamedTuple):
 
     # (hidden_states, lm_head_weight, bias, labels, head) -> values, each (T,)
     forward: Callable[..., dict[str, Tensor]]
-    # (out, hidden_states, lm_head_weight, bias, labels, head): the same, and D, eq. (9), of all rows into out (T, V)
+    # (out, hidden_states, lm_head_weight, bias, labels, head, combine=None): the same, and D, eq. (9), of all rows into
+    # out (T, V); `combine` makes the values of the whole vocabulary from those of the engine's part
     forward_with_grads: Callable[..., dict[str, Tensor]]
     # (hidden_states, lm_head_weight, bias, labels, lse, head, row_scale)
     logit_grads: Callable[..., LogitGrads]
@@ -84,9 +87,9 @@ NAMES = (*ENGINES, "reference")  # the last is plain PyTorch with full logits, `
 IMPLS = ("auto", *NAMES)  # what the argument `impl` takes
 
 
-def engine_of(impl: str) -> Engine:
-    """The engine of that name."""
-    return ENGINES[impl]()
+def engine_of(impl: str, shard: Shard | None = None) -> Engine:
+    """The engine of that name, for a whole vocabulary or for this process's part of one."""
+    return sharded(ENGINES[impl](), shard)
 
 
 def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:

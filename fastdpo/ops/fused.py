@@ -6,6 +6,8 @@ kernel recomputes a block of the logits' gradient into a workspace, and the matm
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -58,12 +60,26 @@ def fused_forward(
 
 
 def fused_forward_with_grads(
-    out: Tensor, hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | None, labels: Tensor, head: Head
+    out: Tensor,
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    head: Head,
+    combine: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Returns the same as `fused_forward`, and writes D, eq. (9), of every row to `out` (T, V)."""
     with _device(hidden_states):
         return forward_kernels.fused_forward_with_grads(
-            out, hidden_states, lm_head_weight, bias, labels, head.logit_scale, head.softcap, head.outputs
+            out,
+            hidden_states,
+            lm_head_weight,
+            bias,
+            labels,
+            head.logit_scale,
+            head.softcap,
+            head.outputs,
+            combine=combine,
         )
 
 

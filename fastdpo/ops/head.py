@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastdpo.ops.shard import Shard
 from fastdpo.types import IGNORE_INDEX
 
 ALWAYS = ("logps", "lse_whole", "lse_rest")  # returned by every forward pass, besides the requested statistics
@@ -29,6 +30,7 @@ class Head:
     outputs: tuple[str, ...] = ()  # requested statistics, out of TOKEN_OUTPUTS
     skip_tolerance: float = 0.0  # probability mass that backward may drop per row
     workspace_bytes: int | None = None  # temporary memory of a pass; None: the implementation's default
+    shard: Shard | None = None  # the part of the vocabulary that the weight holds; None: all of it
 
 
 class SplitLse(NamedTuple):

@@ -6,6 +6,7 @@ In: hidden states, the LM head, labels. Out: TokenLogps. Refuses what `fastdpo.o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from fastdpo.ops.autograd import differentiable_logps
 from fastdpo.ops.head import Head
 from fastdpo.ops.reference import reference_linear_logps
+from fastdpo.ops.shard import shard_of
 from fastdpo.ops.validation import check_head, check_labels, check_settings, operand_dtype
 from fastdpo.types import TokenLogps
 
@@ -29,6 +31,8 @@ def linear_logps(
     skip_tolerance: float = 0.0,
     workspace_bytes: int | None = None,
     impl: str = "auto",
+    process_group: Any = None,
+    vocab_size: int | None = None,
 ) -> TokenLogps:
     """Log-probability of each label under the softmax of the head's logits, in nats, without materializing the logits.
 
@@ -54,6 +58,11 @@ def linear_logps(
             (tens of KiB: several times as much).
         impl: "triton", "tiled" (pure PyTorch, any device), "reference" (plain PyTorch, builds the logits), or "auto":
             triton on CUDA if it is installed and supports the dtype, else tiled. A named impl never falls back.
+        process_group: a torch.distributed.ProcessGroup over whose processes the vocabulary is cut (tensor parallelism).
+            lm_head_weight and bias are then this process's rows, as torch.chunk or DTensor's Shard(0) cuts them; all
+            else is the same on every process. The processes exchange a few numbers per row and sum dH; dW and db stay
+            local. Log-probs and outputs are those of the whole vocabulary. Not for impl="reference".
+        vocab_size: rows of the whole weight; by default lm_head_weight's times the number of processes.
     Returns:
         TokenLogps with logps (T,) fp32 (fp64 for fp64 inputs), differentiable in hidden_states, lm_head_weight and
         bias; each gradient in its input's dtype, summed in fp32 and cast once. One derivative only, by autograd (not
@@ -68,7 +77,8 @@ def linear_logps(
     check_head(hidden_states, lm_head_weight, labels, bias)
     dtype = operand_dtype(hidden_states, lm_head_weight, bias)
     softcap = None if softcap is None else float(softcap)
-    head = Head(float(logit_scale), softcap, outputs, float(skip_tolerance), workspace_bytes)
+    shard = shard_of(process_group, vocab_size, lm_head_weight, impl)
+    head = Head(float(logit_scale), softcap, outputs, float(skip_tolerance), workspace_bytes, shard)
     labels = labels.to(torch.int64)
 
     if impl == "reference":

@@ -24,6 +24,7 @@ from fastdpo.ops.eager import RowGradients, even_chunks, max_chunk_rows, workspa
 from fastdpo.ops.engine import engine_of, resolve_impl
 from fastdpo.ops.head import Head, joined_weight, row_scale
 from fastdpo.ops.linear_logps import linear_logps
+from fastdpo.ops.shard import shard_of
 from fastdpo.ops.token_sums import Tokens, token_sums
 from fastdpo.ops.validation import check_head, check_labels, check_sequences, check_settings, operand_dtype
 from fastdpo.types import SequenceLogps, TokenLogps
@@ -65,6 +66,8 @@ def sequence_loss(
     summed: Sequence[str] = (),
     impl: str = "auto",
     workspace_bytes: int | None = None,
+    process_group: Any = None,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, SequenceLogps]:
     """The summed loss of all groups.
 
@@ -82,6 +85,8 @@ def sequence_loss(
             to 1 GiB of the free memory if the gradient of the weight is needed, see
             `fastdpo.ops.eager.max_chunk_rows`), and 32 MiB elsewhere. The logits of a group that does not fit alone are
             computed twice.
+        process_group, vocab_size: as in `linear_logps`; adapter_weight is then this process's rows too. Every process
+            computes the same loss, and `loss_of` must give the same on each.
     Returns:
         The loss, () fp32 (fp64 for fp64 inputs), differentiable in hidden_states, lm_head_weight, bias and
         adapter_weight; and SequenceLogps without gradient. A row whose upstream gradient is below half a unit in the
@@ -118,7 +123,8 @@ def sequence_loss(
     if in_forward:
         dtype = operand_dtype(hidden_states, lm_head_weight, bias)
         softcap = None if softcap is None else float(softcap)
-        head = Head(float(logit_scale), softcap, outputs, workspace_bytes=workspace_bytes)
+        shard = shard_of(process_group, vocab_size, lm_head_weight, impl)
+        head = Head(float(logit_scale), softcap, outputs, workspace_bytes=workspace_bytes, shard=shard)
         plan = _Plan(head, resolve_impl(impl, labels.device, dtype), dtype, group_ends, chunk_loss)
         loss, logps, *statistics = _LossInForward.apply(
             hidden_states, lm_head_weight, bias, adapter_weight, labels, plan
@@ -126,7 +132,7 @@ def sequence_loss(
         tokens = TokenLogps(logps, **dict(zip(outputs, statistics, strict=True)))
     else:
         settings: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap, "outputs": outputs}
-        settings["workspace_bytes"] = workspace_bytes
+        settings |= {"workspace_bytes": workspace_bytes, "process_group": process_group, "vocab_size": vocab_size}
         if adapter_weight is not None:
             engine = engine_of(resolve_impl(impl, labels.device, hidden_states.dtype))
             lm_head_weight = joined_weight(lm_head_weight, adapter_weight, multiple=engine.column_multiple)
@@ -154,12 +160,14 @@ class _LossInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_states, lm_head_weight, bias, adapter_weight, labels, plan):  # type: ignore[override]
-        needs, engine = ctx.needs_input_grad, engine_of(plan.impl)
+        needs, engine, shard = ctx.needs_input_grad, engine_of(plan.impl, plan.head.shard), plan.head.shard
         ctx.has_adapter = adapter_weight is not None
         inputs = (hidden_states, adapter_weight if ctx.has_adapter else lm_head_weight, bias)
         wanted = (needs[0], needs[3] if ctx.has_adapter else needs[1], needs[2])
         if labels.device.type == "cpu":
-            check_labels(labels, lm_head_weight.shape[0])
+            check_labels(labels, lm_head_weight.shape[0] if shard is None else shard.num_vocab)
+        if shard is not None:
+            labels = shard.local(labels)
         with torch.autocast(hidden_states.device.type, enabled=False):
             h, w, b = (
                 hidden_states.to(plan.dtype),
@@ -169,7 +177,7 @@ class _LossInForward(torch.autograd.Function):
             if w.shape[1] > h.shape[1]:  # zeros, which change no product
                 h = pad(h, (0, w.shape[1] - h.shape[1]))
             grads = RowGradients(h, w, b, wanted, lm_head_weight.shape[1] if ctx.has_adapter else 0)
-            most = max_chunk_rows(w, engine, plan.head.workspace_bytes, grads.weight_sums_bytes)
+            most = max_chunk_rows(w, engine, plan.head.workspace_bytes, grads.weight_sums_bytes, shard)
             space = workspace(min(most, len(labels)), w, engine)
             losses, found = [], []
             for chunk in _chunks(plan.group_ends, most):
@@ -193,6 +201,8 @@ class _LossInForward(torch.autograd.Function):
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         ctx.scaled_in_place = False
         grad_hidden, grad_weight, grad_bias = grads.finish()
+        if shard is not None and grad_hidden is not None:
+            shard.reduce(grad_hidden)
         if ctx.has_adapter:  # without the zeros' columns
             grad_hidden = None if grad_hidden is None else grad_hidden[:, : hidden_states.shape[1]]
             grad_weight = None if grad_weight is None else grad_weight[:, : adapter_weight.shape[1]]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdpo.ops.head import ALWAYS, TILE_SUMS, Head, SplitLse, Tiling
 from fastdpo.ops.matmul import accumulator_dtype, matmul_into, operand
-from fastdpo.types import IGNORE_INDEX
+from fastdpo.types import ELSEWHERE, IGNORE_INDEX
 
 BLOCK_ROWS = 512
 MAX_TILE_ELEMENTS = 2**21  # 8 MiB of fp32 logits; smaller tiles cost more in starting threads than they save in cache
@@ -127,6 +127,7 @@ class _RowState:
             "entropy": log_sum - self.sum_z_exp / self.sumexp,
             "mean_logits": self.sum_z / self.num_vocab,
             "is_top1": self.label_logit >= self.max,
+            "max_logit": self.max,
             "log_sum_sq_probs": self.sum_sq_exp.log() - 2 * log_sum,
         }
         found = {name: values[name].masked_fill(~keep, 0) for name in (*ALWAYS, *self.head.outputs)}
@@ -170,7 +171,7 @@ class GradRows:
     def __init__(self, hidden_states: Tensor, labels: Tensor, lse: SplitLse, head: Head, num_vocab: int):
         self.hidden_states, self.labels, self.head = hidden_states, labels, head
         # exp(z - inf) = 0: an ignored row has no probabilities. A label outside the vocabulary makes its row nan.
-        in_vocab = (labels >= 0) & (labels < num_vocab)
+        in_vocab = (labels >= 0) & (labels < num_vocab) | (labels == ELSEWHERE)
         self.lse_whole = lse.whole.where(in_vocab, torch.nan).masked_fill(labels == IGNORE_INDEX, torch.inf)
         self.onehot = -lse.rest.exp()
 

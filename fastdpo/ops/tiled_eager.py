@@ -6,13 +6,15 @@ The logits of all rows are one matmul; the softmax then runs on a few rows at a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastdpo.ops.head import ALWAYS, Head
 from fastdpo.ops.matmul import operand, operand_blocks
 from fastdpo.ops.tiled import fill_uncapped
-from fastdpo.types import IGNORE_INDEX
+from fastdpo.types import ELSEWHERE, IGNORE_INDEX
 
 WORKSPACE_BYTES = 2**25  # for D of the rows whose gradients are made in forward
 SLICE_ELEMENTS = 2**19  # logits that pass through the softmax at once: 2 MiB of fp32 stay in a core's cache
@@ -25,11 +27,15 @@ def tiled_forward_with_grads(
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (T,) int64
     head: Head,
+    combine: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """The values named in ALWAYS and in `head.outputs`, each (T,); fills `out` with D.
 
     Any k_t near lse_t works in (9) and (10). Here it is lse_t itself, because D comes from a softmax: "lse_whole" is
     lse and "lse_rest" is zero. A label outside [0, V) gives nan in both.
+
+    If these are the logits of a part of a vocabulary, `combine` returns the values of the whole one, and D is that
+    part's.
     """
     T, V = out.shape
     rows_operand = operand(hidden_states)
@@ -38,18 +44,29 @@ def tiled_forward_with_grads(
         fill_uncapped(out[:, vocab], rows_operand, weight.T, None if bias is None else bias[vocab], head)
 
     step = max(1, SLICE_ELEMENTS // V)
-    found = [_softmax(out[row : row + step], labels[row : row + step], head) for row in range(0, T, step)]
     keep = labels != IGNORE_INDEX
+    found = []
+    for row in range(0, T, step):
+        rows = slice(row, row + step)
+        found.append(_softmax(out[rows], labels[rows], head))
+        if combine is None:
+            _subtract_label(out[rows], labels[rows], found[-1])
+    values = {name: torch.cat([part[name] for part in found]).masked_fill_(~keep, 0) for name in found[0]}
+    if combine is not None:
+        part_lse = values["lse_whole"]
+        values = combine(values)
+        out.mul_(torch.exp(part_lse - values["lse_whole"])[:, None])
+        out.masked_fill_((part_lse == -torch.inf)[:, None], 0.0)  # a part whose logits are all -inf
+        _subtract_label(out, labels, values)
     # masked_fill only if needed: on the CPU ignored rows are already dropped
     if out.device.type != "cpu" or not bool(keep.all()):
         out.masked_fill_(~keep[:, None], 0.0)
-    return {
-        name: torch.cat([values[name] for values in found]).masked_fill_(~keep, 0) for name in (*ALWAYS, *head.outputs)
-    }
+    values.pop("label_slope", None)
+    return values
 
 
 def _softmax(z: Tensor, labels: Tensor, head: Head) -> dict[str, Tensor]:
-    """Turns logits before the softcap into D in place, and returns the rows' values, eq. (4) to (7)."""
+    """Turns logits before the softcap into p (1 - u^2) in place, and returns the rows' values, eq. (4) to (7)."""
     slope = None
     if head.softcap is not None:
         z.div_(head.softcap).tanh_()
@@ -62,15 +79,27 @@ def _softmax(z: Tensor, labels: Tensor, head: Head) -> dict[str, Tensor]:
     probs = torch.softmax(z, 1, out=z)
     log_sum = -probs.amax(1).log()  # the largest probability is 1 / sum exp(z - max)
     logps = (label_logit - row_max) - log_sum
-    values = {"logps": logps, "lse_whole": row_max + log_sum, "lse_rest": torch.zeros_like(logps)}
-    values |= {"lse": values["lse_whole"].clone(), "is_top1": label_logit >= row_max}
+    lse = torch.where(row_max == -torch.inf, row_max, row_max + log_sum)
+    values = {"logps": logps, "lse_whole": lse, "lse_rest": torch.zeros_like(logps)}
+    values |= {"lse": lse.clone(), "is_top1": label_logit >= row_max, "max_logit": row_max}
     if mean_logits is not None:
         values["mean_logits"] = mean_logits
     if "entropy" in head.outputs:
         values["entropy"] = torch.special.entr(probs).sum(1)
     if "log_sum_sq_probs" in head.outputs:
         values["log_sum_sq_probs"] = probs.square().sum(1).log()
-    probs.scatter_(1, column, torch.expm1(logps)[:, None])  # p - 1, without cancelling where p is nearly 1
+    values = {name: values[name] for name in (*ALWAYS, *head.outputs)}
     if slope is not None:
         probs.mul_(slope)
+        values["label_slope"] = slope.gather(1, column)[:, 0]
     return values
+
+
+def _subtract_label(d: Tensor, labels: Tensor, values: dict[str, Tensor]) -> None:
+    """Writes (14) at the label: (p - 1) exp(r) (1 - u^2), without cancelling where p is nearly 1."""
+    at_label = torch.expm1(values["logps"]) * values["lse_rest"].exp()
+    if "label_slope" in values:
+        at_label = at_label * values["label_slope"]
+    column = labels.clamp(0, d.shape[1] - 1)[:, None]
+    at_label = at_label.where(labels != ELSEWHERE, d.gather(1, column)[:, 0])
+    d.scatter_(1, column, at_label[:, None])

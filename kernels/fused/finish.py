@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fastdpo.kernels.logits import tanh
 from fastdpo.kernels.merge import Partials
-from fastdpo.types import IGNORE_INDEX
+from fastdpo.types import ELSEWHERE, IGNORE_INDEX
 
 IGNORED = tl.constexpr(IGNORE_INDEX)
+FOREIGN = tl.constexpr(ELSEWHERE)
 FINISH_ROWS = 16  # rows that one program rewrites, over the columns of one vocabulary tile
 
 
@@ -45,7 +46,7 @@ def finish_grads_kernel(
     has_label = in_rows & (label >= 0) & (label < V)
     tile_max = tl.load(max_ptr + tile.to(tl.int64) * T + t, mask=in_rows, other=0.0)
     lse_whole = tl.load(lse_whole_ptr + t, mask=in_rows, other=0.0)
-    row_scale = tl.where(has_label, tl.exp(tile_max - lse_whole), float("nan"))
+    row_scale = tl.where(has_label | (label == FOREIGN), tl.exp(tile_max - lse_whole), float("nan"))
 
     at_label = expm1(tl.load(logps_ptr + t, mask=has_label, other=0.0))
     at_label *= tl.exp(tl.load(lse_rest_ptr + t, mask=has_label, other=0.0))

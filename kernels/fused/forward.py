@@ -7,6 +7,8 @@ atomics, no locks, the same bits every time; partials take 4 bytes per row, tile
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -159,13 +161,20 @@ def fused_forward_with_grads(
     softcap: float | None,
     outputs: tuple[str, ...],
     blocks: Blocks | None = None,
+    combine: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """Like `fused_forward`, and the logits' gradient in `out` without a second matmul (ignored rows are 0)."""
+    """Like `fused_forward`, and the logits' gradient in `out` without a second matmul (ignored rows are 0).
+
+    If these are the logits of a part of a vocabulary, `combine` returns the values of the whole one, and `out` gets
+    that part's gradient.
+    """
     labels = labels.contiguous()
     options = bias is not None or softcap is not None or any(statistics(outputs).values())
     blocks = blocks or device_blocks(hidden_states, "eager_options" if options else "eager")
     head = (lm_head_weight, bias, labels, logit_scale, softcap)
     values, partials = _forward(out, hidden_states, *head, outputs, blocks)
+    if combine is not None:
+        values = combine(values)
     if out.numel() > 0:
         finish_grads(out, partials, labels, values, softcap, blocks.block_v)
     return values

@@ -15,9 +15,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdpo.kernels.launch import Blocks
-from fastdpo.types import IGNORE_INDEX
+from fastdpo.types import ELSEWHERE, IGNORE_INDEX
 
 IGNORED = tl.constexpr(IGNORE_INDEX)
+FOREIGN = tl.constexpr(ELSEWHERE)
 # Triton's interpreter stores bf16 as integers and tl.dot would multiply those, so there operands become fp32 first.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -171,7 +172,8 @@ def tile_grads(
     """eq. (9) times the row's factor, (BLOCK_T, BLOCK_V) fp32."""
     label = tl.load(labels_ptr + t)  # (BLOCK_T,)
     whole = tl.load(lse_whole_ptr + t)
-    whole = tl.where((label >= 0) & (label < num_vocab), whole, float("nan"))  # an error, which must not pass unseen
+    is_id = ((label >= 0) & (label < num_vocab)) | (label == FOREIGN)
+    whole = tl.where(is_id, whole, float("nan"))  # an error, which must not pass unseen
     whole = tl.where(label == IGNORED, float("inf"), whole)  # exp(z - inf) = 0
     onehot = tl.exp(tl.load(lse_rest_ptr + t))
     grad = tl.exp(z - whole[:, None])

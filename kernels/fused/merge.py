@@ -1,7 +1,8 @@
 """Merges the partial sums of a row's vocabulary tiles into its log-prob, lse and statistics, eq. (4) to (8).
 
 In: the output of `partials_kernel`, (num_tiles, T) fp32 each. Out: one number per row and result. Ignored rows become
-0, rows with a label outside the vocabulary nan.
+0, rows with a label outside the vocabulary nan
+(also ELSEWHERE: only another process knows its log-prob; lse is right).
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from fastdpo.types import IGNORE_INDEX
 EXP_FLOOR = tl.constexpr(-1000.0)  # exp of it is 0, and 0 * EXP_FLOOR is 0 where 0 * -inf would be nan
 IGNORED = tl.constexpr(IGNORE_INDEX)
 MERGE_ROWS, MERGE_TILES = 32, 32  # rows and vocabulary tiles that one step reads
-RESULTS = ("logps", "lse_whole", "lse_rest", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+RESULTS = (
+    *("logps", "lse_whole", "lse_rest", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    "max_logit",  # for a vocabulary that is cut over processes
+)
 
 
 class Partials(NamedTuple):
@@ -60,6 +64,7 @@ def merge_kernel(
     log_sum_sq_probs_ptr,
     mean_logits_ptr,
     is_top1_ptr,  # (T,) int8
+    max_logit_ptr,
     T,
     V,
     num_tiles,
@@ -68,6 +73,7 @@ def merge_kernel(
     WITH_MEAN: tl.constexpr,
     WITH_TOP1: tl.constexpr,
     WITH_LSE: tl.constexpr,
+    WITH_MAX: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -127,6 +133,8 @@ def merge_kernel(
         tl.store(mean_logits_ptr + t, tl.where(keep, sum_z / V, 0.0), mask=in_rows)
     if WITH_TOP1:
         tl.store(is_top1_ptr + t, (keep & (label_logit >= row_max)).to(tl.int8), mask=in_rows)
+    if WITH_MAX:
+        tl.store(max_logit_ptr + t, tl.where(keep, row_max, 0.0), mask=in_rows)
 
 
 def merge(
@@ -146,6 +154,7 @@ def merge(
         **statistics(tuple(values)),
         WITH_TOP1="is_top1" in values,
         WITH_LSE="lse" in values,
+        WITH_MAX="max_logit" in values,
         ROWS=MERGE_ROWS,
         TILES=MERGE_TILES,
         num_warps=4,

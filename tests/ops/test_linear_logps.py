@@ -59,7 +59,7 @@ def test_tiled_gradients_pass_gradcheck(softcap, has_bias, frozen_head, small_ti
     from fastdpo.ops import eager, tiled
 
     monkeypatch.setattr(tiled, "MAX_TILE_ELEMENTS", 20)
-    monkeypatch.setattr(eager, "max_chunk_rows", lambda *_: 4)
+    monkeypatch.setattr(eager, "max_chunk_rows", lambda *_, **__: 4)
     leaves, labels, _ = make_inputs(Case(6, 5, 11, torch.float64, has_bias=has_bias), 0)
     names = list(leaves)
     for name in names[1:]:
@@ -156,7 +156,7 @@ def test_with_a_frozen_head_the_gradient_is_made_in_forward_and_as_exact(impl, c
         raise AssertionError("backward recomputes logits for a frozen head")
 
     monkeypatch.setattr(autograd, "head_gradients", refuse)
-    monkeypatch.setattr(eager, "max_chunk_rows", lambda *_: 31)
+    monkeypatch.setattr(eager, "max_chunk_rows", lambda *_, **__: 31)
 
     def frozen(hidden_states, lm_head_weight, labels, *, bias=None, **settings):
         frozen_bias = None if bias is None else bias.detach()
@@ -260,7 +260,7 @@ def test_with_tiles_and_chunks_of_some_size_nothing_larger_is_created(
 
     case = Case(201, 8, 509, BF16, has_bias=True, softcap=4.0)
     tile = 20000 if impl == "triton" else 3000
-    monkeypatch.setattr(eager, "max_chunk_rows", lambda *_: tile // case.V)
+    monkeypatch.setattr(eager, "max_chunk_rows", lambda *_, **__: tile // case.V)
     largest = largest_tensor(case, impl, frozen_head, outputs)
     partials = 6 * -(-case.V // 64) * case.T  # the forward kernel's, at most six fp32 per row and tile
     assert 0 < largest <= max(tile, case.V * case.H, partials if impl == "triton" else 0)

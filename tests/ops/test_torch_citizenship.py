@@ -33,7 +33,7 @@ def test_opcheck_passes(impl, dtype, skip_tolerance, grad_in_forward, outputs):
     if grad_in_forward:
         for name in ("lm_head_weight", "bias"):
             leaves[name].requires_grad_(False)
-    args = (*leaves.values(), labels, grad_in_forward, 1.0, 4.0, outputs, skip_tolerance, None, impl, dtype)
+    args = (*leaves.values(), labels, grad_in_forward, 1.0, 4.0, outputs, skip_tolerance, None, impl, dtype, "", 70)
     result = torch.library.opcheck(torch.ops.fastdpo.linear_logps.default, args)
     assert set(result.values()) == {"SUCCESS"}
 
