@@ -6,10 +6,12 @@ logits than theirs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdpo.ops.head import joined_weight
@@ -145,6 +147,42 @@ def _parts(layer: Any) -> tuple[Tensor | None, Tensor | None, tuple[LowRank, ...
             added = (low_rank.b.bias * low_rank.scaling).to(weight.dtype)
             bias = added if bias is None else bias + added
     return weight, bias, low_ranks
+
+
+def inside(layer: nn.Module, function: Callable[..., Any], *tensors: Tensor) -> Any:
+    """`function(*tensors)`, which reads the layer's weights, inside the layer's own call if its weights are sharded.
+
+    FSDP2 and DeepSpeed ZeRO-3 gather a layer's weights in hooks around its call. They may shard the head on its own, so
+    the model's own call does not gather it.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return function(*tensors)
+    called = {module for name, module in layer.named_modules() if "lora_A" in name.split(".")}  # by `LowRank.columns`
+    for module in layer.modules():
+        if module not in called and _is_sharded(module):
+            function = _in_call_of(module, function)
+    return function(*tensors)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule) or any(hasattr(p, "ds_id") for p in module.parameters(recurse=False))
+
+
+def _in_call_of(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*tensors: Tensor) -> Any:
+        before = vars(module).get("forward")
+        module.forward = function
+        try:
+            return module(*tensors)
+        finally:
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
+
+    return call
 
 
 def resident(module: nn.Module) -> Any:

@@ -27,7 +27,7 @@ from fastdpo.modeling.attention import (
     register,
 )
 from fastdpo.modeling.backbone import backbone_name
-from fastdpo.modeling.head import lm_head
+from fastdpo.modeling.head import inside, lm_head
 from fastdpo.modeling.mixers import MixerRows, find_mixers, mixers_of
 from fastdpo.modeling.positions import counting_tables, told_positions
 from fastdpo.modeling.router import load_balancing_loss
@@ -334,6 +334,11 @@ def _run(
         run_mixers_packed(model)
     settings = {"packed_layout": layout, "impl": impl, "outputs": tuple(outputs), "router_aux_loss": router_aux_loss}
     result = model(input_ids=batch.input_ids, packed_batch=batch, loss_of=loss_of, summed=tuple(summed), **settings)
+    if result["sums"].dtype.itemsize < 4:
+        raise ValueError(
+            "model must return fp32 log-probs, but its wrapper rounds what it returns to"
+            f" {result['sums'].dtype}: set output_dtype=None in FSDP's MixedPrecisionPolicy"
+        )
     tokens = TokenLogps(result["logps"], **{name: result[name] for name in outputs})
     sequences = SequenceLogps(result["sums"], result["lengths"], tokens)
     chosen, rejected = batch.pairs.unbind(1)
@@ -380,9 +385,31 @@ def _forward(
     tables = [decoder.get_submodule(name) for name in state.tables]
     with masks_of(packed_layout), told_positions(tables, layout.get("position_ids")):
         backbone = decoder(input_ids=batch.input_ids, use_cache=False, **layout)
-    hidden_states = backbone.last_hidden_state
+
+    def head_outputs(rows: Tensor) -> dict[str, Tensor]:
+        return _head_outputs(model, batch, rows, impl, outputs, loss_of, summed)
+
+    rows = backbone.last_hidden_state.flatten(0, 1).index_select(0, batch.logit_rows)
+    result: dict[str, Tensor] = inside(model.get_output_embeddings(), head_outputs, rows)
+    if router_aux_loss:
+        assert batch.uses is not None
+        aux_loss = load_balancing_loss(backbone.router_logits, batch.uses.flatten(), model.num_experts_per_tok)
+        result["aux_loss"] = aux_loss
+    return result
+
+
+def _head_outputs(
+    model: Any,
+    batch: PackedBatch,
+    rows: Tensor,  # (R, H) hidden states that predict a label
+    impl: str,
+    outputs: tuple[str, ...],
+    loss_of: LossOfSums | None,
+    summed: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """Log-probs, and with `loss_of` the loss. A dict of tensors: wrappers look for tensors in mappings."""
+    state: _Prepared = getattr(model, _STATE)
     head = lm_head(model)
-    rows = hidden_states.flatten(0, 1).index_select(0, batch.logit_rows)
     rows, weight, adapter_weight = head.operands(rows, split=loss_of is not None)
     args = (rows, weight, batch.labels, batch.cu_seqlens)
     settings: dict[str, Any] = {
@@ -395,9 +422,6 @@ def _forward(
         "workspace_bytes": state.workspace_bytes,
     }
     loss = {}
-    if router_aux_loss:
-        assert batch.uses is not None
-        loss["aux_loss"] = load_balancing_loss(backbone.router_logits, batch.uses.flatten(), model.num_experts_per_tok)
     if loss_of is None:
         result = sequence_logps(*args, skip_tolerance=state.skip_tolerance, **settings)
     else:
@@ -410,7 +434,6 @@ def _forward(
 
         settings |= {"summed": summed, "adapter_weight": adapter_weight}
         loss["loss"], result = sequence_loss(*args, ends, loss_of_groups, **settings)
-    # a dict of tensors, because wrappers look for tensors to hook in mappings and not in dataclasses
     return {
         **loss,
         "sums": result.sums,

@@ -50,6 +50,7 @@ from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.experts import router_coefficient
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
 from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype
+from fastdpo.training.setup.sharding import keep_outputs_whole
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -133,6 +134,7 @@ class PackedTrainer(Trainer):
             callbacks=[self.card, *(callbacks or ())],  # first, so that later callbacks find the card in a checkpoint
             **trainer_arguments,
         )
+        keep_outputs_whole(self.accelerator)
         tag_model(self.model, self.method)
         self.saved = SavedModel(self, processor)
         self.restored: list[SyncReference] = []  # state in a checkpoint besides model and optimizer

@@ -1,0 +1,100 @@
+"""Runs of a tiny model on one process, or on several whose weights FSDP2 divides.
+
+accelerate does not shard on CPUs: it silently replicates. `shards_on_cpus` makes it take its CPU processes for GPUs, so
+that its own code shards, with gloo.
+"""
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+from tiny import make_llama
+from tiny_runs import make_lora, tiny_trainer
+from torch.distributed.tensor import DTensor
+
+FSDP2 = {
+    "fsdp": "full_shard auto_wrap",
+    "fsdp_config": {"version": 2, "fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+}
+
+
+def lora(**settings):
+    return {"peft_config": make_lora(**settings), "learning_rate": 1.0}
+
+
+def settings_of(mode, num_processes):
+    """Those of the trainer, made anew: they hold models."""
+    return {
+        "cached reference": dict,
+        "frozen reference": lambda: {"ref_model": make_llama(seed=1)},
+        "LoRA": lora,
+        "LoRA on the head": lambda: lora(target_modules=["q_proj", "lm_head"]),
+        "LoRA, cached reference": lambda: {**lora(), "precompute_ref_log_probs": True},
+        "LoRA, checkpointing": lambda: {**lora(), "gradient_checkpointing": True},
+        "LoRA, micro-batches": lambda: {**lora(), "max_tokens_per_microbatch": 30},
+        "micro-batches": lambda: {"max_tokens_per_microbatch": 30, "precompute_ref_log_probs": False},
+        "accumulation": lambda: {
+            "gradient_accumulation_steps": 3,
+            "per_device_train_batch_size": 4 // num_processes,
+        },
+        "checkpointing": lambda: {"gradient_checkpointing": True},
+        "tied embeddings": lambda: {"model": make_llama(tie_word_embeddings=True)},
+        "no reference, sft": lambda: {"reference_free": True, "loss_type": ["sigmoid", "sft"]},
+        "padded": lambda: {"packing": "padded"},
+        "listwise": lambda: {"loss_type": "plackett_luce"},
+        "bf16": lambda: {"bf16": True},
+    }[mode]()
+
+
+def shards_on_cpus():
+    from accelerate.state import DistributedType, PartialState
+
+    original = PartialState.__init__
+    if hasattr(original, "original"):
+        return
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    init.original = original
+    PartialState.__init__ = init
+
+
+def whole(parameter):
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
+
+
+def named(model):
+    """The trained weights, whole, under the names that they have on one process."""
+    return {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train(folder, mode, steps=1, num_processes=1, **more):
+    """Log of the run; the trained weights before and after are in files of the folder."""
+    if num_processes > 1:
+        shards_on_cpus()
+        more |= FSDP2
+    settings = {
+        "per_device_train_batch_size": 12 // num_processes,
+        "learning_rate": 0.1,
+        "optim": "sgd",  # so that weights move by the gradient
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "max_steps": steps,
+        "num_rows": 60,
+        **settings_of(mode, num_processes),
+        **more,
+    }
+    trainer = tiny_trainer(folder, **settings)
+    before = named(trainer.model)
+    trainer.train()
+    after = named(trainer.model)
+    save_file({name: x.contiguous() for name, x in before.items()}, Path(folder, f"before{trainer.args.process_index}"))
+    save_file({name: x.contiguous() for name, x in after.items()}, Path(folder, f"after{trainer.args.process_index}"))
+    trainer.save_model(str(Path(folder, "saved")))
+    return {
+        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "num_sharded": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "num_parameters": sum(1 for _ in trainer.model.parameters()),
+    }
