@@ -15,7 +15,7 @@ def keep_outputs_whole(accelerator: Any) -> None:
 
     A response of -350 nats would be off by up to one nat in bf16. Layers still compute in the policy's param_dtype.
     """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    policy = getattr(plugin, "mixed_precision_policy", None)
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    policy: Any = getattr(plugin, "mixed_precision_policy", None)
     if getattr(policy, "output_dtype", None) is not None:  # FSDP1's policy has no such field
         plugin.mixed_precision_policy = replace(policy, output_dtype=None)
