@@ -2,8 +2,9 @@
 
 In: a built trainer. At each evaluation, policy and reference answer the first `num_eval_samples` prompts of the
 evaluation data. If the reference is cached or there is none, samples of the initial policy are shown instead. Out: a
-table on the console, and in TensorBoard and W&B if they are on, and lines of SAMPLES_FILE in the output directory for
-the report. Refuses FSDP and DeepSpeed, which shard the weights. Generation uses the model's original attention.
+table on the console, and in TensorBoard, W&B and trackio if they are on, and lines of SAMPLES_FILE in the output
+directory for the report. Refuses FSDP and DeepSpeed, which shard the weights. Generation uses the model's original
+attention.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.utils import logging
 
 from fastdpo.modeling.generation import generate_ids, special_ids
 from fastdpo.references import AdapterReference, FrozenReference, Reference
 from fastdpo.references.adapters import as_reference
 from fastdpo.training.callbacks.json_lines import append_lines, read_lines
+from fastdpo.training.callbacks.sample_tables import log_table
 from fastdpo.training.callbacks.warning_checks import samples_grow
 from fastdpo.training.callbacks.watch import TrainingWatch
 from fastdpo.training.settings.config import DPOConfig
@@ -202,14 +203,7 @@ class EvalSamples(TrainerCallback):
         for row in rows:
             table.add_row(*(Text(cell.strip()) for cell in row))  # Text, because brackets could look like markup
         Console().print(table)
-        for callback in self.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                callback.tb_writer.add_text("eval/samples", _markdown(columns, rows), step)
-            if isinstance(callback, WandbCallback):
-                import wandb  # type: ignore[import-not-found]
-
-                if wandb.run is not None:
-                    wandb.log({"eval/samples": wandb.Table(columns=columns, data=rows), "train/global_step": step})
+        log_table(self.callbacks, "eval/samples", columns, rows, step)
 
 
 @contextmanager
@@ -229,10 +223,3 @@ def _prompts(eval_dataset: Any, num_prompts: int, longest: float) -> list[list[i
         if 0 < len(row["prompt_ids"]) <= longest:
             prompts[tuple(row["prompt_ids"])] = None
     return [list(prompt) for prompt in prompts]
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.strip().replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
-
-    return "\n".join([line(columns), "|" + " --- |" * len(columns), *map(line, rows)])
