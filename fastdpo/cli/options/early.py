@@ -99,3 +99,19 @@ def check_can_write(output_dir: str) -> None:
             f"output_dir must be {what} with write permission, got {output_dir}: {error.strerror}; choose another one:"
             " --output_dir DIR"
         ) from None
+
+
+def check_output(name: str, path: str | None, *inputs: Any) -> None:
+    """Raises ValueError if an output file is a folder or an input, or cannot be written to. None is no file."""
+    if path is None:
+        return
+    target = Path(path).expanduser()
+    if target.is_dir():
+        raise ValueError(f"{name} must be a file, got the folder {path}")
+    if any(isinstance(data, str) and Path(data).expanduser().resolve() == target.resolve() for data in inputs):
+        raise ValueError(f"{name} must not be the input file, got {path}")
+    folder = target.absolute().parent
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "is a file" if not there.is_dir() else "has no write permission"
+        raise ValueError(f"{name} must be a file in a folder with write permission, got {path}: {there} {what}")
