@@ -29,6 +29,8 @@ def main(argv: list[str]) -> None:
     """
     options, train_options = _parser().parse_known_args(argv)
     check_forwarded(train_options, NOT_FORWARDED, "sweep sets it for each run")
+    if options.gpu_memory is not None and not options.dry_run:
+        raise ValueError(f"gpu_memory must be given with --dry_run, got {options.gpu_memory!r} without it")
     from fastdpo.rounds.sweep import combinations_of, name_of, read_params, sweep
 
     params = read_params(options.param)
@@ -49,6 +51,11 @@ def main(argv: list[str]) -> None:
         for run in runs:
             words = " ".join(_words(common, run, output / name_of(run)))
             console.print(f"fastdpo train {words}", soft_wrap=True, markup=False, highlight=False)
+        from fastdpo.cli.sweep_plan import memory_table
+
+        with console.status("estimating memory"):
+            table = memory_table(runs, planned, options.gpu_memory)
+        console.print(table)
         return
     settings = {"model": options.model, "dataset": options.dataset, "seed": options.seed, "options": train_options}
     measure = _Measure(options, output) if options.judge else None
@@ -84,7 +91,8 @@ def _parser() -> RaisingParser:
     add("--model", required=True, help="Model to train: a folder or a name on the Hub.")
     add("--dataset", required=True, help="Preference data, as for `fastdpo train`.")
     add("--output_dir", "--output-dir", required=True, help="Folder of the runs and of results.jsonl.")
-    add("--dry_run", "--dry-run", action="store_true", help="Check all settings and print the runs.")
+    add("--dry_run", "--dry-run", action="store_true", help="Check all settings; print the runs and their memory.")
+    add("--gpu_memory", "--gpu-memory", help="Memory to plan for with --dry_run, such as 24GB. Default: the device's.")
     add("--judge", help="Also measure reward and KL on the prompts of --eval_prompts; as for `fastdpo generate`.")
     add_judge_options(parser)
     add("--eval_prompts", "--eval-prompts", metavar="FILE", help="Prompts to measure on, with --judge.")

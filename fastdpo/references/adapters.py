@@ -37,6 +37,8 @@ def starts_from_adapter(peft_model: Any) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
+    if any(p.is_meta and p.requires_grad for p in peft_model.parameters()):  # a plan's weights have no values
+        return True
     name = str(peft_model.active_adapter)
     for module in peft_model.modules():
         if isinstance(module, ModulesToSaveWrapper):
