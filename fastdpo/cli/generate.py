@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastdpo.cli.options.early import check_data, check_output
+from fastdpo.cli.options.early import check_data, check_model, check_output
 from fastdpo.cli.options.parser import RaisingParser
 from fastdpo.cli.options.rounds import add_engine_options, add_judge_options
 from fastdpo.cli.options.values import json_object
@@ -21,6 +21,9 @@ def main(argv: list[str]) -> None:
         ValueError: a mistake that the user can fix.
     """
     options = _parser().parse_args(argv)
+    check_output("output", options.output, options.prompts)
+    check_data("prompts", options.prompts)
+    check_model("model", options.model)
     from fastdpo.rounds.generate import Pairing, Sampling, check_prompts
 
     sampling = Sampling(
@@ -35,8 +38,6 @@ def main(argv: list[str]) -> None:
     sampling.check()
     pairing.check()
     output = Path(options.output)
-    check_output("output", options.output, options.prompts)
-    check_data("prompts", options.prompts)
     if options.max_prompts is not None and options.max_prompts < 1:
         raise ValueError(f"max_prompts must be at least 1, got {options.max_prompts}")
     loader = _loader(options)

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
+from fastdpo.data.sources.nearest import check_model_folder
 from fastdpo.rewards.implicit import implicit_reward
 from fastdpo.rounds.endpoint import TIMEOUT, EndpointJudge
 from fastdpo.training.settings.config import DPOConfig
-from fastdpo.training.setup.models import check_model_folder
 
 Judge = Callable[..., Sequence[float | None]]
 KINDS = ("length", "shortest", "regex:PATTERN", "logp", "implicit:MODEL", "classifier:MODEL", "http://URL")
@@ -48,7 +48,7 @@ def check_judge(name: str, endpoint_model: str | None, timeout: float = TIMEOUT)
     kind, _, rest = name.partition(":")
     if kind in ("implicit", "classifier") and rest:
         for model in rest.split(",") if kind == "implicit" else (rest,):
-            check_model_folder(model)
+            check_model_folder("judge", model)
     elif name != "logp":
         make_judge(name)
 

@@ -61,6 +61,7 @@ class EvalSamples(TrainerCallback):
     """Takes samples at every evaluation. `answered` holds all samples of the run.
 
     Args:
+        policy_of: returns the trainer's model, which may be replaced.
         autocast: returns a context with the precision of the run.
         callbacks: all callbacks of the run, including its loggers.
         watch: warns if the answers grow too long.
@@ -72,7 +73,7 @@ class EvalSamples(TrainerCallback):
     def __init__(
         self,
         args: DPOConfig,
-        policy: nn.Module,
+        policy_of: Callable[[], nn.Module],
         reference: Reference,
         tokenizer: Any,
         eval_dataset: Any,
@@ -89,9 +90,9 @@ class EvalSamples(TrainerCallback):
             )
         if eval_dataset is None:
             raise ValueError(f"num_eval_samples must be 0 without eval_dataset, got {args.num_eval_samples}")
-        self.args, self.policy, self.reference, self.tokenizer = args, policy, reference, tokenizer
+        self.args, self.policy_of, self.reference, self.tokenizer = args, policy_of, reference, tokenizer
         self.autocast, self.callbacks, self.watch = autocast, callbacks, watch
-        num_positions = learned_positions(policy) or math.inf
+        num_positions = learned_positions(policy_of()) or math.inf
         longest = num_positions - args.eval_sample_tokens
         self.prompt_ids = _prompts(eval_dataset, args.num_eval_samples, longest)
         if not self.prompt_ids:
@@ -111,7 +112,7 @@ class EvalSamples(TrainerCallback):
             self.answered = [entry for entry in self.answered if entry.step == 0]
             self._write(self.answered)
             if self._live_reference() is None:
-                self._of_reference = self._generate(self.policy)
+                self._of_reference = self._generate(self.policy_of())
         elif path.is_file():
             found = [Answered(**line) for line in read_lines(path)]
             before = found[: len(found) - len(self.answered)] or found  # drop an evaluation just before resuming
@@ -130,7 +131,7 @@ class EvalSamples(TrainerCallback):
 
     def take(self, step: int) -> list[Answered]:
         """Generates, shows and stores the samples at this step."""
-        policy = self._generate(self.policy)
+        policy = self._generate(self.policy_of())
         references, live = self._of_reference, self._live_reference()
         if references is None and live is not None:
             with live as model:

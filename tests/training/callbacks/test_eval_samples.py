@@ -211,6 +211,16 @@ def test_prompts_leave_room_for_answers_where_positions_are_learned(tmp_path):
         tiny_trainer(tmp_path, GPT2LMHeadModel(config), eval_sample_tokens=23, **settings)
 
 
+def test_another_model_of_the_trainer_is_the_one_that_answers(tmp_path):
+    fast = tiny_trainer(tmp_path, eval_dataset=ROWS, **SAMPLING)
+    other = make_llama(seed=5)
+    fast.model = other
+    prompts = [row["prompt"] for row in ROWS[:3]]
+    taken = fast.eval_samples.take(0)
+    assert [entry.policy for entry in taken] == greedy(other, prompts)
+    assert [entry.reference for entry in taken] == greedy(make_llama(), prompts)
+
+
 def test_samples_without_evaluation_data_are_refused(tmp_path):
     with pytest.raises(ValueError, match="num_eval_samples must be 0 without eval_dataset, got 3"):
         tiny_trainer(tmp_path, num_eval_samples=3)
