@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastdpo.cli.options.early import check_model
 from fastdpo.cli.options.parser import RaisingParser
 
 COMMANDS = "/new starts over, /quit (or end of input) stops"
@@ -24,6 +25,8 @@ def main(argv: list[str]) -> None:
         ValueError: a mistake that the user can fix.
     """
     options = _parser().parse_args(argv)
+    check_model("model", options.model)
+    check_model("against", options.against)
     if options.save and not options.against:
         raise ValueError("save must not be given without --against MODEL: a pair needs the answers of two models")
     if options.temperature < 0:

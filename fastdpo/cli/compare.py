@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
+from fastdpo.cli.options.early import check_output
 from fastdpo.cli.options.parser import RaisingParser
 
 
@@ -21,8 +21,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--html", metavar="PAGE", help="Write a page with curves and samples.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     options = parser.parse_args(argv)
-    if options.html is not None and Path(options.html).is_dir():
-        raise ValueError(f"html must be a file, got the folder {options.html}")
+    check_output("html", options.html)
     from rich import box
     from rich.table import Table
 

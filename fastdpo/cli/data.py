@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from fastdpo.cli.options.early import check_data, check_folder
+from fastdpo.cli.options.early import check_data, check_folder, check_output
 from fastdpo.cli.options.parser import RaisingParser, TakesCommas
 from fastdpo.cli.options.values import OrNone, json_object
 
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"subcommand of data must be one of {', '.join(SUBCOMMANDS)}, got {argv[0]!r}")
     options = _parser(argv[0]).parse_args([_underscored(word) for word in argv[1:]])
     check_data("data", options.data)
+    check_output("html", getattr(options, "html", None), options.data)
     if getattr(options, "eval", None) is not None:
         check_data("eval", options.eval)
     if getattr(options, "model", None) is not None:

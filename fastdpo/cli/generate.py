@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastdpo.cli.options.early import check_data, check_model, check_output
 from fastdpo.cli.options.parser import RaisingParser
+from fastdpo.cli.options.rounds import add_engine_options, add_judge_options
+from fastdpo.cli.options.values import json_object
 from fastdpo.cli.records import write_records
 
 WAYS = ("best_worst", "best_random", "all", "ranking")
@@ -18,39 +21,45 @@ def main(argv: list[str]) -> None:
         ValueError: a mistake that the user can fix.
     """
     options = _parser().parse_args(argv)
-    from fastdpo.rounds.generate import Pairing, Sampling
-    from fastdpo.rounds.judges import check_judge
+    check_output("output", options.output, options.prompts)
+    check_data("prompts", options.prompts)
+    check_model("model", options.model)
+    from fastdpo.rounds.generate import Pairing, Sampling, check_prompts
 
-    sampling = Sampling(options.num, options.max_new_tokens, options.temperature, options.batch_size, options.seed)
+    sampling = Sampling(
+        options.num,
+        options.max_new_tokens,
+        options.temperature,
+        options.batch_size,
+        options.seed,
+        options.chat_template_kwargs,
+    )
     pairing = Pairing(options.pairs, options.margin, options.balance_lengths)
     sampling.check()
     pairing.check()
     output = Path(options.output)
-    if output.is_dir():
-        raise ValueError(f"output must be a file, got the folder {output}")
-    check_judge(options.judge, options.judge_model)
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    if options.max_prompts is not None and options.max_prompts < 1:
+        raise ValueError(f"max_prompts must be at least 1, got {options.max_prompts}")
+    loader = _loader(options)
+    loader.check(options.model)
 
     from fastdpo.cli.console import make_console
+    from fastdpo.cli.progress import progress_bar
     from fastdpo.data.sources.loading import load_preference_dataset
-    from fastdpo.rounds.generate import generate_scored, make_rows, read_prompts, summary_of
+    from fastdpo.rounds.generate import generate_scored, make_rows, read_prompts, source_of, summary_of
 
     console = make_console()
     prompts = read_prompts(load_preference_dataset(options.prompts, options.dataset_split))[: options.max_prompts]
-    model, tokenizer, judge = _loaded(options)
+    check_prompts(loader.tokenizer(options.model), prompts)
+    writer, tokenizer, judge = loader.sampler(options.model)
     samples = output.with_name(f"{output.name}.samples.jsonl")
-    key = {"model": options.model, "judge": options.judge, "judge_model": options.judge_model}
-    key |= {"prompts": [len(prompts), prompts[0], prompts[-1]]}
-    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("prompts", total=len(prompts))
-        progress = lambda done: bar.update(task, completed=done)  # noqa: E731
-        scored = generate_scored(model, tokenizer, prompts, judge, sampling, samples, key=key, progress=progress)
-    drawn = {"temperature": sampling.temperature, "max_new_tokens": sampling.max_new_tokens, "seed": sampling.seed}
-    source = {"model": options.model, "judge": options.judge, "sampling": drawn}
+    engine = loader.engine_of(options.model)
+    key = {"model": options.model, "judge": options.judge, "judge_model": options.judge_model, "engine": engine}
+    with progress_bar(console, "generating", len(prompts)) as progress:
+        scored = generate_scored(writer, tokenizer, prompts, judge, sampling, samples, key=key, progress=progress)
+    source = source_of(options.model, options.judge, options.judge_model, sampling, engine)
     rows, counted = make_rows(scored, pairing, source, options.seed)
-    made = summary_of(scored, rows, counted, judge)
+    made = summary_of(scored, rows, counted)
     if not rows:
         raise ValueError(
             f"prompts must give at least one pair, got {counted.num_ties} ties, {counted.num_duplicates} duplicates and"
@@ -58,7 +67,7 @@ def main(argv: list[str]) -> None:
         )
     write_records(output, rows)
     console.print(_table(made, pairing.way))
-    console.print(f"wrote {output}; all responses with their scores are in {samples}")
+    console.print(f"wrote {output}; all responses with their scores are in {samples}", soft_wrap=True, markup=False)
 
 
 def _parser() -> RaisingParser:
@@ -74,7 +83,7 @@ def _parser() -> RaisingParser:
         help="length, shortest, regex:PATTERN, logp, implicit:MODEL[,REFERENCE], classifier:MODEL,"
         " http://URL of an OpenAI-compatible endpoint, or module:function.",
     )
-    add("--judge_model", "--judge-model", help="Name of the endpoint's model.")
+    add_judge_options(parser)
     add("--output", "-o", required=True, metavar="FILE", help="JSON Lines file for the preference rows.")
     add("--num", "-n", type=int, default=4, help="Responses for each prompt. Default: 4.")
     add("--pairs", choices=WAYS, default="best_worst", help="Pairs to keep, or whole rankings. Default: best_worst.")
@@ -92,34 +101,44 @@ def _parser() -> RaisingParser:
     add("--seed", type=int, default=0, help="Seed of sampling. Default: 0.")
     add("--dataset_split", "--dataset-split", default="train", help="Split of a named dataset. Default: train.")
     add("--chat_template", "--chat-template", help="Chat template: a file or Jinja text. Default: the tokenizer's.")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="Dtype of the weights. Default: float32.")
+    add(
+        "--chat_template_kwargs",
+        "--chat-template-kwargs",
+        type=json_object,
+        help='Variables for it, as JSON: {"enable_thinking": false}.',
+    )
+    add_engine_options(parser)
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="Dtype of the weights. Default: float32; in vLLM the checkpoint's.",
+    )
     add("--use_cpu", "--use-cpu", action="store_true", help="Use the CPU even if there is a GPU.")
     add("--trust_remote_code", "--trust-remote-code", action="store_true", help="Run code from the Hub.")
     return parser
 
 
-def _loaded(options: Any) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and judge."""
-    from fastdpo.rounds.judges import make_judge
+def _loader(options: Any) -> Any:
+    from fastdpo.rounds.loading import Loader
     from fastdpo.training import DPOConfig
-    from fastdpo.training.setup.models import load_model, resolve_tokenizer
 
     args = DPOConfig(
         "not_used",
         max_length=None,
         model_init_kwargs=None if options.dtype is None else {"dtype": options.dtype},
         chat_template=options.chat_template,
+        chat_template_kwargs=options.chat_template_kwargs,
         trust_remote_code=options.trust_remote_code,
         use_cpu=options.use_cpu,
     )
-    if options.judge != "logp":  # made first, so that a mistake in its name costs no loading
-        judge: Any = make_judge(options.judge, options.judge_model, args=args)
-    model: Any = load_model(options.model, args.init_kwargs())
-    model.to(args.device).eval()
-    tokenizer = resolve_tokenizer(options.model, None, args)
-    if options.judge == "logp":
-        judge = make_judge("logp", model=model, tokenizer=tokenizer, args=args)
-    return model, tokenizer, judge
+    return Loader(
+        options.judge,
+        args,
+        judge_model=options.judge_model,
+        judge_timeout=options.judge_timeout,
+        engine=options.engine,
+        vllm_args=options.vllm_args,
+    )
 
 
 def _table(made: Any, way: str) -> Any:

@@ -13,12 +13,12 @@ from fastdpo.cli.arguments import RunArguments
 from fastdpo.data.forms.formats import regrouped
 from fastdpo.data.rows.columns import RowPreparer
 from fastdpo.data.sources.loading import raw_example
+from fastdpo.data.sources.nearest import check_model_folder
 from fastdpo.training.settings.config import SFTConfig
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.model_kinds import check_kind
 from fastdpo.training.setup.models import (
     adapter_base,
-    check_model_folder,
     load_tokenizer,
     resolve_tokenizer,
     where_from,
@@ -61,7 +61,7 @@ def look_at_models(run: RunArguments, args: EngineConfig, ref_model: str | None 
 def _look_at_config(option: str, name: str, args: EngineConfig) -> None:
     from transformers import AutoConfig
 
-    check_model_folder(name)
+    check_model_folder(option, name)
     base = adapter_base(name) or name
     try:
         config = AutoConfig.from_pretrained(base, **where_from(args.init_kwargs()))
@@ -105,7 +105,8 @@ def look_at_rows(train: Any, evaluated: Any, tokenizer: Any, args: EngineConfig,
                 _look_at_rows(dataset, tokenizer, args)
             except ValueError as error:
                 shown = run.data_name() if name == "training" else run.eval_dataset or run.eval_split or "held out"
-                raise ValueError(f"the {name} data ({shown}) cannot be read: {error}{_remedy(args, run)}") from error
+                remedy = "" if "did you mean" in str(error) else _remedy(args, run)
+                raise ValueError(f"the {name} data ({shown}) cannot be read: {error}{remedy}") from error
 
 
 def _look_at_rows(dataset: Any, tokenizer: Any, args: EngineConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastdpo.cli.options.early import check_model
 from fastdpo.cli.options.parser import RaisingParser
 
 
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> None:
         "--trust_remote_code", "--trust-remote-code", action="store_true", help="Run code from the Hub."
     )
     options = parser.parse_args(argv)
+    check_model("adapter", options.adapter)
     from fastdpo.cli.console import make_console
     from fastdpo.training.saving.merge import merge_adapter
 

@@ -18,11 +18,12 @@ from typing import Any
 import yaml
 
 from fastdpo.cli.options.parser import RaisingParser
-from fastdpo.cli.options.reading import nearest_file, read
+from fastdpo.cli.options.reading import read
 from fastdpo.cli.options.table import read_table, table_parser
 from fastdpo.cli.recipes.book import as_yaml
 from fastdpo.cli.recipes.kinds import KINDS, migrated, recognised
 from fastdpo.cli.recipes.release import flattened, read_overrides
+from fastdpo.data.sources.nearest import nearest_file
 
 
 def main(argv: list[str]) -> int:

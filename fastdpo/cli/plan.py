@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fastdpo.cli.console import make_console
 from fastdpo.cli.options.parser import RaisingParser
+from fastdpo.data.sources.nearest import check_model_folder
 from fastdpo.training.memory.plan import ROUNDING, USABLE_SHARE, Plan, make_plans, pair_tokens
 from fastdpo.training.setup.model_kinds import text_part
 
@@ -55,6 +56,7 @@ def main(argv: list[str]) -> None:
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     memory = parse_bytes(options.gpu_memory)
+    check_model_folder("model", options.model)
     config = load_config(options.model, options.trust_remote_code)
     least = ROUNDING if options.max_length is None else pair_tokens(options.max_length)
     console = make_console()

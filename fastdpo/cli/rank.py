@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdpo.cli.options.early import check_output
 from fastdpo.cli.options.parser import RaisingParser, ShowsDefaults
 from fastdpo.cli.options.table import add_options
 from fastdpo.ranking.ratings import MEASURE_NAMES, counted
@@ -54,8 +54,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"{misplaced} {rule}, got {given[misplaced]!r}: it {why}")
     if not 0 < options.confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {options.confidence}")
-    for path in (options.output, options.html):
-        _check_can_write(path)
+    for name in ("output", "html"):
+        check_output(name, given[name], options.data)
     if options.html is not None:
         from fastdpo.report.plots import require_matplotlib
 
@@ -129,16 +129,6 @@ def _parser() -> RaisingParser:
     )
     compared.add_argument("--exclude", nargs="+", metavar="MODEL", help="Models to leave out.", **late)
     return parser
-
-
-def _check_can_write(path: str | None) -> None:
-    if path is None:
-        return
-    from fastdpo.cli.options.early import check_can_write
-
-    if Path(path).is_dir():
-        raise ValueError(f"output must be a file, got the directory {path}")
-    check_can_write(str(Path(path).absolute().parent))
 
 
 def _rank_comparisons(options: argparse.Namespace, given: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fastdpo.cli.options.early import check_data, check_model, check_output
 from fastdpo.cli.options.parser import RaisingParser
 from fastdpo.cli.records import write_records
 
@@ -114,10 +115,11 @@ def _check(options: Any) -> None:
             f"columns must not be given with --benchmark, got {options.columns!r}: the columns of {options.benchmark}"
             " are known"
         )
+    check_data("data", options.data)
+    check_model("model", options.model)
+    check_model("reference", options.reference)
     for name in ("output", "html"):
-        path = getattr(options, name)
-        if path is not None and Path(path).is_dir():
-            raise ValueError(f"{name} must be a file, got the folder {path}")
+        check_output(name, getattr(options, name), options.data)
 
 
 def _credits(options: Any, reference: str | None, found: Any, args: Any) -> list[Any]:

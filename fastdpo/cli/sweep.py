@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastdpo.cli.forwarded import check_forwarded, resuming
+from fastdpo.cli.forwarded import check_forwarded, resuming, train_run
+from fastdpo.cli.measured import kl_words, spread
+from fastdpo.cli.options.early import check_data
 from fastdpo.cli.options.parser import RaisingParser
+from fastdpo.cli.options.rounds import add_judge_options
+
+if TYPE_CHECKING:
+    from fastdpo.cli.forwarded import TrainRun
+    from fastdpo.rounds.generate import Sampling
+    from fastdpo.rounds.loading import Loader
 
 NOT_FORWARDED = ("--output_dir", "--output-dir")
 
@@ -20,6 +29,8 @@ def main(argv: list[str]) -> None:
     """
     options, train_options = _parser().parse_known_args(argv)
     check_forwarded(train_options, NOT_FORWARDED, "sweep sets it for each run")
+    if options.gpu_memory is not None and not options.dry_run:
+        raise ValueError(f"gpu_memory must be given with --dry_run, got {options.gpu_memory!r} without it")
     from fastdpo.rounds.sweep import combinations_of, name_of, read_params, sweep
 
     params = read_params(options.param)
@@ -33,29 +44,37 @@ def main(argv: list[str]) -> None:
     if not {"reference", "precompute_ref_log_probs", "reference_free", "use_peft"} & (given | params.keys()):
         common += ["--reference", "cached"] if _all_have_a_reference(params) else []
     from fastdpo.cli.console import make_console
-    from fastdpo.cli.options.early import look
 
-    for run in runs:  # check every value before the first run
-        look("train", _words(common, run, output / name_of(run)))
+    planned = [train_run(_words(common, run, output / name_of(run))) for run in runs]  # before the first run
     console = make_console()
     if options.dry_run:
         for run in runs:
-            console.print(f"fastdpo train {' '.join(_words(common, run, output / name_of(run)))}")
+            words = " ".join(_words(common, run, output / name_of(run)))
+            console.print(f"fastdpo train {words}", soft_wrap=True, markup=False, highlight=False)
+        from fastdpo.cli.sweep_plan import memory_table
+
+        with console.status("estimating memory"):
+            table = memory_table(runs, planned, options.gpu_memory)
+        console.print(table)
         return
-    settings = {"model": options.model, "dataset": options.dataset, "judge": options.judge, "options": train_options}
+    settings = {"model": options.model, "dataset": options.dataset, "seed": options.seed, "options": train_options}
     measure = _Measure(options, output) if options.judge else None
+    if measure is not None:
+        measure.check(planned)
+        settings |= measure.settings()
 
     def run_one(run: dict[str, str], folder: Path) -> dict[str, Any]:
         console.rule(name_of(run))
         _train(_words(common, run, folder), folder)
-        return {"metrics": _metrics(folder), **({} if measure is None else measure(folder))}
+        return {"metrics": _metrics(folder), **({} if measure is None else measure(folder, planned[runs.index(run)]))}
 
     results = sweep(runs, output, run_one, settings)
     console.print(_table(results))
     wrote = [str(output / "results.jsonl")]
     if measure is not None and len(results) > 1:
-        wrote.append(str(_page(output, results, measure.start())))
-    console.print(f"wrote {', '.join(wrote)}; `fastdpo compare` shows runs side by side")
+        wrote.append(str(_page(output, results, measure.start(planned[0]))))
+    done = f"wrote {', '.join(wrote)}; `fastdpo compare` shows runs side by side"
+    console.print(done, soft_wrap=True, markup=False)
 
 
 def _parser() -> RaisingParser:
@@ -72,9 +91,10 @@ def _parser() -> RaisingParser:
     add("--model", required=True, help="Model to train: a folder or a name on the Hub.")
     add("--dataset", required=True, help="Preference data, as for `fastdpo train`.")
     add("--output_dir", "--output-dir", required=True, help="Folder of the runs and of results.jsonl.")
-    add("--dry_run", "--dry-run", action="store_true", help="Check all settings and print the runs.")
+    add("--dry_run", "--dry-run", action="store_true", help="Check all settings; print the runs and their memory.")
+    add("--gpu_memory", "--gpu-memory", help="Memory to plan for with --dry_run, such as 24GB. Default: the device's.")
     add("--judge", help="Also measure reward and KL on the prompts of --eval_prompts; as for `fastdpo generate`.")
-    add("--judge_model", "--judge-model", help="Name of the endpoint's model.")
+    add_judge_options(parser)
     add("--eval_prompts", "--eval-prompts", metavar="FILE", help="Prompts to measure on, with --judge.")
     add("--max_new_tokens", "--max-new-tokens", type=int, default=256, help="Maximum answer tokens. Default: 256.")
     add("--seed", type=int, default=0, help="Seed of training, sampling and --random. Default: 0.")
@@ -115,38 +135,57 @@ class _Measure:
 
     def __init__(self, options: Any, output: Path) -> None:
         from fastdpo.data.sources.loading import load_preference_dataset
-        from fastdpo.rounds.generate import Sampling, read_prompts
-        from fastdpo.rounds.judges import check_judge
+        from fastdpo.rounds.generate import read_prompts
 
         if options.eval_prompts is None:
             raise ValueError("eval_prompts must be given with --judge, got none: the judge scores answers to them")
-        check_judge(options.judge, options.judge_model)
+        check_data("eval_prompts", options.eval_prompts)
         self.options, self.file = options, output / "start_answers.json"
         self.prompts = read_prompts(load_preference_dataset(options.eval_prompts))
-        self.sampling = Sampling(2, options.max_new_tokens, seed=options.seed)
-        self.sampling.check()
+        if len(self.prompts) < 2:
+            raise ValueError(f"eval_prompts must hold at least two prompts, got {len(self.prompts)}")
 
-    def start(self) -> dict[str, float]:
-        return self(self.options.model)
+    def check(self, planned: Sequence[TrainRun]) -> None:
+        """Raises ValueError for a judge or prompts that cannot work, before the first run."""
+        from fastdpo.rounds.generate import check_prompts
 
-    def __call__(self, name: Any) -> dict[str, float]:
-        from fastdpo.rounds.judges import make_judge
+        for of_run in planned:
+            loader = self._loader(of_run)
+            loader.check(self.options.model)
+            check_prompts(loader.tokenizer(self.options.model), self.prompts)
+            self._sampling(of_run).check()
+
+    def settings(self) -> dict[str, Any]:
+        from fastdpo.rounds.state import digest
+
+        names = ("judge", "judge_model", "max_new_tokens")
+        settings = {name: getattr(self.options, name) for name in names}
+        return {**settings, "eval_prompts": [self.options.eval_prompts, digest(self.prompts)]}
+
+    def start(self, of_run: TrainRun) -> dict[str, float]:
+        return self(self.options.model, of_run)
+
+    def __call__(self, name: Any, of_run: TrainRun) -> dict[str, float]:
         from fastdpo.rounds.measure import measure
-        from fastdpo.training import DPOConfig
-        from fastdpo.training.setup.models import load_model, resolve_tokenizer
 
-        options, args = self.options, DPOConfig("not_used", max_length=None)
-        is_start = str(name) == options.model
+        is_start = str(name) == self.options.model
         if not is_start and not self.file.exists():
-            self(options.model)
-        models: list[Any] = []
-        for path in dict.fromkeys((str(name), options.model)):
-            model: Any = load_model(path, args.init_kwargs())
-            models.append(model.to(args.device).eval())
-        tokenizer = resolve_tokenizer(options.model, None, args)
-        judge = make_judge(options.judge, options.judge_model, model=models[0], tokenizer=tokenizer, args=args)
-        start = None if is_start else models[1]
-        return measure(models[0], tokenizer, judge, self.prompts, self.sampling, start, self.file)
+            self.start(of_run)
+        loader = self._loader(of_run)
+        model, tokenizer = loader.model(str(name)), loader.tokenizer(self.options.model)
+        judge = loader.judge(model, tokenizer)
+        start = None if is_start else loader.model(self.options.model)
+        return measure(model, tokenizer, judge, self.prompts, self._sampling(of_run), start, self.file)
+
+    def _loader(self, of_run: TrainRun) -> Loader:
+        options = self.options
+        return of_run.loader(options.judge, judge_model=options.judge_model, judge_timeout=options.judge_timeout)
+
+    def _sampling(self, of_run: TrainRun) -> Sampling:
+        from fastdpo.rounds.generate import Sampling
+
+        options, kwargs = self.options, of_run.args.chat_template_kwargs
+        return Sampling(2, options.max_new_tokens, seed=options.seed, chat_template_kwargs=kwargs)
 
 
 def _table(results: list[dict[str, Any]]) -> Any:
@@ -160,11 +199,10 @@ def _table(results: list[dict[str, Any]]) -> Any:
         table.add_column(column, justify="right")
     for line in results:
         cells = [f"{line['metrics'][key]:.4f}" if key in line["metrics"] else "" for key in shown]
-        spread = [
-            f"{line[key]:.3f} ± {line[f'{key}_stderr']:.3f}" if f"{key}_stderr" in line else f"{line[key]:.1%}"
-            for key in measured
-        ]
-        table.add_row(*line["params"].values(), *cells, *spread)
+        figures = [spread(line, key) if f"{key}_stderr" in line else f"{line[key]:.1%}" for key in measured]
+        table.add_row(*line["params"].values(), *cells, *figures)
+    if measured:
+        table.caption, table.caption_justify = f"± one standard error. {kl_words()}", "left"
     return table
 
 
@@ -174,8 +212,10 @@ def _page(output: Path, results: list[dict[str, Any]], start: dict[str, float]) 
     from fastdpo.rounds.sweep import name_of
 
     measured = [(name_of(line["params"]), line) for line in results]
-    rows = [[name, f"{line['reward']:.3f}", f"{line['win_rate']:.1%}", f"{line['kl']:.3f}"] for name, line in measured]
-    sections: list[Any] = [Table("Runs", ("run", "judged reward", "win rate", "KL to the start"), rows)]
+    rows = [["start", spread(start, "reward"), "", spread(start, "kl")]]
+    rows += [[name, spread(line, "reward"), f"{line['win_rate']:.1%}", spread(line, "kl")] for name, line in measured]
+    columns, note = ("run", "judged reward", "win rate", "KL to the start"), f"± one standard error. {kl_words()}"
+    sections: list[Any] = [Table("Runs", columns, rows, note=note)]
     if has_matplotlib():
         points = [Point("start", 0.0, start["reward"], 0.0, start["reward_stderr"])]
         points += [

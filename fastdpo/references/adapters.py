@@ -37,6 +37,8 @@ def starts_from_adapter(peft_model: Any) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
+    if any(p.is_meta and p.requires_grad for p in peft_model.parameters()):  # a plan's weights have no values
+        return True
     name = str(peft_model.active_adapter)
     for module in peft_model.modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -130,12 +132,20 @@ def as_reference(peft_model: Any) -> Iterator[None]:
     It only sets the fields that PEFT's layers read in their forward. PEFT's own switches also visit all weights to
     freeze and unfreeze them: this takes 80 ms a step instead of 8 for 32 layers with LoRA on every linear layer, and
     would make weights trainable that the user had frozen.
+
+    Raises:
+        ValueError: the model has lost its adapter.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     has_copy = REFERENCE_ADAPTER in peft_model.peft_config
     layers = [m for m in peft_model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    if not layers:
+        raise ValueError(
+            "the trainer's model must keep its adapter while it is the reference (reference 'adapter'), got a model"
+            " whose adapter was merged or unloaded; make a new trainer for it"
+        )
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     try:
         for layer in layers:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.modeling import packed_logps
+from fastdpo.modeling.packed import bare_model
 from fastdpo.references.adapters import as_reference
 from fastdpo.types import PackedBatch
 
@@ -57,7 +58,16 @@ class AdapterReference:
     mode: str = "adapter"
 
     def sums(self, policy: nn.Module, batch: PackedBatch) -> Tensor:
-        """(S,) summed log-probs of every sequence, nats, fp32, without gradient."""
+        """(S,) summed log-probs of every sequence, nats, fp32, without gradient.
+
+        Raises:
+            ValueError: `policy` is not the model with the adapter any more.
+        """
+        if bare_model(policy) is not bare_model(self.peft_model):
+            raise ValueError(
+                "the trainer's model must stay the PeftModel that is also the reference (reference 'adapter'), got"
+                f" another {type(bare_model(policy)).__name__}; make a new trainer for it"
+            )
         with as_reference(self.peft_model):
             return _sums(policy, batch, self.impl)
 

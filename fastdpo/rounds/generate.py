@@ -7,7 +7,7 @@ so a run gives the same samples whether it was stopped or not.
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,8 +19,8 @@ from fastdpo.data.forms.formats import sft_row
 from fastdpo.data.tokens.chat.rendering import has_chat_template
 from fastdpo.data.values import BadRow
 from fastdpo.modeling.generation import generate_ids, special_ids
-from fastdpo.rounds.endpoint import EndpointJudge
-from fastdpo.rounds.judges import Judge
+from fastdpo.rounds.endpoint import Counts, EndpointJudge
+from fastdpo.rounds.judges import Judge, judged
 from fastdpo.rounds.selection import (
     WAYS,
     Counted,
@@ -29,10 +29,13 @@ from fastdpo.rounds.selection import (
     distinct,
     length_correlation,
 )
+from fastdpo.rounds.state import as_stored, check_same, digest
+from fastdpo.rounds.vllm import VllmEngine
 from fastdpo.training.callbacks.json_lines import append_lines, read_lines
 
 Prompt = str | list[dict[str, Any]]
 CHUNK = 32  # prompts between two saves
+CHUNK_OF_VLLM = 256  # which samples from many prompts at a time
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Sampling:
     temperature: float = 1.0
     batch_size: int = 32  # sequences generated at a time
     seed: int = 0
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def check(self) -> None:
         """Raises ValueError for values that cannot work."""
@@ -85,6 +89,17 @@ class Made:
     agreement: float | None  # how often an endpoint's verdicts in both orders agree
     num_unread: int  # requests to an endpoint without a readable verdict
 
+    def as_facts(self) -> dict[str, Any]:
+        """How biased the labels are, for a manifest."""
+        share = self.counted.longer_chosen[0] if self.counted.lengths else None
+        return {
+            "ties": self.counted.num_ties,
+            "duplicate_share": self.counted.num_duplicates / max(self.counted.num_responses, 1),
+            "longer_chosen": share,
+            "length_correlation": self.correlation,
+            "order_agreement": self.agreement,
+        }
+
 
 def read_prompts(rows: Iterable[Mapping[str, Any]]) -> list[Prompt]:
     """The different prompts of rows, from a column `prompt` or from any form that fastdpo reads.
@@ -118,8 +133,20 @@ def sample(model: Any, tokenizer: Any, prompts: Sequence[Prompt], sampling: Samp
 def sample_ids(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, seed: int
 ) -> list[list[list[int]]]:
-    """Samples `num_responses` responses for each prompt, as token ids. Prompts of similar length share a batch."""
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    """Samples `num_responses` responses for each prompt, as token ids. Prompts of similar length share a batch.
+
+    Args:
+        model: a causal LM, or vLLM's engine.
+    """
+    ids = [prompt_ids(tokenizer, prompt, sampling.chat_template_kwargs) for prompt in prompts]
+    if isinstance(model, VllmEngine):
+        return model.sample_ids(
+            ids,
+            num_responses=sampling.num_responses,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seed=seed,
+        )
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
     repeated = [ids[i] for i in order for _ in range(sampling.num_responses)]
     pad_id, eos_ids = special_ids(model, tokenizer)
@@ -139,18 +166,31 @@ def sample_ids(
     return found
 
 
-def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: Prompt, template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
     """The token ids of a prompt, after which the model generates its response.
 
+    Args:
+        template_kwargs: variables for the chat template.
     Raises:
-        ValueError: the prompt is a list of messages, and the tokenizer has no chat template.
+        ValueError: the prompt is a list of messages, and the tokenizer has no chat template, or one that refuses it.
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    if not has_chat_template(tokenizer):
-        raise ValueError("prompts must be text without a chat template, got messages; set one with --chat_template")
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+    check_prompts(tokenizer, [prompt])
+    from jinja2 import TemplateError
+
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False, **(template_kwargs or {})}
+    try:
+        ids = tokenizer.apply_chat_template(prompt, **options)
+    except TemplateError as error:
+        raise ValueError(f"prompts must fit the chat template, got {shown(prompt)[:80]!r}: {error}") from error
     return list(ids)
+
+
+def check_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError if prompts are messages and the tokenizer has no chat template."""
+    if not has_chat_template(tokenizer) and not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("prompts must be text without a chat template, got messages; set one with --chat_template")
 
 
 def generate_scored(
@@ -168,55 +208,48 @@ def generate_scored(
 
     Args:
         path: the file that finished chunks are appended to.
-        key: identifies the run, together with `sampling`.
+        key: identifies the run, together with the prompts and `sampling`.
         progress: called with the number of finished prompts.
     Raises:
         ValueError: `path` holds samples of another run, or a score is not a number.
     """
-    digest = hashlib.sha256(json.dumps({**key, **asdict(sampling)}, sort_keys=True).encode()).hexdigest()[:16]
+    settings = as_stored({**key, "prompts": digest(prompts), **asdict(sampling)})
     lines = read_lines(path)
-    if lines and lines[0].get("key") != digest:
-        raise ValueError(
-            f"{path} must hold samples of the same model, judge and settings, got another run's; delete it, or choose"
-            " another output"
-        )
+    if lines:
+        remedy = "delete the file or choose another output"
+        check_same(lines[0].get("settings", {}), settings, path, remedy, may_differ=("batch_size",))
+    head = [] if lines else [{"settings": settings}]  # written with the first chunk: a failure leaves no file
     done = {line["number"]: line for line in lines if "number" in line}
-    if not lines:
-        append_lines(path, [{"key": digest, **key}])
-    for start in range(0, len(prompts), CHUNK):
-        numbers = range(start, min(start + CHUNK, len(prompts)))
+    size = CHUNK_OF_VLLM if isinstance(model, VllmEngine) else CHUNK
+    for start in range(0, len(prompts), size):
+        numbers = range(start, min(start + size, len(prompts)))
         if not all(number in done for number in numbers):
             chunk = [prompts[number] for number in numbers]
             responses = sample(model, tokenizer, chunk, sampling, sampling.seed + start)
-            scores = _scores(judge, chunk, responses)
+            scored = _scored(judge, chunk, responses)
             new = [
-                {"number": number, "prompt": prompt, "responses": said, "scores": scored}
-                for number, prompt, said, scored in zip(numbers, chunk, responses, scores, strict=True)
+                {"number": number, "prompt": prompt, "responses": said, **of_prompt}
+                for number, prompt, said, of_prompt in zip(numbers, chunk, responses, scored, strict=True)
             ]
-            append_lines(path, new)
+            append_lines(path, [*head, *new])
+            head = []
             done |= {line["number"]: line for line in new}
         progress(numbers[-1] + 1)
     return [done[number] for number in range(len(prompts))]
 
 
-def _scores(
+def _scored(
     judge: Judge | EndpointJudge, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]
-) -> list[list[float | None]]:
+) -> list[dict[str, Any]]:
+    """For each prompt its `scores`; of an endpoint also how reliable it was (`verdicts`)."""
     if isinstance(judge, EndpointJudge):
-        return [list(judge.scores(shown(prompt), said)) for prompt, said in zip(prompts, responses, strict=True)]
+        both = [judge.judged(shown(prompt), said) for prompt, said in zip(prompts, responses, strict=True)]
+        return [{"scores": scores, "verdicts": asdict(counts)} for scores, counts in both]
     flat_prompts = [prompt for prompt, said in zip(prompts, responses, strict=True) for _ in said]
     flat = [as_completion(prompt, text) for prompt, said in zip(prompts, responses, strict=True) for text in said]
-    scores = list(judge(flat_prompts, flat))
-    if len(scores) != len(flat):
-        raise ValueError(f"judge must return a score for each of {len(flat)} completions, got {len(scores)}")
-    for score in scores:
-        if score is not None and not isinstance(score, int | float):
-            raise ValueError(f"judge must return numbers or None, got {type(score).__name__}")
-    found, start = [], 0
-    for said in responses:
-        found.append([None if score is None else float(score) for score in scores[start : start + len(said)]])
-        start += len(said)
-    return found
+    scores = judged(judge, flat_prompts, flat)
+    ends = list(itertools.accumulate(map(len, responses)))
+    return [{"scores": scores[end - len(said) : end]} for end, said in zip(ends, responses, strict=True)]
 
 
 def shown(prompt: Prompt) -> str:
@@ -267,9 +300,16 @@ def make_rows(
     return (rows if pairing.way == "ranking" else [rows[i] for i in kept]), counted
 
 
-def summary_of(
-    scored: Sequence[Mapping[str, Any]], rows: Sequence[Any], counted: Counted, judge: Judge | EndpointJudge
-) -> Made:
+def source_of(
+    model: str, judge: str, judge_model: str | None, sampling: Sampling, engine: str, **more: Any
+) -> dict[str, Any]:
+    """Where rows come from: keys that every row holds."""
+    drawn = {name: value for name, value in asdict(sampling).items() if name != "batch_size" and value is not None}
+    named = judge if judge_model is None else f"{judge} {judge_model}"
+    return {"model": model, "judge": named, "sampling": {**drawn, "engine": engine}, **more}
+
+
+def summary_of(scored: Sequence[Mapping[str, Any]], rows: Sequence[Any], counted: Counted) -> Made:
     """The numbers of a finished run."""
     both = [
         (float(len(text)), float(score))
@@ -278,6 +318,6 @@ def summary_of(
         if score is not None
     ]
     correlation = length_correlation([length for length, _ in both], [score for _, score in both])
-    counts = judge.counts if isinstance(judge, EndpointJudge) else None
-    agreement = counts.agreement if counts is not None and counts.comparisons else None
-    return Made(len(scored), len(rows), counted, correlation, agreement, 0 if counts is None else counts.unread)
+    counts = sum((Counts(**line["verdicts"]) for line in scored if "verdicts" in line), Counts())
+    agreement = counts.agreement if counts.comparisons else None
+    return Made(len(scored), len(rows), counted, correlation, agreement, counts.unread)

@@ -8,12 +8,13 @@ gives the mean judged reward, the win rate against the start, and the KL to the 
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from fastdpo.rounds.state import as_stored, check_same, read_json, write_json
 
 REFERENCES, STARTS = ("keep", "move"), ("last", "first")
 PLAN_FILE, MANIFEST = "iterate.json", "manifest.json"
@@ -45,7 +46,7 @@ class Plan:
 class Steps:
     """The steps of a round. A step is called again if it was stopped."""
 
-    make_pairs: Callable[[str, Path, int], None]  # (model, file to write, round)
+    make_pairs: Callable[[str, Path, int], Mapping[str, Any] | None]  # (model, file, round) -> facts about labels
     train: Callable[[str, str, Path, Path], None]  # (start, reference, data, folder of the model)
     evaluate: Callable[[str], dict[str, float]]  # (model) -> metrics
 
@@ -60,17 +61,20 @@ def iterate(plan: Plan, output: Path, steps: Steps, settings: Mapping[str, Any])
     """
     plan.check()
     output.mkdir(parents=True, exist_ok=True)
-    _check_same(output / PLAN_FILE, {**asdict(plan), **settings})
+    path, now = output / PLAN_FILE, as_stored({**asdict(plan), **settings})
+    if path.is_file():
+        check_same(read_json(path), now, path, "use another output_dir", may_differ=("num_rounds",))
+    write_json(path, now)
     history = []
     for number in range(plan.num_rounds + 1):
         folder = output / f"round_{number}"
-        manifest = _read(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST)
         if number > 0:
             _train_round(plan, output, number, manifest, steps)
         if "metrics" not in manifest:
             manifest["metrics"] = steps.evaluate(model_of(plan, output, number))
-            _write(folder / MANIFEST, manifest)
-        history.append({"round": number, **manifest["metrics"]})
+            write_json(folder / MANIFEST, manifest)
+        history.append({"round": number, **manifest.get("labels", {}), **manifest["metrics"]})
     return history
 
 
@@ -86,14 +90,14 @@ def _train_round(plan: Plan, output: Path, number: int, manifest: dict[str, Any]
     reference = plan.model if plan.reference == "keep" else last
     if "pairs" not in manifest:
         folder.mkdir(parents=True, exist_ok=True)
-        steps.make_pairs(last, folder / "pairs.jsonl", number)
+        manifest["labels"] = dict(steps.make_pairs(last, folder / "pairs.jsonl", number) or {})
         manifest["pairs"] = sum(1 for _ in _lines(folder / "pairs.jsonl"))
-        _write(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, manifest)
     if "trained" not in manifest:
         data = _with_replay(plan, output, number)
         steps.train(start, reference, data, folder / "model")
         manifest["trained"] = {"start": start, "reference": reference, "rows": sum(1 for _ in _lines(data))}
-        _write(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, manifest)
 
 
 def _with_replay(plan: Plan, output: Path, number: int) -> Path:
@@ -112,33 +116,6 @@ def _with_replay(plan: Plan, output: Path, number: int) -> Path:
 def _lines(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8") as file:
         yield from file
-
-
-def _check_same(path: Path, settings: Mapping[str, Any]) -> None:
-    """Writes the settings into a new folder. In an existing one, only the number of rounds may differ."""
-    now = json.loads(json.dumps(settings))
-    before = _read(path)
-    differing = [key for key in now if before and key != "num_rounds" and before.get(key) != now[key]]
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"{name} must be {before.get(name)!r}, as in the rounds in {path.parent}, got {now[name]!r}; use another"
-            " output_dir for other settings"
-        )
-    _write(path, now)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return found
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes the file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
 
 
 def win_rate(scores: Sequence[float | None], start_scores: Sequence[float | None]) -> float:

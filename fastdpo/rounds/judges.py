@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 
+from fastdpo.data.sources.nearest import check_model_folder
 from fastdpo.rewards.implicit import implicit_reward
-from fastdpo.rounds.endpoint import EndpointJudge
+from fastdpo.rounds.endpoint import TIMEOUT, EndpointJudge
 from fastdpo.training.settings.config import DPOConfig
 
 Judge = Callable[..., Sequence[float | None]]
 KINDS = ("length", "shortest", "regex:PATTERN", "logp", "implicit:MODEL", "classifier:MODEL", "http://URL")
+KIND_NAMES = tuple(kind.partition(":")[0] for kind in KINDS)
 _ENDPOINTS = ("http://", "https://")
 
 
@@ -35,10 +37,20 @@ def is_endpoint(name: str) -> bool:
     return name.startswith(_ENDPOINTS)
 
 
-def check_judge(name: str, endpoint_model: str | None) -> None:
-    """Raises ValueError if the judge is an endpoint and no model of it is named."""
-    if is_endpoint(name) and not endpoint_model:
-        raise ValueError("judge_model must name the endpoint's model if judge is a URL, got none")
+def check_judge(name: str, endpoint_model: str | None, timeout: float = TIMEOUT) -> None:
+    """Raises ValueError if there is no such judge, as far as that shows without loading its model."""
+    if not timeout > 0:
+        raise ValueError(f"judge_timeout must be > 0, got {timeout}")
+    if is_endpoint(name):
+        if not endpoint_model:
+            raise ValueError("judge_model must name the endpoint's model if judge is a URL, got none")
+        return
+    kind, _, rest = name.partition(":")
+    if kind in ("implicit", "classifier") and rest:
+        for model in rest.split(",") if kind == "implicit" else (rest,):
+            check_model_folder("judge", model)
+    elif name != "logp":
+        make_judge(name)
 
 
 def make_judge(
@@ -48,19 +60,21 @@ def make_judge(
     model: Any = None,
     tokenizer: Any = None,
     args: DPOConfig | None = None,
+    timeout: float = TIMEOUT,
 ) -> Judge | EndpointJudge:
     """The judge with this name.
 
     Args:
         endpoint_model: the model that an endpoint runs, if the name is its URL.
-        model, tokenizer: the model that wrote the responses, and its tokenizer; for `logp`.
+        model, tokenizer: the model that wrote the responses (or its name), and its tokenizer; for `logp`.
         args: precision, device and max_length for judges that are models.
+        timeout: seconds for a request to an endpoint.
     Raises:
         ValueError: there is no such judge, or it cannot be loaded.
     """
     if is_endpoint(name):
-        check_judge(name, endpoint_model)
-        return EndpointJudge(name, str(endpoint_model))
+        check_judge(name, endpoint_model, timeout)
+        return EndpointJudge(name, str(endpoint_model), timeout=timeout)
     kind, _, rest = name.partition(":")
     if name == "length":
         return lambda prompts, completions, **kwargs: [float(len(text_of(said))) for said in completions]
@@ -79,9 +93,29 @@ def make_judge(
         return implicit_reward(policy, reference or None, None, 1.0, args=args)
     if kind == "classifier" and rest:
         return Classifier(rest, args)
-    if re.fullmatch(r"[\w.]+:\w+", name):
+    if kind not in KIND_NAMES and re.fullmatch(r"[\w.]+:\w+", name):
         return _own(kind, rest)
     raise ValueError(f"judge must be one of {', '.join(KINDS)} or module:function, got {name!r}")
+
+
+def judged(judge: Judge | EndpointJudge, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float | None]:
+    """One score per completion from a judge that scores each by itself; None for a score that is not a finite number.
+
+    Raises:
+        ValueError: the judge returns another number of scores, or something else than numbers.
+    """
+    assert not isinstance(judge, EndpointJudge)
+    found: Any = judge(list(prompts), list(completions))
+    try:
+        scores = [score.item() if hasattr(score, "item") else score for score in found]  # of NumPy and torch
+    except TypeError as error:
+        raise ValueError(f"judge must return a list of scores, got {type(found).__name__}") from error
+    if len(scores) != len(completions):
+        raise ValueError(f"judge must return a score for each of {len(completions)} completions, got {len(scores)}")
+    for score in scores:
+        if score is not None and not isinstance(score, int | float):
+            raise ValueError(f"judge must return numbers or None, got {type(score).__name__}")
+    return [None if score is None or not math.isfinite(score) else float(score) for score in scores]
 
 
 def text_of(completion: Any) -> str:

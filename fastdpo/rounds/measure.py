@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,8 @@ from fastdpo.alignment.results import Estimate
 from fastdpo.rounds.endpoint import EndpointJudge
 from fastdpo.rounds.generate import Prompt, Sampling, as_completion, prompt_ids, sample_ids, shown
 from fastdpo.rounds.iterate import win_rate
-from fastdpo.rounds.judges import Judge
+from fastdpo.rounds.judges import Judge, judged
+from fastdpo.rounds.state import read_json, write_json
 
 
 def measure(
@@ -32,23 +32,24 @@ def measure(
 
     Args:
         start: the start's model; None if `model` is the start. Its answers are then stored in `start_file`.
+    Raises:
+        ValueError: the judge gives fewer than two scores, or a score is not a number.
     """
     one = replace(sampling, num_responses=1)
     said_ids = tuple(drawn[0] for drawn in sample_ids(model, tokenizer, prompts, one, sampling.seed))
     answers = [text.strip() for text in tokenizer.batch_decode(said_ids, skip_special_tokens=True)]
-    known = json.loads(start_file.read_text()) if start is not None else {"answers": answers}
+    known = read_json(start_file) if start is not None else {"answers": answers}
     if isinstance(judge, EndpointJudge):
         both = [judge.scores(shown(p), [a, s]) for p, a, s in zip(prompts, answers, known["answers"], strict=True)]
         scores: list[float | None] = [pair[0] for pair in both]
         start_scores: list[float | None] = [pair[1] for pair in both]
     else:
         said = [as_completion(prompt, text) for prompt, text in zip(prompts, answers, strict=True)]
-        scores = [None if score is None else float(score) for score in judge(list(prompts), said)]
+        scores = judged(judge, prompts, said)
         start_scores = scores if start is None else known["scores"]
     if start is None:
-        start_file.parent.mkdir(parents=True, exist_ok=True)
-        start_file.write_text(json.dumps({"answers": answers, "scores": scores}))
-    ids = tuple(prompt_ids(tokenizer, prompt) for prompt in prompts)
+        write_json(start_file, {"answers": answers, "scores": scores})
+    ids = tuple(prompt_ids(tokenizer, prompt, sampling.chat_template_kwargs) for prompt in prompts)
     samples = Samples(tuple(map(shown, prompts)), tuple(answers), ids, said_ids)
     kl = [0.0] * len(prompts) if start is None else kl_to_reference(model, start, samples, batch_size=8)
     scored = [score for score in scores if score is not None]

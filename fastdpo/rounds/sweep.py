@@ -7,12 +7,12 @@ continues with the runs that are not in that file.
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastdpo.rounds.state import as_stored, check_same
 from fastdpo.training.callbacks.json_lines import append_lines, read_lines
 
 RESULTS_FILE = "results.jsonl"
@@ -72,15 +72,10 @@ def sweep(
         ValueError: the folder has results of other settings.
     """
     path = output / RESULTS_FILE
-    now = json.loads(json.dumps(dict(settings)))
+    now = as_stored(settings)
     done: dict[str, dict[str, Any]] = {}
     for line in read_lines(path):
-        if line["settings"] != now:
-            differing = next(key for key in {*now, *line["settings"]} if line["settings"].get(key) != now.get(key))
-            raise ValueError(
-                f"{differing} must be {line['settings'].get(differing)!r}, as in {path}, got {now.get(differing)!r};"
-                " use another output_dir for other settings"
-            )
+        check_same(line["settings"], now, path, "use another output_dir")
         done[name_of(line["params"])] = line
     for params in runs:
         name = name_of(params)

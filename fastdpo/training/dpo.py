@@ -154,7 +154,7 @@ class DPOTrainer(PackedTrainer):
         if args.num_eval_samples:
             self.eval_samples = EvalSamples(
                 args,
-                self.model,
+                lambda: self.model,
                 self.reference,
                 self.processing_class,
                 self.eval_dataset,
@@ -198,7 +198,7 @@ class DPOTrainer(PackedTrainer):
 
     def _cache_reference(self, ref_model: str | nn.Module | None) -> None:
         """Adds the reference log-probs to the rows of all datasets, and frees the reference."""
-        cached = CachedReference(self.args, self.model, ref_model, self.processing_class)
+        cached = CachedReference(self.args, lambda: self.model, ref_model, self.processing_class)
         filled, done = cached.fill(self._datasets(), self._runs_packed)
         self.train_dataset: Any = filled.get("train")
         eval_dataset: Any = self.eval_dataset

@@ -42,6 +42,7 @@ def test_pairs_are_made_told_and_trained_on(capsys, paths):
         (("-n", "1"), "num_responses must be at least 2"),
         (("--prompts", "none.jsonl"), "none.jsonl"),
         (("--pairs", "best"), "--pairs"),
+        (("--engine", "vllm"), "engine must be auto or transformers, got 'vllm', which is not installed"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_a_line(capsys, paths, more, word):

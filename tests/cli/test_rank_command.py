@@ -199,7 +199,7 @@ def test_comparisons_that_cannot_be_ranked_are_refused_and_nothing_is_written(ca
         (("--reference", "/nowhere"), "got /nowhere, which does not exist"),
         (("--anchor", "Z"), "anchor must be one of"),
         (("--max_length", "0"), "max_length"),
-        (("-o", "."), "output must be a file, got the directory ."),
+        (("-o", "."), "output must be a file, got the folder ."),
         (("--columns", "promt=question"), "got 'promt'; did you mean 'prompt'"),
     ],
 )

@@ -37,11 +37,23 @@ def test_runs_results_and_frontier(capsys, paths):
     assert "optimizer steps" not in out  # nothing is trained again
 
 
-def test_a_dry_run_prints_the_commands(capsys, paths):
-    code, out, _ = run(capsys, *options(paths, "--param", "loss_type=sigmoid,ipo", "--dry_run"))
-    assert code == 0
-    assert "--loss_type ipo" in " ".join(out.split())
+def test_a_dry_run_prints_the_commands_and_which_runs_fit(capsys, paths):
+    grid = ("--param", "loss_type=sigmoid,ipo", "--param", "bf16=true,false")
+    code, out, err = run(capsys, *options(paths, *grid, "--dry_run", "--gpu_memory", "24GB"))
+    assert code == 0, err
+    assert "--loss_type ipo --bf16 true" in out
+    assert [line.split()[-1] for line in out.splitlines() if " MB " in line] == ["yes"] * 4
     assert not (paths / "out").exists()
+    code, out, err = run(capsys, *options(paths, *grid, "--dry_run", "--gpu_memory", "600MB"))  # CUDA takes more
+    assert code == 0, err
+    assert [line.split()[-1] for line in out.splitlines() if " MB " in line and "GPU" not in line] == ["no"] * 4
+
+
+def test_a_dry_run_without_an_amount_plans_for_the_device(capsys, paths):
+    code, out, err = run(capsys, *options(paths, "--param", "beta=0.1", "--dry_run"))
+    assert code == 0, err
+    assert "this machine's memory" in out
+    assert [line.split()[-1] for line in out.splitlines() if " MB " in line and "machine" not in line] == ["yes"]
 
 
 @pytest.mark.parametrize(
@@ -51,9 +63,13 @@ def test_a_dry_run_prints_the_commands(capsys, paths):
         (("--param", "beta=0.1", "--beta", "0.2"), "param must not name an option that is set for all runs, got beta"),
         (("--param", "beta=0.1", "--judge", "length"), "eval_prompts must be given"),
         ((), "param must be given"),
+        (("--param", "beta=0.1,-1"), "beta must be"),
+        (("--param", "beta=0.1", "--gpu_memory", "24GB"), "gpu_memory must be given with --dry_run"),
+        (("--param", "beta=0.1", "--dry_run", "--gpu_memory", "much"), "gpu_memory must be an amount like 24GB"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_a_line(capsys, paths, more, word):
     code, _, err = run(capsys, *options(paths, *more))
     assert code == 2
     assert word in err
+    assert not (paths / "out").exists()

@@ -223,6 +223,24 @@ def test_weights_that_were_changed_by_hand_are_not_taken_for_the_reference(tmp_p
         cached.evaluate(Dataset.from_list(make_rows(4, seed=9)))
 
 
+def test_another_model_of_the_trainer_is_not_taken_for_the_reference(tmp_path):
+    fast = make_trainer(tmp_path, reference="cached")
+    fast.model = make_llama(seed=5)
+    with pytest.raises(ValueError, match="the reference model is no longer available"):
+        fast.evaluate(make_rows(3, seed=9))
+
+
+def test_an_adapter_that_was_merged_is_not_taken_for_the_reference(tmp_path):
+    """Without the check, the merged model would be compared with itself: a loss of ln 2, whatever was trained."""
+    fast = make_trainer(tmp_path, reference="adapter", peft_config=make_lora())
+    fast.model = fast.model_wrapped = fast.model.merge_and_unload()
+    with pytest.raises(ValueError, match="must keep its adapter while it is the reference"):
+        fast.evaluate(make_rows(3, seed=9))
+    fast.model = fast.model_wrapped = make_llama(seed=5)
+    with pytest.raises(ValueError, match="must stay the PeftModel that is also the reference"):
+        fast.evaluate(make_rows(3, seed=9))
+
+
 def test_with_an_adapter_rows_that_come_after_training_are_computed(tmp_path):
     rows = Dataset.from_list(make_rows(5, seed=1))
     live, cached = (make_trainer(tmp_path, peft_config=make_lora(), reference=mode) for mode in ("auto", "cached"))

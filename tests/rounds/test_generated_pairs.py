@@ -107,7 +107,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_samples(tmp_path, monkeypa
 
 def test_samples_of_another_run_are_refused(tmp_path):
     made(tmp_path, PROMPTS[:2], make_judge("length"))
-    with pytest.raises(ValueError, match="must hold samples of the same model, judge and settings"):
+    with pytest.raises(ValueError, match=r"model must be 'm', as in .*, got 'another'; delete the file"):
         generate_scored(
             make_llama(),
             make_tokenizer(),
@@ -155,6 +155,7 @@ def test_settings_that_cannot_work_are_refused(settings, word):
 def test_lines_hold_prompt_responses_and_scores(tmp_path):
     made(tmp_path, PROMPTS[:1], make_judge("length"))
     head, line = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
-    assert set(head) == {"key", "model"}
+    assert head["settings"]["model"] == "m"
+    assert head["settings"]["max_new_tokens"] == SAMPLING.max_new_tokens
     assert set(line) == {"number", "prompt", "responses", "scores"}
     assert line["scores"] == [float(len(said)) for said in line["responses"]]

@@ -5,13 +5,14 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
 from tiny import make_llama, make_tokenizer
 
 from fastdpo import DPOConfig
 from fastdpo.rounds.endpoint import EndpointJudge
-from fastdpo.rounds.judges import make_judge
+from fastdpo.rounds.judges import check_judge, judged, make_judge
 
 
 def numbers(judge, *completions):
@@ -60,6 +61,15 @@ def test_a_classifier_scores_prompt_and_response(tmp_path):
         make_judge(f"classifier:{tmp_path / 'two'}")
 
 
+def test_scores_of_numpy_and_torch_are_numbers_and_those_that_are_not_finite_are_none():
+    found = [np.float32(1.5), torch.tensor(2.0), None, float("nan"), np.inf, 3]
+    assert judged(lambda prompts, completions: found, ["p"] * 6, ["c"] * 6) == [1.5, 2.0, None, None, None, 3.0]
+    assert judged(lambda prompts, completions: np.arange(2.0), ["p"] * 2, ["c"] * 2) == [0.0, 1.0]
+    with pytest.raises(ValueError, match="judge must return a list of scores, got float"):
+        judged(lambda prompts, completions: 1.0, ["p"], ["c"])
+
+
+@pytest.mark.parametrize("check", [make_judge, lambda name: check_judge(name, None)], ids=["made", "checked"])
 @pytest.mark.parametrize(
     ("name", "word"),
     [
@@ -68,12 +78,23 @@ def test_a_classifier_scores_prompt_and_response(tmp_path):
         ("no_such_module:f", "importable"),
         ("math:nothing", "importable"),
         ("math:pi", "callable"),
-        ("classifier:no/such", "no/such"),
+        ("length:long", "judge must be one of"),
+        ("implicit:", "judge must be one of"),
+        ("classifier:./no/such", "no/such"),
+        ("implicit:./no/such", "no/such"),
     ],
 )
-def test_a_judge_that_is_none_is_refused(name, word):
+def test_a_judge_that_is_none_is_refused(check, name, word):
     with pytest.raises(ValueError, match=word):
-        make_judge(name)
+        check(name)
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0])
+def test_an_endpoint_needs_time_and_the_name_of_a_model(timeout):
+    with pytest.raises(ValueError, match=f"judge_timeout must be > 0, got {timeout}"):
+        check_judge("http://localhost/v1", "m", timeout)
+    with pytest.raises(ValueError, match="judge_model must name the endpoint's model"):
+        check_judge("http://localhost/v1", None)
 
 
 @pytest.fixture
@@ -143,6 +164,37 @@ def test_an_endpoint_that_hangs_is_given_up(endpoint):
     judge = EndpointJudge(endpoint["url"], "m", timeout=0.1, attempts=1)
     assert judge.scores("?", ["a", "b"]) == [0.5, 0.5]
     assert judge.counts.unread == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [(b"no json", "JSONDecodeError"), (500, "HTTP Error 500"), ("I cannot say", "the answer was 'I cannot say'")],
+)
+def test_an_endpoint_that_never_answers_is_an_error_with_the_last_reason(endpoint, said, reason):
+    endpoint["answer"] = lambda question: said
+    judge = EndpointJudge(endpoint["url"], "m", attempts=1)
+    assert judge.scores("?", ["a", "b", "c"]) == [0.5, 0.5, 0.5]  # 6 requests: ties so far
+    assert judge.scores("?", ["a", "b", "c"]) == [0.5, 0.5, 0.5]
+    with pytest.raises(ValueError, match=f"must answer A, B or C, got no readable answer to the last 18.*{reason}"):
+        judge.scores("?", ["a", "b", "c"])
+
+
+def test_one_answer_is_enough_to_go_on(endpoint):
+    numbers = iter(range(1000))
+    endpoint["answer"] = lambda question: "C" if next(numbers) % 15 == 14 else "no"
+    judge = EndpointJudge(endpoint["url"], "m", num_parallel=1)
+    for _ in range(4):
+        judge.scores("?", ["a", "b", "c", "d"])
+    assert judge.counts.unread == 45
+
+
+def test_a_request_that_takes_too_long_is_not_repeated(endpoint):
+    endpoint["answer"] = lambda question: time.sleep(0.5) or "A"
+    judge = EndpointJudge(endpoint["url"], "m", timeout=0.1, attempts=3)
+    judge.scores("?", ["a", "b"])
+    assert len(endpoint["seen"]) == 2
+    with pytest.raises(ValueError, match=r"no answer within 0\.1 seconds \(--judge_timeout\)"):
+        judge.scores("?", ["a", "b", "c", "d", "e"])
 
 
 def test_an_endpoint_that_refuses_is_an_error(endpoint):

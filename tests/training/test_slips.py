@@ -217,6 +217,10 @@ def test_trls_names_of_fine_tuning_are_translated_or_answered(tmp_path):
         args = SFTConfig(str(tmp_path), use_cpu=True, max_seq_length=64, packing=True, completion_only_loss=None)
     assert (args.max_length, args.packing) == (64, "packed")
     assert SFTConfig(str(tmp_path), use_cpu=True, packing=False, dataset_text_field="text").packing == "auto"
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    with pytest.warns(FutureWarning, match=r"chat_template='.*chat\.jinja'"):
+        args = SFTConfig(str(tmp_path), use_cpu=True, chat_template_path=str(tmp_path / "chat.jinja"))
+    assert args.tokenization_settings().chat_template == "{{ messages }}"
     with pytest.raises(ValueError, match=r"dataset.rename_column\('body', 'text'\)"):
         SFTConfig(str(tmp_path), dataset_text_field="body")
 

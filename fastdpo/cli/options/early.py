@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdpo.cli.options.reading import nearest_file, read
+from fastdpo.cli.options.reading import read
 from fastdpo.cli.options.table import read_table, table_parser
 from fastdpo.data.sources.loading import SUFFIXES
-
-_OF_A_MODEL = ("config.json", "adapter_config.json")
+from fastdpo.data.sources.nearest import OF_A_MODEL, check_model_folder, nearest_file
 
 
 def look(command: str, argv: Sequence[str], shown: Sequence[str] | None = None) -> argparse.Namespace:
@@ -68,18 +67,14 @@ def check_folder(name: str, path: Any) -> bool:
     """Whether the folder exists; if not, `path` may still be a name on the Hub."""
     if not isinstance(path, str):
         return False
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise ValueError(
-            f"{name} must be a local directory or a model name on the Hub, got {path}, which does not"
-            f" exist{nearest_file(path)}"
-        )
+    check_model_folder(name, path)
     return Path(path).is_dir()
 
 
 def check_model(name: str, path: Any) -> None:
-    if check_folder(name, path) and not any(Path(path, file).is_file() for file in _OF_A_MODEL):
+    if check_folder(name, path) and not any(Path(path, file).is_file() for file in OF_A_MODEL):
         there = sorted(entry.name for entry in Path(path).iterdir())
-        models = sorted({file.parent for kind in _OF_A_MODEL for file in Path(path).glob(f"*/{kind}")})
+        models = sorted({file.parent for kind in OF_A_MODEL for file in Path(path).glob(f"*/{kind}")})
         hint = f"; did you mean --{name} {models[-1]}?" if models else ""
         raise ValueError(
             f"{name} must be a folder with a config.json (a model) or an adapter_config.json (an adapter), got {path}"
@@ -99,3 +94,19 @@ def check_can_write(output_dir: str) -> None:
             f"output_dir must be {what} with write permission, got {output_dir}: {error.strerror}; choose another one:"
             " --output_dir DIR"
         ) from None
+
+
+def check_output(name: str, path: str | None, *inputs: Any) -> None:
+    """Raises ValueError if an output file is a folder or an input, or cannot be written to. None is no file."""
+    if path is None:
+        return
+    target = Path(path).expanduser()
+    if target.is_dir():
+        raise ValueError(f"{name} must be a file, got the folder {path}")
+    if any(isinstance(data, str) and Path(data).expanduser().resolve() == target.resolve() for data in inputs):
+        raise ValueError(f"{name} must not be the input file, got {path}")
+    folder = target.absolute().parent
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "is a file" if not there.is_dir() else "has no write permission"
+        raise ValueError(f"{name} must be a file in a folder with write permission, got {path}: {there} {what}")

@@ -22,6 +22,7 @@ import yaml
 from fastdpo.cli.options import mixtures, names
 from fastdpo.cli.options.values import typed, words_of
 from fastdpo.data.sources.loading import SUFFIXES
+from fastdpo.data.sources.nearest import nearest_file
 
 # (former names with their values, all values of the source) -> our options, and notes for the user
 FormerNames = Callable[[dict[str, Any], dict[str, Any]], tuple[dict[str, Any], list[str]]]
@@ -272,17 +273,6 @@ def _whose(recipe: Mapping[str, Any], path: str) -> str:
     if kind in ("trl", "handbook"):  # whose names are taken as they are
         return ""
     return f" (a recipe of {KINDS[kind][0]}? fastdpo migrate {path} --out run.yaml)"
-
-
-def nearest_file(path: str) -> str:
-    """The end of a message: the nearest existing file or folder, if there is one."""
-    folder = Path(path).expanduser().parent
-    try:
-        there = [entry.name for entry in folder.iterdir()]
-    except OSError:
-        return ""
-    nearest = difflib.get_close_matches(Path(path).name, there, n=1)
-    return f"; did you mean {str(folder / nearest[0])!r}?" if nearest else ""
 
 
 def _set_environment(variables: Any, path: str) -> None:

@@ -31,6 +31,7 @@ from fastdpo.types import PreferenceRow
 
 AUTO = "auto"
 FORMATS = (EXPLICIT, *ADAPTERS, *FORMS)  # the first that fits: a prompt that somebody added to a dataset counts
+_NEARLY = 0.8  # of difflib's ratio, from which a column's name is a slip
 FORMAT_NAMES = tuple(dict.fromkeys(row_format.name for row_format in (*FORMATS, *SFT_FORMS)))
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 TEMPLATE_KWARGS = "chat_template_kwargs"
@@ -141,6 +142,13 @@ def choose_format(example: Example, dataset_format: str, *, is_sft: bool) -> Row
             if row_format.is_unmistakable(cells):
                 return row_format
         forms = (EXPLICIT, *FORMS, *(SFT_FORMS if is_sft else ()))
+        if slips := _slips(cells, forms):
+            nearest = ", ".join(f"{ours!r} for {theirs!r}" for ours, theirs in slips.items())
+            option = ",".join(f"{ours}={theirs}" for ours, theirs in slips.items())
+            raise ValueError(
+                f"dataset must have the columns of a known format, got {sorted(example)}; did you mean {nearest}?"
+                f" Rename, or write --columns {option}"
+            )
         known = "; ".join(dict.fromkeys(f"{form.name}: {', '.join(form.columns)}" for form in forms))
         published = ", ".join(dict.fromkeys(adapter.name for adapter in ADAPTERS if not adapter.by_name_only))
         raise ValueError(
@@ -156,6 +164,19 @@ def choose_format(example: Example, dataset_format: str, *, is_sft: bool) -> Row
             return row_format
     needed = " or ".join(dict.fromkeys(", ".join(row_format.columns) for row_format in named))
     raise ValueError(f"dataset_format {dataset_format!r} needs the columns {needed}, got {sorted(example)}")
+
+
+def _slips(cells: Cells, forms: Iterable[RowFormat]) -> dict[str, str]:
+    """The columns of the form that a row nearly has: our name, and the row's column with nearly that name."""
+    known = {column for form in forms for column in form.all_columns}
+    unknown = [column for column in cells.columns if column not in known]
+    found: list[tuple[int, dict[str, str]]] = []
+    for form in forms:
+        missing = [column for column in form.columns if column not in cells.columns]
+        near = {name: difflib.get_close_matches(name, unknown, n=1, cutoff=_NEARLY) for name in missing}
+        if len(missing) < len(form.columns) and all(near.values()):
+            found.append((len(form.columns), {name: columns[0] for name, columns in near.items()}))
+    return max(found, key=lambda form: (form[0], -len(form[1])), default=(0, {}))[1]
 
 
 def regrouped(

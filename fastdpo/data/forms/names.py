@@ -63,10 +63,10 @@ _ABOUT = _words(
     """id ids idx index uid uuid guid hash md5 sha source sources origin dataset datasets url urls uri link links path
     file filename model models policy policies generator generators judge judges annotator annotators annotation
     annotations worker workers author authors labeler labelers score scores rating ratings rank ranks ranking rankings
-    reward rewards logp logps logprob logprobs margin margins length lengths tokens count counts date time datetime
-    timestamp timestamps tstamp created updated version license licence metadata meta extra stats statistics confidence
-    agreement probability prob weight weights toxicity moderation parameters hyperparameters rationale rationales
-    critique critiques justification"""
+    reward rewards logp logps logprob logprobs margin margins length lengths tokens count counts sampling date time
+    datetime timestamp timestamps tstamp created updated version license licence metadata meta extra stats statistics
+    confidence agreement probability prob weight weights toxicity moderation parameters hyperparameters rationale
+    rationales critique critiques justification"""
 )
 _LABELS = _words(
     """split subset config domain domains category categories topic topics subreddit tag tags type types kind class

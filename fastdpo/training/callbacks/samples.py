@@ -2,8 +2,9 @@
 
 In: a built trainer. At each evaluation, policy and reference answer the first `num_eval_samples` prompts of the
 evaluation data. If the reference is cached or there is none, samples of the initial policy are shown instead. Out: a
-table on the console, and in TensorBoard and W&B if they are on, and lines of SAMPLES_FILE in the output directory for
-the report. Refuses FSDP and DeepSpeed, which shard the weights. Generation uses the model's original attention.
+table on the console, and in TensorBoard, W&B and trackio if they are on, and lines of SAMPLES_FILE in the output
+directory for the report. Refuses FSDP and DeepSpeed, which shard the weights. Generation uses the model's original
+attention.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.utils import logging
 
 from fastdpo.modeling.generation import generate_ids, special_ids
 from fastdpo.references import AdapterReference, FrozenReference, Reference
 from fastdpo.references.adapters import as_reference
 from fastdpo.training.callbacks.json_lines import append_lines, read_lines
+from fastdpo.training.callbacks.sample_tables import log_table
 from fastdpo.training.callbacks.warning_checks import samples_grow
 from fastdpo.training.callbacks.watch import TrainingWatch
 from fastdpo.training.settings.config import DPOConfig
@@ -60,6 +61,7 @@ class EvalSamples(TrainerCallback):
     """Takes samples at every evaluation. `answered` holds all samples of the run.
 
     Args:
+        policy_of: returns the trainer's model, which may be replaced.
         autocast: returns a context with the precision of the run.
         callbacks: all callbacks of the run, including its loggers.
         watch: warns if the answers grow too long.
@@ -71,7 +73,7 @@ class EvalSamples(TrainerCallback):
     def __init__(
         self,
         args: DPOConfig,
-        policy: nn.Module,
+        policy_of: Callable[[], nn.Module],
         reference: Reference,
         tokenizer: Any,
         eval_dataset: Any,
@@ -88,9 +90,9 @@ class EvalSamples(TrainerCallback):
             )
         if eval_dataset is None:
             raise ValueError(f"num_eval_samples must be 0 without eval_dataset, got {args.num_eval_samples}")
-        self.args, self.policy, self.reference, self.tokenizer = args, policy, reference, tokenizer
+        self.args, self.policy_of, self.reference, self.tokenizer = args, policy_of, reference, tokenizer
         self.autocast, self.callbacks, self.watch = autocast, callbacks, watch
-        num_positions = learned_positions(policy) or math.inf
+        num_positions = learned_positions(policy_of()) or math.inf
         longest = num_positions - args.eval_sample_tokens
         self.prompt_ids = _prompts(eval_dataset, args.num_eval_samples, longest)
         if not self.prompt_ids:
@@ -110,7 +112,7 @@ class EvalSamples(TrainerCallback):
             self.answered = [entry for entry in self.answered if entry.step == 0]
             self._write(self.answered)
             if self._live_reference() is None:
-                self._of_reference = self._generate(self.policy)
+                self._of_reference = self._generate(self.policy_of())
         elif path.is_file():
             found = [Answered(**line) for line in read_lines(path)]
             before = found[: len(found) - len(self.answered)] or found  # drop an evaluation just before resuming
@@ -129,7 +131,7 @@ class EvalSamples(TrainerCallback):
 
     def take(self, step: int) -> list[Answered]:
         """Generates, shows and stores the samples at this step."""
-        policy = self._generate(self.policy)
+        policy = self._generate(self.policy_of())
         references, live = self._of_reference, self._live_reference()
         if references is None and live is not None:
             with live as model:
@@ -202,14 +204,7 @@ class EvalSamples(TrainerCallback):
         for row in rows:
             table.add_row(*(Text(cell.strip()) for cell in row))  # Text, because brackets could look like markup
         Console().print(table)
-        for callback in self.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                callback.tb_writer.add_text("eval/samples", _markdown(columns, rows), step)
-            if isinstance(callback, WandbCallback):
-                import wandb  # type: ignore[import-not-found]
-
-                if wandb.run is not None:
-                    wandb.log({"eval/samples": wandb.Table(columns=columns, data=rows), "train/global_step": step})
+        log_table(self.callbacks, "eval/samples", columns, rows, step)
 
 
 @contextmanager
@@ -229,10 +224,3 @@ def _prompts(eval_dataset: Any, num_prompts: int, longest: float) -> list[list[i
         if 0 < len(row["prompt_ids"]) <= longest:
             prompts[tuple(row["prompt_ids"])] = None
     return [list(prompt) for prompt in prompts]
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.strip().replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
-
-    return "\n".join([line(columns), "|" + " --- |" * len(columns), *map(line, rows)])

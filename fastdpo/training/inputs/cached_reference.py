@@ -3,7 +3,7 @@
 In: prepared datasets, the policy before its first step, and the reference that the user gave, if any. Out: the datasets
 with reference log-probs in every row. The reference is freed when that is done. Datasets that come later are read from
 the cache; what it lacks is computed where the reference can still be had: a model given by name or as an adapter, or,
-before the first step, the policy itself.
+before the first step, the policy itself, unless the trainer's model has been replaced by another one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
 
+from fastdpo.modeling.packed import bare_model
 from fastdpo.references import AdapterReference
 from fastdpo.references.cache import LogpsCache
 from fastdpo.references.precompute import Scorer, fill_ref_logps, lacks_ref_logps
@@ -28,11 +29,14 @@ class CachedReference(TrainerCallback):
     """A reference that is asked before training.
 
     Args:
+        policy_of: returns the trainer's model, which may be replaced.
         ref_model: by default the policy as it is now. A model is held until training starts.
     """
 
-    def __init__(self, args: DPOConfig, policy: nn.Module, ref_model: str | nn.Module | None, tokenizer: Any) -> None:
-        self.args, self.policy, self.ref_model, self.tokenizer = args, policy, ref_model, tokenizer
+    def __init__(
+        self, args: DPOConfig, policy_of: Callable[[], nn.Module], ref_model: str | nn.Module | None, tokenizer: Any
+    ) -> None:
+        self.args, self.policy_of, self.ref_model, self.tokenizer = args, policy_of, ref_model, tokenizer
         self._own: AskedOnce | None = None  # where it is the policy itself
         self._cache: LogpsCache | None = None
 
@@ -45,8 +49,9 @@ class CachedReference(TrainerCallback):
             check_packing: whether a model that is given runs packed batches.
         """
         check_not_streamed(datasets, self.args)
-        with asked_once(self.args, self.policy, self.ref_model, self.tokenizer) as asked:
-            self.is_packed = check_packing(self.policy if self.ref_model is None else asked.model)
+        policy = self.policy_of()
+        with asked_once(self.args, policy, self.ref_model, self.tokenizer) as asked:
+            self.is_packed = check_packing(policy if self.ref_model is None else asked.model)
             self._cache = asked.cache(self.args)
             scorer = asked.scorer(self.args, is_packed=self.is_packed, tokenizer=self.tokenizer)
             filled, counts = {}, []
@@ -83,10 +88,13 @@ class CachedReference(TrainerCallback):
     @contextmanager
     def _scorer(self, dataset: Dataset, cache: LogpsCache) -> Iterator[Scorer | None]:
         """How missing rows are scored; None where nothing is missing, or the reference is gone."""
+        policy = self.policy_of()
+        if self._own is not None and bare_model(self._own.model) is not bare_model(policy):
+            self._own = None
         if (self._own is None and self.ref_model is None) or not lacks_ref_logps(dataset, cache):
             yield None
             return
-        again = asked_once(self.args, self.policy, self.ref_model, self.tokenizer)
+        again = asked_once(self.args, policy, self.ref_model, self.tokenizer)
         with again if self._own is None else nullcontext(self._own) as asked:
             scorer = asked.scorer(self.args, is_packed=self.is_packed, tokenizer=self.tokenizer)
             yield scorer if asked.cache(self.args).key == cache.key else None

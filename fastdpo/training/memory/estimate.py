@@ -173,14 +173,18 @@ def estimate_step(
     return replace(most, gradients=most.gradients + bucket_bytes, overhead=CUDA_BYTES if on_gpu else 0)
 
 
-def estimate_peak_memory(run: Run) -> MemoryEstimate:
-    """Bytes at the peak of training and evaluation, for the largest expected micro-batches."""
+def estimate_peak_memory(run: Run, *, impl: str | None = None) -> MemoryEstimate:
+    """Bytes at the peak of training and evaluation, for the largest expected micro-batches.
+
+    Args:
+        impl: the head op's implementation; by default the one that runs on this machine.
+    """
     args = run.args
     mode = fake_mode()
     dry = shape_only(run.model, mode)
     if args.gradient_checkpointing:
         enable_checkpointing(dry, _checkpointing_kwargs(args))
-    impl = resolve_impl(args.impl, args.device, head_dtype(run.model, args))
+    impl = resolve_impl(args.impl, args.device, head_dtype(run.model, args)) if impl is None else impl
     is_split = run.collator.max_tokens is not None or is_measured_later(run)
     accumulates = args.gradient_accumulation_steps > 1 or is_split
     settings: dict[str, Any] = {

@@ -7,7 +7,6 @@ of a step (`dry_run`) for a few lengths. Refuses LoRA if peft is not installed.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,10 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdpo.modeling.backbone import freeze_towers
 from fastdpo.training.memory.dry_run import RowShape, StepPeak, dry_step, fake_mode, shape_only
 from fastdpo.training.memory.estimate import (
-    BYTES_IN_4_BIT,
     CUDA_WORKSPACE_BYTES,
     MemoryEstimate,
     enable_checkpointing,
@@ -27,8 +24,7 @@ from fastdpo.training.memory.estimate import (
     model_bytes,
     planned_impl,
 )
-from fastdpo.training.setup.adapter_targets import on_text_layers
-from fastdpo.training.setup.model_kinds import auto_class
+from fastdpo.training.memory.weightless import in_fewer_bits, weightless_model
 
 ROUNDING = 256  # tokens
 MEASURED_TOKENS = (512, 8192, 131072)  # values between and beyond are on the lines through these points
@@ -169,22 +165,15 @@ def _estimator(config: Any, full: bool, checkpointing: bool, lora_r: int) -> Cal
 
 def _build(config: Any, full: bool, lora_r: int) -> tuple[nn.Module, int, int, int]:
     """A model without storage; its bytes, those with a base in 4 bits, and those of its largest layer in bf16."""
-    with torch.device("meta"):
-        model: Any = auto_class(config).from_config(config, dtype=torch.float32 if full else torch.bfloat16)
-    model.tie_weights()
-    freeze_towers(model)
-    head = model.get_output_embeddings()
-    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-    if not full:
+    if full:
+        model = weightless_model(config, torch.float32)
+    else:
         try:
-            from peft import LoraConfig, get_peft_model
+            from peft import LoraConfig
         except ImportError as error:
             raise ValueError('a plan with LoRA needs the peft package: pip install "fastdpo[peft]"') from error
         lora = LoraConfig(r=lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
-        with warnings.catch_warnings():  # of transformers about a name that PEFT still uses
-            warnings.simplefilter("ignore", FutureWarning)
-            model = get_peft_model(model, on_text_layers(model, lora), low_cpu_mem_usage=True)
+        model = weightless_model(config, torch.bfloat16, lora)
         model.enable_input_require_grads()
-    plain = model_bytes(model)
-    saved = sum(w.numel() * (w.element_size() - BYTES_IN_4_BIT) for w in linear)
-    return model, plain, int(plain - saved), max((w.numel() * 2 for w in linear), default=0)
+    plain, (saved, largest) = model_bytes(model), in_fewer_bits(model, 4)
+    return model, plain, plain - saved, largest

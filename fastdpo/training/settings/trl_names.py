@@ -93,7 +93,7 @@ SETTINGS: Mapping[str, Gone] = {
 # Of SFTConfig, and some of SFTTrainer before that.
 SFT_SETTINGS: Mapping[str, Gone] = {
     "max_seq_length": _renamed("max_length"),
-    "chat_template_path": Gone("set the template on the tokenizer: processing_class.chat_template = ..."),
+    "chat_template_path": _renamed("chat_template"),
     "dataset_text_field": Gone(
         "columns that fastdpo reads: dataset.rename_column({value!r}, 'text')", off=(None, "text")
     ),

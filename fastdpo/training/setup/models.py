@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from fastdpo.data.batches.lengths import row_lengths
 from fastdpo.data.sources.arrow import arrow_column
+from fastdpo.data.sources.nearest import check_model_folder
 from fastdpo.data.tokens.chat.templates import give_template
 from fastdpo.data.tokens.tokenization import padding_id
 from fastdpo.modeling.backbone import backbone, freeze_towers
@@ -107,21 +108,13 @@ def model_name(model: str | nn.Module) -> str:
     return model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
 
 
-def check_model_folder(name: str) -> None:
-    """Refuses a local path that does not exist, before libraries treat it as a name on the Hub."""
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise ValueError(
-            f"model must be a local directory or a model name on the Hub, got {name}, which does not exist"
-        )
-
-
 def check_config(name: str, init_kwargs: dict[str, Any]) -> None:
     """Checks the config of a model, or of an adapter's base model, without loading weights.
 
     Raises:
         ValueError: the model does not exist, or it has no causal LM.
     """
-    check_model_folder(name)
+    check_model_folder("model", name)
     base = adapter_base(name) or name
     try:
         check_kind(AutoConfig.from_pretrained(base, **where_from(init_kwargs)), base)

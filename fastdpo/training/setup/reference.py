@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.data.batches.packing import pack_pairs, pad_pairs
+from fastdpo.data.sources.nearest import check_model_folder
 from fastdpo.data.tokens.tokenization import padding_id
 from fastdpo.losses import losses_where
 from fastdpo.modeling import prepare_model
@@ -39,7 +40,6 @@ from fastdpo.training.setup.model_kinds import auto_class
 from fastdpo.training.setup.models import (
     adapter_base,
     check_model_and_tokenizer,
-    check_model_folder,
     load_model,
     where_from,
 )
@@ -301,7 +301,7 @@ def _start_of(policy: nn.Module, args: DPOConfig) -> AskedOnce:
 def _loaded(args: DPOConfig, ref_model: str | nn.Module, folder: str, quantization_config: Any) -> nn.Module:
     if not isinstance(ref_model, str):
         return ref_model
-    check_model_folder(ref_model)
+    check_model_folder("ref_model", ref_model)
     options: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
     if args.ref_max_memory is not None:
         options |= {"device_map": "auto", "max_memory": _own_limits(args), "offload_folder": folder}

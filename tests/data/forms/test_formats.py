@@ -197,3 +197,22 @@ def test_tools_may_be_json_text():
     }
     with pytest.raises(BadRow, match="tools is not JSON"):
         template_kwargs({"tools": "[{"})
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (("prompt", "choosen", "rejected"), "did you mean 'chosen' for 'choosen'"),
+        (("promt", "chosen", "rejcted"), "did you mean 'prompt' for 'promt', 'rejected' for 'rejcted'"),
+    ],
+)
+def test_a_misspelled_column_is_answered_with_the_nearest_and_not_with_all_forms(columns, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        preference_row(dict.fromkeys(columns, "text"))
+    assert "ultrafeedback" not in str(caught.value)
+    assert "write --columns" in str(caught.value)
+
+
+def test_columns_that_are_near_nothing_are_answered_with_the_forms():
+    with pytest.raises(ValueError, match="explicit: prompt, chosen, rejected"):
+        preference_row({"left": "a", "right": "b"})

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextvars import ContextVar
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -139,6 +140,46 @@ def test_tensorboard_and_wandb_get_tables(tmp_path, monkeypatch):
     assert table["train/global_step"] == 0
 
 
+@pytest.mark.parametrize("is_on", [True, False], ids=["started", "not started"])
+def test_trackio_gets_tables_once_it_has_started(tmp_path, monkeypatch, is_on):
+    from transformers.integrations import TrackioCallback
+
+    logs = []
+    fake = ModuleType("trackio")
+    fake.Table = lambda columns, data: (columns, data)
+    fake.log = logs.append
+    fake.context_vars = SimpleNamespace(current_run=ContextVar("run", default=object() if is_on else None))
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    callback = TrackioCallback.__new__(TrackioCallback)
+    monkeypatch.setattr(TrackioCallback, "on_log", lambda *a, **k: None)
+    fast = tiny_trainer(tmp_path, eval_dataset=ROWS, **SAMPLING)
+    fast.callback_handler.callbacks.append(callback)
+    fast.evaluate()
+    if not is_on:
+        assert logs == []
+        return
+    [entry] = logs
+    columns, rows = entry["eval/samples"]
+    assert columns == ["prompt", "policy", "reference"]
+    assert [row[0].split() for row in rows] == [row["prompt"].split() for row in ROWS[:3]]
+    assert entry["train/global_step"] == 0
+
+
+def test_trackio_stores_the_samples_of_every_evaluation(tmp_path, monkeypatch):
+    """With the package itself, where it is installed."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    settings = {"report_to": "trackio", "project": "samples", "run_name": "run", "trackio_static_space_id": False}
+    fast = tiny_trainer(tmp_path / "out", eval_dataset=ROWS, **SAMPLING, **EVERY_2, **settings)
+    fast.train()
+    from trackio.sqlite_storage import SQLiteStorage
+
+    tables = [entry["eval/samples"] for entry in SQLiteStorage.get_logs("samples", "run") if "eval/samples" in entry]
+    assert [table["_type"] for table in tables] == ["trackio.table"] * 2
+    stored = [row["policy"] for table in tables for row in table["_value"]]
+    assert stored == [entry.policy for entry in fast.eval_samples.answered]
+
+
 @pytest.mark.parametrize("is_evaluated", [False, True], ids=["at once", "after an evaluation"])
 def test_a_resumed_run_goes_on_with_its_samples(tmp_path, is_evaluated):
     settings = {"eval_dataset": ROWS, "reference": "cached", **SAMPLING, **EVERY_2}
@@ -168,6 +209,16 @@ def test_prompts_leave_room_for_answers_where_positions_are_learned(tmp_path):
     fast.evaluate()
     with pytest.raises(ValueError, match="no row of eval_dataset has a separate prompt of at most 1 tokens"):
         tiny_trainer(tmp_path, GPT2LMHeadModel(config), eval_sample_tokens=23, **settings)
+
+
+def test_another_model_of_the_trainer_is_the_one_that_answers(tmp_path):
+    fast = tiny_trainer(tmp_path, eval_dataset=ROWS, **SAMPLING)
+    other = make_llama(seed=5)
+    fast.model = other
+    prompts = [row["prompt"] for row in ROWS[:3]]
+    taken = fast.eval_samples.take(0)
+    assert [entry.policy for entry in taken] == greedy(other, prompts)
+    assert [entry.reference for entry in taken] == greedy(make_llama(), prompts)
 
 
 def test_samples_without_evaluation_data_are_refused(tmp_path):
