@@ -87,6 +87,12 @@ KINDS = ("layer_types", "layers_block_type", "block_types", "attn_layers")
 DROPOUTS = ("dropout", "layerdrop", "drop_rate", "_pdrop", "dropout_prob", "mask_time_prob")
 SMALL_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SMALL_VISION = {**SMALL_VISION, "image_size": 16, "patch_size": 8}
+_LATENT_LAYER = {
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "qk_rope_head_dim"), 4),
+    **dict.fromkeys(("qk_nope_head_dim", "v_head_dim", "kv_lora_rank"), 8),
+    "q_lora_rank": 16,
+    "head_dim": 12,
+}
 _BLT = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
 EXTRA: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},
@@ -222,6 +228,8 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 
 
+EXTRA["dots3_note_text"] = {"per_layer_config": {layer: {**_LATENT_LAYER} for layer in (1, 3)}}
+EXTRA["dots3_note"]["text_config"] = EXTRA["dots3_note_text"]
 _ASSISTANT = {"hidden_size": 32, "num_hidden_layers": 4, "num_kv_shared_layers": 4}
 _ASSISTANT = {**_ASSISTANT, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 EXTRA |= {name: {"text_config": _ASSISTANT} for name in ("gemma4_assistant", "gemma4_unified_assistant")}
