@@ -241,8 +241,8 @@ def reach(records: Sequence[dict[str, Any]]) -> list[str]:
     decoders = [record for record in records if not kind_of(record)]
     left_out = ", ".join(f"{count} {kind}" for kind, count in others.items())
     lines = [
-        f"{len(decoders)} of {len(records)} types are decoders whose logits are a linear layer of the last hidden state."
-        f" The others are {left_out}. Of these decoders",
+        f"{len(decoders)} of {len(records)} types are decoders whose logits are a linear layer of the last hidden"
+        f" state. The others are {left_out}. Of these decoders",
         "",
         "| | types | share |",
         "|---|---|---|",
