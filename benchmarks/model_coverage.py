@@ -8,13 +8,13 @@
 
 A tiny random model of each type (`shared/tiny_models.py`), in a process of its own with a time limit, is asked what a
 run would ask of it: the self-check decides; then log-probs and the gradients of all weights are held to separate
-forwards of the stock model, in fp32. The status is one of STATUSES, with the reason.
+forwards of the stock model, in fp32 and, where the model is packed, in fp64 throughout, where an error that fp32 shows
+is small if it was rounding and as large as before if it was not. The status is one of STATUSES, with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import multiprocessing
 import re
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared.doubles import WholeDoubles, in_fp64
 from shared.tiny_models import build_tiny, tiny_config
 from torch import Tensor
 
@@ -38,10 +39,19 @@ HERE = Path(__file__).parent
 RESULTS, DOCS = HERE / "results" / "model_coverage.jsonl", HERE.parent / "docs" / "models.md"
 MARKED = re.compile(r"(<!-- table: model_coverage.jsonl -->\n).*?(<!-- end -->)", re.DOTALL)
 STATUSES = ("packed and shared", "packed", "padded", "refused", "wrong", "cannot be built")
-EXACT = 1e-5  # error of log-probs, and of the gradient of each weight, that counts as none
+EXACT = 1e-5  # error of log-probs, and of the gradient of each weight, that counts as none in fp32
+EXACT_IN_FP64 = 1e-9  # and in fp64
+# what refusals say, and which kind of model that is: the rest are decoders with a linear head
+NOT_DECODERS = {
+    "is an encoder": "encoders",
+    "configured as an encoder": "encoders",
+    "times its last hidden state": "decoders with more than a linear layer between last hidden state and logits",
+    "must have one text decoder": "models that write no text",
+    "speculative decoding": "draft models that read another model's keys and values",
+}
 # (prompt, responses) in tokens: shared starts, one token, longer than windows, chunks and convolutions
 SHAPES = ((6, (5, 3)), (1, (1, 7)), (22, (4, 9)), (3, (2, 1, 3)), (70, (3, 6)))
-TIME_LIMIT = 180
+TIME_LIMIT = 600
 
 
 def groups_of(ids: Tensor) -> list[TokenizedGroup]:
@@ -95,12 +105,19 @@ def largest_error(grads: dict[str, Tensor], expected_grads: dict[str, Tensor]) -
     return worst, of[worst]
 
 
-def stock_rounding(model: Any, groups: Sequence[TokenizedGroup]) -> float:
-    """How far the stock model's own gradients in fp32 are from those in fp64, as far as its layers let it be that."""
-    twin = in_fp64(model)
-    exact = gradients(twin, separate_sums(twin, groups))
-    grads = {name: grad.double() for name, grad in gradients(model, separate_sums(model, groups)).items()}
-    return largest_error(grads, exact)[1]
+def errors_in_fp64(model: Any, groups: Sequence[TokenizedGroup]) -> dict[str, Any]:
+    """The errors of packed and shared rows in fp64 throughout, or why there are none."""
+    try:
+        with torch.no_grad():  # some keep states of their last run, with its graph
+            model(input_ids=torch.tensor([[5, 6, 7, 8]]), use_cache=False)
+        torch.set_default_dtype(torch.float64)
+        with WholeDoubles():
+            found = errors(in_fp64(model), pack_pairs(groups), groups)
+    except Exception as failure:
+        return {"fp64_reason": _line(failure)}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return {"fp64_logps_error": found["logps_error"], "fp64_grad_error": found["grad_error"]}
 
 
 def coverage_of(model_type: str) -> dict[str, Any]:
@@ -109,7 +126,7 @@ def coverage_of(model_type: str) -> dict[str, Any]:
     try:
         check_kind(tiny_config(model_type), model_type)
     except ValueError as refusal:
-        if str(refusal).startswith("model must be"):
+        if str(refusal).startswith("model must"):
             return {**record, "status": "refused", "reason": _line(refusal)}
         return {**record, "status": "cannot be built", "reason": _line(refusal)}
     except Exception as failure:
@@ -133,26 +150,19 @@ def coverage_of(model_type: str) -> dict[str, Any]:
             return {**record, "status": "refused", "reason": f"padded rows raise in training: {found['reason']}"}
         status = "padded" if found["logps_error"] <= EXACT else "wrong"
         return {**record, "status": status, "reason": check.reason, **found}
-    found = _measured(model, pack_pairs(groups), groups)
-    if max(found["logps_error"], found["grad_error"]) <= EXACT:
+    found = _measured(model, pack_pairs(groups), groups) | errors_in_fp64(model, groups)
+    if is_exact(found):
         return {**record, "status": "packed and shared", "reason": "", **found}
     unshared = _measured(model, pack_pairs(groups, prefix_sharing=False), groups)
-    padded = _measured(model, pad_pairs(groups), groups)
-    record["rounding"] = rounding = max(stock_rounding(model, groups), padded["grad_error"])
-    if found["logps_error"] <= EXACT and found["grad_error"] <= 10 * rounding:  # as the self-check has it
-        reason = f"rounding alone moves its gradients by {rounding:.0e}"
-        return {**record, **found, "status": "packed and shared", "reason": reason}
-    status = "packed" if max(unshared["logps_error"], unshared["grad_error"]) <= EXACT else "wrong"
+    status = "packed" if is_exact(unshared) else "wrong"
     return {**record, "status": status, "reason": "the self-check did not see it", **found}
 
 
-def in_fp64(model: Any) -> Any:
-    """A copy, whose experts are multiplied one by one: grouped products know no fp64."""
-    twin = copy.deepcopy(model).double()
-    for module in twin.modules():
-        if hasattr(getattr(module, "config", None), "_experts_implementation"):
-            module.config._experts_implementation = "eager"
-    return twin
+def is_exact(found: dict[str, Any]) -> bool:
+    """In fp64, and in fp32 but for the rounding of gradients; in fp32 alone where fp64 does not run."""
+    if "fp64_grad_error" not in found:
+        return max(found["logps_error"], found["grad_error"]) <= EXACT
+    return found["logps_error"] <= EXACT and max(found["fp64_logps_error"], found["fp64_grad_error"]) <= EXACT_IN_FP64
 
 
 def _measured(model: Any, batch: Any, groups: Sequence[TokenizedGroup]) -> dict[str, Any]:
@@ -215,6 +225,38 @@ def read_results(path: Path = RESULTS) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def kind_of(record: dict[str, Any]) -> str:
+    """What kind of model a type is, by its refusal; "" for a decoder whose logits are a linear head."""
+    if record["status"] == "cannot be built":
+        return "types that cannot be built"
+    return next((kind for words, kind in NOT_DECODERS.items() if words in record["reason"]), "")
+
+
+def reach(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Markdown: how many of the decoders with a linear head train, are packed, and share prompts."""
+    others: dict[str, int] = {}
+    for record in records:
+        if kind := kind_of(record):
+            others[kind] = others.get(kind, 0) + 1
+    decoders = [record for record in records if not kind_of(record)]
+    left_out = ", ".join(f"{count} {kind}" for kind, count in others.items())
+    lines = [
+        f"{len(decoders)} of {len(records)} types are decoders whose logits are a linear layer of the last hidden"
+        f" state. The others are {left_out}. Of these decoders",
+        "",
+        "| | types | share |",
+        "|---|---|---|",
+    ]
+    for words, statuses in (
+        ("train", ("packed and shared", "packed", "padded")),
+        ("are packed", ("packed and shared", "packed")),
+        ("are packed with shared prompts", ("packed and shared",)),
+    ):
+        count = sum(record["status"] in statuses for record in decoders)
+        lines.append(f"| {words} | {count} of {len(decoders)} | {count / max(len(decoders), 1):.1%} |")
+    return lines
+
+
 def docs_table(records: Sequence[dict[str, Any]]) -> str:
     """Markdown: counts, the types that are packed with shared prompts, and a row with the reason for every other."""
     by = {status: [record for record in records if record["status"] == status] for status in STATUSES}
@@ -222,22 +264,42 @@ def docs_table(records: Sequence[dict[str, Any]]) -> str:
     lines = [f"transformers {version}, {len(records)} types:", "", "| | types |", "|---|---|"]
     lines += [f"| {status} | {len(found)} |" for status, found in by.items()]
     shared = by["packed and shared"]
-    worst = {name: max((record[name] for record in shared), default=0.0) for name in ("logps_error", "grad_error")}
-    lines += [
-        "",
-        f"Packed with shared prompts (largest error of log-probs {worst['logps_error']:.0e}, of a weight's gradient"
-        f" {worst['grad_error']:.0e}): {', '.join(record['type'] for record in shared)}.",
-    ]
-    noisy = [record for record in shared if record["grad_error"] > EXACT]
-    if noisy:
-        words = ", ".join(f"{record['type']} ({record['grad_error']:.0e})" for record in noisy)
-        lines += ["", f"Rounding moves a gradient of these types by more than {EXACT:.0e}: {words}."]
+    lines += ["", *reach(records), "", f"Packed with shared prompts: {', '.join(record['type'] for record in shared)}."]
+    lines += ["", *exactness(shared)]
     lines += ["", "| type | | why |", "|---|---|---|"]
     for status in STATUSES[1:]:
         for record in by[status]:
             reason = re.sub(r"^[A-Za-z]+(Error|Exception): ", "", record["reason"]).replace("|", "\\|")
-            lines.append(f"| {record['type']} | {status} | {reason[:220]} |")
+            lines.append(f"| {record['type']} | {status} | {reason[:330]} |")
     return "\n".join(lines) + "\n"
+
+
+def exactness(shared: Sequence[dict[str, Any]]) -> list[str]:
+    """Markdown: the largest errors in both dtypes, and the types whose gradients fp32 rounds by more than EXACT."""
+
+    def worst(name: str) -> str:
+        return f"{max((record[name] for record in shared if name in record), default=0.0):.0e}"
+
+    in_fp64 = [record for record in shared if "fp64_grad_error" in record]
+    lines = [
+        f"Largest error against separate forwards, of log-probs and of any weight's gradient: in fp64"
+        f" {worst('fp64_logps_error')} and {worst('fp64_grad_error')} ({len(in_fp64)} of these {len(shared)} types), in"
+        f" fp32 {worst('logps_error')} and {worst('grad_error')}."
+    ]
+    noisy = [record for record in shared if record["grad_error"] > EXACT]
+    if noisy:
+        lines += [
+            "",
+            f"In fp32, {len(shared) - len(noisy)} types are exact to {EXACT:.0e}. Rounding moves a gradient of the"
+            f" other {len(noisy)} by more; in fp64, the same rows give the same gradients:",
+            "",
+            "| type | weight | fp32 | fp64 |",
+            "|---|---|---|---|",
+        ]
+    for record in noisy:
+        fp64 = f"{record['fp64_grad_error']:.0e}" if "fp64_grad_error" in record else record["fp64_reason"][:80]
+        lines.append(f"| {record['type']} | {record['worst']} | {record['grad_error']:.0e} | {fp64} |")
+    return lines
 
 
 def write_docs(records: Sequence[dict[str, Any]], path: Path = DOCS) -> None:

@@ -7,6 +7,13 @@ from pathlib import Path
 
 import torch
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from shared.doubles import WholeDoubles
+from shared.tiny_models import build_tiny, tiny_config
+
+__all__ = ["HYBRIDS", "WholeDoubles", "build_any", "build_hybrid", "tiny_config"]
+
 SMALL = {
     "vocab_size": 67,
     "hidden_size": 32,
@@ -172,25 +179,8 @@ def build_any(model_type):
     """In every process the same weights; experts are multiplied one by one, which fp64 needs."""
     if model_type in HYBRIDS:
         return build_hybrid(model_type)
-    benchmarks = str(Path(__file__).parents[1] / "benchmarks")
-    if benchmarks not in sys.path:
-        sys.path.append(benchmarks)
-    from shared.tiny_models import build_tiny
-
     model = build_tiny(model_type)
     for module in model.modules():
         if hasattr(getattr(module, "config", None), "_experts_implementation"):
             module.config._experts_implementation = "eager"
     return model
-
-
-class WholeDoubles(torch.overrides.TorchFunctionMode):
-    """fp64 for whatever a model in fp64 computes in fp32 all the same, so that rounding hides no mistake."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.float:
-            return args[0].double()
-        if func in (torch.Tensor.to, torch.Tensor.type):
-            args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
-        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
-        return func(*args, **kwargs)

@@ -87,6 +87,12 @@ KINDS = ("layer_types", "layers_block_type", "block_types", "attn_layers")
 DROPOUTS = ("dropout", "layerdrop", "drop_rate", "_pdrop", "dropout_prob", "mask_time_prob")
 SMALL_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SMALL_VISION = {**SMALL_VISION, "image_size": 16, "patch_size": 8}
+_LATENT_LAYER = {
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "qk_rope_head_dim"), 4),
+    **dict.fromkeys(("qk_nope_head_dim", "v_head_dim", "kv_lora_rank"), 8),
+    "q_lora_rank": 16,
+    "head_dim": 12,
+}
 _BLT = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
 EXTRA: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},
@@ -110,10 +116,38 @@ EXTRA: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "dots3_note": {
+        "vision_config": {
+            **SMALL_VISION,
+            "adapter_in_dim": 16,
+            "adapter_out_dim": 32,
+            "mlp_layer_types": ["dense"],
+            "per_layer_config": {},
+        },
+        "audio_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "adapter_input_size": 16,
+            "adapter_out_dim": 32,
+        },
+    },
     "gemma3": {"vision_config": SMALL_VISION, "mm_tokens_per_image": 4, "image_token_index": 90},
     "gemma4": {
         "vision_config": {**SMALL_VISION, "head_dim": 8, "num_key_value_heads": 2, "global_head_dim": 8},
         "image_token_id": 90,
+    },
+    "gemma3n": {
+        "text_config": {"vocab_size_per_layer_input": VOCAB},
+        "vision_config": {"vocab_offset": VOCAB},
+        "audio_config": {
+            "vocab_offset": VOCAB,
+            "hidden_size": 16,
+            "conf_num_attention_heads": 2,
+            "conf_num_hidden_layers": 1,
+            "sscp_conv_channel_size": [8, 8],
+        },
     },
     "git": {"vision_config": SMALL_VISION},
     "got_ocr2": {
@@ -174,7 +208,15 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_key_value_heads": 4, "attention_hidden_size": 64, "attention_head_dim": 16, "head_dim": 16},
-    "zamba2": {"num_key_value_heads": 4, "n_mamba_heads": 4, "attention_head_dim": 16, "head_dim": 16},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_key_value_heads": 4,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "head_dim": 16,
+    },
     "zaya": {"num_experts_per_tok": 1, "sliding_window": 8},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
@@ -186,6 +228,11 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 
 
+EXTRA["dots3_note_text"] = {"per_layer_config": {layer: {**_LATENT_LAYER} for layer in (1, 3)}}
+EXTRA["dots3_note"]["text_config"] = EXTRA["dots3_note_text"]
+_ASSISTANT = {"hidden_size": 32, "num_hidden_layers": 4, "num_kv_shared_layers": 4}
+_ASSISTANT = {**_ASSISTANT, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+EXTRA |= {name: {"text_config": _ASSISTANT} for name in ("gemma4_assistant", "gemma4_unified_assistant")}
 EXTRA["qwen4_exp"] = {"text_config": EXTRA["qwen4_exp_text"], "image_token_id": 90}
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdpo.modeling.head import num_output_ids
+
 _PLACEHOLDER = re.compile(r"_token_(id|index)$")  # fields of composite configs: image_token_id, audio_token_index, ...
 _OF_TEXT = frozenset({"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id"})
 
@@ -84,7 +86,7 @@ def freeze_towers(model: Any) -> list[str]:
 
 def text_ids(model: Any) -> Tensor:
     """(N,) int64 ids of the LM head that stand for text: in a composite, some ids mark images or audio."""
-    num_ids = model.get_output_embeddings().weight.shape[0]
+    num_ids = num_output_ids(model)
     is_text = torch.ones(num_ids, dtype=torch.bool)
     if is_composite(model):
         for name, value in {**vars(text_config(model)), **vars(model.config)}.items():

@@ -52,7 +52,7 @@ class LMHead(NamedTuple):
         if not self.low_ranks:
             return rows, self.weight, None
         wide = torch.cat([rows, *(low_rank.columns(rows) for low_rank in self.low_ranks)], 1)
-        adapter_weight = torch.cat([low_rank.b.weight for low_rank in self.low_ranks], 1)
+        adapter_weight = torch.cat([low_rank.b.weight for low_rank in self.low_ranks], 1)[: self.weight.shape[0]]
         if split and not self.weight.requires_grad:
             return wide, self.weight, adapter_weight
         device_type = rows.device.type
@@ -66,6 +66,7 @@ _LOGIT_SCALES = {
     "logits_scaling": lambda value: 1.0 / value,  # Granite, MiniCPM3
     "lm_head_multiplier": lambda value: value,  # Falcon-H1
     "output_multiplier": lambda value: value,
+    "logits_mup_width_multiplier": lambda value: 1.0 / value,  # Inkling
 }
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
 _MULTIPLIES_LOGITS_SCALING = {"hyperclovax"}
@@ -85,6 +86,9 @@ def lm_head(model: Any) -> LMHead:
     if weight.dtype.itemsize < 2 or not weight.dtype.is_floating_point:
         raise ValueError(f"the LM head must hold fp32, fp16 or bf16 weights, {type(model).__name__} has {weight.dtype}")
     config = model.config.get_text_config()
+    num_ids = num_output_ids(model)
+    if num_ids < weight.shape[0]:
+        weight, bias = weight[:num_ids], None if bias is None else bias[:num_ids]
     scale = 1.0
     for field, factor in _LOGIT_SCALES.items():
         value = getattr(config, field, None)
@@ -98,6 +102,13 @@ def lm_head(model: Any) -> LMHead:
         softcap=next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None),
         low_ranks=low_ranks,
     )
+
+
+def num_output_ids(model: Any) -> int:
+    """How many ids the logits of a bare model cover: some models cut off the rows that pad the head's weight."""
+    num_rows: int = model.get_output_embeddings().weight.shape[0]
+    unpadded = getattr(model.config.get_text_config(), "unpadded_vocab_size", None)  # Inkling
+    return min(num_rows, unpadded) if isinstance(unpadded, int) else num_rows
 
 
 def _parts(layer: Any) -> tuple[Tensor | None, Tensor | None, tuple[LowRank, ...]]:

@@ -28,8 +28,8 @@ from fastdpo.modeling.attention import (
 )
 from fastdpo.modeling.backbone import backbone_name
 from fastdpo.modeling.head import inside, lm_head
-from fastdpo.modeling.mixers import MixerRows, find_mixers, mixers_of
-from fastdpo.modeling.positions import counting_tables, told_positions
+from fastdpo.modeling.mixers import MixerRows, OwnAttention, find_mixers, mixers_of
+from fastdpo.modeling.positions import counting_modules, told_positions
 from fastdpo.modeling.router import load_balancing_loss
 from fastdpo.ops import sequence_logps
 from fastdpo.ops.sequence_loss import GroupEnd, sequence_loss
@@ -45,25 +45,17 @@ _STATE = "_fastdpo_state"  # attribute of a prepared model
 class _Prepared:
     """The changes of `prepare_model`, and the state to undo them."""
 
-    attentions: list[_Attention]
+    attentions: list[OwnAttention]
     forward: Callable[..., Any]  # as the model had it
     generate: Callable[..., Any] | None
     own_methods: dict[str, Any]  # those of the two that were instance attributes
     backbone: str  # name of the decoder among the model's modules
-    tables: list[str]  # names of its tables that count rows unless they get positions
+    counting: list[str]  # names of its modules that count rows unless they get positions
     attention_backend: str = "auto"
     excluded_backends: dict[str, str] = field(default_factory=dict)  # that the self-check has found wrong here, and how
     masks: str = "none"  # kind of mask for the model, found by the self-check
     skip_tolerance: float = 0.0  # of the head op, as the next one
     workspace_bytes: int | None = None
-
-
-@dataclass
-class _Attention:
-    """One config that the model's layers read, with its attention outside packed batches."""
-
-    config: Any
-    original: str
 
 
 def bare_model(model: Any) -> Any:
@@ -142,7 +134,8 @@ def run_mixers_packed(model: nn.Module, like: nn.Module | None = None) -> tuple[
     _set_attention(state, packed=True)
     try:
         backend = "mask" if state.attention_backend == "mask" else "sdpa"
-        mixers = find_mixers(bare, backend, None if known is None else known.names, state.masks)
+        attentions = state.attentions if state.masks == "sequence" else []
+        mixers = find_mixers(bare, backend, None if known is None else known.names, state.masks, attentions)
     finally:
         _set_attention(state, packed=is_packed)
     return mixers.leaks if mixers is not None else ()
@@ -174,12 +167,12 @@ def _install(bare: Any) -> None:
         id(m.config): m.config for m in bare.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
     }
     state = _Prepared(
-        attentions=[_Attention(config, _own_attention(bare, config)) for config in configs.values()],
+        attentions=[OwnAttention(config, _own_attention(bare, config)) for config in configs.values()],
         forward=bare.forward,
         generate=getattr(bare, "generate", None),
         own_methods={name: bare.__dict__[name] for name in ("forward", "generate") if name in bare.__dict__},
         backbone=backbone,
-        tables=counting_tables(bare.get_submodule(backbone)),
+        counting=counting_modules(bare.get_submodule(backbone)),
     )
     setattr(bare, _STATE, state)
     # bound methods, so that a copy of the model gets its own methods, even inside accelerate's wrappers
@@ -382,8 +375,7 @@ def _forward(
     if router_aux_loss:
         layout["output_router_logits"] = True
     decoder = model.get_submodule(state.backbone)
-    tables = [decoder.get_submodule(name) for name in state.tables]
-    with masks_of(packed_layout), told_positions(tables, layout.get("position_ids")):
+    with masks_of(packed_layout), told_positions(decoder, state.counting, layout.get("position_ids")):
         backbone = decoder(input_ids=batch.input_ids, use_cache=False, **layout)
 
     def head_outputs(rows: Tensor) -> dict[str, Tensor]:

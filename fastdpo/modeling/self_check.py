@@ -29,7 +29,7 @@ from fastdpo.modeling.attention import BACKENDS, MASKS, Observed, UnsupportedAtt
 from fastdpo.modeling.attention.check import attention_fault, scores_note
 from fastdpo.modeling.backbone import text_config, text_ids
 from fastdpo.modeling.head import execution_device
-from fastdpo.modeling.head_check import check_causal, layers_before_head
+from fastdpo.modeling.head_check import before_head, check_causal
 from fastdpo.modeling.mixers import mixers_of
 from fastdpo.modeling.packed import (
     attention_backend,
@@ -134,6 +134,8 @@ def check_packing(
             with _attention_backend(checked, anywhere), _whole_fp32_products(), short_scales(checked):
                 check_causal(bare_model(checked), device)
                 probe, check = _tried(checked, impl, device)
+                if not check.ok:
+                    _check_training(checked, probe)
             give_masks(model, prepared_state(checked).masks)
             if check.ok:
                 with autocast(), short_scales(model):
@@ -256,10 +258,9 @@ def _check_architecture(model: nn.Module, probe: _Probe, leaks: tuple[str, ...])
         rounding = probe.rounding_of(model)
         tolerance = max(tolerance, min(10 * rounding, _MOST_FROM_ROUNDING))
     if not padded_error <= tolerance:
-        between = layers_before_head(bare, probe.pairs[0].prompt_ids)
-        what = f"has {' and '.join(between)} between the two" if between else "does something else"
         raise ValueError(
-            f"model must compute its logits as its LM head times its last hidden state; {type(bare).__name__} {what}:"
+            f"model must compute its logits as its LM head times its last hidden state; {type(bare).__name__}"
+            f" {before_head(bare, probe.pairs[0].prompt_ids)}:"
             f" log-probs differ by {padded_error:.1e} (rounding explains {tolerance:.0e})"
         )
     seen = Observed()
@@ -282,6 +283,22 @@ def _check_architecture(model: nn.Module, probe: _Probe, leaks: tuple[str, ...])
         reason = f"the model limits attention to {missing} in its mask alone, and a packed row has no mask"
         return PackingCheck(False, error, reason)
     return PackingCheck(True, error, f"packed and separate log-probs agree to {error:.1e}")
+
+
+def _check_training(model: nn.Module, probe: _Probe) -> None:
+    """Raises:
+    ValueError: the model cannot run padded rows in training mode, so that nothing is left to train on.
+    """
+    model.train()
+    try:
+        probe.padded_error(model)
+    except Exception as failure:  # whatever the model's code raises
+        raise ValueError(
+            f"model must take rows of any length in training, got {type(bare_model(model)).__name__}, which raises"
+            f" {type(failure).__name__}: {failure}"
+        ) from failure
+    finally:
+        model.eval()
 
 
 def _check_run(model: nn.Module, probe: _Probe, check: PackingCheck) -> PackingCheck:

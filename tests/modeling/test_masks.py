@@ -1,7 +1,10 @@
 """What models get that want a mask for a packed row, and what is read off the masks that they hand over."""
 
+import copy
+
 import pytest
 import torch
+from hybrids import tiny_config
 from test_packed_logps import GROUPS, assert_same, gradients
 from transformers import AutoModelForCausalLM
 from transformers.masking_utils import (
@@ -26,8 +29,10 @@ except ImportError:  # of 5.23 alone
 from fastdpo import pack_pairs, packed_logps
 from fastdpo.data.batches.varlen import varlen_layout
 from fastdpo.modeling import check_packing
-from fastdpo.modeling.attention import PackedLayout, masks_of
+from fastdpo.modeling.attention import PACKED_ATTENTIONS, PackedLayout, masks_of
 from fastdpo.modeling.attention.masks import carried, limits_of, only_picked, packed_mask
+from fastdpo.modeling.mixers import MixerRows, mixers_of
+from fastdpo.modeling.mixers.adapter import run_sequences
 from fastdpo.modeling.packed import prepared_state
 
 SMALL = {
@@ -67,6 +72,13 @@ AFMOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16
 MOSHI = {**SMALL, "ffn_dim": 48, "head_dim": 8, "sliding_window": 4}
 FALCON = {"vocab_size": 67, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 NO_DROPOUT_FALCON = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "alibi": False}
+OF_THE_TABLE = {}  # sizes from benchmarks/shared/tiny_models.py
+BLOOM = {"vocab_size": 67, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+# three heads are not a power of two, of which the biases have a way of their own; positions end before the row does
+MPT = {"vocab_size": 67, "d_model": 24, "n_layers": 2, "n_heads": 3, "max_seq_len": 14}
+TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+GIT = {**SMALL, "vision_config": {**TOWER, "image_size": 16, "patch_size": 8}, "hidden_dropout_prob": 0.0}
+GIT |= {"attention_probs_dropout_prob": 0.0}
 WANTED = {  # what each kind of model is given, which the self-check finds out by itself
     "llama": ("none", SMALL),
     "afmoe": ("none", {**SMALL, "sliding_window": 4, "head_dim": 8, **AFMOE}),
@@ -80,13 +92,19 @@ WANTED = {  # what each kind of model is given, which the self-check finds out b
     "doge": ("whole", {**SMALL, "keep_window_size": 6, "sliding_window": 4}),
     "deepseek_v32": ("whole", LATENT),
     "glm_moe_dsa": ("whole", LATENT),
+    "bloom": ("whole", BLOOM),
+    "mpt": ("whole", MPT),
+    "git": ("whole", GIT),  # its masks are of blocks, of which text has none
+    "inkling_text": ("sequence", OF_THE_TABLE),
+    "deepseek_v4": ("sequence", OF_THE_TABLE),
 }
+BY_SEQUENCE = [name for name, (masks, _) in WANTED.items() if masks == "sequence"]
 NONE_SINCE_5_24 = ("gptj", "codegen")  # transformers took their attention to its interface
 
 
 def build(model_type, settings):
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](**settings)
+    config = tiny_config(model_type) if settings is OF_THE_TABLE else CONFIG_MAPPING[model_type](**settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -113,7 +131,7 @@ def test_a_model_is_given_the_least_that_makes_packed_rows_exact(model_type):
         assert_same(model, pack_pairs(GROUPS, prefix_sharing=prefix_sharing))
 
 
-@pytest.mark.parametrize("model_type", ["stablelm", "gptj", "deepseek_v32"])
+@pytest.mark.parametrize("model_type", ["stablelm", "gptj", "deepseek_v32", "bloom", "mpt", *BY_SEQUENCE])
 def test_layers_that_run_again_in_backward_get_the_same_mask(model_type):
     model = build(model_type, WANTED[model_type][1])
     assert check_packing(model).ok
@@ -132,9 +150,54 @@ def test_layers_that_run_again_in_backward_get_the_same_mask(model_type):
 
 
 def test_a_model_that_no_mask_helps_gets_none():
-    model = build("bloom", {"vocab_size": 67, "hidden_size": 32, "n_layer": 2, "n_head": 4})
-    assert not check_packing(model).ok
+    """Falcon's biases are in its mask too, where no layer can be told positions."""
+    model = build("falcon", {**FALCON, **NO_DROPOUT_FALCON, "alibi": True})
+    check = check_packing(model)
+    assert not check.ok
+    assert "or the model uses row numbers as positions" in check.reason
     assert prepared_state(model).masks == "none"
+
+
+@pytest.mark.parametrize("model_type", BY_SEQUENCE)
+def test_attention_that_is_not_of_rows_alone_runs_by_sequence_with_the_models_own(model_type):
+    model = build(model_type, OF_THE_TABLE)
+    check = check_packing(model)
+    assert check.ok, check.reason
+    names = {name for name in mixers_of(model).names if name.endswith(".self_attn")}
+    assert names == {f"model.layers.{layer}.self_attn" for layer in range(len(model.model.layers))}
+    assert "Attention, over prefix and branch" in check.reason
+    ids, own = torch.tensor([[5, 6, 7, 8]]), model.config._attn_implementation
+    expected = model(input_ids=ids, use_cache=False).logits
+    packed_logps(model, pack_pairs(GROUPS))
+    torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected)
+    assert own == "eager" == model.config._attn_implementation or own in PACKED_ATTENTIONS
+    twin = copy.deepcopy(model)  # with a config of its own, which its mixers change and not the first one's
+    assert_same(twin, pack_pairs(GROUPS))
+    assert_same(model, pack_pairs(GROUPS))
+
+
+def test_a_layer_that_attends_to_more_than_the_rows_is_named():
+    check = check_packing(build("blt", OF_THE_TABLE))
+    assert not check.ok
+    assert "BltCrossAttention" in check.reason
+
+
+def test_a_repeated_last_token_does_not_see_its_copies():
+    """Sequences of 5 and 4 tokens run in one call, the shorter one with its last token twice."""
+    segments = ((0, 5, 0, 0), (5, 9, 0, 0))
+    varlen = varlen_layout(segments)
+    row = PackedLayout(segments, varlen, masks="sequence")
+    seen = []
+
+    def layer(hidden_states, attention_mask):
+        seen.append(attention_mask[:, 0] == 0)
+        return hidden_states
+
+    with masks_of(row):
+        mask = packed_mask(q_length=9, kv_length=9, mask_function=causal_mask_function)
+    run_sequences(layer, MixerRows(segments, varlen), (torch.randn(1, 9, 2), mask), {})
+    (visible,) = seen
+    assert torch.equal(visible, torch.ones(2, 5, 5, dtype=torch.bool).tril())
 
 
 # Two branches of one prefix: rows 0 and 1, then 2 to 4, then 5 and 6 which go on from row 1
@@ -222,6 +285,8 @@ def test_masks_of_another_kind_are_refused():
     images = and_masks(causal_mask_function, blockwise_overlay(torch.zeros(1, 4)))
     with pytest.raises(ValueError, match=r"masks .*blockwise_overlay"):
         limits_of(images)
+    text = and_masks(sliding_window_causal_mask_function(3), blockwise_overlay(torch.full((1, 4), -1)))
+    assert limits_of(text) == {"window": 3}
     with pytest.raises(ValueError, match=r"masks .*test_masks_of_another_kind_are_refused"):
         limits_of(lambda batch, head, query, key: True)
 

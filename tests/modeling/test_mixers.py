@@ -205,6 +205,27 @@ def test_a_leak_does_not_hide_behind_small_weights(initializer_range, why, witho
     assert (check.error < 1e-6) == (initializer_range == 0.002)
 
 
+@pytest.mark.parametrize("is_further", [False, True], ids=["first branch", "further branch"])
+def test_a_fault_past_a_chunk_is_seen_in_whichever_branch_it_is(is_further, monkeypatch):
+    """As of a kernel that loses the state between its chunks of 64 tokens, in prefix + first branch or in a copy."""
+    run_sequences, hit = adapter.run_sequences, []
+
+    def faulty(forward, rows, args, kwargs):
+        output = run_sequences(forward, rows, args, kwargs)
+        for (start, end, _, _), length, num_prefix in zip(rows.segments, rows.lengths, rows.num_prefix, strict=True):
+            if length > 64 and (num_prefix > 0) == is_further:
+                lost = torch.arange(start, end) + num_prefix - start >= 64
+                output[:, start:end] = output[:, start:end] * (~lost)[:, None]
+                hit.append(int(lost.sum()))
+        return output
+
+    model = build_hybrid("lfm2", spread=0.15)
+    assert check_packing(model).ok
+    monkeypatch.setattr(adapter, "run_sequences", faulty)
+    assert not check_packing(model).ok
+    assert sum(hit) > 0
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "bamba", "mamba"])
 def test_mixers_with_small_weights_are_found(model_type):
     model = build_hybrid(model_type, spread=0.0, initializer_range=0.002)
@@ -353,6 +374,20 @@ def test_a_kernel_that_only_takes_boundaries_is_not_trusted_with_them(monkeypatc
     calls.clear()
     torch.testing.assert_close(packed_logps(model, pack_pairs(GROUPS)).sequences.sums, expected, rtol=1e-5, atol=1e-6)
     assert not any(has_boundaries for _, has_boundaries in calls)
+
+
+def test_a_kernel_that_loses_boundaries_between_chunks_is_not_trusted(monkeypatch):
+    model = build_hybrid("lfm2")
+
+    def convolve(hidden_states, weight, bias, seq_idx):
+        output = by_sequence(hidden_states, weight, bias, seq_idx)
+        for start in range(64, output.shape[2], 64):  # whosever row stands before a chunk reaches it
+            output[:, :, start : start + 64] += hidden_states[:, :, start - 1, None]
+        return output
+
+    gathered_calls(monkeypatch, convolve)
+    packed_logps(model, pack_pairs(GROUPS))
+    assert mixers_of(model).by_boundaries == set()
 
 
 def test_a_kernel_that_keeps_boundaries_in_evaluation_only_is_not_trusted(monkeypatch):

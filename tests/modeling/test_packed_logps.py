@@ -328,9 +328,8 @@ def test_attention_that_is_changed_after_preparing_stays_changed():
     assert model.config._attn_implementation == "sdpa"
 
 
-BLOOM = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}
-MPT = {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}
-UNPACKABLE = {"bloom": BLOOM, "mpt": MPT}  # which make biases of the numbers of rows
+FALCON = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True}
+UNPACKABLE = {"falcon": FALCON}  # which adds biases of the numbers of rows to its mask
 
 
 @pytest.mark.parametrize("model_type", UNPACKABLE)

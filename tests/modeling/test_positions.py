@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from test_masks import SMALL, build
+from test_masks import SMALL, WANTED, build
 from test_packed_logps import GROUPS, assert_same
 
 from fastdpo import TokenizedPair, pack_pairs, prepare_model
-from fastdpo.modeling import attention, check_packing
-from fastdpo.modeling.positions import counting_tables, short_scales
+from fastdpo.modeling import attention, check_packing, self_check
+from fastdpo.modeling.packed import prepared_state
+from fastdpo.modeling.positions import counting_tables, layers_with_counting_biases, short_scales, told_positions
 
 BART = {
     "vocab_size": 67,
@@ -46,6 +47,39 @@ def test_tables_that_count_rows_are_told_positions(model_type):
     assert not any(table._forward_pre_hooks for table in model.modules())  # outside packed rows it counts as it did
 
 
+@pytest.mark.parametrize("model_type", ["bloom", "mpt"])
+def test_linear_biases_are_those_of_positions(model_type):
+    model = build(model_type, WANTED[model_type][1])
+    layers = layers_with_counting_biases(model.base_model)
+    assert layers == [f"{'h' if model_type == 'bloom' else 'blocks'}.{layer}" for layer in range(2)]
+    batch = pack_pairs(GROUPS)
+    assert batch.input_ids.shape[1] > 14  # MPT's table of biases is shorter than the row
+    check = check_packing(model)
+    assert check.ok, check.reason
+    assert_same(model, batch)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    ids = torch.tensor([[5, 6, 7, 8, 9]])  # and outside packed rows the biases are the model's own
+    logits = model(input_ids=ids).logits
+    torch.testing.assert_close(logits, build(model_type, WANTED[model_type][1])(input_ids=ids).logits)
+
+
+def test_a_bias_is_moved_to_its_columns_once_however_many_layers_take_it():
+    class Layer(torch.nn.Module):
+        def forward(self, hidden_states, alibi):
+            return hidden_states + alibi[0, 0]
+
+    layers = torch.nn.ModuleList([Layer(), Layer()])
+    bias, rows = torch.tensor([[[0.0, 1.0, 2.0, 3.0]]]), torch.zeros(4)
+    with told_positions(layers, ["0", "1"], torch.tensor([[0, 1, 1, 2]])):
+        for layer in layers:
+            rows = layer(rows, alibi=bias)
+    assert rows.tolist() == [0.0, 2.0, 2.0, 4.0]
+    per_query = torch.zeros(1, 4, 4)  # not a bias that counts
+    with told_positions(layers, ["0"], torch.tensor([[0, 1, 1, 2]])):
+        layers[0](torch.zeros(4), alibi=per_query)
+    assert per_query.shape == (1, 4, 4)
+
+
 def test_llama_4s_query_scale_follows_positions():
     """A pair of 200 tokens, of which the second branch begins behind two steps of the scale."""
     model = build("llama4_text", {**LLAMA4, "floor_scale": 64})
@@ -70,7 +104,11 @@ def test_llama_4s_query_scale_follows_positions():
 @pytest.mark.parametrize("floor_scale", [64, 8192])
 def test_a_scale_that_followed_rows_would_be_seen_however_late_it_grows(floor_scale, monkeypatch):
     monkeypatch.setattr(attention, "scaled_by_position", lambda module, query, layout: query)
-    check = check_packing(build("llama4_text", {**LLAMA4, "floor_scale": floor_scale}))
+    model = build("llama4_text", {**LLAMA4, "floor_scale": floor_scale})
+    assert check_packing(model).ok
+    assert prepared_state(model).masks == "sequence"  # where rows are positions
+    monkeypatch.setattr(self_check, "MASKS", ("none", "token", "whole"))
+    check = check_packing(model)
     assert not check.ok
     assert "packed log-probs differ" in check.reason
 

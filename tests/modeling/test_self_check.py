@@ -6,14 +6,14 @@ import functools
 
 import pytest
 import torch
-from hybrids import build_hybrid
+from hybrids import build_any, build_hybrid, tiny_config
 from test_attention_backends import emulated  # noqa: F401  the fixture
-from test_packed_logps import SMALL, UNPACKABLE, build
+from test_packed_logps import GROUPS, SMALL, UNPACKABLE, assert_same, build
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from varlen_emulation import EmulatedVarlen, varlen_attn_2_13
 
-from fastdpo import prepare_model
+from fastdpo import pack_pairs, prepare_model
 from fastdpo.modeling import check_packing, packed
 from fastdpo.modeling.packed import attention_backend
 
@@ -87,7 +87,7 @@ def test_the_runs_backend_is_checked_in_the_runs_precision(weights, emulated):  
     assert dtypes == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("model_type", ["stablelm", "bloom"])
+@pytest.mark.parametrize("model_type", ["stablelm", "falcon"])
 def test_a_mask_over_the_row_reaches_layers_that_drop_other_arguments_but_no_biases_of_positions(model_type):
     torch.manual_seed(0)
     settings = {**UNPACKABLE, "stablelm": SMALL}[model_type]
@@ -163,3 +163,39 @@ def test_the_precision_of_products_is_the_users_again_after_the_check():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+REFUSED = {
+    "cpmant": r"configured as an encoder: .*, from cpmant\.encoder\.layers\.0\.self_att\.self_attention on",
+    "xlnet": r"configured as an encoder: .* later tokens, from transformer\.layer\.0\.rel_attn on",
+    "modernbert-decoder": r"times its last hidden state; ModernBertDecoderForCausalLM has lm_head between the two",
+    "prophetnet": r"applies the head to \(1, 2, 3\) vectors, where the last hidden state has \(1, 3\)",
+    "reformer": r"rows of any length in training, got ReformerModelWithLMHead, which raises ValueError: If training",
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_a_refused_model_is_told_the_layer_or_what_its_code_says(model_type):
+    with pytest.raises(ValueError, match=REFUSED[model_type]):
+        check_packing(build_any(model_type))
+
+
+@pytest.mark.parametrize("has_adapter", [False, True], ids=["whole", "lora"])
+def test_a_head_whose_last_rows_are_cut_off_gives_logits_for_the_others(has_adapter):
+    """Inkling's logits are divided, and those of the ids that pad its vocabulary do not exist."""
+    config = tiny_config("inkling_text")
+    config.unpadded_vocab_size, config.logits_mup_width_multiplier = 60, 2.0
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    assert model(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2, 60)
+    if has_adapter:
+        import peft
+
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+        model = peft.get_peft_model(model, config).eval()
+    check = check_packing(model)
+    assert check.ok, check.reason
+    assert_same(model, pack_pairs(GROUPS))

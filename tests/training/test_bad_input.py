@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import make_llama, make_rows, make_tokenizer
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import AutoModelForCausalLM, FalconConfig
 
 from fastdpo import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -90,6 +90,14 @@ def test_a_model_that_gives_no_text_is_refused(tmp_path):
         build(tmp_path / "out", str(tmp_path / "vision"))
 
 
+DRAFT = {
+    "num_hidden_layers": 4,
+    "hidden_size": 16,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+}
+
+
 @pytest.mark.parametrize("model_type", ["bert", "electra"])
 def test_an_encoder_is_refused_with_that_word(tmp_path, model_type):
     from transformers import AutoModelForCausalLM
@@ -112,6 +120,26 @@ def test_an_encoder_decoder_is_refused_with_that_word(tmp_path):
     ).save_pretrained(tmp_path / "t5")
     with pytest.raises(ValueError, match=r"got .*t5 \(t5\), which is an encoder-decoder"):
         build(tmp_path / "out", str(tmp_path / "t5"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "why"),
+    [
+        ("musicgen", {}, r"must have one text decoder, got musicgen with several: .*'text_encoder', 'decoder'"),
+        (
+            "gemma4_assistant",
+            {"text_config": {**DRAFT, "num_kv_shared_layers": 4}},
+            r"got .* \(gemma4_assistant\), a draft model for speculative decoding",
+        ),
+    ],
+    ids=["writes sound", "draft model"],
+)
+def test_a_model_that_reads_or_writes_no_text_by_itself_is_refused_by_its_config(tmp_path, model_type, settings, why):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    CONFIG_MAPPING[model_type](**settings).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=why):
+        build(tmp_path / "out", str(tmp_path / "model"))
 
 
 def test_image_columns_are_refused(tmp_path):
@@ -207,13 +235,14 @@ def test_a_bad_row_stops_the_run_where_that_was_asked_for(tmp_path):
         build(tmp_path, rows=rows, on_bad_row="raise")
 
 
-def bloom():
+def falcon():
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(BloomConfig(vocab_size=32, hidden_size=32, n_layer=2, n_head=4))
+    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return AutoModelForCausalLM.from_config(FalconConfig(**sizes, alibi=True))
 
 
 def test_a_model_that_cannot_be_packed_falls_back_with_a_warning_and_trains_right(tmp_path, caplog):
-    fast = build(tmp_path, bloom(), logging_steps=1)
+    fast = build(tmp_path, falcon(), logging_steps=1)
     assert not fast.is_packed
     assert "Falling back to padded batches" in caplog.text
     fast.train()
@@ -221,17 +250,17 @@ def test_a_model_that_cannot_be_packed_falls_back_with_a_warning_and_trains_righ
 
 
 def test_a_reference_that_cannot_be_packed_makes_all_batches_padded(tmp_path, caplog):
-    fast = build(tmp_path, ref_model=bloom(), logging_steps=1)
+    fast = build(tmp_path, ref_model=falcon(), logging_steps=1)
     assert not fast.is_packed
     assert not fast.data_collator.is_packed
     assert "Falling back to padded batches" in caplog.text
     with pytest.raises(ValueError, match="got 'packed'"):
-        build(tmp_path, ref_model=bloom(), packing="packed")
+        build(tmp_path, ref_model=falcon(), packing="packed")
 
 
 def test_a_model_that_cannot_be_packed_is_refused_where_packing_was_asked_for(tmp_path):
     with pytest.raises(ValueError, match="got 'packed'"):
-        build(tmp_path, bloom(), packing="packed")
+        build(tmp_path, falcon(), packing="packed")
 
 
 def test_nothing_is_changed_or_written_by_a_refused_run(tmp_path):

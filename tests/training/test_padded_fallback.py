@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from hybrids import tiny_config
 from tiny import make_rows, make_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -13,18 +14,20 @@ from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.training.callbacks.summary import summary_lines
 
 MODELS = {
-    "mpt": (
-        {"vocab_size": 32, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
+    "falcon": (
+        {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True},
         "row numbers as positions",
     ),
-    "bloom": ({"vocab_size": 32, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "affect another"),
+    "blt": (None, "BltCrossAttention"),  # its sizes are those of benchmarks/shared/tiny_models.py
 }
 BETA = 0.3
 
 
 def build(model_type, seed):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**MODELS[model_type][0]))
+    sizes = MODELS[model_type][0]
+    config = tiny_config(model_type) if sizes is None else CONFIG_MAPPING[model_type](**sizes)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -7,8 +7,11 @@ that works:
 token    a mask of the right shape without storage, which carries the layout and the layer's limits. Layers that drop
          other arguments, or limit attention only by the mask, pass it on to `packed_attention`.
 whole    a (1, 1, T, T) bias for layers that add it to their own logits, such as those with eager attention.
+sequence the same bias, for layers whose attention has more than queries, keys and values of rows (learned biases of
+         relative positions, keys of compressed tokens). They run over prefix and branch, one sequence at a time and
+         with the model's own attention, like token mixers (`fastdpo.modeling.mixers`), which cut the bias.
 
-The self-check finds out by trial which of the two a model needs. Refused: limits that `packed_attention` does not
+The self-check finds out by trial which of the three a model needs. Refused: limits that `packed_attention` does not
 implement.
 """
 
@@ -26,7 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastdpo.modeling.attention.call import PackedLayout
 
-MASKS = ("none", "token", "whole")
+MASKS = ("none", "token", "whole", "sequence")
 # Functions of transformers.masking_utils, by where they are defined, and the variable that holds a limit
 _LIMITS = {"sliding_window_overlay": ("window", "sliding_window"), "chunked_overlay": ("chunk", "chunk_size")}
 _NO_LIMITS = (
@@ -135,6 +138,8 @@ def limits_of(function: Any) -> dict[str, int]:
         function = todo.pop()
         origin = getattr(function, "__qualname__", repr(function)).partition(".")[0]
         inner = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        if origin == "blockwise_overlay" and all(int(ids.max()) < 0 for ids in inner):
+            continue  # blocks of other tokens than text, of which there are none
         if origin in _LIMITS:
             limit, variable = _LIMITS[origin]
             limits[limit] = dict(zip(function.__code__.co_freevars, inner, strict=True))[variable]

@@ -7,9 +7,11 @@ Outside packed batches the module's forward is unchanged. Refuses calls on rows 
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -29,6 +31,19 @@ _LAYOUT_ARGUMENTS = frozenset(
 )
 
 
+@dataclass
+class OwnAttention:
+    """One config that a model's layers read, with its attention outside packed batches."""
+
+    config: Any
+    original: str
+
+    @property
+    def with_masks(self) -> str:
+        """The model's own attention, or one that takes masks."""
+        return self.original if self.original in ("eager", "sdpa") else "eager"
+
+
 class Mixers:
     """The token mixers of one model, with the rows of its last packed batch.
 
@@ -37,7 +52,8 @@ class Mixers:
     Names are those of `named_modules`.
     """
 
-    def __init__(self, bare: nn.Module) -> None:
+    def __init__(self, bare: nn.Module, attentions: Sequence[OwnAttention] = ()) -> None:
+        self.attentions = list(attentions)  # that mixers use, where layers with attention are among them
         self.names: tuple[str, ...] = ()
         self.by_boundaries: set[str] = set()  # those that take a row of sequences in one call
         self.leaks: tuple[str, ...] = ()  # modules that mix tokens of one sequence into another and cannot be helped
@@ -48,6 +64,7 @@ class Mixers:
         """For a copy of the model: the same mixers without rows."""
         twin = memo[id(self)] = object.__new__(type(self))
         twin.names, twin.by_boundaries, twin.leaks, twin.rows = self.names, set(self.by_boundaries), self.leaks, None
+        twin.attentions = copy.deepcopy(self.attentions, memo)
         return twin
 
     def add(self, bare: nn.Module, *names: str) -> None:
@@ -101,6 +118,18 @@ class Mixers:
             yield
         finally:
             self.rows = before
+
+    @contextmanager
+    def own_attention(self) -> Iterator[None]:
+        """Context manager: the layers of the model use its own attention, if any of them is a mixer."""
+        before = [attention.config._attn_implementation for attention in self.attentions]
+        for attention in self.attentions:
+            attention.config._attn_implementation_internal = attention.with_masks
+        try:
+            yield
+        finally:
+            for attention, name in zip(self.attentions, before, strict=True):
+                attention.config._attn_implementation_internal = name
 
     def keep_rows_for_backward(self, bare: nn.Module) -> None:
         """Keeps the rows of a forward for layers that run again in backward, even if other batches ran in between."""
@@ -160,7 +189,8 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     kwargs = {name: value for name, value in kwargs.items() if name not in _LAYOUT_ARGUMENTS}
     if adapter.name in adapter.mixers.by_boundaries:
         return run_with_boundaries(adapter.forward, rows, args, kwargs)
-    return run_sequences(adapter.forward, rows, args, kwargs)
+    with adapter.mixers.own_attention():
+        return run_sequences(adapter.forward, rows, args, kwargs)
 
 
 def run_sequences(forward: Callable[..., Any], rows: MixerRows, args: Any, kwargs: Any) -> Any:
@@ -192,7 +222,10 @@ class _Gathered:
 
     def of_call(self, call: Tensor) -> Tensor:
         if self.is_mask:
-            return self.tensor[:, call[:, :, None], call[:, None, :]].transpose(0, 1)
+            mask = self.tensor[:, call[:, :, None], call[:, None, :]].transpose(0, 1)  # (S, heads, L, L)
+            # a last token that is repeated must not see its copies
+            later = torch.ones(mask.shape[2:], dtype=torch.bool, device=mask.device).triu(1)
+            return mask.masked_fill(later, torch.finfo(mask.dtype).min if mask.is_floating_point() else False)
         return self.tensor.index_select(0, call.flatten()).unflatten(0, tuple(call.shape))
 
     def whole(self) -> Tensor:

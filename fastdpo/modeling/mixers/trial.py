@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.data.batches.varlen import varlen_layout
-from fastdpo.modeling.attention import Observed, PackedLayout, masks_of, observed
+from fastdpo.modeling.attention import Observed, PackedLayout, masks_of, observed, stands_in
 from fastdpo.modeling.attention.masks import copied
 from fastdpo.modeling.backbone import backbone, text_ids
 from fastdpo.modeling.head import execution_device
-from fastdpo.modeling.mixers.adapter import Mixers, own_forward, run_sequences
+from fastdpo.modeling.mixers.adapter import Mixers, OwnAttention, own_forward, run_sequences
 from fastdpo.modeling.mixers.arguments import has_rows, leaves, mapped
 from fastdpo.modeling.mixers.rows import MixerRows
-from fastdpo.modeling.positions import counting_tables, told_positions
+from fastdpo.modeling.positions import counting_modules, told_positions
 
 # Tokens of the prefix, of two branches, and of another sequence. The long ones pass a chunk of 64 tokens.
 _SHORT, _LONG = (6, 4, 5, 3), (37, 41, 45, 13)
@@ -86,7 +86,11 @@ class _Probe:
 
 
 def find_mixers(
-    bare: Any, backend: str = "sdpa", names: Sequence[str] | None = None, masks: str = "none"
+    bare: Any,
+    backend: str = "sdpa",
+    names: Sequence[str] | None = None,
+    masks: str = "none",
+    attentions: Sequence[OwnAttention] = (),
 ) -> Mixers | None:
     """Finds the token mixers of a bare model, and installs their adapters.
 
@@ -95,10 +99,11 @@ def find_mixers(
         backend: attention backend, "sdpa" or "mask".
         names: names of the mixers, if they are known from a copy of the model.
         masks: kind of mask for models that ask for one.
+        attentions: the model's own; given if layers with attention are to be mixers too.
     Returns:
         None if a packed forward raises; the packed batch itself then raises too.
     """
-    mixers = Mixers(bare)
+    mixers = Mixers(bare, attentions)
     modes = [(module, module.training) for module in bare.modules()]
     rotary = _rotary_states(bare)
     token = observed.set(Observed())  # whoever looks at the packed batch does not see the trial
@@ -153,13 +158,20 @@ class _Trial:
         if isinstance(call.module, _ROW_BY_ROW):
             return []
         found = [name for child in call.children for name in self.wrap_mixers_in(child)]
-        # mixing outside attention in a layer with attention is a leak
-        if not call.has_rows or call.num_attentions:
+        if not call.has_rows:
             return found
+        if call.num_attentions:
+            # mixing outside attention in a layer with attention is a leak, unless the whole layer runs by sequence
+            is_innermost = not any(child.num_attentions for child in call.children)
+            return self.wrap(call, found) if self.mixers.attentions and is_innermost else found
         changes = self.changes(call, has_mixers=bool(found))
         if not (changes or (changes is None and found)):
             return found
-        self.mixers.drop(self.bare, *found)
+        return self.wrap(call, found)
+
+    def wrap(self, call: _Call, inside: list[str]) -> list[str]:
+        """Installs the adapter of one module in place of those inside it."""
+        self.mixers.drop(self.bare, *inside)
         self.mixers.add(self.bare, call.name)
         return [call.name]
 
@@ -198,12 +210,13 @@ class _Trial:
         handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
         handles += [module.register_forward_hook(after, with_kwargs=True) for module in modules]
         token = observed.set(seen)
+        in_place = stands_in.set(bool(self.mixers.attentions) and not self.mixers.names)
         try:
-            tables = [decoder.get_submodule(name) for name in counting_tables(decoder)]
-            told = told_positions(tables, self.probe.position_ids)
+            told = told_positions(decoder, counting_modules(decoder), self.probe.position_ids)
             with self.mixers.running(self.probe.rows()), masks_of(self.probe.layout), told:
                 decoder(input_ids=self.probe.input_ids, use_cache=False, **self.probe.layout_arguments())
         finally:
+            stands_in.reset(in_place)
             observed.reset(token)
             for handle in handles:
                 handle.remove()

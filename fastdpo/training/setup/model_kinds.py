@@ -34,7 +34,8 @@ def text_part(config: Any) -> Any:
     try:
         return config.get_text_config()
     except ValueError as error:
-        raise ValueError(f"model must have one text decoder, got {config.model_type} with several: {error}") from error
+        parts = str(error).partition(". ")[0]
+        raise ValueError(f"model must have one text decoder, got {config.model_type} with several: {parts}") from error
 
 
 def check_kind(config: Any, name: str) -> None:
@@ -47,6 +48,12 @@ def check_kind(config: Any, name: str) -> None:
         raise ValueError(
             f"model must be a causal LM, got {kind}, which is an encoder: every token attends to later tokens, so it"
             " gives no log-probs of responses"
+        )
+    text = text_part(config)
+    if 0 < getattr(text, "num_kv_shared_layers", 0) == getattr(text, "num_hidden_layers", None):
+        raise ValueError(
+            f"model must be a causal LM, got {kind}, a draft model for speculative decoding: all of its layers read the"
+            " keys and values of another model"
         )
     if is_causal_lm or auto_classes(config):
         return
