@@ -32,6 +32,7 @@ _HOME = {
     "DPOTrainer": "training",
     "SFTConfig": "training",
     "SFTTrainer": "training",
+    "StopOnSignal": "training",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -7,7 +7,8 @@ over tokens every token, whatever the batch sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,6 +123,19 @@ class MetricMeans:
         means = _means(self._weights, table.tolist())
         self._tables, self._weights = {}, {}
         return means
+
+    def state(self) -> dict[str, Any]:
+        """The sums since the last `pop` on this process, in types that JSON has."""
+        tables = [[list(sums), list(weights), table.tolist()] for (sums, weights), table in self._tables.items()]
+        return {"tables": tables, "weights": dict(self._weights)}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Continues from a `state`."""
+        self._tables = {
+            (tuple(sums), tuple(weights)): torch.tensor(numbers, dtype=torch.float64, device=device)
+            for sums, weights, numbers in state["tables"]
+        }
+        self._weights = dict(state["weights"])
 
     def _table(self) -> Tensor:
         """(K, 2) fp64 sums and weights, in order of the keys' first appearance."""

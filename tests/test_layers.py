@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # left to right; the names on one line are one layer and do not import each other
 LAYERS = [
-    ["types"],
+    ["files", "locks", "types"],
     ["kernels"],
     ["ops"],
     ["losses", "metrics"],
@@ -45,6 +45,7 @@ INSIDE = {
         ["run"],
         ["memory"],
         ["saving"],
+        ["resuming"],
         ["callbacks"],
         ["evaluation", "token_means", "trl_attributes"],
         ["base"],

@@ -62,12 +62,19 @@ TRAINER = {
     name: ("transformers 5.23", lambda name=name: trainer_has(name))
     for name in (
         "_get_num_items_in_batch",
+        "_get_output_dir",
         "_get_train_sampler",
+        "_init_training_state",
         "_load_best_model",
         "_load_from_checkpoint",
+        "_load_rng_state",
+        "_maybe_log_save_evaluate",
         "_prepare_input",
         "_prepare_inputs",
+        "_push_from_checkpoint",
         "_save",
+        "_save_checkpoint",
+        "_save_rng_state",
         "_track_num_input_tokens",
     )
 }

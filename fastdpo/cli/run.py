@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,16 @@ from fastdpo.data.mixture import load_mixture
 from fastdpo.data.prepare import one_prompt_a_row
 from fastdpo.data.rows.report import StreamReport
 from fastdpo.data.sources.loading import load_preference_dataset, stream_preference_dataset
+from fastdpo.files import write_whole
+from fastdpo.locks import locked
 from fastdpo.report.run import write_run_report
 from fastdpo.training.base import PackedTrainer
 from fastdpo.training.callbacks.model_card import training_facts
 from fastdpo.training.callbacks.summary import peak_memory
 from fastdpo.training.memory.estimate import MIB
 from fastdpo.training.saving.checkpoints import checkpoint_folder
+from fastdpo.training.saving.signals import StopOnSignal
+from fastdpo.training.saving.staging import restore_unfinished
 from fastdpo.training.settings.config import SFTConfig
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.models import adapter_base
@@ -56,6 +63,26 @@ def run_training(
         ValueError: an error that the user can fix; raised before any weight is changed.
     """
     run, adapter, args = parse(command, [RunArguments, adapter_class, config_class], argv)
+    stop = StopOnSignal(resume_command(command, argv))
+    with ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():  # only it receives signals
+            stack.enter_context(stop.installed())
+        if args.should_save:
+            stack.enter_context(locked(args.output_dir, "output_dir"))
+            restore_unfinished(Path(args.output_dir))
+        _run(command, argv, run, adapter, args, trainer_class, columns, stop)
+
+
+def _run(
+    command: str,
+    argv: Sequence[str],
+    run: RunArguments,
+    adapter: LoraArguments,
+    args: EngineConfig,
+    trainer_class: Any,
+    columns: list[tuple[str, str]],
+    stop: StopOnSignal,
+) -> None:
     warn_of_dropout(adapter, args)
     merge_load_settings(args, run.load_settings())
     console, cores = make_console(), FreeCores()
@@ -73,6 +100,7 @@ def run_training(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
+        callbacks=[stop] if stop.is_installed else [],
         quantization_config=quantization_config(adapter, run.dtype),
         peft_config=lora_config(adapter) if adapter.use_peft else None,
     )
@@ -82,6 +110,18 @@ def run_training(
     warn_of_busy_cores(console, trainer, cores)
     options = {"command": ["fastdpo", command, *without_secrets(argv)], **vars(run), **vars(adapter), **args.to_dict()}
     train_and_compare(console, trainer, resume_from, options, columns)
+
+
+def resume_command(command: str, argv: Sequence[str]) -> str:
+    """The command line that continues a run that was stopped."""
+    words, is_next = ["fastdpo", command], False
+    for word in without_secrets(argv):
+        name, joined, _ = word.partition("=")
+        is_resume = name.replace("-", "_") == "__resume_from_checkpoint"
+        if not (is_resume or is_next):
+            words.append(word)
+        is_next = is_resume and not joined
+    return shlex.join([*words, "--resume_from_checkpoint", "last"])
 
 
 def check_output_dir(args: EngineConfig, *, overwrite: bool, has_adapter: bool | None = None) -> str | None:
@@ -101,7 +141,7 @@ def check_output_dir(args: EngineConfig, *, overwrite: bool, has_adapter: bool |
     if not overwrite and any(next(output_dir.glob(sign), None) for sign in _SIGNS_OF_A_RUN):
         raise ValueError(
             f"output_dir must not hold another run, got {output_dir}; choose a new folder, continue the run with"
-            " --resume_from_checkpoint true, or replace it with --overwrite_output_dir"
+            " --resume_from_checkpoint last, or replace it with --overwrite_output_dir"
         )
     return None
 
@@ -204,6 +244,8 @@ def train_and_compare(
     except Exception:
         _end_progress_bars(trainer)
         raise
+    trainer.save_model()  # first: a signal may end the evaluation
+    trainer.save_state()
     after = trainer.evaluate() if trainer.eval_dataset is not None else {}
     _save(trainer, metrics, after, options)
     report = _report(trainer, options) if trainer.is_world_process_zero() else None
@@ -245,14 +287,13 @@ def _end_progress_bars(trainer: PackedTrainer) -> None:
 def _save(
     trainer: PackedTrainer, metrics: dict[str, float], after: dict[str, float], options: Mapping[str, Any]
 ) -> None:
-    trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", metrics)
     if after:
         trainer.save_metrics("eval", after)
     if trainer.is_world_process_zero():
         path = Path(trainer.args.output_dir) / RUN_FILE
-        path.write_text(json.dumps(options, indent=2, default=str) + "\n")
+        write_whole(path, json.dumps(options, indent=2, default=str) + "\n")
 
 
 def _report(trainer: PackedTrainer, options: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 there are many.
 
     <root>/<key of the reference>/about.json                      the facts behind the key, for people
-                                  <digest of the file>.safetensors  keys (N, 16) uint8, logps (N,) float32 in nats
+                                  <digest of the file>.safetensors  keys (N, 16) uint8, logps (N,) in nats
 
 A sequence is identified by a digest of its tokens and its loss mask. The same sequence finds its log-prob whatever the
 dataset, order, split, tokenizer or truncation; any other sequence does not. A shard's name is the digest of its bytes:
@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers.utils import logging
 
+from fastdpo.files import write_whole
 from fastdpo.references.fingerprint import digest, reference_key
 
 logger = logging.get_logger(__name__)
@@ -60,7 +60,7 @@ class LogpsCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / "about.json").exists():
-                _write_whole(self.folder / "about.json", (json.dumps(dict(facts), indent=2) + "\n").encode())
+                write_whole(self.folder / "about.json", (json.dumps(dict(facts), indent=2) + "\n").encode())
         except OSError as error:
             raise ValueError(f"ref_cache_dir must be a folder that can be written to, got {root}: {error}") from error
 
@@ -123,28 +123,22 @@ class LogpsCache:
         content = save(
             {
                 "keys": np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, _KEY_BYTES),
-                "logps": np.asarray(logps, dtype=np.float32),
+                "logps": _narrow(logps),
             }
         )
         path = self.folder / f"{digest(content, self.key.encode())}.safetensors"
-        _write_whole(path, content)
+        write_whole(path, content, is_durable=True)
         return path
+
+
+def _narrow(logps: Sequence[float]) -> NDArray[np.floating]:
+    """As fp32 if that rounds none of them, as the log-probs of all models but those in fp64."""
+    wide = np.asarray(logps, dtype=np.float64)
+    narrow = wide.astype(np.float32)
+    return narrow if np.array_equal(wide, narrow.astype(np.float64)) else wide
 
 
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         with contextlib.suppress(OSError):  # another process was faster, or the folder is read-only
             path.unlink()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from fastdpo.locks import locked
 from fastdpo.references.cache import LogpsCache
 from fastdpo.references.rows import RowInfo, row_infos, with_ref_logps
 from fastdpo.references.units import make_units, next_batch, num_tokens, read_units
@@ -96,11 +98,14 @@ def fill_ref_logps(
             " training, or use reference='frozen'"
         )
     _wait_for_all()  # all processes read before any process writes
-    if scorer is not None:
+    if scorer is not None and any(_gathered(bool(missing))):
         index, num_processes = _process()
-        own = [row for row in missing if int.from_bytes(infos[row].prompt, "big") % num_processes == index]
-        found.update(_compute(dataset, infos, own, found, cache, scorer, name))
-        _wait_for_all()
+        own = [row for row in wanted if int.from_bytes(infos[row].prompt, "big") % num_processes == index]
+        with _alone(cache):
+            found.update(cache.read(mend=False))  # what another run has computed until now
+            _wait_for_all()
+            found.update(_compute(dataset, infos, own, found, cache, scorer, name))
+            _wait_for_all()
         if num_processes > 1:
             found.update(cache.read(mend=False))
     left = [row for row in wanted if any(key not in found for key in infos[row].keys)]
@@ -114,6 +119,21 @@ def fill_ref_logps(
     return with_ref_logps(dataset, values), counts
 
 
+@contextmanager
+def _alone(cache: LogpsCache) -> Iterator[None]:
+    """Inside, no other run computes log-probs of this reference: it waits, and then finds them."""
+    with ExitStack() as stack:
+        if _process()[0] == 0:
+            with suppress(OSError):  # a read-only folder, which the first write reports
+                stack.enter_context(locked(cache.folder, "ref_cache_dir", wait=_say_who_computes))
+        _wait_for_all()
+        yield
+
+
+def _say_who_computes(holder: str) -> None:
+    logger.warning(f"Waiting for {holder} which computes log-probs of the same reference")
+
+
 def _compute(
     dataset: Dataset,
     infos: list[RowInfo],
@@ -123,7 +143,7 @@ def _compute(
     scorer: Scorer,
     name: str,
 ) -> dict[bytes, float]:
-    """Scores the missing sequences, longest first, and writes the results."""
+    """Scores the unknown sequences of the rows, longest first, and writes the results."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     budget = scorer.tokens_per_batch
@@ -202,11 +222,12 @@ def _check_same_everywhere(key: str) -> None:
         )
 
 
-def _gathered(key: str) -> list[str]:
-    keys = [key] * _process()[1]
-    if len(keys) > 1:
-        torch.distributed.all_gather_object(keys, key)
-    return keys
+def _gathered(value: Any) -> list[Any]:
+    """The value of every process."""
+    values = [value] * _process()[1]
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _process() -> tuple[int, int]:

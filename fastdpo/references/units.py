@@ -45,16 +45,29 @@ class Unit:
 
 
 def make_units(infos: Sequence[RowInfo], rows: Sequence[int], known: Container[bytes], budget: int) -> list[Unit]:
-    """Units of the unknown sequences of `rows`, each once, longest first; at most `budget` tokens per unit."""
+    """Units of the unknown sequences of `rows`, each once, longest first; at most `budget` tokens per unit.
+
+    Responses are divided into units before those that are known are left out. So a run that was killed goes on with the
+    same units, and rounding gives it the same log-probs.
+    """
     seen: set[bytes] = set()
     members_of: dict[bytes, list[tuple[int, int]]] = {}
     for row in rows:
         for index, key in enumerate(infos[row].keys):
-            if key not in known and key not in seen:
+            if key not in seen:
                 seen.add(key)
                 members_of.setdefault(infos[row].prompt, []).append((row, index))
-    units = [unit for members in members_of.values() for unit in _cut(infos, members, budget)]
+    whole = (unit for members in members_of.values() for unit in _cut(infos, members, budget))
+    units = [left for unit in whole if (left := _without_known(infos, unit, known)) is not None]
     return sorted(units, key=lambda unit: (-unit.longest, -unit.num_packed, unit.members))
+
+
+def _without_known(infos: Sequence[RowInfo], unit: Unit, known: Container[bytes]) -> Unit | None:
+    left = [i for i, (row, index) in enumerate(unit.members) if infos[row].keys[index] not in known]
+    if len(left) == len(unit.members):
+        return unit
+    members, lengths = tuple(unit.members[i] for i in left), tuple(unit.lengths[i] for i in left)
+    return Unit(members, unit.num_prompt, lengths) if left else None
 
 
 def _cut(infos: Sequence[RowInfo], members: list[tuple[int, int]], budget: int) -> Iterator[Unit]:

@@ -8,8 +8,10 @@ one training step, with the gradient of the whole batch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +19,12 @@ from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from fastdpo.data.prepare import Report
+from fastdpo.locks import locked
 from fastdpo.metrics import MetricMeans
 from fastdpo.modeling import PackingCheck, check_packing, prepare_model
 from fastdpo.ops.engine import resolve_impl
@@ -35,7 +38,6 @@ from fastdpo.references.adapters import (
 from fastdpo.training.callbacks.finite import FiniteLosses
 from fastdpo.training.callbacks.model_card import ModelCard, tag_model
 from fastdpo.training.callbacks.summary import print_summary, summary_text
-from fastdpo.training.callbacks.sync_reference import SyncReference
 from fastdpo.training.evaluation import Evaluation, StepResult
 from fastdpo.training.inputs.collator import collator_for, microbatches_of
 from fastdpo.training.inputs.order import sampler_for
@@ -43,9 +45,11 @@ from fastdpo.training.inputs.prepared_rows import check_rows, warn_of_lost_rows
 from fastdpo.training.inputs.streams import check_stream_settings, guarded, is_stream, read_whole
 from fastdpo.training.memory.estimate import check_memory_settings
 from fastdpo.training.memory.token_budget import BudgetAtStart, check_can_split, check_row_sizes, steps_in_backward
+from fastdpo.training.resuming import ResumableTrainer
 from fastdpo.training.saving.checkpoints import checkpoint_folder
 from fastdpo.training.saving.dry_save import check_can_save
 from fastdpo.training.saving.saved import SavedModel
+from fastdpo.training.saving.staging import UNFINISHED, put_in_place, restore_unfinished
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.experts import router_coefficient
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
@@ -58,7 +62,7 @@ logger = logging.get_logger(__name__)
 FOR_NOTHING = "for_nothing"  # key of a micro-batch that runs only to keep this process in step with the others
 
 
-class PackedTrainer(Trainer):
+class PackedTrainer(ResumableTrainer):
     """Base of DPOTrainer and SFTTrainer, which describe the arguments."""
 
     method = ""  # "dpo" or "sft": the tag of the model and of its card
@@ -135,9 +139,9 @@ class PackedTrainer(Trainer):
             **trainer_arguments,
         )
         keep_outputs_whole(self.accelerator)
+        self.watch_progress()
         tag_model(self.model, self.method)
         self.saved = SavedModel(self, processor)
-        self.restored: list[SyncReference] = []  # state in a checkpoint besides model and optimizer
         self.model_accepts_loss_kwargs = True  # Trainer then counts items through _get_num_items_in_batch
         resolve_impl(args.impl, args.device, head_dtype(self.model, args))  # a named impl that cannot run raises here
         self.router_aux_loss_coef = router_coefficient(args, self.model)
@@ -231,8 +235,17 @@ class PackedTrainer(Trainer):
         `disable_tqdm` is set.
 
         Raises:
-            ValueError: `resume_from_checkpoint` is no checkpoint of such a run, or saving a checkpoint would fail.
+            ValueError: `resume_from_checkpoint` is no checkpoint of such a run, saving a checkpoint would fail, or
+                another process trains in the same output directory.
         """
+        folder = Path(self.args.output_dir)
+        with locked(folder, "output_dir") if self.args.should_save else nullcontext():
+            if self.args.should_save:
+                restore_unfinished(folder)
+            output = self._train(resume_from_checkpoint, *args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         has_adapter = is_peft_model(self.model)
         resume = checkpoint_folder(resume_from_checkpoint, self.args.output_dir, has_adapter=has_adapter)
         check_can_save(self, self.saved, self.card.write, is_sharded=self._shards_weights())
@@ -386,6 +399,7 @@ class PackedTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         """The loss alone: no logits exist that could be returned."""
+        self.check_interrupted()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
@@ -450,6 +464,13 @@ class PackedTrainer(Trainer):
         if not _internal_call:
             self.card.write(output_dir or self.args.output_dir)
 
+    def save_state(self) -> None:
+        """Saves the log and the state of the loop, as Trainer does."""
+        if self.is_world_process_zero():
+            path = os.path.join(self.args.output_dir, "trainer_state.json")
+            self.state.save_to_json(f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+
     def create_model_card(self, *args: Any, **metadata: Any) -> None:
         """Writes README.md into the output directory. The arguments are those of `ModelCard.write`."""
         self.card.write(self.args.output_dir, *args, **metadata)
@@ -459,10 +480,14 @@ class PackedTrainer(Trainer):
         has_one = self.reference is not None and is_peft_model(self.model)
         if has_one and REFERENCE_ADAPTER in self.model.peft_config:
             state_dict = without_reference_weights(self.model.state_dict() if state_dict is None else state_dict)
+        folder = self.args.output_dir if output_dir is None else output_dir
+        staged = folder if self._is_staging else os.path.join(folder, UNFINISHED)
         with without_reference_adapter(self.model) if has_one else nullcontext():
-            super()._save(output_dir, state_dict)
+            super()._save(staged, state_dict)
         if self.args.should_save:
-            self.saved.add_to(self.args.output_dir if output_dir is None else output_dir)
+            self.saved.add_to(staged)
+        if self.args.should_save and not self._is_staging:
+            put_in_place(Path(staged), Path(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._holds_parts() or not self.saved.load(resume_from_checkpoint):

@@ -151,6 +151,7 @@ class DPOTrainer(PackedTrainer):
             means, given = self.train_means.peek, self.warnings_given
             self.watch = TrainingWatch(has_reference=has_reference, first_means=means, given=given)
             self.add_callback(self.watch)
+            self.parts["watch"] = self.watch
         if args.num_eval_samples:
             self.eval_samples = EvalSamples(
                 args,

@@ -44,24 +44,27 @@ def test_two_processes_train_one_model(tmp_path, command):
 
 
 def test_a_run_without_these_options_starts_no_process(monkeypatch):
-    monkeypatch.setattr("subprocess.run", None)
+    monkeypatch.setattr("subprocess.Popen", None)
     assert launch("train", ["--model", "x"], asked()) is None
 
 
 def test_the_processes_that_were_started_start_no_others(monkeypatch):
     monkeypatch.setenv(STARTED, "1")
-    monkeypatch.setattr("subprocess.run", None)
+    monkeypatch.setattr("subprocess.Popen", None)
     assert launch("train", [], asked(num_processes=2)) is None
 
 
 def test_the_launcher_gets_the_command_line_as_it_was(monkeypatch):
     called = []
 
-    def remember(words, env, check):
-        called.append((words, env))
-        return subprocess.CompletedProcess(words, 7)
+    class Remembers:
+        def __init__(self, words, env, start_new_session):
+            called.append((words, env))
 
-    monkeypatch.setattr("subprocess.run", remember)
+        def wait(self):
+            return 7
+
+    monkeypatch.setattr("subprocess.Popen", Remembers)
     argv = ["--model", "x", "--accelerate_config", "fsdp2", "--num_processes", "4"]
     assert launch("train", argv, asked(accelerate_config="fsdp2", num_processes=4)) == 7
     words, environment = called[0]
@@ -109,7 +112,7 @@ def test_a_file_of_ones_own_says_itself_how_many(tmp_path):
     ],
 )
 def test_what_cannot_be_started_is_refused(capsys, tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr("subprocess.run", None)
+    monkeypatch.setattr("subprocess.Popen", None)
     words = ("--model", "a/b", "--dataset", "c/d", "--output_dir", tmp_path / "out")
     code, _, err = run(capsys, "train", *words, *options)
     assert code == 2
@@ -117,7 +120,7 @@ def test_what_cannot_be_started_is_refused(capsys, tmp_path, monkeypatch, option
 
 
 def test_a_package_that_is_missing_is_named_before_anything_starts(monkeypatch):
-    monkeypatch.setattr("subprocess.run", None)
+    monkeypatch.setattr("subprocess.Popen", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="accelerate_config zero3 needs the deepspeed package"):
         launch("train", [], asked(accelerate_config="zero3", num_processes=2))

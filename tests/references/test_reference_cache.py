@@ -150,7 +150,7 @@ def test_a_folder_that_is_only_to_be_read_is_read(cache, monkeypatch):
     def refuses(*args, **kwargs):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(cache_module.tempfile, "mkstemp", refuses)
+    monkeypatch.setattr(cache_module, "write_whole", refuses)
     monkeypatch.setattr(cache_module.Path, "unlink", refuses)
     assert LogpsCache(cache.folder.parent, FACTS).read() == expected
 

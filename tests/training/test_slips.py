@@ -83,6 +83,8 @@ def test_what_is_no_checkpoint_is_refused_before_anything_is_loaded(checkpoints,
     resume(str(checkpoints["adapter"]), "trains all weights like this one, got .* that trained an adapter")
     copy = copied(checkpoints["full"], tmp_path)
     (copy / "trainer_state.json").write_text('{"global_')
+    resume(str(copy), "must be a complete checkpoint, got .*trainer_state.json has 9 bytes instead of")
+    (copy / "fastdpo_manifest.json").unlink()  # as in the checkpoints of other trainers
     resume(str(copy), "must be a complete checkpoint, got unreadable .*trainer_state.json")
     (copy / "trainer_state.json").write_text(json.dumps({"global_step": 2}))
     (copy / "model.safetensors").unlink()
@@ -97,6 +99,7 @@ def test_a_run_of_an_adapter_does_not_go_on_from_one_of_all_weights(checkpoints,
 def test_a_checkpoint_of_weights_alone_is_resumed_with_a_warning(checkpoints, tmp_path, caplog):
     copy = copied(checkpoints["full"], tmp_path)
     (copy / "optimizer.pt").unlink()
+    (copy / "fastdpo_manifest.json").unlink()
     trainer = run(tmp_path / "out")
     with caplog.at_level(logging.WARNING):
         trainer.train(resume_from_checkpoint=str(copy))

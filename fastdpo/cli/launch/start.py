@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import util
 from pathlib import Path
+from types import FrameType
 
 CONFIGS = {file.stem: file for file in sorted(Path(__file__).parent.glob("*.yaml"))}
 STARTED = "FASTDPO_IS_LAUNCHED"  # set in the processes that the launcher starts: they run and start no others
@@ -36,7 +39,44 @@ def launch(command: str, argv: Sequence[str], options: argparse.Namespace) -> in
         )
     words = launcher_words(options)
     words = [sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "fastdpo.cli.main", command, *argv]
-    return subprocess.run(words, env={**os.environ, STARTED: "1"}, check=False).returncode
+    return run_signalled(words, {**os.environ, STARTED: "1"})
+
+
+def run_signalled(words: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Runs a launcher and hands signals on to it. Returns its exit code, or 128 + the signal's number.
+
+    The launcher gets a session of its own, so that Ctrl-C reaches its processes once, through this process; and
+    always SIGTERM, because torchrun does not hand on SIGUSR1. It gives its processes 30 seconds to save.
+    """
+    received: list[int] = []
+    process = subprocess.Popen(words, env=environment, start_new_session=True)
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) == 1:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        else:
+            _kill(process.pid)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 + received[0] if received else code
+
+
+def _kill(pid: int) -> None:
+    """Ends a process and all that it has started, which have sessions of their own."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(pid)
+        for each in (*launcher.children(recursive=True), launcher):
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def launcher_words(options: argparse.Namespace) -> list[str]:

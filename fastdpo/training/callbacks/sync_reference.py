@@ -86,23 +86,22 @@ class SyncReference(TrainerCallback):
         if state.global_step % args.ref_model_sync_steps == 0:
             mix(self.weights, args.ref_model_mixup_alpha)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def save(self, folder: str) -> None:
+        """Saves the reference into a checkpoint."""
         from safetensors.torch import save_file
 
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            tensors = {name: reference.detach().cpu().contiguous() for name, (reference, _) in self.weights.items()}
-            save_file(tensors, folder / REFERENCE_FILE)
+        tensors = {name: reference.detach().cpu().contiguous() for name, (reference, _) in self.weights.items()}
+        save_file(tensors, Path(folder) / REFERENCE_FILE)
 
     @torch.no_grad()
-    def load(self, checkpoint: str) -> None:
+    def load(self, folder: str) -> None:
         """Loads the reference from a checkpoint; warns if the checkpoint does not contain one."""
         from safetensors.torch import load_file
 
-        path = Path(checkpoint) / REFERENCE_FILE
+        path = Path(folder) / REFERENCE_FILE
         if not path.is_file():
             logger.warning(
-                f"{checkpoint} comes from a run without sync_ref_model: training resumes with the initial reference"
+                f"{folder} comes from a run without sync_ref_model: training resumes with the initial reference"
             )
             return
         for name, tensor in load_file(path).items():

@@ -43,6 +43,16 @@ class TrainingWatch(TrainerCallback):
     ) -> None:
         self.has_reference, self.first_means = has_reference, first_means
         self.given: dict[str, str] = {} if given is None else given
+        self._restored: dict[str, Any] = {}  # the state in the checkpoint that training resumes from
+
+    def state(self) -> dict[str, Any]:
+        """The window, and what it is compared with, for a checkpoint."""
+        best = self._best_margin if math.isfinite(self._best_margin) else None
+        window = [[pairs, dict(logs)] for pairs, logs in self._window]
+        return {"window": window, "first": self._first, "best_margin": best, "last_step": self._last_step}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._restored = state
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.given.clear()
@@ -50,6 +60,11 @@ class TrainingWatch(TrainerCallback):
         self._first_step = self._last_step = state.global_step
         self._first: dict[str, float] | None = None  # means over the first full window
         self._best_margin = -math.inf
+        restored, self._restored = self._restored, {}
+        if restored:
+            self._window.extend((pairs, logs) for pairs, logs in restored["window"])
+            self._first, self._last_step = restored["first"], restored["last_step"]
+            self._best_margin = -math.inf if restored["best_margin"] is None else restored["best_margin"]
         path = Path(args.output_dir) / WARNINGS_FILE
         if not state.is_world_process_zero or not path.is_file():
             return

@@ -38,6 +38,7 @@ logger = logging.get_logger(__name__)
 
 PACKING_MODES = ("auto", "packed", "padded")
 OVERSIZED_ROWS = ("alone", "raise")
+FULL_DISK = ("stop", "wait")
 WORKERS_ON_A_GPU = 2  # without workers, the GPU waits 5 to 15 ms a step while the main process collates
 
 
@@ -239,11 +240,21 @@ class EngineConfig(TrainingArguments):
         ),
     )
 
+    # Saving
+    on_full_disk: str = field(
+        default="stop",
+        metadata=help_text(
+            "What to do if a checkpoint does not fit on the disk. stop: end the run, with the path and the bytes that"
+            " are missing; earlier checkpoints stay. wait: try again until there is space."
+        ),
+    )
+
     def __post_init__(self) -> None:
         check_choice("packing", self.packing, PACKING_MODES)
         check_choice("impl", self.impl, IMPLS)
         check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         check_choice("on_oversized_row", self.on_oversized_row, OVERSIZED_ROWS)
+        check_choice("on_full_disk", self.on_full_disk, FULL_DISK)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check_count(name, getattr(self, name))
         check_count("dataset_num_proc", self.dataset_num_proc, optional=True)

@@ -1,0 +1,120 @@
+"""The manifest of a checkpoint: sizes and checksums of its files. A checkpoint with a manifest was written to its end.
+
+In: a folder. Out: MANIFEST in it, or the first damage found. Weights are hashed by xxh3, which reads a file faster than
+anything writes it. torch's archives (.pt, .pth) contain a CRC-32 of every tensor already: for them everything but
+the tensors is hashed, so that a save does not read the optimizer again; a check reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from fastdpo.files import write_whole
+
+MANIFEST = "fastdpo_manifest.json"
+_FORMAT = 1
+_NOT_READ = "README.md"  # training does not read it, and people edit it
+
+
+def write_manifest(folder: Path) -> None:
+    """Call this once all files of the checkpoint are written."""
+    files = {name: {"bytes": path.stat().st_size, "checksum": _checksum(path)} for name, path in _files(folder)}
+    write_whole(folder / MANIFEST, json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n")
+
+
+def has_manifest(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def damage(folder: Path, *, quick: bool = False) -> str | None:
+    """The first difference between a folder and its manifest, in words; None if there is none.
+
+    Args:
+        quick: compare sizes only.
+    """
+    try:
+        expected = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    for name, facts in expected.items():
+        found = _difference(folder / name, facts, quick)
+        if found is not None:
+            return f"{name} {found}"
+    return None
+
+
+def size_of(folder: Path) -> int:
+    """The bytes of all files in a folder."""
+    return sum(path.stat().st_size for _, path in _files(folder))
+
+
+def _difference(path: Path, facts: dict[str, Any], quick: bool) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        return f"has {size:,} bytes instead of {facts['bytes']:,}"
+    try:
+        is_same = (
+            quick or _checksum(path, kind=facts["checksum"].partition(":")[0], reads_all=True) == facts["checksum"]
+        )
+    except (OSError, ValueError, struct.error, zipfile.BadZipFile) as error:
+        return f"cannot be read ({error})"
+    return None if is_same else "has another checksum"
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(name, path) of all files, also in subfolders."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in (MANIFEST, _NOT_READ):
+            yield name, path
+
+
+def _checksum(path: Path, *, kind: str | None = None, reads_all: bool = False) -> str:
+    """The checksum of a file, by the kind in the manifest.
+
+    Args:
+        reads_all: compare the tensors of an archive with their CRC-32.
+    """
+    if kind is None:
+        has_crcs = path.suffix in (".pt", ".pth") and torch.serialization.get_crc32_options()
+        kind = "crc32" if has_crcs and zipfile.is_zipfile(path) else "xxh3"
+    if kind == "xxh3":
+        return f"xxh3:{_xxh3(path)}"
+    with zipfile.ZipFile(path) as archive:
+        if reads_all and (bad := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{bad} has another CRC-32")
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    return f"crc32:{_between(path, entries)}"
+
+
+def _between(path: Path, entries: Sequence[zipfile.ZipInfo]) -> str:
+    """The hash of an archive without the contents of its entries: headers, padding, and the directory with CRC-32s."""
+    whole, start = xxhash.xxh3_64(), 0
+    with path.open("rb") as file:
+        for entry in entries:
+            file.seek(entry.header_offset + 26)
+            content = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))  # name and extra field
+            file.seek(start)
+            whole.update(file.read(content - start))
+            start = content + entry.compress_size
+        file.seek(start)
+        whole.update(file.read())
+    return whole.hexdigest()
+
+
+def _xxh3(path: Path) -> str:
+    whole, buffer = xxhash.xxh3_64(), memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            whole.update(buffer[:count])
+    return whole.hexdigest()

@@ -1,0 +1,214 @@
+"""SIGTERM, SIGINT and SIGUSR1 end the step, save a checkpoint, and a resumed run ends as if there were none."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from killing import Killer, differences, end_of, output
+from processes import on_processes
+from tiny import make_rows, save_model
+from tiny_runs import tiny_trainer
+from transformers import TrainerCallback
+
+from fastdpo import StopOnSignal
+from fastdpo.cli.run import resume_command
+from fastdpo.training.saving.signals import SIGNALS, Stopped
+
+EVERY_2 = {"eval_strategy": "steps", "eval_steps": 2}
+NEVER = {"save_strategy": "no", "signals": True}  # only the signal saves
+SAMPLES = {"num_eval_samples": 2, "eval_sample_tokens": 5}
+BEST = {
+    **dict.fromkeys(("eval_strategy", "save_strategy"), "steps"),
+    **dict.fromkeys(("eval_steps", "save_steps"), 2),
+    "load_best_model_at_end": True,
+    "signals": True,
+}
+CASES = {
+    "in a step": (NEVER, ("step", 4), signal.SIGTERM),
+    "in an accumulation": ({**NEVER, "gradient_accumulation_steps": 3}, ("substep", 8), signal.SIGUSR1),
+    "in an evaluation": ({**NEVER, **EVERY_2}, ("evaluation", 6), signal.SIGINT),
+}
+SLOW = {
+    "in the step before an evaluation": ({**NEVER, **EVERY_2}, ("step", 4), signal.SIGTERM),
+    "in an evaluation that a save follows": (BEST, ("evaluation", 6), signal.SIGTERM),
+    "after an evaluation": (BEST, ("evaluated", 2), signal.SIGTERM),
+    "in a save": ({"signals": True}, ("saved", 2), signal.SIGTERM),
+    "in the evaluation at an epoch's end": (
+        {**NEVER, "eval_strategy": "epoch", "logging_strategy": "epoch", "max_steps": 14},
+        ("evaluation", 2),
+        signal.SIGTERM,
+    ),
+    "in the last step": (NEVER, ("step", 9), signal.SIGTERM),
+    "in the last evaluation": ({**NEVER, "eval_strategy": "epoch"}, ("evaluation", 2), signal.SIGTERM),
+    "in samples": ({**NEVER, **EVERY_2, **SAMPLES}, ("generate", 3), signal.SIGUSR1),
+    "in a stream": ({**NEVER, "stream": "shuffled", "max_steps": 20}, ("step", 15), signal.SIGTERM),
+    "with workers": ({**NEVER, "dataloader_num_workers": 2}, ("step", 5), signal.SIGTERM),
+}
+
+
+@pytest.fixture(scope="module")
+def killer():
+    with Killer() as started:
+        yield started
+
+
+def check(killer, folder, settings, moment, number):
+    assert killer.run(folder / "whole", settings) == 0, output(folder / "whole")
+    cut = folder / "cut"
+    assert killer.run(cut, settings, moment, number=number) == 128 + number, output(cut)
+    printed = output(cut)
+    assert f"{number.name}: stopped after a save in" in printed
+    assert "To continue: trainer.train(resume_from_checkpoint=" in printed
+    assert killer.run(cut, settings, resume=True) == 0, output(cut)
+    assert differences(end_of(folder / "whole"), end_of(cut)) == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_a_signal_stops_ends_like_one_that_is_not(killer, tmp_path, case):
+    check(killer, tmp_path, *CASES[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW)
+def test_a_run_that_a_signal_stops_elsewhere_ends_like_one_that_is_not(killer, tmp_path, case):
+    check(killer, tmp_path, *SLOW[case])
+
+
+class Signals(TrainerCallback):
+    """Sends this process signals at the end of a step."""
+
+    def __init__(self, *numbers, step=2):
+        self.numbers, self.step = numbers, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
+
+
+def test_the_exit_code_is_128_and_the_signals_number_and_handlers_are_restored(tmp_path, capfd):
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    trainer = tiny_trainer(tmp_path, max_steps=5, callbacks=[Signals(signal.SIGUSR1), StopOnSignal("go on")])
+    with pytest.raises(Stopped) as stopped:
+        trainer.train()
+    assert stopped.value.code == 128 + signal.SIGUSR1
+    assert trainer.state.global_step == 2
+    assert (tmp_path / "checkpoint-2" / "fastdpo_manifest.json").is_file()
+    assert "SIGUSR1: stopped after a save in" in (printed := capfd.readouterr().err)
+    assert printed.rstrip().endswith("To continue: go on")
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
+
+
+def test_without_the_callback_nothing_is_installed(tmp_path):
+    seen = []
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append([signal.getsignal(number) for number in SIGNALS])
+
+    tiny_trainer(tmp_path, max_steps=1, callbacks=[Looks()]).train()
+    assert seen == [[signal.SIG_DFL, signal.default_int_handler, signal.SIG_DFL]]
+
+
+def test_a_callback_in_another_thread_is_refused(tmp_path):
+    trainer, found = tiny_trainer(tmp_path, max_steps=1, callbacks=[StopOnSignal()]), []
+
+    def train():
+        try:
+            trainer.train()
+        except ValueError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert found == ["StopOnSignal must be used in the main thread, which alone receives signals"]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_signal_ends_the_run_at_once(killer, tmp_path, number):
+    status = killer.run(tmp_path, {**NEVER, "second_signal": int(number)})
+    assert status in (-number, 128 + number)
+    assert not any(tmp_path.glob("out/checkpoint-*"))
+
+
+def test_the_command_that_continues_holds_no_secret_and_one_checkpoint():
+    argv = ["--model", "a model", "--hub_token", "secret", "--resume_from_checkpoint", "x", "--max_steps", "3"]
+    assert resume_command("train", argv) == (
+        "fastdpo train --model 'a model' --hub_token '<HUB_TOKEN>' --max_steps 3 --resume_from_checkpoint last"
+    )
+    assert resume_command("sft", ["--resume-from-checkpoint=x"]) == "fastdpo sft --resume_from_checkpoint last"
+
+
+# Several processes
+
+
+def stop_one(folder, number):
+    """Only one process gets the signal: both save the same step, once, and stop."""
+    rank = int(os.environ["RANK"])
+    saved = []
+
+    class Saves(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            saved.append(state.global_step)
+
+    sends = [Signals(number, step=3)] if rank == 1 else []
+    trainer = tiny_trainer(folder, max_steps=6, callbacks=[*sends, Saves(), StopOnSignal()])
+    try:
+        trainer.train()
+        code = 0
+    except Stopped as stopped:
+        code = stopped.code
+    again = tiny_trainer(folder, max_steps=6)
+    again.train(resume_from_checkpoint="last")
+    whole = tiny_trainer(folder / "whole", max_steps=6)
+    whole.train()
+    pairs = zip(again.model.parameters(), whole.model.parameters(), strict=True)
+    return {"code": code, "saved": saved, "is_same": all(one.equal(other) for one, other in pairs)}
+
+
+def test_two_processes_save_once_and_stop_together(tmp_path):
+    (of_two,) = on_processes(stop_one, [{"number": int(signal.SIGUSR1)}], tmp_path)
+    assert of_two == [{"code": 128 + signal.SIGUSR1, "saved": [3], "is_same": True}] * 2
+
+
+# The command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_command_stops_says_how_to_go_on_and_goes_on(tmp_path, processes):
+    save_model(tmp_path / "model")
+    lines = "".join(f"{row}\n".replace("'", '"') for row in make_rows(64))
+    (tmp_path / "pairs.jsonl").write_text(lines)
+    words = [sys.executable, "-m", "fastdpo.cli.main", "train", "--model", tmp_path / "model"]
+    words += ["--dataset", tmp_path / "pairs.jsonl", "--output_dir", tmp_path / "out", "--use_cpu", "true"]
+    words += ["--max_steps", 10**6, "--save_strategy", "no", "--report_to", "none", "--logging_steps", 1]
+    words += ["--eval_fraction", 0, *(("--num_processes", 2) if processes == 2 else ())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    printed = (tmp_path / "out.txt").open("w+")
+    run = subprocess.Popen(list(map(str, words)), env=environment, stdout=printed, stderr=subprocess.STDOUT)
+    end = time.monotonic() + 400
+    while "'loss'" not in (tmp_path / "out.txt").read_text() and run.poll() is None and time.monotonic() < end:
+        time.sleep(0.2)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=200) == 128 + signal.SIGTERM
+    text = (tmp_path / "out.txt").read_text()
+    assert "SIGTERM: stopped after a save in" in text
+    assert "--resume_from_checkpoint last" in text
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    steps = int(checkpoint.name.removeprefix("checkpoint-")) + 1
+    words[words.index(10**6)] = steps
+    done = subprocess.run(
+        [*map(str, words), "--resume_from_checkpoint", "last"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"resumed from {checkpoint}" in done.stdout
