@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PROCESSES ?= --numprocesses 2 --dist loadfile
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-portable aot lint format clean
+.PHONY: demo test test-all test-portable fuzz aot lint format clean
 
 # The stamp is rebuilt only when what is installed could have changed, so that second runs reuse the environment.
 $(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
@@ -36,6 +36,16 @@ test-all: $(STAMP)
 # The tests of numbers under the arithmetic of other machines, as far as this one can do it; PORTABLE="--list" names it.
 test-portable: $(STAMP)
 	$(BIN)/python tests/portable.py $(PORTABLE)
+
+# Random cases by the thousand: FUZZ_EXAMPLES of each strategy, at most FUZZ_SECONDS of each; a failure names the seed
+# that brings it back (make fuzz FUZZ_SEED=...), and FUZZ_LOG gets a line for each strategy with its number of cases.
+FUZZ_EXAMPLES ?= 10000
+FUZZ_SECONDS ?= 300
+FUZZ_SEED ?= $(shell date +%s)
+FUZZ_LOG ?= /tmp/fastdpo-fuzz-$(FUZZ_SEED).jsonl
+fuzz: $(STAMP)
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) FUZZ_LOG=$(FUZZ_LOG) \
+		$(BIN)/python -m pytest tests/fuzz $(PROCESSES) && cat $(FUZZ_LOG)
 
 # What the kernels compile to, with three releases of Triton in folders of their own; no GPU needed.
 aot: $(STAMP)

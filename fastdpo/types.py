@@ -8,6 +8,7 @@ These classes compute nothing except properties. Layouts are made in `fastdpo.da
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -55,23 +56,41 @@ class TokenizedGroup:
     preferences: Sequence[tuple[int, int]] = ((0, 1),)  # (index of the chosen, index of the rejected)
 
     def __post_init__(self) -> None:
-        num_responses = len(self.responses)
+        _lengths("prompt_ids", (self.prompt_ids,))
+        num_responses = len(_lengths("responses", self.responses))
         if num_responses == 0 or any(len(response) == 0 for response in self.responses):
             raise ValueError(
                 f"responses must hold at least one response of at least one token each, got {self.responses!r}"
             )
-        for chosen, rejected in self.preferences:
+        for chosen, rejected in _index_pairs(self.preferences):
             if not (0 <= chosen < num_responses and 0 <= rejected < num_responses) or chosen == rejected:
                 raise ValueError(
                     f"preferences must pair two different indices in [0, {num_responses}), got ({chosen}, {rejected})"
                 )
-        if self.loss_masks is not None and [len(m) for m in self.loss_masks] != [len(r) for r in self.responses]:
-            raise ValueError(
-                "loss_masks must have one entry per response token, got lengths"
-                f" {[len(m) for m in self.loss_masks]} for responses of {[len(r) for r in self.responses]}"
-            )
-        if self.ref_logps is not None and len(self.ref_logps) != num_responses:
+        if self.loss_masks is not None:
+            num_masked = _lengths("loss_masks", self.loss_masks)
+            if num_masked != [len(r) for r in self.responses]:
+                raise ValueError(
+                    "loss_masks must have one entry per response token, got lengths"
+                    f" {num_masked} for responses of {[len(r) for r in self.responses]}"
+                )
+        if self.ref_logps is not None and _lengths("ref_logps", (self.ref_logps,)) != [num_responses]:
             raise ValueError(f"ref_logps must have one value per response ({num_responses}), got {len(self.ref_logps)}")
+
+
+def _lengths(name: str, sequences: Any) -> list[int]:
+    """The length of each sequence."""
+    try:
+        return [len(sequence) for sequence in sequences]
+    except TypeError:
+        raise ValueError(f"{name} must hold lists of one entry per token, got {sequences!r}") from None
+
+
+def _index_pairs(preferences: Any) -> list[tuple[int, int]]:
+    try:
+        return [(operator.index(chosen), operator.index(rejected)) for chosen, rejected in preferences]
+    except (TypeError, ValueError):
+        raise ValueError(f"preferences must hold pairs of indices of responses, got {preferences!r}") from None
 
 
 @dataclass(frozen=True, init=False)

@@ -24,6 +24,7 @@ from fastdpo.cli.recipes.book import as_yaml
 from fastdpo.cli.recipes.kinds import KINDS, migrated, recognised
 from fastdpo.cli.recipes.release import flattened, read_overrides
 from fastdpo.data.sources.nearest import nearest_file
+from fastdpo.data.visible import visible
 
 
 def main(argv: list[str]) -> int:
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
         Path(options.out).write_text(text, encoding="utf-8")
         print(f"recognised as a recipe of {KINDS[kind][0]}; wrote {len(book.lines)} lines to {options.out}")
         for line, why in book.lost:
-            print(f"no counterpart: {line}\n    {why}")
+            print(f"no counterpart: {visible(line)}\n    {visible(why)}")
     to_mend = _to_mend(book.command, text)
     if to_mend is not None:
         print(f"fix this before you run it: {to_mend}", file=sys.stderr)

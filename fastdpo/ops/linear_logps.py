@@ -15,7 +15,7 @@ from fastdpo.ops.autograd import differentiable_logps
 from fastdpo.ops.head import Head
 from fastdpo.ops.reference import reference_linear_logps
 from fastdpo.ops.shard import shard_of
-from fastdpo.ops.validation import check_head, check_labels, check_settings, operand_dtype
+from fastdpo.ops.validation import check_head, check_labels, check_settings, operand_dtype, output_names
 from fastdpo.types import TokenLogps
 
 
@@ -72,7 +72,7 @@ def linear_logps(
             the CPU) a label lies outside [0, V). On a GPU such a label is not checked, to avoid a synchronization; it
             is never read out of bounds, and its log-prob and the affected gradients become nan.
     """
-    outputs = (outputs,) if isinstance(outputs, str) else tuple(dict.fromkeys(outputs))
+    outputs = output_names(outputs)
     check_settings(logit_scale, softcap, outputs, skip_tolerance, workspace_bytes, impl)
     check_head(hidden_states, lm_head_weight, labels, bias)
     dtype = operand_dtype(hidden_states, lm_head_weight, bias)

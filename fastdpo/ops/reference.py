@@ -45,4 +45,6 @@ def reference_linear_logps(
         "log_sum_sq_probs": lambda: (2 * all_logps).logsumexp(-1),
     }
     values = {name: statistics[name]().detach() for name in head.outputs}
-    return TokenLogps(logps.where(keep, 0.0), **{name: value * keep for name, value in values.items()})
+    return TokenLogps(
+        logps.where(keep, 0.0), **{n: value.where(keep, torch.zeros_like(value)) for n, value in values.items()}
+    )

@@ -26,7 +26,14 @@ from fastdpo.ops.head import Head, joined_weight, row_scale
 from fastdpo.ops.linear_logps import linear_logps
 from fastdpo.ops.shard import shard_of
 from fastdpo.ops.token_sums import Tokens, token_sums
-from fastdpo.ops.validation import check_head, check_labels, check_sequences, check_settings, operand_dtype
+from fastdpo.ops.validation import (
+    check_head,
+    check_labels,
+    check_sequences,
+    check_settings,
+    operand_dtype,
+    output_names,
+)
 from fastdpo.types import SequenceLogps, TokenLogps
 
 
@@ -93,7 +100,7 @@ def sequence_loss(
         last place of its chunk's largest gets no gradient; on a CPU its products are skipped. Differentiable once; if
         the inputs are fp32, one backward must compute all gradients.
     """
-    outputs = (outputs,) if isinstance(outputs, str) else tuple(dict.fromkeys(outputs))
+    outputs = output_names(outputs)
     check_settings(logit_scale, softcap, outputs, 0.0, workspace_bytes, impl)
     check_head(_check_adapter(hidden_states, lm_head_weight, adapter_weight), lm_head_weight, labels, bias)
     check_sequences(cu_seqlens, rows, weights, labels)

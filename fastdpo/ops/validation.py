@@ -14,6 +14,7 @@ from fastdpo.ops.engine import IMPLS
 from fastdpo.types import IGNORE_INDEX, TOKEN_OUTPUTS
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOST = 1e30  # of a factor of the logits: fp32 ends at 3.4e38
 INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -57,6 +58,14 @@ def check_labels(labels: Tensor, num_vocab: int) -> None:
         )
 
 
+def output_names(outputs: object) -> tuple[str, ...]:
+    """The names of optional results, each once; a single name may stand by itself."""
+    names = (outputs,) if isinstance(outputs, str) else outputs
+    if not isinstance(names, list | tuple | set | frozenset | dict) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"outputs must be a sequence of names out of {TOKEN_OUTPUTS}, got {outputs!r}")
+    return tuple(dict.fromkeys(names))
+
+
 def check_settings(
     logit_scale: float,
     softcap: float | None,
@@ -78,6 +87,9 @@ def check_settings(
         raise ValueError(f"logit_scale must be finite and not zero, got {logit_scale}")
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap must be a positive finite number or None, got {softcap}")
+    for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
+        if value is not None and abs(value) > MOST:
+            raise ValueError(f"{name} must be at most {MOST:g} in size, got {value}")
     if not 0.0 <= skip_tolerance < 1.0:
         raise ValueError(f"skip_tolerance must be a probability mass in [0, 1), got {skip_tolerance}")
     if workspace_bytes is not None and (type(workspace_bytes) is not int or workspace_bytes < 1):
@@ -87,7 +99,7 @@ def check_settings(
 
 
 def check_number(name: str, value: object) -> None:
-    if not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} must be a number, got {value!r}")
 
 

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from fastdpo.cli.options.parser import RaisesErrors, ShowsDefaults, TakesCommas
 from fastdpo.cli.options.table import CONFIG_HELP, EPILOG, THEIR_REST, usage_of
-from fastdpo.cli.options.values import OrNone, json_list, json_object
+from fastdpo.cli.options.values import OrNone, bool_or_word, json_list, json_object
 
 LISTS_OF_OBJECTS = ("datasets", "eval_datasets")  # options that are JSON on a command line
 
@@ -38,20 +38,24 @@ def fields_parser(
     parser = FieldsParser(dataclass_types, prog=f"fastdpo {command}", usage=usage, **options)
     parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     actions = [action for action in parser._actions if action.dest != "help"]
-    _improve(actions)
-    _mark_lists(actions, dataclass_types)
+    kinds = {name: kind for cls in dataclass_types for name, kind in get_type_hints(cls).items()}
+    _improve(actions, kinds)
+    _mark_lists(actions, kinds)
     _group(parser, actions, groups)
     return parser
 
 
-def _improve(actions: Sequence[argparse.Action]) -> None:
-    """Completes HfArgumentParser: a required output_dir, none for numbers, JSON, help for --no_... options."""
+def _improve(actions: Sequence[argparse.Action], kinds: Mapping[str, Any]) -> None:
+    """Completes HfArgumentParser: a required output_dir, none for numbers, words beside booleans, JSON, help for
+    --no_... options."""
     for action in actions:
         if action.dest == "output_dir":
             action.required = True
             action.help = "Folder for checkpoints and the trained model. Required."
         if (action.type in (int, float) and action.default is None) or action.dest == "max_length":
             action.type = OrNone(action.type)  # type: ignore[arg-type]
+        if {str, bool} <= set(get_args(kinds.get(action.dest))):  # HfArgumentParser takes booleans only
+            action.type = bool_or_word
         if get_origin(action.type) is dict:
             action.type = OrNone(json_object)
         if action.dest in LISTS_OF_OBJECTS:
@@ -61,9 +65,8 @@ def _improve(actions: Sequence[argparse.Action]) -> None:
             action.default = argparse.SUPPRESS
 
 
-def _mark_lists(actions: Sequence[argparse.Action], dataclass_types: Sequence[type]) -> None:
+def _mark_lists(actions: Sequence[argparse.Action], kinds: Mapping[str, Any]) -> None:
     """Marks options that are text or a list (report_to): one word on a command line, but possibly a list in a file."""
-    kinds = {name: kind for cls in dataclass_types for name, kind in get_type_hints(cls).items()}
     for action in actions:
         parts = get_args(kinds.get(action.dest))
         if action.nargs is None and any(get_origin(part) is list for part in parts):

@@ -18,7 +18,12 @@ from fastdpo.cli.options.table import FILE
 from fastdpo.cli.options.values import OrNone
 from fastdpo.training.settings.trl_names import SETTINGS, line_instead
 
-_NAMES_OF_TYPES = {"string_to_bool": "bool", "json_object": "json object", "json_list": "json list"}
+_NAMES_OF_TYPES = {
+    "string_to_bool": "bool",
+    "bool_or_word": "bool or word",
+    "json_object": "json object",
+    "json_list": "json list",
+}
 
 
 def make_table() -> dict[str, Any]:

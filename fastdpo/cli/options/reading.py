@@ -26,7 +26,7 @@ from fastdpo.data.sources.nearest import nearest_file
 
 # (former names with their values, all values of the source) -> our options, and notes for the user
 FormerNames = Callable[[dict[str, Any], dict[str, Any]], tuple[dict[str, Any], list[str]]]
-BOOLEANS = ("to_bool", "string_to_bool")  # types of argparse's actions: ours, and transformers'
+BOOLEANS = ("to_bool", "string_to_bool", "bool_or_word")  # types of argparse's actions: ours, and transformers'
 
 
 @dataclass
@@ -81,6 +81,7 @@ class _Reader:
         translate: FormerNames | None,
     ) -> None:
         self.actions, self.flags, self.former, self.translate = actions, flags, former, translate
+        self.renamed = {theirs: name for theirs, name in names.RENAMED.items() if name in actions}
         self.notes: list[str] = []
         self.came_by: dict[str, str] = {}  # our name -> the name it was given by last
 
@@ -93,8 +94,8 @@ class _Reader:
             name = _plain(flag)
             if flag == "":
                 kept += after
-            elif flag in self.flags or name in names.RENAMED:
-                flag_here = flag if flag in self.flags else f"--{names.RENAMED[name]}"
+            elif flag in self.flags or name in self.renamed:
+                flag_here = flag if flag in self.flags else f"--{self.renamed[name]}"
                 here = names.value_here(name, typed(after))
                 after = after if here == typed(after) else words_of(here)
                 kept += [f"{flag_here}={after[0]}", *after[1:]] if is_joined else [flag_here, *after]
@@ -120,9 +121,9 @@ class _Reader:
             name = str(key).replace("-", "_")
             if name == "env":
                 _set_environment(value, path)
-            elif name in self.actions or name in names.RENAMED:
+            elif name in self.actions or name in self.renamed:
                 value = names.value_here(name, value)
-                self._note(ours, names.RENAMED.get(name, name), str(key), value, f"config {path}: ")
+                self._note(ours, self.renamed.get(name, name), str(key), value, f"config {path}: ")
             else:
                 try:
                     self._check_known(name, str(key), "key", f"config {path}: ")
@@ -162,7 +163,7 @@ class _Reader:
             instead = self.former[name]["instead"]
             raise ValueError(f"{where}{kind} {written!r} was removed; instead, in Python: {instead}")
         plain = name.removeprefix("no_") if name.startswith("no_") else name
-        nearest = difflib.get_close_matches(plain, [*self.actions, *names.RENAMED], n=1)
+        nearest = difflib.get_close_matches(plain, [*self.actions, *self.renamed], n=1)
         prefix = "--" if kind == "option" else ""
         hint = f"; did you mean '{prefix}{nearest[0]}'?" if nearest else ""
         raise ValueError(f"{where}unknown {kind} {written!r}{hint}")
@@ -195,7 +196,7 @@ class _Reader:
         action = self.actions[name]
         if action.choices is not None and value is False and "no" in action.choices:
             value = "no"  # YAML reads a bare `no` as false
-        if action.choices is not None and value not in action.choices:
+        if action.choices is not None and value is not action.default and value not in action.choices:
             raise ValueError(f"config {path}: {name} must be one of {sorted(action.choices)}, got {value!r}")
         return _as_if_typed(name, value, action)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from fastdpo.cli.options.installed import release, training_arguments
 from fastdpo.cli.options.parser import RaisingParser, ShowsDefaults, TakesCommas
-from fastdpo.cli.options.values import OrNone, json_list, json_object, to_bool
+from fastdpo.cli.options.values import OrNone, bool_or_word, json_list, json_object, to_bool
 
 FILE = Path(__file__).with_name("options.json")
 CONFIG_HELP = "YAML or JSON file of options. Flags override it."
@@ -34,6 +34,7 @@ KINDS: Mapping[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
     "bool": to_bool,
+    "bool or word": bool_or_word,
     "json object": json_object,
     "json list": json_list,
 }

@@ -36,6 +36,11 @@ def to_bool(text: str | bool) -> bool:
     return text.lower() in TRUE
 
 
+def bool_or_word(text: str) -> bool | str:
+    """A boolean, or a word that means something else, as in include_num_input_tokens_seen."""
+    return to_bool(text) if text.lower() in (*TRUE, *FALSE) else text
+
+
 def json_object(text: str) -> dict[str, Any]:
     value = json.loads(text)
     if not isinstance(value, dict):

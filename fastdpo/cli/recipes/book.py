@@ -1,7 +1,7 @@
 """Builds a fastdpo recipe: lines with their origin, and the settings without a counterpart, with reasons.
 
 In: keys and values of another project's recipe, and rules for them. Out: YAML text with a comment on each changed line.
-Imports only yaml.
+Imports only yaml. The keys are somebody else's: a line break in one must not begin a line of the result.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+
+from fastdpo.data.visible import visible
 
 _WIDTH = 10**6  # a value stays on its line
 
@@ -101,12 +103,12 @@ def as_yaml(book: Book, title: str) -> str:
         parts.append(yaml.safe_dump({"env": book.environment}, sort_keys=False))
     for line in book.lines.values():
         text = _block(line.name, line.value)
-        comment = f"  # {line.comment}" if line.comment else ""
+        comment = f"  # {visible(line.comment)}" if line.comment else ""
         first, newline, rest = text.partition("\n")
         parts.append(first + comment + newline + rest)
     if book.lost:
         parts.append("\n# Without a counterpart here:\n")
-        parts += [f"#   {line}\n#       {why}\n" for line, why in book.lost]
+        parts += [f"#   {visible(line)}\n#       {visible(why)}\n" for line, why in book.lost]
     return "".join(parts)
 
 

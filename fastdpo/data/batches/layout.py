@@ -6,6 +6,7 @@ its longest common prefix with the first. Equal sequences share one branch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,16 +23,34 @@ class CountedSequence:
 
 
 def counted_sequences(group: TokenizedGroup) -> list[CountedSequence]:
-    prompt = np.asarray(group.prompt_ids, dtype=np.int64)
+    """Each response behind the prompt.
+
+    Raises:
+        ValueError: the group holds something else than token ids.
+    """
+    prompt = _token_ids("prompt_ids", group.prompt_ids)
     sequences = []
     for index, response in enumerate(group.responses):
         mask = np.ones(len(response), dtype=bool)
         if group.loss_masks is not None:
             mask = np.asarray(group.loss_masks[index], dtype=bool)
+            if mask.shape != (len(response),):
+                raise ValueError(f"loss_masks must hold lists of true and false, got {group.loss_masks[index]!r}")
         is_counted = np.concatenate([np.zeros(len(prompt), dtype=bool), mask])
         is_counted[0] = False  # no row predicts the first token
-        sequences.append(CountedSequence(np.concatenate([prompt, np.asarray(response, dtype=np.int64)]), is_counted))
+        sequences.append(CountedSequence(np.concatenate([prompt, _token_ids("responses", response)]), is_counted))
     return sequences
+
+
+def _token_ids(name: str, ids: Sequence[int]) -> np.ndarray:
+    """(L,) int64. Without a dtype NumPy says what it found; with one it would cut 1.5 to 1."""
+    try:
+        found = np.asarray(ids)
+    except (TypeError, ValueError, OverflowError):  # lists of unequal lengths
+        found = np.asarray(None)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise ValueError(f"{name} must hold lists of token ids, got {ids!r}")
+    return found.astype(np.int64)
 
 
 @dataclass

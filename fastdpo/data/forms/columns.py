@@ -21,7 +21,7 @@ from fastdpo.data.forms.json_text import (
 )
 from fastdpo.data.forms.messages import UNREAD_KEYS
 from fastdpo.data.forms.names import IGNORE, KINDS, is_metadata, kinds_by_name, names_by_kind
-from fastdpo.data.values import Example
+from fastdpo.data.values import MOST_LEVELS, BadRow, Example, is_too_deep
 from fastdpo.types import PreferenceRow
 
 _READ_KEYS = frozenset((*ROLE_KEYS, *CONTENT_KEYS))
@@ -91,6 +91,8 @@ def structured(example: Example) -> tuple[dict[str, Any], dict[str, str]]:
     written: dict[str, str] = {}
     kinds = kinds_by_name(tuple(row))
     for name, value in example.items():
+        if is_too_deep(value):
+            raise BadRow(f"{name} is nested more than {MOST_LEVELS} levels deep")
         if name == PLAIN_TEXT or not isinstance(value, (str, list, dict)):
             continue
         kind = kinds.get(name)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fastdpo.data.values import BadRow
+from fastdpo.data.values import BadRow, is_too_deep
 
 ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
 CONTENT_KEYS = ("content", "value", "text")
@@ -30,7 +30,7 @@ _NESTED = 3  # times that JSON may be written into JSON's strings
 
 
 def parsed(text: str) -> Any:
-    """The list or object that `text` spells in JSON or in Python's notation, or None."""
+    """The list or object that `text` spells in JSON or in Python's notation, or None. Nested too deeply, it is text."""
     value: Any = text
     for _ in range(_NESTED):
         start = value.lstrip()[:1]
@@ -38,10 +38,12 @@ def parsed(text: str) -> Any:
             return None
         try:
             value = json.loads(value)
+        except RecursionError:
+            return None
         except ValueError:
             value = _literal(value)
         if not isinstance(value, str):
-            return value if isinstance(value, (list, Mapping)) else None
+            return value if isinstance(value, (list, Mapping)) and not is_too_deep(value) else None
     return None
 
 

@@ -17,12 +17,13 @@ from fastdpo.data.forms import as_transcript
 from fastdpo.data.forms.columns import columns_text
 from fastdpo.data.forms.formats import read_row, template_kwargs
 from fastdpo.data.rows.loss_rows import as_ranking, with_shared_parts
+from fastdpo.data.rows.tokenized import is_tokenized, row_ref_logps, tokenized_group
 from fastdpo.data.sources.loading import raw_example
 from fastdpo.data.tokens.notes import OPENS, Note, as_columns, loss_reason, note_features
 from fastdpo.data.tokens.settings import TokenizationSettings
 from fastdpo.data.tokens.tokenization import EncodedRow, RowEncoder
 from fastdpo.data.tokens.truncation import LeftOut, truncate
-from fastdpo.data.values import BadRow, best_response
+from fastdpo.data.values import BadRow
 from fastdpo.types import PreferenceRow, TokenizedGroup
 
 GROUP_COLUMNS = ("prompt_ids", "responses", "loss_masks", "ref_logps", "preferences")
@@ -53,7 +54,7 @@ def group_from_columns(example: Mapping[str, Any]) -> TokenizedGroup:
             ((0, 1),) if preferences is None else tuple((chosen, rejected) for chosen, rejected in preferences),
         )
     return TokenizedGroup(
-        example["prompt_ids"], (example["chosen_ids"], example["rejected_ids"]), ref_logps=_ref_logps(example)
+        example["prompt_ids"], (example["chosen_ids"], example["rejected_ids"]), ref_logps=row_ref_logps(example)
     )
 
 
@@ -130,15 +131,15 @@ class RowPreparer:
         """Reads the example: a row for the encoder, an already tokenized group, or an error."""
         try:
             example = raw_example(example, self.features)
-            if "prompt_ids" in example and ("responses" in example or {"chosen_ids", "rejected_ids"} <= example.keys()):
-                return _ReadRow(group=_tokenized_group(example, self.is_sft))
+            if is_tokenized(example):
+                return _ReadRow(group=tokenized_group(example, is_sft=self.is_sft))
             settings = self.settings
             row, row_format = read_row(example, settings.dataset_format, is_sft=self.is_sft, columns=settings.columns)
             kwargs = template_kwargs(example, settings.columns)
             assert self._encoder is not None
             is_transcript = row_format.may_be_transcript and row.is_conversational
             is_transcript = is_transcript and not self._encoder.takes_messages(kwargs)
-            ref_logps = None if self.is_sft else _ref_logps(example, row)
+            ref_logps = None if self.is_sft else row_ref_logps(example, row)
         except ValueError as error:
             return _ReadRow(error=error)
         columns = columns_text(row.columns)
@@ -224,30 +225,6 @@ class _ReadRow:
     columns: str = ""  # the `columns_text` of the example's ledger
     group: TokenizedGroup | None = None
     error: ValueError | None = None
-
-
-def _ref_logps(example: Mapping[str, Any], row: PreferenceRow | None = None) -> tuple[float, float] | None:
-    """The row's own reference log-probs for its chosen and rejected response."""
-    if row is not None and len(row.responses) != 2:
-        return None
-    chosen, rejected = example.get("ref_chosen_logps"), example.get("ref_rejected_logps")
-    return None if chosen is None or rejected is None else (chosen, rejected)
-
-
-def _tokenized_group(example: Mapping[str, Any], is_sft: bool) -> TokenizedGroup:
-    responses = example["responses"] if "responses" in example else [example["chosen_ids"], example["rejected_ids"]]
-    if example["prompt_ids"] is None or responses is None or any(response is None for response in responses):
-        raise BadRow("response is not a list of token ids")
-    if any(len(response) == 0 for response in responses):
-        raise BadRow("empty response")
-    group = group_from_columns(example)
-    if not is_sft:
-        if not group.preferences:
-            raise BadRow("no response is better than another")
-        return group
-    chosen = best_response(group.preferences)
-    masks = None if group.loss_masks is None else [group.loss_masks[chosen]]
-    return TokenizedGroup(group.prompt_ids, [group.responses[chosen]], masks, preferences=())
 
 
 def _num_context_tokens(group: TokenizedGroup, index: int) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.sources.arrow import holds_as_given, without_fill_ins
+from fastdpo.data.values import MOST_LEVELS, is_too_deep
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 OTHER_SPLITS = ("test", "valid", "validation", "val", "eval", "evaluation", "dev")
+_ARROW_LEVELS = 12  # above, rows are stored as JSON: datasets takes twice as long for each level of a list
 ROW_JSON = "row_json"  # the only column of a dataset whose rows do not fit into common columns: each row as JSON text
 
 
@@ -106,7 +108,7 @@ def dataset_from_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
         return Dataset.from_dict({})
     names = list(rows[0])
     dataset = None
-    if all(row.keys() == rows[0].keys() for row in rows):
+    if all(row.keys() == rows[0].keys() and not is_too_deep(row, _ARROW_LEVELS) for row in rows):
         try:
             dataset = Dataset.from_dict({name: [row[name] for row in rows] for name in names})
         except (ValueError, TypeError, OverflowError):  # Arrow's own are subclasses
@@ -116,6 +118,10 @@ def dataset_from_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
                 return dataset
     try:
         return Dataset.from_dict({ROW_JSON: [json.dumps(row) for row in rows]})
+    except RecursionError:
+        raise ValueError(
+            f"dataset rows must not be nested more than {MOST_LEVELS} levels deep, got one that is"
+        ) from None
     except TypeError as error:  # dates and the like, which JSON does not have
         if dataset is not None:
             return dataset
@@ -185,6 +191,8 @@ def _object_of(line: str, path: str | Path, number: int) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"malformed JSON in {path}, line {number}, column {error.colno}: {error.msg}") from None
+    except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
+        raise ValueError(f"JSON in {path}, line {number}, cannot be read: {_why(error)}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{path} must hold one object per line, got {_shown(line)} in line {number}")
     return row
@@ -208,6 +216,8 @@ def _read_array(text: str, path: str | Path) -> list[dict[str, Any]]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"malformed JSON in {path}, line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"JSON in {path} cannot be read: {_why(error)}") from None
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{path} must hold a list of objects, got {_shown(row)} as element {number}")
@@ -233,9 +243,13 @@ def _read_lines(text: str, path: str | Path) -> list[dict[str, Any]]:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except json.JSONDecodeError:
+    except (RecursionError, ValueError):
         return False
     return True
+
+
+def _why(error: Exception) -> str:
+    return "lists or objects are nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _shown(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -141,7 +142,17 @@ def check_packing_settings(args: Any) -> None:
 
 
 def check_trainer_settings(args: Any) -> None:
-    """Raises ValueError for settings of transformers' Trainer that fastdpo cannot honour."""
+    """Raises ValueError for settings of transformers' Trainer that fastdpo cannot honour, and for values outside the
+    choices that only transformers' command-line parser would check."""
+    for f in fields(args):
+        choices, value = f.metadata.get("choices"), getattr(args, f.name)
+        if choices is not None and value != f.default and value not in choices:
+            raise ValueError(f"{f.name} must be one of {sorted(choices)}, got {value!r}")
+    counted = (True, False, "all", "non_padding", "no")
+    if args.include_num_input_tokens_seen not in counted:
+        raise ValueError(
+            f"include_num_input_tokens_seen must be one of {counted}, got {args.include_num_input_tokens_seen!r}"
+        )
     if args.logging_nan_inf_filter:
         raise ValueError("logging_nan_inf_filter must be False: it would hide a loss that is not finite, got True")
     if args.label_smoothing_factor != 0:

@@ -22,6 +22,8 @@ NO_TEMPLATE = (
     " tokenizer.chat_template, or write the rows as text (prompt, chosen, rejected)"
 )
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read one or the other
+# what the template's own expressions raise: "text" + a dict, 1 / 0, an endless recursion of macros
+_OF_EXPRESSIONS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 _MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Span = tuple[int, int]  # characters
@@ -87,8 +89,7 @@ class ChatTemplate:
                 return_assistant_tokens_mask=with_spans,
                 **{**self._variables, **further},
             )
-        # TypeError and ValueError: the template's own expressions, as "text" + a dict
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, *_OF_EXPRESSIONS) as error:
             raise BadRow(f"the chat template refuses the messages ({error})") from None
         marked = spans if with_spans else [()] * len(texts)
         return [Rendered(text, tuple(found)) for text, found in zip(texts, marked, strict=True)]
