@@ -2,7 +2,7 @@
 
 from fastdpo.report.html import write_report
 from fastdpo.report.plots import Interval, Point, frontier, intervals, require_matplotlib, training_curves
-from fastdpo.report.sections import Figure, FigureGrid, Response, Sample, SampleList, Table, Text
+from fastdpo.report.sections import Figure, FigureGrid, Response, Sample, SampleList, Table, Text, svg
 
 __all__ = [
     "Figure",
@@ -17,6 +17,7 @@ __all__ = [
     "frontier",
     "intervals",
     "require_matplotlib",
+    "svg",
     "training_curves",
     "write_report",
 ]
