@@ -6,30 +6,31 @@ samples on held-out prompts, accuracy on held-out pairs. The task is `fastdpo/al
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from transformers import PrinterCallback
+
 from fastdpo.alignment.results import PolicyResult
 from fastdpo.alignment.sweep import Bench, measure_policy, prepare_bench, train_policy
-from fastdpo.alignment.task import SIZES, Row, Size, Task, cached_task
-from fastdpo.training import DPOConfig
+from fastdpo.alignment.task import SIZES, Task, cached_task
+from fastdpo.training import DPOConfig, SFTConfig, SFTTrainer
 
 TASK_SIZES = {
-    **SIZES,
+    "small": replace(SIZES["small"], num_heldout_prompts=512),
+    "full": SIZES["full"],
     "tiny": replace(
         SIZES["small"], num_train_prompts=48, num_heldout_prompts=24, num_pairs=48, hidden_size=16, num_layers=1,
         sft_epochs=1,
+        dpo_batch_size=8,
     ),
 }  # fmt: skip
 SEEDS = {"small": (0, 1, 2), "full": (0, 1, 2, 3, 4), "tiny": (0, 1)}
 FIGURES = ("reward", "kl", "accuracy", "tokens")
-
-
-def size_of(name: str) -> Size:
-    return TASK_SIZES[name]
 
 
 @lru_cache(maxsize=1)
@@ -38,14 +39,14 @@ def task_of(size: str, seed: int, output_dir: Path) -> Task:
     return cached_task(TASK_SIZES[size], seed, output_dir / f"task_seed_{seed}")
 
 
-def bench_of(task: Task, train_rows: list[Row] | None = None) -> Bench:
-    """What the policies of a seed share. `train_rows` replaces the task's own."""
-    args = DPOConfig("not_used", **task.dpo_settings())
+@lru_cache(maxsize=1)
+def bench_of(task: Task) -> Bench:
+    """What the policies of a task share."""
     return prepare_bench(
         task.reference,
         task.tokenizer,
-        args=args,
-        train_rows=task.train_rows if train_rows is None else train_rows,
+        args=DPOConfig("not_used", **task.dpo_settings()),
+        train_rows=task.train_rows,
         heldout_rows=task.heldout_rows,
         measurement=task.measurement(),
     )
@@ -56,6 +57,21 @@ def trained(task: Task, bench: Bench, **settings: Any) -> Any:
     with tempfile.TemporaryDirectory() as scratch:
         policy, _ = train_policy(bench, DPOConfig(scratch, **{**task.dpo_settings(), **settings}))
     return policy
+
+
+def preferred_ft(task: Task, learning_rate: float) -> Any:
+    """The reference, fine-tuned further on the chosen responses of the pairs."""
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in task.train_rows]
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = {**task.dpo_settings(), "learning_rate": learning_rate}
+        settings.pop("token_metrics")
+        args = SFTConfig(scratch, **settings)
+        trainer = SFTTrainer(
+            copy.deepcopy(task.reference), args=args, train_dataset=rows, processing_class=task.tokenizer
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return trainer.model
 
 
 def figures_of(result: PolicyResult) -> dict[str, float]:

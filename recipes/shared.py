@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.alignment.results import Estimate
-from fastdpo.report import Figure, Table, require_matplotlib, svg, write_report
+from fastdpo.cli.console import make_console, quiet_libraries
+from fastdpo.report import Figure, FigureGrid, Table, require_matplotlib, svg, write_report
 from fastdpo.report.sections import Section
 from fastdpo.rounds.sweep import RESULTS_FILE, Params, name_of, sweep
 from fastdpo.training.callbacks.json_lines import read_lines
@@ -76,7 +77,7 @@ def run_all(
     from tqdm.auto import tqdm
 
     finished = {name_of(line["params"]) for line in read_lines(options.output_dir / RESULTS_FILE)}
-    with tqdm(total=len(runs), initial=len(finished & set(map(name_of, runs))), unit="run") as bar:
+    with quiet_libraries(), tqdm(total=len(runs), initial=len(finished & set(map(name_of, runs))), unit="run") as bar:
 
         def timed(params: Params, folder: Path) -> dict[str, Any]:
             bar.set_postfix_str(name_of(params))
@@ -89,7 +90,8 @@ def run_all(
 
 
 def over_seeds(lines: Sequence[Line], figures: Sequence[str]) -> list[Group]:
-    """Groups of runs that differ only in their seed, in the order of their first run.
+    """Groups of runs that differ only in their seed, in the order of their first run. Figures that a run of the group
+    lacks, or has as null, are left out.
 
     Raises:
         ValueError: a group has one seed only, and so no standard error.
@@ -98,10 +100,11 @@ def over_seeds(lines: Sequence[Line], figures: Sequence[str]) -> list[Group]:
     for line in lines:
         params = {name: value for name, value in line["params"].items() if name != "seed"}
         found.setdefault(name_of(params), (params, []))[1].append(line)
-    return [
-        Group(params, {figure: Estimate.of([line[figure] for line in of]) for figure in figures})
-        for params, of in found.values()
-    ]
+    groups = []
+    for params, of in found.values():
+        known = [figure for figure in figures if all(line.get(figure) is not None for line in of)]
+        groups.append(Group(params, {figure: Estimate.of([line[figure] for line in of]) for figure in known}))
+    return groups
 
 
 def markdown(table: Table) -> str:
@@ -115,8 +118,6 @@ def finish(options: Options, title: str, sections: Sequence[Section], *, subtitl
     from rich import box
     from rich.table import Table as Printed
 
-    from fastdpo.cli.console import make_console
-
     console, folder = make_console(), options.output_dir
     tables = [section for section in sections if isinstance(section, Table)]
     for table in tables:
@@ -126,10 +127,13 @@ def finish(options: Options, title: str, sections: Sequence[Section], *, subtitl
         console.print(printed)
     wrote = [write_report(folder / "page.html", title, sections, subtitle=subtitle), folder / "table.md"]
     wrote[-1].write_text("\n".join(map(markdown, tables)), encoding="utf-8")
-    figures = [section for section in sections if isinstance(section, Figure)]
+    figures: list[Any] = []
+    for section in sections:
+        figures += [section.figure] if isinstance(section, Figure) else []
+        figures += [figure for _, figure in section.figures] if isinstance(section, FigureGrid) else []
     for number, figure in enumerate(figures, start=1):
         wrote.append(folder / (f"plot_{number}.svg" if len(figures) > 1 else "plot.svg"))
-        wrote[-1].write_bytes(svg(figure.figure))
+        wrote[-1].write_bytes(svg(figure))
     console.print(f"wrote {folder / RESULTS_FILE}, {', '.join(map(str, wrote))}", soft_wrap=True)
 
 

@@ -76,7 +76,7 @@ SIZES = {
 Row = dict[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """Everything that the policies of one seed share."""
 
