@@ -28,8 +28,8 @@ from recipes.sentiment import FIGURES, SEEDS, bench_of, figures_of, measured, pr
 NAME = "sentiment_frontier"
 DPO, SIMPO, PREFERRED_FT, REFERENCE = "DPO", "SimPO", "Preferred-FT", "Reference"
 BEST_OF_N, BEST_BY_DPO = "Best of n, true reward", "Best of n, DPO reward"
-# method -> what varies, its values, and the other settings of DPOConfig. SimPO has no reference, so that its beta does not
-# control the KL: its learning rate does.
+# method -> what varies, its values, and the other settings of DPOConfig. SimPO has no reference, so its learning rate
+# controls the KL, and not its beta.
 METHODS: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
     REFERENCE: ("", (0.0,), {}),
     DPO: ("beta", (0.03, 0.1, 0.3, 1.0, 3.0, 10.0), {}),
