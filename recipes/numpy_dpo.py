@@ -49,7 +49,7 @@ def main(num_pairs=20000, num_steps=300, learning_rate=20.0):
     rng = np.random.default_rng(0)
     reference = rng.normal(size=(PROMPTS, (TOKENS + 1) ** (LENGTH - 1), TOKENS))
     start = np.stack([logps(reference, np.full(27, prompt), RESPONSES) for prompt in range(PROMPTS)])  # (PROMPTS, 27)
-    rewards = np.stack([(prompt == RESPONSES).sum(1) for prompt in range(PROMPTS)])  # how often y names the prompt
+    rewards = np.stack([np.equal(RESPONSES, prompt).sum(1) for prompt in range(PROMPTS)])  # how often y has it
     # pairs: two samples of the reference each, labelled by Bradley-Terry
     x = rng.integers(PROMPTS, size=num_pairs)
     a, b = (np.exp(start).cumsum(1)[x] < rng.random((2, num_pairs, 1))).sum(-1).clip(max=26)

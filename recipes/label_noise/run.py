@@ -15,6 +15,7 @@ from typing import Any
 from fastdpo.alignment.results import Estimate
 from fastdpo.alignment.task import Row, Task
 from fastdpo.report import FigureGrid, Spot, Table, Text, lines
+from fastdpo.report.sections import Section
 from recipes import shared
 from recipes.sentiment import FIGURES, SEEDS, bench_of, measured, task_of, trained
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return measured(bench, policy)
 
     results = shared.run_all(runs, options, run_one)
-    sections = [_summary(results), table(results), _curves(results), _method(results, options.size)]
+    sections: list[Section] = [_summary(results), table(results), _curves(results), _method(results, options.size)]
     shared.finish(options, "Flipped labels", sections, subtitle="DPO, cDPO and robust DPO on noisy preferences.")
 
 

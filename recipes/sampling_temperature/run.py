@@ -16,6 +16,7 @@ from fastdpo.alignment.generate import sample_responses
 from fastdpo.alignment.task import MAX_NEW_TOKENS, Task
 from fastdpo.data.synthetic import review_pairs, true_reward
 from fastdpo.report import FigureGrid, Spot, Table, Text, lines
+from fastdpo.report.sections import Section
 from fastdpo.rewards.implicit import implicit_reward
 from fastdpo.rounds.iterate import win_rate
 from recipes import shared
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return _figures(params["method"], float(params["temperature"]), task, policy_of(params["method"], seed))
 
     results = shared.run_all(runs, options, run_one)
-    sections = [_summary(results), table(results), _curves(results), _method(results, options.size)]
+    sections: list[Section] = [_summary(results), table(results), _curves(results), _method(results, options.size)]
     shared.finish(options, "Sampling temperature", sections, subtitle="Policies sampled at temperatures from 0 to 1.")
 
 

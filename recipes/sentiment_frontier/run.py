@@ -21,6 +21,7 @@ from fastdpo.alignment.sweep import measure_policy
 from fastdpo.alignment.task import MAX_NEW_TOKENS, Task
 from fastdpo.data.synthetic import true_reward
 from fastdpo.report import Figure, Spot, Table, Text, lines
+from fastdpo.report.sections import Section
 from fastdpo.rewards.implicit import implicit_reward
 from recipes import shared
 from recipes.sentiment import FIGURES, SEEDS, bench_of, figures_of, measured, preferred_ft, task_of, trained
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     results = shared.run_all(runs, options, run_one)
     claims = orderings(results)
-    sections = [
+    sections: list[Section] = [
         _summary(claims),
         table(results),
         _frontier(results),

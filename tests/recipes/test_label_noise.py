@@ -1,5 +1,12 @@
 """The recipe of flipped labels end to end at its tiny size, and which labels it flips."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from fastdpo.training.callbacks.json_lines import read_lines
@@ -48,3 +55,26 @@ def test_the_recipe_trains_every_loss_at_every_share_and_writes_its_page(tmp_pat
     ]
     assert "with 40% of the labels flipped" in (tmp_path / "page.html").read_text()
     assert (tmp_path / "plot_3.svg").is_file()
+
+
+@pytest.mark.slow
+def test_a_recipe_that_was_killed_continues_and_ends_in_the_same_results(tmp_path):
+    script = Path(__file__).parents[2] / "recipes" / "label_noise" / "run.sh"
+
+    def command(folder):
+        return ["bash", str(script), "--size", "tiny", "--output_dir", str(tmp_path / folder)]
+
+    environment = {**os.environ, "PYTHON": sys.executable}
+    killed = subprocess.Popen(command("killed"), env=environment, cwd=tmp_path, start_new_session=True)
+    while len(read_lines(tmp_path / "killed" / "results.jsonl")) < 3:
+        assert killed.poll() is None
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    before = (tmp_path / "killed" / "results.jsonl").read_bytes()
+    for folder in ("killed", "whole"):
+        subprocess.run(command(folder), env=environment, cwd=tmp_path, check=True)
+    assert (tmp_path / "killed" / "results.jsonl").read_bytes().startswith(before)
+    first, second = (read_lines(tmp_path / folder / "results.jsonl") for folder in ("killed", "whole"))
+    assert len(first) == 8
+    assert [{**line, "cpu_seconds": 0} for line in first] == [{**line, "cpu_seconds": 0} for line in second]
