@@ -133,7 +133,7 @@ def finish(options: Options, title: str, sections: Sequence[Section], *, subtitl
         figures += [figure for _, figure in section.figures] if isinstance(section, FigureGrid) else []
     for number, figure in enumerate(figures, start=1):
         wrote.append(folder / (f"plot_{number}.svg" if len(figures) > 1 else "plot.svg"))
-        wrote[-1].write_bytes(svg(figure))
+        wrote[-1].write_bytes(svg(figure, outlined=False))
     console.print(f"wrote {folder / RESULTS_FILE}, {', '.join(map(str, wrote))}", soft_wrap=True)
 
 

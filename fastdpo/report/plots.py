@@ -164,12 +164,17 @@ def lines(
     panel = figure.subplots()
     if best:
         panel.plot(*zip(*best, strict=True), color="#8b949e", linewidth=1.4, linestyle="--", label=best_name, zorder=1)
+    drawn = 0  # lines: beyond six, colours repeat with a dashed line
     for index, (name, spots) in enumerate(series.items()):
+        style = {"color": REFERENCE_COLOR, "linestyle": "none"}
+        if len(spots) > 1:
+            style = {"color": COLORS[drawn % len(COLORS)], "linestyle": ("-", "--")[drawn // len(COLORS) % 2]}
+            drawn += 1
         panel.errorbar(
             [spot.x for spot in spots], [spot.y for spot in spots],
             xerr=[spot.x_stderr for spot in spots], yerr=[spot.y_stderr for spot in spots],
-            color=COLORS[index % len(COLORS)], marker=_MARKERS[index % len(_MARKERS)], markersize=5.5, capsize=2.5,
-            linewidth=1.4, linestyle="-" if len(spots) > 1 else "none", label=name, zorder=3,
+            marker=_MARKERS[index % len(_MARKERS)], markersize=5.5, linewidth=1.4, label=name, zorder=3,
+            **style,
         )  # fmt: skip
     panel.set_xlabel(x_name)
     panel.set_ylabel(y_name)

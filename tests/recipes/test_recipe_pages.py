@@ -1,6 +1,7 @@
 """Every recipe is in the index, has its files, and states the table of the results that lie beside it."""
 
 import ast
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fastdpo.training.callbacks.json_lines import read_lines
 ROOT = Path(__file__).parents[2]
 INDEX = (ROOT / "recipes" / "README.md").read_text()
 FOLDERS = sorted(path for path in (ROOT / "recipes").iterdir() if (path / "run.py").is_file())
+PAGES = sorted((ROOT / "recipes").rglob("README.md"))
 HEADINGS = ["## Run", "## Expected", "## How to read it", "## Time"]
 
 
@@ -32,6 +34,12 @@ def test_the_expected_table_is_that_of_the_expected_results(folder):
     assert lines
     page = (folder / "README.md").read_text()
     assert markdown(import_module(f"recipes.{folder.name}.run").table(lines)) in page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.parent.name)
+def test_links_and_images_of_a_page_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
 def test_the_package_imports_no_recipe():

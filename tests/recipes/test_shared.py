@@ -53,7 +53,9 @@ def test_the_end_of_a_recipe_is_a_page_a_table_and_a_plot(tmp_path, capsys):
     finish(Options("tiny", tmp_path), "A title", [table, plot])
     assert (tmp_path / "table.md").read_text() == "| model | KL |\n| --- | ---: |\n| DPO | 1.00 ± 0.10 |\n"
     assert (tmp_path / "table.md").read_text() == markdown(table)
-    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    plot = (tmp_path / "plot.svg").read_text()
+    assert "<svg" in plot
+    assert ">reward</text>" in plot  # letters as text: half the size
     assert "A title" in (tmp_path / "page.html").read_text()
     assert "1.00 ± 0.10" in capsys.readouterr().out
 
