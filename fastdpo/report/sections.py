@@ -135,7 +135,7 @@ def svg(figure: Any, *, outlined: bool = True) -> bytes:
     """A matplotlib figure as SVG. Without a date, and with ids from a fixed salt, equal figures give equal files.
 
     Args:
-        outlined: whether letters are drawn as paths, which look the same everywhere. As text, the file is half as large.
+        outlined: draws letters as paths, which look the same everywhere. As text, the file is half as large.
     """
     import matplotlib
 
