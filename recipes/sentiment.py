@@ -21,7 +21,7 @@ from fastdpo.alignment.task import SIZES, Task, cached_task
 from fastdpo.training import DPOConfig, SFTConfig, SFTTrainer
 
 TASK_SIZES = {
-    "small": replace(SIZES["small"], num_heldout_prompts=512),
+    "small": replace(SIZES["small"], num_pairs=1024, num_heldout_prompts=512, dpo_batch_size=16),
     "full": SIZES["full"],
     "tiny": replace(
         SIZES["small"], num_train_prompts=48, num_heldout_prompts=24, num_pairs=48, hidden_size=16, num_layers=1,

@@ -33,11 +33,11 @@ BEST_OF_N, BEST_BY_DPO = "Best of n, true reward", "Best of n, DPO reward"
 # controls the KL, and not its beta.
 METHODS: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
     REFERENCE: ("", (0.0,), {}),
-    DPO: ("beta", (0.03, 0.1, 0.3, 1.0, 3.0, 10.0), {}),
-    "cDPO": ("beta", (0.1, 0.3, 1.0, 3.0), {"label_smoothing": 0.1}),
-    "IPO": ("beta", (0.3, 1.0, 3.0, 10.0), {"loss_type": "ipo"}),
-    SIMPO: ("learning rate", (6e-5, 1.2e-4, 2.4e-4, 6e-4), {"loss_type": "simpo", "beta": 2.0}),
-    PREFERRED_FT: ("learning rate", (3e-4, 1e-3, 3e-3, 6e-3), {}),
+    DPO: ("beta", (0.03, 0.1, 0.3, 1.0, 3.0), {}),
+    "cDPO": ("beta", (0.1, 0.3, 1.0), {"label_smoothing": 0.1}),
+    "IPO": ("beta", (1.0, 3.0, 10.0), {"loss_type": "ipo"}),
+    SIMPO: ("learning rate", (6e-5, 1.5e-4, 4e-4), {"loss_type": "simpo", "beta": 2.0}),
+    PREFERRED_FT: ("learning rate", (3e-4, 1e-3, 3e-3), {}),
     BEST_OF_N: ("n", (2, 4, 8, 16), {}),
     BEST_BY_DPO: ("n", (2, 4, 8, 16), {}),
 }
