@@ -50,7 +50,7 @@ def sample_responses(
         prompts: plain text; the tokenizer adds its special tokens.
         num_samples: responses per prompt.
         max_new_tokens: maximum length of a response.
-        temperature: > 0; 1.0 samples the model's own distribution.
+        temperature: >= 0; 1.0 samples the model's own distribution, 0 takes the likeliest token.
         batch_size: sequences generated at a time.
         seed: equal seeds give equal samples on equal machines.
     Raises:
@@ -59,8 +59,8 @@ def sample_responses(
     for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be >= 0, got {temperature}")
     if len(prompts) == 0:
         raise ValueError("prompts must hold at least one prompt, got none")
     pad_id, eos_ids = special_ids(model, tokenizer)

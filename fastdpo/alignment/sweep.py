@@ -34,7 +34,97 @@ class Measurement:
     reward_fn: RewardFn
     max_new_tokens: int = 256
     batch_size: int = 64  # sequences or pairs at a time
-    seed: int = 0  # of sampling; each model draws from a seed of its own, so that samples are independent
+    seed: int = 0  # of sampling
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all policies of a sweep share: the reference, pairs as token columns with its log-probs, the measurement."""
+
+    reference: Any
+    tokenizer: Any
+    train: Any
+    heldout: Any
+    ref_heldout: tuple[Tensor, Tensor]  # log-probs of chosen and rejected, (N,) fp64
+    measurement: Measurement
+
+
+def prepare_bench(
+    reference: Any,
+    tokenizer: Any,
+    *,
+    args: DPOConfig,
+    train_rows: Any,
+    heldout_rows: Any,
+    measurement: Measurement,
+) -> Bench:
+    """Tokenizes the rows as `args` says, and computes the reference's log-probs once."""
+    settings, batch_size = args.tokenization_settings(), measurement.batch_size
+    train, heldout = (prepare_preference_dataset(rows, tokenizer, settings)[0] for rows in (train_rows, heldout_rows))
+    ref_heldout = pair_logps(reference, heldout, batch_size=batch_size)
+    return Bench(
+        reference=reference,
+        tokenizer=tokenizer,
+        train=_with_reference(train, pair_logps(reference, train, batch_size=batch_size)),
+        heldout=_with_reference(heldout, ref_heldout),
+        ref_heldout=ref_heldout,
+        measurement=measurement,
+    )
+
+
+def train_policy(bench: Bench, args: DPOConfig, callbacks: list[Any] | None = None) -> tuple[Any, list[dict[str, Any]]]:
+    """Trains a copy of the reference with these settings: (policy, log_history). The held-out pairs are the trainer's
+    eval_dataset."""
+    trainer = DPOTrainer(
+        copy.deepcopy(bench.reference),
+        args=args,
+        train_dataset=bench.train,
+        eval_dataset=bench.heldout,
+        processing_class=bench.tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # log_history has the same values
+    trainer.train()
+    return trainer.model, trainer.state.log_history
+
+
+def measure_policy(
+    bench: Bench, policy: Any, beta: float | None, log_history: Sequence[dict[str, Any]] = ()
+) -> PolicyResult:
+    """Measures a policy on the held-out pairs and prompts.
+
+    Args:
+        beta: of the implicit reward; None measures the reference itself.
+    """
+    measurement, (ref_chosen, ref_rejected) = bench.measurement, bench.ref_heldout
+    if beta is None:  # its implicit reward is 0 everywhere and ranks nothing, so its log-probs do
+        ranked, margins = ref_chosen - ref_rejected, torch.zeros_like(ref_chosen)
+    else:
+        chosen, rejected = pair_logps(policy, bench.heldout, batch_size=measurement.batch_size)
+        ranked = margins = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    samples = sample_responses(
+        policy,
+        bench.tokenizer,
+        measurement.prompts,
+        max_new_tokens=measurement.max_new_tokens,
+        batch_size=measurement.batch_size,
+        seed=measurement.seed,
+    )
+    rewards = [measurement.reward_fn(p, r) for p, r in zip(samples.prompts, samples.responses, strict=True)]
+    kl = torch.zeros(len(samples))
+    if beta is not None:
+        kl = kl_to_reference(policy, bench.reference, samples, batch_size=measurement.batch_size)
+    return PolicyResult(
+        beta=beta,
+        accuracy=Estimate.of(ranked > 0),
+        margin=Estimate.of(margins),
+        reward=Estimate.of(rewards),
+        kl=Estimate.of(kl),
+        num_tokens=Estimate.of([len(ids) for ids in samples.response_ids]),
+        samples=samples,
+        rewards=tuple(rewards),
+        log_history=tuple(log_history),
+    )
 
 
 def sweep_beta(
@@ -66,76 +156,24 @@ def sweep_beta(
     betas = sorted(betas)
     if not betas or not betas[0] > 0 or len(set(betas)) < len(betas):
         raise ValueError(f"betas must hold at least one number, all > 0 and different, got {betas}")
-    settings = args.tokenization_settings()
-    batch_size = measurement.batch_size
-    train, heldout = (prepare_preference_dataset(rows, tokenizer, settings)[0] for rows in (train_rows, heldout_rows))
-    train = _with_reference(train, pair_logps(model, train, batch_size=batch_size))
-    ref_heldout = pair_logps(model, heldout, batch_size=batch_size)
-    heldout = _with_reference(heldout, ref_heldout)
+    bench = prepare_bench(
+        model, tokenizer, args=args, train_rows=train_rows, heldout_rows=heldout_rows, measurement=measurement
+    )
 
-    def result(index: int, policy: Any, beta: float | None, log_history: Sequence[Any] = ()) -> PolicyResult:
-        chosen, rejected = ref_heldout if beta is None else pair_logps(policy, heldout, batch_size=batch_size)
-        if beta is None:  # its implicit reward is 0 everywhere and ranks nothing, so its log-probs do
-            ranked, margins = chosen - rejected, torch.zeros_like(chosen)
-        else:
-            ranked = margins = beta * ((chosen - ref_heldout[0]) - (rejected - ref_heldout[1]))
-        own = replace(measurement, seed=measurement.seed + index)
-        return _measured(policy, model, tokenizer, own, beta, ranked > 0, margins, tuple(log_history))
+    def of_its_own(index: int) -> Bench:  # each model draws from a seed of its own, so that samples are independent
+        return replace(bench, measurement=replace(measurement, seed=measurement.seed + index))
 
-    reference = result(0, model, None)
+    reference = measure_policy(of_its_own(0), model, None)
     policies: list[PolicyResult] = []
     for index, beta in enumerate(betas, start=1):
         beta_args = copy.copy(args)
         beta_args.beta = beta
-        trainer = DPOTrainer(
-            copy.deepcopy(model),
-            args=beta_args,
-            train_dataset=train,
-            eval_dataset=heldout,
-            processing_class=tokenizer,
-            callbacks=make_callbacks(beta) if make_callbacks is not None else None,
-        )
-        trainer.remove_callback(PrinterCallback)  # log_history has the same values
-        trainer.train()
-        policies.append(result(index, trainer.model, beta, trainer.state.log_history))
+        callbacks = make_callbacks(beta) if make_callbacks is not None else None
+        policy, log_history = train_policy(bench, beta_args, callbacks)
+        policies.append(measure_policy(of_its_own(index), policy, beta, log_history))
         if on_policy is not None:
-            on_policy(trainer.model, policies[-1])
-    return SweepResult(reference, tuple(policies), len(train), len(heldout))
-
-
-def _measured(
-    policy: Any,
-    reference: Any,
-    tokenizer: Any,
-    measurement: Measurement,
-    beta: float | None,
-    is_ranked_as_labelled: Tensor,  # (N,) bool
-    margins: Tensor,  # (N,)
-    log_history: tuple[dict[str, Any], ...],
-) -> PolicyResult:
-    samples = sample_responses(
-        policy,
-        tokenizer,
-        measurement.prompts,
-        max_new_tokens=measurement.max_new_tokens,
-        batch_size=measurement.batch_size,
-        seed=measurement.seed,
-    )
-    rewards = [measurement.reward_fn(p, r) for p, r in zip(samples.prompts, samples.responses, strict=True)]
-    kl = torch.zeros(len(samples))
-    if beta is not None:
-        kl = kl_to_reference(policy, reference, samples, batch_size=measurement.batch_size)
-    return PolicyResult(
-        beta=beta,
-        accuracy=Estimate.of(is_ranked_as_labelled),
-        margin=Estimate.of(margins),
-        reward=Estimate.of(rewards),
-        kl=Estimate.of(kl),
-        num_tokens=Estimate.of([len(ids) for ids in samples.response_ids]),
-        samples=samples,
-        rewards=tuple(rewards),
-        log_history=log_history,
-    )
+            on_policy(policy, policies[-1])
+    return SweepResult(reference, tuple(policies), len(bench.train), len(bench.heldout))
 
 
 @torch.no_grad()

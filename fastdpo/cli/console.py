@@ -1,8 +1,10 @@
-"""The console on which the commands print their tables."""
+"""The console on which the commands print their tables, and quiet libraries beside it."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -10,3 +12,21 @@ from rich.console import Console
 def make_console() -> Console:
     """A console as wide as the terminal; in a file or a pipe, wide enough that few lines are wrapped."""
     return Console(width=None if sys.stdout.isatty() else 140)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hides the progress bars of datasets and transformers."""
+    import datasets
+    from transformers.utils import logging
+
+    had_bars, had_hf_bars = not datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bars:
+            datasets.enable_progress_bars()
+        if had_hf_bars:
+            logging.enable_progress_bar()

@@ -11,8 +11,6 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from fastdpo.cli.console import quiet_libraries
 from fastdpo.cli.threads import FreeCores
 from fastdpo.report import require_matplotlib, write_report
 
@@ -72,7 +71,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> SweepResul
     output_dir = _checked_output_dir(options)
     started = time.perf_counter()
     threads = _Threads(FreeCores())
-    with _Stages(console, threads) as stages, _quiet_libraries(), threads:
+    with _Stages(console, threads) as stages, quiet_libraries(), threads:
         from fastdpo.alignment.experiment import SIZES, run_experiment
         from fastdpo.cli.demo_report import demo_sections
 
@@ -261,21 +260,3 @@ def _step_callback(stages: _Stages) -> Any:
             stages.show_step(state.global_step, state.max_steps)
 
     return ShowStep()
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Hides the progress bars of datasets and transformers."""
-    import datasets
-    from transformers.utils import logging
-
-    had_bars, had_hf_bars = not datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if had_bars:
-            datasets.enable_progress_bars()
-        if had_hf_bars:
-            logging.enable_progress_bar()

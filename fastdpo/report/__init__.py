@@ -1,8 +1,8 @@
 """HTML reports of runs: sections of text, tables, figures and samples in one self-contained file."""
 
 from fastdpo.report.html import write_report
-from fastdpo.report.plots import Interval, Point, frontier, intervals, require_matplotlib, training_curves
-from fastdpo.report.sections import Figure, FigureGrid, Response, Sample, SampleList, Table, Text
+from fastdpo.report.plots import Interval, Point, Spot, frontier, intervals, lines, require_matplotlib, training_curves
+from fastdpo.report.sections import Figure, FigureGrid, Response, Sample, SampleList, Table, Text, svg
 
 __all__ = [
     "Figure",
@@ -12,11 +12,14 @@ __all__ = [
     "Response",
     "Sample",
     "SampleList",
+    "Spot",
     "Table",
     "Text",
     "frontier",
     "intervals",
+    "lines",
     "require_matplotlib",
+    "svg",
     "training_curves",
     "write_report",
 ]

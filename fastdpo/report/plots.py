@@ -12,6 +12,7 @@ from typing import Any
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe-Ito: for colour-blind readers too
 REFERENCE_COLOR = "#30363d"
+_MARKERS = "os^Dv*PX"
 _AXIS_NAMES = {
     "loss": "loss (nats)",
     "rewards/margins": "reward margin (nats)",
@@ -28,6 +29,16 @@ class Point:
     reward: float
     kl_stderr: float = 0.0
     reward_stderr: float = 0.0
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A measurement in a figure of lines, with one standard error in each direction."""
+
+    x: float
+    y: float
+    x_stderr: float = 0.0
+    y_stderr: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,45 @@ def frontier(points: Sequence[Point], *, best: Sequence[tuple[float, float]] = (
     panel.set_ylabel(reward_name)
     panel.set_xlim(left=-0.04 * max(p.kl for p in points))
     panel.legend(frameon=False, fontsize=9, loc="lower right")
+    _clean(panel)
+    return figure
+
+
+def lines(
+    series: Mapping[str, Sequence[Spot]],
+    x_name: str,
+    y_name: str,
+    *,
+    best: Sequence[tuple[float, float]] = (),
+    best_name: str = "best possible",
+) -> Any:
+    """A line for each name, through its measurements in the order given, with bars of one standard error.
+
+    Args:
+        series: by name. A name with a single measurement has no line.
+        best: (x, y) along a dashed line for comparison.
+    Returns:
+        A matplotlib Figure, narrow enough for a phone.
+    """
+    figure = _new_figure(width=5.2, height=4.2)
+    panel = figure.subplots()
+    if best:
+        panel.plot(*zip(*best, strict=True), color="#8b949e", linewidth=1.4, linestyle="--", label=best_name, zorder=1)
+    drawn = 0  # lines: beyond six, colours repeat with a dashed line
+    for index, (name, spots) in enumerate(series.items()):
+        style = {"color": REFERENCE_COLOR, "linestyle": "none"}
+        if len(spots) > 1:
+            style = {"color": COLORS[drawn % len(COLORS)], "linestyle": ("-", "--")[drawn // len(COLORS) % 2]}
+            drawn += 1
+        panel.errorbar(
+            [spot.x for spot in spots], [spot.y for spot in spots],
+            xerr=[spot.x_stderr for spot in spots], yerr=[spot.y_stderr for spot in spots],
+            marker=_MARKERS[index % len(_MARKERS)], markersize=5.5, linewidth=1.4, label=name, zorder=3,
+            **style,
+        )  # fmt: skip
+    panel.set_xlabel(x_name)
+    panel.set_ylabel(y_name)
+    figure.legend(loc="outside lower center", ncols=min(3, len(series) + bool(best)), frameon=False, fontsize=9)
     _clean(panel)
     return figure
 

@@ -106,7 +106,7 @@ def test_sampling_leaves_the_mode_of_the_model_as_it_was(llama, tokenizer):
         ("num_samples", 0, "num_samples must be at least 1, got 0"),
         ("max_new_tokens", 0, "max_new_tokens must be at least 1, got 0"),
         ("batch_size", -1, "batch_size must be at least 1, got -1"),
-        ("temperature", 0.0, "temperature must be > 0, got 0.0"),
+        ("temperature", -0.5, "temperature must be >= 0, got -0.5"),
         ("prompts", [], "prompts must hold at least one prompt, got none"),
     ],
 )

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from fastdpo.report import Interval, Point, frontier, intervals, require_matplotlib, training_curves
+from fastdpo.report import Interval, Point, Spot, frontier, intervals, lines, require_matplotlib, training_curves
 
 HISTORY = [
     {"step": 1, "loss": 0.69, "rewards/margins": 0.0},
@@ -52,6 +52,19 @@ def test_intervals_have_a_row_for_each_name_and_a_point_for_each_series():
     assert ends == [pytest.approx([0.5, 0.8]), pytest.approx([0.3, 0.5])]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["summed", "per token"]
     assert len(intervals({"rating": one}, "rating").legends) == 0
+
+
+def test_lines_go_through_their_spots_in_order_with_bars_in_both_directions():
+    series = {"DPO": [Spot(0.0, 1.0), Spot(2.0, 3.0, 0.5, 0.25)], "reference": [Spot(0.0, 1.0)]}
+    figure = lines(series, "KL", "reward", best=[(0.0, 1.0), (2.0, 4.0)])
+    panel = figure.axes[0]
+    dpo, reference = panel.containers
+    assert dpo.lines[0].get_xydata().tolist() == [[0, 1], [2, 3]]
+    across, up = (bars.get_segments()[1].tolist() for bars in dpo.lines[2])
+    assert (across, up) == ([[1.5, 3.0], [2.5, 3.0]], [[2.0, 2.75], [2.0, 3.25]])
+    assert (dpo.lines[0].get_linestyle(), reference.lines[0].get_linestyle()) == ("-", "None")
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("KL", "reward")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["best possible", "DPO", "reference"]
 
 
 def test_a_missing_matplotlib_is_named_with_the_way_to_install_it(monkeypatch):
