@@ -4,6 +4,7 @@ accelerate does not shard on CPUs: it silently replicates. `shards_on_cpus` make
 that its own code shards, with gloo.
 """
 
+import hashlib
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -98,3 +99,17 @@ def train(folder, mode, steps=1, num_processes=1, **more):
         "num_sharded": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "num_parameters": sum(1 for _ in trainer.model.parameters()),
     }
+
+
+def resume(folder, mode, kind):
+    """Digests of the trained weights of a run of four steps, and of one that goes on from its second step."""
+    shards_on_cpus()
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_rows": 20, **settings_of(mode, 2)}
+    settings |= {"fsdp": FSDP2["fsdp"], "fsdp_config": FSDP2["fsdp_config"] | {"state_dict_type": kind}}
+    found = []
+    for name, checkpoint in (("a", None), ("b", Path(folder, "a", "checkpoint-2"))):
+        trainer = tiny_trainer(Path(folder, name), per_device_train_batch_size=2, **settings)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        weights = named(trainer.model)
+        found.append({name: hashlib.sha256(x.numpy().tobytes()).hexdigest() for name, x in weights.items()})
+    return found

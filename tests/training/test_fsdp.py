@@ -4,7 +4,7 @@ import pytest
 import torch
 from processes import on_processes
 from safetensors.torch import load_file
-from sharded_runs import train
+from sharded_runs import resume, train
 from transformers import AutoModelForCausalLM
 
 MODES = (
@@ -54,6 +54,15 @@ def of_four_after_five_steps(tmp_path_factory):
     return run_on(4, tmp_path_factory.mktemp("four"), MODES, 5)
 
 
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    kinds = [
+        (mode, kind) for mode in ("cached reference", "LoRA") for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+    ]
+    cases = [{"mode": mode, "kind": kind} for mode, kind in kinds]
+    return dict(zip(kinds, on_processes(resume, cases, tmp_path_factory.mktemp("resumed")), strict=True))
+
+
 def assert_like_one(mode, folder, results, own_folder, steps):
     own_folder.mkdir()
     one = train(own_folder, mode, steps)
@@ -91,6 +100,13 @@ def test_log_probs_are_not_rounded_to_bf16(of_two):
     for key in ("logps/chosen", "logps/rejected"):
         means = torch.tensor(first["logs"][0][key] * 12)  # of 12 pairs
         assert means % 0.03125 != 0, key  # units in the last place of bf16 between 4 and 8
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize("mode", ["cached reference", "LoRA"])
+def test_a_resumed_run_ends_in_the_same_weights(kind, mode, resumed):
+    for weights, again in resumed[mode, kind]:  # the same computation, so the same bits
+        assert weights == again
 
 
 def test_the_saved_model_is_whole(of_two):

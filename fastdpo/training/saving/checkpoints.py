@@ -24,6 +24,7 @@ LAST = (True, "true", "True", "last")
 _ARCHIVES = ("optimizer.pt", "rng_state.pth")
 _STATE = "trainer_state.json"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*", "model.safetensors.index.json", "global_step*", "*.distcp")
+_SHARDS = "pytorch_model_fsdp_*"  # FSDP's SHARDED_STATE_DICT
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin", "*/adapter_model.safetensors", "*/adapter_model.bin")
 
 
@@ -131,9 +132,10 @@ def _lost(folder: Path) -> list[str]:
 
 
 def _kinds(folder: Path) -> tuple[bool, bool]:
-    """Whether the folder has all weights, and whether it has an adapter."""
+    """Whether the folder has all weights, and whether it has an adapter; shards may be of either."""
     is_whole = any(next(folder.glob(name), None) for name in _WEIGHTS)
-    return is_whole, any(next(folder.glob(name), None) for name in _ADAPTER)
+    is_shards = next(folder.glob(_SHARDS), None) is not None
+    return is_whole, is_shards or any(next(folder.glob(name), None) for name in _ADAPTER)
 
 
 def _check(folder: Path, has_adapter: bool | None) -> None:
