@@ -7,6 +7,7 @@ that its own code shards, with gloo.
 import hashlib
 from pathlib import Path
 
+from accelerate.parallelism_config import ParallelismConfig
 from safetensors.torch import save_file
 from tiny import make_llama
 from tiny_runs import make_lora, tiny_trainer
@@ -71,11 +72,17 @@ def named(model):
     return {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def train(folder, mode, steps=1, num_processes=1, **more):
-    """Log of the run; the trained weights before and after are in files of the folder."""
+def train(folder, mode, steps=1, num_processes=1, num_copies=1, **more):
+    """Log of the run; the trained weights before and after are in files of the folder.
+
+    With several copies, each is divided over a part of the processes (HSDP).
+    """
     if num_processes > 1:
         shards_on_cpus()
         more |= FSDP2
+    if num_copies > 1:
+        sizes = {"dp_replicate_size": num_copies, "dp_shard_size": num_processes // num_copies}
+        more["parallelism_config"] = ParallelismConfig(**sizes)
     settings = {
         "per_device_train_batch_size": 12 // num_processes,
         "learning_rate": 0.1,

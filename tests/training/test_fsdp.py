@@ -36,8 +36,9 @@ def moves(folder, rank=0):
     return {name: after[name].double() - before[name].double() for name in after}
 
 
-def run_on(num_processes, folder, modes, steps):
-    cases = [{"mode": mode, "steps": steps, "num_processes": num_processes} for mode in modes]
+def run_on(num_processes, folder, modes, steps, num_copies=1):
+    same = {"steps": steps, "num_processes": num_processes, "num_copies": num_copies}
+    cases = [{"mode": mode, **same} for mode in modes]
     found = on_processes(train, cases, folder, num_processes)
     return {
         mode: (folder / str(number), results) for number, (mode, results) in enumerate(zip(modes, found, strict=True))
@@ -100,6 +101,13 @@ def test_log_probs_are_not_rounded_to_bf16(of_two):
     for key in ("logps/chosen", "logps/rejected"):
         means = torch.tensor(first["logs"][0][key] * 12)  # of 12 pairs
         assert means % 0.03125 != 0, key  # units in the last place of bf16 between 4 and 8
+
+
+@pytest.mark.slow
+def test_two_copies_that_are_each_divided_over_two_processes_too(tmp_path):
+    modes = ("cached reference", "LoRA", "LoRA, micro-batches")
+    for mode, (folder, results) in run_on(4, tmp_path, modes, 2, num_copies=2).items():
+        assert_like_one(mode, folder, results, tmp_path / f"one {mode}", 2)
 
 
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
