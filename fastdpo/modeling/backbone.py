@@ -106,8 +106,9 @@ def freeze_towers(model: Any) -> list[str]:
 
 
 def text_ids(model: Any) -> Tensor:
-    """(N,) int64 ids of the LM head that stand for text: in a composite, some ids mark images or audio."""
-    num_ids = num_output_ids(model)
+    """(N,) int64 ids of embedding and LM head that stand for text: in a composite, some ids mark images or audio."""
+    embedding = _end(model, "get_input_embeddings")
+    num_ids = min(num_output_ids(model), getattr(embedding, "num_embeddings", None) or num_output_ids(model))
     is_text = torch.ones(num_ids, dtype=torch.bool)
     if is_composite(model):
         for name, value in {**vars(text_config(model)), **vars(model.config)}.items():

@@ -115,7 +115,7 @@ def _parts(layer: Any) -> tuple[Tensor | None, Tensor | None, tuple[LowRank, ...
         if layer is None:
             return None, None, ()
         with resident(layer):  # references keep its tensors alive for the caller
-            return getattr(layer, "weight", None), getattr(layer, "bias", None), ()
+            return _scaled_by_id(layer, getattr(layer, "weight", None)), getattr(layer, "bias", None), ()
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -156,6 +156,15 @@ def _parts(layer: Any) -> tuple[Tensor | None, Tensor | None, tuple[LowRank, ...
             added = (low_rank.b.bias * low_rank.scaling).to(weight.dtype)
             bias = added if bias is None else bias + added
     return weight, bias, low_ranks
+
+
+def _scaled_by_id(layer: Any, weight: Tensor | None) -> Tensor | None:
+    """The weight of a head without a bias that scales the logit of every id by a number of its own (Dory)."""
+    scale = getattr(layer, "logit_scale", None)
+    if weight is None or not isinstance(scale, Tensor) or scale.shape != weight.shape[:1] or layer.bias is not None:
+        return weight
+    factors = scale.float() * getattr(layer, "logit_scale_factor", 1.0)
+    return (weight * factors[:, None]).to(weight.dtype)
 
 
 def resident(module: nn.Module) -> Any:
