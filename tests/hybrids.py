@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from shared.doubles import WholeDoubles
 from shared.tiny_models import build_tiny, tiny_config
 
-__all__ = ["HYBRIDS", "WholeDoubles", "build_any", "build_hybrid", "tiny_config"]
+__all__ = ["HYBRIDS", "WholeDoubles", "build_any", "build_hybrid", "build_tiny", "tiny_config"]
 
 SMALL = {
     "vocab_size": 67,

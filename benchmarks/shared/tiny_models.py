@@ -62,7 +62,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("mamba_dt_rank", "time_step_rank"), 4),
     "attention_chunk_size": 16,
     "floor_scale": 16,
-    "vocab_size_per_layer_input": VOCAB,
+    **dict.fromkeys(("vocab_size_per_layer_input", "unpadded_vocab_size"), VOCAB),
     "hidden_size_per_layer_input": 8,
     "altup_num_inputs": 2,
     "laurel_rank": 4,

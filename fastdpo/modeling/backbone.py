@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastdpo.modeling.head import num_output_ids
 
 _PLACEHOLDER = re.compile(r"_token_(id|index)$")  # fields of composite configs: image_token_id, audio_token_index, ...
+_OF_TOWERS = ("vision_config", "audio_config")  # parts of a decoder's config that are not of its text
 _OF_TEXT = frozenset({"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id"})
 
 
@@ -58,17 +59,37 @@ def backbone(model: Any) -> Any:
 
 
 def tower_names(model: Any) -> list[str]:
-    """The names of the outermost modules of a composite that text does not use; empty for a text model."""
+    """The names of the outermost modules that text does not use; empty for a model without other parts."""
     if not is_composite(model):
-        return []
+        return _towers_in_decoder(model)
     used = {backbone(model), *_with_head(model)}
     names: list[str] = []
     for name, module in model.named_modules():
-        if any(name == other or name.startswith(f"{other}.") for other in names):
+        if _inside_any(name, names):
             continue
         if name and used.isdisjoint(module.modules()) and not _inside(name, model, used):
             names.append(name)
     return [name for name in names if next(model.get_submodule(name).parameters(), None) is not None]
+
+
+def _towers_in_decoder(model: Any) -> list[str]:
+    """The towers of a model whose decoder holds them, as their configs show (GIT, Phi-4 multimodal)."""
+    config: Any = getattr(model, "config", None)
+    kinds = {type(part) for part in (getattr(config, name, None) for name in _OF_TOWERS) if part is not None}
+    names: list[str] = []
+    for name, module in model.named_modules() if kinds else ():
+        if type(getattr(module, "config", None)) in kinds and not _inside_any(name, names):
+            names.append(name)
+    used = set(_with_head(model))
+    return list(dict.fromkeys(_outermost_without(used, name, model) for name in names))
+
+
+def _outermost_without(used: set[nn.Module], name: str, model: Any) -> str:
+    """The largest module around a tower that holds none of these."""
+    outer = name.rpartition(".")[0]
+    if outer and used.isdisjoint(model.get_submodule(outer).modules()):
+        return _outermost_without(used, outer, model)
+    return name
 
 
 def freeze_towers(model: Any) -> list[str]:
@@ -85,8 +106,9 @@ def freeze_towers(model: Any) -> list[str]:
 
 
 def text_ids(model: Any) -> Tensor:
-    """(N,) int64 ids of the LM head that stand for text: in a composite, some ids mark images or audio."""
-    num_ids = num_output_ids(model)
+    """(N,) int64 ids of embedding and LM head that stand for text: in a composite, some ids mark images or audio."""
+    embedding = _end(model, "get_input_embeddings")
+    num_ids = min(num_output_ids(model), getattr(embedding, "num_embeddings", None) or num_output_ids(model))
     is_text = torch.ones(num_ids, dtype=torch.bool)
     if is_composite(model):
         for name, value in {**vars(text_config(model)), **vars(model.config)}.items():
@@ -97,6 +119,10 @@ def text_ids(model: Any) -> Tensor:
             if isinstance(offset, int) and offset > 0:
                 is_text[offset:] = False
     return is_text.nonzero()[:, 0]
+
+
+def _inside_any(name: str, names: list[str]) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in names)
 
 
 def _with_head(model: Any) -> list[nn.Module]:

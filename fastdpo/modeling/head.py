@@ -117,7 +117,7 @@ def _parts(layer: Any) -> tuple[Tensor | None, Tensor | None, tuple[LowRank, ...
         if layer is None:
             return None, None, ()
         with resident(layer):  # references keep its tensors alive for the caller
-            return getattr(layer, "weight", None), getattr(layer, "bias", None), ()
+            return _scaled_by_id(layer, getattr(layer, "weight", None)), getattr(layer, "bias", None), ()
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -194,6 +194,15 @@ def _in_call_of(module: nn.Module, function: Callable[..., Any]) -> Callable[...
                 module.forward = before
 
     return call
+
+
+def _scaled_by_id(layer: Any, weight: Tensor | None) -> Tensor | None:
+    """The weight of a head without a bias that scales the logit of every id by a number of its own (Dory)."""
+    scale = getattr(layer, "logit_scale", None)
+    if weight is None or not isinstance(scale, Tensor) or scale.shape != weight.shape[:1] or layer.bias is not None:
+        return weight
+    factors = scale.float() * getattr(layer, "logit_scale_factor", 1.0)
+    return (weight * factors[:, None]).to(weight.dtype)
 
 
 def resident(module: nn.Module) -> Any:

@@ -28,6 +28,16 @@ def test_the_page_says_what_the_results_say():
     assert MARKED.search(DOCS.read_text())[0].count(docs_table(records)) == 1
 
 
+def test_the_readme_counts_what_the_results_hold():
+    decoders = [record for record in read_results() if not kind_of(record)]
+    shared = sum(record["status"] == "packed and shared" for record in decoders)
+    text = " ".join((DOCS.parents[1] / "README.md").read_text().split())
+    assert (
+        f"Of the {len(decoders)} such decoders in transformers 5.23, {shared} train packed with shared prompts" in text
+    )
+    assert [record["type"] for record in decoders if record["status"] == "padded"] == ["blt"]
+
+
 def test_nearly_all_decoders_with_a_linear_head_are_packed_with_shared_prompts_and_none_is_wrong():
     records = read_results()
     decoders = [record for record in records if not kind_of(record)]
@@ -43,7 +53,7 @@ def test_nearly_all_decoders_with_a_linear_head_are_packed_with_shared_prompts_a
 def test_every_packed_type_is_exact_in_fp64_and_in_fp32_but_for_rounding():
     shared = [record for record in read_results() if record["status"] == "packed and shared"]
     for record in shared:
-        assert record["logps_error"] <= EXACT, record["type"]
+        assert record["logps_error"] <= max(EXACT, 10 * record.get("rounding", 0)), record["type"]
         assert max(record["fp64_logps_error"], record["fp64_grad_error"]) <= EXACT_IN_FP64, record["type"]
     assert sum(record["grad_error"] <= EXACT for record in shared) >= 0.9 * len(shared)
 
@@ -52,7 +62,9 @@ def test_rounding_is_told_from_a_mistake_by_fp64():
     rounded = {"logps_error": 1e-7, "grad_error": 7e-5, "fp64_logps_error": 1e-15, "fp64_grad_error": 2e-13}
     assert is_exact(rounded)
     assert not is_exact({**rounded, "fp64_grad_error": 7e-5})
-    assert not is_exact({**rounded, "logps_error": 2e-5})
+    assert not is_exact({**rounded, "logps_error": 7e-5})
+    assert is_exact({**rounded, "logps_error": 7e-5}, rounding=1e-5)
+    assert not is_exact({**rounded, "logps_error": 7e-5}, rounding=1e-6)
     assert not is_exact({"logps_error": 1e-7, "grad_error": 7e-5, "fp64_reason": "no fp64"})
     assert is_exact({"logps_error": 1e-7, "grad_error": 7e-6, "fp64_reason": "no fp64"})
 

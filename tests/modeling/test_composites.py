@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from composites import COMPOSITES, TOWERS, make_composite
+from hybrids import build_tiny
 from test_packed_logps import GROUPS, assert_same
 
 from fastdpo import pack_pairs, pad_pairs
@@ -34,6 +35,22 @@ def test_a_model_of_text_alone_has_no_towers(model_type):
     assert freeze_towers(model) == []
     assert all(p.requires_grad for p in model.parameters())
     assert backbone_name(model) == {"llama": "model", "gpt2": "transformer"}[model_type]
+
+
+INSIDE = {"git": ["git.image_encoder"], "phi4_multimodal": ["model.embed_tokens_extend"]}
+
+
+@pytest.mark.parametrize("model_type", INSIDE)
+def test_towers_in_the_decoder_itself_are_frozen_and_have_positions_of_their_own(model_type):
+    from fastdpo.training.setup.models import learned_positions
+
+    model = build_tiny(model_type)
+    assert tower_names(model) == INSIDE[model_type]
+    assert freeze_towers(model) == INSIDE[model_type]
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if name.startswith(f"{INSIDE[model_type][0]}.")}
+    assert learned_positions(model) == {"git": 256, "phi4_multimodal": None}[model_type]  # the text's
+    assert check_packing(model).ok
 
 
 @pytest.mark.parametrize("prefix_sharing", [True, False], ids=["shared", "unshared"])

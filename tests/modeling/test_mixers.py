@@ -400,3 +400,24 @@ def test_a_kernel_that_keeps_boundaries_in_evaluation_only_is_not_trusted(monkey
     gathered_calls(monkeypatch, convolve)
     packed_logps(model, pack_pairs(GROUPS))
     assert mixers_of(model).by_boundaries == {"model.layers.2.conv"}
+
+
+def test_a_table_of_distances_between_rows_is_that_of_each_sequence():
+    """Inkling 2's attention gets one from its decoder since transformers 5.24."""
+    batch, seen = pack_pairs(GROUPS[:1]), []
+    num_rows = batch.input_ids.shape[1]
+    distances = torch.arange(num_rows)[:, None] - torch.arange(num_rows)
+
+    def layer(hidden_states, relative_distance):
+        seen.append(relative_distance)
+        return hidden_states
+
+    rows = MixerRows(batch.segments, batch.varlen)
+    hidden = torch.randn(1, num_rows, 4)
+    output = adapter.run_sequences(layer, rows, (hidden,), {"relative_distance": distances})
+    torch.testing.assert_close(output, hidden)
+    lengths = sorted(len(table) for table in seen)
+    assert lengths == [9, 11] or lengths == [11]
+    for table in seen:
+        assert table[0, 0] == 0
+        assert table[-1, 0] == len(table) - 1  # not the rows' distance behind the first branch

@@ -15,6 +15,7 @@ from varlen_emulation import EmulatedVarlen, varlen_attn_2_13
 
 from fastdpo import pack_pairs, prepare_model
 from fastdpo.modeling import check_packing, packed
+from fastdpo.modeling.backbone import text_ids
 from fastdpo.modeling.packed import attention_backend
 
 
@@ -199,3 +200,35 @@ def test_a_head_whose_last_rows_are_cut_off_gives_logits_for_the_others(has_adap
     check = check_packing(model)
     assert check.ok, check.reason
     assert_same(model, pack_pairs(GROUPS))
+
+
+class ScaledHead(torch.nn.Linear):
+    """As Dory's: a learned factor on the logit of every id."""
+
+    def __init__(self, hidden_size, vocab_size):
+        super().__init__(hidden_size, vocab_size, bias=False)
+        self.logit_scale = torch.nn.Parameter(torch.linspace(0.1, 0.4, vocab_size))
+        self.logit_scale_factor = 4.0
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) * (self.logit_scale * self.logit_scale_factor)
+
+
+def test_a_head_that_scales_each_logit_trains_its_scales_too():
+    model = build("llama")
+    model.lm_head = ScaledHead(*reversed(model.lm_head.weight.shape))
+    check = check_packing(model)
+    assert check.ok, check.reason
+    assert_same(model, pack_pairs(GROUPS))
+    assert model.lm_head.logit_scale.grad.abs().max() > 0
+    model.lm_head.logit_scale = torch.nn.Parameter(torch.ones(()))  # one that the layer's own forward alone knows
+    with pytest.raises(ValueError, match="does something else"):
+        check_packing(model)
+
+
+def test_probes_hold_ids_that_both_embedding_and_head_know():
+    model = build("llama")
+    hidden_size = model.config.hidden_size
+    model.lm_head = torch.nn.Linear(hidden_size, 300, bias=False)  # longer than the table of the embedding
+    assert check_packing(model).ok
+    assert text_ids(model).max() < model.config.vocab_size

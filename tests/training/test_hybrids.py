@@ -35,7 +35,7 @@ ROWS = [  # one prompt twice, responses of one token, responses that share a sta
 NAMED = [
     *("qwen3_5_text", "qwen3_next", "granitemoehybrid", "nemotron_h", "lfm2", "kimi_linear", "falcon_h1", "mamba2"),
     *("rwkv", "minimax", "mamba", "deepseek_v3", "llama4_text", "gemma3n_text", "gemma4_text", "gpt_oss", "glm4_moe"),
-    *("inkling_text", "deepseek_v4", "bloom"),
+    *("deepseek_v4", "bloom"),
 ]
 FAST = ("lfm2", "deepseek_v3", "glm4_moe", "gpt_oss")  # tried where slow tests are left out
 # where PEFT refuses out_proj, which is among all-linear's

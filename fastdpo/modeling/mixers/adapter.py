@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from operator import methodcaller
 from types import MethodType
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.modeling.attention.gather import gather_keys
-from fastdpo.modeling.mixers.arguments import has_rows, is_mask, leaves, mapped
+from fastdpo.modeling.mixers.arguments import has_rows, is_mask, is_table, leaves, mapped
 from fastdpo.modeling.mixers.rows import MixerRows
 
 _MIXERS = "_fastdpo_mixers"  # attribute of a model whose mixers are known
@@ -198,7 +198,7 @@ def run_sequences(forward: Callable[..., Any], rows: MixerRows, args: Any, kwarg
     gathered = mapped((args, kwargs), lambda tensor: _gather(tensor, rows))
     outputs = []
     for call in rows.calls:
-        own_args, own_kwargs = mapped(gathered, partial(_Gathered.of_call, call=call), _Gathered)
+        own_args, own_kwargs = mapped(gathered, methodcaller("of_call", call), _Gathered)
         outputs.append(forward(*own_args, **own_kwargs))
     return _scattered(outputs, [tuple(call.shape) for call in rows.calls], rows.kept)
 
@@ -206,7 +206,7 @@ def run_sequences(forward: Callable[..., Any], rows: MixerRows, args: Any, kwarg
 def run_with_boundaries(forward: Callable[..., Any], rows: MixerRows, args: Any, kwargs: Any) -> Any:
     """Runs one call over all sequences in one row; the module's kernels respect the boundaries."""
     gathered = mapped((args, kwargs), lambda tensor: _gather(tensor, rows))
-    own_args, own_kwargs = mapped(gathered, _Gathered.whole, _Gathered)
+    own_args, own_kwargs = mapped(gathered, methodcaller("whole"), _Gathered)
     parameters = inspect.signature(forward).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     boundaries = {name: value for name, value in rows.boundaries.items() if takes_all or name in parameters}
@@ -217,29 +217,47 @@ def run_with_boundaries(forward: Callable[..., Any], rows: MixerRows, args: Any,
 class _Gathered:
     """One argument with rows in the order of `VarlenLayout.key_rows`."""
 
-    def __init__(self, tensor: Tensor, is_mask: bool) -> None:
-        self.tensor, self.is_mask = tensor, is_mask  # (K, ...), or a mask (heads, K, K)
+    def __init__(self, rows: Tensor) -> None:
+        self.tensor = rows  # (K, ...)
 
     def of_call(self, call: Tensor) -> Tensor:
-        if self.is_mask:
-            mask = self.tensor[:, call[:, :, None], call[:, None, :]].transpose(0, 1)  # (S, heads, L, L)
-            # a last token that is repeated must not see its copies
-            later = torch.ones(mask.shape[2:], dtype=torch.bool, device=mask.device).triu(1)
-            return mask.masked_fill(later, torch.finfo(mask.dtype).min if mask.is_floating_point() else False)
+        """The argument of a call (S, L): indices into the gathered rows."""
         return self.tensor.index_select(0, call.flatten()).unflatten(0, tuple(call.shape))
 
     def whole(self) -> Tensor:
         return self.tensor[None]
 
 
+class _GatheredMask(_Gathered):
+    """A mask (heads, K, K)."""
+
+    def of_call(self, call: Tensor) -> Tensor:
+        mask = self.tensor[:, call[:, :, None], call[:, None, :]].transpose(0, 1)  # (S, heads, L, L)
+        # a last token that is repeated must not see its copies
+        later = torch.ones(mask.shape[2:], dtype=torch.bool, device=mask.device).triu(1)
+        return mask.masked_fill(later, torch.finfo(mask.dtype).min if mask.is_floating_point() else False)
+
+
+class _Table(_Gathered):
+    """Numbers (T, T) for pairs of rows; a sequence of L tokens gets those of the first L rows."""
+
+    def of_call(self, call: Tensor) -> Tensor:
+        return self.tensor[: call.shape[1], : call.shape[1]]
+
+    def whole(self) -> Tensor:
+        return self.tensor
+
+
 def _gather(tensor: Tensor, rows: MixerRows) -> Any:
     if is_mask(tensor, rows.num_rows):
-        return _Gathered(tensor[0][:, rows.varlen.key_rows[:, None], rows.varlen.key_rows], is_mask=True)
+        return _GatheredMask(tensor[0][:, rows.varlen.key_rows[:, None], rows.varlen.key_rows])
+    if is_table(tensor, rows.num_rows):
+        return _Table(tensor)
     if not has_rows(tensor, rows.num_rows):
         return tensor
     if tensor.is_floating_point():
-        return _Gathered(gather_keys(tensor[0], rows.varlen), is_mask=False)
-    return _Gathered(tensor[0].index_select(0, rows.varlen.key_rows), is_mask=False)
+        return _Gathered(gather_keys(tensor[0], rows.varlen))
+    return _Gathered(tensor[0].index_select(0, rows.varlen.key_rows))
 
 
 def _scattered(outputs: list[Any], shapes: list[tuple[int, ...]], kept: Tensor) -> Any:

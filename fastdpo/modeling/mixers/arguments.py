@@ -19,6 +19,12 @@ def is_mask(value: Any, num_rows: int) -> bool:
     return is_square and value.shape[0] == 1
 
 
+def is_table(value: Any, num_rows: int) -> bool:
+    """Whether a tensor is (T, T) whole numbers, such as distances, that depend on the numbers of rows alone."""
+    is_square = isinstance(value, Tensor) and tuple(value.shape) == (num_rows, num_rows)
+    return is_square and not value.is_floating_point()
+
+
 def mapped(value: Any, function: Callable[[Any], Any], kind: type = Tensor) -> Any:
     """The arguments with `function` applied to every matching value in them."""
     if isinstance(value, kind):

@@ -19,7 +19,7 @@ from fastdpo.data.sources.arrow import arrow_column
 from fastdpo.data.sources.nearest import check_model_folder
 from fastdpo.data.tokens.chat.templates import give_template
 from fastdpo.data.tokens.tokenization import padding_id
-from fastdpo.modeling.backbone import backbone, freeze_towers
+from fastdpo.modeling.backbone import backbone, freeze_towers, tower_names
 from fastdpo.modeling.packed import bare_model
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.checkpoint_keys import check_all_loaded
@@ -320,11 +320,13 @@ def check_lengths(model: nn.Module, dataset: Dataset, name: str) -> None:
 
 def learned_positions(model: nn.Module) -> int | None:
     """Number of positions in the model's table of positions; None without a table."""
-    decoder = backbone(bare_model(model))  # towers have tables of their own, of patches and frames
+    bare = bare_model(model)
+    # towers, some of which are in the decoder, have tables of their own, of patches and frames
+    towers = {module for name in tower_names(bare) for module in bare.get_submodule(name).modules()}
     tables = [
         module.num_embeddings - getattr(module, "offset", 0)
-        for path, module in decoder.named_modules()
-        if isinstance(module, nn.Embedding) and any(part in path for part in ("wpe", "position"))
+        for path, module in backbone(bare).named_modules()
+        if isinstance(module, nn.Embedding) and module not in towers and ("wpe" in path or "position" in path)
     ]
     return min(tables) if tables else None
 
