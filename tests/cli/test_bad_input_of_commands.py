@@ -1,4 +1,4 @@
-"""What commands around the loss may be given by mistake: one line that names it, exit code 2, and nothing left behind."""
+"""Mistakes that commands around the loss may be given: one line that names them, exit code 2, nothing left behind."""
 
 import json
 import os
