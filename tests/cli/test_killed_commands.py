@@ -13,6 +13,8 @@ from tiny import WORDS, save_model
 
 from fastdpo.rounds import generate
 
+TRAINING = "fastdpo.training.dpo:DPOTrainer.training_step"
+
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
@@ -90,10 +92,10 @@ ITERATE = (
         ("fastdpo.rounds.state:write_json", 2, {}),  # the start is measured, its manifest not written
         ("fastdpo.rounds.generate:append_lines", 2, {}),  # in the middle of the first round's samples
         ("fastdpo.cli.iterate:write_records", 1, {"after": True}),  # the pairs are written, the manifest not
-        ("fastdpo.training.dpo:DPOTrainer.training_step", 3, {}),  # in the first training, after a checkpoint
+        (TRAINING, 3, {}),  # in the first training, after a checkpoint
         ("fastdpo.cli.run:train_and_compare", 1, {"after": True}),  # trained and saved, the manifest not
         ("fastdpo.rounds.measure:kl_to_reference", 1, {}),  # while the first round's model is measured
-        ("fastdpo.training.dpo:DPOTrainer.training_step", 9, {}),  # in the second round
+        (TRAINING, 9, {}),  # in the second round
     ],
 )
 @pytest.mark.slow
@@ -122,10 +124,10 @@ def sweep_words(*more):
 @pytest.mark.parametrize(
     ("where", "call", "when"),
     [
-        ("fastdpo.training.dpo:DPOTrainer.training_step", 2, {}),  # in the first run, after a checkpoint
+        (TRAINING, 2, {}),  # in the first run, after a checkpoint
         ("fastdpo.rounds.measure:write_json", 1, {}),  # the start has answered
         ("fastdpo.rounds.sweep:append_lines", 1, {}),  # the first run is measured, its line not written
-        ("fastdpo.training.dpo:DPOTrainer.training_step", 5, {}),  # in the second run
+        (TRAINING, 5, {}),  # in the second run
         ("fastdpo.cli.sweep:_page", 1, {}),
     ],
 )
@@ -152,12 +154,9 @@ def lines_without_times(path):
 
 def test_one_kill_of_each_command_that_trains(capsys, monkeypatch, paths):
     """The cheap part of the slow tests above."""
-    for words, where in (
-        (ITERATE, "fastdpo.training.dpo:DPOTrainer.training_step"),
-        (sweep_words(), "fastdpo.training.dpo:DPOTrainer.training_step"),
-    ):
-        resumed, whole, _, _ = both(capsys, monkeypatch, paths, words, where, 2)
-        name = "out/round_2/model" if words is ITERATE else "out/beta=0.5"
+    one_round = tuple("1" if ITERATE[place - 1] == "--rounds" else word for place, word in enumerate(ITERATE))
+    for words, name in ((one_round, "out/round_1/model"), (sweep_words(), "out/beta=0.5")):
+        resumed, whole, _, _ = both(capsys, monkeypatch, paths, words, TRAINING, 2)
         ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (resumed, whole))
         assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
         for folder in (resumed, whole):
