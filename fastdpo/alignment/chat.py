@@ -6,7 +6,7 @@ trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastdpo.data.forms import ASSISTANT_TURN, HUMAN_TURN
@@ -52,15 +52,34 @@ class Talker:
         return text.strip()
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The conversation as the tokens that the answer goes on from."""
+        """The conversation as the tokens that the answer goes on from.
+
+        Raises:
+            ValueError: the chat template refuses the conversation.
+        """
         if has_chat_template(self.tokenizer):
-            ids = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            return list(ids)
+            return templated_ids(self.tokenizer, messages)
         names = {"user": f"{HUMAN_TURN} ", "assistant": f"{ASSISTANT_TURN} "}
         text = "".join(names.get(message["role"], "") + message["content"] for message in messages)
         return list(self.tokenizer(text + ASSISTANT_TURN)["input_ids"])
+
+
+def templated_ids(
+    tokenizer: Any, messages: Sequence[Message], template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
+    """The tokens of a conversation, after which the model answers.
+
+    Raises:
+        ValueError: the chat template refuses the conversation.
+    """
+    from jinja2 import TemplateError
+
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False, **(template_kwargs or {})}
+    try:
+        return list(tokenizer.apply_chat_template(list(messages), **options))
+    except TemplateError as error:
+        said = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        raise ValueError(f"messages must fit the chat template, got {said[:80]!r}: {error}") from error
 
 
 def _streamer(tokenizer: Any, say: Callable[[str], None]) -> Any:

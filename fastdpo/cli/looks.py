@@ -105,7 +105,7 @@ def look_at_rows(train: Any, evaluated: Any, tokenizer: Any, args: EngineConfig,
                 _look_at_rows(dataset, tokenizer, args)
             except ValueError as error:
                 shown = run.data_name() if name == "training" else run.eval_dataset or run.eval_split or "held out"
-                remedy = "" if "did you mean" in str(error) else _remedy(args, run)
+                remedy = _remedy(str(error), args, run)
                 raise ValueError(f"the {name} data ({shown}) cannot be read: {error}{remedy}") from error
 
 
@@ -120,8 +120,12 @@ def _look_at_rows(dataset: Any, tokenizer: Any, args: EngineConfig) -> None:
     RowPreparer(tokenizer, settings, is_sft, features).columns(examples, range(len(examples)))
 
 
-def _remedy(args: EngineConfig, run: RunArguments) -> str:
-    """The options to type if no format fits."""
+def _remedy(message: str, args: EngineConfig, run: RunArguments) -> str:
+    """The options to type if no format fits, or if there is no chat template."""
+    if "did you mean" in message:
+        return ""
+    if "chat template" in message:
+        return "; write --chat_template FILE"
     if hasattr(args, "columns") or hasattr(run, "columns"):
         return "; write --columns prompt=...,chosen=...,rejected=..., or name the format: --dataset_format NAME"
     return "; rename the columns, or name the format: --dataset_format NAME"

@@ -11,10 +11,12 @@ from rich.table import Table
 
 from fastdpo.ranking.bradley_terry import FEW_CLUSTERS, Strengths
 from fastdpo.ranking.comparisons import Comparisons
-from fastdpo.ranking.ratings import SHORT_NAMES, counted, ranks_text, rating_cells, short_names
+from fastdpo.ranking.ratings import SHORT_NAMES, counted, ranks_text, rating_cells, short_names, win_cells
 
 if TYPE_CHECKING:
     from fastdpo.ranking.models import RankedModels
+
+MOST_COLUMNS = 8  # models whose wins against each other are printed; a page has those of all
 
 
 def print_ranking(
@@ -35,6 +37,8 @@ def print_ranking(
         console.print(f"no ratings: {ranked.no_strengths}", markup=False, highlight=False)
     else:
         console.print(_ratings(records, names, confidence))
+    if 2 < len(comparisons.models) <= MOST_COLUMNS:  # of two models, wins and losses above say the same
+        console.print(_wins(comparisons, [record["model"] for record in records], names))
     about = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     about.add_column(style="bold", overflow="fold")
     about.add_column(overflow="fold")
@@ -65,6 +69,15 @@ def _ratings(records: Sequence[Mapping[str, Any]], names: Mapping[str, str], con
     for record in records:
         counts = [f"{record[name]:,}" for name in ("wins", "ties", "losses")]
         table.add_row(ranks_text(record), _plain(names[record["model"]]), *rating_cells(record), *counts)
+    return table
+
+
+def _wins(comparisons: Comparisons, order: Sequence[str], names: Mapping[str, str]) -> Table:
+    table = _table("who beats whom: the row's share of wins", "model")
+    for model in order:
+        table.add_column(_plain(names[model]), justify="right", overflow="fold")
+    for model, cells in zip(order, win_cells(comparisons, order), strict=True):
+        table.add_row(_plain(names[model]), *cells)
     return table
 
 

@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
     _check(options)
     from fastdpo.cli.console import make_console
     from fastdpo.data.sources.loading import load_preference_dataset
+    from fastdpo.rewards.best_of import best_row, in_given_order
     from fastdpo.rewards.implicit import default_reference
     from fastdpo.rewards.rewardbench import benchmark_rows, benchmark_scores
     from fastdpo.rewards.scores import score, summarize, summarize_per_token
@@ -39,6 +40,8 @@ def main(argv: list[str]) -> None:
     examples = list(data) if options.benchmark else []
     if options.benchmark:
         data = benchmark_rows(options.benchmark, examples)
+    unscored = None if options.benchmark or options.columns else in_given_order(data)
+    data = data if unscored is None else unscored
     args = DPOConfig(
         "not_used",
         max_length=options.max_length,
@@ -55,12 +58,17 @@ def main(argv: list[str]) -> None:
     reference = options.reference or default_reference(options.model)
     found = score(options.model, reference, data, args, beta=options.beta)
     credits = _credits(options, reference, found, args) if options.per_token else None
-    records = [asdict(row) for row in found.rows]
+    texts = _texts(data, args, found.rows)
+    records = [{**texts.get(row.row, {}), **asdict(row)} for row in found.rows]
+    if unscored is not None:
+        records = [{**record, "preferences": [], "margins": []} for record in records]
     for record, of_row in zip(records, credits or (), strict=False):
         record["credits"] = [list(zip(one.tokens, one.values, strict=True)) for one in of_row]
     if options.output is not None:
         write_records(options.output, records)
-    summaries = [summarize(found.rows), summarize_per_token(found.rows)]
+    if options.best is not None:
+        write_records(options.best, [best_row(row, **texts[row.row]) for row in found.rows if row.row in texts])
+    summaries = [summarize(found.rows), summarize_per_token(found.rows)] if unscored is None else []
     subsets = benchmark_scores(options.benchmark, examples, found.rows) if options.benchmark else []
     if options.html is not None:
         _page(Path(options.html), options, found, credits, summaries)
@@ -69,10 +77,11 @@ def main(argv: list[str]) -> None:
         print(json.dumps({"summaries": about, "subsets": [asdict(line) for line in subsets]}, indent=1))
         return
     console.print(_table(summaries, found, reference))
+    console.print(_best_of(found.rows))
     if subsets:
         console.print(_subset_table(options.benchmark, subsets))
-    for path in filter(None, (options.output, options.html)):
-        console.print(f"wrote {path}")
+    for path in filter(None, (options.output, options.best, options.html)):
+        console.print(f"wrote {path}", soft_wrap=True, markup=False)
 
 
 def _parser() -> RaisingParser:
@@ -82,8 +91,9 @@ def _parser() -> RaisingParser:
     add = parser.add_argument
     add("--model", required=True, help="Model to score with: a folder (also of an adapter) or a name on the Hub.")
     add("--reference", help="Reference of its training. Default: for an adapter its base model, otherwise none.")
-    add("--data", required=True, help="Preference data: a file, a folder or a name, as for `fastdpo train`.")
+    add("--data", required=True, help="Preference data as for `fastdpo train`, or prompts with a list `responses`.")
     add("--output", "-o", metavar="FILE", help="Write a JSON line for each row.")
+    add("--best", metavar="FILE", help="Write each prompt with its best response (best of n), for `fastdpo sft`.")
     add("--beta", type=float, default=0.1, help="Beta of the training. Default: 0.1.")
     add("--per_token", "--per-token", action="store_true", help="Also compute each token's share of the reward.")
     add("--html", metavar="PAGE", help="Write a page. With --per_token, it colours the text.")
@@ -118,8 +128,28 @@ def _check(options: Any) -> None:
     check_data("data", options.data)
     check_model("model", options.model)
     check_model("reference", options.reference)
-    for name in ("output", "html"):
+    for name in ("output", "best", "html"):
         check_output(name, getattr(options, name), options.data)
+
+
+def _texts(data: Any, args: Any, rows: Sequence[Any]) -> dict[int, dict[str, Any]]:
+    """Prompt and responses by number of the row, in the order in which they are scored; rows of token ids have none."""
+    from fastdpo.inspection.source import TOKENIZED, Source
+
+    sizes = {row.row: len(row.rewards) for row in rows}
+    return {
+        read.number: {"prompt": read.row.prompt, "responses": list(read.row.responses)}
+        for read in Source(data, args.tokenization_settings()).rows()
+        if read.row is not None and read.form != TOKENIZED and len(read.row.responses) == sizes.get(read.number)
+    }
+
+
+def _best_of(rows: Sequence[Any]) -> str:
+    sizes = sorted({len(row.rewards) for row in rows})
+    mean = sum(sum(row.rewards) / len(row.rewards) for row in rows) / len(rows)
+    best = sum(row.rewards[row.best] for row in rows) / len(rows)
+    number = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    return f"best of {number} responses: mean reward {best:.4f}, of all responses {mean:.4f}"
 
 
 def _credits(options: Any, reference: str | None, found: Any, args: Any) -> list[Any]:
@@ -152,6 +182,8 @@ def _table(summaries: Sequence[Any], found: Any, reference: str | None) -> Any:
             f"{line.num_ties:,}",
             f"{line.mean_margin:.4f}",
         )
+    if not summaries:
+        table.title = f"{title}; no preferences, so no accuracy"
     table.caption = "\n".join(found.report.lines()[:2])
     table.caption_justify = "left"
     return table
@@ -189,6 +221,8 @@ def _page(path: Path, options: Any, found: Any, credits: Sequence[Any] | None, s
         for row, group, of_row in zip(found.rows, read_groups(found.dataset, numbers), credits, strict=False):
             better = {best for best, _ in row.preferences}
             names = ["chosen" if k in better else "rejected" for k in range(len(of_row))]
+            if not summaries:  # no preferences
+                names = ["best" if k == row.best else f"response {k + 1}" for k in range(len(of_row))]
             prompt = tokenizer.decode(group.prompt_ids, skip_special_tokens=True)
             rows.append(ColouredRow(prompt, list(zip(names, of_row, strict=True))))
         note = "Green tokens raise the reward, red tokens lower it. The credits of a response sum to its reward."

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     check_forwarded(train_options, NOT_FORWARDED, "sweep sets it for each run")
     if options.gpu_memory is not None and not options.dry_run:
         raise ValueError(f"gpu_memory must be given with --dry_run, got {options.gpu_memory!r} without it")
-    from fastdpo.rounds.sweep import combinations_of, name_of, read_params, sweep
+    from fastdpo.rounds.sweep import combinations_of, finished, name_of, read_params, sweep
 
     params = read_params(options.param)
     given = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in train_options if word.startswith("--")}
@@ -62,6 +62,8 @@ def main(argv: list[str]) -> None:
     if measure is not None:
         measure.check(planned)
         settings |= measure.settings()
+        finished(output, settings)
+        measure.start(planned[0])  # before the first run: an endpoint that does not answer is told now
 
     def run_one(run: dict[str, str], folder: Path) -> dict[str, Any]:
         console.rule(name_of(run))
@@ -140,7 +142,7 @@ class _Measure:
         if options.eval_prompts is None:
             raise ValueError("eval_prompts must be given with --judge, got none: the judge scores answers to them")
         check_data("eval_prompts", options.eval_prompts)
-        self.options, self.file = options, output / "start_answers.json"
+        self.options, self.output = options, output
         self.prompts = read_prompts(load_preference_dataset(options.eval_prompts))
         if len(self.prompts) < 2:
             raise ValueError(f"eval_prompts must hold at least two prompts, got {len(self.prompts)}")
@@ -158,24 +160,33 @@ class _Measure:
     def settings(self) -> dict[str, Any]:
         from fastdpo.rounds.state import digest
 
-        names = ("judge", "judge_model", "max_new_tokens")
+        names = ("judge", "judge_model", "max_new_tokens", "seed")
         settings = {name: getattr(self.options, name) for name in names}
         return {**settings, "eval_prompts": [self.options.eval_prompts, digest(self.prompts)]}
 
     def start(self, of_run: TrainRun) -> dict[str, float]:
-        return self(self.options.model, of_run)
+        """What the start gives. It is measured once, and again if the settings have changed."""
+        from fastdpo.rounds.state import as_stored, read_json, write_json
 
-    def __call__(self, name: Any, of_run: TrainRun) -> dict[str, float]:
+        path, now = self.output / "start.json", as_stored({"model": self.options.model, **self.settings()})
+        stored = read_json(path)
+        if stored.get("settings") != now:
+            stored = {"settings": now, "metrics": self._measured(self.options.model, of_run)}
+            write_json(path, stored)
+        metrics: dict[str, float] = stored["metrics"]
+        return metrics
+
+    def __call__(self, folder: Path, of_run: TrainRun) -> dict[str, float]:
+        return self._measured(str(folder), of_run)
+
+    def _measured(self, name: str, of_run: TrainRun) -> dict[str, float]:
         from fastdpo.rounds.measure import measure
 
-        is_start = str(name) == self.options.model
-        if not is_start and not self.file.exists():
-            self.start(of_run)
-        loader = self._loader(of_run)
-        model, tokenizer = loader.model(str(name)), loader.tokenizer(self.options.model)
+        loader, file = self._loader(of_run), self.output / "start_answers.json"
+        model, tokenizer = loader.model(name), loader.tokenizer(self.options.model)
         judge = loader.judge(model, tokenizer)
-        start = None if is_start else loader.model(self.options.model)
-        return measure(model, tokenizer, judge, self.prompts, self._sampling(of_run), start, self.file)
+        start = None if name == self.options.model else loader.model(self.options.model)
+        return measure(model, tokenizer, judge, self.prompts, self._sampling(of_run), start, file)
 
     def _loader(self, of_run: TrainRun) -> Loader:
         options = self.options

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdpo.ranking.bradley_terry import Strengths
 from fastdpo.ranking.comparisons import Comparisons
-from fastdpo.ranking.ratings import SHORT_NAMES, ranks_text, rating_cells, short_names
+from fastdpo.ranking.ratings import SHORT_NAMES, ranks_text, rating_cells, short_names, win_cells
 from fastdpo.report import Figure, Interval, Table, Text, intervals
 from fastdpo.report.sections import Section
 
@@ -107,15 +107,7 @@ def _interval(name: str, share: Share) -> Interval:
 
 
 def _wins(comparisons: Comparisons, order: Sequence[str], names: Mapping[str, str]) -> Table:
-    index = {model: number for number, model in enumerate(comparisons.models)}
-    points = comparisons.points()
-    rows = []
-    for model in order:
-        cells = []
-        for other in order:
-            won, lost = points[index[model], index[other]], points[index[other], index[model]]
-            cells.append("" if won + lost == 0 else f"{100 * won / (won + lost):.0f} %")
-        rows.append([names[model], *cells])
+    rows = [[names[model], *cells] for model, cells in zip(order, win_cells(comparisons, order), strict=True)]
     return Table(
         "Who beats whom",
         ["", *(names[model] for model in order)],

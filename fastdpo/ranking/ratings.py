@@ -68,6 +68,19 @@ def rating_cells(record: Mapping[str, Any]) -> list[str]:
     return [f"{record['rating']:.0f}", f"{record['rating_lower']:.0f} to {record['rating_upper']:.0f}"]
 
 
+def win_cells(comparisons: Comparisons, order: Sequence[str]) -> list[list[str]]:
+    """For each model, the share of comparisons that it wins against each model, a tie as half a win; empty for none."""
+    index = {model: number for number, model in enumerate(comparisons.models)}
+    points, rows = comparisons.points(), []
+    for model in order:
+        cells = []
+        for other in order:
+            won, lost = points[index[model], index[other]], points[index[other], index[model]]
+            cells.append("" if won + lost == 0 else f"{100 * won / (won + lost):.0f} %")
+        rows.append(cells)
+    return rows
+
+
 def short_names(models: Sequence[str]) -> dict[str, str]:
     """Paths without their common parent folders: runs/a/checkpoint-10 and runs/a/checkpoint-20 become checkpoint-10 and
     checkpoint-20."""

@@ -5,7 +5,6 @@ In: output directories of DPOTrainer, SFTTrainer or `fastdpo train`. Out: a `Com
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.report.html import write_report
-from fastdpo.report.run import RUN_CURVES, curves_of, has_matplotlib, run_state
+from fastdpo.report.run import RUN_CURVES, curves_of, has_matplotlib, read_object, run_state
 from fastdpo.report.sections import FigureGrid, Response, Sample, SampleList, Section, Table, Text
 from fastdpo.training.callbacks.json_lines import read_lines
 from fastdpo.training.callbacks.log_history import RESULTS, logs_by_source
@@ -70,7 +69,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def flat_options(path: Path) -> dict[str, Any]:
     """The options of a run of the command, flat; of a run from Python none are known."""
     file = path / OPTIONS_FILE
-    found = json.loads(file.read_text()) if file.is_file() else {}
+    found = read_object(file) if file.is_file() else {}
     flat: dict[str, Any] = {}
     for key, value in found.items():
         flat.update(value if isinstance(value, dict) else {key: value})

@@ -6,13 +6,14 @@ Figures do not use pyplot: there is no global state, no display, and nothing to 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe-Ito: for colour-blind readers too
 REFERENCE_COLOR = "#30363d"
-_MARKERS = "os^Dv*PX"
+MARKERS = "os^Dv*PX"
 _AXIS_NAMES = {
     "loss": "loss (nats)",
     "rewards/margins": "reward margin (nats)",
@@ -120,9 +121,10 @@ def frontier(points: Sequence[Point], *, best: Sequence[tuple[float, float]] = (
         best: (kl, reward) along the best possible frontier, drawn as a line.
         reward_name: label of the axis.
     Returns:
-        A matplotlib Figure.
+        A matplotlib Figure, narrow enough for a phone. Beyond six points, the same colours come with other markers.
     """
-    figure = _new_figure(width=7.6, height=4.4)
+    columns = 2 if max(len(point.name) for point in points) <= 28 else 1  # of the legend
+    figure = _new_figure(width=5.2, height=3.9 + 0.19 * math.ceil(len(points) / columns))
     panel = figure.subplots()
     if best:
         panel.plot(
@@ -131,7 +133,8 @@ def frontier(points: Sequence[Point], *, best: Sequence[tuple[float, float]] = (
     path = sorted((point.kl, point.reward) for point in points)
     panel.plot(*zip(*path, strict=True), color="#c4cad1", linewidth=1.0, zorder=1)
     for index, point in enumerate(points):
-        color, marker = (REFERENCE_COLOR, "s") if index == 0 else (COLORS[(index - 1) % len(COLORS)], "o")
+        turn, number = divmod(index - 1, len(COLORS))
+        color, marker = (COLORS[number], MARKERS[turn % len(MARKERS)]) if index else (REFERENCE_COLOR, "s")
         panel.errorbar(
             point.kl, point.reward, xerr=point.kl_stderr, yerr=point.reward_stderr, color=color, marker=marker,
             markersize=6.5, capsize=3, linestyle="none", label=point.name, zorder=3,
@@ -139,7 +142,7 @@ def frontier(points: Sequence[Point], *, best: Sequence[tuple[float, float]] = (
     panel.set_xlabel("KL(policy ‖ reference), nats per response")
     panel.set_ylabel(reward_name)
     panel.set_xlim(left=-0.04 * max(p.kl for p in points))
-    panel.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     _clean(panel)
     return figure
 
@@ -173,7 +176,7 @@ def lines(
         panel.errorbar(
             [spot.x for spot in spots], [spot.y for spot in spots],
             xerr=[spot.x_stderr for spot in spots], yerr=[spot.y_stderr for spot in spots],
-            marker=_MARKERS[index % len(_MARKERS)], markersize=5.5, linewidth=1.4, label=name, zorder=3,
+            marker=MARKERS[index % len(MARKERS)], markersize=5.5, linewidth=1.4, label=name, zorder=3,
             **style,
         )  # fmt: skip
     panel.set_xlabel(x_name)

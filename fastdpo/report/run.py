@@ -62,17 +62,33 @@ def run_state(folder: Path) -> Any:
     checkpoint.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is incomplete.
     """
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     paths = [folder / STATE_FILE, *([Path(checkpoint) / STATE_FILE] if checkpoint is not None else [])]
-    states = [(path.stat().st_mtime, json.loads(path.read_text())) for path in paths if path.is_file()]
+    states = [(path.stat().st_mtime, read_object(path, "log_history")) for path in paths if path.is_file()]
     if not states:
         raise ValueError(f"output_dir must hold a run ({STATE_FILE}, or a checkpoint with one), got {folder}")
     (made, state), (later, other) = states[0], states[-1]
     history = other["log_history"]
     is_part = state["log_history"][: len(history)] == history  # also where copying has changed the times of files
     return other if later > made and not is_part else state
+
+
+def read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """The JSON object in a file of a run.
+
+    Raises:
+        ValueError: the file holds something else, or lacks a key.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"output_dir must hold complete files, got {path}, which is not JSON: {error}") from error
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        named = f" with {', '.join(keys)}" if keys else ""
+        raise ValueError(f"output_dir must hold the files of a run, got {path}, which holds no object{named}")
+    return found
 
 
 def _result(history: Sequence[Mapping[str, Any]]) -> Section:

@@ -15,7 +15,7 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
@@ -93,6 +93,15 @@ class EndpointJudge:
         self.counts += counts
         others = max(len(responses) - 1, 1)
         return [won / others for won in wins], counts
+
+    def check_any(self, counts: Iterable[Counts]) -> None:
+        """Raises ValueError if no request of these counts had a readable answer."""
+        total = sum(counts, Counts())
+        if total.unread and total.unread == 2 * total.comparisons:
+            raise ValueError(
+                f"judge endpoint {self.url} must answer A, B or C, got no readable answer to any of {total.unread}"
+                f" requests; the last one: {self._last_failure}"
+            )
 
     def _check_answers(self, verdicts: Sequence[str | None]) -> None:
         for verdict in verdicts:

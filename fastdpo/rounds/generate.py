@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdpo.alignment.chat import templated_ids
 from fastdpo.data.forms.formats import sft_row
 from fastdpo.data.tokens.chat.rendering import has_chat_template
 from fastdpo.data.values import BadRow
@@ -177,14 +178,7 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, template_kwargs: Mapping[str, Any
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     check_prompts(tokenizer, [prompt])
-    from jinja2 import TemplateError
-
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False, **(template_kwargs or {})}
-    try:
-        ids = tokenizer.apply_chat_template(prompt, **options)
-    except TemplateError as error:
-        raise ValueError(f"prompts must fit the chat template, got {shown(prompt)[:80]!r}: {error}") from error
-    return list(ids)
+    return templated_ids(tokenizer, prompt, template_kwargs)
 
 
 def check_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> None:

@@ -40,9 +40,10 @@ def measure(
     answers = [text.strip() for text in tokenizer.batch_decode(said_ids, skip_special_tokens=True)]
     known = read_json(start_file) if start is not None else {"answers": answers}
     if isinstance(judge, EndpointJudge):
-        both = [judge.scores(shown(p), [a, s]) for p, a, s in zip(prompts, answers, known["answers"], strict=True)]
-        scores: list[float | None] = [pair[0] for pair in both]
-        start_scores: list[float | None] = [pair[1] for pair in both]
+        both = [judge.judged(shown(p), [a, s]) for p, a, s in zip(prompts, answers, known["answers"], strict=True)]
+        scores: list[float | None] = [pair[0] for pair, _ in both]
+        start_scores: list[float | None] = [pair[1] for pair, _ in both]
+        judge.check_any(counts for _, counts in both)
     else:
         said = [as_completion(prompt, text) for prompt, text in zip(prompts, answers, strict=True)]
         scores = judged(judge, prompts, said)

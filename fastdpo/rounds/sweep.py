@@ -60,6 +60,19 @@ def name_of(params: Params) -> str:
     return ",".join(f"{name}={value}" for name, value in params.items()).replace("/", "_")
 
 
+def finished(output: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The results in the file, by name of the run.
+
+    Raises:
+        ValueError: they are of other settings.
+    """
+    path = output / RESULTS_FILE
+    lines = read_lines(path)
+    for line in lines:
+        check_same(line["settings"], settings, path, "use another output_dir")
+    return {name_of(line["params"]): line for line in lines}
+
+
 def sweep(
     runs: Sequence[Params], output: Path, run_one: Callable[[Params, Path], dict[str, Any]], settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -71,16 +84,11 @@ def sweep(
     Raises:
         ValueError: the folder has results of other settings.
     """
-    path = output / RESULTS_FILE
-    now = as_stored(settings)
-    done: dict[str, dict[str, Any]] = {}
-    for line in read_lines(path):
-        check_same(line["settings"], now, path, "use another output_dir")
-        done[name_of(line["params"])] = line
+    now, done = as_stored(settings), finished(output, settings)
     for params in runs:
         name = name_of(params)
         if name not in done:
             line = {"params": params, **run_one(params, output / name), "settings": now}
-            append_lines(path, [line])
+            append_lines(output / RESULTS_FILE, [line])
             done[name] = line
     return [done[name_of(params)] for params in runs]

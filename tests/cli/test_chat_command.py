@@ -75,6 +75,14 @@ def test_pieces_make_up_the_answer_and_the_model_is_left_as_it_was():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_template_that_refuses_the_conversation_is_an_error_that_names_it():
+    tokenizer = make_tokenizer(chat_template="{{ raise_exception('no system messages') }}")
+    with pytest.raises(
+        ValueError, match=r"messages must fit the chat template, got 'user: the cat': no system messages"
+    ):
+        Talker(make_llama(), tokenizer).reply([{"role": "user", "content": "the cat"}])
+
+
 def test_a_tokenizer_without_template_reads_a_transcript():
     talker = Talker(make_llama(vocab_size=260), make_byte_tokenizer(chat_template=None))
     messages = [

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 from cli_runs import run
-from tiny import WORDS, save_model
+from tiny import CHAT_TEMPLATE, WORDS, save_model
+
+from fastdpo.rounds import generate
 
 
 @pytest.fixture
@@ -44,6 +47,27 @@ def test_rounds_are_run_measured_and_not_run_again(capsys, paths):
     assert model.stat().st_mtime_ns == written
 
 
+def test_the_chat_template_and_the_dtype_of_training_are_those_of_generation_too(capsys, paths, monkeypatch):
+    (paths / "model" / "chat_template.jinja").unlink()
+    (paths / "chat.jinja").write_text(CHAT_TEMPLATE)
+    prompts = [{"prompt": [{"role": "user", "content": word}]} for word in WORDS[:14]]
+    (paths / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    found, sampled = [], generate.sample_ids
+
+    def sample_ids(model, tokenizer, *rest):
+        found.append((model.dtype, tokenizer.chat_template))
+        return sampled(model, tokenizer, *rest)
+
+    monkeypatch.setattr(generate, "sample_ids", sample_ids)
+    more = ("--chat_template", paths / "chat.jinja", "--dtype", "bfloat16", "--ref_cache_dir", paths / "cache")
+    code, _, err = run(capsys, *options(paths, *TRAINING, "--num_train_epochs", "1", *more))
+    assert code == 0, err
+    assert found == [(torch.bfloat16, CHAT_TEMPLATE)]
+    [row, *_] = [json.loads(line) for line in (paths / "out" / "round_1" / "pairs.jsonl").read_text().splitlines()]
+    assert row["chosen"][0]["role"] == "assistant"
+    assert row["sampling"]["seed"] == 100_000
+
+
 @pytest.mark.parametrize(
     ("more", "word"),
     [
@@ -52,9 +76,13 @@ def test_rounds_are_run_measured_and_not_run_again(capsys, paths):
         (("--eval_prompts", "30"), "prompts must hold more than eval_prompts"),
         (("--judge", "http://x/v1"), "judge_model must name"),
         (("--lerning_rate", "1"), "--lerning_rate"),
+        (("--learning_rate", "-1"), "learning_rate must be"),
+        (("--pairs", "best"), "pairs must be one of"),
+        (("--judge_timeout", "0"), "judge_timeout must be > 0"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_a_line(capsys, paths, more, word):
     code, _, err = run(capsys, *options(paths, *more))
     assert code == 2
     assert word in err
+    assert not (paths / "out").exists()

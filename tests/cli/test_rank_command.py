@@ -127,6 +127,9 @@ def test_a_file_of_comparisons_is_ranked_without_a_model(capsys, tmp_path):
     assert code == 0, err
     assert "a model compared with itself: 1" in out
     assert "only 7 comparisons: intervals are too narrow for fewer than 30" in out
+    wins = out[out.index("who beats whom") :].splitlines()
+    [of_a] = [line.split() for line in wins if line.split()[:1] == ["A"]]
+    assert of_a == ["A", "67", "%", "50", "%"]  # A beats B in two of three, and ties with C
     assert [record["model"] for record in lines(out_file)] == ["A", "B", "C"]
     assert {"model", "rating", "rating_lower", "rating_upper"} <= lines(out_file)[0].keys()
     assert "data:image/svg+xml" in page.read_text()

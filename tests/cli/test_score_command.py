@@ -8,8 +8,11 @@ import sys
 import time
 
 import pytest
-from cli_runs import run, save_rows
+from cli_runs import run, save_rows, short
 from tiny import save_model
+
+from fastdpo import DPOConfig
+from fastdpo.rewards.implicit import implicit_reward
 
 
 @pytest.fixture
@@ -44,6 +47,41 @@ def test_rows_table_and_page(capsys, paths):
     page = (paths / "page.html").read_text()
     assert page.count('class="coloured"') == 12
     assert "http" not in page.replace("http-equiv", "")  # self-contained
+
+
+def test_lines_hold_the_texts_in_the_order_of_their_rewards_and_the_next_command_reads_them(capsys, paths):
+    row = {"prompt": "the ", "responses": ["cat sees", "dog", "a bird"], "scores": [1, 2, 3]}
+    (paths / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    code, _, err = run(capsys, *options(paths, "-o", paths / "scores.jsonl"))
+    assert code == 0, err
+    [record] = lines(paths / "scores.jsonl")
+    assert record["responses"] == ["a bird", "dog", "cat sees"]  # best first, as rankings are read
+    expected = implicit_reward(str(paths / "policy"), beta=0.1, args=DPOConfig("out", max_length=None, use_cpu=True))
+    assert record["rewards"] == pytest.approx(expected(["the "] * 3, record["responses"]), rel=1e-4)
+    data = ("--dataset", paths / "scores.jsonl", "--output_dir", paths / "out", "--ref_cache_dir", paths / "cache")
+    code, _, err = run(capsys, "train", "--model", paths / "policy", *data, *short())
+    assert code == 0, err
+
+
+def test_the_best_of_n_of_responses_without_scores(capsys, paths):
+    rows = [
+        {"prompt": "the ", "responses": ["cat sees", "dog", "a bird"]},
+        {"prompt": "a ", "responses": ["dog", "tree"]},
+    ]
+    (paths / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = run(capsys, *options(paths, "-o", paths / "scores.jsonl", "--best", paths / "best.jsonl"))
+    assert code == 0, err
+    assert "no preferences, so no accuracy" in " ".join(out.split())
+    assert "best of 2 to 3 responses" in out
+    scored, best = lines(paths / "scores.jsonl"), lines(paths / "best.jsonl")
+    assert [record["responses"] for record in scored] == [row["responses"] for row in rows]
+    assert [record["preferences"] for record in scored] == [[], []]
+    for record, picked in zip(scored, best, strict=True):
+        assert picked["reward"] == max(record["rewards"])
+        assert picked["completion"] == record["responses"][record["rewards"].index(picked["reward"])]
+    data = ("--dataset", paths / "best.jsonl", "--output_dir", paths / "out")
+    code, _, err = run(capsys, "sft", "--model", paths / "policy", *data, *short())
+    assert code == 0, err
 
 
 def test_json_has_the_summary(capsys, paths):

@@ -31,12 +31,22 @@ def test_one_run_without_evaluation_needs_no_legend():
     assert figure.legends == []
 
 
+def test_many_points_of_a_frontier_can_be_told_apart_and_their_names_hide_none():
+    figure = frontier([Point(f"run {n}", float(n), 1.0) for n in range(20)])
+    panel = figure.axes[0]
+    looks = {(bar.lines[0].get_color(), bar.lines[0].get_marker()) for bar in panel.containers}
+    assert len(looks) == 20
+    assert panel.get_legend() is None  # it stands below the panel
+    assert len(figure.legends[0].get_texts()) == 20
+
+
 def test_the_frontier_joins_its_points_by_rising_kl():
     points = [Point("Reference", 0.0, 1.0), Point("far", 2.0, 3.0, 0.1, 0.1), Point("near", 0.5, 2.0)]
-    panel = frontier(points, best=[(0.0, 1.0), (2.0, 4.0)]).axes[0]
+    figure = frontier(points, best=[(0.0, 1.0), (2.0, 4.0)])
+    panel = figure.axes[0]
     paths = [line.get_xdata().tolist() for line in panel.lines if len(line.get_xdata()) == 3]
     assert paths == [[0.0, 0.5, 2.0]]
-    names = [text.get_text() for text in panel.get_legend().get_texts()]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["best possible", "Reference", "far", "near"]
 
 

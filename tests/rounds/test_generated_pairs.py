@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from tiny import make_llama, make_tokenizer
@@ -9,7 +10,15 @@ from tiny import make_llama, make_tokenizer
 from fastdpo.data.prepare import prepare_preference_dataset
 from fastdpo.data.tokens.tokenization import TokenizationSettings
 from fastdpo.rounds import generate
-from fastdpo.rounds.generate import Pairing, Sampling, generate_scored, make_rows, read_prompts
+from fastdpo.rounds.generate import (
+    Pairing,
+    Sampling,
+    generate_scored,
+    make_rows,
+    prompt_ids,
+    read_prompts,
+    sample_ids,
+)
 from fastdpo.rounds.judges import make_judge
 from fastdpo.rounds.selection import (
     Candidates,
@@ -159,3 +168,15 @@ def test_lines_hold_prompt_responses_and_scores(tmp_path):
     assert head["settings"]["max_new_tokens"] == SAMPLING.max_new_tokens
     assert set(line) == {"number", "prompt", "responses", "scores"}
     assert line["scores"] == [float(len(said)) for said in line["responses"]]
+
+
+def test_prompts_of_messages_are_rendered_with_the_variables_of_the_template(monkeypatch):
+    said = "{{ messages[-1]['content'] }}"
+    template = f"{{% if short %}}{said}{{% else %}}<user> {said} <assistant>{{% endif %}}"
+    tokenizer, prompt = make_tokenizer(chat_template=template), [{"role": "user", "content": "the cat"}]
+    whole, short = (prompt_ids(tokenizer, prompt, kwargs) for kwargs in (None, {"short": True}))
+    assert whole == [4, *short, 5]  # <user> and <assistant>
+    asked = []
+    monkeypatch.setattr(generate, "generate_ids", lambda model, ids, **options: asked.append(ids) or ids)
+    sample_ids(make_llama(), tokenizer, [prompt], replace(SAMPLING, chat_template_kwargs={"short": True}), 0)
+    assert asked == [[short] * SAMPLING.num_responses]

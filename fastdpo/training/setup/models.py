@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.compute
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
@@ -209,6 +210,11 @@ def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = Non
         raise ValueError(f"loading {name_or_path!r} needs a package that is not installed: {error}") from error
     except OSError as error:
         raise ValueError(_no_model(name_or_path, error)) from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"model must have complete weights in {str(name_or_path)!r}, got a file that cannot be read: {error}; copy"
+            " or download it again"
+        ) from error
     except RuntimeError as error:
         if "mismatched" not in str(error):
             raise

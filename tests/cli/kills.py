@@ -1,0 +1,50 @@
+"""Kills a command at a chosen moment: in a forked process, before or after the n-th call of a function."""
+
+import importlib
+import os
+import signal
+
+from fastdpo.cli.main import main
+
+
+def killed(words, where, call=1, *, after=False):
+    """Runs the command in a process of its own, which SIGKILL ends at the call. Fails if the command ends before.
+
+    Args:
+        where: "package.module:function" or "package.module:Class.method", as the command looks it up.
+        call: number of the call, from 1.
+        after: whether the function still runs.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), 1)
+                os.dup2(nothing.fileno(), 2)
+            _kill_at(where, call, after)
+            main([str(word) for word in words])
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status), f"{where} was called fewer than {call} times: exit code {os.WEXITSTATUS(status)}"
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def _kill_at(where, call, after):
+    module, _, path = where.partition(":")
+    *owners, name = path.split(".")
+    owner = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    function, calls = getattr(owner, name), []
+
+    def deadly(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        found = function(*args, **kwargs)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    setattr(owner, name, deadly)
