@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PROCESSES ?= --numprocesses 2 --dist loadfile
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-portable aot lint format clean
+.PHONY: demo test test-all test-portable faults aot lint format clean
 
 # The stamp is rebuilt only when what is installed could have changed, so that second runs reuse the environment.
 $(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
@@ -36,6 +36,10 @@ test-all: $(STAMP)
 # The tests of numbers under the arithmetic of other machines, as far as this one can do it; PORTABLE="--list" names it.
 test-portable: $(STAMP)
 	$(BIN)/python tests/portable.py $(PORTABLE)
+
+# Runs killed at random moments and resumed; FAULTS="--seed 7 --moments 100" chooses others.
+faults: $(STAMP)
+	$(BIN)/python tests/faults/random_moments.py $(FAULTS)
 
 # What the kernels compile to, with three releases of Triton in folders of their own; no GPU needed.
 aot: $(STAMP)

@@ -64,7 +64,7 @@ SLOW = {
     "SFT": ({"sft": True}, [("step", 5)]),
     "SFT, accumulated, with workers and a token limit": (
         {"sft": True, "gradient_accumulation_steps": 2, **WORKERS, **BUDGET},
-        [("substep", 11)],
+        [("substep", 5)],
     ),
     "a loss over tokens": ({"loss_type": ["sigmoid", "sft"], "gradient_accumulation_steps": 2}, [("step", 5)]),
     "fp16 with a scaler": ({"fp16": True}, [("step", 5)]),
@@ -72,8 +72,12 @@ SLOW = {
     "weights in bf16": ({"dtype": "bfloat16"}, [("step", 5)]),
     "the best model": (BEST, [("saved", 5)]),
     "the best model, between evaluation and save": (BEST, [("evaluated", 5)]),
-    "a run that stops early": ({**BEST, "early_stopping": 1, **LONG}, [("saved", 4)]),
-    "a run that stops early, twice": ({**BEST, "early_stopping": 2, **LONG}, [("evaluated", 5), ("saved", 1)]),
+    "a run that stops early": ({**BEST, "early_stopping": 1, **LONG}, [("saved", 2)]),
+    "a run that stops early, twice": ({**BEST, "early_stopping": 2, **LONG}, [("evaluated", 2), ("saved", 2)]),
+    "samples of the start, before the first are shown": (
+        {"eval_strategy": "steps", "eval_steps": 6, **SAMPLES, **CACHED},
+        [("step", 5)],
+    ),
     "samples beside a cached reference": ({**EVERY_2, **SAMPLES, **CACHED}, [("generate", 3)]),
     "an evaluation, saved every epoch": (
         {"save_strategy": "epoch", "eval_strategy": "epoch", "max_steps": 30},
