@@ -1,4 +1,4 @@
-"""Two runs that share a folder: one output directory is refused, one cache is shared, and no file or number is wrong."""
+"""Two runs share a folder: an output directory is refused, a cache is shared, no file and no number is wrong."""
 
 import json
 import multiprocessing
