@@ -173,6 +173,20 @@ def test_a_checkpoint_without_a_manifest_that_is_cut_off_is_not_the_last_sound_o
     assert checkpoint_folder("last", run) == str(run / "checkpoint-2")
 
 
+def test_a_save_that_cuts_a_file_off_in_silence_fails(tmp_path, monkeypatch):
+    trainer, save = tiny_trainer(tmp_path, **SAVES), torch.save
+
+    def cuts(content, path, *args, **kwargs):
+        save(content, path, *args, **kwargs)
+        if str(path).endswith("optimizer.pt") and "checkpoint-2" in str(path):
+            os.truncate(path, 1000)
+
+    monkeypatch.setattr(torch, "save", cuts)
+    with pytest.raises(OSError, match=r"must hold whole files after a save, but optimizer.pt is cut off"):
+        trainer.train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
+
+
 def test_files_that_training_does_not_read_may_change(run):
     (run / "checkpoint-3" / "README.md").write_text("a card")
     (run / "checkpoint-3" / "notes.txt").write_text("mine")

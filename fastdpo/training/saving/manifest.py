@@ -7,6 +7,7 @@ the tensors is hashed, so that a save does not read the optimizer again; a check
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 import zipfile
@@ -16,16 +17,24 @@ from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError, safe_open
 
 from fastdpo.files import write_whole
 
 MANIFEST = "fastdpo_manifest.json"
 _FORMAT = 1
+_ARCHIVES = (".pt", ".pth")  # of torch
 _NOT_READ = "README.md"  # training does not read it, and people edit it
 
 
 def write_manifest(folder: Path) -> None:
-    """Call this once all files of the checkpoint are written."""
+    """Call this once all files of the checkpoint are written.
+
+    Raises:
+        OSError: a file is cut off, although no write has failed.
+    """
+    if (found := cut_off(folder)) is not None:
+        raise OSError(errno.EIO, f"{folder} must hold whole files after a save, but {found}")
     files = {name: {"bytes": path.stat().st_size, "checksum": _checksum(path)} for name, path in _files(folder)}
     write_whole(folder / MANIFEST, json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n")
 
@@ -48,6 +57,20 @@ def damage(folder: Path, *, quick: bool = False) -> str | None:
         found = _difference(folder / name, facts, quick)
         if found is not None:
             return f"{name} {found}"
+    return None
+
+
+def cut_off(folder: Path) -> str | None:
+    """A file that is too short for what its beginning announces; None if there is none."""
+    for path in folder.rglob("*"):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+        except SafetensorError as error:
+            return f"{path.name} cannot be read ({error})"
+        if path.suffix in _ARCHIVES and not zipfile.is_zipfile(path):
+            return f"{path.name} is cut off"
     return None
 
 
@@ -86,7 +109,7 @@ def _checksum(path: Path, *, kind: str | None = None, reads_all: bool = False) -
         reads_all: compare the tensors of an archive with their CRC-32.
     """
     if kind is None:
-        has_crcs = path.suffix in (".pt", ".pth") and torch.serialization.get_crc32_options()
+        has_crcs = path.suffix in _ARCHIVES and torch.serialization.get_crc32_options()
         kind = "crc32" if has_crcs and zipfile.is_zipfile(path) else "xxh3"
     if kind == "xxh3":
         return f"xxh3:{_xxh3(path)}"
