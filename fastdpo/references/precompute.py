@@ -129,7 +129,7 @@ def _alone(cache: LogpsCache) -> Iterator[None]:
     """Inside, no other run computes log-probs of this reference: it waits, and then finds them."""
     with ExitStack() as stack:
         if _process()[0] == 0:
-            with suppress(OSError):  # a read-only folder, which the first write reports
+            with suppress(ValueError):  # a read-only folder, which the first write reports
                 stack.enter_context(locked(cache.folder, "ref_cache_dir", wait=_say_who_computes))
         _wait_for_all()
         yield

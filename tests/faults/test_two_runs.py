@@ -71,6 +71,21 @@ def test_a_process_may_hold_its_own_lock_twice(tmp_path):
     assert not (tmp_path / LOCK_FILE).exists()
 
 
+def test_a_lock_leaves_no_folder_that_nothing_was_written_to(tmp_path):
+    with locked(tmp_path / "runs" / "a", "output_dir"):
+        assert (tmp_path / "runs" / "a").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path / "runs" / "a", "output_dir"):
+        (tmp_path / "runs" / "b").write_text("")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["b"]
+
+
+def test_a_lock_in_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir must be a directory, got the file .*file"):
+        locked(tmp_path / "file", "output_dir").__enter__()
+
+
 def _count(folder, counter, times):
     for _ in range(times):
         with locked(folder, "x", wait=lambda who: None):
