@@ -495,6 +495,8 @@ class PackedTrainer(ResumableTrainer):
             super()._save(staged, state_dict)
         if self.args.should_save:
             self.saved.add_to(staged)
+            if self._is_staging:
+                self.checksums.start(Path(staged))
         if self.args.should_save and not self._is_staging:
             put_in_place(Path(staged), Path(folder))
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,34 @@ _ARCHIVES = (".pt", ".pth")  # of torch
 _NOT_READ = "README.md"  # training does not read it, and people edit it
 
 
-def write_manifest(folder: Path) -> None:
+class EarlyChecksums:
+    """Reads weights in a thread while the rest of a checkpoint is written: the manifest then does not wait for it."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(1, "fastdpo_checksums")
+        self._coming: dict[Path, tuple[os.stat_result, Future[str]]] = {}
+
+    def start(self, folder: Path) -> None:
+        """Call this when the weights in the folder are complete."""
+        for path in folder.glob("*.safetensors"):
+            self._coming[path] = (path.stat(), self._threads.submit(_checksum, path))
+
+    def of(self, path: Path) -> str:
+        """The checksum of a file, also of one that was not read early or has changed since."""
+        before, coming = self._coming.pop(path, (None, None))
+        now = path.stat()
+        if before is None or coming is None or (before.st_mtime_ns, before.st_size) != (now.st_mtime_ns, now.st_size):
+            return _checksum(path)
+        return coming.result()
+
+    def forget(self) -> None:
+        """Call this if the save failed."""
+        for _, coming in self._coming.values():
+            coming.cancel()
+        self._coming = {}
+
+
+def write_manifest(folder: Path, early: EarlyChecksums | None = None) -> None:
     """Call this once all files of the checkpoint are written.
 
     Raises:
@@ -35,7 +64,8 @@ def write_manifest(folder: Path) -> None:
     """
     if (found := cut_off(folder)) is not None:
         raise OSError(errno.EIO, f"{folder} must hold whole files after a save, but {found}")
-    files = {name: {"bytes": path.stat().st_size, "checksum": _checksum(path)} for name, path in _files(folder)}
+    checksum = _checksum if early is None else early.of
+    files = {name: {"bytes": path.stat().st_size, "checksum": checksum(path)} for name, path in _files(folder)}
     write_whole(folder / MANIFEST, json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n")
 
 
