@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PROCESSES ?= --numprocesses 2 --dist loadfile
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-portable fuzz aot lint format clean
+.PHONY: demo test test-all test-portable fuzz faults aot lint format clean
 
 # The stamp is rebuilt only when what is installed could have changed, so that second runs reuse the environment.
 $(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
@@ -46,6 +46,10 @@ FUZZ_LOG ?= /tmp/fastdpo-fuzz-$(FUZZ_SEED).jsonl
 fuzz: $(STAMP)
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) FUZZ_LOG=$(FUZZ_LOG) \
 		$(BIN)/python -m pytest tests/fuzz $(PROCESSES) && cat $(FUZZ_LOG)
+
+# Runs killed at random moments and resumed; FAULTS="--seed 7 --moments 100" chooses others.
+faults: $(STAMP)
+	$(BIN)/python tests/faults/random_moments.py $(FAULTS)
 
 # What the kernels compile to, with three releases of Triton in folders of their own; no GPU needed.
 aot: $(STAMP)

@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,11 @@ def locked(folder: Path | str, name: str, *, wait: Callable[[str], None] | None 
         wait: called once with who holds the lock, before this process waits for it. None: refuse.
     Raises:
         Locked: another process holds the lock, and there is no `wait`.
+        ValueError: the folder is a file, or cannot be written to.
     """
     path = Path(folder) / LOCK_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"{name} must be a directory, got the file {folder}")
     key = os.path.realpath(path), os.getpid()
     if _held.get(key, 0) > 0:
         _held[key] += 1
@@ -49,7 +51,12 @@ def locked(folder: Path | str, name: str, *, wait: Callable[[str], None] | None 
         finally:
             _held[key] -= 1
         return
-    handle = _acquire(path, name, wait)
+    made = [each for each in (path.parent, *path.parent.parents) if not each.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _acquire(path, name, wait)
+    except OSError as error:
+        raise ValueError(f"{name} must be a folder that can be written to, got {folder}: {error.strerror}") from error
     _held[key] = 1
     try:
         yield
@@ -57,6 +64,9 @@ def locked(folder: Path | str, name: str, *, wait: Callable[[str], None] | None 
         del _held[key]
         path.unlink(missing_ok=True)
         os.close(handle)
+        with suppress(OSError):  # a run that was refused leaves no folder; others are not empty
+            for each in made:
+                each.rmdir()
 
 
 def _acquire(path: Path, name: str, wait: Callable[[str], None] | None) -> int:

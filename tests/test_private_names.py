@@ -114,6 +114,8 @@ PRIVATE = {
     "_active_adapter": ("peft 0.21", lambda: "_active_adapter" in vars(adapter_layer())),
     "_disable_adapters": ("peft 0.21", lambda: "_disable_adapters" in vars(adapter_layer())),
     "_adapters": ("peft 0.21", lambda: source_has(whole_layer().__init__, "self._adapters")),
+    "_ex_iterable": ("datasets 5.2", lambda: hasattr(small_dataset().to_iterable_dataset(), "_ex_iterable")),
+    "_exit": ("Python 3.13", lambda: hasattr(__import__("os"), "_exit")),
     "_fingerprint": ("datasets 5.2", lambda: hasattr(small_dataset(), "_fingerprint")),
     "_indices": ("datasets 5.2", lambda: hasattr(small_dataset(), "_indices")),
     "_orig_mod": ("torch 2.13", lambda: hasattr(torch.compile(torch.nn.Linear(1, 1)), "_orig_mod")),

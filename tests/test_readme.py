@@ -43,9 +43,10 @@ def test_python_blocks_run(name, model_dir, tmp_path, monkeypatch):
 
 
 def test_the_pages_whose_python_runs_here_have_some():
-    pages = {"README.md", "docs/data_checks.md", "docs/head_op.md", "docs/ranking.md", "docs/rewards.md"}
+    pages = {"README.md", "docs/data_checks.md", "docs/head_op.md", "docs/ranking.md"}
+    pages |= {"docs/resuming.md", "docs/rewards.md"}
     assert {name.rpartition("-")[0] for name in BLOCKS} == pages
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
 
 
 def commands_of(page):

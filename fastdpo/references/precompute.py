@@ -90,7 +90,11 @@ def fill_ref_logps(
     infos = row_infos(dataset)
     found = cache.read(mend=_process()[0] == 0)
     wanted = [row for row, info in enumerate(infos) if info.ref_logps is None]
-    missing = [row for row in wanted if any(key not in found for key in infos[row].keys)]
+
+    def lacking() -> list[int]:
+        return [row for row in wanted if any(key not in found for key in infos[row].keys)]
+
+    missing = lacking()
     if missing and scorer is None:
         raise ValueError(
             f"the {name} dataset must have reference log-probs, got {len(missing)} rows without any, and the reference"
@@ -103,12 +107,13 @@ def fill_ref_logps(
         own = [row for row in wanted if int.from_bytes(infos[row].prompt, "big") % num_processes == index]
         with _alone(cache):
             found.update(cache.read(mend=False))  # what another run has computed until now
+            missing = lacking()
             _wait_for_all()
             found.update(_compute(dataset, infos, own, found, cache, scorer, name))
             _wait_for_all()
         if num_processes > 1:
             found.update(cache.read(mend=False))
-    left = [row for row in wanted if any(key not in found for key in infos[row].keys)]
+    left = lacking()
     if left:
         raise ValueError(
             f"ref_cache_dir must be a folder that all processes share, got {cache.folder}, which lacks {len(left)} rows"
@@ -124,7 +129,7 @@ def _alone(cache: LogpsCache) -> Iterator[None]:
     """Inside, no other run computes log-probs of this reference: it waits, and then finds them."""
     with ExitStack() as stack:
         if _process()[0] == 0:
-            with suppress(OSError):  # a read-only folder, which the first write reports
+            with suppress(ValueError):  # a read-only folder, which the first write reports
                 stack.enter_context(locked(cache.folder, "ref_cache_dir", wait=_say_who_computes))
         _wait_for_all()
         yield

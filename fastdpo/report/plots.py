@@ -13,7 +13,7 @@ from typing import Any
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe-Ito: for colour-blind readers too
 REFERENCE_COLOR = "#30363d"
-MARKERS = "os^Dv*PX"
+MARKERS = "o^DvP*Xs"
 _AXIS_NAMES = {
     "loss": "loss (nats)",
     "rewards/margins": "reward margin (nats)",

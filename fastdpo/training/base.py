@@ -42,7 +42,14 @@ from fastdpo.training.evaluation import Evaluation, StepResult
 from fastdpo.training.inputs.collator import collator_for, microbatches_of
 from fastdpo.training.inputs.order import sampler_for
 from fastdpo.training.inputs.prepared_rows import check_rows, warn_of_lost_rows
-from fastdpo.training.inputs.streams import check_stream_settings, guarded, is_stream, read_whole
+from fastdpo.training.inputs.streams import (
+    StreamStart,
+    check_stream_settings,
+    guarded,
+    is_stream,
+    read_whole,
+    why_unrepeatable,
+)
 from fastdpo.training.memory.estimate import check_memory_settings
 from fastdpo.training.memory.token_budget import BudgetAtStart, check_can_split, check_row_sizes, steps_in_backward
 from fastdpo.training.resuming import ResumableTrainer
@@ -101,6 +108,8 @@ class PackedTrainer(ResumableTrainer):
         prepare_model(model)
 
         check_stream_settings(args, train_dataset, eval_dataset)
+        if is_stream(train_dataset) and (why := why_unrepeatable(train_dataset)) is not None:
+            logger.warning(f"A run on this training stream cannot be resumed exactly: {why}")
         train_dataset = self._prepared(train_dataset, "train", model)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._prepared(part, f"eval_{name}", model) for name, part in eval_dataset.items()}
@@ -140,6 +149,8 @@ class PackedTrainer(ResumableTrainer):
         )
         keep_outputs_whole(self.accelerator)
         self.watch_progress()
+        if is_stream(self.train_dataset):
+            self.parts["stream"] = StreamStart(self.train_dataset)
         tag_model(self.model, self.method)
         self.saved = SavedModel(self, processor)
         self.model_accepts_loss_kwargs = True  # Trainer then counts items through _get_num_items_in_batch
@@ -486,6 +497,8 @@ class PackedTrainer(ResumableTrainer):
             super()._save(staged, state_dict)
         if self.args.should_save:
             self.saved.add_to(staged)
+            if self._is_staging:
+                self.checksums.start(Path(staged))
         if self.args.should_save and not self._is_staging:
             put_in_place(Path(staged), Path(folder))
 

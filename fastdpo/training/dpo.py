@@ -165,6 +165,7 @@ class DPOTrainer(PackedTrainer):
                 is_sharded=is_sharded,
             )
             self.add_callback(self.eval_samples)
+            self.parts["samples"] = self.eval_samples
 
     # The reference
 

@@ -28,7 +28,7 @@ from fastdpo.metrics import MetricMeans
 from fastdpo.references.adapters import is_peft_model
 from fastdpo.training.inputs.streams import is_stream
 from fastdpo.training.saving.disk import DiskFull, bytes_of_save, free_bytes, is_full
-from fastdpo.training.saving.manifest import size_of, write_manifest
+from fastdpo.training.saving.manifest import EarlyChecksums, size_of, write_manifest
 from fastdpo.training.saving.progress import (
     Part,
     Progress,
@@ -81,7 +81,7 @@ class ResumableTrainer(Trainer):
 
     def watch_progress(self) -> None:
         """Adds the callback that keeps track of the place in the run."""
-        self.parts, self.restored = {}, []
+        self.parts, self.restored, self.checksums = {}, [], EarlyChecksums()
         self.add_callback(_Place(self))
 
     # The place in the data
@@ -295,7 +295,7 @@ class ResumableTrainer(Trainer):
             for part in self.restored:
                 part.save(str(staged))
             self.state.save_to_json(str(staged / "trainer_state.json"))
-            write_manifest(staged)
+            write_manifest(staged, self.checksums)
             commit(staged, final)
             shutil.rmtree(staged.parent, ignore_errors=True)
 
@@ -320,6 +320,7 @@ class ResumableTrainer(Trainer):
             save()
             return True
         except Exception as error:
+            self.checksums.forget()
             if self.args.should_save:
                 shutil.rmtree(final.parent / UNFINISHED, ignore_errors=True)
             if not is_full(error):

@@ -334,6 +334,7 @@ def test_every_field_can_be_set_from_the_command_line():
         "pad_to_multiple_of": ("64", 64),
         "max_tokens_per_microbatch": ("4096", 4096),
         "on_oversized_row": ("raise", "raise"),
+        "on_full_disk": ("wait", "wait"),
         "regroup_dataset": ("true", True),
         "length_bucketing": ("true", True),
         "ref_tokens_per_batch": ("512", 512),

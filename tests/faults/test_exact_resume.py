@@ -20,22 +20,26 @@ WARNED = {"max_steps": 40, "save_steps": 17, "num_rows": 64, "per_device_train_b
 
 # settings, and the moments at which the run is killed, one after the other
 QUICK = {
-    "in a step, in the second epoch": (LONG, [("step", 16)]),
-    "killed twice": ({"save_steps": 2}, [("step", 5), ("step", 3)]),
-    "between the steps of an accumulation": ({"gradient_accumulation_steps": 3, "save_steps": 2}, [("substep", 11)]),
-    "in an evaluation, with workers": ({**EVERY_2, **WORKERS}, [("evaluation", 10)]),
-    "in the precompute": (CACHED, [("precompute", 2)]),
+    "killed twice, with LoRA and a moving reference": (
+        {"save_steps": 2, "adapter": {}, **SYNCED},
+        [("step", 5), ("step", 3)],
+    ),
+    "between the steps of an accumulation, with a token limit": (
+        {"gradient_accumulation_steps": 3, "save_steps": 2, **BUDGET},
+        [("substep", 11)],
+    ),
+    "in an evaluation, with workers": ({**EVERY_2, **WORKERS, "max_steps": 6}, [("evaluation", 10)]),
+    "in the precompute": ({**CACHED, "max_steps": 4}, [("precompute", 2)]),
     "in the samples": ({**EVERY_2, **SAMPLES, "max_steps": 6}, [("generate", 4)]),
-    "a stream that is read again, shuffled": ({**LONG, "stream": "shuffled"}, [("step", 16)]),
-    "LoRA and a moving reference": ({"adapter": {}, **SYNCED}, [("step", 5)]),
-    "micro-batches with a token limit": (BUDGET, [("step", 5)]),
-    "the last step, when it is saved": ({"eval_strategy": "epoch"}, [("saved", 3)]),
+    "a stream that is read again, shuffled": ({"max_steps": 15, "stream": "shuffled"}, [("step", 14)]),
     "an epoch that ends after its checkpoint": (
         {"eval_strategy": "epoch", "logging_strategy": "epoch", "save_steps": 11, "max_steps": 15},
         [("step", 12)],
     ),
 }
 SLOW = {
+    "in a step, in the second epoch": (LONG, [("step", 16)]),
+    "the last step, when it is saved": ({"eval_strategy": "epoch"}, [("saved", 3)]),
     "streams with workers": ({**LONG, **WORKERS, "stream": "plain"}, [("step", 16)]),
     "a generator's stream": ({**LONG, "stream": "generator"}, [("step", 14)]),
     "a stream that is accumulated": ({**LONG, "stream": "plain", "gradient_accumulation_steps": 2}, [("step", 16)]),
@@ -64,7 +68,7 @@ SLOW = {
     "SFT": ({"sft": True}, [("step", 5)]),
     "SFT, accumulated, with workers and a token limit": (
         {"sft": True, "gradient_accumulation_steps": 2, **WORKERS, **BUDGET},
-        [("substep", 11)],
+        [("substep", 5)],
     ),
     "a loss over tokens": ({"loss_type": ["sigmoid", "sft"], "gradient_accumulation_steps": 2}, [("step", 5)]),
     "fp16 with a scaler": ({"fp16": True}, [("step", 5)]),
@@ -72,8 +76,12 @@ SLOW = {
     "weights in bf16": ({"dtype": "bfloat16"}, [("step", 5)]),
     "the best model": (BEST, [("saved", 5)]),
     "the best model, between evaluation and save": (BEST, [("evaluated", 5)]),
-    "a run that stops early": ({**BEST, "early_stopping": 1, **LONG}, [("saved", 4)]),
-    "a run that stops early, twice": ({**BEST, "early_stopping": 2, **LONG}, [("evaluated", 5), ("saved", 1)]),
+    "a run that stops early": ({**BEST, "early_stopping": 1, **LONG}, [("saved", 2)]),
+    "a run that stops early, twice": ({**BEST, "early_stopping": 2, **LONG}, [("evaluated", 2), ("saved", 2)]),
+    "samples of the start, before the first are shown": (
+        {"eval_strategy": "steps", "eval_steps": 6, **SAMPLES, **CACHED},
+        [("step", 5)],
+    ),
     "samples beside a cached reference": ({**EVERY_2, **SAMPLES, **CACHED}, [("generate", 3)]),
     "an evaluation, saved every epoch": (
         {"save_strategy": "epoch", "eval_strategy": "epoch", "max_steps": 30},

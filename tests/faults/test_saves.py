@@ -19,7 +19,14 @@ from fastdpo.files import write_whole
 from fastdpo.training import resuming
 from fastdpo.training.saving.checkpoints import checkpoint_folder
 from fastdpo.training.saving.disk import DiskFull, is_full
-from fastdpo.training.saving.manifest import MANIFEST, damage, has_manifest, size_of
+from fastdpo.training.saving.manifest import (
+    MANIFEST,
+    EarlyChecksums,
+    damage,
+    has_manifest,
+    size_of,
+    write_manifest,
+)
 from fastdpo.training.saving.staging import UNFINISHED, checkpoints, put_in_place, restore_unfinished, rotate
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
@@ -171,6 +178,32 @@ def test_a_checkpoint_without_a_manifest_that_is_cut_off_is_not_the_last_sound_o
     (run / "checkpoint-3" / MANIFEST).unlink()
     os.truncate(run / "checkpoint-3" / name, os.path.getsize(run / "checkpoint-3" / name) // 2)
     assert checkpoint_folder("last", run) == str(run / "checkpoint-2")
+
+
+def test_a_save_that_cuts_a_file_off_in_silence_fails(tmp_path, monkeypatch):
+    trainer, save = tiny_trainer(tmp_path, **SAVES), torch.save
+
+    def cuts(content, path, *args, **kwargs):
+        save(content, path, *args, **kwargs)
+        if str(path).endswith("optimizer.pt") and "checkpoint-2" in str(path):
+            os.truncate(path, 1000)
+
+    monkeypatch.setattr(torch, "save", cuts)
+    with pytest.raises(OSError, match=r"must hold whole files after a save, but optimizer.pt is cut off"):
+        trainer.train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
+
+
+def test_weights_that_change_after_they_were_read_early_are_read_again(run):
+    early = EarlyChecksums()
+    folder = run / "checkpoint-3"
+    early.start(folder)
+    weights = folder / "model.safetensors"
+    assert early.of(weights) == json.loads((folder / MANIFEST).read_text())["files"][weights.name]["checksum"]
+    early.start(folder)
+    shutil.copyfile(run / "checkpoint-1" / weights.name, weights)
+    write_manifest(folder, early)
+    assert damage(folder) is None
 
 
 def test_files_that_training_does_not_read_may_change(run):

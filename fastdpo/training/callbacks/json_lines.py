@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastdpo.files import write_whole
+
 
 def append_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     """Appends the entries. Creates the file and its folder if necessary."""
@@ -18,6 +20,16 @@ def append_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     with path.open("ab") as file:
         file.write((b"" if last in (b"", b"\n") else b"\n") + lines.encode())
+
+
+def replace_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Replaces the file at once: a kill leaves the old entries or the new ones. Without entries there is no file."""
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    if lines:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lines)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from fastdpo.modeling.generation import generate_ids, special_ids
 from fastdpo.references import AdapterReference, FrozenReference, Reference
 from fastdpo.references.adapters import as_reference
-from fastdpo.training.callbacks.json_lines import append_lines, read_lines
+from fastdpo.training.callbacks.json_lines import append_lines, read_lines, replace_lines
 from fastdpo.training.callbacks.sample_tables import log_table
 from fastdpo.training.callbacks.warning_checks import samples_grow
 from fastdpo.training.callbacks.watch import TrainingWatch
@@ -103,22 +103,29 @@ class EvalSamples(TrainerCallback):
         self.answered: list[Answered] = []
         self._of_reference: list[Response] | None = None  # its answers, once they are known and cannot change
 
+    def state(self) -> dict[str, Any]:
+        """The answers of the initial policy for a checkpoint, if they are shown: a resumed run cannot generate them."""
+        is_kept = self._of_reference is not None and self._live_reference() is None
+        return {"of_reference": [list(response) for response in self._of_reference or ()] if is_kept else None}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if state["of_reference"] is not None:
+            self._of_reference = [Response(*response) for response in state["of_reference"]]
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir) / SAMPLES_FILE
         if state.global_step == 0:  # an old file is of another run, except for an evaluation just before training
-            path.unlink(missing_ok=True)
             self.answered = [entry for entry in self.answered if entry.step == 0]
-            self._write(self.answered)
+            replace_lines(path, map(asdict, self.answered))
             if self._live_reference() is None:
                 self._of_reference = self._generate(self.policy_of())
         elif path.is_file():
             found = [Answered(**line) for line in read_lines(path)]
             before = found[: len(found) - len(self.answered)] or found  # drop an evaluation just before resuming
             self.answered = [entry for entry in before if entry.step <= state.global_step]  # later ones are repeated
-            path.unlink()
-            self._write(self.answered)
+            replace_lines(path, map(asdict, self.answered))
             first = self.answered[: len(self.prompt_ids)]
             known = [Response(e.reference, e.reference_tokens or 0) for e in first if e.reference is not None]
             if len(known) == len(self.prompt_ids) and self._live_reference() is None:

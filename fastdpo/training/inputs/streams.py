@@ -6,12 +6,16 @@ first rows. Refused with ValueError: settings that need all rows at once, a grou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
+import xxhash
 from datasets import Dataset, IterableDataset
 from torch import nn
+from transformers.utils import logging
 
 from fastdpo.data.rows.columns import column_features
 from fastdpo.data.sources.arrow import arrow_column
@@ -21,7 +25,12 @@ from fastdpo.modeling.packed import bare_model
 from fastdpo.training.setup.models import learned_positions
 from fastdpo.types import TokenizedGroup
 
+logger = logging.get_logger(__name__)
+
 _KNOWN_ROWS = 64
+_FIRST_ROWS = 4  # that are compared when a run is resumed
+_LARGEST_SEED = 2**64  # NumPy draws 128 bits where it is given no seed
+_STEPS = "datasets.iterable_dataset"  # module of the steps of a stream
 
 
 def is_stream(dataset: Any) -> bool:
@@ -74,6 +83,59 @@ def guarded(stream: IterableDataset, model: nn.Module, name: str) -> IterableDat
     checked = checked_stream(stream, check)
     checked.__class__ = _ReadByAll
     return checked
+
+
+def why_unrepeatable(stream: IterableDataset) -> str | None:
+    """Why a run cannot be resumed exactly on this stream; None if nothing speaks against it.
+
+    A resumed run reads the stream again and skips the rows that are done, so every reading must give the same rows.
+    """
+    if any(_has_no_seed(generator) for generator in _generators(stream)):
+        return "it is shuffled without a seed, so that each process gets another order; use shuffle(seed=...)"
+    first, second = (_digest([next(iter(stream), {})]) for _ in range(2))
+    return None if first == second else "each reading gives other rows"
+
+
+class StreamStart:
+    """The first rows of a training stream, which a resumed run must find again; a part of the run's progress."""
+
+    def __init__(self, stream: IterableDataset) -> None:
+        self.stream = stream
+        self._digest: str | None = None
+
+    def state(self) -> dict[str, Any]:
+        if self._digest is None:
+            self._digest = _digest(list(self.stream.take(_FIRST_ROWS)))
+        return {"first_rows": self._digest}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if state != self.state():
+            logger.warning(
+                "The training stream begins with other rows than in the run that is resumed: rows that were trained on"
+                " may come again, and others may be left out"
+            )
+
+
+def _has_no_seed(generator: np.random.Generator) -> bool:
+    entropy = getattr(generator.bit_generator.seed_seq, "entropy", None)
+    return isinstance(entropy, int) and entropy >= _LARGEST_SEED
+
+
+def _digest(rows: list[Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(rows, default=str, sort_keys=True).encode())
+
+
+def _generators(stream: IterableDataset) -> Iterator[np.random.Generator]:
+    """The random generators in the steps of a stream."""
+    left, seen = [stream._ex_iterable], set()
+    while left:
+        step = left.pop()
+        seen.add(id(step))
+        for value in vars(step).values():
+            if isinstance(value, np.random.Generator):
+                yield value
+            inner = value if isinstance(value, list | tuple) else [value]
+            left += [x for x in inner if type(x).__module__ == _STEPS and id(x) not in seen]
 
 
 def first_rows(stream: IterableDataset, num_rows: int) -> Dataset:

@@ -8,20 +8,17 @@ and Trainer would create anew. "last" means the newest checkpoint that is sound.
 from __future__ import annotations
 
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
-from fastdpo.training.saving.manifest import MANIFEST, damage, has_manifest
+from fastdpo.training.saving.manifest import MANIFEST, cut_off, damage, has_manifest
 from fastdpo.training.saving.staging import checkpoints
 
 logger = logging.get_logger(__name__)
 
 LAST = (True, "true", "True", "last")
-_ARCHIVES = ("optimizer.pt", "rng_state.pth")
 _STATE = "trainer_state.json"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*", "model.safetensors.index.json", "global_step*", "*.distcp")
 _SHARDS = "pytorch_model_fsdp_*"  # FSDP's SHARDED_STATE_DICT
@@ -87,7 +84,7 @@ def _fault(folder: Path) -> str | None:
             _check_whole(folder)
         except ValueError as error:
             return str(error)
-        found = None if has_one else _cut_off(folder)
+        found = None if has_one else cut_off(folder)
     return None if found is None else f"resume_from_checkpoint must be a complete checkpoint, got {folder}: {found}"
 
 
@@ -111,20 +108,6 @@ def _check_whole(folder: Path) -> None:
     is_whole, is_adapter = _kinds(folder)
     if not (is_whole or is_adapter):
         raise ValueError(f"resume_from_checkpoint must contain weights, got {folder} without any")
-
-
-def _cut_off(folder: Path) -> str | None:
-    """A file that is too short for what its beginning announces; None if there is none."""
-    for path in folder.rglob("*"):
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, framework="pt"):
-                    pass
-        except SafetensorError as error:
-            return f"{path.name} cannot be read ({error})"
-        if path.name in _ARCHIVES and not zipfile.is_zipfile(path):
-            return f"{path.name} is cut off"
-    return None
 
 
 def _lost(folder: Path) -> list[str]:

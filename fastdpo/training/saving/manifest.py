@@ -7,26 +7,65 @@ the tensors is hashed, so that a save does not read the optimizer again; a check
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError, safe_open
 
 from fastdpo.files import write_whole
 
 MANIFEST = "fastdpo_manifest.json"
 _FORMAT = 1
+_ARCHIVES = (".pt", ".pth")  # of torch
 _NOT_READ = "README.md"  # training does not read it, and people edit it
 
 
-def write_manifest(folder: Path) -> None:
-    """Call this once all files of the checkpoint are written."""
-    files = {name: {"bytes": path.stat().st_size, "checksum": _checksum(path)} for name, path in _files(folder)}
+class EarlyChecksums:
+    """Reads weights in a thread while the rest of a checkpoint is written: the manifest then does not wait for it."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(1, "fastdpo_checksums")
+        self._coming: dict[Path, tuple[os.stat_result, Future[str]]] = {}
+
+    def start(self, folder: Path) -> None:
+        """Call this when the weights in the folder are complete."""
+        for path in folder.glob("*.safetensors"):
+            self._coming[path] = (path.stat(), self._threads.submit(_checksum, path))
+
+    def of(self, path: Path) -> str:
+        """The checksum of a file, also of one that was not read early or has changed since."""
+        before, coming = self._coming.pop(path, (None, None))
+        now = path.stat()
+        if before is None or coming is None or (before.st_mtime_ns, before.st_size) != (now.st_mtime_ns, now.st_size):
+            return _checksum(path)
+        return coming.result()
+
+    def forget(self) -> None:
+        """Call this if the save failed."""
+        for _, coming in self._coming.values():
+            coming.cancel()
+        self._coming = {}
+
+
+def write_manifest(folder: Path, early: EarlyChecksums | None = None) -> None:
+    """Call this once all files of the checkpoint are written.
+
+    Raises:
+        OSError: a file is cut off, although no write has failed.
+    """
+    if (found := cut_off(folder)) is not None:
+        raise OSError(errno.EIO, f"{folder} must hold whole files after a save, but {found}")
+    checksum = _checksum if early is None else early.of
+    files = {name: {"bytes": path.stat().st_size, "checksum": checksum(path)} for name, path in _files(folder)}
     write_whole(folder / MANIFEST, json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n")
 
 
@@ -48,6 +87,20 @@ def damage(folder: Path, *, quick: bool = False) -> str | None:
         found = _difference(folder / name, facts, quick)
         if found is not None:
             return f"{name} {found}"
+    return None
+
+
+def cut_off(folder: Path) -> str | None:
+    """A file that is too short for what its beginning announces; None if there is none."""
+    for path in folder.rglob("*"):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+        except SafetensorError as error:
+            return f"{path.name} cannot be read ({error})"
+        if path.suffix in _ARCHIVES and not zipfile.is_zipfile(path):
+            return f"{path.name} is cut off"
     return None
 
 
@@ -86,7 +139,7 @@ def _checksum(path: Path, *, kind: str | None = None, reads_all: bool = False) -
         reads_all: compare the tensors of an archive with their CRC-32.
     """
     if kind is None:
-        has_crcs = path.suffix in (".pt", ".pth") and torch.serialization.get_crc32_options()
+        has_crcs = path.suffix in _ARCHIVES and torch.serialization.get_crc32_options()
         kind = "crc32" if has_crcs and zipfile.is_zipfile(path) else "xxh3"
     if kind == "xxh3":
         return f"xxh3:{_xxh3(path)}"

@@ -1,0 +1,93 @@
+"""Kills a run at random moments, resumes it, and compares its end with that of an undisturbed run, bit by bit.
+
+`make faults` runs it: 20 moments of training, evaluating, saving, precomputing and generating, with SIGKILL and then
+with SIGTERM. FAULTS="--seed 7 --moments 100" chooses others; the seed is printed and reproduces them.
+"""
+
+import argparse
+import random
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from killing import Killer, differences, end_of, output
+
+CASE = {
+    "max_steps": 24,
+    "num_rows": 44,  # 11 steps are an epoch
+    "gradient_accumulation_steps": 2,
+    "save_steps": 4,
+    "save_total_limit": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 6,
+    "logging_steps": 5,
+    "num_eval_samples": 2,
+    "eval_sample_tokens": 5,
+    "eval_sample_temperature": 1.0,
+    "reference": "cached",
+    "ref_tokens_per_batch": 96,
+}
+# kind -> (where, the number of such events in a run)
+KINDS = {
+    "training": [("step", 24), ("substep", 24)],
+    "evaluating": [("evaluation", 16)],
+    "saving": [("save", 70), ("torn", 40)],
+    "precomputing": [("precompute", 12)],
+    "generating": [("generate", 5)],
+}
+
+
+def moments(seed, count):
+    """Random moments, of every kind in turn."""
+    chosen = random.Random(seed)
+    kinds = [kind for _, kind in zip(range(count), (k for _ in range(count) for k in KINDS), strict=False)]
+    found = []
+    for kind in kinds:
+        where, most = chosen.choice(KINDS[kind])
+        found.append((kind, where, chosen.randint(1, most)))
+    return found
+
+
+def try_moment(killer, folder, case, moment, number):
+    """The exit status of the run that is killed, the checkpoint it is resumed from, and what differs in the end."""
+    status = killer.run(folder, case, moment, number=number)
+    begun = sorted(folder.glob("out/checkpoint-*"), key=lambda path: int(path.name[11:]))
+    last = killer.run(folder, case, resume=bool(begun))
+    if last != 0:
+        return status, begun, [f"the resumed run ended with {last}: {output(folder)[-500:]}"]
+    return status, begun, differences(end_of(folder.parent / "whole"), end_of(folder))
+
+
+def run(seed, count, number):
+    """Prints a line per moment. Returns the number of moments at which the ends differed."""
+    case = {**CASE, "signals": number == signal.SIGTERM}
+    num_wrong = num_killed = 0
+    with Killer() as killer, tempfile.TemporaryDirectory() as root:
+        assert killer.run(Path(root, "whole"), case) == 0, output(Path(root, "whole"))
+        for index, (kind, event, nth) in enumerate(moments(seed, count)):
+            # "torn" cuts a file off, which only a run that dies then leaves behind
+            where = "save" if event == "torn" and number == signal.SIGTERM else event
+            folder = Path(root, str(index))
+            status, begun, wrong = try_moment(killer, folder, case, (where, nth), number)
+            num_killed += status != 0
+            num_wrong += bool(wrong)
+            how = "not reached" if status == 0 else f"ended with {status}"
+            source = f"resumed from {begun[-1].name}" if begun else "started again"
+            result = "; ".join(wrong) if wrong else "the same, bit by bit"
+            print(f"{number.name} {index + 1:3}  {kind:<12} {where} {nth:<3} {how}, {source}: {result}", flush=True)
+    print(f"{number.name}, seed {seed}: {count} moments, {num_killed} runs killed, {num_wrong} with another end")
+    return num_wrong
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--moments", type=int, default=20)
+    options = parser.parse_args(argv)
+    return sum(run(options.seed, options.moments, number) for number in (signal.SIGKILL, signal.SIGTERM))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.exit(min(main(), 1))
