@@ -26,6 +26,10 @@ COMMANDS = {
     "chat": ("fastdpo.cli.chat", "talk to a model, or compare two and keep the pairs"),
     "plan": ("fastdpo.cli.plan", "show which settings fit a GPU's memory, and the longest pair that fits"),
     "migrate": ("fastdpo.cli.migrate", "convert a recipe of TRL, Axolotl, LLaMA-Factory or others to a fastdpo config"),
+    "debug-batch": (
+        "fastdpo.cli.debug_batch",
+        "replay the batch of a loss that was not finite: where it went wrong, and its text",
+    ),
     "env": ("fastdpo.cli.env", "print what a bug report needs: versions, machine, kernels, attention, self-check"),
     "verify": ("fastdpo.cli.verify", "check the head op's kernels on this machine: numbers, determinism, memory"),
     "demo": (

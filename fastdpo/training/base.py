@@ -326,7 +326,7 @@ class PackedTrainer(Trainer):
         if model.training:
             self.train_means.add(result.metrics)
             self._num_train_tokens += batch.num_tokens
-            self._losses.add(result.loss, part)
+            self._losses.add(result.loss, part, result.sums)
             if steps_in_backward(self):
                 self._losses.check(self)
         elif self._evaluation is not None:

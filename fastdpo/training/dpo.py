@@ -301,7 +301,7 @@ class DPOTrainer(PackedTrainer):
             metrics.update(balance)
         is_asked = self._evaluation is not None and self._evaluation.predictions is not None
         values = pair_values(scores, batch, args.beta, per_token=per_token) if is_asked else None
-        return StepResult(loss, metrics, values)
+        return StepResult(loss, metrics, values, {"policy": found.sums.detach(), "reference": ref_sums.detach()})
 
 
 def _rankings(example_ids: Tensor | None, pairs: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdpo.data.depth import MOST_LEVELS, is_too_deep
 from fastdpo.data.sources.arrow import holds_as_given, without_fill_ins
-from fastdpo.data.values import MOST_LEVELS, is_too_deep
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
