@@ -29,6 +29,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 INSIDE = {
     "data": [
         ["values", "visible", "depth"],
+        ["terminal"],
         ["sources"],
         ["forms"],
         ["tokens"],

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import sys
+from fastdpo.data.terminal import make_console
 
-from rich.console import Console
-
-
-def make_console() -> Console:
-    """A console as wide as the terminal; in a file or a pipe, wide enough that few lines are wrapped."""
-    return Console(width=None if sys.stdout.isatty() else 140)
+__all__ = ["make_console"]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 import fastdpo
+from fastdpo.data.visible import visible
 
 # name -> (module with main(argv), description)
 COMMANDS = {
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return command(argv[1:]) or 0
     except (ValueError, FloatingPointError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", visible(str(error), keeps="\n"), file=sys.stderr)  # it may quote a row
         return 2
     except RuntimeError as error:
         if "requires" not in str(error) or "to be installed" not in str(error):  # a logger that is not there

@@ -21,6 +21,8 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.utils import logging
 
+from fastdpo.data.terminal import PlainConsole
+from fastdpo.data.visible import visible
 from fastdpo.modeling.generation import generate_ids, special_ids
 from fastdpo.references import AdapterReference, FrozenReference, Reference
 from fastdpo.references.adapters import as_reference
@@ -189,7 +191,6 @@ class EvalSamples(TrainerCallback):
         return texts
 
     def _show(self, samples: list[Answered]) -> None:
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
@@ -200,8 +201,8 @@ class EvalSamples(TrainerCallback):
         for column in columns:
             table.add_column(column, ratio=1, overflow="fold")
         for row in rows:
-            table.add_row(*(Text(cell.strip()) for cell in row))  # Text, because brackets could look like markup
-        Console().print(table)
+            table.add_row(*(Text(visible(cell.strip(), keeps="\n")) for cell in row))
+        PlainConsole().print(table)
         for callback in self.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_text("eval/samples", _markdown(columns, rows), step)
