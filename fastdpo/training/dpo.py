@@ -234,6 +234,11 @@ class DPOTrainer(PackedTrainer):
             return len(_rankings(inputs["example_ids"], pairs).unique_consecutive())
         return len(pairs)
 
+    def _why_whole(self) -> str:
+        if looks_at_whole_batch(self.args):
+            return f"loss_type {self.args.loss_type} is not a sum over pairs"
+        return super()._why_whole()
+
     def _first_rows(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
         is_kept = inputs["example_ids"][inputs["pairs"][:, 0]] < num_rows
         of_pairs = [name for name in ("pairs", "shared_parts") if inputs.get(name) is not None]

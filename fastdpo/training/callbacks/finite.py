@@ -66,7 +66,8 @@ class FiniteLosses:
         if optimizer is not None:
             optimizer.found_inf = num_stopping.clamp(max=1.0)
         losses, event = _to_host(torch.cat([losses.float(), num_stopping[None]]), wait=optimizer is None)
-        self._coming = _Step(losses, event, [tuple(rest) for _, *rest in unchecked], trainer.state.global_step)
+        inputs_and_sums = [(inputs, sums) for _, inputs, sums in unchecked]
+        self._coming = _Step(losses, event, inputs_and_sums, trainer.state.global_step)
         if optimizer is None:
             self.settle(trainer)
 
