@@ -163,3 +163,13 @@ def test_the_precision_of_products_is_the_users_again_after_the_check():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_a_model_whose_weights_are_not_finite_is_told_so():
+    from tiny import make_llama
+
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="model must give finite log-probs, got nan for a few short rows"):
+        check_packing(prepare_model(model))
