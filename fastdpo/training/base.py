@@ -246,6 +246,7 @@ class PackedTrainer(Trainer):
         if self.model_wrapped is self.model:
             self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
             forget_accelerate(self.model)
+        self._done.clear()
         output = super().train(resume, *args, **kwargs)
         self._losses.settle(self)
         return output
