@@ -28,7 +28,8 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # inside two subpackages, in the same way: their folders and their own modules
 INSIDE = {
     "data": [
-        ["values", "visible"],
+        ["values", "visible", "depth"],
+        ["terminal"],
         ["sources"],
         ["forms"],
         ["tokens"],

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastdpo.cli.options.early import check_model
 from fastdpo.cli.options.parser import RaisingParser
+from fastdpo.data.visible import visible
 
 COMMANDS = "/new starts over, /quit (or end of input) stops"
 
@@ -97,7 +98,7 @@ def _read(question: str) -> str | None:
 
 def _say(name: str, talker: Any, messages: Sequence[dict[str, str]]) -> str:
     print(f"{name}: ", end="", flush=True)
-    answer: str = talker.reply(messages, lambda text: print(text, end="", flush=True))
+    answer: str = talker.reply(messages, lambda text: print(visible(text, keeps="\n\t"), end="", flush=True))
     print()
     return answer
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from fastdpo.data.terminal import make_console
 
-
-def make_console() -> Console:
-    """A console as wide as the terminal; in a file or a pipe, wide enough that few lines are wrapped."""
-    return Console(width=None if sys.stdout.isatty() else 140)
+__all__ = ["make_console", "quiet_libraries"]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 import fastdpo
+from fastdpo.data.visible import visible
 
 # name -> (module with main(argv), description)
 COMMANDS = {
@@ -26,6 +27,10 @@ COMMANDS = {
     "chat": ("fastdpo.cli.chat", "talk to a model, or compare two and keep the pairs"),
     "plan": ("fastdpo.cli.plan", "show which settings fit a GPU's memory, and the longest pair that fits"),
     "migrate": ("fastdpo.cli.migrate", "convert a recipe of TRL, Axolotl, LLaMA-Factory or others to a fastdpo config"),
+    "debug-batch": (
+        "fastdpo.cli.debug_batch",
+        "replay the batch of a loss that was not finite: where it went wrong, and its text",
+    ),
     "env": ("fastdpo.cli.env", "print what a bug report needs: versions, machine, kernels, attention, self-check"),
     "verify": ("fastdpo.cli.verify", "check the head op's kernels on this machine: numbers, determinism, memory"),
     "demo": (
@@ -79,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return command(argv[1:]) or 0
     except (ValueError, FloatingPointError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", visible(str(error), keeps="\n"), file=sys.stderr)  # it may quote a row
         return 2
     except RuntimeError as error:
         if "requires" not in str(error) or "to be installed" not in str(error):  # a logger that is not there

@@ -20,6 +20,7 @@ import yaml
 from fastdpo.cli.options.parser import RaisingParser
 from fastdpo.cli.options.reading import read
 from fastdpo.cli.options.table import read_table, table_parser
+from fastdpo.cli.options.yaml_file import read_yaml
 from fastdpo.cli.recipes.book import as_yaml
 from fastdpo.cli.recipes.kinds import KINDS, migrated, recognised
 from fastdpo.cli.recipes.release import flattened, read_overrides
@@ -82,10 +83,7 @@ def _read(words: list[str]) -> tuple[dict[str, Any], dict[str, Any], Path]:
     path = Path(files[0])
     if not path.is_file():
         raise ValueError(f"recipe must be an existing file, got {files[0]!r}{nearest_file(files[0])}")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not valid YAML or JSON: {error}") from error
+    recipe = read_yaml(path, f"recipe {path}")
     if not isinstance(recipe, Mapping):
         raise ValueError(f"recipe {path} must hold one key per line as `name: value`, got {type(recipe).__name__}")
     return dict(recipe), overrides, path.resolve().parent

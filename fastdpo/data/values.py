@@ -9,7 +9,6 @@ from typing import Any
 from fastdpo.types import PreferenceRow
 
 Example = Mapping[str, Any]
-MOST_LEVELS = 100  # of lists and objects inside each other: what reads them calls itself for each level
 
 
 class BadRow(ValueError):
@@ -61,22 +60,6 @@ def as_text(value: Any, field: str) -> str:
 def holds_messages(value: Any) -> bool:
     """Whether `value` is one message or a list of them, rather than text."""
     return isinstance(value, (list, Mapping))
-
-
-def is_too_deep(value: Any, most: int = MOST_LEVELS) -> bool:
-    """Whether lists and objects are nested more than `most` levels deep."""
-    level = [value]
-    for _ in range(most + 1):
-        level = [
-            item
-            for outer in level
-            if isinstance(outer, (list, tuple, dict))
-            for item in (outer.values() if isinstance(outer, dict) else outer)
-            if not isinstance(item, (str, int, float))
-        ]
-        if not level:
-            return False
-    return True
 
 
 def best_response(preferences: Sequence[Sequence[int]]) -> int:

@@ -253,6 +253,12 @@ def _check_architecture(model: nn.Module, probe: _Probe, leaks: tuple[str, ...])
     """Checks head and packing with an attention backend that runs on any machine."""
     bare = bare_model(model)
     dtype = next(bare.parameters()).dtype
+    bad = probe.expected[~probe.expected.isfinite()].tolist()
+    if bad:
+        raise ValueError(
+            f"model must give finite log-probs, got {bad[0]} for a few short rows; its weights hold NaN or infinity, or"
+            " its activations overflow"
+        )
     padded_error, tolerance, rounding = probe.padded_error(model), _TOLERANCE[dtype], 0.0
     if not padded_error <= tolerance:
         rounding = probe.rounding_of(model)

@@ -171,7 +171,11 @@ def _compute(
                     sums = scorer.score(scorer.collate(read_units(dataset, batch))).tolist()
                 except torch.OutOfMemoryError:
                     if len(batch) == len(batch[0].members) == 1:
-                        raise
+                        row, tokens = batch[0].members[0][0], num_tokens(batch, scorer.is_packed)
+                        raise ValueError(
+                            f"max_length must be smaller: row {row} of the prepared {name} dataset (counted from 0) has"
+                            f" a sequence of {tokens:,} tokens, which does not fit into memory by itself"
+                        ) from None
                     budget = max(num_tokens(batch, scorer.is_packed) // 2, 1)
                     logger.warning(f"Out of memory; continuing with {budget:,} tokens per batch (ref_tokens_per_batch)")
                     if len(batch) == 1:

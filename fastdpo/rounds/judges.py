@@ -139,13 +139,15 @@ class Classifier:
     """A reward model: `AutoModelForSequenceClassification` with one output, on prompt and response."""
 
     def __init__(self, name: str, args: DPOConfig | None = None) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
+
+        from fastdpo.training.setup.models import load_tokenizer
 
         args = DPOConfig("not_used") if args is None else args
-        options: dict[str, Any] = {"dtype": torch.float32, **args.init_kwargs()}
+        options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False, **args.init_kwargs()}
         try:
             model: Any = AutoModelForSequenceClassification.from_pretrained(name, **options)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            self.tokenizer: Any = load_tokenizer(name, args.init_kwargs())
         except OSError as error:
             raise ValueError(f"judge classifier must name a model, got {name!r}: {error}") from error
         if model.config.num_labels != 1:

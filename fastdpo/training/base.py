@@ -39,7 +39,7 @@ from fastdpo.training.callbacks.finite import FiniteLosses
 from fastdpo.training.callbacks.model_card import ModelCard, tag_model
 from fastdpo.training.callbacks.summary import print_summary, summary_text
 from fastdpo.training.evaluation import Evaluation, StepResult
-from fastdpo.training.inputs.collator import collator_for, microbatches_of
+from fastdpo.training.inputs.collator import Example, collator_for, examples_of, microbatches_of
 from fastdpo.training.inputs.order import sampler_for
 from fastdpo.training.inputs.prepared_rows import check_rows, warn_of_lost_rows
 from fastdpo.training.inputs.streams import (
@@ -51,6 +51,7 @@ from fastdpo.training.inputs.streams import (
     why_unrepeatable,
 )
 from fastdpo.training.memory.estimate import check_memory_settings
+from fastdpo.training.memory.out_of_memory import OutOfMemory, Piece, is_out_of_memory
 from fastdpo.training.memory.token_budget import BudgetAtStart, check_can_split, check_row_sizes, steps_in_backward
 from fastdpo.training.resuming import ResumableTrainer
 from fastdpo.training.saving.checkpoints import checkpoint_folder
@@ -99,6 +100,10 @@ class PackedTrainer(ResumableTrainer):
         self.train_means = MetricMeans()  # since the last log
         self._num_train_tokens = 0  # since the last log
         self._losses = FiniteLosses()
+        self._pending: list[tuple[StepResult, dict[str, Any], int]] | None = None  # results of a backward under way
+        self._done: list[tuple[dict[str, Any], Any]] = []  # micro-batches of this optimizer step, and its items
+        self._examples: list[Any] = []  # the rows of the batch that is evaluated
+        self._evaluated_rows: Any = None
         tokenizer = self.processing_class = processing_class
         self.args = args
         if trainer_arguments.get("optimizers", (None, None))[0] is None:
@@ -136,6 +141,7 @@ class PackedTrainer(ResumableTrainer):
                 f" batches, got {type(data_collator).__name__} and {budget}"
             )
         self.collator = collator_for(args, tokenizer)
+        self.out_of_memory = OutOfMemory(self.collator, args.on_oversized_row)
         self.card = ModelCard(self)
         super().__init__(
             model=model,
@@ -158,6 +164,7 @@ class PackedTrainer(ResumableTrainer):
         self.router_aux_loss_coef = router_coefficient(args, self.model)
         self.is_packed = args.packing != "padded"
         self.packing_check = self._check_packing(self.model)
+        self.out_of_memory.cannot_split = self._why_whole()
         if budget is not None:
             check_can_split(self)
             self.add_callback(BudgetAtStart(self, self._loss_of))
@@ -265,6 +272,7 @@ class PackedTrainer(ResumableTrainer):
         if self.model_wrapped is self.model:
             self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
             forget_accelerate(self.model)
+        self._done.clear()
         output = super().train(resume, *args, **kwargs)
         self._losses.settle(self)
         return output
@@ -294,14 +302,61 @@ class PackedTrainer(ResumableTrainer):
         if num_items_in_batch is None:  # called from outside the loop: the mean over this batch
             self._tell_step(parts)
             num_items_in_batch = sum(self._num_items(part) for part in parts) * self.accelerator.num_processes
-        parts, losses = self._in_step(parts), []
-        for part in parts[:-1]:
-            with nullcontext() if self._shards_weights() else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))
-        losses.append(super().training_step(model, parts[-1], num_items_in_batch))
+        examples, parts = examples_of(inputs), self._in_step(parts)
+        examples = [*[None] * (len(parts) - len(examples)), *examples]
+        pieces = [
+            piece for pair in zip(parts, examples, strict=True) for piece in self.out_of_memory.fitting(Piece(*pair))
+        ]
+        losses: list[Tensor] = []
+        while pieces:
+            piece, pieces = pieces[0], pieces[1:]
+            with nullcontext() if not pieces or self._shards_weights() else self.accelerator.no_sync(model):
+                loss = self._tried(model, piece, num_items_in_batch)
+            if isinstance(loss, str):
+                pieces = [*self.out_of_memory.after(piece, loss, self.train_dataset, "train"), *pieces]
+                self._repeat_step(model)
+            else:
+                losses.append(loss)
         if self.accelerator.sync_gradients:  # the optimizer steps next
+            self._done.clear()
             self._losses.check(self)
-        return torch.stack(losses).sum()
+        return self._sum_of(losses)
+
+    def _tried(self, model: nn.Module, piece: Piece, num_items: Tensor | int) -> Tensor | str:
+        """The loss of a micro-batch after its backward, or why it does not fit into memory. Only a micro-batch that has
+        come to its end leaves metrics behind."""
+        self._pending = None if steps_in_backward(self) else []
+        try:
+            loss = super().training_step(model, piece.inputs, num_items)
+        except RuntimeError as error:  # not kept: its frames hold the activations
+            if not is_out_of_memory(error):
+                raise
+            return str(error).partition("\n")[0]
+        else:
+            for result, part, num_tokens in self._pending or ():
+                self._record(result, part, num_tokens)
+            if not self.out_of_memory.cannot_split:
+                self._done.append((piece.inputs, num_items))
+            return loss
+        finally:
+            self._pending = None
+
+    def _repeat_step(self, model: nn.Module) -> None:
+        """Computes the gradient of this step so far again: a backward that ran out of memory has added a part of its
+        own."""
+        model.zero_grad(set_to_none=True)
+        for inputs, num_items in self._done:
+            self._pending = []
+            super().training_step(model, inputs, num_items)
+        self._pending = None
+
+    def _why_whole(self) -> str:
+        """Why a micro-batch must not be halved when memory runs out; empty if it may."""
+        if steps_in_backward(self):
+            return "the optimizer steps in backward"
+        if self.args.world_size > 1 or self._shards_weights():
+            return "other processes would wait for this one"
+        return ""
 
     def _shards_weights(self) -> bool:
         """Whether processes gather weights in every forward, so that all must run the same number of forwards."""
@@ -333,7 +388,14 @@ class PackedTrainer(ResumableTrainer):
             self._tell_step(parts)
         if not is_training:
             parts = [self._without_repeated_rows(part) for part in self._in_step(parts)]
-        loss_sum = torch.stack([self._part_loss_sum(model, part) for part in parts]).sum()
+        if is_training:
+            sums = [self._part_loss_sum(model, part) for part in parts]
+        else:
+            known = self._examples if len(self._examples) == len(parts) else [None] * len(parts)
+            sums = [
+                loss for part, rows in zip(parts, known, strict=True) for loss in self._evaluated(model, part, rows)
+            ]
+        loss_sum = self._sum_of(sums)
         if self._evaluation is not None and not is_training:
             self._evaluation.end_batch()
         if num_items_in_batch is None or not is_training:
@@ -349,15 +411,40 @@ class PackedTrainer(ResumableTrainer):
             result = self._loss_sum(model, batch)
         if FOR_NOTHING in part:
             return result.loss * 0.0
-        if model.training:
-            self.train_means.add(result.metrics)
-            self._num_train_tokens += batch.num_tokens
-            self._losses.add(result.loss, part)
-            if steps_in_backward(self):
-                self._losses.check(self)
+        if model.training and self._pending is not None:
+            self._pending.append((result, part, batch.num_tokens))
+        elif model.training:
+            self._record(result, part, batch.num_tokens)
         elif self._evaluation is not None:
             self._evaluation.add(result, self._num_items(part))
         return result.loss
+
+    def _sum_of(self, losses: list[Tensor]) -> Tensor:
+        """The sum; 0 if no row of a batch fits into memory."""
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
+
+    def _record(self, result: StepResult, part: dict[str, Any], num_tokens: int) -> None:
+        """Adds a micro-batch to the metrics and to the losses that are checked."""
+        self.train_means.add(result.metrics)
+        self._num_train_tokens += num_tokens
+        self._losses.add(result.loss, part, result.sums)
+        if steps_in_backward(self):
+            self._losses.check(self)
+
+    def _evaluated(self, model: nn.Module, part: dict[str, Any], examples: tuple[Example, ...] | None) -> list[Tensor]:
+        """The summed losses of a micro-batch in evaluation, in as many pieces as memory needs."""
+        pieces, sums = self.out_of_memory.fitting(Piece(part, examples)), []
+        while pieces:
+            piece, pieces = pieces[0], pieces[1:]
+            try:
+                sums.append(self._part_loss_sum(model, piece.inputs))
+                continue
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0]
+            pieces = [*self.out_of_memory.after(piece, reason, self._evaluated_rows, "evaluation"), *pieces]
+        return sums
 
     def _loss_of(self, batch: PackedBatch) -> Tensor:
         """The loss of a batch by itself, in the precision of the run."""
@@ -411,9 +498,11 @@ class PackedTrainer(ResumableTrainer):
     ) -> tuple[Tensor, None, None]:
         """The loss alone: no logits exist that could be returned."""
         self.check_interrupted()
+        self._examples = examples_of(inputs)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
+        self._examples = []
         return loss.detach(), None, None
 
     def evaluation_loop(
@@ -431,7 +520,7 @@ class PackedTrainer(ResumableTrainer):
         """
         self._losses.settle(self)
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-        dataset = getattr(dataloader, "dataset", None)
+        dataset = self._evaluated_rows = getattr(dataloader, "dataset", None)
         evaluation = self._evaluation = self._start_evaluation(dataset, loss_only=loss_only)
         arguments = dataloader, description, prediction_loss_only, ignore_keys
         try:

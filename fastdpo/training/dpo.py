@@ -236,6 +236,11 @@ class DPOTrainer(PackedTrainer):
             return len(_rankings(inputs["example_ids"], pairs).unique_consecutive())
         return len(pairs)
 
+    def _why_whole(self) -> str:
+        if looks_at_whole_batch(self.args):
+            return f"loss_type {self.args.loss_type} is not a sum over pairs"
+        return super()._why_whole()
+
     def _first_rows(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
         is_kept = inputs["example_ids"][inputs["pairs"][:, 0]] < num_rows
         of_pairs = [name for name in ("pairs", "shared_parts") if inputs.get(name) is not None]
@@ -303,7 +308,7 @@ class DPOTrainer(PackedTrainer):
             metrics.update(balance)
         is_asked = self._evaluation is not None and self._evaluation.predictions is not None
         values = pair_values(scores, batch, args.beta, per_token=per_token) if is_asked else None
-        return StepResult(loss, metrics, values)
+        return StepResult(loss, metrics, values, {"policy": found.sums.detach(), "reference": ref_sums.detach()})
 
 
 def _rankings(example_ids: Tensor | None, pairs: Tensor) -> Tensor:

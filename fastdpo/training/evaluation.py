@@ -21,6 +21,7 @@ class StepResult:
     loss: Tensor  # (), summed over the micro-batch's items, with a graph
     metrics: dict[str, SumAndWeight]
     pair_values: dict[str, Tensor] | None = None  # (B,) each, as in `callbacks/predictions.py`; only for predictions
+    sums: dict[str, Tensor] | None = None  # (S,) log-probs of "policy" and "reference", nats, saved with a bad batch
 
 
 @dataclass

@@ -109,4 +109,4 @@ class SFTTrainer(PackedTrainer):
         if logps.aux_loss is not None:
             loss, balance = with_load_balancing(loss, logps.aux_loss, self.router_aux_loss_coef, rows.numel())
             metrics.update(balance)
-        return StepResult(loss, metrics)
+        return StepResult(loss, metrics, sums={"policy": sequences.sums.detach()})

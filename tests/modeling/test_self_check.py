@@ -232,3 +232,13 @@ def test_probes_hold_ids_that_both_embedding_and_head_know():
     model.lm_head = torch.nn.Linear(hidden_size, 300, bias=False)  # longer than the table of the embedding
     assert check_packing(model).ok
     assert text_ids(model).max() < model.config.vocab_size
+
+
+def test_a_model_whose_weights_are_not_finite_is_told_so():
+    from tiny import make_llama
+
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="model must give finite log-probs, got nan for a few short rows"):
+        check_packing(prepare_model(model))

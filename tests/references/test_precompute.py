@@ -220,9 +220,11 @@ def test_a_batch_that_does_not_fit_is_halved(dataset, tmp_path, caplog):
     assert filled["ref_logps"][7] == separately(asked.model, dataset[7])
 
 
-def test_a_row_that_does_not_fit_alone_stops_the_run(dataset, tmp_path):
+def test_a_row_that_does_not_fit_alone_stops_the_run_with_its_number_and_length(dataset, tmp_path):
     asked = Counting(fail_above=10)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(
+        ValueError, match=r"row \d+ of the prepared train dataset .* has a sequence of \d+ tokens, which"
+    ):
         fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
 
 

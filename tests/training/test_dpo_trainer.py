@@ -353,7 +353,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_its_batch(tmp_path):
     before = model.model.layers[0].mlp.up_proj.weight.clone()
     with pytest.raises(FloatingPointError, match="nonfinite_batch"):
         fast.train()
-    saved = torch.load(tmp_path / "nonfinite_batch_rank0.pt", weights_only=False)
+    saved = torch.load(tmp_path / "nonfinite_batch_rank0.pt", weights_only=True)
     assert saved["inputs"]["input_ids"].shape[0] == 1
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
 

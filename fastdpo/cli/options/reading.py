@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastdpo.cli.options import mixtures, names
 from fastdpo.cli.options.values import typed, words_of
+from fastdpo.cli.options.yaml_file import read_yaml
 from fastdpo.data.sources.loading import SUFFIXES
 from fastdpo.data.sources.nearest import nearest_file
 
@@ -254,10 +253,7 @@ def _plain(written: str) -> str:
 def _mapping(path: str) -> dict[Any, Any]:
     if not Path(path).is_file():
         raise ValueError(f"config must be an existing file, got {path!r}{nearest_file(path)}")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path} is not valid YAML: {error}") from error
+    values = read_yaml(path, f"config {path}")
     if not isinstance(values, dict):
         raise ValueError(f"config {path} must hold one option per line as `name: value`, got {type(values).__name__}")
     return values

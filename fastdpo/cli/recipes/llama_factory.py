@@ -44,13 +44,34 @@ def migrate_llama_factory(recipe: Mapping[str, Any], book: Book, folder: Path) -
     without_evaluation(book, "LLaMA-Factory")
 
 
+def _inside(folder: Path, file: str, name: str) -> Path:
+    """The file of a set in the folder of dataset_info.json, which must not name files elsewhere.
+
+    Raises:
+        ValueError: the path leaves the folder.
+    """
+    path = folder / file
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"dataset_info.json must name files in its own folder, got file_name {file!r} for the set {name!r}; if you"
+            " want that file, write its path into the recipe"
+        )
+    return path
+
+
 def _dataset_info(recipe: Mapping[str, Any], folder: Path) -> tuple[Path | None, dict[str, Any]]:
     """The folder of the data, and the entries of dataset_info.json; empty if it is not found."""
     named = Path(str(recipe.get("dataset_dir") or "data"))
     for place in (named, folder / named, *(parent / named for parent in folder.parents)):
         file = place / "dataset_info.json"
         if file.is_file():
-            return place, json.loads(file.read_text(encoding="utf-8"))
+            try:
+                known = json.loads(file.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{file} is not valid JSON: {error}") from None
+            if not isinstance(known, dict) or not all(isinstance(entry, dict) for entry in known.values()):
+                raise ValueError(f"{file} must hold an object per set")
+            return place, known
     return None, {}
 
 
@@ -78,7 +99,7 @@ def _part(name: str, key: str, book: Book, info: tuple[Path | None, dict[str, An
     if "hf_hub_url" in entry:
         part["path"] = entry["hf_hub_url"]
     elif "file_name" in entry and folder is not None:
-        part["path"] = str(folder / entry["file_name"])
+        part["path"] = str(_inside(folder, str(entry["file_name"]), name))
     else:
         book.lose(key, name, f"dataset_info.json gives neither a file nor a name on the Hub, only {sorted(entry)}")
         part["path"] = name

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from fastdpo.data.depth import MOST_LEVELS, is_too_deep
 from fastdpo.data.forms.json_text import (
     CONTENT_KEYS,
     ROLE_KEYS,
@@ -21,7 +22,7 @@ from fastdpo.data.forms.json_text import (
 )
 from fastdpo.data.forms.messages import UNREAD_KEYS
 from fastdpo.data.forms.names import IGNORE, KINDS, is_metadata, kinds_by_name, names_by_kind
-from fastdpo.data.values import MOST_LEVELS, BadRow, Example, is_too_deep
+from fastdpo.data.values import BadRow, Example
 from fastdpo.types import PreferenceRow
 
 _READ_KEYS = frozenset((*ROLE_KEYS, *CONTENT_KEYS))

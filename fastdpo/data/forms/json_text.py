@@ -15,7 +15,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fastdpo.data.values import BadRow, is_too_deep
+from fastdpo.data.depth import is_too_deep
+from fastdpo.data.values import BadRow
 
 ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
 CONTENT_KEYS = ("content", "value", "text")

@@ -11,7 +11,7 @@ from typing import Any
 from fastdpo.data.values import BadRow, best_response
 from fastdpo.types import PreferenceRow, TokenizedGroup
 
-_MOST_ID = 2**31 - 1  # token ids are stored as int32
+_MOST_ID = 2**31 - 1  # token ids are stored as int32; whether the model has them is checked with the model
 
 
 def is_tokenized(example: Mapping[str, Any]) -> bool:
@@ -79,7 +79,7 @@ def _list(value: Any, name: str, kind: str) -> Sequence[Any]:
 
 def _ids(value: Any, name: str) -> Sequence[int]:
     ids = _list(value, name, "token ids")
-    if not all(type(token) is int for token in ids) or (len(ids) > 0 and not 0 <= min(ids) <= max(ids) <= _MOST_ID):
+    if not all(type(token) is int and -_MOST_ID <= token <= _MOST_ID for token in ids):
         raise BadRow(f"{name} is not a list of token ids")
     return ids
 

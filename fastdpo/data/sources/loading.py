@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdpo.data.depth import MOST_LEVELS, is_too_deep
 from fastdpo.data.sources.arrow import holds_as_given, without_fill_ins
-from fastdpo.data.values import MOST_LEVELS, is_too_deep
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -299,6 +299,7 @@ def _directory_files(path: Path, split: str) -> list[Path] | Dataset:
     from datasets import DatasetDict, load_from_disk
 
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        _check_stored_names(path)
         dataset = load_from_disk(str(path))
         if not isinstance(dataset, DatasetDict):
             return dataset
@@ -322,6 +323,23 @@ def _directory_files(path: Path, split: str) -> list[Path] | Dataset:
             f"{path} must hold files of the split {split!r} ending in {', '.join(SUFFIXES)}, found: {found}"
         )
     return _checked_suffixes(of_split)
+
+
+def _check_stored_names(path: Path) -> None:
+    """Refuses a saved dataset that names files outside of its folder.
+
+    Raises:
+        ValueError: see above, or a file is no JSON.
+    """
+    for file in (path / "dataset_dict.json", path / "state.json", *path.glob("*/state.json")):
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            names = [*stored.get("splits", ()), *(part["filename"] for part in stored.get("_data_files", ()))]
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{file} must be as Dataset.save_to_disk writes it, got another file ({error})") from None
+        for name in names:
+            if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+                raise ValueError(f"{file} must name files in its own folder, got {name!r}")
 
 
 def _word(name: str) -> re.Pattern[str]:

@@ -1,15 +1,17 @@
 """Stops training at a loss that is not finite, before any weight changes, and saves its micro-batch.
 
-In: the losses of each step, on the device. Out: an error, on all processes at once. Reading a loss waits for the whole
-step on the GPU, so the check avoids that wait if it can: fused AdamW and similar optimizers skip a step if their
-`found_inf` is 1, and this number stays on the device. The host reads it after it has launched the next step, or before
-it logs, evaluates or saves. By then neither step has changed a weight. With other optimizers, and with a gradient
-scaler (which uses `found_inf` itself), the host waits in every step.
+In: the losses of each step, on the device. Out: a file for `fastdpo debug-batch`, and an error, on all processes at
+once. Reading a loss waits for the whole step on the GPU, so the check avoids that wait if it can: fused AdamW and
+similar optimizers skip a step if their `found_inf` is 1, and this number stays on the device. The host reads it after
+it has launched the next step, or before it logs, evaluates or saves. By then neither step has changed a weight. With
+other optimizers, and with a gradient scaler (which uses `found_inf` itself), the host waits in every step. Gradients
+that overflow under fp16 are the scaler's: it skips the step and halves its scale, and the run goes on.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from transformers import Trainer
 
 from fastdpo.training.memory.token_budget import steps_in_backward
 
+SAVED_SETTINGS = ("bf16", "fp16", "impl", "attention_backend", "loss_type", "beta")  # with a bad batch
 _TOLD_ON_DEVICE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)  # weights not sharded
 
 
@@ -30,7 +33,7 @@ class _Step:
 
     losses: Tensor  # (n + 1,) on the host, the number last; valid after the event
     event: Any
-    inputs: list[dict[str, Any]]
+    inputs: list[tuple[dict[str, Any], dict[str, Tensor] | None]]  # of each micro-batch, and its log-probs
     number: int
 
 
@@ -38,11 +41,12 @@ class FiniteLosses:
     """Keeps losses and inputs of micro-batches until `check` reads them, because reading a loss waits for the GPU."""
 
     def __init__(self) -> None:
-        self.unchecked: list[tuple[Tensor, dict[str, Any]]] = []
+        self.unchecked: list[tuple[Tensor, dict[str, Any], dict[str, Tensor] | None]] = []
         self._coming: _Step | None = None
 
-    def add(self, loss: Tensor, inputs: dict[str, Any]) -> None:
-        self.unchecked.append((loss.detach(), inputs))
+    def add(self, loss: Tensor, inputs: dict[str, Any], sums: dict[str, Tensor] | None = None) -> None:
+        """Adds a micro-batch: its loss, its inputs and the log-probs of its sequences."""
+        self.unchecked.append((loss.detach(), inputs, sums))
 
     def check(self, trainer: Trainer) -> None:
         """Call this before the optimizer steps. Every process must call it equally often.
@@ -55,14 +59,15 @@ class FiniteLosses:
         optimizer = _optimizer_that_skips(trainer)
         unchecked, self.unchecked = self.unchecked, []
         device = trainer.args.device
-        losses = torch.stack([loss for loss, _ in unchecked]) if unchecked else torch.zeros(1, device=device)
+        losses = torch.stack([loss for loss, *_ in unchecked]) if unchecked else torch.zeros(1, device=device)
         num_stopping = (~losses.isfinite()).any().float()
         if trainer.args.world_size > 1:  # otherwise the others would step, and then wait for this process forever
             num_stopping = trainer.accelerator.reduce(num_stopping, "sum")
         if optimizer is not None:
             optimizer.found_inf = num_stopping.clamp(max=1.0)
         losses, event = _to_host(torch.cat([losses.float(), num_stopping[None]]), wait=optimizer is None)
-        self._coming = _Step(losses, event, [inputs for _, inputs in unchecked], trainer.state.global_step)
+        inputs_and_sums = [(inputs, sums) for _, inputs, sums in unchecked]
+        self._coming = _Step(losses, event, inputs_and_sums, trainer.state.global_step)
         if optimizer is None:
             self.settle(trainer)
 
@@ -87,11 +92,33 @@ class FiniteLosses:
             )
         args = trainer.args
         path = Path(args.output_dir) / f"nonfinite_batch_rank{args.process_index}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"inputs": step.inputs[where], "step": step.number}, path)
+        inputs, sums = step.inputs[where]
+        save_bad_batch(path, inputs, sums, step=step.number, loss=losses[where], args=args)
         raise FloatingPointError(
-            f"the loss is {losses[where]} at step {step.number}; no weight was changed. The batch is saved in {path}"
+            f"the loss is {losses[where]} at step {step.number}; no weight was changed. The batch is saved in {path}:"
+            f" fastdpo debug-batch {path} --model MODEL shows where the first number went wrong"
         )
+
+
+def save_bad_batch(
+    path: Path, inputs: dict[str, Any], sums: dict[str, Tensor] | None, *, step: int, loss: float, args: Any
+) -> None:
+    """Saves a micro-batch for `fastdpo debug-batch`: tensors on the CPU and plain values, which load without unpickling
+    any object (`torch.load(..., weights_only=True)`)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(args, name) for name in SAVED_SETTINGS if hasattr(args, name)}
+    saved = {"inputs": inputs, "sums": sums or {}, "step": step, "loss": loss, "settings": settings}
+    torch.save(_plain(saved), path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()  # a view would bring its whole buffer
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value)
+    return value
 
 
 def waiting_costs(device: torch.device) -> bool:

@@ -21,6 +21,8 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from fastdpo.data.terminal import PlainConsole
+from fastdpo.data.visible import visible
 from fastdpo.modeling.generation import generate_ids, special_ids
 from fastdpo.references import AdapterReference, FrozenReference, Reference
 from fastdpo.references.adapters import as_reference
@@ -198,7 +200,6 @@ class EvalSamples(TrainerCallback):
         return texts
 
     def _show(self, samples: list[Answered]) -> None:
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
@@ -209,8 +210,8 @@ class EvalSamples(TrainerCallback):
         for column in columns:
             table.add_column(column, ratio=1, overflow="fold")
         for row in rows:
-            table.add_row(*(Text(cell.strip()) for cell in row))  # Text, because brackets could look like markup
-        Console().print(table)
+            table.add_row(*(Text(visible(cell.strip(), keeps="\n")) for cell in row))
+        PlainConsole().print(table)
         log_table(self.callbacks, "eval/samples", columns, rows, step)
 
 

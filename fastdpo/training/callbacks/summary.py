@@ -6,14 +6,14 @@ In: a built trainer. Out: lines of text. `memory/estimate.py` explains the estim
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastdpo.data.terminal import make_console
+from fastdpo.data.visible import visible
 from fastdpo.modeling.backbone import tower_names
 from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
@@ -65,8 +65,8 @@ def print_summary(run: Run, more: Sequence[tuple[str, str]] = ()) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for what, fact in [*_lines_apart(run), *more]:
-        table.add_row(what, Text(fact))  # Text, because the content of rows could look like markup
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+        table.add_row(what, Text(visible(fact, keeps="\n")))
+    make_console().print(table)
 
 
 def _lines_apart(run: Run) -> list[tuple[str, str]]:

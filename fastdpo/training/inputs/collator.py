@@ -7,7 +7,7 @@ Trainer reads, and each micro-batch under `microbatches`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from fastdpo.data.tokens.tokenization import padding_id
 from fastdpo.training.inputs.transfer import OneBuffer
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.types import PackedBatch, TokenizedGroup
+
+Example = tuple[int, TokenizedGroup]  # the number of a row in its batch, and the row
 
 
 @dataclass
@@ -35,16 +37,31 @@ class PackingCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         groups = [group_from_columns(row) for row in rows]
-        batches = [batch.asdict() for batch in (self._packed(groups) if self.is_packed else self._padded(groups))]
+        packed = self._packed(groups) if self.is_packed else self._padded(groups)
+        batches = [batch.asdict() for batch in packed]
         if len(batches) == 1:
-            return OneBuffer(batches[0])
-        return OneBuffer(
-            {
-                "pairs": torch.cat([batch["pairs"] for batch in batches]),  # first: Trainer reads the batch size there
-                "input_ids": torch.cat([batch["input_ids"].reshape(1, -1) for batch in batches], dim=1),
-                "microbatches": tuple(batches),
-            }
+            collated = OneBuffer(batches[0])
+        else:
+            collated = OneBuffer(
+                {
+                    "pairs": torch.cat([batch["pairs"] for batch in batches]),  # first: Trainer reads the size there
+                    "input_ids": torch.cat([batch["input_ids"].reshape(1, -1) for batch in batches], dim=1),
+                    "microbatches": tuple(batches),
+                }
+            )
+        collated.examples = tuple(
+            tuple((i, groups[i]) for i in sorted(set(batch.example_ids.tolist())))  # type: ignore[union-attr]
+            for batch in packed
         )
+        return collated
+
+    def batch_of(self, examples: Sequence[Example]) -> PackedBatch:
+        """One batch of these rows, whatever its size."""
+        whole = replace(self, max_tokens=None)
+        groups = [group for _, group in examples]
+        (batch,) = whole._packed(groups) if self.is_packed else whole._padded(groups)
+        numbers = torch.tensor([number for number, _ in examples])
+        return replace(batch, example_ids=numbers[batch.example_ids])
 
     def num_tokens(self, group: TokenizedGroup) -> int:
         """Number of tokens that a group takes in a micro-batch by itself."""
@@ -83,6 +100,12 @@ def collator_for(args: EngineConfig, tokenizer: PreTrainedTokenizerBase) -> Pack
         max_tokens=budget if isinstance(budget, int) else None,
         shared_parts=getattr(args, "ld_alpha", None) is not None,
     )
+
+
+def examples_of(inputs: dict[str, Any]) -> list[tuple[Example, ...] | None]:
+    """The rows of each micro-batch in a collated batch; None where the collator has not told them."""
+    parts, known = microbatches_of(inputs), getattr(inputs, "examples", None)
+    return list(known) if known is not None and len(known) == len(parts) else [None] * len(parts)
 
 
 def microbatches_of(inputs: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,7 +16,12 @@ _ALIGNMENT = 16  # bytes, where kernels and views of any dtype may begin
 
 
 class OneBuffer(dict[str, Any]):
-    """The batch from a collator: a dict with a method `to`, which accelerate calls as for a tensor."""
+    """The batch from a collator: a dict with a method `to`, which accelerate calls as for a tensor.
+
+    `examples` are the rows of each micro-batch, if the collator tells them: no tensors, and no keys of the batch.
+    """
+
+    examples: tuple[Any, ...] | None = None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = True) -> OneBuffer:
         """The batch on `device`, including nested mappings and tuples; the batch itself if it is already there.
@@ -36,7 +41,9 @@ class OneBuffer(dict[str, Any]):
         if not elsewhere:
             return self
         moved = iter(_moved_together(elsewhere, device))
-        return OneBuffer(_each_tensor(self, lambda tensor: tensor if _is_on(tensor, device) else next(moved)))
+        there = OneBuffer(_each_tensor(self, lambda tensor: tensor if _is_on(tensor, device) else next(moved)))
+        there.examples = self.examples
+        return there
 
 
 def _is_on(tensor: Tensor, device: torch.device) -> bool:

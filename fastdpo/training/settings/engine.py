@@ -37,7 +37,7 @@ from fastdpo.training.settings.checks import (
 logger = logging.get_logger(__name__)
 
 PACKING_MODES = ("auto", "packed", "padded")
-OVERSIZED_ROWS = ("alone", "raise")
+OVERSIZED_ROWS = ("alone", "raise", "skip")
 FULL_DISK = ("stop", "wait")
 WORKERS_ON_A_GPU = 2  # without workers, the GPU waits 5 to 15 ms a step while the main process collates
 
@@ -186,7 +186,8 @@ class EngineConfig(TrainingArguments):
         default="alone",
         metadata=help_text(
             "What to do with a row of more than max_tokens_per_microbatch tokens. alone: run it in a micro-batch"
-            " of its own, with a warning at the start. raise: do not start the run."
+            " of its own, with a warning at the start. raise: do not start the run. skip: as alone, and leave the row"
+            " out if it does not fit into memory; otherwise such a row ends the run."
         ),
     )
     regroup_dataset: bool = field(

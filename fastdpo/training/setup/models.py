@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from fastdpo.training.setup.source_files import source_file
 
 logger = logging.get_logger(__name__)
 
+MOST_JSON_BYTES = 512 * 2**20  # the largest tokenizer.json in use has about 35 MB
+_READ_WHOLE = ("config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json", "chat_template.json")
 # arguments of from_pretrained that also apply to configs and tokenizers
 _WHERE_FROM = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "local_files_only", "gguf_file")
 
@@ -118,9 +121,21 @@ def check_config(name: str, init_kwargs: dict[str, Any]) -> None:
     check_model_folder("model", name)
     base = adapter_base(name) or name
     try:
+        check_json_files(base)
         check_kind(AutoConfig.from_pretrained(base, **where_from(init_kwargs)), base)
     except OSError as error:
         raise ValueError(_no_model(base, error)) from error
+    except RecursionError:
+        raise ValueError(f"{base}/config.json must not nest its values so deeply") from None
+
+
+def check_json_files(folder: str) -> None:
+    """Refuses a folder with a JSON file of a model or tokenizer so large that reading it would take all memory."""
+    for name in _READ_WHOLE:
+        path = Path(folder, name)
+        if path.is_file() and path.stat().st_size > MOST_JSON_BYTES:
+            size = path.stat().st_size
+            raise ValueError(f"{path} must have at most {MOST_JSON_BYTES:,} bytes, got {size:,}: it is read as a whole")
 
 
 def _no_model(name: str, error: Exception) -> str:
@@ -136,10 +151,20 @@ def adapter_base(name: str) -> str | None:
     folder = Path(name)
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         return None
-    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if not base:
+    check_json_files(name)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}/adapter_config.json must be JSON, got a file that is not ({error})") from None
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not base or not isinstance(base, str):
         raise ValueError(f"{name}/adapter_config.json must name the adapter's base_model_name_or_path, got {base!r}")
-    return str(base)
+    if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
+        raise ValueError(
+            f"{name}/adapter_config.json must name a model as base_model_name_or_path, got {base!r}, a folder without"
+            " config.json"
+        )
+    return base
 
 
 def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
@@ -151,8 +176,11 @@ def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None = None) -> PreT
     if not name:
         raise ValueError("processing_class must be given, because the model does not name a folder with its tokenizer")
     where = where_from(init_kwargs)
+    check_json_files(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    except RecursionError:
+        raise ValueError(f"the tokenizer of {name!r} must not nest its values so deeply") from None
     except (OSError, ValueError) as error:
         base = adapter_base(name)
         if base is not None:  # an adapter saved without a tokenizer
@@ -161,6 +189,10 @@ def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None = None) -> PreT
             f"processing_class must be given if the model has no tokenizer, got None and no tokenizer in {name!r}:"
             f" {error}"
         ) from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise ValueError(f"the tokenizer of {name!r} cannot be read: {error}") from error  # of the tokenizers library
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _processors_template(name, where)
     return tokenizer
@@ -181,8 +213,10 @@ def _processors_template(name: str, where: dict[str, Any]) -> str | None:
 
 
 def where_from(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """The arguments of from_pretrained that configs and tokenizers also take."""
-    return {key: value for key, value in (init_kwargs or {}).items() if key in _WHERE_FROM}
+    """The arguments of from_pretrained that configs and tokenizers also take. Without trust_remote_code it is False:
+    transformers would ask on the terminal whether to run a model's code."""
+    given = {key: value for key, value in (init_kwargs or {}).items() if key in _WHERE_FROM}
+    return {"trust_remote_code": False, **given}
 
 
 def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
@@ -196,8 +230,14 @@ def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = Non
     base = adapter_base(name_or_path)
     if base is not None:
         return _with_saved_adapter(load_model(base, model_init_kwargs, **kwargs), name_or_path, model_init_kwargs)
-    options: dict[str, Any] = {"dtype": torch.float32, **(model_init_kwargs or {}), **kwargs}
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "trust_remote_code": False,
+        **(model_init_kwargs or {}),
+        **kwargs,
+    }
     try:
+        check_json_files(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path, **where_from(options))
         check_kind(config, str(name_or_path))
         loading = auto_class(config, str(name_or_path), **where_from(options))
@@ -215,6 +255,10 @@ def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = Non
             f"model must have complete weights in {str(name_or_path)!r}, got a file that cannot be read: {error}; copy"
             " or download it again"
         ) from error
+    except pickle.UnpicklingError:
+        raise ValueError(_not_unpickled(name_or_path)) from None
+    except RecursionError:
+        raise ValueError(f"{name_or_path}/config.json must not nest its values so deeply") from None
     except RuntimeError as error:
         if "mismatched" not in str(error):
             raise
@@ -236,7 +280,17 @@ def _with_saved_adapter(base: nn.Module, folder: str, model_init_kwargs: dict[st
         num_embeddings = max(num_tokens, base.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     if num_embeddings is not None:  # it was trained with tokens that the base does not have
         base.resize_token_embeddings(num_embeddings)  # type: ignore[operator]
-    return PeftModel.from_pretrained(base, folder, is_trainable=True)
+    try:
+        return PeftModel.from_pretrained(base, folder, is_trainable=True)
+    except pickle.UnpicklingError:
+        raise ValueError(_not_unpickled(folder)) from None
+
+
+def _not_unpickled(name: str) -> str:
+    return (
+        f"model must have its weights as safetensors, or as plain tensors in a .bin file, got {str(name)!r}, whose file"
+        " holds other Python objects; they are never unpickled, because that runs code"
+    )
 
 
 # Weights in an adapter's file that show the size of the vocabulary: the end of the name, and the dimension

@@ -74,7 +74,7 @@ def test_the_optimizer_of_a_step_that_is_not_finite_changes_nothing_and_the_next
     assert not equal(watched.seen[0], watched.seen[1])
     assert not equal(watched.seen[1], watched.seen[2])
     assert equal(watched.seen[2], watched.seen[3])
-    saved = torch.load(tmp_path / "nonfinite_batch_rank0.pt", weights_only=False)
+    saved = torch.load(tmp_path / "nonfinite_batch_rank0.pt", weights_only=True)
     assert saved["step"] == 2
 
 
@@ -151,3 +151,22 @@ def test_a_process_whose_own_losses_are_finite_stops_with_the_others(tmp_path, n
     watched = Watched(trainer)
     assert watched.train() == "the loss of another process is not finite at step 2; no weight was changed"
     assert equal(watched.seen[2], watched.seen[3])
+
+
+def test_gradients_that_overflow_under_a_loss_scaler_stop_nothing(tmp_path):
+    """The scale of a new scaler is too large: it skips the step and halves the scale, as it is meant to."""
+    trainer = tiny_trainer(tmp_path, max_steps=8, num_rows=24, max_grad_norm=0.0, optim="adamw_torch_fused")
+    scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-40)
+    watched = Watched(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 8
+    assert scaler.get_scale() < 2.0**127
+    assert equal(watched.seen[0], watched.seen[1])  # the step whose gradients overflowed changed nothing
+    assert not equal(watched.seen[1], weights(trainer.model))
+    assert not list(tmp_path.glob("nonfinite_batch*"))
+
+
+def test_a_loss_that_is_not_finite_stops_under_a_loss_scaler_too(tmp_path):
+    trainer = spoiling(tiny_trainer(tmp_path, **EVERY_STEP), 2)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    assert "at step 2; no weight was changed" in Watched(trainer).train()

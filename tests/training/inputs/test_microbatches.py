@@ -239,7 +239,7 @@ def test_a_micro_batch_whose_loss_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="nonfinite_batch"):
         trainer.train()
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
-    saved = torch.load(tmp_path / "nonfinite_batch_rank0.pt", weights_only=False)["inputs"]
+    saved = torch.load(tmp_path / "nonfinite_batch_rank0.pt", weights_only=True)["inputs"]
     assert 31 in saved["input_ids"]
     assert saved["input_ids"].numel() <= 16  # the one micro-batch
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdpo.data.tokens.chat.templates import check_template_name
+from fastdpo.data.tokens.chat.time_limit import TooLong, time_limit
 from fastdpo.data.values import BadRow
 from fastdpo.types import Message
 
@@ -21,6 +22,7 @@ NO_TEMPLATE = (
     "tokenizer must have a chat template for rows of messages, got none: set chat_template or"
     " tokenizer.chat_template, or write the rows as text (prompt, chosen, rejected)"
 )
+RENDER_SECONDS = 60.0  # for the rows that are rendered together; usual templates take milliseconds
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read one or the other
 # what the template's own expressions raise: "text" + a dict, 1 / 0, an endless recursion of macros
 _OF_EXPRESSIONS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
@@ -74,6 +76,7 @@ class ChatTemplate:
 
         Raises:
             BadRow: the template refuses one of them.
+            ValueError: the template loops for ever.
         """
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -81,14 +84,20 @@ class ChatTemplate:
         jinja = self.jinja(kwargs)
         further = {key: value for key, value in kwargs.items() if key != "chat_template"}
         try:
-            texts, spans = render_jinja_template(
-                conversations=[with_thoughts_by_all_names(messages) for messages in conversations],
-                chat_template=jinja,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                return_assistant_tokens_mask=with_spans,
-                **{**self._variables, **further},
-            )
+            with time_limit(RENDER_SECONDS):
+                texts, spans = render_jinja_template(
+                    conversations=[with_thoughts_by_all_names(messages) for messages in conversations],
+                    chat_template=jinja,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    return_assistant_tokens_mask=with_spans,
+                    **{**self._variables, **further},
+                )
+        except TooLong:
+            raise ValueError(
+                f"chat_template must render {len(conversations)} conversations in less than {RENDER_SECONDS} s, got one"
+                f" that does not end: {jinja[:80]!r}"
+            ) from None
         except (TemplateError, *_OF_EXPRESSIONS) as error:
             raise BadRow(f"the chat template refuses the messages ({error})") from None
         marked = spans if with_spans else [()] * len(texts)

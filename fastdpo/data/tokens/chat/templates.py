@@ -63,7 +63,7 @@ def _template_of(name: str) -> str:
     from transformers import AutoTokenizer
 
     try:
-        template = AutoTokenizer.from_pretrained(name).chat_template
+        template = AutoTokenizer.from_pretrained(name, trust_remote_code=False).chat_template
     except (OSError, ValueError) as error:
         raise ValueError(f"chat_template must be an existing file or the name of a template, got {name!r}") from error
     if not isinstance(template, str):

@@ -1,0 +1,318 @@
+"""What docs/security.md promises: models, data, templates and recipes of strangers run no code, leave no folder, end,
+and show their text as text.
+"""
+
+import contextlib
+import json
+import time
+
+import pytest
+import torch
+import yaml
+from tiny import make_llama, make_rows, save_model
+from tiny_tokenizers import CHATML, byte_level_tokenizer
+
+from fastdpo.cli.main import main
+from fastdpo.cli.options import yaml_file
+from fastdpo.cli.recipes.kinds import migrated
+from fastdpo.data.prepare import prepare_preference_dataset
+from fastdpo.data.sources.loading import dataset_from_rows, load_preference_dataset
+from fastdpo.data.terminal import PlainConsole
+from fastdpo.data.tokens.chat import rendering
+from fastdpo.data.tokens.settings import TokenizationSettings
+from fastdpo.data.visible import visible
+from fastdpo.report.html import write_report
+from fastdpo.report.sections import Response, Sample, SampleList, Table, Text
+from fastdpo.training.setup import models
+
+MESSAGES = {
+    "prompt": [{"role": "user", "content": "a"}],
+    "chosen": [{"role": "assistant", "content": "b"}],
+    "rejected": [{"role": "assistant", "content": "c"}],
+}
+
+
+@pytest.fixture
+def evil(tmp_path):
+    """An object that, if it is unpickled, creates a file; and that file."""
+    trace = tmp_path / "was run"
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(trace), "w"))
+
+    return Evil(), trace
+
+
+# Models
+
+
+def test_weights_that_would_run_code_are_refused_and_not_run(tmp_path, evil):
+    save_model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": evil[0]}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"model must have its weights as safetensors, .* never unpickled"):
+        models.load_model(str(tmp_path / "model"))
+    assert not evil[1].exists()
+
+
+def saved_adapter(folder, base):
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(make_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
+    return folder
+
+
+def test_an_adapter_that_would_run_code_is_refused_and_not_run(tmp_path, evil):
+    adapter = saved_adapter(tmp_path / "adapter", str(save_model(tmp_path / "base")))
+    models.load_model(str(adapter))  # as it is, it loads
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({"x": evil[0]}, adapter / "adapter_model.bin")
+    with pytest.raises(ValueError, match="never unpickled"):
+        models.load_model(str(adapter))
+    assert not evil[1].exists()
+
+
+@pytest.mark.parametrize("base", ["..", "/etc", "ITSELF", ["x"], 5, ""])
+def test_an_adapter_names_a_model_as_its_base_and_no_other_folder(tmp_path, base):
+    adapter = saved_adapter(tmp_path / "adapter", str(tmp_path / "adapter") if base == "ITSELF" else base)
+    for load in (models.load_model, lambda name: models.check_config(name, {})):
+        with pytest.raises(ValueError, match=r"adapter_config.json must name .* base_model_name_or_path"):
+            load(str(adapter))
+
+
+def test_code_of_a_model_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    folder, trace = save_model(tmp_path / "model"), tmp_path / "was run"
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}, "model_type": "own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(trace)!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # as a user in a hurry answers
+    for load in (models.load_model, lambda name: models.check_config(name, {})):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            load(str(folder))
+    assert not trace.exists()
+
+
+def test_json_that_nests_without_end_is_refused(tmp_path):
+    deep = '{"a":' * 100_000 + "1" + "}" * 100_000
+    for name, load in (("config.json", models.load_model), ("tokenizer.json", models.load_tokenizer)):
+        folder = save_model(tmp_path / name)
+        (folder / name).write_text(deep)
+        with pytest.raises(ValueError, match="must not nest its values so deeply"):
+            load(str(folder))
+
+
+def test_nesting_that_the_tokenizers_library_refuses_is_refused_in_words(tmp_path):
+    folder = save_model(tmp_path / "model")
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    inner = whole["normalizer"] = {"type": "Sequence", "normalizers": []}
+    for _ in range(200):
+        inner["normalizers"].append({"type": "Sequence", "normalizers": []})
+        inner = inner["normalizers"][0]
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="cannot be read: recursion limit exceeded"):
+        models.load_tokenizer(str(folder))
+
+
+def test_a_file_too_large_to_be_read_whole_is_refused(tmp_path, monkeypatch):
+    folder = save_model(tmp_path / "model")
+    monkeypatch.setattr(models, "MOST_JSON_BYTES", 100)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer.json must have at most 100 bytes, got"):
+        models.load_tokenizer(str(folder))
+
+
+# Data
+
+
+@pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "/etc/passwd", "..", 5])
+def test_a_saved_dataset_stays_in_its_folder(tmp_path, name):
+    for folder in ("own", "other"):
+        dataset_from_rows(make_rows(3)).save_to_disk(tmp_path / folder)
+    path = tmp_path / "own" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_data_files": [{"filename": name}]}))
+    with pytest.raises(ValueError, match=r"state.json must name files in its own folder, got"):
+        load_preference_dataset(tmp_path / "own")
+    assert len(load_preference_dataset(tmp_path / "other")) == 3
+
+
+@pytest.mark.parametrize("name", ["../secret.jsonl", "/etc/passwd"])
+def test_a_set_of_llama_factory_stays_in_its_folder(tmp_path, name):
+    (tmp_path / "data").mkdir()
+    info = {"mine": {"file_name": name, "ranking": True}, "good": {"file_name": "sub/x.jsonl", "ranking": True}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    recipe = {"stage": "dpo", "model_name_or_path": "m", "dataset": "mine", "output_dir": "o"}
+    with pytest.raises(ValueError, match=r"dataset_info.json must name files in its own folder"):
+        migrated("llama_factory", recipe, tmp_path)
+    book = migrated("llama_factory", {**recipe, "dataset": "good"}, tmp_path)
+    assert book.value("dataset") == str(tmp_path / "data" / "sub" / "x.jsonl")
+
+
+# Templates
+
+
+@pytest.mark.parametrize("where", ["tokenizer", "row"])
+def test_a_template_that_loops_for_ever_is_stopped(monkeypatch, where):
+    monkeypatch.setattr(rendering, "RENDER_SECONDS", 0.5)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    row = {**MESSAGES, **({"chat_template_kwargs": {"chat_template": endless}} if where == "row" else {})}
+    tokenizer = byte_level_tokenizer(chat_template=endless if where == "tokenizer" else CHATML)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"chat_template must render .* conversations in less than 0.5 s"):
+        prepare_preference_dataset([row], tokenizer, TokenizationSettings())
+    assert time.monotonic() - started < 60
+    prepared, _ = prepare_preference_dataset(
+        [MESSAGES], byte_level_tokenizer(chat_template=CHATML), TokenizationSettings()
+    )
+    assert len(prepared) == 1  # the watch stops nothing that ends
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ messages.append(1) }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+    ],
+)
+def test_a_template_that_reaches_for_python_gets_nothing(template):
+    plain, _ = prepare_preference_dataset(
+        [MESSAGES], byte_level_tokenizer(chat_template=CHATML), TokenizationSettings()
+    )
+    try:
+        found, _ = prepare_preference_dataset(
+            [MESSAGES], byte_level_tokenizer(chat_template=CHATML + template), TokenizationSettings()
+        )
+    except ValueError as refusal:
+        said = str(refusal)
+    else:
+        said = "the chat template refuses the messages" if found[0] == plain[0] else f"it got {found[0]}"
+    assert "the chat template refuses the messages" in said
+
+
+# Text that is shown
+
+SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'>"
+
+
+def test_html_in_texts_is_text_in_every_section_of_a_report(tmp_path):
+    sections = [
+        Text(SCRIPT, [SCRIPT]),
+        Table(SCRIPT, [SCRIPT, SCRIPT], [(SCRIPT, SCRIPT)], note=SCRIPT),
+        SampleList(SCRIPT, [Sample(SCRIPT, [Response(SCRIPT, SCRIPT, SCRIPT)])], SCRIPT, SCRIPT, SCRIPT),
+    ]
+    page = write_report(tmp_path / "page.html", SCRIPT, sections, subtitle=SCRIPT).read_text()
+    assert "<script" not in page
+    assert "<img" not in page
+    assert page.count("&lt;script&gt;") >= 12
+
+
+ESCAPES = "\x1b[31mred\x1b]0;title\x07 \x9b2J \u202egnp.exe [bold]b[/bold] \r\x08 :smile: é 👩‍👧"
+SHOWN = r"\x1b[31mred\x1b]0;title\x07 \x9b2J \u202egnp.exe [bold]b[/bold] \r\x08 :smile: é 👩‍👧"
+
+
+def test_escapes_are_written_out():
+    assert visible(ESCAPES) == SHOWN
+    assert visible("a\nb\tc", keeps="\n") == "a\nb\\tc"
+
+
+def test_no_escape_and_no_markup_of_a_text_reaches_the_terminal(capsys):
+    from rich.table import Table as RichTable
+
+    console = PlainConsole(width=200, force_terminal=True, color_system=None)
+    table = RichTable(title=ESCAPES)
+    table.add_column(ESCAPES)
+    table.add_row(ESCAPES)
+    console.print(table)
+    console.print(ESCAPES)
+    out = capsys.readouterr().out
+    assert not any(character in out for character in "\x1b\x07\x9b\u202e\r\x08")
+    for part in (r"\x1b[31mred", "[bold]b[/bold]", ":smile:"):
+        assert out.count(part) == 4, part
+
+
+def test_samples_of_a_run_show_prompts_as_text(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    show_samples(["\x1b[2J[red]x[/red]", "b"])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert r"\x1b[2J[red]x[/red]" in out
+
+
+def show_samples(texts):
+    """Shows these prompts and answers as an evaluation does."""
+    from fastdpo.training.callbacks.samples import Answered, EvalSamples
+
+    shown = EvalSamples.__new__(EvalSamples)
+    shown.callbacks = []
+    shown._show([Answered(0, texts[0], texts[1], 1, texts[1], 1, "reference")])
+
+
+def test_an_error_that_quotes_a_row_moves_no_cursor(tmp_path, capsys):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "foo": "\x1b[2J"}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    save_model(tmp_path / "m")
+    words = [
+        "--model",
+        str(tmp_path / "m"),
+        "--dataset",
+        str(tmp_path / "d.jsonl"),
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    assert main(["train", *words, "--use_cpu"]) == 2
+    err = capsys.readouterr().err
+    assert "'foo' (\\x1b[2J)" in err
+    assert "\x1b" not in err
+
+
+# Recipes and configs
+
+
+def test_tags_of_python_objects_in_yaml_are_refused_and_not_made(tmp_path, capsys):
+    trace = tmp_path / "was run"
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: m\nbeta: !!python/object/apply:builtins.open ['{trace}', 'w']\n")
+    for words in (["train", "--config", str(path)], ["migrate", str(path)], ["sft", "--config", str(path)]):
+        assert main(words) == 2
+        assert "could not determine a constructor for the tag" in capsys.readouterr().err
+    assert not trace.exists()
+
+
+def test_aliases_of_aliases_are_counted_before_they_are_written_out(tmp_path, capsys):
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    path = tmp_path / "run.yaml"
+    path.write_text("\n".join(lines))
+    for words in (["train", "--config", str(path)], ["migrate", str(path)]):
+        assert main(words) == 2
+        assert "must hold at most 100,000 values" in capsys.readouterr().err
+
+
+def test_a_recipe_that_is_too_large_or_too_deep_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "run.yaml"
+    path.write_text("[" * 5000)
+    with pytest.raises(ValueError, match="must not nest its values so deeply"):
+        yaml_file.read_yaml(path, "recipe")
+    path.write_text(yaml.safe_dump({"a": "b" * 200}))
+    monkeypatch.setattr(yaml_file, "MOST_BYTES", 100)
+    with pytest.raises(ValueError, match="recipe must have at most 100 bytes, got"):
+        yaml_file.read_yaml(path, "recipe")
+
+
+def test_a_tokenizer_is_loaded_without_the_code_beside_it(tmp_path, monkeypatch):
+    folder, trace = save_model(tmp_path / "model"), tmp_path / "was run"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["own.T", None]}, "tokenizer_class": "OwnTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(trace)!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with contextlib.suppress(ValueError):  # it may do without the code
+        models.load_tokenizer(str(folder))
+    assert not trace.exists()
