@@ -31,7 +31,7 @@ def test_every_method_is_run_at_every_value_and_seed(folder):
 
 def test_the_page_has_table_plot_and_claims(folder):
     page = (folder / "page.html").read_text()
-    assert "DPO has more reward than Preferred-FT" in page
+    assert "DPO above Preferred-FT, rate = 0.0003 in reward at equal KL" in page
     assert page.count("<img") == 1
     assert (folder / "plot.svg").read_text().count("<svg") == 1
     assert (folder / "task_seed_1" / "pairs.jsonl").is_file()
