@@ -33,7 +33,7 @@ BEST_OF_N, BEST_BY_DPO = "Best of n, true reward", "Best of n, DPO reward"
 # controls the KL, and not its beta.
 METHODS: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
     REFERENCE: ("", (0.0,), {}),
-    DPO: ("beta", (0.03, 0.1, 0.3, 1.0, 3.0), {}),
+    DPO: ("beta", (0.03, 0.1, 0.3, 1.0, 3.0, 10.0), {}),
     "cDPO": ("beta", (0.1, 0.3, 1.0), {"label_smoothing": 0.1}),
     "IPO": ("beta", (1.0, 3.0, 10.0), {"loss_type": "ipo"}),
     SIMPO: ("learning rate", (6e-5, 1.5e-4, 4e-4), {"loss_type": "simpo", "beta": 2.0}),
@@ -209,19 +209,21 @@ def _of(results: Sequence[shared.Line], method: str, value: str, figure: str) ->
 
 def above_preferred_ft(results: Sequence[shared.Line], method: str, value: str) -> list[float]:
     """By how much a method's reward lies above Preferred-FT's at the same KL, for each seed in which the method reaches
-    it. Between its runs, and between the reference and the first, the method's reward is interpolated in KL."""
+    it. Between its runs, and between the reference and the first, the method's reward is interpolated in the root of
+    the KL: near the reference KL is the square of the distance, and a straight line in KL would lie below any frontier.
+    """
     found = []
-    kl = _of(results, PREFERRED_FT, value, "kl")
+    kl = {seed: max(of, 0.0) for seed, of in _of(results, PREFERRED_FT, value, "kl").items()}  # rounding, where it is 0
     reward = _of(results, PREFERRED_FT, value, "reward")
     for seed in kl:
         own = [
-            (line["kl"], line["reward"])
+            (max(line["kl"], 0.0), line["reward"])
             for line in results
             if line["params"]["seed"] == seed and line["params"]["method"] in (method, REFERENCE)
         ]
         kls, rewards = zip(*sorted(own), strict=True)
         if kl[seed] <= kls[-1]:
-            found.append(float(np.interp(kl[seed], kls, rewards)) - reward[seed])
+            found.append(float(np.interp(math.sqrt(kl[seed]), np.sqrt(kls), rewards)) - reward[seed])
     return found
 
 
@@ -244,7 +246,8 @@ def _claims(claims: Sequence[Ordering]) -> Table:
         ("claim", "difference", "holds"),
         [[claim.claim, claim.difference.text(), "yes" if claim.holds else "no"] for claim in claims],
         note="Differences are taken within each seed. A claim holds if its mean is more than two standard errors above"
-        " 0. Preferred-FT is compared where the method reaches its KL.",
+        " 0. Preferred-FT is compared where the method reaches its KL; the method's reward is interpolated in the root"
+        " of the KL.",
     )
 
 

@@ -50,10 +50,11 @@ def line(method, value, seed, kl, reward, **more):
 
 
 def test_rewards_are_compared_at_equal_kl_within_a_seed():
-    """Seed 0: at KL 1 DPO's line from (0, 1) to (2, 3) has reward 2. Seed 1: DPO does not reach KL 1."""
+    """Seed 0: DPO goes from reward 1 at KL 0 to reward 3 at KL 4, so halfway in the root of the KL, at KL 1, it has 2.
+    Seed 1: DPO does not reach KL 1."""
     results = [
         line("Reference", "0", "0", 0.0, 1.0),
-        line("DPO", "0.1", "0", 2.0, 3.0),
+        line("DPO", "0.1", "0", 4.0, 3.0),
         line("Preferred-FT", "0.001", "0", 1.0, 1.5),
         line("Reference", "0", "1", 0.0, 1.0),
         line("DPO", "0.1", "1", 0.5, 3.0),
