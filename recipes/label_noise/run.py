@@ -68,8 +68,8 @@ def flipped(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
 def table(results: Sequence[shared.Line]) -> Table:
     rows = [
         [
-            f"{float(group.params['flipped']):.0%}",
-            group.params["loss"] if group.params["flipped"] != "0" else "all three",
+            f"{float(group.params['flipped']):.0%}, "
+            + (group.params["loss"] if group.params["flipped"] != "0" else "all three"),
             group.figures["reward"].text(),
             group.figures["kl"].text(),
             group.figures["accuracy"].text(3),
@@ -79,9 +79,10 @@ def table(results: Sequence[shared.Line]) -> Table:
     num_seeds = len({line["params"]["seed"] for line in results})
     return Table(
         "Results on held-out prompts",
-        ("flipped", "loss", "true reward", "KL to the reference", "accuracy of pairs"),
+        ("flipped, loss", "true reward", "KL", "accuracy"),
         rows,
-        note=f"Mean ± one standard error over {num_seeds} seeds. Accuracy is measured on held-out pairs without flips.",
+        note=f"Mean ± one standard error over {num_seeds} seeds. Reward and KL to the reference are in nats."
+        " Accuracy is measured on held-out pairs without flips.",
     )
 
 

@@ -97,8 +97,7 @@ def _figures(method: str, temperature: float, task: Task, policy: Any) -> dict[s
 def table(results: Sequence[shared.Line]) -> Table:
     rows = [
         [
-            group.params["method"],
-            group.params["temperature"],
+            f"{group.params['method']} at {group.params['temperature']}",
             group.figures["win_rate"].text(3),
             group.figures["reward"].text(),
             group.figures["distinct"].text(3),
@@ -108,10 +107,11 @@ def table(results: Sequence[shared.Line]) -> Table:
     num_seeds = len({line["params"]["seed"] for line in results})
     return Table(
         "Results on held-out prompts",
-        ("method", "temperature", "win rate", "true reward", "distinct answers"),
+        ("method at temperature", "win rate", "true reward", "distinct"),
         rows,
         note=f"Mean ± one standard error over {num_seeds} seeds. The win rate is the share of prompts whose answer has"
-        " a higher true reward than the reference text; a tie counts half.",
+        " a higher true reward than the reference text; a tie counts half."
+        " Distinct: the share of answers left without repetitions.",
     )
 
 

@@ -47,12 +47,7 @@ def test_the_recipe_trains_every_loss_at_every_share_and_writes_its_page(tmp_pat
     found = [(line["params"]["flipped"], line["params"]["loss"]) for line in results]
     assert found == 2 * [("0", "sigmoid"), ("0.4", "sigmoid"), ("0.4", "cDPO"), ("0.4", "robust")]
     assert len({line["kl"] for line in results}) == 8  # labels and loss both change what is trained
-    assert [row[:2] for row in table(results).rows] == [
-        ["0%", "all three"],
-        ["40%", "sigmoid"],
-        ["40%", "cDPO"],
-        ["40%", "robust"],
-    ]
+    assert [row[0] for row in table(results).rows] == ["0%, all three", "40%, sigmoid", "40%, cDPO", "40%, robust"]
     assert "with 40% of the labels flipped" in (tmp_path / "page.html").read_text()
     assert (tmp_path / "plot_3.svg").is_file()
 

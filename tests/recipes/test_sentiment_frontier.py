@@ -31,7 +31,7 @@ def test_every_method_is_run_at_every_value_and_seed(folder):
 
 def test_the_page_has_table_plot_and_claims(folder):
     page = (folder / "page.html").read_text()
-    assert "DPO has more reward than Preferred-FT" in page
+    assert "DPO above Preferred-FT, rate = 0.0003 in reward at equal KL" in page
     assert page.count("<img") == 1
     assert (folder / "plot.svg").read_text().count("<svg") == 1
     assert (folder / "task_seed_1" / "pairs.jsonl").is_file()
@@ -50,10 +50,11 @@ def line(method, value, seed, kl, reward, **more):
 
 
 def test_rewards_are_compared_at_equal_kl_within_a_seed():
-    """Seed 0: at KL 1 DPO's line from (0, 1) to (2, 3) has reward 2. Seed 1: DPO does not reach KL 1."""
+    """Seed 0: DPO goes from reward 1 at KL 0 to reward 3 at KL 4, so halfway in the root of the KL, at KL 1, it has 2.
+    Seed 1: DPO does not reach KL 1."""
     results = [
         line("Reference", "0", "0", 0.0, 1.0),
-        line("DPO", "0.1", "0", 2.0, 3.0),
+        line("DPO", "0.1", "0", 4.0, 3.0),
         line("Preferred-FT", "0.001", "0", 1.0, 1.5),
         line("Reference", "0", "1", 0.0, 1.0),
         line("DPO", "0.1", "1", 0.5, 3.0),
