@@ -69,7 +69,7 @@ def test_a_wheel_holds_the_kernels_under_fastdpo(tmp_path):
 
 # Where a package is called otherwise than its module; what only a user's own choice brings in, as report_to does
 DISTRIBUTIONS = {"yaml": "pyyaml", "flash_attn": "flash-attn", "liger_kernel": "liger-kernel"}
-BROUGHT_BY_USERS = {"wandb"}
+BROUGHT_BY_USERS = {"wandb", "trackio", "vllm"}
 
 
 def imported_modules():
