@@ -8,6 +8,7 @@ with the preferred answer.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastdpo.cli.options.early import check_model
 from fastdpo.cli.options.parser import RaisingParser
 from fastdpo.data.visible import visible
 
+_BETWEEN_SEEDS = 100_000  # more than the answers of a conversation
 COMMANDS = "/new starts over, /quit (or end of input) stops"
 
 
@@ -30,15 +32,18 @@ def main(argv: list[str]) -> None:
     check_model("against", options.against)
     if options.save and not options.against:
         raise ValueError("save must not be given without --against MODEL: a pair needs the answers of two models")
+    if options.save and Path(options.save).is_dir():
+        raise ValueError(f"save must be a file, got the folder {options.save}")
     if options.temperature < 0:
         raise ValueError(f"temperature must be >= 0, got {options.temperature}")
     if options.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {options.max_new_tokens}")
-    talkers = [_talker(name, options) for name in (options.model, options.against) if name]
-    print(f"{' against '.join(filter(None, (options.model, options.against)))}; {COMMANDS}")
+    names = [name for name in (options.model, options.against) if name]
+    talkers = [_talker(name, options, number) for number, name in enumerate(names)]
+    print(f"{' against '.join(names)}; {COMMANDS}")
     start = [{"role": "system", "content": options.system}] if options.system else []
     messages: list[dict[str, str]] = list(start)
-    order = random.Random(options.seed)
+    order, num_saved = random.Random(options.seed), 0
     while (line := _read("you: ")) not in (None, "/quit"):
         if line == "/new":
             messages = list(start)
@@ -49,8 +54,11 @@ def main(argv: list[str]) -> None:
         if len(talkers) == 1:
             answer = _say("model", talkers[0], messages)
         else:
-            answer = _compare(talkers, messages, options, order)
+            answer, is_saved = _compare(talkers, messages, options, order)
+            num_saved += is_saved
         messages.append({"role": "assistant", "content": answer})
+    if num_saved:
+        print(f"saved {num_saved} pair{'s' if num_saved > 1 else ''}: {options.save}")
 
 
 def _parser() -> RaisingParser:
@@ -69,7 +77,8 @@ def _parser() -> RaisingParser:
     return parser
 
 
-def _talker(name: str, options: Any) -> Any:
+def _talker(name: str, options: Any, number: int) -> Any:
+    """The model with this number. Its samples are its own, also if both models are the same."""
     from fastdpo.alignment.chat import Talker
     from fastdpo.training import DPOConfig
     from fastdpo.training.setup.models import load_model, load_tokenizer
@@ -83,17 +92,20 @@ def _talker(name: str, options: Any) -> Any:
     model: Any = load_model(name, args.init_kwargs())
     model.to(args.device).eval()
     tokenizer = load_tokenizer(name, args.init_kwargs())
-    settings = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "seed": options.seed}
-    return Talker(model, tokenizer, **settings)
+    settings = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
+    return Talker(model, tokenizer, **settings, seed=options.seed + _BETWEEN_SEEDS * number)
 
 
 def _read(question: str) -> str | None:
     """The next line without surrounding spaces; None at the end of the input."""
     try:
-        return input(question).strip()
+        line = input(question).strip()
     except EOFError:
         print()
         return None
+    if not sys.stdin.isatty():  # a terminal has shown it
+        print(line)
+    return line
 
 
 def _say(name: str, talker: Any, messages: Sequence[dict[str, str]]) -> str:
@@ -103,19 +115,28 @@ def _say(name: str, talker: Any, messages: Sequence[dict[str, str]]) -> str:
     return answer
 
 
-def _compare(talkers: Sequence[Any], messages: list[dict[str, str]], options: Any, order: random.Random) -> str:
-    """Shows both answers in random order. Returns the answer to continue with: the preferred one, or the first."""
+def _compare(
+    talkers: Sequence[Any], messages: list[dict[str, str]], options: Any, order: random.Random
+) -> tuple[str, bool]:
+    """Shows both answers in random order.
+
+    Returns:
+        The answer to continue with (the preferred one, or the first), and whether a pair was saved.
+    """
     places = [0, 1]
     order.shuffle(places)
     answers = [_say(f"answer {number}", talkers[place], messages) for number, place in enumerate(places, 1)]
     choice = _read("which is better? 1, 2, or enter for neither: ")
     if choice not in ("1", "2"):
-        return answers[0]
+        return answers[0], False
     better = int(choice) - 1
-    if options.save and answers[0] != answers[1]:
+    if options.save and answers[0] == answers[1]:
+        print("not saved: both answers are the same")
+    elif options.save:
         names = [(options.model, options.against)[place] for place in places]
         _append(Path(options.save), messages, answers[better], answers[1 - better], names[better], names[1 - better])
-    return answers[better]
+        return answers[better], True
+    return answers[better], False
 
 
 def _append(path: Path, messages: list[dict[str, str]], chosen: str, rejected: str, *models: str) -> None:

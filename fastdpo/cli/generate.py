@@ -63,7 +63,8 @@ def main(argv: list[str]) -> None:
     if not rows:
         raise ValueError(
             f"prompts must give at least one pair, got {counted.num_ties} ties, {counted.num_duplicates} duplicates and"
-            f" {counted.num_unscored} responses without a score; try a higher temperature or num, or another judge"
+            f" {counted.num_unscored} responses without a score{_verdicts(made)}; try a higher temperature or num, or"
+            " another judge"
         )
     write_records(output, rows)
     console.print(_table(made, pairing.way))
@@ -141,6 +142,13 @@ def _loader(options: Any) -> Any:
     )
 
 
+def _verdicts(made: Any) -> str:
+    """Why an endpoint's comparisons may be ties."""
+    if made.agreement is None:
+        return ""
+    return f" (its verdicts in both orders agree in {made.agreement:.0%}, and {made.num_unread:,} could not be read)"
+
+
 def _table(made: Any, way: str) -> Any:
     from rich.table import Table
 
@@ -151,6 +159,11 @@ def _table(made: Any, way: str) -> Any:
     table.add_row("rows", f"{made.num_rows:,} from {made.num_prompts:,} prompts ({way})")
     table.add_row("responses", f"{counted.num_responses:,}")
     table.add_row("duplicates", f"{counted.num_duplicates / max(counted.num_responses, 1):.1%} of the responses")
+    if made.num_cut:
+        share = made.num_cut / max(counted.num_responses, 1)
+        table.add_row(
+            "cut off", f"{share:.1%} of the responses, at --max_new_tokens: trained on, they end in mid-sentence"
+        )
     if counted.num_unscored:
         table.add_row("without score", f"{counted.num_unscored:,}")
     table.add_row("ties", f"{counted.num_ties:,} pairs; {counted.num_prompts_without_pair:,} prompts gave none")

@@ -15,7 +15,8 @@ from fastdpo.cli.records import write_records
 if TYPE_CHECKING:
     from fastdpo.rounds.loading import Loader
 
-LABEL_COLUMNS = ("round", "ties", "duplicates", "longer chosen", "length and score", "both orders agree")
+LABEL_COLUMNS = ("round", "ties", "duplicates", "cut off", "longer chosen", "length and score", "both orders agree")
+START_ANSWERS, ANSWERS = "start_answers.json", "answers.json"  # to the held-out prompts; of a round, in its folder
 NOT_FORWARDED = ("--output_dir", "--output-dir", "--dataset", "--ref_model", "--ref-model")
 
 
@@ -179,7 +180,9 @@ class _Run:
         model, tokenizer = self.loader.model(name), self.loader.tokenizer(name)
         judge = self.loader.judge(model, tokenizer)
         start = None if name == self.options.model else self.loader.model(self.options.model)
-        return measure(model, tokenizer, judge, self.held_out, self.sampling, start, self.output / "start_answers.json")
+        own_file = None if start is None else Path(name).with_name(ANSWERS)
+        start_file = self.output / START_ANSWERS
+        return measure(model, tokenizer, judge, self.held_out, self.sampling, start, start_file, own_file)
 
 
 def _table(history: list[dict[str, Any]], temperature: float) -> Any:
@@ -221,6 +224,7 @@ def _label_rows(history: list[dict[str, Any]]) -> list[list[str]]:
             str(line["round"]),
             f"{line['ties']:,}",
             f"{line['duplicate_share']:.1%}",
+            f"{line.get('cut_share', 0):.1%}",  # not in older manifests
             "" if line["longer_chosen"] is None else f"{line['longer_chosen']:.1%}",
             f"{line['length_correlation']:+.2f}",
             "" if line["order_agreement"] is None else f"{line['order_agreement']:.1%}",
@@ -231,8 +235,9 @@ def _label_rows(history: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _page(output: Path, history: list[dict[str, Any]], temperature: float) -> Path:
-    from fastdpo.report import FigureGrid, Table, write_report
+    from fastdpo.report import FigureGrid, SampleList, Table, write_report
     from fastdpo.report.run import has_matplotlib
+    from fastdpo.rounds.measure import answers_side_by_side
 
     columns = ("round", "judged reward", "win rate", "KL to the start")
     rows = [
@@ -250,4 +255,7 @@ def _page(output: Path, history: list[dict[str, Any]], temperature: float) -> Pa
         entries = [{"step": h["round"], **{words: h[key] for key, words in keys.items()}} for h in history]
         figures = training_curves({"rounds": entries}, tuple(keys.values()), step_name="round")
         sections.append(FigureGrid("By round", [(f"{key} by round", figure) for key, figure in figures]))
+    files = {f"round {h['round']}": output / f"round_{h['round']}" / ANSWERS for h in history[1:]}
+    if samples := answers_side_by_side({"start": output / START_ANSWERS, **files}):
+        sections.append(SampleList("Answers to held-out prompts", samples, "Judged reward"))
     return write_report(output / "iterate.html", "Rounds", sections)

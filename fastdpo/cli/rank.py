@@ -210,9 +210,7 @@ def _facts(options: argparse.Namespace, given: Mapping[str, Any], ranked: Ranked
         facts.append(("pairs left out", f"{ranked.num_not_shared:,}, because not every model can read them"))
     told: dict[str, list[str]] = {}
     for model, scored in ranked.reports.items():
-        lines = scored.report.lines()
-        end = next((number for number, line in enumerate(lines) if line.startswith("tokens ")), len(lines))
-        for line in lines[:end]:
+        for line in scored.report.remarks():
             told.setdefault(line, []).append(model)
     for line, models in told.items():
         facts.append(("rows" if len(models) == len(ranked.models) else f"rows, {', '.join(models)}", line))
@@ -275,6 +273,8 @@ def _finish(
                 f" models, the one whose response is twice as long wins {twice:.0%}",
             )
         )
+    if (comparisons.outcomes == 0.5).all():  # their sandwich intervals have no width
+        facts.append(("ties only", "no comparison tells the models apart, and neither do ratings and intervals"))
     console = make_console()
     print_ranking(console, comparisons, strengths, records, facts, options.confidence, ranked)
     if options.output is not None:

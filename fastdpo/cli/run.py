@@ -86,8 +86,9 @@ def _run(
     warn_of_dropout(adapter, args)
     merge_load_settings(args, run.load_settings())
     console, cores = make_console(), FreeCores()
+    is_adapter = adapter_base(run.model) is not None
     is_known = adapter.use_peft or Path(run.model).is_dir()  # the contents of a name on the Hub are not known
-    has_adapter = adapter.use_peft or adapter_base(run.model) is not None if is_known else None
+    has_adapter = adapter.use_peft or is_adapter if is_known else None
     resume_from = check_output_dir(args, overwrite=run.overwrite_output_dir, has_adapter=has_adapter)
     ref_model = {"ref_model": adapter.ref_model} if isinstance(adapter, AdapterArguments) else {}
     tokenizer = look_at_models(run, args, **ref_model)
@@ -102,8 +103,10 @@ def _run(
         processing_class=tokenizer,
         callbacks=[stop] if stop.is_installed else [],
         quantization_config=quantization_config(adapter, run.dtype),
-        peft_config=lora_config(adapter) if adapter.use_peft else None,
+        peft_config=lora_config(adapter) if adapter.use_peft and not is_adapter else None,
     )
+    if adapter.use_peft and is_adapter and trainer.is_world_process_zero():
+        console.print(f"{run.model} is an adapter: it is trained further, and the lora_ options have no effect")
     if run.ignore_bias_buffers:
         ignore_bias_buffers(trainer.model)
     print_summary(trainer, run)

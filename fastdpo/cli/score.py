@@ -184,7 +184,7 @@ def _table(summaries: Sequence[Any], found: Any, reference: str | None) -> Any:
         )
     if not summaries:
         table.title = f"{title}; no preferences, so no accuracy"
-    table.caption = "\n".join(found.report.lines()[:2])
+    table.caption = "\n".join(found.report.remarks())
     table.caption_justify = "left"
     return table
 
@@ -223,7 +223,7 @@ def _page(path: Path, options: Any, found: Any, credits: Sequence[Any] | None, s
             names = ["chosen" if k in better else "rejected" for k in range(len(of_row))]
             if not summaries:  # no preferences
                 names = ["best" if k == row.best else f"response {k + 1}" for k in range(len(of_row))]
-            prompt = tokenizer.decode(group.prompt_ids, skip_special_tokens=True)
+            prompt = tokenizer.decode(group.prompt_ids, skip_special_tokens=True).strip()
             rows.append(ColouredRow(prompt, list(zip(names, of_row, strict=True))))
         note = "Green tokens raise the reward, red tokens lower it. The credits of a response sum to its reward."
         sections.append(ColouredText("Reward by token", rows, note))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastdpo.rounds.generate import Sampling
     from fastdpo.rounds.loading import Loader
 
+START_ANSWERS, ANSWERS = "start_answers.json", "answers.json"  # to --eval_prompts; of a run, in its folder
 NOT_FORWARDED = ("--output_dir", "--output-dir")
 
 
@@ -182,11 +183,12 @@ class _Measure:
     def _measured(self, name: str, of_run: TrainRun) -> dict[str, float]:
         from fastdpo.rounds.measure import measure
 
-        loader, file = self._loader(of_run), self.output / "start_answers.json"
+        loader, file = self._loader(of_run), self.output / START_ANSWERS
         model, tokenizer = loader.model(name), loader.tokenizer(self.options.model)
         judge = loader.judge(model, tokenizer)
         start = None if name == self.options.model else loader.model(self.options.model)
-        return measure(model, tokenizer, judge, self.prompts, self._sampling(of_run), start, file)
+        own_file = None if start is None else Path(name) / ANSWERS
+        return measure(model, tokenizer, judge, self.prompts, self._sampling(of_run), start, file, own_file)
 
     def _loader(self, of_run: TrainRun) -> Loader:
         options = self.options
@@ -218,8 +220,9 @@ def _table(results: list[dict[str, Any]]) -> Any:
 
 
 def _page(output: Path, results: list[dict[str, Any]], start: dict[str, float]) -> Path:
-    from fastdpo.report import Figure, Point, Table, frontier, write_report
+    from fastdpo.report import Figure, Point, SampleList, Table, frontier, write_report
     from fastdpo.report.run import has_matplotlib
+    from fastdpo.rounds.measure import answers_side_by_side
     from fastdpo.rounds.sweep import name_of
 
     measured = [(name_of(line["params"]), line) for line in results]
@@ -235,4 +238,7 @@ def _page(output: Path, results: list[dict[str, Any]], start: dict[str, float]) 
         alt = "; ".join(f"{p.name}: KL {p.kl:.2f}, reward {p.reward:.2f}" for p in points)
         figure = frontier(points, reward_name="judged reward")
         sections.append(Figure("Reward against KL", figure, alt=alt, note="Bars are one standard error."))
+    files = {"start": output / START_ANSWERS, **{name: output / name / ANSWERS for name, _ in measured}}
+    if samples := answers_side_by_side(files):
+        sections.append(SampleList("Answers", samples, "Judged reward", name_column="Run"))
     return write_report(output / "sweep.html", "Sweep", sections)

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from fastdpo.data.rows.report import loss_lines
-from fastdpo.data.tokens.notes import OPENS
+from fastdpo.data.tokens.notes import OPENS, PLAIN_TEXT, SPELLED
 from fastdpo.data.tokens.settings import TokenizationSettings
 from fastdpo.inspection.findings import Contradiction, Cycle
 from fastdpo.inspection.survey import Facts, Survey
@@ -289,6 +289,17 @@ def check_prompt_ends(tokens: TokenSurvey, num_rows: int) -> Check:
     )
     remedy = "Another --chat_template, or chat_template_kwargs such as enable_thinking, may render both the same way."
     return _of_rows("prompt ends", found, num_rows, words, _examples((r,) for r in tokens.rows_of_note[OPENS]), remedy)
+
+
+def check_chat_template(tokens: TokenSurvey, num_rows: int) -> Check:
+    """Plain text for a model with a chat template, which text is tokenized without."""
+    found = tokens.notes.num_rows(PLAIN_TEXT) - tokens.notes.num_rows(SPELLED)  # spelled out: it may hold the template
+    remedy = (
+        "A chat model needs messages: fastdpo data convert FILE -o OUT writes them. A base model may keep the text."
+    )
+    words = "are plain text, which is tokenized without the model's chat template"
+    examples = _examples((row,) for row in tokens.rows_of_note[PLAIN_TEXT])
+    return _of_rows("chat template", found, num_rows, words, examples if found else (), remedy)
 
 
 def check_savings(survey: Survey, tokens: TokenSurvey | None) -> Check:

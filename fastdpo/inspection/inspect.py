@@ -181,6 +181,7 @@ def _of_tokens(survey: Survey, tokens: TokenSurvey, settings: TokenizationSettin
         checks.check_special_tokens(tokens, num_rows),
         checks.check_lost_content(tokens, num_rows),
         checks.check_prompt_ends(tokens, num_rows),
+        checks.check_chat_template(tokens, num_rows),
     ]
 
 

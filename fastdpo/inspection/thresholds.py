@@ -89,6 +89,12 @@ LIMITS = {
         "In generation, the prompt ends in something that never comes before an answer in training, such as an opened"
         " thought. The template decides this, so it is never bad.",
     ),
+    "chat template": Limit(
+        0.0,
+        None,
+        "A chat model that is asked through its template never sees prompts as in training. Plain text is right for a"
+        " base model whose tokenizer brings a template, so it is never bad.",
+    ),
 }
 
 # The share of pairs whose chosen answer is the longer one. Its whole 95 % interval must exceed the threshold. Good

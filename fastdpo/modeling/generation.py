@@ -6,7 +6,7 @@ model's own distribution; temperature 0 takes the likeliest token. The global ra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ def generate_ids(
     batch_size: int = 64,
     seed: int = 0,
     streamer: Any = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
     """One response to each prompt, with an EOS if the model wrote one. The model's mode does not change.
 
@@ -38,6 +39,7 @@ def generate_ids(
         batch_size: sequences generated at a time.
         seed: equal seeds give equal samples on equal machines.
         streamer: of transformers, which gets the tokens of a single prompt as they come.
+        progress: called after each batch with the number of finished responses.
     """
     from transformers import GenerationConfig
 
@@ -65,6 +67,7 @@ def generate_ids(
                     streamer=streamer,
                 )
                 response_ids += [_until_eos(row, eos_ids) for row in output[:, input_ids.shape[1] :].tolist()]
+                progress(len(response_ids))
     finally:
         bare.generation_config = of_model
         model.train(was_training)

@@ -46,6 +46,7 @@ class Scorer:
     tokens_per_batch: int
     show_progress: bool = True
     prompts_per_batch: int | None = None  # at most
+    what: str = "Reference log-probs"  # name of the progress bar
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _compute(
     shard = _Shards(cache)
     bar = tqdm(
         total=sum(unit.num_packed for unit in units),
-        desc=f"Reference log-probs ({name})",
+        desc=f"{scorer.what} ({name})",
         unit="tok",
         unit_scale=True,
         disable=not (units and scorer.show_progress and _process()[0] == 0),

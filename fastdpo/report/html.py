@@ -40,7 +40,8 @@ table.samples th:last-child, table.samples td:last-child { width: 7.5rem; text-a
   font-variant-numeric: tabular-nums; }
 article { margin: 0 0 1.6rem; }
 .prompt { margin: 0; padding: .5rem .8rem; max-width: none; background: var(--band);
-  border-left: 3px solid var(--accent); font-weight: 500; }
+  border-left: 3px solid var(--accent); font-weight: 500; white-space: pre-wrap; overflow-wrap: anywhere; }
+table.samples td:nth-of-type(1) { white-space: pre-wrap; overflow-wrap: anywhere; }
 .coloured { max-width: none; margin: .5rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .coloured span { border-radius: 2px; }
 figure { margin: 0 0 .6rem; }
@@ -52,12 +53,13 @@ footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line)
   main { padding: 1.5rem .9rem 3rem; }
   table { font-size: .84rem; }
   th, td { padding: .35rem .4rem; }
-  tbody th { white-space: normal; overflow-wrap: anywhere; }
+  tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 6.6rem; }
   table.figures td { white-space: normal; }
   table.prose tbody th { width: auto; }
   table.samples { min-width: 0; }
   table.samples th:first-child { width: 6rem; }
-  table.samples th:last-child, table.samples td:last-child { width: 4.2rem; }
+  table.samples th:last-child, table.samples td:last-child { width: 5.4rem; }
+  table.samples thead th:last-child { white-space: normal; }
 }
 @media print { main { max-width: none; padding: 0; } article, figure { break-inside: avoid; } }
 """

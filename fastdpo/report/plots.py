@@ -98,6 +98,7 @@ def _curve(histories: Mapping[str, Sequence[Mapping[str, Any]]], key: str, step_
                 markersize=4,
                 label=label,
             )
+    panel.locator_params(axis="x", integer=True)  # there is no step 1.5
     panel.set_xlabel(step_name)
     panel.set_title(_AXIS_NAMES.get(key, key), loc="left", fontsize=10)
     _clean(panel)

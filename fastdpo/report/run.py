@@ -95,8 +95,10 @@ def _result(history: Sequence[Mapping[str, Any]]) -> Section:
     """First and last values of training and, if there is one, of evaluation."""
     columns, cells = [""], []
     for source, entries in logs_by_source(history).items():
-        for place, entry in (("first", entries[0]), ("last", entries[-1])):
-            columns.append(f"{source}, {place} (step {entry['step']})")
+        first, last = entries[0], entries[-1]
+        ends = {", first": first, ", last": last} if first["step"] != last["step"] else {"": last}
+        for place, entry in ends.items():
+            columns.append(f"{source}{place} (step {entry['step']})")
             cells.append([f"{entry[key]:.4f}" if key in entry else "" for key in RESULTS])
     rows = [
         [words, *(column[index] for column in cells)]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fastdpo.data.batches.layout import counted_sequences
 from fastdpo.references.rows import read_groups
@@ -48,8 +49,12 @@ def token_credits(
         reference: the reference model. With None, credits are `beta` times the log-probs.
     """
     groups = list(read_groups(dataset, range(len(dataset))))
-    ours = list(ModelScorer(model, args, tokenizer).token_logps(groups))
-    theirs = None if reference is None else list(ModelScorer(reference, args, tokenizer).token_logps(groups))
+    models = [model] if reference is None else [model, reference]
+    with tqdm(total=len(models) * len(groups), desc="Log-probs by token", unit="row", disable=args.disable_tqdm) as bar:
+        ours, *others = (
+            list(ModelScorer(one, args, tokenizer).token_logps(groups, progress=bar.update)) for one in models
+        )
+    theirs = others[0] if others else None
     for index, group in enumerate(groups):
         found = []
         for k, ids in enumerate(_counted_ids(group)):

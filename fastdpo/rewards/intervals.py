@@ -18,4 +18,5 @@ def wilson(successes: float, trials: float, z: float = Z_95) -> tuple[float, flo
     share, weight = successes / trials, z * z / trials
     middle = (share + weight / 2) / (1 + weight)
     half = z * math.sqrt(share * (1 - share) / trials + weight / (4 * trials)) / (1 + weight)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    # rounding must not leave the share outside: a plot draws bars of share - lower and upper - share
+    return max(min(middle - half, share), 0.0), min(max(middle + half, share), 1.0)

@@ -67,9 +67,14 @@ def response_logps(
         ValueError: rows are unusable, a model cannot be loaded, or settings cannot work.
     """
     source = model if tokenizer_of is None else tokenizer_of
-    asked = None if source is model else model
     done = precompute_ref_logps(
-        source, args, {name: data}, ref_model=asked, processing_class=processing_class, takes_brought=False
+        source,
+        args,
+        {name: data},
+        ref_model=None if source is model else model,
+        processing_class=processing_class,
+        takes_brought=False,
+        what=f"Log-probs under {model}" if isinstance(model, str) else "Log-probs",
     )
     dataset, report = done.datasets[name], done.reports[name]
     dropped = {row for rows in getattr(report, "dropped", {}).values() for row in rows}

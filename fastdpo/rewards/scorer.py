@@ -6,7 +6,7 @@ exact for the model, otherwise padded. Results are not cached; `logps.py` caches
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,10 +51,18 @@ class ModelScorer:
         default = TOKENS_PER_BATCH.get(args.device.type, TOKENS_PER_BATCH_ELSEWHERE)
         self.tokens_per_batch = args.ref_tokens_per_batch or default
 
-    def token_logps(self, groups: Sequence[TokenizedGroup]) -> Iterator[list[Tensor]]:
-        """Yields, for each group, the log-probs of each response's counted tokens, (N,) fp32 on the CPU."""
+    def token_logps(
+        self, groups: Sequence[TokenizedGroup], *, progress: Callable[[int], object] = lambda done: None
+    ) -> Iterator[list[Tensor]]:
+        """Yields, for each group, the log-probs of each response's counted tokens, (N,) fp32 on the CPU.
+
+        Args:
+            progress: called after each batch with the number of its groups.
+        """
         for batch in _batches(groups, self.tokens_per_batch):
-            yield from self._of_batch(batch)
+            found = list(self._of_batch(batch))
+            progress(len(batch))
+            yield from found
 
     @torch.no_grad()
     def _of_batch(self, groups: Sequence[TokenizedGroup]) -> Iterator[list[Tensor]]:

@@ -7,6 +7,7 @@ so a run gives the same samples whether it was stopped or not.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import random
@@ -89,6 +90,7 @@ class Made:
     correlation: float  # of length and score, over all responses
     agreement: float | None  # how often an endpoint's verdicts in both orders agree
     num_unread: int  # requests to an endpoint without a readable verdict
+    num_cut: int  # responses of max_new_tokens without an EOS
 
     def as_facts(self) -> dict[str, Any]:
         """How biased the labels are, for a manifest."""
@@ -97,6 +99,7 @@ class Made:
             "ties": self.counted.num_ties,
             "duplicate_share": self.counted.num_duplicates / max(self.counted.num_responses, 1),
             "longer_chosen": share,
+            "cut_share": self.num_cut / max(self.counted.num_responses, 1),
             "length_correlation": self.correlation,
             "order_agreement": self.agreement,
         }
@@ -125,19 +128,56 @@ def read_prompts(rows: Iterable[Mapping[str, Any]]) -> list[Prompt]:
     return list(found.values())
 
 
-def sample(model: Any, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, seed: int) -> list[list[str]]:
-    """Samples `num_responses` texts for each prompt."""
-    drawn = sample_ids(model, tokenizer, prompts, sampling, seed)
-    return [[text.strip() for text in tokenizer.batch_decode(of, skip_special_tokens=True)] for of in drawn]
+@dataclass(frozen=True)
+class Drawn:
+    """The responses to one prompt."""
+
+    texts: list[str]
+    num_cut: int  # those of max_new_tokens without an EOS
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seed: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Drawn]:
+    """Samples `num_responses` texts for each prompt.
+
+    Args:
+        progress: called with the number of finished prompts.
+    """
+    drawn = sample_ids(model, tokenizer, prompts, sampling, seed, progress)
+    eos_ids = set(model.eos_ids if isinstance(model, VllmEngine) else special_ids(model, tokenizer)[1])
+    found = []
+    for prompt, of in zip(prompts, drawn, strict=True):
+        num_cut = sum(len(ids) >= sampling.max_new_tokens and ids[-1] not in eos_ids for ids in of)
+        found.append(Drawn(as_texts(tokenizer, prompt, of), num_cut))
+    return found
+
+
+def as_texts(tokenizer: Any, prompt: Prompt, drawn: Sequence[list[int]]) -> list[str]:
+    """Responses as text. A message loses the blanks at its ends; a continuation of text keeps them, because " is" and
+    "is" are different tokens after the prompt."""
+    texts = tokenizer.batch_decode(drawn, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return list(texts) if isinstance(prompt, str) else [text.strip() for text in texts]
 
 
 def sample_ids(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, seed: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seed: int,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[list[list[int]]]:
     """Samples `num_responses` responses for each prompt, as token ids. Prompts of similar length share a batch.
 
     Args:
         model: a causal LM, or vLLM's engine.
+        progress: called with the number of finished prompts.
     """
     ids = [prompt_ids(tokenizer, prompt, sampling.chat_template_kwargs) for prompt in prompts]
     if isinstance(model, VllmEngine):
@@ -160,6 +200,7 @@ def sample_ids(
         temperature=sampling.temperature,
         batch_size=sampling.batch_size,
         seed=seed,
+        progress=lambda done: progress(done // sampling.num_responses),
     )
     found: list[list[list[int]]] = [[] for _ in prompts]
     for place, i in enumerate(order):
@@ -219,17 +260,22 @@ def generate_scored(
         numbers = range(start, min(start + size, len(prompts)))
         if not all(number in done for number in numbers):
             chunk = [prompts[number] for number in numbers]
-            responses = sample(model, tokenizer, chunk, sampling, sampling.seed + start)
-            scored = _scored(judge, chunk, responses)
+            seed, told = sampling.seed + start, functools.partial(_tell, progress, start)
+            drawn = sample(model, tokenizer, chunk, sampling, seed, told)
+            scored = _scored(judge, chunk, [of.texts for of in drawn])
             new = [
-                {"number": number, "prompt": prompt, "responses": said, **of_prompt}
-                for number, prompt, said, of_prompt in zip(numbers, chunk, responses, scored, strict=True)
+                {"number": number, "prompt": prompt, "responses": of.texts, "num_cut": of.num_cut, **of_prompt}
+                for number, prompt, of, of_prompt in zip(numbers, chunk, drawn, scored, strict=True)
             ]
             append_lines(path, [*head, *new])
             head = []
             done |= {line["number"]: line for line in new}
         progress(numbers[-1] + 1)
     return [done[number] for number in range(len(prompts))]
+
+
+def _tell(progress: Callable[[int], None], done_before: int, done: int) -> None:
+    progress(done_before + done)
 
 
 def _scored(
@@ -314,4 +360,5 @@ def summary_of(scored: Sequence[Mapping[str, Any]], rows: Sequence[Any], counted
     correlation = length_correlation([length for length, _ in both], [score for _, score in both])
     counts = sum((Counts(**line["verdicts"]) for line in scored if "verdicts" in line), Counts())
     agreement = counts.agreement if counts.comparisons else None
-    return Made(len(scored), len(rows), counted, correlation, agreement, counts.unread)
+    num_cut = sum(line.get("num_cut", 0) for line in scored)  # not in older files
+    return Made(len(scored), len(rows), counted, correlation, agreement, counts.unread, num_cut)

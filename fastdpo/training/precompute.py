@@ -8,7 +8,7 @@ here too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def precompute_ref_logps(
     processing_class: PreTrainedTokenizerBase | None = None,
     quantization_config: Any = None,
     takes_brought: bool = True,
+    what: str = "Reference log-probs",
 ) -> Precomputed:
     """Computes the log-probs of these datasets that the cache does not have yet.
 
@@ -61,6 +62,7 @@ def precompute_ref_logps(
             ref_ settings matter.
         datasets: by name, in any form that DPOTrainer takes.
         takes_brought: use log-probs from the columns ref_chosen_logps and ref_rejected_logps instead of computing them.
+        what: name of the progress bar.
     Raises:
         ValueError: the arguments cannot work together.
     """
@@ -84,7 +86,7 @@ def precompute_ref_logps(
         if not check.ok and args.packing == "auto":
             logger.warning(f"Falling back to padded batches, which are slower: {check.reason}")
         cache, bare = asked.cache(args), bare_model(asked.model)
-        scorer = asked.scorer(args, is_packed=is_packed, tokenizer=tokenizer)
+        scorer = replace(asked.scorer(args, is_packed=is_packed, tokenizer=tokenizer), what=what)
         for part, rows in datasets.items():
             with args.main_process_first(desc=f"tokenizing the {part} dataset"):
                 prepared, reports[part] = prepare_preference_dataset(

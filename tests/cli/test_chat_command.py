@@ -1,5 +1,6 @@
 """`fastdpo chat`: answers come as they are written, and preferred ones become rows that `fastdpo train` reads."""
 
+import io
 import json
 
 import pytest
@@ -65,6 +66,31 @@ def test_two_models_answer_and_the_better_one_is_kept(capsys, models, typed):
     assert report.num_rows == 2
 
 
+def test_a_model_against_itself_gives_two_different_samples_and_equal_answers_are_said_not_to_be_saved(
+    capsys, models, typed
+):
+    pairs = models / "pairs.jsonl"
+    against = ("--against", models / "one", "--save", pairs)
+    typed("the cat", "1")
+    code, out, err = chat(capsys, models, *against)
+    assert code == 0, err
+    assert len(pairs.read_text().splitlines()) == 1
+    assert f"saved 1 pair: {pairs}" in " ".join(out.split())
+    typed("the cat", "1")
+    code, out, err = chat(capsys, models, *against, "--temperature", "0")
+    assert code == 0, err
+    assert "not saved: both answers are the same" in out
+    assert len(pairs.read_text().splitlines()) == 1
+
+
+def test_lines_from_a_pipe_are_shown(capsys, models, monkeypatch):
+    """A terminal shows what is typed; a pipe's lines were missing from the conversation."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n/quit\n"))
+    code, out, err = chat(capsys, models)
+    assert code == 0, err
+    assert "you: the cat\nmodel: " in out
+
+
 def test_pieces_make_up_the_answer_and_the_model_is_left_as_it_was():
     model, tokenizer = make_llama(vocab_size=260).train(), make_byte_tokenizer()
     before = torch.get_rng_state()
@@ -101,6 +127,7 @@ def test_a_tokenizer_without_template_reads_a_transcript():
         (("--temperature", "-1"), "temperature must be >= 0, got -1.0"),
         (("--max_new_tokens", "0"), "max_new_tokens must be at least 1, got 0"),
         (("--against", "no/such"), "no/such"),
+        (("--against", "one", "--save", "."), "save must be a file, got the folder ."),
     ],
 )
 def test_what_cannot_be_used_is_said_in_a_line(capsys, models, more, word):

@@ -6,6 +6,8 @@ import pytest
 from cli_runs import run, short
 from tiny import WORDS, save_model
 
+from fastdpo.rounds.endpoint import EndpointJudge
+
 
 @pytest.fixture
 def paths(tmp_path):
@@ -31,6 +33,18 @@ def test_pairs_are_made_told_and_trained_on(capsys, paths):
     data = ("--model", paths / "model", "--dataset", paths / "pairs.jsonl", "--output_dir", paths / "out")
     code, _, err = run(capsys, "train", *data, *short("--ref_cache_dir", paths / "cache"))
     assert code == 0, err
+
+
+def test_a_judge_that_always_takes_the_second_answer_is_told_from_one_that_finds_all_equal(capsys, paths, monkeypatch):
+    asked = ("--judge", "http://127.0.0.1:9/v1", "--judge_model", "m")
+    monkeypatch.setattr(EndpointJudge, "_verdict", lambda self, prompt, a, b: "B")
+    code, _, err = run(capsys, *options(paths, *asked))
+    assert code == 2
+    assert "its verdicts in both orders agree in 0%, and 0 could not be read" in err
+    monkeypatch.setattr(EndpointJudge, "_verdict", lambda self, prompt, a, b: "C")
+    code, _, err = run(capsys, *options(paths, *asked, "-o", paths / "equal.jsonl"))
+    assert code == 2
+    assert "its verdicts in both orders agree in 100%" in err
 
 
 @pytest.mark.parametrize(

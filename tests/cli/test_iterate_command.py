@@ -39,7 +39,12 @@ def test_rounds_are_run_measured_and_not_run_again(capsys, paths):
     assert (before["kl"], before["win_rate"]) == (0.0, 0.5)
     assert after["kl"] > 0
     assert after["reward"] > 2 * before["reward"]  # the judge counts a word, and the model says it more often
-    assert (paths / "out" / "iterate.html").exists()
+    page = (paths / "out" / "iterate.html").read_text()
+    for file in ("start_answers.json", "round_1/answers.json"):
+        answers = json.loads((paths / "out" / file).read_text())
+        assert len(answers["answers"]) == 10
+        assert answers["answers"][0] in page
+        assert answers["prompts"][0].strip() in page
     model = paths / "out" / "round_1" / "model" / "model.safetensors"
     written = model.stat().st_mtime_ns
     code, _, err = run(capsys, *options(paths, *TRAINING, "--ref_cache_dir", paths / "cache"))
@@ -66,6 +71,22 @@ def test_the_chat_template_and_the_dtype_of_training_are_those_of_generation_too
     [row, *_] = [json.loads(line) for line in (paths / "out" / "round_1" / "pairs.jsonl").read_text().splitlines()]
     assert row["chosen"][0]["role"] == "assistant"
     assert row["sampling"]["seed"] == 100_000
+
+
+def test_later_rounds_train_the_adapter_of_the_first_further(capsys, paths):
+    """--use_peft is for a start that is a whole model; the second round starts from an adapter."""
+    pytest.importorskip("peft")
+    lora = ("--use_peft", "--lora_r", "4", "--rounds", "2", "--ref_cache_dir", paths / "cache")
+    code, out, err = run(capsys, *options(paths, *TRAINING, *lora))
+    assert code == 0, err
+    folders = [paths / "out" / f"round_{n}" / "model" for n in (1, 2)]
+    adapters = [json.loads((folder / "adapter_config.json").read_text()) for folder in folders]
+    assert [(a["r"], a["base_model_name_or_path"]) for a in adapters] == [(4, str(paths / "model"))] * 2
+    assert f"{folders[0]} is an adapter: it is trained further" in " ".join(out.split())
+    first, second = (json.loads((folder.parent / "manifest.json").read_text()) for folder in folders)
+    assert second["trained"]["start"] == str(folders[0])
+    assert second["trained"]["reference"] == str(paths / "model")
+    assert 0 < first["metrics"]["kl"] != second["metrics"]["kl"]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,16 @@ def rank_pairs(capsys, folder, *more):
     return run(capsys, "rank", *models, *common, *more)
 
 
+def test_ties_only_are_named_because_their_intervals_have_no_width(capsys, tmp_path):
+    for text, is_said in (("A=B A=B B=A", True), ("A=B A=B A>B B>A", False)):
+        code, out, err = run(
+            capsys, "rank", "--data", battles(tmp_path / "b.jsonl", text), "--html", tmp_path / "p.html"
+        )
+        assert code == 0, err
+        said = "no comparison tells the models apart"
+        assert (said in out) == (said in (tmp_path / "p.html").read_text()) == is_said
+
+
 def test_models_are_ranked_on_pairs_with_table_lines_and_page(capsys, pairs):
     out_file, page = pairs / "ratings.jsonl", pairs / "page.html"
     code, out, err = rank_pairs(capsys, pairs, "--reference", pairs / "ref", "-o", out_file, "--html", page)

@@ -37,6 +37,11 @@ def test_rows_table_and_page(capsys, paths):
     code, out, err = run(capsys, *options(paths, *more, "--html", paths / "page.html", "--beta", 0.5))
     assert code == 0, err
     assert "sum over tokens" in out
+    assert "kept 6 of 6 pairs" in out
+    assert "p95" not in out  # the report's token statistics are a table of their own, which does not fit a caption
+    assert f"Log-probs under {paths / 'policy'} (data)" in err
+    assert f"Log-probs under {paths / 'start'} (data)" in err
+    assert "Log-probs by token: 100%" in err  # the second pass over the models, which takes as long as the first
     written = lines(paths / "out" / "scores.jsonl")
     assert [record["row"] for record in written] == list(range(6))
     for record in written:

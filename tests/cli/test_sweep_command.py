@@ -28,13 +28,21 @@ def test_runs_results_and_frontier(capsys, paths):
     assert [line["params"]["beta"] for line in lines] == ["0.1", "0.5"]
     assert all(line["kl"] > 0 for line in lines)
     assert (paths / "out" / "beta=0.5" / "model.safetensors").exists()
-    assert (paths / "out" / "sweep.html").exists()
+    page = (paths / "out" / "sweep.html").read_text()
+    for file in ("start_answers.json", "beta=0.5/answers.json"):
+        answers = json.loads((paths / "out" / file).read_text())
+        assert len(answers["answers"]) == 3
+        assert answers["answers"][0] in page
+    scores = json.loads((paths / "out" / "start_answers.json").read_text())["scores"]
+    assert f"{sum(scores) / 3:.3f} ±" in page
     assert out.count("cached:") == 2
     assert "train 11 rows: 11 computed" in out  # by the first run, and found by the second
     assert "train 11 rows: 11 found" in out
+    written = (paths / "out" / "start_answers.json").stat().st_mtime_ns
     code, out, _ = run(capsys, *options(paths, *more))
     assert code == 0
     assert "optimizer steps" not in out  # nothing is trained again
+    assert (paths / "out" / "start_answers.json").stat().st_mtime_ns == written  # and nothing measured
 
 
 def test_a_dry_run_prints_the_commands_and_which_runs_fit(capsys, paths):

@@ -29,7 +29,7 @@ def test_the_page_shows_verdicts_statistics_and_the_rows_behind_each_finding(tmp
     titles = re.findall(r"<h2>(.*?)</h2>", page)
     assert titles[:5] == ["Verdict", "Checks", "Length of answers", "Tokens", "The first row, as fastdpo reads it"]
     assert titles[5:] == [
-        *("Rows", "Duplicates", "Contradictions", "Train and eval", "One side cut", "Ends cut"),
+        *("Rows", "Duplicates", "Contradictions", "Train and eval", "One side cut", "Ends cut", "Chat template"),
         "When a check is not ok",
     ]
     for shown in ("row 0: Q", "row 5: Q", "row 3: chosen equals rejected", "evaluation row 0: P", "row 2: P"):

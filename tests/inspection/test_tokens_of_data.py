@@ -139,6 +139,24 @@ def test_a_prompt_that_ends_otherwise_in_generation_is_worth_a_look():
     assert inspect_data(rows, tokenizer=make_byte_tokenizer()).check("prompt ends").verdict == "ok"
 
 
+def test_plain_text_for_a_chat_model_is_worth_a_look():
+    """LLMs-from-scratch's rows are read as "### Instruction: ..." text; SmolLM2-Instruct was never asked like that."""
+    rows = [
+        {"instruction": f"Add {i}.", "input": "", "output": "", "chosen": f"{i} is", "rejected": "no"} for i in range(4)
+    ]
+    check = inspect_data(rows, tokenizer=make_byte_tokenizer(), look_for_near=False).check("chat template")
+    assert (check.verdict, check.numbers["num_found"], check.examples[0]) == ("look", 4, (0,))
+    assert "fastdpo data convert" in check.remedy
+    messages = [
+        {"prompt": [{"role": "user", "content": row["instruction"]}], "chosen": row["chosen"], "rejected": "no"}
+        for row in rows
+    ]
+    assert inspect_data(messages, tokenizer=make_byte_tokenizer()).check("chat template").verdict == "ok"
+    assert inspect_data(rows, tokenizer=make_byte_tokenizer(None)).check("chat template").verdict == "ok"
+    templated = [{"prompt": f"Add {i}. </s>Answer: ", "chosen": "yes", "rejected": "no"} for i in range(4)]
+    assert inspect_data(templated, tokenizer=make_byte_tokenizer()).check("chat template").verdict == "ok"
+
+
 def test_unknown_characters_are_lost_content(words):
     check = inspect_data([pair("zebra", "a")], tokenizer=words, look_for_near=False).check("lost content")
     assert check.verdict == "bad"

@@ -67,13 +67,6 @@ def test_the_command_prints_a_table_or_json_and_writes_the_page(runs, tmp_path, 
     assert json.loads(capsys.readouterr().out)["settings"] == {"beta": [0.1, 0.3]}
 
 
-def test_a_runs_page_is_made_again(runs, capsys):
-    assert main(["report", str(runs[0])]) == 0
-    page = (runs[0] / "report.html").read_text()
-    assert "beta" in page
-    assert str(runs[0] / "report.html") in capsys.readouterr().out
-
-
 def test_what_is_no_run_is_refused(runs, tmp_path, capsys):
     for arguments, word in (
         (["compare", str(runs[0])], "at least two different folders"),
@@ -83,3 +76,16 @@ def test_what_is_no_run_is_refused(runs, tmp_path, capsys):
     ):
         assert main(arguments) == 2
         assert word in capsys.readouterr().err
+
+
+def test_a_report_made_again_shows_the_settings_that_are_not_defaults(tmp_path, capsys):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [], "global_step": 2, "epoch": 1.0}))
+    options = {"command": ["fastdpo", "train"], "model": "m", "beta": 0.5, "lora_r": 16, "loss_type": ["ipo"]}
+    (tmp_path / "fastdpo_run.json").write_text(json.dumps({**options, "label_smoothing": 0.0, "weight_decay": 0.0}))
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    for name in ("model", "beta", "loss_type"):
+        assert f'<th scope="row">{name}</th>' in page
+    for name in ("lora_r", "label_smoothing", "weight_decay"):
+        assert f'<th scope="row">{name}</th>' not in page
+    assert "wrote" in capsys.readouterr().out

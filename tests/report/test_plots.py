@@ -81,3 +81,13 @@ def test_a_missing_matplotlib_is_named_with_the_way_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'pip install "fastdpo\[plots\]"'):
         require_matplotlib()
+
+
+def test_steps_are_whole_numbers():
+    """A run of two steps, or two rounds, has no ticks between them."""
+    history = [{"step": step, "loss": 1.0 / (1 + step)} for step in (0, 1, 2)]
+    ((_, figure),) = training_curves({"run": history}, ["loss"])
+    figure.canvas.draw()
+    ticks = figure.axes[0].get_xticks()
+    assert len(ticks) >= 3
+    assert all(float(tick).is_integer() for tick in ticks)

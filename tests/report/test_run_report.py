@@ -60,6 +60,7 @@ def test_it_shows_result_warnings_samples_and_settings(tmp_path):
         "0.0644",
         "training, last (step 2)",
         "evaluation, first (step 0)",
+        "evaluation, last (step 2)",
     ):
         assert cell in text, cell
     assert "Log-prob, chosen" not in text  # nothing was logged of it
@@ -74,6 +75,15 @@ def test_it_shows_result_warnings_samples_and_settings(tmp_path):
         assert "data:image/svg+xml;base64," in path.read_text()
 
 
+def test_one_evaluation_is_one_column(tmp_path):
+    """Its first is also its last, and a phone has no room for both."""
+    history = [entry for entry in HISTORY if entry.get("step") != 0]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({**STATE, "log_history": history}))
+    text = text_of(write_run_report(tmp_path))
+    assert "evaluation (step 2)" in text
+    assert "evaluation, last" not in text
+
+
 def test_several_evaluation_datasets_have_columns_each(tmp_path):
     evaluated = [
         {"step": 2, f"eval_{n}_loss": v, f"eval_{n}_aux_loss": 2.0, f"eval_{n}_runtime": 1.0} for n, v in NAMED
@@ -81,7 +91,7 @@ def test_several_evaluation_datasets_have_columns_each(tmp_path):
     (tmp_path / "trainer_state.json").write_text(json.dumps({**STATE, "log_history": [*HISTORY[1:3], *evaluated]}))
     text = text_of(write_run_report(tmp_path))
     for name, value in NAMED:
-        assert f"evaluation, {name}, last (step 2)" in text
+        assert f"evaluation, {name} (step 2)" in text
         assert f"{value}" in text
 
 

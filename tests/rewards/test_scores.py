@@ -129,6 +129,13 @@ def test_ties_count_half_and_length_is_divided_out():
     assert mean.accuracy == 1.5 / 4  # 1 per token against 3
 
 
+def test_wilsons_interval_contains_the_share_also_at_0_and_1():
+    """Rounding left it 1e-16 short for 5 of 5, and a plot's bar of negative length is an error."""
+    for trials in range(1, 200):
+        assert wilson(trials, trials)[1] == 1.0
+        assert wilson(0, trials)[0] == 0.0
+
+
 def test_wilsons_interval():
     """Solves (p - 0.8)^2 = z^2 p (1 - p) / 10 with z = 1.959964; and Newcombe's table (1998)."""
     assert wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-7)

@@ -5,7 +5,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from tiny import make_llama, make_tokenizer
+from tiny import make_byte_tokenizer, make_llama, make_tokenizer
 
 from fastdpo.data.prepare import prepare_preference_dataset
 from fastdpo.data.tokens.tokenization import TokenizationSettings
@@ -18,6 +18,7 @@ from fastdpo.rounds.generate import (
     prompt_ids,
     read_prompts,
     sample_ids,
+    summary_of,
 )
 from fastdpo.rounds.judges import make_judge
 from fastdpo.rounds.selection import (
@@ -71,6 +72,19 @@ def test_ties_only_give_no_row_and_are_counted():
     assert (counted.num_ties, counted.num_prompts_without_pair) == (1, 1)
 
 
+def test_a_continuation_of_text_keeps_its_blanks_and_a_message_has_none_at_its_ends(monkeypatch):
+    """ " sees" and "sees" are different tokens for most tokenizers, and different text after the prompt."""
+    tokenizer = make_byte_tokenizer()
+    ids = tokenizer(" sees it ,")["input_ids"]
+    monkeypatch.setattr(generate, "generate_ids", lambda model, prompts, **kwargs: [ids for _ in prompts])
+    model, message = make_llama(len(tokenizer)), [{"role": "user", "content": "the cat"}]
+    said = [of.texts for of in generate.sample(model, tokenizer, ["the cat", message], Sampling(2, 16), seed=0)]
+    assert said == [[" sees it ,"] * 2, ["sees it ,"] * 2]
+    scored = [{"prompt": "the cat", "responses": [" sees it ,", " sees"], "scores": [1.0, 0.0]}]
+    (row,), _ = make_rows(scored, Pairing(), {})
+    assert row["prompt"] + row["chosen"] == "the cat sees it ,"
+
+
 def test_rows_are_read_by_the_trainer_with_where_they_come_from():
     scored = [{"prompt": "the cat ", "responses": ["sees", "a dog"], "scores": [1.0, 2.0]}]
     (row,), counted = make_rows(scored, Pairing(), {"model": "m", "judge": "length"})
@@ -96,7 +110,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_samples(tmp_path, monkeypa
     whole = made(tmp_path / "whole", PROMPTS, make_judge("length"))
 
     def stop(done):
-        if done == 4:
+        if done == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -126,6 +140,28 @@ def test_samples_of_another_run_are_refused(tmp_path):
             tmp_path / "samples.jsonl",
             key={"model": "another"},
         )
+
+
+def test_progress_is_told_after_every_batch_of_a_chunk(tmp_path):
+    """32 prompts may take minutes."""
+    told = []
+    made(tmp_path, PROMPTS, make_judge("length"), told.append)
+    assert told == [1, 2, 4, 5, 5]  # 3 responses to each of 5 prompts, 4 at a time; 5 again when they are scored
+
+
+def test_responses_without_an_end_are_counted(monkeypatch):
+    """Trained on, they teach the model to stop in mid-sentence."""
+    tokenizer, model = make_tokenizer(), make_llama()
+    drawn = iter([[7, 8, 9], [7, 8, tokenizer.eos_token_id], [7, tokenizer.eos_token_id], [9, 8, 7]])
+    monkeypatch.setattr(generate, "generate_ids", lambda model, prompts, **kwargs: [next(drawn) for _ in prompts])
+    first, second = generate.sample(model, tokenizer, ["the ", "a "], Sampling(2, 3), seed=0)
+    assert (first.num_cut, second.num_cut) == (1, 1)
+    scored = [
+        {"prompt": "the ", "responses": of.texts, "scores": [1.0, 2.0], "num_cut": of.num_cut} for of in (first, second)
+    ]
+    made_ = summary_of(scored, [], make_rows(scored, Pairing(), {})[1])
+    assert made_.num_cut == 2
+    assert made_.as_facts()["cut_share"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -166,7 +202,7 @@ def test_lines_hold_prompt_responses_and_scores(tmp_path):
     head, line = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
     assert head["settings"]["model"] == "m"
     assert head["settings"]["max_new_tokens"] == SAMPLING.max_new_tokens
-    assert set(line) == {"number", "prompt", "responses", "scores"}
+    assert set(line) == {"number", "prompt", "responses", "num_cut", "scores"}
     assert line["scores"] == [float(len(said)) for said in line["responses"]]
 
 

@@ -73,8 +73,17 @@ class DataReport:
         return [*stale, *loss_lines(self.notes, self.num_rows)]
 
     def lines(self) -> list[str]:
-        """The report in words: kept rows, dropped rows by reason, content lost by the template, truncated rows, token
-        statistics."""
+        """The report in words: the remarks, then token statistics."""
+        lines = self.remarks()
+        if self.tokens:
+            lines.append(f"{'tokens':<10}{'mean':>9}{'median':>9}{'p95':>7}{'max':>7}{'total':>11}")
+        for name, stats in self.tokens.items():
+            row = f"{stats.mean:>9.1f}{stats.median:>9.1f}{stats.p95:>7}{stats.max:>7}{stats.total:>11}"
+            lines.append(f"{name:<10}{row}")
+        return lines
+
+    def remarks(self) -> list[str]:
+        """Kept rows, dropped rows by reason, content lost by the template, truncated rows."""
         kind, pairs = self.kind, ""
         if self.num_pairs > self.num_kept:
             kind, pairs = "prompts", f" with {self.num_pairs} pairs of answers"
@@ -101,13 +110,7 @@ class DataReport:
                 f'wrote the messages of {self.num_transcripts} {kind} as text, "Human: ... Assistant: ...", because the'
                 " tokenizer has no chat template"
             )
-        lines += note_lines(self.notes, kind)
-        if self.tokens:
-            lines.append(f"{'tokens':<10}{'mean':>9}{'median':>9}{'p95':>7}{'max':>7}{'total':>11}")
-        for name, stats in self.tokens.items():
-            row = f"{stats.mean:>9.1f}{stats.median:>9.1f}{stats.p95:>7}{stats.max:>7}{stats.total:>11}"
-            lines.append(f"{name:<10}{row}")
-        return lines
+        return lines + note_lines(self.notes, kind)
 
 
 class StreamReport:
@@ -175,6 +178,8 @@ class StreamReport:
         first = "a stream, tokenized as it is read" + (f"; {kept}" if self.num_rows else "")
         unread = [unread_line(self._columns.unread)] if self._columns.unread else []
         return [first, *unread, *loss_lines(self.notes, self.num_rows)]
+
+    remarks = lines
 
 
 Report = DataReport | StreamReport
