@@ -31,9 +31,9 @@ def test_the_expected_table_is_that_of_the_expected_results(folder):
     from recipes.shared import markdown
 
     lines = read_lines(folder / "expected" / "results.jsonl")
-    assert lines
     page = (folder / "README.md").read_text()
-    assert markdown(import_module(f"recipes.{folder.name}.run").table(lines)) in page
+    assert bool(lines) != ("Not measured yet." in page)
+    assert not lines or markdown(import_module(f"recipes.{folder.name}.run").table(lines)) in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.parent.name)
