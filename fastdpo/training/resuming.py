@@ -9,6 +9,7 @@ from torch's random state, the end of an epoch that a checkpoint was saved befor
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import time
@@ -101,7 +102,7 @@ class ResumableTrainer(Trainer):
         self._last_step = (None, None)
         if resume_from_checkpoint is None or self.state.global_step == 0:
             return place
-        progress = self._resumed = load_progress(resume_from_checkpoint, self.args.process_index)
+        progress = self._resumed = load_progress(resume_from_checkpoint, self.args.process_index, self.args.world_size)
         self._restore_callbacks()
         for name, state in {} if progress is None else progress.parts.items():
             if name in self.parts:
@@ -113,7 +114,7 @@ class ResumableTrainer(Trainer):
         num_passes = (step - 1) // num_update_steps_per_epoch
         if is_streamed and progress is not None:
             num_passes = progress.num_passes
-            place = num_passes, progress.num_batches
+            place = num_passes, 0 if self.args.ignore_data_skip else progress.num_batches
         if is_at_end and progress is not None and not progress.has_ended_epoch:
             return num_passes, num_batches  # the last epoch without its steps: its end is still to come
         return (num_train_epochs, 0) if self._stops_at_once else place
@@ -381,10 +382,11 @@ class ResumableTrainer(Trainer):
     def progress(self) -> Progress:
         """The state of this process that belongs into a checkpoint."""
         passes = self.state.epoch or 0.0
-        num_passes = int(passes)
+        num_passes = max(math.ceil(passes) - 1, 0)
         num_batches = round((passes - num_passes) * self.state.max_steps * self.args.gradient_accumulation_steps)
         grad_norm, learning_rate = self._last_step
         return Progress(
+            num_processes=self.args.world_size,
             loss_sum=self._tr_loss.item(),
             total_loss=self._total_loss_scalar,
             last_logged_step=self._globalstep_last_logged,

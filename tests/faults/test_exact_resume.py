@@ -3,6 +3,8 @@
 import pytest
 from killing import Killer, differences, end_of, output
 
+from fastdpo.training.saving.progress import Progress, load_progress, save_progress
+
 LONG = {"max_steps": 20}  # 22 rows are 11 steps: the second epoch
 EVERY_2 = {"eval_strategy": "steps", "eval_steps": 2}
 SAMPLES = {"num_eval_samples": 2, "eval_sample_tokens": 5, "eval_sample_temperature": 1.0}
@@ -148,3 +150,22 @@ def test_a_finished_run_goes_on_if_it_is_given_more_steps(killer, tmp_path):
     assert killer.run(tmp_path / "cut", {**constant, **LONG}, resume=True) == 0
     weights = [end_of(tmp_path / name)["weights"] for name in ("whole", "cut")]
     assert all(weights[0][name].equal(weight) for name, weight in weights[1].items())
+
+
+@pytest.mark.slow
+def test_a_finished_stream_goes_on_if_it_is_given_more_steps(killer, tmp_path):
+    settings = {"lr_scheduler_type": "constant", "stream": "plain", "num_rows": 64}
+    assert killer.run(tmp_path / "whole", {**settings, **LONG}) == 0
+    assert killer.run(tmp_path / "cut", settings) == 0
+    assert killer.run(tmp_path / "cut", {**settings, **LONG}, resume=True) == 0
+    weights = [end_of(tmp_path / name)["weights"] for name in ("whole", "cut")]
+    assert all(weights[0][name].equal(weight) for name, weight in weights[1].items())
+
+
+def test_the_progress_of_another_number_of_processes_is_not_read(tmp_path):
+    """Else the first process would be at another place than those that find no file."""
+    progress = Progress(2, 0.5, 1.5, 4, {}, 7, None, None, "00", 0, 0, False, False)
+    save_progress(progress, tmp_path, 0)
+    assert load_progress(tmp_path, 0, 2) == progress
+    assert load_progress(tmp_path, 0, 1) is None
+    assert load_progress(tmp_path, 2, 3) is None

@@ -27,6 +27,7 @@ _FORMAT = 1
 class Progress:
     """What a process knows at a checkpoint."""
 
+    num_processes: int  # of the run
     loss_sum: float  # since the last log entry, on this process
     total_loss: float  # of the log entries
     last_logged_step: int
@@ -65,13 +66,15 @@ def save_progress(progress: Progress, folder: str | Path, process: int) -> None:
     write_whole(progress_file(folder, process), json.dumps({"format": _FORMAT, **asdict(progress)}))
 
 
-def load_progress(folder: str | Path, process: int) -> Progress | None:
-    """The progress in a checkpoint; None for a checkpoint of another version or another number of processes."""
+def load_progress(folder: str | Path, process: int, num_processes: int) -> Progress | None:
+    """The progress in a checkpoint; None on all processes for a checkpoint of another version or number of them."""
     path = progress_file(folder, process)
     if not path.is_file():
         return None
     found = json.loads(path.read_text())
-    return Progress(**found) if found.pop("format", None) == _FORMAT else None
+    if found.pop("format", None) != _FORMAT or found.get("num_processes") != num_processes:
+        return None
+    return Progress(**found)
 
 
 def as_hex(state: torch.Tensor) -> str:
