@@ -106,7 +106,7 @@ def test_processes_that_take_turns_never_hold_the_lock_together(tmp_path, monkey
     assert counter.read_text() == "60"
 
 
-@pytest.mark.parametrize(("pid", "is_free"), [(2**22 + 1, True), (os.getpid(), False)])
+@pytest.mark.parametrize(("pid", "is_free"), [(2**22 + 1, True), (os.getpid(), False)], ids=["ended", "running"])
 def test_without_locks_of_the_file_system_the_process_in_the_file_decides(tmp_path, monkeypatch, pid, is_free):
     import errno
     import socket
