@@ -99,10 +99,14 @@ def test_a_group_of_something_else_than_token_ids_is_refused(arguments, message)
         pack_pairs([TokenizedGroup(*arguments)])
 
 
-def test_a_template_that_divides_by_zero_refuses_the_row():
-    tokenizer = byte_level_tokenizer(chat_template=CHATML + "{{ 1 / 0 }}")
+@pytest.mark.parametrize(
+    ("expression", "why"),
+    [("{{ 1 / 0 }}", "division by zero"), ("{% if 1e999 %}y{% endif %}", "name 'inf' is not defined")],
+)
+def test_a_template_whose_expression_fails_refuses_the_row(expression, why):
+    tokenizer = byte_level_tokenizer(chat_template=CHATML + expression)
     row = {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}
-    assert reason_of(row, tokenizer) == "the chat template refuses the messages (division by zero)"
+    assert reason_of(row, tokenizer) == f"the chat template refuses the messages ({why})"
 
 
 def test_an_ignored_row_has_statistics_of_zero_whatever_it_holds():
