@@ -133,11 +133,12 @@ def test_settings_of_the_head_are_refused_by_name(options, message):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ({"logging_steps": float("inf")}, "logging_steps must be a finite number of steps, .*, got inf"),
         ({"log_level": "loud"}, r"log_level must be one of \['critical', .*, got 'loud'"),
         ({"include_num_input_tokens_seen": "some"}, "include_num_input_tokens_seen must be one of .*, got 'some'"),
     ],
 )
-def test_a_word_that_only_a_command_line_would_check_is_refused_in_python_too(setting, message):
+def test_a_value_that_transformers_would_fail_on_later_is_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         DPOConfig("unused", use_cpu=True, report_to="none", **setting)
 

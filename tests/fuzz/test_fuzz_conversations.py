@@ -56,6 +56,8 @@ def test_tokens_decode_to_what_the_row_said():
             return "refused"
         if columns["bad_row"] is not None:
             return "dropped"
+        if any(isinstance(said, str) and said.lstrip().startswith(("[", "{")) for said in row.values()):
+            return "text that may be messages"
         if isinstance(row["prompt"], str) and not isinstance(row["prompt"], list):
             for text, answer in zip(decoded(columns, tokenizer), (row["chosen"], row["rejected"]), strict=True):
                 assert row["prompt"] + answer in text
