@@ -99,10 +99,14 @@ def test_a_group_of_something_else_than_token_ids_is_refused(arguments, message)
         pack_pairs([TokenizedGroup(*arguments)])
 
 
-def test_a_template_that_divides_by_zero_refuses_the_row():
-    tokenizer = byte_level_tokenizer(chat_template=CHATML + "{{ 1 / 0 }}")
+@pytest.mark.parametrize(
+    ("expression", "why"),
+    [("{{ 1 / 0 }}", "division by zero"), ("{% if 1e999 %}y{% endif %}", "name 'inf' is not defined")],
+)
+def test_a_template_whose_expression_fails_refuses_the_row(expression, why):
+    tokenizer = byte_level_tokenizer(chat_template=CHATML + expression)
     row = {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}
-    assert reason_of(row, tokenizer) == "the chat template refuses the messages (division by zero)"
+    assert reason_of(row, tokenizer) == f"the chat template refuses the messages ({why})"
 
 
 def test_an_ignored_row_has_statistics_of_zero_whatever_it_holds():
@@ -129,11 +133,12 @@ def test_settings_of_the_head_are_refused_by_name(options, message):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ({"logging_steps": float("inf")}, "logging_steps must be a finite number of steps, .*, got inf"),
         ({"log_level": "loud"}, r"log_level must be one of \['critical', .*, got 'loud'"),
         ({"include_num_input_tokens_seen": "some"}, "include_num_input_tokens_seen must be one of .*, got 'some'"),
     ],
 )
-def test_a_word_that_only_a_command_line_would_check_is_refused_in_python_too(setting, message):
+def test_a_value_that_transformers_would_fail_on_later_is_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         DPOConfig("unused", use_cpu=True, report_to="none", **setting)
 

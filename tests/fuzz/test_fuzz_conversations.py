@@ -56,6 +56,8 @@ def test_tokens_decode_to_what_the_row_said():
             return "refused"
         if columns["bad_row"] is not None:
             return "dropped"
+        if any(isinstance(said, str) and said.lstrip().startswith(("[", "{")) for said in row.values()):
+            return "text that may be messages"
         if isinstance(row["prompt"], str) and not isinstance(row["prompt"], list):
             for text, answer in zip(decoded(columns, tokenizer), (row["chosen"], row["rejected"]), strict=True):
                 assert row["prompt"] + answer in text
@@ -63,9 +65,10 @@ def test_tokens_decode_to_what_the_row_said():
         for text, answer in zip(decoded(columns, tokenizer), (row["chosen"], row["rejected"]), strict=True):
             place = 0
             for message in [*row["prompt"], *answer]:
-                place = text.find(message["content"], place)
+                content = message["content"].removesuffix("</s>")  # which ends an answer as its EOS, once
+                place = text.find(content, place)
                 assert place >= 0, (message, text)
-                place += len(message["content"])
+                place += len(content)
         return "messages"
 
     rows = st.one_of(conversations(), text_rows)

@@ -148,6 +148,10 @@ def check_trainer_settings(args: Any) -> None:
         choices, value = f.metadata.get("choices"), getattr(args, f.name)
         if choices is not None and value != f.default and value not in choices:
             raise ValueError(f"{f.name} must be one of {sorted(choices)}, got {value!r}")
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        value = getattr(args, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number of steps, or a share of the run below 1, got {value}")
     counted = (True, False, "all", "non_padding", "no")
     if args.include_num_input_tokens_seen not in counted:
         raise ValueError(

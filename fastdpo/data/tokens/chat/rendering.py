@@ -24,8 +24,8 @@ NO_TEMPLATE = (
 )
 RENDER_SECONDS = 60.0  # for the rows that are rendered together; usual templates take milliseconds
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read one or the other
-# what the template's own expressions raise: "text" + a dict, 1 / 0, an endless recursion of macros
-_OF_EXPRESSIONS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+# what the template's own expressions raise: "text" + a dict, 1 / 0, an endless recursion of macros, 1e999 (a name, inf)
+_OF_EXPRESSIONS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, NameError)
 _MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Span = tuple[int, int]  # characters
