@@ -144,7 +144,12 @@ def test_a_value_that_transformers_would_fail_on_later_is_refused(setting, messa
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("dataloader_multiprocessing_context", None), ("include_num_input_tokens_seen", "non_padding")]
+    ("name", "value"),
+    [
+        ("dataloader_multiprocessing_context", None),
+        ("include_num_input_tokens_seen", "non_padding"),
+        ("label_names", [" "]),
+    ],
 )
 def test_a_config_file_may_say_what_python_may(tmp_path, name, value):
     path = tmp_path / "run.yaml"

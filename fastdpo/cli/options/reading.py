@@ -297,8 +297,8 @@ def _as_if_typed(name: str, value: Any, action: argparse.Action) -> Any:
 
 def _items(name: str, value: Any, kind: Any) -> list[Any]:
     """A list from YAML or a command line with converted items; argparse does not convert the items of defaults."""
-    items = value if isinstance(value, list) else str(value).split(",")
+    items = value if isinstance(value, list) else [item.strip() for item in str(value).split(",")]
     try:
-        return [kind(str(item).strip()) for item in items]
+        return [kind(str(item)) for item in items]
     except ValueError as error:
         raise ValueError(f"config: {name} must be a list of {kind.__name__}, got {value!r}") from error
