@@ -254,8 +254,13 @@ def train_tokenizer(texts: Sequence[str]) -> Any:
     )
 
 
-def tiny_llama(tokenizer: Any, size: Size, seed: int) -> Any:
-    """A Llama with random weights for the tokenizer. The global random state does not change."""
+def tiny_llama(tokenizer: Any, size: Any, seed: int, max_length: int = 128) -> Any:
+    """A Llama with random weights for the tokenizer. The global random state does not change.
+
+    Args:
+        size: has hidden_size and num_layers.
+        max_length: most tokens of a sequence.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -265,7 +270,7 @@ def tiny_llama(tokenizer: Any, size: Size, seed: int) -> Any:
         intermediate_size=2 * size.hidden_size,
         num_hidden_layers=size.num_layers,
         num_attention_heads=4,
-        max_position_embeddings=128,
+        max_position_embeddings=max_length,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastdpo.alignment.results import Estimate
+from fastdpo.alignment.task import tiny_llama
 from fastdpo.ranking.shares import Share, share_of
 from fastdpo.report import Figure, Interval, Table, Text, intervals
 from fastdpo.report.sections import Section
@@ -113,7 +114,10 @@ class Experiment:
             **self._settings(folder, fold),
         )
         trainer = SFTTrainer(
-            make_llama(tokenizer, self.size, fold), args=args, train_dataset=rows, processing_class=tokenizer
+            tiny_llama(tokenizer, self.size, fold, MAX_LENGTH),
+            args=args,
+            train_dataset=rows,
+            processing_class=tokenizer,
         )
         trainer.train()
         trainer.save_model()
@@ -217,28 +221,6 @@ def train_tokenizer(dialogues: Sequence[Dialogue], vocab_size: int) -> Any:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE,
         additional_special_tokens=names[3:],
     )  # fmt: skip
-
-
-def make_llama(tokenizer: Any, size: Size, seed: int) -> Any:
-    """A Llama with random weights for the tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=size.hidden_size,
-        intermediate_size=2 * size.hidden_size,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
 
 
 def held_out_pairs(lines: Sequence[Line], run: str) -> list[dict[str, Any]]:
