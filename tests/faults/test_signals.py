@@ -179,7 +179,7 @@ def test_two_processes_save_once_and_stop_together(tmp_path):
 # The command
 
 
-# TODO: ends when the launcher's processes were seen to save: on a loaded machine the exit code was right, no save printed
+# TODO: goes once the launched processes are seen to save: on a loaded machine only the exit code was right
 UNDER_THE_LAUNCHER = pytest.param(2, marks=pytest.mark.xfail(strict=False, reason="no save was printed in time"))
 
 
