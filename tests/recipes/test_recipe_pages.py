@@ -32,8 +32,8 @@ def test_the_expected_table_is_that_of_the_expected_results(folder):
 
     lines = read_lines(folder / "expected" / "results.jsonl")
     page = (folder / "README.md").read_text()
-    assert bool(lines) != ("Not measured yet." in page)
-    assert not lines or markdown(import_module(f"recipes.{folder.name}.run").table(lines)) in page
+    assert lines
+    assert markdown(import_module(f"recipes.{folder.name}.run").table(lines)) in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.parent.name)
