@@ -45,7 +45,7 @@ FUZZ_SEED ?= $(shell date +%s)
 FUZZ_LOG ?= /tmp/fastdpo-fuzz-$(FUZZ_SEED).jsonl
 fuzz: $(STAMP)
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) FUZZ_LOG=$(FUZZ_LOG) \
-		$(BIN)/python -m pytest tests/fuzz $(PROCESSES) && cat $(FUZZ_LOG)
+		FASTDPO_PEERS=required $(BIN)/python -m pytest tests/fuzz $(PROCESSES) && cat $(FUZZ_LOG)
 
 # Runs killed at random moments and resumed; FAULTS="--seed 7 --moments 100" chooses others.
 faults: $(STAMP)

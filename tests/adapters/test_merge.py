@@ -93,7 +93,7 @@ def test_the_command_says_how_exact_it_is(tmp_path, capsys):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("which", "word"), [("base", "adapter_config.json"), ("missing", "adapter_config.json")])
+@pytest.mark.parametrize(("which", "word"), [("base", "adapter_config.json"), ("missing", "which does not exist")])
 def test_what_is_no_adapter_is_refused(tmp_path, capsys, which, word):
     saved_adapter(tmp_path, lora())
     assert main(["merge", str(tmp_path / which), "-o", str(tmp_path / "merged")]) == 2

@@ -491,7 +491,7 @@ def test_a_recipe_is_told_by_its_keys(recipe, kind):
     [
         ("a: 1\nb: 2\n", "must have keys that identify its project"),
         ("[1]", "must hold one key per line"),
-        ("a: [", "is not valid YAML or JSON"),
+        ("a: [", "is not valid YAML"),
         ("base_model: m\nrl: kto\n", "rl must be one of dpo, ipo, simpo, orpo"),
         ("base_model: m\nmicro_batch_size: 1\n", "rl must be one of dpo, ipo, simpo, orpo"),
         ("stage: sft\nfinetuning_type: lora\n", "stage must be 'dpo'"),

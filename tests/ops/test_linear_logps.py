@@ -242,7 +242,7 @@ def largest_tensor(case, impl, frozen_head, outputs=()):
 
     leaves, labels, upstream = make_inputs(case, 0, device_of(impl))
     tensors = (*(x.detach() for x in (leaves["hidden_states"], leaves["lm_head_weight"], leaves["bias"])), labels)
-    settings = (1.0, 4.0, ",".join(outputs), 0.0, None, impl, BF16)
+    settings = (1.0, 4.0, ",".join(outputs), 0.0, None, impl, BF16, "", case.V)
     with Allocations() as seen:
         values = autograd.forward(*tensors, frozen_head, *settings)
         if not frozen_head:

@@ -26,7 +26,7 @@ def check_model_folder(name: str, path: str) -> None:
 
     Without this, libraries would ask the Hub for it first, which takes a minute if the Hub cannot be reached.
     """
-    if Path(path).expanduser().exists():
+    if Path(path).exists():  # not expanded: shells do that, and libraries that load models do not
         return
     rule = f"{name} must be a local directory or a model name on the Hub"
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
