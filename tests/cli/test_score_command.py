@@ -32,7 +32,8 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rows_table_and_page(capsys, paths):
+def test_rows_table_and_page(capsys, paths, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(paths / "cache"))  # log-probs that are cached have no bar
     more = ("--reference", paths / "start", "-o", paths / "out" / "scores.jsonl", "--per_token")
     code, out, err = run(capsys, *options(paths, *more, "--html", paths / "page.html", "--beta", 0.5))
     assert code == 0, err
