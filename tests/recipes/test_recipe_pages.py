@@ -33,6 +33,7 @@ def test_the_expected_table_is_that_of_the_expected_results(folder):
     lines = read_lines(folder / "expected" / "results.jsonl")
     page = (folder / "README.md").read_text()
     assert lines
+    assert '"/' not in (folder / "expected" / "results.jsonl").read_text()  # no path of the machine that measured
     assert markdown(import_module(f"recipes.{folder.name}.run").table(lines)) in page
 
 
