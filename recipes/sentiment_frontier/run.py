@@ -24,6 +24,7 @@ from fastdpo.report import Figure, Spot, Table, Text, lines
 from fastdpo.report.sections import Section
 from fastdpo.rewards.implicit import implicit_reward
 from recipes import shared
+from recipes.frontiers import reward_at
 from recipes.sentiment import FIGURES, SEEDS, bench_of, figures_of, measured, preferred_ft, task_of, trained
 
 NAME = "sentiment_frontier"
@@ -208,22 +209,20 @@ def _of(results: Sequence[shared.Line], method: str, value: str, figure: str) ->
 
 
 def above_preferred_ft(results: Sequence[shared.Line], method: str, value: str) -> list[float]:
-    """By how much a method's reward lies above Preferred-FT's at the same KL, for each seed in which the method reaches
-    it. Between its runs, and between the reference and the first, the method's reward is interpolated in the root of
-    the KL: near the reference KL is the square of the distance, and a straight line in KL would lie below any frontier.
+    """By how much a method's frontier lies above Preferred-FT's reward at the same KL, for each seed in which the
+    method reaches it.
     """
     found = []
-    kl = {seed: max(of, 0.0) for seed, of in _of(results, PREFERRED_FT, value, "kl").items()}  # rounding, where it is 0
+    kls = {seed: max(kl, 0.0) for seed, kl in _of(results, PREFERRED_FT, value, "kl").items()}  # 0 up to rounding
     reward = _of(results, PREFERRED_FT, value, "reward")
-    for seed in kl:
-        own = [
+    for seed, kl in kls.items():
+        frontier = sorted(
             (max(line["kl"], 0.0), line["reward"])
             for line in results
             if line["params"]["seed"] == seed and line["params"]["method"] in (method, REFERENCE)
-        ]
-        kls, rewards = zip(*sorted(own), strict=True)
-        if kl[seed] <= kls[-1]:
-            found.append(float(np.interp(math.sqrt(kl[seed]), np.sqrt(kls), rewards)) - reward[seed])
+        )
+        if kl <= frontier[-1][0]:
+            found.append(reward_at(frontier, kl) - reward[seed])
     return found
 
 
