@@ -150,15 +150,21 @@ def _train(folder, output, results):
     results.put((output.name, weights, trainer.reference_reason, trainer.train_dataset["ref_logps"][:]))
 
 
-def test_runs_that_start_together_share_one_reference_cache(tmp_path):
+def _at_once(function, arguments):
+    """What processes that start together have put into their queue."""
     results = FORK.Queue()
-    runs = [FORK.Process(target=_train, args=(tmp_path / "cache", tmp_path / str(i), results)) for i in range(3)]
+    runs = [FORK.Process(target=function, args=(*of, results)) for of in arguments]
     for run in runs:
         run.start()
     found = [results.get(timeout=300) for _ in runs]
     for run in runs:
         run.join()
-    assert [run.exitcode for run in runs] == [0, 0, 0]
+    assert [run.exitcode for run in runs] == [0] * len(runs)
+    return found
+
+
+def test_runs_that_start_together_share_one_reference_cache(tmp_path):
+    found = _at_once(_train, [(tmp_path / "cache", tmp_path / str(i)) for i in range(3)])
     assert all(one[1] == found[0][1] and one[3] == found[0][3] for one in found)
     reasons = sorted(reason for _, _, reason, _ in found)
     assert sum("16 computed" in reason for reason in reasons) == 1  # the others waited, and found them
@@ -178,14 +184,7 @@ def _tokenize(path, results):
 def test_runs_that_start_together_share_one_cache_of_tokens(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(50)))
-    results = FORK.Queue()
-    runs = [FORK.Process(target=_tokenize, args=(path, results)) for _ in range(3)]
-    for run in runs:
-        run.start()
-    found = [results.get(timeout=300) for _ in runs]
-    for run in runs:
-        run.join()
-    assert [run.exitcode for run in runs] == [0, 0, 0]
+    found = _at_once(_tokenize, [(path,)] * 3)
     assert found[0] == found[1] == found[2]
     assert len(found[0]) == 50
 
