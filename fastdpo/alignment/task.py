@@ -107,10 +107,6 @@ class Task:
             "token_metrics": False,
         }
 
-    def sft_settings(self) -> dict[str, Any]:
-        """Arguments of SFTConfig, without output_dir."""
-        return _sft_settings(self.size, self.seed)
-
 
 def _common_settings(seed: int) -> dict[str, Any]:
     return {
@@ -118,16 +114,6 @@ def _common_settings(seed: int) -> dict[str, Any]:
         "gradient_checkpointing": False, "dataloader_pin_memory": False, "max_length": None, "adam_beta2": 0.99,
         "warmup_steps": 20,
     }  # fmt: skip
-
-
-def _sft_settings(size: Size, seed: int) -> dict[str, Any]:
-    return {
-        **_common_settings(seed),
-        "per_device_train_batch_size": size.sft_batch_size,
-        "learning_rate": size.sft_learning_rate,
-        "num_train_epochs": size.sft_epochs,
-        "logging_steps": 10,
-    }
 
 
 def prepare_task(
@@ -157,7 +143,14 @@ def prepare_task(
 
     on_stage("Fine-tuning on preferred responses (the reference)")
     with tempfile.TemporaryDirectory() as scratch:
-        args = SFTConfig(scratch, **_sft_settings(size, seed))
+        args = SFTConfig(
+            scratch,
+            **_common_settings(seed),
+            per_device_train_batch_size=size.sft_batch_size,
+            learning_rate=size.sft_learning_rate,
+            num_train_epochs=size.sft_epochs,
+            logging_steps=10,
+        )
         sft = SFTTrainer(model, args=args, train_dataset=texts, processing_class=tokenizer, callbacks=make_callbacks())
         sft.remove_callback(PrinterCallback)
         sft.train()
