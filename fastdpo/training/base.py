@@ -522,9 +522,7 @@ class PackedTrainer(ResumableTrainer):
     def save_state(self) -> None:
         """Saves the log and the state of the loop, as Trainer does."""
         if self.is_world_process_zero():
-            path = os.path.join(self.args.output_dir, "trainer_state.json")
-            self.state.save_to_json(f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
+            self.state_writer.write(self.state, Path(self.args.output_dir, "trainer_state.json"))
 
     def create_model_card(self, *args: Any, **metadata: Any) -> None:
         """Writes README.md into the output directory. The arguments are those of `ModelCard.write`."""
