@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from parallel_record import works
 from processes import on_processes
 from safetensors.torch import load_file
 from sharded_runs import resume, train
@@ -87,13 +88,15 @@ def assert_like_one(mode, folder, results, own_folder, steps):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_losses_and_gradients_are_those_of_one_process(mode, of_two, tmp_path):
-    assert_like_one(mode, *of_two[mode], tmp_path / "one", 1)
+    with works("FSDP2", mode, processes=2, steps=1):
+        assert_like_one(mode, *of_two[mode], tmp_path / "one", 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_after_five_steps_on_four_processes_too(mode, of_four_after_five_steps, tmp_path):
-    assert_like_one(mode, *of_four_after_five_steps[mode], tmp_path / "one", 5)
+    with works("FSDP2", mode, processes=4, steps=5):
+        assert_like_one(mode, *of_four_after_five_steps[mode], tmp_path / "one", 5)
 
 
 def test_log_probs_are_not_rounded_to_bf16(of_two):
@@ -107,14 +110,16 @@ def test_log_probs_are_not_rounded_to_bf16(of_two):
 def test_two_copies_that_are_each_divided_over_two_processes_too(tmp_path):
     modes = ("cached reference", "LoRA", "LoRA, micro-batches")
     for mode, (folder, results) in run_on(4, tmp_path, modes, 2, num_copies=2).items():
-        assert_like_one(mode, folder, results, tmp_path / f"one {mode}", 2)
+        with works("HSDP", mode, processes=4, steps=2):
+            assert_like_one(mode, folder, results, tmp_path / f"one {mode}", 2)
 
 
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 @pytest.mark.parametrize("mode", ["cached reference", "LoRA"])
 def test_a_resumed_run_ends_in_the_same_weights(kind, mode, resumed):
-    for weights, again in resumed[mode, kind]:  # the same computation, so the same bits
-        assert weights == again
+    with works("FSDP2", "resuming", processes=2, steps=4):
+        for weights, again in resumed[mode, kind]:  # the same computation, so the same bits
+            assert weights == again
 
 
 def test_the_saved_model_is_whole(of_two):
