@@ -24,6 +24,7 @@ MODES = (
     "padded",
     "listwise",
 )
+STEPS = {"uneven pairs": 5}  # of the modes that need more than one: to the end of an epoch and beyond
 LOGGED = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "entropy")
 
 
@@ -37,9 +38,9 @@ def moves(folder, rank=0):
     return {name: after[name].double() - before[name].double() for name in after}
 
 
-def run_on(num_processes, folder, modes, steps, num_copies=1):
-    same = {"steps": steps, "num_processes": num_processes, "num_copies": num_copies}
-    cases = [{"mode": mode, **same} for mode in modes]
+def run_on(num_processes, folder, modes, steps, **settings):
+    same = {"num_processes": num_processes, **settings}
+    cases = [{"mode": mode, "steps": max(steps, STEPS.get(mode, 1)), **same} for mode in modes]
     found = on_processes(train, cases, folder, num_processes)
     return {
         mode: (folder / str(number), results) for number, (mode, results) in enumerate(zip(modes, found, strict=True))
@@ -48,7 +49,7 @@ def run_on(num_processes, folder, modes, steps, num_copies=1):
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    return run_on(2, tmp_path_factory.mktemp("two"), (*MODES, "bf16"), 1)
+    return run_on(2, tmp_path_factory.mktemp("two"), (*MODES, "uneven pairs", "bf16"), 1)
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +66,11 @@ def resumed(tmp_path_factory):
     return dict(zip(kinds, on_processes(resume, cases, tmp_path_factory.mktemp("resumed")), strict=True))
 
 
-def assert_like_one(mode, folder, results, own_folder, steps):
+def assert_like_one(mode, folder, results, own_folder, steps, is_sharded=True):
     own_folder.mkdir()
     one = train(own_folder, mode, steps)
-    assert [process["num_sharded"] for process in results] == [one["num_parameters"]] * len(results)
+    num_sharded = one["num_parameters"] if is_sharded else 0
+    assert [process["num_sharded"] for process in results] == [num_sharded] * len(results)
     assert one["num_sharded"] == 0
     logs = results[0]["logs"]
     assert len(logs) == len(one["logs"]) == steps
@@ -97,6 +99,12 @@ def test_losses_and_gradients_are_those_of_one_process(mode, of_two, tmp_path):
 def test_after_five_steps_on_four_processes_too(mode, of_four_after_five_steps, tmp_path):
     with works("FSDP2", mode, processes=4, steps=5):
         assert_like_one(mode, *of_four_after_five_steps[mode], tmp_path / "one", 5)
+
+
+def test_in_an_epochs_last_step_a_process_may_have_no_rows(of_two, tmp_path):
+    """9 rows are steps of 4, 4 and 1; accelerate fills the last with rows of the first, which must not count again."""
+    with works("FSDP2", "uneven pairs", "fewer rows than processes", processes=2, steps=5):
+        assert_like_one("uneven pairs", *of_two["uneven pairs"], tmp_path / "one", 5)
 
 
 def test_log_probs_are_not_rounded_to_bf16(of_two):
