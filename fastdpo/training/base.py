@@ -40,6 +40,7 @@ from fastdpo.training.callbacks.finite import FiniteLosses
 from fastdpo.training.callbacks.model_card import ModelCard, tag_model
 from fastdpo.training.callbacks.summary import print_summary, summary_text
 from fastdpo.training.evaluation import Evaluation, StepResult
+from fastdpo.training.inputs.balanced import balanced
 from fastdpo.training.inputs.collator import collator_for, examples_of, microbatches_of
 from fastdpo.training.inputs.order import sampler_for
 from fastdpo.training.inputs.prepared_rows import check_rows, warn_of_lost_rows
@@ -283,17 +284,39 @@ class PackedTrainer(ResumableTrainer):
         own = sampler_for(self.args, dataset, lambda: int(self.state.epoch or 0))
         return super()._get_train_sampler(train_dataset) if own is None else own
 
+    def get_train_dataloader(self) -> Any:
+        """As in Trainer; on several processes, all get about equally many tokens in every step."""
+        return balanced(super().get_train_dataloader(), self.train_dataset, self.args)
+
     # The loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        """The number of items in all micro-batches of one optimizer step, on all processes."""
+        """The number of items in all micro-batches of one optimizer step, on all processes.
+
+        On several processes, a row that accelerate repeats in an epoch's last step is dropped from the batch, and the
+        imbalance of the step is recorded.
+        """
+        num_tokens = sum(part["input_ids"].numel() for inputs in batch_samples for part in microbatches_of(inputs))
+        if batch_samples:
+            self._drop_repeated_rows(batch_samples[-1])
         parts = [part for inputs in batch_samples for part in microbatches_of(inputs)]
         self._tell_step(parts, self._reduce)
         num_items = sum(self._num_items(part) for part in parts)
-        count = torch.full((), num_items, device=device)  # a fill: a copy from the host would wait for the device
+        count = torch.full((), num_items, device=device)  # fills: a copy from the host would wait for the device
         if self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()
+            counts = self.accelerator.gather(torch.stack([count, torch.full_like(count, num_tokens)])[None])
+            self.train_means.add({"rank_imbalance": (counts[:, 1].max(), counts[:, 1].double().mean())})
+            count = counts[:, 0].sum()
         return count
+
+    def _drop_repeated_rows(self, inputs: dict[str, Any]) -> None:
+        """Takes the items of repeated rows out of a step's last batch, in place. Their tokens still run, because the
+        other processes wait for this one."""
+        num_rows = self._num_own_rows(self.args.train_batch_size)
+        if num_rows is None or any(part.get("example_ids") is None for part in microbatches_of(inputs)):
+            return
+        for part in microbatches_of(inputs):
+            part.update(self._first_rows(part, num_rows))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -408,13 +431,19 @@ class PackedTrainer(ResumableTrainer):
 
     def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch without the rows that accelerate repeats in the last step to give all processes equally many."""
-        state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        num_rows = self._num_own_rows(self.args.eval_batch_size)
+        if num_rows is None:
             return inputs
         if inputs.get("example_ids") is None:
             raise ValueError("data_collator must return example_ids in an evaluation on several processes, got None")
-        num_rows = self.args.eval_batch_size
-        return self._first_rows(inputs, min(max(state.remainder - self.args.process_index * num_rows, 0), num_rows))
+        return self._first_rows(inputs, num_rows)
+
+    def _num_own_rows(self, batch_size: int) -> int | None:
+        """The number of rows in this process's batch that no process has had before; None if that is all of them."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        return min(max(state.remainder - self.args.process_index * batch_size, 0), batch_size)
 
     def _prepare_input(self, data: Any) -> Any:
         """Moves tensors without rounding. Trainer would round floats to the weights' dtype under DeepSpeed, so cached

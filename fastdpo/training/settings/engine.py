@@ -206,6 +206,13 @@ class EngineConfig(TrainingArguments):
             " more between steps."
         ),
     )
+    balance_ranks: bool = field(
+        default=True,
+        metadata=help_text(
+            "On several processes: deal the rows of each step so that all processes have about equally many tokens."
+            " Every step keeps its rows. No effect on streams, and with regroup_dataset."
+        ),
+    )
     attention_backend: str = field(
         default="auto",
         metadata=help_text(
