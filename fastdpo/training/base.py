@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from fastdpo.training.callbacks.finite import FiniteLosses
 from fastdpo.training.callbacks.model_card import ModelCard, tag_model
 from fastdpo.training.callbacks.summary import print_summary, summary_text
 from fastdpo.training.evaluation import Evaluation, StepResult
-from fastdpo.training.inputs.collator import Example, collator_for, examples_of, microbatches_of
+from fastdpo.training.inputs.collator import collator_for, examples_of, microbatches_of
 from fastdpo.training.inputs.order import sampler_for
 from fastdpo.training.inputs.prepared_rows import check_rows, warn_of_lost_rows
 from fastdpo.training.inputs.streams import (
@@ -52,7 +53,8 @@ from fastdpo.training.inputs.streams import (
     why_unrepeatable,
 )
 from fastdpo.training.memory.estimate import check_memory_settings
-from fastdpo.training.memory.out_of_memory import OutOfMemory, Piece, is_out_of_memory
+from fastdpo.training.memory.halving import Halving
+from fastdpo.training.memory.out_of_memory import OutOfMemory
 from fastdpo.training.memory.token_budget import BudgetAtStart, check_can_split, check_row_sizes, steps_in_backward
 from fastdpo.training.resuming import ResumableTrainer
 from fastdpo.training.saving.checkpoints import checkpoint_folder
@@ -102,8 +104,6 @@ class PackedTrainer(ResumableTrainer):
         self.train_means = MetricMeans()  # since the last log
         self._num_train_tokens = 0  # since the last log
         self._losses = FiniteLosses()
-        self._pending: list[tuple[StepResult, dict[str, Any], int]] | None = None  # results of a backward under way
-        self._done: list[tuple[dict[str, Any], Any]] = []  # micro-batches of this optimizer step, and its items
         self._examples: list[Any] = []  # the rows of the batch that is evaluated
         self._evaluated_rows: Any = None
         tokenizer = self.processing_class = processing_class
@@ -174,6 +174,7 @@ class PackedTrainer(ResumableTrainer):
         check_rotary(args, self.model)
         self.packing_check = self._check_packing(self.model)
         self.out_of_memory.cannot_split = self._why_whole()
+        self._halving = Halving(self.out_of_memory, steps_in_backward=steps_in_backward(self))
         if budget is not None:
             check_can_split(self)
             self.add_callback(BudgetAtStart(self, self._loss_of))
@@ -283,7 +284,7 @@ class PackedTrainer(ResumableTrainer):
         if self.model_wrapped is self.model:
             self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
             forget_accelerate(self.model)
-        self._done.clear()
+        self._halving.end_step()
         output = super().train(resume, *args, **kwargs)
         self._losses.settle(self)
         return output
@@ -328,51 +329,19 @@ class PackedTrainer(ResumableTrainer):
             num_items_in_batch = sum(self._num_items(part) for part in parts) * self.accelerator.num_processes
         examples, parts = examples_of(inputs), self._in_step(parts)
         examples = [*[None] * (len(parts) - len(examples)), *examples]
-        pieces = [
-            piece for pair in zip(parts, examples, strict=True) for piece in self.out_of_memory.fitting(Piece(*pair))
-        ]
-        losses: list[Tensor] = []
-        while pieces:
-            piece, pieces = pieces[0], pieces[1:]
-            with nullcontext() if not pieces or self._shards_weights() else self.accelerator.no_sync(model):
-                loss = self._tried(model, piece, num_items_in_batch)
-            if isinstance(loss, str):
-                pieces = [*self.out_of_memory.after(piece, loss, self.train_dataset, "train"), *pieces]
-                self._repeat_step(model)
-            else:
-                losses.append(loss)
+        losses = self._halving.train(
+            super().training_step,
+            model,
+            parts,
+            examples,
+            num_items=num_items_in_batch,
+            dataset=self.train_dataset,
+            no_sync=nullcontext if self._shards_weights() else self.accelerator.no_sync,
+        )
         if self.accelerator.sync_gradients:  # the optimizer steps next
-            self._done.clear()
+            self._halving.end_step()
             self._losses.check(self)
         return self._sum_of(losses)
-
-    def _tried(self, model: nn.Module, piece: Piece, num_items: Tensor | int) -> Tensor | str:
-        """The loss of a micro-batch after its backward, or why it does not fit into memory. Only a micro-batch that has
-        come to its end leaves metrics behind."""
-        self._pending = None if steps_in_backward(self) else []
-        try:
-            loss = super().training_step(model, piece.inputs, num_items)
-        except RuntimeError as error:  # not kept: its frames hold the activations
-            if not is_out_of_memory(error):
-                raise
-            return str(error).partition("\n")[0]
-        else:
-            for result, part, num_tokens in self._pending or ():
-                self._record(result, part, num_tokens)
-            if not self.out_of_memory.cannot_split:
-                self._done.append((piece.inputs, num_items))
-            return loss
-        finally:
-            self._pending = None
-
-    def _repeat_step(self, model: nn.Module) -> None:
-        """Computes the gradient of this step so far again: a backward that ran out of memory has added a part of its
-        own."""
-        model.zero_grad(set_to_none=True)
-        for inputs, num_items in self._done:
-            self._pending = []
-            super().training_step(model, inputs, num_items)
-        self._pending = None
 
     def _why_whole(self) -> str:
         """Why a micro-batch must not be halved when memory runs out; empty if it may."""
@@ -416,8 +385,11 @@ class PackedTrainer(ResumableTrainer):
             sums = [self._part_loss_sum(model, part) for part in parts]
         else:
             known = self._examples if len(self._examples) == len(parts) else [None] * len(parts)
+            loss_of = partial(self._part_loss_sum, model)
             sums = [
-                loss for part, rows in zip(parts, known, strict=True) for loss in self._evaluated(model, part, rows)
+                loss
+                for part, rows in zip(parts, known, strict=True)
+                for loss in self._halving.evaluate(loss_of, part, rows, self._evaluated_rows)
             ]
         loss_sum = self._sum_of(sums)
         if self._evaluation is not None and not is_training:
@@ -435,10 +407,8 @@ class PackedTrainer(ResumableTrainer):
             result = self._loss_sum(model, batch)
         if FOR_NOTHING in part:
             return result.loss * 0.0
-        if model.training and self._pending is not None:
-            self._pending.append((result, part, batch.num_tokens))
-        elif model.training:
-            self._record(result, part, batch.num_tokens)
+        if model.training:
+            self._halving.record(partial(self._record, result, part, batch.num_tokens))
         elif self._evaluation is not None:
             self._evaluation.add(result, self._num_items(part))
         return result.loss
@@ -454,21 +424,6 @@ class PackedTrainer(ResumableTrainer):
         self._losses.add(result.loss, part, result.sums)
         if steps_in_backward(self):
             self._losses.check(self)
-
-    def _evaluated(self, model: nn.Module, part: dict[str, Any], examples: tuple[Example, ...] | None) -> list[Tensor]:
-        """The summed losses of a micro-batch in evaluation, in as many pieces as memory needs."""
-        pieces, sums = self.out_of_memory.fitting(Piece(part, examples)), []
-        while pieces:
-            piece, pieces = pieces[0], pieces[1:]
-            try:
-                sums.append(self._part_loss_sum(model, piece.inputs))
-                continue
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = str(error).partition("\n")[0]
-            pieces = [*self.out_of_memory.after(piece, reason, self._evaluated_rows, "evaluation"), *pieces]
-        return sums
 
     def _loss_of(self, batch: PackedBatch) -> Tensor:
         """The loss of a batch by itself, in the precision of the run."""
