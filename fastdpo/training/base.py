@@ -455,8 +455,8 @@ class PackedTrainer(ResumableTrainer):
             flat = [(torch.ones_like(ids) if mask is None else mask).flatten() for ids, mask in masks]
             inputs = {**inputs, "attention_mask": torch.cat(flat)}
         if self.sequence_group is not None and self.sequence_group.rank > 0:  # another process counts these tokens
-            masks = {"attention_mask": inputs["attention_mask"][..., :0]} if inputs.get("attention_mask") is not None else {}
-            inputs = {**inputs, "input_ids": inputs["input_ids"][..., :0], **masks}
+            named = {name: inputs.get(name) for name in ("input_ids", "attention_mask")}
+            inputs = {**inputs, **{name: x[..., :0] for name, x in named.items() if x is not None}}
         super()._track_num_input_tokens(inputs)
 
     def _reduce(self, table: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from fastdpo.training.inputs.collator import PackingCollator
         ({"attention_backend": "mask"}, "attention_backend must not be 'mask' with sequence_parallel_size=2"),
         ({"max_tokens_per_microbatch": "auto"}, "max_tokens_per_microbatch must not be 'auto' .* give a number"),
         ({"torch_compile": True}, "torch_compile must not be True with sequence_parallel_size=2"),
-        ({"sequence_parallel_size": 1, "sp_size": 2}, "must leave sp_size at 1, got 2: .* set sequence_parallel_size=2"),
+        ({"sequence_parallel_size": 1, "sp_size": 2}, "sp_size at 1, got 2: .* set sequence_parallel_size=2"),
         ({"sp_size": 2}, "must leave sp_size at 1"),
         ({"cp_size": 4}, "must leave cp_size at 1, got 4"),
     ],
