@@ -28,6 +28,7 @@ from fastdpo.data.prepare import Report
 from fastdpo.locks import locked
 from fastdpo.metrics import MetricMeans
 from fastdpo.modeling import PackingCheck, check_packing, prepare_model
+from fastdpo.modeling.sequence_check import check_sequence_parallel
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.references import Reference
 from fastdpo.references.adapters import (
@@ -65,6 +66,7 @@ from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.experts import router_coefficient
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
 from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype
+from fastdpo.training.setup.sequence_parallel import check_rotary, read_same_rows, sequence_group
 from fastdpo.training.setup.sharding import keep_outputs_whole
 from fastdpo.types import PackedBatch
 
@@ -136,6 +138,11 @@ class PackedTrainer(ResumableTrainer):
             raise ValueError(
                 f"data_collator must return PackedBatch.asdict(), got TRL's {type(data_collator).__name__}; remove it"
             )
+        if data_collator is not None and args.sequence_parallel_size > 1:
+            raise ValueError(
+                "data_collator must be None if sequence_parallel_size is above 1, because only fastdpo's collator"
+                f" divides batches, got {type(data_collator).__name__}"
+            )
         if data_collator is not None and budget is not None:
             raise ValueError(
                 "data_collator must be None if max_tokens_per_microbatch is set, because only fastdpo's collator splits"
@@ -164,6 +171,8 @@ class PackedTrainer(ResumableTrainer):
         resolve_impl(args.impl, args.device, head_dtype(self.model, args))  # a named impl that cannot run raises here
         self.router_aux_loss_coef = router_coefficient(args, self.model)
         self.is_packed = args.packing != "padded"
+        self.sequence_group = sequence_group(args)
+        check_rotary(args, self.model)
         self.packing_check = self._check_packing(self.model)
         self.out_of_memory.cannot_split = self._why_whole()
         self._halving = Halving(self.out_of_memory, steps_in_backward=steps_in_backward(self))
@@ -238,6 +247,8 @@ class PackedTrainer(ResumableTrainer):
             logger.warning(f"Falling back to padded batches, which are slower: {check.reason}")
             self.is_packed = False
         self.collator.is_packed = self.is_packed
+        if self.sequence_group is not None:
+            check_sequence_parallel(model, self.sequence_group, check, impl=self.args.impl)
         return check
 
     def summary(self) -> str:
@@ -286,7 +297,17 @@ class PackedTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> Any:
         """As in Trainer; on several processes, all get about equally many tokens in every step."""
-        return balanced(super().get_train_dataloader(), self.train_dataset, self.args)
+        return balanced(read_same_rows(super().get_train_dataloader(), self.args), self.train_dataset, self.args)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return read_same_rows(super().get_eval_dataloader(eval_dataset), self.args)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        return read_same_rows(super().get_test_dataloader(test_dataset), self.args)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """As in Trainer. Processes that compute rows together read the same ones."""
+        return int(super().get_total_train_batch_size(args)) // self.args.sequence_parallel_size
 
     # The loss
 
@@ -443,7 +464,7 @@ class PackedTrainer(ResumableTrainer):
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return None
-        return min(max(state.remainder - self.args.process_index * batch_size, 0), batch_size)
+        return min(max(state.remainder - self.args.data_parallel_index * batch_size, 0), batch_size)
 
     def _prepare_input(self, data: Any) -> Any:
         """Moves tensors without rounding. Trainer would round floats to the weights' dtype under DeepSpeed, so cached
@@ -458,6 +479,9 @@ class PackedTrainer(ResumableTrainer):
             masks = [(part["input_ids"], part.get("attention_mask")) for part in microbatches_of(inputs)]
             flat = [(torch.ones_like(ids) if mask is None else mask).flatten() for ids, mask in masks]
             inputs = {**inputs, "attention_mask": torch.cat(flat)}
+        if self.sequence_group is not None and self.sequence_group.rank > 0:  # another process counts these tokens
+            named = {name: inputs.get(name) for name in ("input_ids", "attention_mask")}
+            inputs = {**inputs, **{name: x[..., :0] for name, x in named.items() if x is not None}}
         super()._track_num_input_tokens(inputs)
 
     def _reduce(self, table: Tensor) -> Tensor:
@@ -475,7 +499,7 @@ class PackedTrainer(ResumableTrainer):
         """Tokens trained on by all processes since the run began."""
         num_new_tokens = torch.tensor(self._num_train_tokens, device=self.args.device)
         before = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
-        return next(before, 0) + int(self._reduce(num_new_tokens))
+        return next(before, 0) + int(self._reduce(num_new_tokens)) // self.args.sequence_parallel_size
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
