@@ -9,7 +9,7 @@ one training step, with the gradient of the whole batch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,14 @@ from fastdpo.training.inputs.streams import (
 from fastdpo.training.memory.estimate import check_memory_settings
 from fastdpo.training.memory.halving import Halving
 from fastdpo.training.memory.out_of_memory import OutOfMemory
-from fastdpo.training.memory.token_budget import BudgetAtStart, check_can_split, check_row_sizes, steps_in_backward
+from fastdpo.training.memory.row_parts import KNOWN, KnownWeights, RowPart, loss_of_part
+from fastdpo.training.memory.token_budget import (
+    BudgetAtStart,
+    check_can_run_in_parts,
+    check_can_split,
+    check_row_sizes,
+    steps_in_backward,
+)
 from fastdpo.training.resuming import ResumableTrainer
 from fastdpo.training.saving.checkpoints import checkpoint_folder
 from fastdpo.training.saving.dry_save import check_can_save
@@ -175,7 +182,8 @@ class PackedTrainer(ResumableTrainer):
         check_rotary(args, self.model)
         self.packing_check = self._check_packing(self.model)
         self.out_of_memory.cannot_split = self._why_whole()
-        self._halving = Halving(self.out_of_memory, steps_in_backward=steps_in_backward(self))
+        self._halving = Halving(self.out_of_memory, self._first_pass, steps_in_backward=steps_in_backward(self))
+        check_can_run_in_parts(self, data_collator, shards_weights=self._shards_weights())
         if budget is not None:
             check_can_split(self)
             self.add_callback(BudgetAtStart(self, self._loss_of))
@@ -197,6 +205,15 @@ class PackedTrainer(ResumableTrainer):
     def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> StepResult:
         """The summed loss of a micro-batch, and its metrics."""
         raise TypeError(f"{type(self).__name__} must define _loss_sum, the loss of a micro-batch")
+
+    def _loss_of_row(self, model: nn.Module, batch: PackedBatch, parts: Sequence[RowPart]) -> tuple[StepResult, Tensor]:
+        """The result of a row from forwards of its parts, without a graph; and the (S,) gradient of its loss in the
+        log-probs of its sequences."""
+        raise TypeError(f"{type(self).__name__} must define _loss_of_row, which runs a row in parts")
+
+    def _head_settings(self) -> dict[str, Any]:
+        """Settings of `packed_loss` in this run."""
+        raise TypeError(f"{type(self).__name__} must define _head_settings, the settings of packed_loss")
 
     def _first_rows(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
         """The batch, reduced to the items of its first `num_rows` rows."""
@@ -347,6 +364,9 @@ class PackedTrainer(ResumableTrainer):
         if num_items_in_batch is None:  # called from outside the loop: the mean over this batch
             self._tell_step(parts)
             num_items_in_batch = sum(self._num_items(part) for part in parts) * self.accelerator.num_processes
+        model.train()  # Trainer does so too, but only after the first pass of a row in parts
+        if callable(train := getattr(self.optimizer, "train", None)):
+            train()
         examples, parts = examples_of(inputs), self._in_step(parts)
         examples = [*[None] * (len(parts) - len(examples)), *examples]
         losses = self._halving.train(
@@ -409,7 +429,7 @@ class PackedTrainer(ResumableTrainer):
             sums = [
                 loss
                 for part, rows in zip(parts, known, strict=True)
-                for loss in self._halving.evaluate(loss_of, part, rows, self._evaluated_rows)
+                for loss in self._halving.evaluate(model, loss_of, part, rows, self._evaluated_rows)
             ]
         loss_sum = self._sum_of(sums)
         if self._evaluation is not None and not is_training:
@@ -422,16 +442,33 @@ class PackedTrainer(ResumableTrainer):
 
     def _part_loss_sum(self, model: nn.Module, part: dict[str, Any]) -> Tensor:
         """The summed loss of one micro-batch. Also records its metrics."""
+        if KNOWN in part:
+            with self.accelerator.autocast():
+                return loss_of_part(model, part, **self._head_settings())
         batch = PackedBatch(**{key: value for key, value in part.items() if key != FOR_NOTHING})
         with self.accelerator.autocast():  # for policy and reference, whether accelerate wraps them or not
             result = self._loss_sum(model, batch)
         if FOR_NOTHING in part:
             return result.loss * 0.0
+        self._add_result(model, result, part, batch)
+        return result.loss
+
+    def _first_pass(self, model: nn.Module, row: dict[str, Any], parts: Sequence[RowPart]) -> list[KnownWeights]:
+        """The weights of a row's parts. Also records the row's metrics."""
+        row = self._prepare_inputs(row)
+        batch = PackedBatch(**row)
+        with torch.no_grad(), self.accelerator.autocast():
+            result, weights = self._loss_of_row(model, batch, parts)
+        self._add_result(model, result, row, batch)
+        none = torch.zeros_like(result.loss)
+        return [KnownWeights(weights[list(part.sequences)], none if i else result.loss) for i, part in enumerate(parts)]
+
+    def _add_result(self, model: nn.Module, result: StepResult, part: dict[str, Any], batch: PackedBatch) -> None:
+        """Adds the result of a micro-batch to the metrics of training or of the evaluation."""
         if model.training:
             self._halving.record(partial(self._record, result, part, batch.num_tokens))
         elif self._evaluation is not None:
             self._evaluation.add(result, self._num_items(part))
-        return result.loss
 
     def _sum_of(self, losses: list[Tensor]) -> Tensor:
         """The sum; 0 if no row of a batch fits into memory."""
