@@ -307,13 +307,20 @@ def packed_loss(
         assert loss is not None
         return loss, logps
     logps = packed_logps(model, batch, impl=impl, outputs=outputs, router_aux_loss=router_aux_loss)
-    sums, tokens = logps.sequences.sums, logps.sequences.tokens
-    statistics = {}
-    if summed:
-        values, place = [getattr(tokens, name) for name in summed], Tokens(batch.cu_seqlens, batch.token_rows)
-        statistics = dict(zip(summed, token_sums(values, place, dtype=sums.dtype, impl=impl)[0], strict=True))
+    sums = logps.sequences.sums
+    statistics = summed_statistics(logps.sequences.tokens, summed, batch, impl=impl)
     everything = (slice(0, len(sums)), slice(0, batch.num_pairs))
     return loss_of(sums, logps.sequences.lengths, *everything, **statistics), logps
+
+
+def summed_statistics(
+    tokens: TokenLogps, names: Sequence[str], batch: PackedBatch, *, impl: str = "auto"
+) -> dict[str, Tensor]:
+    """(S,) sums of the named statistics over the counted tokens of each sequence, in the dtype of the log-probs."""
+    if not names:
+        return {}
+    values, place = [getattr(tokens, name) for name in names], Tokens(batch.cu_seqlens, batch.token_rows)
+    return dict(zip(names, token_sums(values, place, dtype=tokens.logps.dtype, impl=impl)[0], strict=True))
 
 
 def _run(

@@ -168,6 +168,18 @@ def check_sequence_parallel_settings(args: Any) -> None:
             raise ValueError(f"{name} must not be {getattr(args, name)!r} with sequence_parallel_size={size}: {why}")
 
 
+def check_oversized_row(args: Any) -> None:
+    """Raises ValueError if rows are to run in parts, and a second forward would not repeat the first."""
+    if args.on_oversized_row != "split":
+        return
+    for name, off, what in (("disable_dropout", True, "dropout"), ("neftune_noise_alpha", None, "NEFTune's noise")):
+        if getattr(args, name) != off:
+            raise ValueError(
+                f"{name} must be {off} if on_oversized_row is 'split', got {getattr(args, name)!r}: {what} gives the"
+                " second forward of a row other log-probs than the first"
+            )
+
+
 def check_trainer_settings(args: Any) -> None:
     """Raises ValueError for settings of transformers' Trainer that fastdpo cannot honour, and for values outside the
     choices that only transformers' command-line parser would check."""

@@ -24,6 +24,7 @@ from fastdpo.training.settings.checks import (
     check_count,
     check_number,
     check_order_of_rows,
+    check_oversized_row,
     check_packing_settings,
     check_sequence_parallel_settings,
     check_steps,
@@ -38,7 +39,7 @@ from fastdpo.training.settings.checks import (
 logger = logging.get_logger(__name__)
 
 PACKING_MODES = ("auto", "packed", "padded")
-OVERSIZED_ROWS = ("alone", "raise", "skip")
+OVERSIZED_ROWS = ("alone", "raise", "skip", "split")
 FULL_DISK = ("stop", "wait")
 WORKERS_ON_A_GPU = 2  # without workers, the GPU waits 5 to 15 ms a step while the main process collates
 
@@ -188,7 +189,9 @@ class EngineConfig(TrainingArguments):
         metadata=help_text(
             "What to do with a row of more than max_tokens_per_microbatch tokens. alone: run it in a micro-batch"
             " of its own, with a warning at the start. raise: do not start the run. skip: as alone, and leave the row"
-            " out if it does not fit into memory; otherwise such a row ends the run."
+            " out if it does not fit into memory; otherwise such a row ends the run. split: run its responses in"
+            " several micro-batches, with the gradient of the whole row and one more forward; its longest response"
+            " with its prompt must fit."
         ),
     )
     regroup_dataset: bool = field(
@@ -205,6 +208,13 @@ class EngineConfig(TrainingArguments):
             "Build each step from rows of similar length. This reduces padding in padded batches, and the time"
             " that processes wait for each other. Long and short rows then never share a step, so gradients differ"
             " more between steps."
+        ),
+    )
+    balance_ranks: bool = field(
+        default=True,
+        metadata=help_text(
+            "On several processes: deal the rows of each step so that all processes have about equally many tokens."
+            " Every step keeps its rows. No effect on streams, and with regroup_dataset."
         ),
     )
     attention_backend: str = field(
@@ -287,6 +297,7 @@ class EngineConfig(TrainingArguments):
         check_order_of_rows(self)
         check_packing_settings(self)
         check_sequence_parallel_settings(self)
+        check_oversized_row(self)
         check_trainer_settings(self)
         self.remove_unused_columns = False  # prepared datasets have no unused columns
         self._follow_device()
