@@ -232,8 +232,8 @@ GROUPS = {
     "adapters and quantized weights": "use_peft lora_r lora_alpha lora_dropout lora_target_modules"
     " lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora load_in_4bit load_in_8bit"
     " bnb_4bit_quant_type bnb_4bit_quant_storage use_bnb_nested_quant",
-    "several processes": "accelerate_config num_processes num_machines machine_rank main_process_ip main_process_port"
-    " ignore_bias_buffers",
+    "several processes": "accelerate_config num_processes sequence_parallel_size num_machines machine_rank"
+    " main_process_ip main_process_port ignore_bias_buffers",
     "evaluation and logging": "eval_strategy eval_steps per_device_eval_batch_size report_to run_name logging_steps"
     " num_eval_samples eval_sample_tokens eval_sample_temperature training_warnings disable_tqdm",
     "saving": "save_strategy save_steps save_total_limit resume_from_checkpoint overwrite_output_dir",

@@ -16,9 +16,11 @@ from fastdpo import TokenizedPair
 from fastdpo.data.batches.layout import lay_out
 from fastdpo.data.batches.packing import pack_layouts
 from fastdpo.data.batches.shares import with_shares
+from fastdpo.evidence.memory import peak_live_bytes
 from fastdpo.modeling import PackingCheck, check_packing, packed_loss, prepare_model
 from fastdpo.modeling.sequence_check import check_sequence_parallel
 from fastdpo.modeling.sequence_group import SequenceGroup
+from fastdpo.training.memory.dry_run import RowShape, dry_step, fake_mode, shape_only
 
 
 def run(folder, what, **case):
@@ -47,7 +49,7 @@ def train_in_parts(folder, mode, steps=1, size=2, num_processes=2, shards=False)
 
 
 def evaluate(folder, size=2):
-    """Of 5 rows in batches of 2; then of a training stream, the log."""
+    """Of 5 rows in batches of 2; then the logs of a training stream and of two epochs."""
     predictions = []
 
     def compute_metrics(prediction):
@@ -199,7 +201,15 @@ def bytes_kept(folder, size=2):
             packed_loss(model, batch, loss_of, grad_in_forward=False)
         return sum(nbytes for nbytes, _ in storages.values())
 
+    def step(batch):
+        packed_loss(model, batch, loss_of)[0].backward()
+        model.zero_grad(set_to_none=True)
+
     def pair(num_processes):  # without branches, which need a mask on a CPU
         return batch_of([(200, 300, 324)], num_processes, prefix_sharing=False)
 
-    return {"parts": kept(pair(size)), "whole": kept(pair(1))}
+    parts, mode = pair(size), fake_mode()
+    shape = RowShape(parts.segments, parts.shares.longest, None, size)
+    estimate = dry_step(shape_only(model, mode), shape, mode, impl="tiled", varlen=False).total
+    peak = peak_live_bytes(lambda: step(parts))
+    return {"parts": kept(parts), "whole": kept(pair(1)), "peak": peak, "estimate": estimate}

@@ -10,6 +10,11 @@ from processes import on_processes
 from sequence_runs import evaluate, run
 from sharded_runs import train
 
+from fastdpo import TokenizedPair, pack_pairs
+from fastdpo.data.batches.shares import with_shares
+from fastdpo.evidence.bad_batch import load_bad_batch
+from fastdpo.training.callbacks.finite import save_bad_batch
+
 ALL_MODES = (
     *("cached reference", "frozen reference", "LoRA", "LoRA on the head", "LoRA, cached reference"),
     *("LoRA, checkpointing", "LoRA, micro-batches", "micro-batches", "accumulation", "checkpointing"),
@@ -91,7 +96,7 @@ def test_a_model_whose_layers_look_past_the_own_part_is_found_out(of_two):
         assert "tokens affect each other outside attention" in message
 
 
-def test_evaluation_and_streams_count_every_row_once(of_two, tmp_path):
+def test_evaluation_streams_and_epochs_count_every_row_once(of_two, tmp_path):
     one, (_, of_both) = evaluate(tmp_path, size=1), of_two["evaluates"]
     assert len(one["predictions"]) == 5
     for found in of_both:
@@ -118,9 +123,16 @@ def test_what_crosses_the_wire_is_what_the_formula_says(case, of_two):
         assert found["backward"] == {"exchanged": layers + again + (N - 1) * R * 4}
 
 
-def test_each_process_keeps_its_part_of_the_activations(of_two):
+def test_each_process_keeps_its_part_of_the_activations_as_the_estimate_says(of_two):
     for found in of_two["keeps"][1]:
         assert found["parts"] <= 0.55 * found["whole"]
+        assert found["peak"] == pytest.approx(found["estimate"], rel=0.1)
+
+
+def test_a_batch_that_is_saved_for_debugging_is_one_that_a_single_process_runs(tmp_path):
+    batch = with_shares(pack_pairs([TokenizedPair([1, 2, 3], [4, 5], [6])]), 2)
+    save_bad_batch(tmp_path / "batch.pt", batch.asdict(), None, step=1, loss=math.nan, args=None)
+    assert load_bad_batch(tmp_path / "batch.pt").batch.shares is None
 
 
 # Slower: more modes and models, five steps, four processes
