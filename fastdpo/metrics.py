@@ -1,6 +1,7 @@
 """Metrics of a batch as (sum, weight) pairs, and their exact weighted means over any number of batches.
 
-Keys are TRL's, plus `rewards/weight`, and `lengths/chosen` and `lengths/rejected`, the counted tokens of a response.
+Keys are TRL's, plus `rewards/weight`, and `lengths/chosen` and `lengths/rejected`, the counted tokens of a response. On
+several processes there is also `rank_imbalance`: the tokens of the slowest process over the mean, step by step.
 Sums and weights are kept separate until `MetricMeans.pop`, so a mean over pairs weights every pair equally and a mean
 over tokens every token, whatever the batch sizes.
 """

@@ -76,7 +76,10 @@ def _largest_part(run: Run, dataset: Any, batches: Sequence[Sequence[int]]) -> R
     batch = max(parts, key=lambda part: part.input_ids.numel())
     shape = tuple(batch.input_ids.shape)
     if batch.is_packed:
-        return RowShape(tuple(tuple(segment) for segment in batch.segments), len(batch.labels))  # type: ignore[misc]
+        segments = tuple(tuple(segment) for segment in batch.segments)
+        if batch.shares is not None:
+            return RowShape(segments, batch.shares.longest, None, batch.shares.num_processes)  # type: ignore[arg-type]
+        return RowShape(segments, len(batch.labels))  # type: ignore[arg-type]
     return RowShape((), len(batch.labels), (shape[0], shape[1]))
 
 

@@ -26,6 +26,7 @@ from fastdpo.training.settings.checks import (
     check_order_of_rows,
     check_oversized_row,
     check_packing_settings,
+    check_sequence_parallel_settings,
     check_steps,
     check_trainer_settings,
     count_or_auto,
@@ -211,6 +212,13 @@ class EngineConfig(TrainingArguments):
             " more between steps."
         ),
     )
+    balance_ranks: bool = field(
+        default=True,
+        metadata=help_text(
+            "On several processes: deal the rows of each step so that all processes have about equally many tokens."
+            " Every step keeps its rows. No effect on streams, and with regroup_dataset."
+        ),
+    )
     attention_backend: str = field(
         default="auto",
         metadata=help_text(
@@ -269,6 +277,15 @@ class EngineConfig(TrainingArguments):
         ),
     )
 
+    sequence_parallel_size: int = field(
+        default=1,
+        metadata=help_text(
+            "Number of processes that compute each packed row together, for pairs too long for one GPU. Each holds an"
+            " equal part of the tokens; attention exchanges heads for tokens. Must divide the number of processes and"
+            " of attention heads."
+        ),
+    )
+
     # Saving
     on_full_disk: str = field(
         default="stop",
@@ -286,7 +303,10 @@ class EngineConfig(TrainingArguments):
         check_choice("on_full_disk", self.on_full_disk, FULL_DISK)
         check_choice("weight_rounding", self.weight_rounding, ROUNDINGS)
         check_choice("clipping_in_backward", self.clipping_in_backward, CLIPPINGS)
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        for name in (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            "sequence_parallel_size",
+        ):
             check_count(name, getattr(self, name))
         check_count("dataset_num_proc", self.dataset_num_proc, optional=True)
         check_number("learning_rate", self.learning_rate, least=0.0)
@@ -303,6 +323,7 @@ class EngineConfig(TrainingArguments):
         check_steps(self)
         check_order_of_rows(self)
         check_packing_settings(self)
+        check_sequence_parallel_settings(self)
         check_oversized_row(self)
         check_trainer_settings(self)
         self.remove_unused_columns = False  # prepared datasets have no unused columns
@@ -324,6 +345,16 @@ class EngineConfig(TrainingArguments):
             self.dataloader_pin_memory = False
             if self.fp16:
                 logger.warning("fp16 on a CPU is slow and overflows above 65,504: use bf16 or fp32 instead")
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many processes read different rows: all, or groups of those that compute rows together."""
+        return max(self.world_size // self.sequence_parallel_size, 1)
+
+    @property
+    def data_parallel_index(self) -> int:
+        """Which of them this process is, or its group."""
+        return self.process_index // self.sequence_parallel_size
 
     def to_dict(self) -> dict[str, Any]:
         """As in TrainingArguments, which hides every value named ..._token as a secret; pad_token is kept readable."""
