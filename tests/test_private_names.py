@@ -64,6 +64,8 @@ TRAINER = {
         "_get_num_items_in_batch",
         "_get_output_dir",
         "_get_train_sampler",
+        "_clip_grad_norm",
+        "_get_grad_norm",
         "_init_training_state",
         "_load_best_model",
         "_load_from_checkpoint",

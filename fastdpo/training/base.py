@@ -73,8 +73,12 @@ from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.experts import router_coefficient
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
 from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype
+from fastdpo.training.setup.optimizers import optimizer_name
 from fastdpo.training.setup.sequence_parallel import check_rotary, read_same_rows, sequence_group
 from fastdpo.training.setup.sharding import keep_outputs_whole
+from fastdpo.training.updates.checks import check_rounded_weights, check_updates, updates_one_by_one
+from fastdpo.training.updates.in_backward import StepInBackward
+from fastdpo.training.updates.one_by_one import OneByOne
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -112,12 +116,17 @@ class PackedTrainer(ResumableTrainer):
         self.train_means = MetricMeans()  # since the last log
         self._num_train_tokens = 0  # since the last log
         self._losses = FiniteLosses()
+        self._in_backward: StepInBackward | None = None  # the optimizer's step, if it is part of backward
+        self._is_measuring = False  # whether a forward and backward only measure the gradient
         self._examples: list[Any] = []  # the rows of the batch that is evaluated
         self._evaluated_rows: Any = None
         tokenizer = self.processing_class = processing_class
         self.args = args
-        if trainer_arguments.get("optimizers", (None, None))[0] is None:
+        has_own_optimizer = trainer_arguments.get("optimizers", (None, None))[0] is not None
+        if not has_own_optimizer:
             check_memory_settings(args)
+        check_updates(args, optimizer_name(args), is_own=has_own_optimizer)
+        check_rounded_weights(args, model)
         forget_accelerate(model)
         use_layer_kernels(model, args)
         prepare_model(model)
@@ -170,6 +179,9 @@ class PackedTrainer(ResumableTrainer):
         )
         keep_outputs_whole(self.accelerator)
         self.watch_progress()
+        if args.optimizer_in_backward:
+            self._in_backward = StepInBackward(args.clipping_in_backward, args.max_grad_norm)
+            self.parts["in_backward"] = self._in_backward
         if is_stream(self.train_dataset):
             self.parts["stream"] = StreamStart(self.train_dataset)
         tag_model(self.model, self.method)
@@ -370,7 +382,7 @@ class PackedTrainer(ResumableTrainer):
         examples, parts = examples_of(inputs), self._in_step(parts)
         examples = [*[None] * (len(parts) - len(examples)), *examples]
         losses = self._halving.train(
-            super().training_step,
+            self._forward_and_backward,
             model,
             parts,
             examples,
@@ -382,6 +394,37 @@ class PackedTrainer(ResumableTrainer):
             self._halving.end_step()
             self._losses.check(self)
         return self._sum_of(losses)
+
+    def _forward_and_backward(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int) -> Tensor:
+        """The loss of one micro-batch after its backward, which may update the weights."""
+        run = partial(super().training_step, model, inputs, num_items)
+        return run() if self._in_backward is None else self._in_backward.step(run, partial(self._measured, run))
+
+    def _measured(self, run: Callable[[], Tensor]) -> None:
+        """Runs a forward and backward that leaves no metrics and no other random numbers behind."""
+        device = self.args.device
+        self._is_measuring = True
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                run()
+        finally:
+            self._is_measuring = False
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As in Trainer; the optimizer updates weights one by one if they are rounded, or updated in backward."""
+        optimizer = super().create_optimizer(model)
+        if updates_one_by_one(self.args) and not isinstance(getattr(optimizer, "optimizer", optimizer), OneByOne):
+            optimizer = self.optimizer = OneByOne(optimizer, self.args.weight_rounding, self.args.seed)
+            if self._in_backward is not None:
+                self._in_backward.attach(optimizer)
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(model) if self._in_backward is None else self._in_backward.last_norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        in_backward = self._in_backward
+        return super()._get_grad_norm(model, grad_norm) if in_backward is None else in_backward.last_norm
 
     def _why_whole(self) -> str:
         """Why a micro-batch must not be halved when memory runs out; empty if it may."""
@@ -465,6 +508,8 @@ class PackedTrainer(ResumableTrainer):
 
     def _add_result(self, model: nn.Module, result: StepResult, part: dict[str, Any], batch: PackedBatch) -> None:
         """Adds the result of a micro-batch to the metrics of training or of the evaluation."""
+        if self._is_measuring:
+            return
         if model.training:
             self._halving.record(partial(self._record, result, part, batch.num_tokens))
         elif self._evaluation is not None:

@@ -161,8 +161,10 @@ def optimizer_bytes(model: nn.Module, optimizer: Any, name: str) -> int:
 
 
 def steps_in_backward(trainer: Trainer) -> bool:
-    """Whether weights change before the whole gradient is computed: with DeepSpeed's engine, and LOMO."""
-    return trainer.is_deepspeed_enabled or "lomo" in optimizer_name(trainer.args)
+    """Whether weights change before the whole gradient is computed: with DeepSpeed's engine, LOMO, and
+    optimizer_in_backward."""
+    args = trainer.args
+    return trainer.is_deepspeed_enabled or args.optimizer_in_backward or "lomo" in optimizer_name(args)
 
 
 def check_can_split(trainer: Trainer) -> None:

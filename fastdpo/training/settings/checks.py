@@ -160,6 +160,7 @@ def check_sequence_parallel_settings(args: Any) -> None:
             args.max_tokens_per_microbatch == "auto",
             "processes would measure different limits; give a number",
         ),
+        "on_oversized_row": (args.on_oversized_row == "split", "processes share every row already; use 'alone'"),
         "torch_compile": (bool(args.torch_compile), "attention communicates; turn it off"),
         "deepspeed": (bool(args.deepspeed), "this is untested; use FSDP2 or DDP"),
     }

@@ -35,6 +35,8 @@ from fastdpo.training.settings.checks import (
     resolve_checkpointing,
     with_torch_dtype,
 )
+from fastdpo.training.updates.in_backward import CLIPPINGS
+from fastdpo.training.updates.rounding import ROUNDINGS
 
 logger = logging.get_logger(__name__)
 
@@ -244,6 +246,29 @@ class EngineConfig(TrainingArguments):
             " GiB of its free memory if the head is trained), 32 MiB elsewhere."
         ),
     )
+    weight_rounding: str = field(
+        default="nearest",
+        metadata=help_text(
+            "How the optimizer's updates are rounded to bf16 weights. nearest: updates below half a unit of the last"
+            " place are lost. stochastic: rounded up or down so that the mean is kept. kahan: what rounding cuts off is"
+            " kept in 2 more bytes per weight. The last two compute each update in fp32, and let weights be trained"
+            " that are loaded in bf16 (dtype in model_init_kwargs)."
+        ),
+    )
+    optimizer_in_backward: bool = field(
+        default=False,
+        metadata=help_text(
+            "Update each weight in backward, as soon as its gradient is whole, and drop the gradient. Needs one"
+            " micro-batch per step on one process. For clipping see clipping_in_backward."
+        ),
+    )
+    clipping_in_backward: str = field(
+        default="previous_norm",
+        metadata=help_text(
+            "Which norm clips the gradient with optimizer_in_backward. previous_norm: that of the step before."
+            " two_passes: that of the step itself, from a forward and backward of its own: exact, at twice the time."
+        ),
+    )
     activation_offloading: bool = field(
         default=False,
         metadata=help_text(
@@ -276,6 +301,8 @@ class EngineConfig(TrainingArguments):
         check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         check_choice("on_oversized_row", self.on_oversized_row, OVERSIZED_ROWS)
         check_choice("on_full_disk", self.on_full_disk, FULL_DISK)
+        check_choice("weight_rounding", self.weight_rounding, ROUNDINGS)
+        check_choice("clipping_in_backward", self.clipping_in_backward, CLIPPINGS)
         for name in (
             *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
             "sequence_parallel_size",
