@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -62,7 +61,13 @@ from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.experts import router_coefficient
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
 from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype
-from fastdpo.training.setup.sharding import keep_outputs_whole
+from fastdpo.training.setup.sharding import (
+    backward_without_step,
+    check_not_divided,
+    gathers_weights,
+    keep_outputs_whole,
+    reduces_in_backward,
+)
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -109,6 +114,7 @@ class PackedTrainer(ResumableTrainer):
         if trainer_arguments.get("optimizers", (None, None))[0] is None:
             check_memory_settings(args)
         forget_accelerate(model)
+        check_not_divided(model)
         use_layer_kernels(model, args)
         prepare_model(model)
 
@@ -302,7 +308,7 @@ class PackedTrainer(ResumableTrainer):
         if num_items_in_batch is None:  # called from outside the loop: the mean over this batch
             self._tell_step(parts)
             num_items_in_batch = sum(self._num_items(part) for part in parts) * self.accelerator.num_processes
-        examples, parts = examples_of(inputs), self._in_step(parts)
+        examples, parts = examples_of(inputs), self._in_step(parts, is_training=True)
         examples = [*[None] * (len(parts) - len(examples)), *examples]
         pieces = [
             piece for pair in zip(parts, examples, strict=True) for piece in self.out_of_memory.fitting(Piece(*pair))
@@ -310,7 +316,7 @@ class PackedTrainer(ResumableTrainer):
         losses: list[Tensor] = []
         while pieces:
             piece, pieces = pieces[0], pieces[1:]
-            with nullcontext() if not pieces or self._shards_weights() else self.accelerator.no_sync(model):
+            with backward_without_step(self.accelerator, model) if pieces else nullcontext():
                 loss = self._tried(model, piece, num_items_in_batch)
             if isinstance(loss, str):
                 pieces = [*self.out_of_memory.after(piece, loss, self.train_dataset, "train"), *pieces]
@@ -361,11 +367,12 @@ class PackedTrainer(ResumableTrainer):
     def _shards_weights(self) -> bool:
         """Whether processes gather weights in every forward, so that all must run the same number of forwards."""
         loaded_in_shards = getattr(self, "is_distributed_loading_by_transformers", False)
-        return self.accelerator.distributed_type == DistributedType.FSDP or loaded_in_shards
+        return gathers_weights(self.accelerator) or loaded_in_shards
 
-    def _in_step(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """With sharded weights, adds micro-batches that do not count until all processes have equally many."""
-        if self.args.max_tokens_per_microbatch is None or not self._shards_weights():
+    def _in_step(self, parts: list[dict[str, Any]], *, is_training: bool) -> list[dict[str, Any]]:
+        """Where all processes must run equally many micro-batches, adds ones that do not count, before the others."""
+        keeps_step = self._shards_weights() or (is_training and reduces_in_backward(self.accelerator))
+        if self.args.max_tokens_per_microbatch is None or not keeps_step:
             return parts
         count = torch.tensor([len(parts)], device=self.args.device)
         missing = int(self.accelerator.gather(count).max()) - len(parts)
@@ -387,7 +394,7 @@ class PackedTrainer(ResumableTrainer):
         if not is_training or num_items_in_batch is None:
             self._tell_step(parts)
         if not is_training:
-            parts = [self._without_repeated_rows(part) for part in self._in_step(parts)]
+            parts = [self._without_repeated_rows(part) for part in self._in_step(parts, is_training=False)]
         if is_training:
             sums = [self._part_loss_sum(model, part) for part in parts]
         else:
@@ -428,8 +435,8 @@ class PackedTrainer(ResumableTrainer):
         self.train_means.add(result.metrics)
         self._num_train_tokens += num_tokens
         self._losses.add(result.loss, part, result.sums)
-        if steps_in_backward(self):
-            self._losses.check(self)
+        if steps_in_backward(self) and (self.accelerator.sync_gradients or not self.is_deepspeed_enabled):
+            self._losses.check(self)  # the weights change in the backward that comes next
 
     def _evaluated(self, model: nn.Module, part: dict[str, Any], examples: tuple[Example, ...] | None) -> list[Tensor]:
         """The summed losses of a micro-batch in evaluation, in as many pieces as memory needs."""
