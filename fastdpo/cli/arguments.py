@@ -97,8 +97,8 @@ class RunArguments:
     accelerate_config: str | None = field(
         default=None,
         metadata=help_text(
-            "Start several processes with accelerate: multi_gpu, fsdp2, zero2, zero3, or a YAML file from"
-            " `accelerate config`."
+            "Start several processes with accelerate: multi_gpu, fsdp2, hybrid, zero2, zero3, tp, sp, or a YAML file"
+            " from `accelerate config`."
         ),
     )
     num_processes: int | None = field(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -75,7 +74,13 @@ from fastdpo.training.setup.layer_kernels import use_layer_kernels
 from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype
 from fastdpo.training.setup.optimizers import optimizer_name
 from fastdpo.training.setup.sequence_parallel import check_rotary, read_same_rows, sequence_group
-from fastdpo.training.setup.sharding import keep_outputs_whole
+from fastdpo.training.setup.sharding import (
+    backward_without_step,
+    check_not_divided,
+    gathers_weights,
+    keep_outputs_whole,
+    reduces_in_backward,
+)
 from fastdpo.training.updates.checks import check_rounded_weights, check_updates, updates_one_by_one
 from fastdpo.training.updates.in_backward import StepInBackward
 from fastdpo.training.updates.one_by_one import OneByOne
@@ -128,6 +133,7 @@ class PackedTrainer(ResumableTrainer):
         check_updates(args, optimizer_name(args), is_own=has_own_optimizer)
         check_rounded_weights(args, model)
         forget_accelerate(model)
+        check_not_divided(model)
         use_layer_kernels(model, args)
         prepare_model(model)
 
@@ -379,7 +385,7 @@ class PackedTrainer(ResumableTrainer):
         model.train()  # Trainer does so too, but only after the first pass of a row in parts
         if callable(train := getattr(self.optimizer, "train", None)):
             train()
-        examples, parts = examples_of(inputs), self._in_step(parts)
+        examples, parts = examples_of(inputs), self._in_step(parts, is_training=True)
         examples = [*[None] * (len(parts) - len(examples)), *examples]
         losses = self._halving.train(
             self._forward_and_backward,
@@ -388,7 +394,7 @@ class PackedTrainer(ResumableTrainer):
             examples,
             num_items=num_items_in_batch,
             dataset=self.train_dataset,
-            no_sync=nullcontext if self._shards_weights() else self.accelerator.no_sync,
+            without_step=partial(backward_without_step, self.accelerator),
         )
         if self.accelerator.sync_gradients:  # the optimizer steps next
             self._halving.end_step()
@@ -437,11 +443,12 @@ class PackedTrainer(ResumableTrainer):
     def _shards_weights(self) -> bool:
         """Whether processes gather weights in every forward, so that all must run the same number of forwards."""
         loaded_in_shards = getattr(self, "is_distributed_loading_by_transformers", False)
-        return self.accelerator.distributed_type == DistributedType.FSDP or loaded_in_shards
+        return gathers_weights(self.accelerator) or loaded_in_shards
 
-    def _in_step(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """With sharded weights, adds micro-batches that do not count until all processes have equally many."""
-        if self.args.max_tokens_per_microbatch is None or not self._shards_weights():
+    def _in_step(self, parts: list[dict[str, Any]], *, is_training: bool) -> list[dict[str, Any]]:
+        """Where all processes must run equally many micro-batches, adds ones that do not count, before the others."""
+        keeps_step = self._shards_weights() or (is_training and reduces_in_backward(self.accelerator))
+        if self.args.max_tokens_per_microbatch is None or not keeps_step:
             return parts
         count = torch.tensor([len(parts)], device=self.args.device)
         missing = int(self.accelerator.gather(count).max()) - len(parts)
@@ -463,7 +470,7 @@ class PackedTrainer(ResumableTrainer):
         if not is_training or num_items_in_batch is None:
             self._tell_step(parts)
         if not is_training:
-            parts = [self._without_repeated_rows(part) for part in self._in_step(parts)]
+            parts = [self._without_repeated_rows(part) for part in self._in_step(parts, is_training=False)]
         if is_training:
             sums = [self._part_loss_sum(model, part) for part in parts]
         else:
@@ -524,8 +531,8 @@ class PackedTrainer(ResumableTrainer):
         self.train_means.add(result.metrics)
         self._num_train_tokens += num_tokens
         self._losses.add(result.loss, part, result.sums)
-        if steps_in_backward(self):
-            self._losses.check(self)
+        if steps_in_backward(self) and (self.accelerator.sync_gradients or not self.is_deepspeed_enabled):
+            self._losses.check(self)  # the weights change in the backward that comes next
 
     def _loss_of(self, batch: PackedBatch) -> Tensor:
         """The loss of a batch by itself, in the precision of the run."""

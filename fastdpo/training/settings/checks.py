@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 from dataclasses import fields
+from importlib import util
 from typing import Any
 
 import torch
@@ -192,6 +193,11 @@ def check_trainer_settings(args: Any) -> None:
         value = getattr(args, name)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number of steps, or a share of the run below 1, got {value}")
+    if args.deepspeed and util.find_spec("deepspeed") is None:
+        raise ValueError(
+            "deepspeed must be None if the deepspeed package is not installed, got a config: pip install"
+            " 'fastdpo[deepspeed]'"
+        )
     counted = (True, False, "all", "non_padding", "no")
     if args.include_num_input_tokens_seen not in counted:
         raise ValueError(
@@ -204,6 +210,14 @@ def check_trainer_settings(args: Any) -> None:
             f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: it smooths token labels, which the"
             " head op does not support; for flipped preference labels use label_smoothing"
         )
+
+
+def load_whole_models() -> None:
+    """Keeps from_pretrained from dividing models under DeepSpeed's stage 3: the self-check and the reference read their
+    weights before DeepSpeed divides them. Trainer tells transformers about the stage more than once."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 def resolve_checkpointing(args: Any, default: bool) -> None:

@@ -31,6 +31,7 @@ from fastdpo.training.settings.checks import (
     check_trainer_settings,
     count_or_auto,
     help_text,
+    load_whole_models,
     offload_checkpoints,
     resolve_checkpointing,
     with_torch_dtype,
@@ -329,6 +330,7 @@ class EngineConfig(TrainingArguments):
         self.remove_unused_columns = False  # prepared datasets have no unused columns
         self._follow_device()
         super().__post_init__()
+        load_whole_models()
 
     def _follow_device(self) -> None:
         """Fills in the defaults that depend on whether there is a GPU."""
