@@ -401,7 +401,7 @@ def _head_outputs(
 ) -> dict[str, Tensor]:
     """Log-probs, and with `loss_of` the loss. A dict of tensors: wrappers look for tensors in mappings."""
     state: _Prepared = getattr(model, _STATE)
-    head = lm_head(model)
+    head = lm_head(model).local()
     rows, weight, adapter_weight = head.operands(rows, split=loss_of is not None)
     args = (rows, weight, batch.labels, batch.cu_seqlens)
     settings: dict[str, Any] = {
@@ -413,6 +413,8 @@ def _head_outputs(
         "outputs": outputs,
         "workspace_bytes": state.workspace_bytes,
     }
+    if head.cut is not None:
+        settings |= {"process_group": head.cut.group, "vocab_size": head.cut.num_vocab}
     loss = {}
     if loss_of is None:
         result = sequence_logps(*args, skip_tolerance=state.skip_tolerance, **settings)

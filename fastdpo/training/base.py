@@ -63,6 +63,7 @@ from fastdpo.training.setup.experts import router_coefficient
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
 from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype
 from fastdpo.training.setup.sharding import keep_outputs_whole
+from fastdpo.training.setup.tensor_parallel import is_cut, reshard
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -230,6 +231,8 @@ class PackedTrainer(ResumableTrainer):
             workspace_bytes=self.args.workspace_bytes,
         )
         check = check_packing(model, impl=self.args.impl, autocast=self.accelerator.autocast)
+        if is_cut(model):
+            reshard(model)
         if self.is_packed and not check.ok:
             if self.args.packing == "packed":
                 raise ValueError(f"packing must be 'auto' or 'padded' for this model, got 'packed': {check.reason}")
@@ -272,6 +275,8 @@ class PackedTrainer(ResumableTrainer):
         if self.model_wrapped is self.model:
             self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
             forget_accelerate(self.model)
+        if is_cut(self.model):
+            reshard(self.model)  # an evaluation may have gathered weights
         self._done.clear()
         output = super().train(resume, *args, **kwargs)
         self._losses.settle(self)
@@ -458,8 +463,8 @@ class PackedTrainer(ResumableTrainer):
             return inputs
         if inputs.get("example_ids") is None:
             raise ValueError("data_collator must return example_ids in an evaluation on several processes, got None")
-        num_rows = self.args.eval_batch_size
-        return self._first_rows(inputs, min(max(state.remainder - self.args.process_index * num_rows, 0), num_rows))
+        num_rows, reader = self.args.eval_batch_size, self.args.process_index // self.args.tensor_parallel_size
+        return self._first_rows(inputs, min(max(state.remainder - reader * num_rows, 0), num_rows))
 
     def _prepare_input(self, data: Any) -> Any:
         """Moves tensors without rounding. Trainer would round floats to the weights' dtype under DeepSpeed, so cached
@@ -491,7 +496,7 @@ class PackedTrainer(ResumableTrainer):
         """Tokens trained on by all processes since the run began."""
         num_new_tokens = torch.tensor(self._num_train_tokens, device=self.args.device)
         before = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
-        return next(before, 0) + int(self._reduce(num_new_tokens))
+        return next(before, 0) + int(self._reduce(num_new_tokens)) // self.args.tensor_parallel_size
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -606,4 +611,4 @@ class PackedTrainer(ResumableTrainer):
 
     def _holds_parts(self) -> bool:
         """Whether processes hold parts of the weights."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or is_cut(self.model)

@@ -233,6 +233,14 @@ class EngineConfig(TrainingArguments):
             " GiB of its free memory if the head is trained), 32 MiB elsewhere."
         ),
     )
+    tensor_parallel_size: int = field(
+        default=1,
+        metadata=help_text(
+            "Processes over which every layer and the LM head are cut, by the plan of the model's class. They read the"
+            " same rows. Must divide the number of processes; groups of this size then shard their parts among them"
+            " (FSDP2)."
+        ),
+    )
     activation_offloading: bool = field(
         default=False,
         metadata=help_text(
@@ -258,6 +266,7 @@ class EngineConfig(TrainingArguments):
         check_choice("on_full_disk", self.on_full_disk, FULL_DISK)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check_count(name, getattr(self, name))
+        check_count("tensor_parallel_size", self.tensor_parallel_size)
         check_count("dataset_num_proc", self.dataset_num_proc, optional=True)
         check_number("learning_rate", self.learning_rate, least=0.0)
         if self.router_aux_loss_coef is not None:
@@ -297,6 +306,11 @@ class EngineConfig(TrainingArguments):
     def to_dict(self) -> dict[str, Any]:
         """As in TrainingArguments, which hides every value named ..._token as a secret; pad_token is kept readable."""
         return {**super().to_dict(), "pad_token": self.pad_token}
+
+    @property
+    def num_readers(self) -> int:
+        """The number of processes that read different rows; those of a tensor-parallel group read the same."""
+        return self.world_size // self.tensor_parallel_size
 
     def init_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of from_pretrained for a model that is loaded by name."""
