@@ -81,6 +81,7 @@ from fastdpo.training.setup.sharding import (
     keep_outputs_whole,
     reduces_in_backward,
 )
+from fastdpo.training.setup.tensor_parallel import is_cut, reshard
 from fastdpo.training.updates.checks import check_rounded_weights, check_updates, updates_one_by_one
 from fastdpo.training.updates.in_backward import StepInBackward
 from fastdpo.training.updates.one_by_one import OneByOne
@@ -276,6 +277,8 @@ class PackedTrainer(ResumableTrainer):
             workspace_bytes=self.args.workspace_bytes,
         )
         check = check_packing(model, impl=self.args.impl, autocast=self.accelerator.autocast)
+        if is_cut(model):
+            reshard(model)
         if self.is_packed and not check.ok:
             if self.args.packing == "packed":
                 raise ValueError(f"packing must be 'auto' or 'padded' for this model, got 'packed': {check.reason}")
@@ -320,6 +323,8 @@ class PackedTrainer(ResumableTrainer):
         if self.model_wrapped is self.model:
             self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
             forget_accelerate(self.model)
+        if is_cut(self.model):
+            reshard(self.model)  # an evaluation may have gathered weights
         self._halving.end_step()
         output = super().train(resume, *args, **kwargs)
         self._losses.settle(self)
@@ -588,7 +593,7 @@ class PackedTrainer(ResumableTrainer):
         """Tokens trained on by all processes since the run began."""
         num_new_tokens = torch.tensor(self._num_train_tokens, device=self.args.device)
         before = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
-        return next(before, 0) + int(self._reduce(num_new_tokens)) // self.args.sequence_parallel_size
+        return next(before, 0) + int(self._reduce(num_new_tokens)) // self.args.row_group_size
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -701,4 +706,4 @@ class PackedTrainer(ResumableTrainer):
 
     def _holds_parts(self) -> bool:
         """Whether processes hold parts of the weights."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or is_cut(self.model)

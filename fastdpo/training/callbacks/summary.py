@@ -114,8 +114,8 @@ def _steps(run: Run) -> str:
     args = run.args
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel_size
     processes = f"{args.world_size} processes"
-    if args.sequence_parallel_size > 1:
-        processes = f"{args.data_parallel_size} groups of {args.sequence_parallel_size} processes"
+    if args.row_group_size > 1:
+        processes = f"{args.data_parallel_size} groups of {args.row_group_size} processes"
     is_known = run.train_dataset is not None and not is_stream(run.train_dataset)
     per_epoch = math.ceil(len(run.train_dataset) / per_step) if is_known else 0
     epoch = f"{per_epoch} an epoch" if is_known else "of a stream"

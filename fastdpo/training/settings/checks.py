@@ -164,6 +164,7 @@ def check_sequence_parallel_settings(args: Any) -> None:
         "on_oversized_row": (args.on_oversized_row == "split", "processes share every row already; use 'alone'"),
         "torch_compile": (bool(args.torch_compile), "attention communicates; turn it off"),
         "deepspeed": (bool(args.deepspeed), "this is untested; use FSDP2 or DDP"),
+        "tensor_parallel_size": (args.tensor_parallel_size > 1, "this is untested; use one of both"),
     }
     for name, (is_set, why) in refused.items():
         if is_set:

@@ -270,6 +270,14 @@ class EngineConfig(TrainingArguments):
             " two_passes: that of the step itself, from a forward and backward of its own: exact, at twice the time."
         ),
     )
+    tensor_parallel_size: int = field(
+        default=1,
+        metadata=help_text(
+            "Processes over which every layer and the LM head are cut, by the plan of the model's class. They read the"
+            " same rows. Must divide the number of processes; groups of this size then shard their parts among them"
+            " (FSDP2)."
+        ),
+    )
     activation_offloading: bool = field(
         default=False,
         metadata=help_text(
@@ -306,7 +314,7 @@ class EngineConfig(TrainingArguments):
         check_choice("clipping_in_backward", self.clipping_in_backward, CLIPPINGS)
         for name in (
             *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-            "sequence_parallel_size",
+            *("sequence_parallel_size", "tensor_parallel_size"),
         ):
             check_count(name, getattr(self, name))
         check_count("dataset_num_proc", self.dataset_num_proc, optional=True)
@@ -349,14 +357,19 @@ class EngineConfig(TrainingArguments):
                 logger.warning("fp16 on a CPU is slow and overflows above 65,504: use bf16 or fp32 instead")
 
     @property
+    def row_group_size(self) -> int:
+        """How many consecutive processes read the same rows: those of a tensor- or sequence-parallel group."""
+        return self.sequence_parallel_size * self.tensor_parallel_size
+
+    @property
     def data_parallel_size(self) -> int:
-        """How many processes read different rows: all, or groups of those that compute rows together."""
-        return max(self.world_size // self.sequence_parallel_size, 1)
+        """How many processes, or groups of them, read different rows."""
+        return max(self.world_size // self.row_group_size, 1)
 
     @property
     def data_parallel_index(self) -> int:
         """Which of them this process is, or its group."""
-        return self.process_index // self.sequence_parallel_size
+        return self.process_index // self.row_group_size
 
     def to_dict(self) -> dict[str, Any]:
         """As in TrainingArguments, which hides every value named ..._token as a secret; pad_token is kept readable."""
