@@ -63,6 +63,7 @@ from fastdpo.training.setup.experts import router_coefficient
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
 from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype
 from fastdpo.training.setup.sharding import keep_outputs_whole
+from fastdpo.training.setup.tiles import use_tiles_in_run
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -236,6 +237,7 @@ class PackedTrainer(ResumableTrainer):
             logger.warning(f"Falling back to padded batches, which are slower: {check.reason}")
             self.is_packed = False
         self.collator.is_packed = self.is_packed
+        use_tiles_in_run(model, self)
         return check
 
     def summary(self) -> str:

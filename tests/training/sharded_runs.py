@@ -44,6 +44,7 @@ def settings_of(mode, num_processes):
         "padded": lambda: {"packing": "padded"},
         "listwise": lambda: {"loss_type": "plackett_luce"},
         "bf16": lambda: {"bf16": True},
+        "tiles, checkpointing": lambda: {"tile_rows": 8, "gradient_checkpointing": True},
     }[mode]()
 
 

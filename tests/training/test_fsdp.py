@@ -22,6 +22,7 @@ MODES = (
     "no reference, sft",
     "padded",
     "listwise",
+    "tiles, checkpointing",
 )
 LOGGED = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "entropy")
 
