@@ -133,6 +133,7 @@ PRIVATE = {
     "_indices": ("datasets 5.2", lambda: hasattr(small_dataset(), "_indices")),
     "_orig_mod": ("torch 2.13", lambda: hasattr(torch.compile(torch.nn.Linear(1, 1)), "_orig_mod")),
     "_cdata": ("torch 2.13", lambda: hasattr(torch.zeros(1).untyped_storage(), "_cdata")),
+    "_parameters": ("torch 2.13", lambda: "_parameters" in vars(torch.nn.Linear(1, 1))),
     "_save_to_state_dict": ("torch 2.13", lambda: hasattr(torch.nn.Module, "_save_to_state_dict")),
     "_grouped_mm": ("torch 2.13", lambda: hasattr(torch.ops.aten, "_grouped_mm")),
     "_to_copy": ("torch 2.13", lambda: hasattr(torch.ops.aten, "_to_copy")),

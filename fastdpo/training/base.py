@@ -82,6 +82,7 @@ from fastdpo.training.setup.sharding import (
     reduces_in_backward,
 )
 from fastdpo.training.setup.tensor_parallel import is_cut, reshard
+from fastdpo.training.setup.tiles import use_tiles_in_run
 from fastdpo.training.updates.checks import check_rounded_weights, check_updates, updates_one_by_one
 from fastdpo.training.updates.in_backward import StepInBackward
 from fastdpo.training.updates.one_by_one import OneByOne
@@ -285,6 +286,7 @@ class PackedTrainer(ResumableTrainer):
             logger.warning(f"Falling back to padded batches, which are slower: {check.reason}")
             self.is_packed = False
         self.collator.is_packed = self.is_packed
+        use_tiles_in_run(model, self)
         if self.sequence_group is not None:
             check_sequence_parallel(model, self.sequence_group, check, impl=self.args.impl)
         return check

@@ -16,6 +16,7 @@ from fastdpo.data.terminal import make_console
 from fastdpo.data.visible import visible
 from fastdpo.modeling.backbone import tower_names
 from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.tiles import tiles_of
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.references.adapters import is_peft_model
 from fastdpo.training.inputs.streams import is_stream
@@ -46,6 +47,9 @@ def summary_lines(run: Run) -> list[tuple[str, str]]:
     lines.append(("attention", _attention(run)))
     if run.is_packed and run.packing_check.note is not None:
         lines.append(("", run.packing_check.note))
+    tiles = tiles_of(bare_model(run.model))
+    if tiles is not None:
+        lines.append(("layers", tiles.describe(bare_model(run.model))))
     lines.append(("head op", _head_op(run)))
     lines.append(("steps", _steps(run)))
     lines.append(("peak memory", _peak_memory(run)))

@@ -278,6 +278,14 @@ class EngineConfig(TrainingArguments):
             " (FSDP2)."
         ),
     )
+    tile_rows: int | str | None = field(
+        default=None,
+        metadata=help_text(
+            "Run the position-wise parts of every layer (MLPs, experts, norms, projections with adapters) over tiles of"
+            " this many rows, so that the wide activations inside them exist for one tile only. Results change by"
+            " rounding at most. auto: half of the hidden size, at least 2048 on a GPU. None: no tiles."
+        ),
+    )
     activation_offloading: bool = field(
         default=False,
         metadata=help_text(
@@ -322,6 +330,11 @@ class EngineConfig(TrainingArguments):
         if self.router_aux_loss_coef is not None:
             check_number("router_aux_loss_coef", self.router_aux_loss_coef, least=0.0)
         self.max_tokens_per_microbatch = count_or_auto("max_tokens_per_microbatch", self.max_tokens_per_microbatch)
+        self.tile_rows = count_or_auto("tile_rows", self.tile_rows)
+        if self.tile_rows is not None and self.torch_compile:
+            raise ValueError(
+                f"tile_rows must be None with torch_compile, got {self.tile_rows}: each tile would end a compiled graph"
+            )
         self.pad_to_multiple_of = count_or_auto("pad_to_multiple_of", self.pad_to_multiple_of)
         self.model_init_kwargs = as_dict("model_init_kwargs", self.model_init_kwargs)
         self.columns = check_columns(self.columns)
