@@ -2,7 +2,7 @@
 
 In: the micro-batches of a batch, the rows that they were made of, and a function that runs one of them. Out: their
 losses. Gradients and metrics are those of the whole batch: what a failed attempt has left behind is removed.
-`out_of_memory.py` decides what is halved, and refuses what cannot be.
+`out_of_memory.py` decides what is halved, or run in parts of a row, and refuses what cannot be.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdpo.training.inputs.collator import Example
 from fastdpo.training.memory.out_of_memory import OutOfMemory, Piece, is_out_of_memory
+from fastdpo.training.memory.row_parts import FirstPass, KnownWeights, RowPart
 
 # forward and backward of a micro-batch: the model, the micro-batch, and the items of its optimizer step give the loss
 Step = Callable[[nn.Module, dict[str, Any], Any], Tensor]
@@ -25,11 +26,13 @@ class Halving:
 
     Args:
         out_of_memory: what has not fitted so far.
+        first_pass: the forward of a row in parts, which gives each part its weights and records the row's metrics.
         steps_in_backward: whether the optimizer steps in backward, which cannot be repeated then.
     """
 
-    def __init__(self, out_of_memory: OutOfMemory, *, steps_in_backward: bool) -> None:
+    def __init__(self, out_of_memory: OutOfMemory, first_pass: FirstPass, *, steps_in_backward: bool) -> None:
         self.out_of_memory, self.steps_in_backward = out_of_memory, steps_in_backward
+        self.first_pass = first_pass
         self._done: list[tuple[dict[str, Any], Any]] = []  # micro-batches of this optimizer step, and its items
         self._held: list[Callable[[], None]] | None = None  # what to record once the backward under way has ended
 
@@ -56,6 +59,9 @@ class Halving:
         losses: list[Tensor] = []
         while pieces:
             piece, pieces = pieces[0], pieces[1:]
+            if row_parts := self.out_of_memory.parts(piece):
+                pieces = [*self._weighed(model, piece, row_parts, dataset, "train")[0], *pieces]
+                continue
             with no_sync(model) if pieces else nullcontext():
                 loss = self._tried(step, model, piece, num_items)
             if isinstance(loss, str):
@@ -67,15 +73,21 @@ class Halving:
 
     def evaluate(
         self,
+        model: nn.Module,
         loss_of: Callable[[dict[str, Any]], Tensor],
         part: dict[str, Any],
         rows: tuple[Example, ...] | None,
         dataset: Any,
     ) -> list[Tensor]:
         """The losses of the pieces of one micro-batch, without a backward."""
-        pieces, losses = self.out_of_memory.fitting(Piece(part, rows)), []
+        pieces = self.out_of_memory.fitting(Piece(part, rows))
+        losses: list[Tensor] = []
         while pieces:
             piece, pieces = pieces[0], pieces[1:]
+            if row_parts := self.out_of_memory.parts(piece):
+                _, known = self._weighed(model, piece, row_parts, dataset, "evaluation")
+                losses.extend(weights.loss for weights in known)
+                continue
             try:
                 losses.append(loss_of(piece.inputs))
                 continue
@@ -85,6 +97,22 @@ class Halving:
                 reason = str(error).partition("\n")[0]
             pieces = [*self.out_of_memory.after(piece, reason, dataset, "evaluation"), *pieces]
         return losses
+
+    def _weighed(
+        self, model: nn.Module, piece: Piece, parts: list[RowPart], dataset: Any, name: str
+    ) -> tuple[list[Piece], list[KnownWeights]]:
+        """The parts of a row with their weights, after the first pass; in smaller parts if that does not fit."""
+        while True:
+            try:
+                known = self.first_pass(model, piece.inputs, parts)
+                return [Piece.of_part(*pair) for pair in zip(parts, known, strict=True)], known
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0]
+            largest = max((Piece.of_part(part, None) for part in parts), key=lambda part: part.num_tokens)
+            self.out_of_memory.after(largest, reason, dataset, name)
+            parts = self.out_of_memory.parts(piece)
 
     def record(self, record: Callable[[], None]) -> None:
         """Calls `record`, which adds the results of a forward to the metrics, once its backward has ended too."""
