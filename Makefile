@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PROCESSES ?= --numprocesses 2 --dist loadfile
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-portable fuzz faults aot lint format clean
+.PHONY: demo test test-all test-portable fuzz faults soak aot lint format clean
 
 # The stamp is rebuilt only when what is installed could have changed, so that second runs reuse the environment.
 $(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
@@ -50,6 +50,11 @@ fuzz: $(STAMP)
 # Runs killed at random moments and resumed; FAULTS="--seed 7 --moments 100" chooses others.
 faults: $(STAMP)
 	$(BIN)/python tests/faults/random_moments.py $(FAULTS)
+
+# A long run that is watched for growth, with a report; SOAK="--steps 500 --data rows --workers 2" chooses another.
+SOAK ?= --report /tmp/fastdpo-soak.html
+soak: $(STAMP)
+	$(BIN)/python tests/faults/soak.py $(SOAK)
 
 # What the kernels compile to, with three releases of Triton in folders of their own; no GPU needed.
 aot: $(STAMP)

@@ -225,7 +225,7 @@ GROUPS = {
     " ref_max_memory ref_tokens_per_batch sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
     "steps": "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps"
     " lr_scheduler_type warmup_steps weight_decay max_grad_norm optim seed router_aux_loss_coef regroup_dataset"
-    " length_bucketing",
+    " length_bucketing balance_ranks",
     "engine and memory": "max_tokens_per_microbatch on_oversized_row packing padding_free pad_to_multiple_of"
     " prefix_sharing attention_backend impl skip_tolerance workspace_bytes token_metrics bf16 fp16"
     " gradient_checkpointing activation_offloading use_cpu",

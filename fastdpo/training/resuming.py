@@ -40,6 +40,7 @@ from fastdpo.training.saving.progress import (
     save_progress,
     set_random_states,
 )
+from fastdpo.training.saving.run_state import StateWriter
 from fastdpo.training.saving.signals import EvaluationInterrupted, StopOnSignal, Stopped
 from fastdpo.training.saving.staging import UNFINISHED, commit, rotate
 from fastdpo.training.settings.engine import EngineConfig
@@ -82,7 +83,7 @@ class ResumableTrainer(Trainer):
 
     def watch_progress(self) -> None:
         """Adds the callback that keeps track of the place in the run."""
-        self.parts, self.restored, self.checksums = {}, [], EarlyChecksums()
+        self.parts, self.restored, self.checksums, self.state_writer = {}, [], EarlyChecksums(), StateWriter()
         self.add_callback(_Place(self))
 
     # The place in the data
@@ -295,7 +296,7 @@ class ResumableTrainer(Trainer):
         def finish() -> None:
             for part in self.restored:
                 part.save(str(staged))
-            self.state.save_to_json(str(staged / "trainer_state.json"))
+            self.state_writer.write(self.state, staged / "trainer_state.json")
             write_manifest(staged, self.checksums)
             commit(staged, final)
             shutil.rmtree(staged.parent, ignore_errors=True)
@@ -304,7 +305,8 @@ class ResumableTrainer(Trainer):
         self._on_all_processes(prepare if self.args.should_save else None)
         self._is_staging = True
         try:
-            self._on_all_processes(partial(super()._save_checkpoint, model, trial))
+            with self.state_writer.alone(self.state):  # it is written once, in `finish`
+                self._on_all_processes(partial(super()._save_checkpoint, model, trial))
         finally:
             self._is_staging = False
             self.state.best_model_checkpoint = best

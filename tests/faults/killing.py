@@ -236,7 +236,9 @@ def _after(owner, name, at):
 def _arm_save(at, is_cut=False):
     """Counts files that a save writes, renames and removals of files and folders."""
     import torch
-    from transformers import PreTrainedModel, Trainer, TrainerState
+    from transformers import PreTrainedModel, Trainer
+
+    from fastdpo.training.saving.run_state import StateWriter
 
     inside = []
     save_checkpoint = Trainer._save_checkpoint
@@ -256,7 +258,7 @@ def _arm_save(at, is_cut=False):
 
     counted(torch, "save", lambda args: args[1])
     counted(PreTrainedModel, "save_pretrained", lambda args: Path(args[1], "model.safetensors"))
-    counted(TrainerState, "save_to_json", lambda args: args[1])
+    counted(StateWriter, "write", lambda args: args[2])
     if not is_cut:
         for name in ("rename", "replace", "rmdir", "unlink"):
             counted(os, name, None)

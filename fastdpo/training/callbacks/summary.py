@@ -112,15 +112,17 @@ def _head_op(run: Run) -> str:
 
 def _steps(run: Run) -> str:
     args = run.args
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_readers
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel_size
+    processes = f"{args.world_size} processes"
+    if args.num_copies > 1:
+        processes = f"{args.data_parallel_size} groups of {args.num_copies} processes"
     is_known = run.train_dataset is not None and not is_stream(run.train_dataset)
     per_epoch = math.ceil(len(run.train_dataset) / per_step) if is_known else 0
     epoch = f"{per_epoch} an epoch" if is_known else "of a stream"
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
-    readers = "processes" if args.tensor_parallel_size == 1 else f"groups of {args.tensor_parallel_size} processes"
     return (
         f"{steps} optimizer steps of {per_step} rows ({args.per_device_train_batch_size} x"
-        f" {args.gradient_accumulation_steps} accumulated x {args.num_readers} {readers}), {epoch}"
+        f" {args.gradient_accumulation_steps} accumulated x {processes}), {epoch}"
     )
 
 

@@ -28,7 +28,7 @@ from fastdpo.modeling.backbone import backbone
 from fastdpo.modeling.head import lm_head
 from fastdpo.modeling.mixers import MixerRows, mixers_of
 from fastdpo.modeling.packed import bare_model, is_prepared, unprepare_model
-from fastdpo.training.memory.dry_ops import dry_attention, grouped_mm, head_loss
+from fastdpo.training.memory.dry_ops import DryGroup, dry_attention, grouped_mm, head_loss
 
 PARTS = ("casts", "gradients", "head", "activations")
 # For models with recurrent states: rows that measure the operations per token, and the largest number of operations to
@@ -42,8 +42,9 @@ class RowShape:
     """The shape of one micro-batch, as far as it affects memory."""
 
     segments: tuple[tuple[int, int, int, int], ...]  # as in PackedBatch
-    num_rows: int  # hidden states that go through the LM head
+    num_rows: int  # hidden states that go through the LM head, of this process
     sequences: tuple[int, int] | None = None  # (S, L) of a padded batch, which has no segments
+    num_processes: int = 1  # that compute the row together
 
     @property
     def num_tokens(self) -> int:
@@ -204,11 +205,12 @@ def _hidden_states(bare: Any, row: RowShape, varlen: bool) -> Tensor:
     from transformers import AttentionInterface
 
     AttentionInterface.register(_DRY_ATTENTION, dry_attention)
-    shape = row.sequences or (1, row.num_tokens)
+    shape = row.sequences or (1, row.num_tokens // row.num_processes)
     ids = torch.zeros(shape, dtype=torch.int64)
     layout: dict[str, Any] = {}
     if not row.sequences:
-        packed = PackedLayout(row.segments, varlen_layout(row.segments), "varlen" if varlen else "sdpa")
+        group = None if row.num_processes == 1 else DryGroup(row.num_processes)
+        packed = PackedLayout(row.segments, varlen_layout(row.segments), "varlen" if varlen else "sdpa", group=group)
         layout = {"position_ids": ids, "packed_layout": packed}
     mixers = mixers_of(bare)
     if mixers is not None:  # found on the model that this one has the shapes of

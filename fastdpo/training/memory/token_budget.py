@@ -61,7 +61,12 @@ def check_row_sizes(dataset: Dataset, name: str, collator: PackingCollator, on_o
     )
     if on_oversized_row == "raise":
         raise ValueError(f"{found}; raise the limit, lower max_length, or set on_oversized_row='alone'")
-    logger.warning(f"{found}. Each of them runs in its own micro-batch, which needs more memory.")
+    if on_oversized_row != "split":
+        logger.warning(f"{found}. Each of them runs in its own micro-batch, which needs more memory.")
+        return
+    most = int(lengths.sequences.max())
+    more = f". A sequence runs whole: the longest has {most}, which needs more memory." if most > limit else "."
+    logger.warning(f"{found}. Their responses run in several micro-batches, with one more forward{more}")
 
 
 class MemoryMeter(Protocol):
@@ -177,6 +182,28 @@ def check_can_split(trainer: Trainer) -> None:
         raise ValueError(
             "max_tokens_per_microbatch must be a number with FSDP, got 'auto': one process cannot measure the weights"
             " that FSDP gathers while a layer runs"
+        )
+
+
+def check_can_run_in_parts(trainer: Trainer, data_collator: Any, *, shards_weights: bool) -> None:
+    """Refuses on_oversized_row="split" where it cannot work.
+
+    Raises:
+        ValueError: weights are sharded, the engine steps in backward, or the collator does not tell the rows.
+    """
+    if trainer.args.on_oversized_row != "split":
+        return
+    why = ""
+    if steps_in_backward(trainer):
+        why = "the optimizer steps in backward, before the other parts of a row have run"
+    elif shards_weights:
+        why = "processes with sharded weights must run equally many micro-batches, and only one may hold a long row"
+    elif data_collator is not None:
+        why = f"the data_collator, {type(data_collator).__name__}, does not tell which rows a batch holds"
+    if why:
+        raise ValueError(
+            f"on_oversized_row must be 'alone', 'raise' or 'skip' here, got 'split': {why}; lower max_length if a row"
+            " does not fit"
         )
 
 

@@ -24,7 +24,9 @@ from fastdpo.training.settings.checks import (
     check_count,
     check_number,
     check_order_of_rows,
+    check_oversized_row,
     check_packing_settings,
+    check_sequence_parallel_settings,
     check_steps,
     check_trainer_settings,
     count_or_auto,
@@ -37,7 +39,7 @@ from fastdpo.training.settings.checks import (
 logger = logging.get_logger(__name__)
 
 PACKING_MODES = ("auto", "packed", "padded")
-OVERSIZED_ROWS = ("alone", "raise", "skip")
+OVERSIZED_ROWS = ("alone", "raise", "skip", "split")
 FULL_DISK = ("stop", "wait")
 WORKERS_ON_A_GPU = 2  # without workers, the GPU waits 5 to 15 ms a step while the main process collates
 
@@ -187,7 +189,9 @@ class EngineConfig(TrainingArguments):
         metadata=help_text(
             "What to do with a row of more than max_tokens_per_microbatch tokens. alone: run it in a micro-batch"
             " of its own, with a warning at the start. raise: do not start the run. skip: as alone, and leave the row"
-            " out if it does not fit into memory; otherwise such a row ends the run."
+            " out if it does not fit into memory; otherwise such a row ends the run. split: run its responses in"
+            " several micro-batches, with the gradient of the whole row and one more forward; its longest response"
+            " with its prompt must fit."
         ),
     )
     regroup_dataset: bool = field(
@@ -204,6 +208,13 @@ class EngineConfig(TrainingArguments):
             "Build each step from rows of similar length. This reduces padding in padded batches, and the time"
             " that processes wait for each other. Long and short rows then never share a step, so gradients differ"
             " more between steps."
+        ),
+    )
+    balance_ranks: bool = field(
+        default=True,
+        metadata=help_text(
+            "On several processes: deal the rows of each step so that all processes have about equally many tokens."
+            " Every step keeps its rows. No effect on streams, and with regroup_dataset."
         ),
     )
     attention_backend: str = field(
@@ -249,6 +260,15 @@ class EngineConfig(TrainingArguments):
         ),
     )
 
+    sequence_parallel_size: int = field(
+        default=1,
+        metadata=help_text(
+            "Number of processes that compute each packed row together, for pairs too long for one GPU. Each holds an"
+            " equal part of the tokens; attention exchanges heads for tokens. Must divide the number of processes and"
+            " of attention heads."
+        ),
+    )
+
     # Saving
     on_full_disk: str = field(
         default="stop",
@@ -264,9 +284,11 @@ class EngineConfig(TrainingArguments):
         check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         check_choice("on_oversized_row", self.on_oversized_row, OVERSIZED_ROWS)
         check_choice("on_full_disk", self.on_full_disk, FULL_DISK)
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        for name in (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            *("sequence_parallel_size", "tensor_parallel_size"),
+        ):
             check_count(name, getattr(self, name))
-        check_count("tensor_parallel_size", self.tensor_parallel_size)
         check_count("dataset_num_proc", self.dataset_num_proc, optional=True)
         check_number("learning_rate", self.learning_rate, least=0.0)
         if self.router_aux_loss_coef is not None:
@@ -282,6 +304,8 @@ class EngineConfig(TrainingArguments):
         check_steps(self)
         check_order_of_rows(self)
         check_packing_settings(self)
+        check_sequence_parallel_settings(self)
+        check_oversized_row(self)
         check_trainer_settings(self)
         self.remove_unused_columns = False  # prepared datasets have no unused columns
         self._follow_device()
@@ -303,14 +327,24 @@ class EngineConfig(TrainingArguments):
             if self.fp16:
                 logger.warning("fp16 on a CPU is slow and overflows above 65,504: use bf16 or fp32 instead")
 
+    @property
+    def data_parallel_size(self) -> int:
+        """How many processes read different rows: all, or groups of those that compute rows together."""
+        return max(self.world_size // self.num_copies, 1)
+
+    @property
+    def data_parallel_index(self) -> int:
+        """Which of them this process is, or its group."""
+        return self.process_index // self.num_copies
+
+    @property
+    def num_copies(self) -> int:
+        """How many processes, one after the other, read the same rows."""
+        return self.sequence_parallel_size * self.tensor_parallel_size
+
     def to_dict(self) -> dict[str, Any]:
         """As in TrainingArguments, which hides every value named ..._token as a secret; pad_token is kept readable."""
         return {**super().to_dict(), "pad_token": self.pad_token}
-
-    @property
-    def num_readers(self) -> int:
-        """The number of processes that read different rows; those of a tensor-parallel group read the same."""
-        return self.world_size // self.tensor_parallel_size
 
     def init_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of from_pretrained for a model that is loaded by name."""
