@@ -97,8 +97,8 @@ class RunArguments:
     accelerate_config: str | None = field(
         default=None,
         metadata=help_text(
-            "Start several processes with accelerate: multi_gpu, fsdp2, zero2, zero3, or a YAML file from"
-            " `accelerate config`."
+            "Start several processes with accelerate: multi_gpu, fsdp2, hybrid, zero2, zero3, tp, sp, or a YAML file"
+            " from `accelerate config`."
         ),
     )
     num_processes: int | None = field(
@@ -228,7 +228,8 @@ GROUPS = {
     " length_bucketing balance_ranks",
     "engine and memory": "max_tokens_per_microbatch on_oversized_row packing padding_free pad_to_multiple_of"
     " prefix_sharing attention_backend impl skip_tolerance workspace_bytes token_metrics bf16 fp16"
-    " gradient_checkpointing activation_offloading use_cpu",
+    " gradient_checkpointing tile_rows activation_offloading weight_rounding optimizer_in_backward"
+    " clipping_in_backward use_cpu",
     "adapters and quantized weights": "use_peft lora_r lora_alpha lora_dropout lora_target_modules"
     " lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora load_in_4bit load_in_8bit"
     " bnb_4bit_quant_type bnb_4bit_quant_storage use_bnb_nested_quant",

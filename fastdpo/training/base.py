@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -73,8 +72,20 @@ from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.experts import router_coefficient
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
 from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype
+from fastdpo.training.setup.optimizers import optimizer_name
 from fastdpo.training.setup.sequence_parallel import check_rotary, read_same_rows, sequence_group
-from fastdpo.training.setup.sharding import keep_outputs_whole
+from fastdpo.training.setup.sharding import (
+    backward_without_step,
+    check_not_divided,
+    gathers_weights,
+    keep_outputs_whole,
+    reduces_in_backward,
+)
+from fastdpo.training.setup.tensor_parallel import is_cut, reshard
+from fastdpo.training.setup.tiles import use_tiles_in_run
+from fastdpo.training.updates.checks import check_rounded_weights, check_updates, updates_one_by_one
+from fastdpo.training.updates.in_backward import StepInBackward
+from fastdpo.training.updates.one_by_one import OneByOne
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
@@ -112,13 +123,19 @@ class PackedTrainer(ResumableTrainer):
         self.train_means = MetricMeans()  # since the last log
         self._num_train_tokens = 0  # since the last log
         self._losses = FiniteLosses()
+        self._in_backward: StepInBackward | None = None  # the optimizer's step, if it is part of backward
+        self._is_measuring = False  # whether a forward and backward only measure the gradient
         self._examples: list[Any] = []  # the rows of the batch that is evaluated
         self._evaluated_rows: Any = None
         tokenizer = self.processing_class = processing_class
         self.args = args
-        if trainer_arguments.get("optimizers", (None, None))[0] is None:
+        has_own_optimizer = trainer_arguments.get("optimizers", (None, None))[0] is not None
+        if not has_own_optimizer:
             check_memory_settings(args)
+        check_updates(args, optimizer_name(args), is_own=has_own_optimizer)
+        check_rounded_weights(args, model)
         forget_accelerate(model)
+        check_not_divided(model)
         use_layer_kernels(model, args)
         prepare_model(model)
 
@@ -170,6 +187,9 @@ class PackedTrainer(ResumableTrainer):
         )
         keep_outputs_whole(self.accelerator)
         self.watch_progress()
+        if args.optimizer_in_backward:
+            self._in_backward = StepInBackward(args.clipping_in_backward, args.max_grad_norm)
+            self.parts["in_backward"] = self._in_backward
         if is_stream(self.train_dataset):
             self.parts["stream"] = StreamStart(self.train_dataset)
         tag_model(self.model, self.method)
@@ -258,12 +278,15 @@ class PackedTrainer(ResumableTrainer):
             workspace_bytes=self.args.workspace_bytes,
         )
         check = check_packing(model, impl=self.args.impl, autocast=self.accelerator.autocast)
+        if is_cut(model):
+            reshard(model)
         if self.is_packed and not check.ok:
             if self.args.packing == "packed":
                 raise ValueError(f"packing must be 'auto' or 'padded' for this model, got 'packed': {check.reason}")
             logger.warning(f"Falling back to padded batches, which are slower: {check.reason}")
             self.is_packed = False
         self.collator.is_packed = self.is_packed
+        use_tiles_in_run(model, self)
         if self.sequence_group is not None:
             check_sequence_parallel(model, self.sequence_group, check, impl=self.args.impl)
         return check
@@ -302,6 +325,8 @@ class PackedTrainer(ResumableTrainer):
         if self.model_wrapped is self.model:
             self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
             forget_accelerate(self.model)
+        if is_cut(self.model):
+            reshard(self.model)  # an evaluation may have gathered weights
         self._halving.end_step()
         output = super().train(resume, *args, **kwargs)
         self._losses.settle(self)
@@ -367,21 +392,52 @@ class PackedTrainer(ResumableTrainer):
         model.train()  # Trainer does so too, but only after the first pass of a row in parts
         if callable(train := getattr(self.optimizer, "train", None)):
             train()
-        examples, parts = examples_of(inputs), self._in_step(parts)
+        examples, parts = examples_of(inputs), self._in_step(parts, is_training=True)
         examples = [*[None] * (len(parts) - len(examples)), *examples]
         losses = self._halving.train(
-            super().training_step,
+            self._forward_and_backward,
             model,
             parts,
             examples,
             num_items=num_items_in_batch,
             dataset=self.train_dataset,
-            no_sync=nullcontext if self._shards_weights() else self.accelerator.no_sync,
+            without_step=partial(backward_without_step, self.accelerator),
         )
         if self.accelerator.sync_gradients:  # the optimizer steps next
             self._halving.end_step()
             self._losses.check(self)
         return self._sum_of(losses)
+
+    def _forward_and_backward(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int) -> Tensor:
+        """The loss of one micro-batch after its backward, which may update the weights."""
+        run = partial(super().training_step, model, inputs, num_items)
+        return run() if self._in_backward is None else self._in_backward.step(run, partial(self._measured, run))
+
+    def _measured(self, run: Callable[[], Tensor]) -> None:
+        """Runs a forward and backward that leaves no metrics and no other random numbers behind."""
+        device = self.args.device
+        self._is_measuring = True
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                run()
+        finally:
+            self._is_measuring = False
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As in Trainer; the optimizer updates weights one by one if they are rounded, or updated in backward."""
+        optimizer = super().create_optimizer(model)
+        if updates_one_by_one(self.args) and not isinstance(getattr(optimizer, "optimizer", optimizer), OneByOne):
+            optimizer = self.optimizer = OneByOne(optimizer, self.args.weight_rounding, self.args.seed)
+            if self._in_backward is not None:
+                self._in_backward.attach(optimizer)
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(model) if self._in_backward is None else self._in_backward.last_norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        in_backward = self._in_backward
+        return super()._get_grad_norm(model, grad_norm) if in_backward is None else in_backward.last_norm
 
     def _why_whole(self) -> str:
         """Why a micro-batch must not be halved when memory runs out; empty if it may."""
@@ -394,11 +450,12 @@ class PackedTrainer(ResumableTrainer):
     def _shards_weights(self) -> bool:
         """Whether processes gather weights in every forward, so that all must run the same number of forwards."""
         loaded_in_shards = getattr(self, "is_distributed_loading_by_transformers", False)
-        return self.accelerator.distributed_type == DistributedType.FSDP or loaded_in_shards
+        return gathers_weights(self.accelerator) or loaded_in_shards
 
-    def _in_step(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """With sharded weights, adds micro-batches that do not count until all processes have equally many."""
-        if self.args.max_tokens_per_microbatch is None or not self._shards_weights():
+    def _in_step(self, parts: list[dict[str, Any]], *, is_training: bool) -> list[dict[str, Any]]:
+        """Where all processes must run equally many micro-batches, adds ones that do not count, before the others."""
+        keeps_step = self._shards_weights() or (is_training and reduces_in_backward(self.accelerator))
+        if self.args.max_tokens_per_microbatch is None or not keeps_step:
             return parts
         count = torch.tensor([len(parts)], device=self.args.device)
         missing = int(self.accelerator.gather(count).max()) - len(parts)
@@ -420,7 +477,7 @@ class PackedTrainer(ResumableTrainer):
         if not is_training or num_items_in_batch is None:
             self._tell_step(parts)
         if not is_training:
-            parts = [self._without_repeated_rows(part) for part in self._in_step(parts)]
+            parts = [self._without_repeated_rows(part) for part in self._in_step(parts, is_training=False)]
         if is_training:
             sums = [self._part_loss_sum(model, part) for part in parts]
         else:
@@ -465,6 +522,8 @@ class PackedTrainer(ResumableTrainer):
 
     def _add_result(self, model: nn.Module, result: StepResult, part: dict[str, Any], batch: PackedBatch) -> None:
         """Adds the result of a micro-batch to the metrics of training or of the evaluation."""
+        if self._is_measuring:
+            return
         if model.training:
             self._halving.record(partial(self._record, result, part, batch.num_tokens))
         elif self._evaluation is not None:
@@ -479,8 +538,8 @@ class PackedTrainer(ResumableTrainer):
         self.train_means.add(result.metrics)
         self._num_train_tokens += num_tokens
         self._losses.add(result.loss, part, result.sums)
-        if steps_in_backward(self):
-            self._losses.check(self)
+        if steps_in_backward(self) and (self.accelerator.sync_gradients or not self.is_deepspeed_enabled):
+            self._losses.check(self)  # the weights change in the backward that comes next
 
     def _loss_of(self, batch: PackedBatch) -> Tensor:
         """The loss of a batch by itself, in the precision of the run."""
@@ -536,7 +595,7 @@ class PackedTrainer(ResumableTrainer):
         """Tokens trained on by all processes since the run began."""
         num_new_tokens = torch.tensor(self._num_train_tokens, device=self.args.device)
         before = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
-        return next(before, 0) + int(self._reduce(num_new_tokens)) // self.args.sequence_parallel_size
+        return next(before, 0) + int(self._reduce(num_new_tokens)) // self.args.row_group_size
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -649,4 +708,4 @@ class PackedTrainer(ResumableTrainer):
 
     def _holds_parts(self) -> bool:
         """Whether processes hold parts of the weights."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or is_cut(self.model)

@@ -41,7 +41,7 @@ from fastdpo.training.saving.progress import (
     set_random_states,
 )
 from fastdpo.training.saving.run_state import StateWriter
-from fastdpo.training.saving.signals import EvaluationInterrupted, StopOnSignal, Stopped
+from fastdpo.training.saving.signals import EvaluationInterrupted, StopOnSignal, Stopped, spare_workers
 from fastdpo.training.saving.staging import UNFINISHED, commit, rotate
 from fastdpo.training.settings.engine import EngineConfig
 
@@ -178,7 +178,7 @@ class ResumableTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer. Stops on signals if StopOnSignal is among the callbacks."""
-        found = [callback for callback in self.callback_handler.callbacks if isinstance(callback, StopOnSignal)]
+        found = self._signal_callbacks()
         self._stop_on_signal = found[0] if found else None
         self._saved_step, self._left = None, (False, False)
         with found[0].training() if found else nullcontext():
@@ -188,6 +188,17 @@ class ResumableTrainer(Trainer):
                     self._save_checkpoint(self.model, None)
                 found[0].stop(self._checkpoint_path(None), is_main=self.is_world_process_zero())
         return output
+
+    def _signal_callbacks(self) -> list[StopOnSignal]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, StopOnSignal)]
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        return spare_workers(loader) if self._signal_callbacks() else loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        loader = super().get_eval_dataloader(eval_dataset)
+        return spare_workers(loader) if self._signal_callbacks() else loader
 
     def check_interrupted(self) -> None:
         """Ends an evaluation within training if a signal came. Call it at every batch.

@@ -44,6 +44,7 @@ def settings_of(mode, num_processes):
         "padded": lambda: {"packing": "padded"},
         "listwise": lambda: {"loss_type": "plackett_luce"},
         "bf16": lambda: {"bf16": True},
+        "tiles, checkpointing": lambda: {"tile_rows": 8, "gradient_checkpointing": True},
         # steps of 4, 4 and 1 rows: in the last, only one process has any
         "uneven pairs": lambda: {"num_rows": 9, "per_device_train_batch_size": 4 // num_processes},
         "uneven pairs, in order": lambda: {**settings_of("uneven pairs", num_processes), "balance_ranks": False},

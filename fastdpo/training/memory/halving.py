@@ -45,7 +45,7 @@ class Halving:
         *,
         num_items: Tensor | int,
         dataset: Any,
-        no_sync: Callable[[nn.Module], AbstractContextManager[Any]],
+        without_step: Callable[[nn.Module], AbstractContextManager[Any]],
     ) -> list[Tensor]:
         """The losses of a batch's micro-batches after their backward.
 
@@ -53,7 +53,7 @@ class Halving:
             parts: the micro-batches.
             rows: the rows of each; None if they are not known.
             dataset: the prepared dataset, for the number of a row that does not fit.
-            no_sync: the context of all micro-batches but the last, in which processes do not reduce gradients.
+            without_step: the context of all micro-batches but the last, in which no weight changes.
         """
         pieces = [piece for pair in zip(parts, rows, strict=True) for piece in self.out_of_memory.fitting(Piece(*pair))]
         losses: list[Tensor] = []
@@ -62,7 +62,7 @@ class Halving:
             if row_parts := self.out_of_memory.parts(piece):
                 pieces = [*self._weighed(model, piece, row_parts, dataset, "train")[0], *pieces]
                 continue
-            with no_sync(model) if pieces else nullcontext():
+            with without_step(model) if pieces else nullcontext():
                 loss = self._tried(step, model, piece, num_items)
             if isinstance(loss, str):
                 pieces = [*self.out_of_memory.after(piece, loss, dataset, "train"), *pieces]
