@@ -55,6 +55,7 @@ from fastdpo.training.memory.token_budget import BudgetAtStart, check_can_split,
 from fastdpo.training.resuming import ResumableTrainer
 from fastdpo.training.saving.checkpoints import checkpoint_folder
 from fastdpo.training.saving.dry_save import check_can_save
+from fastdpo.training.saving.engines import check_can_continue, load_weights
 from fastdpo.training.saving.saved import SavedModel
 from fastdpo.training.saving.staging import UNFINISHED, put_in_place, restore_unfinished
 from fastdpo.training.settings.engine import EngineConfig
@@ -272,6 +273,8 @@ class PackedTrainer(ResumableTrainer):
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         has_adapter = is_peft_model(self.model)
         resume = checkpoint_folder(resume_from_checkpoint, self.args.output_dir, has_adapter=has_adapter)
+        if resume is not None:
+            check_can_continue(resume, self, self.get_total_train_batch_size(self.args))
         check_can_save(self, self.saved, self.card.write, is_sharded=self._shards_weights())
         if self.train_dataset is not None and self._summary_is_due and not self.args.disable_tqdm:
             self.print_summary()
@@ -599,7 +602,9 @@ class PackedTrainer(ResumableTrainer):
             put_in_place(Path(staged), Path(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._holds_parts() or not self.saved.load(resume_from_checkpoint):
+        if self._is_of_another_engine(resume_from_checkpoint):
+            load_weights(resume_from_checkpoint, self.model if model is None else model, self)
+        elif self._holds_parts() or not self.saved.load(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         for part in self.restored:
             part.load(resume_from_checkpoint)
