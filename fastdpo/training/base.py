@@ -60,6 +60,7 @@ from fastdpo.training.saving.saved import SavedModel
 from fastdpo.training.saving.staging import UNFINISHED, put_in_place, restore_unfinished
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.experts import router_coefficient
+from fastdpo.training.setup.failures import failing_together
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
 from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype
 from fastdpo.training.setup.sharding import (
@@ -264,7 +265,8 @@ class PackedTrainer(ResumableTrainer):
                 another process trains in the same output directory.
         """
         folder = Path(self.args.output_dir)
-        with locked(folder, "output_dir") if self.args.should_save else nullcontext():
+        lock = locked(folder, "output_dir") if self.args.should_save else nullcontext()
+        with failing_together(self.args), lock:
             if self.args.should_save:
                 restore_unfinished(folder)
             output = self._train(resume_from_checkpoint, *args, **kwargs)
