@@ -42,7 +42,8 @@ from fastdpo.training.saving.progress import (
     save_progress,
     set_random_states,
 )
-from fastdpo.training.saving.signals import EvaluationInterrupted, StopOnSignal, Stopped
+from fastdpo.training.saving.run_state import StateWriter
+from fastdpo.training.saving.signals import EvaluationInterrupted, StopOnSignal, Stopped, spare_workers
 from fastdpo.training.saving.staging import UNFINISHED, commit, rotate
 from fastdpo.training.settings.engine import EngineConfig
 
@@ -84,7 +85,7 @@ class ResumableTrainer(Trainer):
 
     def watch_progress(self) -> None:
         """Adds the callback that keeps track of the place in the run."""
-        self.parts, self.restored, self.checksums = {}, [], EarlyChecksums()
+        self.parts, self.restored, self.checksums, self.state_writer = {}, [], EarlyChecksums(), StateWriter()
         self.add_callback(_Place(self))
 
     # The place in the data
@@ -197,7 +198,7 @@ class ResumableTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer. Stops on signals if StopOnSignal is among the callbacks."""
-        found = [callback for callback in self.callback_handler.callbacks if isinstance(callback, StopOnSignal)]
+        found = self._signal_callbacks()
         self._stop_on_signal = found[0] if found else None
         self._saved_step, self._left = None, (False, False)
         with found[0].training() if found else nullcontext():
@@ -207,6 +208,17 @@ class ResumableTrainer(Trainer):
                     self._save_checkpoint(self.model, None)
                 found[0].stop(self._checkpoint_path(None), is_main=self.is_world_process_zero())
         return output
+
+    def _signal_callbacks(self) -> list[StopOnSignal]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, StopOnSignal)]
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        return spare_workers(loader) if self._signal_callbacks() else loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        loader = super().get_eval_dataloader(eval_dataset)
+        return spare_workers(loader) if self._signal_callbacks() else loader
 
     def check_interrupted(self) -> None:
         """Ends an evaluation within training if a signal came. Call it at every batch.
@@ -315,7 +327,7 @@ class ResumableTrainer(Trainer):
         def finish() -> None:
             for part in self.restored:
                 part.save(str(staged))
-            self.state.save_to_json(str(staged / "trainer_state.json"))
+            self.state_writer.write(self.state, staged / "trainer_state.json")
             write_manifest(staged, self.checksums)
             commit(staged, final)
             shutil.rmtree(staged.parent, ignore_errors=True)
@@ -324,7 +336,8 @@ class ResumableTrainer(Trainer):
         self._on_all_processes(prepare if self.args.should_save else None)
         self._is_staging = True
         try:
-            self._on_all_processes(partial(super()._save_checkpoint, model, trial))
+            with self.state_writer.alone(self.state):  # it is written once, in `finish`
+                self._on_all_processes(partial(super()._save_checkpoint, model, trial))
         finally:
             self._is_staging = False
             self.state.best_model_checkpoint = best

@@ -45,10 +45,11 @@ def launch(command: str, argv: Sequence[str], options: argparse.Namespace) -> in
 
 
 def run_signalled(words: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Runs a launcher and hands signals on to it. Returns its exit code, or 128 + the signal's number.
+    """Runs a launcher and hands signals on to its processes. Returns its exit code, or 128 + the signal's number.
 
-    The launcher gets a session of its own, so that Ctrl-C reaches its processes once, through this process; and
-    always SIGTERM, because torchrun does not hand on SIGUSR1. It gives its processes 30 seconds to save.
+    The launcher gets a session of its own, so that Ctrl-C reaches its processes once, through this process. They get
+    SIGTERM, whatever came. The launcher itself gets none: torchrun hands it on, but kills what has not saved within 30
+    seconds. It ends when its processes have. A second signal kills all of them.
     """
     received: list[int] = []
     process = subprocess.Popen(words, env=environment, start_new_session=True)
@@ -56,8 +57,7 @@ def run_signalled(words: Sequence[str], environment: Mapping[str, str]) -> int:
     def hand_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
         if len(received) == 1:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+            _terminate_children(process.pid)
         else:
             _kill(process.pid)
 
@@ -68,6 +68,17 @@ def run_signalled(words: Sequence[str], environment: Mapping[str, str]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 128 + received[0] if received else code
+
+
+def _terminate_children(pid: int) -> None:
+    """Sends SIGTERM to the processes that a launcher has started; to itself if it has not started any yet."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(pid)
+        for each in launcher.children() or [launcher]:
+            with suppress(psutil.NoSuchProcess):
+                each.terminate()
 
 
 def _kill(pid: int) -> None:

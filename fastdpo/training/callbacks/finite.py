@@ -110,6 +110,7 @@ def save_bad_batch(
     any object (`torch.load(..., weights_only=True)`)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(args, name) for name in SAVED_SETTINGS if hasattr(args, name)}
+    inputs = {**inputs, "shares": None}  # a single process replays it
     saved = {"inputs": inputs, "sums": sums or {}, "step": step, "loss": loss, "settings": settings}
     torch.save(_plain(saved), path)
 

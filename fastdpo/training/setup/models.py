@@ -28,6 +28,7 @@ from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.checkpoint_keys import check_all_loaded
 from fastdpo.training.setup.model_kinds import auto_class, check_kind, has_other_parts, is_encoder
 from fastdpo.training.setup.source_files import source_file
+from fastdpo.training.setup.tensor_parallel import cut_over_processes, distributed_options
 
 logger = logging.get_logger(__name__)
 
@@ -60,6 +61,8 @@ def resolve_model(
         if quantization_config is not None and "quantization_config" in init_kwargs:
             raise ValueError("quantization_config must not be given twice, as an argument and in model_init_kwargs")
         options = {} if quantization_config is None else {"quantization_config": quantization_config}
+        if adapter_base(model) is None:
+            options |= distributed_options(args)
         model = load_model(model, init_kwargs, **options)
     elif quantization_config is not None:
         raise ValueError("quantization_config must be None if model is an object instead of a name")
@@ -67,7 +70,7 @@ def resolve_model(
         logger.warning("model_init_kwargs has no effect, because the model is given as an object.")
     check_model_and_tokenizer(model, tokenizer)
     freeze_towers(bare_model(model))
-    return model, tokenizer
+    return cut_over_processes(model, args), tokenizer
 
 
 def resolve_tokenizer(
