@@ -78,6 +78,7 @@ TRAINER = {
         "_init_training_state",
         "_load_best_model",
         "_load_from_checkpoint",
+        "_load_optimizer_and_scheduler",
         "_load_rng_state",
         "_maybe_log_save_evaluate",
         "_prepare_input",

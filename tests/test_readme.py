@@ -13,6 +13,7 @@ import pytest
 from peers import peer
 from releases import SINCE_5_23
 from tiny import make_byte_tokenizer, make_llama, make_rows
+from torch.distributed.run import get_args_parser as torchruns_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -88,7 +89,7 @@ def known_options():
     known = {f.name for cls in (DPOConfig, AdapterArguments, RunArguments) for f in fields(cls)} | {"config", "help"}
     known |= {"no_x", "x"}.union(*(options_of(command) for command in COMMANDS))
     known |= options_of("data", "inspect") | options_of("data", "clean") | options_of("data", "convert")
-    known |= SINCE_5_23
+    known |= SINCE_5_23 | set(re.findall(r"--([a-z_]+)", torchruns_parser().format_help()))
     for script in ("benchmarks/gpu_suite", "benchmarks/gpu_page", "benchmarks/bench_training_step", "tests/portable"):
         known |= set(re.findall(r"--([a-z_0-9]+)", (ROOT / f"{script}.py").read_text()))
     return known | set(re.findall(r'"--([a-z-]+)"', (ROOT / "kernels/fused/tuning.py").read_text()))

@@ -66,10 +66,12 @@ from fastdpo.training.memory.token_budget import (
 from fastdpo.training.resuming import ResumableTrainer
 from fastdpo.training.saving.checkpoints import checkpoint_folder
 from fastdpo.training.saving.dry_save import check_can_save
+from fastdpo.training.saving.engines import check_can_continue, load_weights
 from fastdpo.training.saving.saved import SavedModel
 from fastdpo.training.saving.staging import UNFINISHED, put_in_place, restore_unfinished
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.experts import router_coefficient
+from fastdpo.training.setup.failures import failing_together
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
 from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype
 from fastdpo.training.setup.optimizers import optimizer_name
@@ -310,7 +312,8 @@ class PackedTrainer(ResumableTrainer):
                 another process trains in the same output directory.
         """
         folder = Path(self.args.output_dir)
-        with locked(folder, "output_dir") if self.args.should_save else nullcontext():
+        lock = locked(folder, "output_dir") if self.args.should_save else nullcontext()
+        with failing_together(self.args), lock:
             if self.args.should_save:
                 restore_unfinished(folder)
             output = self._train(resume_from_checkpoint, *args, **kwargs)
@@ -319,6 +322,8 @@ class PackedTrainer(ResumableTrainer):
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         has_adapter = is_peft_model(self.model)
         resume = checkpoint_folder(resume_from_checkpoint, self.args.output_dir, has_adapter=has_adapter)
+        if resume is not None:
+            check_can_continue(resume, self, self.get_total_train_batch_size(self.args))
         check_can_save(self, self.saved, self.card.write, is_sharded=self._shards_weights())
         if self.train_dataset is not None and self._summary_is_due and not self.args.disable_tqdm:
             self.print_summary()
@@ -694,7 +699,9 @@ class PackedTrainer(ResumableTrainer):
             put_in_place(Path(staged), Path(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._holds_parts() or not self.saved.load(resume_from_checkpoint):
+        if self._is_of_another_engine(resume_from_checkpoint):
+            load_weights(resume_from_checkpoint, self.model if model is None else model, self)
+        elif self._holds_parts() or not self.saved.load(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         for part in self.restored:
             part.load(resume_from_checkpoint)
