@@ -107,6 +107,7 @@ PRIVATE = {
         "torch 2.13",
         lambda: source_has(torch.nn.parallel.DistributedDataParallel, "_ddp_params_and_buffers_to_ignore"),
     ),
+    "_get_default_store": ("torch 2.13", lambda: hasattr(torch.distributed.distributed_c10d, "_get_default_store")),
     "_models": ("accelerate 1.15", lambda: source_has(accelerator().__init__, "self._models")),
     "_is_accelerate_prepared": ("accelerate 1.15", lambda: source_has(accelerator(), "_is_accelerate_prepared")),
     "_original_forward": ("accelerate 1.15", lambda: source_has(accelerator().prepare_model, "_original_forward")),
