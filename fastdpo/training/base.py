@@ -37,6 +37,7 @@ from fastdpo.references.adapters import (
 )
 from fastdpo.training.callbacks.finite import FiniteLosses
 from fastdpo.training.callbacks.model_card import ModelCard, tag_model
+from fastdpo.training.callbacks.offload import OffloadAtStart
 from fastdpo.training.callbacks.summary import print_summary, summary_text
 from fastdpo.training.evaluation import Evaluation, StepResult
 from fastdpo.training.inputs.collator import Example, collator_for, examples_of, microbatches_of
@@ -50,7 +51,7 @@ from fastdpo.training.inputs.streams import (
     read_whole,
     why_unrepeatable,
 )
-from fastdpo.training.memory.estimate import check_memory_settings
+from fastdpo.training.memory.estimate import check_memory_settings, checkpointing_kwargs
 from fastdpo.training.memory.out_of_memory import OutOfMemory, Piece, is_out_of_memory
 from fastdpo.training.memory.token_budget import BudgetAtStart, check_can_split, check_row_sizes, steps_in_backward
 from fastdpo.training.resuming import ResumableTrainer
@@ -154,6 +155,8 @@ class PackedTrainer(ResumableTrainer):
             callbacks=[self.card, *(callbacks or ())],  # first, so that later callbacks find the card in a checkpoint
             **trainer_arguments,
         )
+        if checkpointing_kwargs(args).get("offload"):
+            self.add_callback(OffloadAtStart())
         keep_outputs_whole(self.accelerator)
         self.watch_progress()
         if is_stream(self.train_dataset):
