@@ -38,6 +38,7 @@ from fastdpo.references.adapters import (
 )
 from fastdpo.training.callbacks.finite import FiniteLosses
 from fastdpo.training.callbacks.model_card import ModelCard, tag_model
+from fastdpo.training.callbacks.offload import OffloadAtStart
 from fastdpo.training.callbacks.summary import print_summary, summary_text
 from fastdpo.training.evaluation import Evaluation, StepResult
 from fastdpo.training.inputs.balanced import balanced
@@ -53,7 +54,7 @@ from fastdpo.training.inputs.streams import (
     why_unrepeatable,
 )
 from fastdpo.training.inputs.transfer import OneBuffer
-from fastdpo.training.memory.estimate import check_memory_settings
+from fastdpo.training.memory.estimate import check_memory_settings, checkpointing_kwargs
 from fastdpo.training.memory.halving import FOR_NOTHING, Halving
 from fastdpo.training.memory.out_of_memory import OutOfMemory, OwnItems
 from fastdpo.training.memory.row_parts import KNOWN, KnownWeights, RowPart, loss_of_part
@@ -186,6 +187,8 @@ class PackedTrainer(ResumableTrainer):
             callbacks=[self.card, *(callbacks or ())],  # first, so that later callbacks find the card in a checkpoint
             **trainer_arguments,
         )
+        if checkpointing_kwargs(args).get("offload"):
+            self.add_callback(OffloadAtStart())
         keep_outputs_whole(self.accelerator)
         self.watch_progress()
         if args.optimizer_in_backward:
