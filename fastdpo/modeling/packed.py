@@ -428,6 +428,7 @@ def _token_outputs(
 def _head_settings(state: _Prepared, head: LMHead, impl: str, outputs: tuple[str, ...]) -> dict[str, Any]:
     cut = {} if head.cut is None else {"process_group": head.cut.group, "vocab_size": head.cut.num_vocab}
     return {
+        **cut,
         "bias": head.bias,
         "logit_scale": head.logit_scale,
         "softcap": head.softcap,

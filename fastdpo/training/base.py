@@ -9,8 +9,8 @@ one training step, with the gradient of the whole batch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,11 @@ from fastdpo.training.inputs.streams import (
     read_whole,
     why_unrepeatable,
 )
+from fastdpo.training.inputs.transfer import OneBuffer
 from fastdpo.training.memory.estimate import check_memory_settings
-from fastdpo.training.memory.halving import Halving
-from fastdpo.training.memory.out_of_memory import OutOfMemory
+from fastdpo.training.memory.halving import FOR_NOTHING, Halving
+from fastdpo.training.memory.out_of_memory import OutOfMemory, OwnItems
+from fastdpo.training.memory.peers import Peers
 from fastdpo.training.memory.row_parts import KNOWN, KnownWeights, RowPart, loss_of_part
 from fastdpo.training.memory.token_budget import (
     BudgetAtStart,
@@ -91,8 +93,6 @@ from fastdpo.training.updates.one_by_one import OneByOne
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
-
-FOR_NOTHING = "for_nothing"  # key of a micro-batch that runs only to keep this process in step with the others
 
 
 class PackedTrainer(ResumableTrainer):
@@ -204,6 +204,7 @@ class PackedTrainer(ResumableTrainer):
         check_rotary(args, self.model)
         self.packing_check = self._check_packing(self.model)
         self.out_of_memory.cannot_split = self._why_whole()
+        self.peers = Peers()
         self._halving = Halving(self.out_of_memory, self._first_pass, steps_in_backward=steps_in_backward(self))
         check_can_run_in_parts(self, data_collator, shards_weights=self._shards_weights())
         if budget is not None:
@@ -333,7 +334,8 @@ class PackedTrainer(ResumableTrainer):
         if is_cut(self.model):
             reshard(self.model)  # an evaluation may have gathered weights
         self._halving.end_step()
-        output = super().train(resume, *args, **kwargs)
+        with self.peers.watching():
+            output = super().train(resume, *args, **kwargs)
         self._losses.settle(self)
         return output
 
@@ -385,6 +387,12 @@ class PackedTrainer(ResumableTrainer):
             return
         for part in microbatches_of(inputs):
             part.update(self._first_rows(part, num_rows))
+        if isinstance(inputs, OneBuffer):
+            inputs.num_own_rows = num_rows
+
+    def _own_items(self, num_rows: int | None) -> OwnItems | None:
+        """A function that keeps the items of this many rows, the first of a batch; None if all are kept."""
+        return None if num_rows is None else partial(self._first_rows, num_rows=num_rows)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -399,15 +407,18 @@ class PackedTrainer(ResumableTrainer):
             train()
         examples, parts = examples_of(inputs), self._in_step(parts, is_training=True)
         examples = [*[None] * (len(parts) - len(examples)), *examples]
-        losses = self._halving.train(
-            self._forward_and_backward,
-            model,
-            parts,
-            examples,
-            num_items=num_items_in_batch,
-            dataset=self.train_dataset,
-            without_step=partial(backward_without_step, self.accelerator),
-        )
+        with self._telling():
+            losses = self._halving.train(
+                self._forward_and_backward,
+                model,
+                parts,
+                examples,
+                num_items=num_items_in_batch,
+                dataset=self.train_dataset,
+                without_step=partial(backward_without_step, self.accelerator),
+                own_items=self._own_items(getattr(inputs, "num_own_rows", None)),
+                reduces=self._has_copies() and self.accelerator.sync_gradients,
+            )
         if self.accelerator.sync_gradients:  # the optimizer steps next
             self._halving.end_step()
             self._losses.check(self)
@@ -448,9 +459,23 @@ class PackedTrainer(ResumableTrainer):
         """Why a micro-batch must not be halved when memory runs out; empty if it may."""
         if steps_in_backward(self):
             return "the optimizer steps in backward"
-        if self.args.world_size > 1 or self._shards_weights():
+        if self._shards_weights() or (self.args.world_size > 1 and not self._has_copies()):
             return "other processes would wait for this one"
         return ""
+
+    def _has_copies(self) -> bool:
+        """Whether each of several processes has a copy of the model, and they meet only to reduce gradients."""
+        is_ddp = self.accelerator.distributed_type.startswith("MULTI_") and not self._shards_weights()
+        return self.args.world_size > 1 and is_ddp and self.sequence_group is None
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Tells the other processes if this one is refused."""
+        try:
+            yield
+        except ValueError as error:
+            self.peers.tell(str(error))
+            raise
 
     def _shards_weights(self) -> bool:
         """Whether processes gather weights in every forward, so that all must run the same number of forwards."""
@@ -487,12 +512,14 @@ class PackedTrainer(ResumableTrainer):
             sums = [self._part_loss_sum(model, part) for part in parts]
         else:
             known = self._examples if len(self._examples) == len(parts) else [None] * len(parts)
+            own_items = self._own_items(self._num_own_rows(self.args.eval_batch_size))
             loss_of = partial(self._part_loss_sum, model)
-            sums = [
-                loss
-                for part, rows in zip(parts, known, strict=True)
-                for loss in self._halving.evaluate(model, loss_of, part, rows, self._evaluated_rows)
-            ]
+            with self._telling():
+                sums = [
+                    loss
+                    for part, rows in zip(parts, known, strict=True)
+                    for loss in self._halving.evaluate(model, loss_of, part, rows, self._evaluated_rows, own_items)
+                ]
         loss_sum = self._sum_of(sums)
         if self._evaluation is not None and not is_training:
             self._evaluation.end_batch()
@@ -504,13 +531,15 @@ class PackedTrainer(ResumableTrainer):
 
     def _part_loss_sum(self, model: nn.Module, part: dict[str, Any]) -> Tensor:
         """The summed loss of one micro-batch. Also records its metrics."""
+        is_for_nothing = FOR_NOTHING in part
+        part = {key: value for key, value in part.items() if key != FOR_NOTHING}
         if KNOWN in part:
             with self.accelerator.autocast():
-                return loss_of_part(model, part, **self._head_settings())
-        batch = PackedBatch(**{key: value for key, value in part.items() if key != FOR_NOTHING})
+                return loss_of_part(model, part, **self._head_settings()) * (0.0 if is_for_nothing else 1.0)
+        batch = PackedBatch(**part)
         with self.accelerator.autocast():  # for policy and reference, whether accelerate wraps them or not
             result = self._loss_sum(model, batch)
-        if FOR_NOTHING in part:
+        if is_for_nothing:
             return result.loss * 0.0
         self._add_result(model, result, part, batch)
         return result.loss

@@ -3,14 +3,15 @@ kinds, count what they send and keep.
 """
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 from hybrids import WholeDoubles, build_any
-from sharded_runs import FSDP2, shards_on_cpus, train
+from sharded_runs import FSDP2, resume, shards_on_cpus, train
 from tiny import make_llama, make_rows
-from tiny_runs import tiny_trainer
+from tiny_runs import losses, tiny_trainer
 
 from fastdpo import TokenizedPair
 from fastdpo.data.batches.layout import lay_out
@@ -20,6 +21,7 @@ from fastdpo.evidence.memory import peak_live_bytes
 from fastdpo.modeling import PackingCheck, check_packing, packed_loss, prepare_model
 from fastdpo.modeling.sequence_check import check_sequence_parallel
 from fastdpo.modeling.sequence_group import SequenceGroup
+from fastdpo.training.callbacks.samples import SAMPLES_FILE
 from fastdpo.training.memory.dry_run import RowShape, dry_step, fake_mode, shape_only
 
 
@@ -29,6 +31,8 @@ def run(folder, what, **case):
         dist.init_process_group("gloo")
     return {
         "trains": train_in_parts,
+        "resumes": resume_in_parts,
+        "samples": sample,
         "evaluates": evaluate,
         "is right for": gradient_error,
         "refuses": refusal,
@@ -40,12 +44,35 @@ def run(folder, what, **case):
 
 def train_in_parts(folder, mode, steps=1, size=2, num_processes=2, shards=False):
     """As `sharded_runs.train`, in groups of `size` processes."""
-    num_rows = 4 if mode == "accumulation" else 12
+    num_rows = 4 if mode in ("accumulation", "uneven pairs") else 12
     more = {"sequence_parallel_size": size, "per_device_train_batch_size": num_rows // (num_processes // size)}
     if shards:
         shards_on_cpus()
         more |= FSDP2
     return train(folder, mode, steps, **more)
+
+
+def resume_in_parts(folder, mode, size=2, kind=None):
+    return resume(folder, mode, kind, sequence_parallel_size=size)
+
+
+def sample(folder, size=2):
+    """Losses and samples of a run whose reference moves."""
+    trainer = tiny_trainer(
+        folder,
+        sequence_parallel_size=size,
+        eval_dataset=Dataset.from_list(make_rows(4, seed=1)),
+        eval_strategy="steps",
+        eval_steps=2,
+        num_eval_samples=2,
+        eval_sample_tokens=4,
+        sync_ref_model=True,
+        ref_model_sync_steps=1,
+        optim="sgd",
+        learning_rate=0.1,
+    )
+    found = losses(trainer)
+    return {"losses": found, "samples": Path(folder, SAMPLES_FILE).read_text().splitlines()}
 
 
 def evaluate(folder, size=2):
@@ -125,11 +152,11 @@ def gradient_error(folder, model_type, size=2):
     return [float(abs(loss / expected_loss - 1)), float((found - expected).norm() / expected.norm())]
 
 
-def refusal(folder, model_type=None, size=2, **settings):
-    """The message of what is refused: a model, or with settings a run of the tiny llama."""
+def refusal(folder, model_type=None, size=2, **overrides):
+    """The message of what is refused: a model, or a run of the tiny llama with overrides of its config."""
     try:
         if model_type is None:
-            tiny_trainer(folder, **{"sequence_parallel_size": size, **settings})
+            tiny_trainer(folder, make_llama(**overrides), sequence_parallel_size=size)
         else:
             model = build_any(model_type)
             check_sequence_parallel(model, group_of(size), check_packing(model))

@@ -37,7 +37,7 @@ def sequence_group(args: EngineConfig) -> SequenceGroup | None:
         return None
     check_number_of_processes(args)
     # groups of their own, even for all processes: exchanges must not wait behind DDP's and FSDP's
-    return SequenceGroup(dist.new_subgroups(group_size=args.sequence_parallel_size)[0])
+    return SequenceGroup(dist.new_subgroups(group_size=args.sequence_parallel_size)[0], args.device)
 
 
 def check_rotary(args: EngineConfig, model: nn.Module) -> None:

@@ -59,6 +59,10 @@ def check_sizes(args: EngineConfig) -> None:
             f"save_only_model must be True (or save_strategy 'no') with tensor_parallel_size={size}, got False:"
             " transformers cannot resume the optimizer of such a run"
         )
+    if args.sequence_parallel_size > 1:
+        raise ValueError(
+            f"sequence_parallel_size must be 1 with tensor_parallel_size={size}, got {args.sequence_parallel_size}"
+        )
     for name in ("load_best_model_at_end", "resume_from_checkpoint", "torch_compile"):
         if value := getattr(args, name):
             raise ValueError(f"{name} must be off with tensor_parallel_size={size}, got {value!r}")
