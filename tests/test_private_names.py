@@ -121,7 +121,6 @@ PRIVATE = {
     ),
     "_mesh_manager": ("transformers 5.23", has_meshes),
     "_post_accumulate_grad_hooks": ("torch 2.13", lambda: hasattr(torch.zeros(1), "_post_accumulate_grad_hooks")),
-    "_get_default_store": ("torch 2.13", lambda: hasattr(torch.distributed.distributed_c10d, "_get_default_store")),
     "_models": ("accelerate 1.15", lambda: source_has(accelerator().__init__, "self._models")),
     "_is_accelerate_prepared": ("accelerate 1.15", lambda: source_has(accelerator(), "_is_accelerate_prepared")),
     "_original_forward": ("accelerate 1.15", lambda: source_has(accelerator().prepare_model, "_original_forward")),

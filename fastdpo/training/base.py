@@ -9,8 +9,8 @@ one training step, with the gradient of the whole batch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from fastdpo.references.adapters import (
 )
 from fastdpo.training.callbacks.finite import FiniteLosses
 from fastdpo.training.callbacks.model_card import ModelCard, tag_model
+from fastdpo.training.callbacks.offload import OffloadAtStart
 from fastdpo.training.callbacks.summary import print_summary, summary_text
 from fastdpo.training.evaluation import Evaluation, StepResult
 from fastdpo.training.inputs.balanced import balanced
@@ -53,10 +54,9 @@ from fastdpo.training.inputs.streams import (
     why_unrepeatable,
 )
 from fastdpo.training.inputs.transfer import OneBuffer
-from fastdpo.training.memory.estimate import check_memory_settings
+from fastdpo.training.memory.estimate import check_memory_settings, checkpointing_kwargs
 from fastdpo.training.memory.halving import FOR_NOTHING, Halving
 from fastdpo.training.memory.out_of_memory import OutOfMemory, OwnItems
-from fastdpo.training.memory.peers import Peers
 from fastdpo.training.memory.row_parts import KNOWN, KnownWeights, RowPart, loss_of_part
 from fastdpo.training.memory.token_budget import (
     BudgetAtStart,
@@ -187,6 +187,8 @@ class PackedTrainer(ResumableTrainer):
             callbacks=[self.card, *(callbacks or ())],  # first, so that later callbacks find the card in a checkpoint
             **trainer_arguments,
         )
+        if checkpointing_kwargs(args).get("offload"):
+            self.add_callback(OffloadAtStart())
         keep_outputs_whole(self.accelerator)
         self.watch_progress()
         if args.optimizer_in_backward:
@@ -204,7 +206,6 @@ class PackedTrainer(ResumableTrainer):
         check_rotary(args, self.model)
         self.packing_check = self._check_packing(self.model)
         self.out_of_memory.cannot_split = self._why_whole()
-        self.peers = Peers()
         self._halving = Halving(self.out_of_memory, self._first_pass, steps_in_backward=steps_in_backward(self))
         check_can_run_in_parts(self, data_collator, shards_weights=self._shards_weights())
         if budget is not None:
@@ -334,8 +335,7 @@ class PackedTrainer(ResumableTrainer):
         if is_cut(self.model):
             reshard(self.model)  # an evaluation may have gathered weights
         self._halving.end_step()
-        with self.peers.watching():
-            output = super().train(resume, *args, **kwargs)
+        output = super().train(resume, *args, **kwargs)
         self._losses.settle(self)
         return output
 
@@ -407,18 +407,17 @@ class PackedTrainer(ResumableTrainer):
             train()
         examples, parts = examples_of(inputs), self._in_step(parts, is_training=True)
         examples = [*[None] * (len(parts) - len(examples)), *examples]
-        with self._telling():
-            losses = self._halving.train(
-                self._forward_and_backward,
-                model,
-                parts,
-                examples,
-                num_items=num_items_in_batch,
-                dataset=self.train_dataset,
-                without_step=partial(backward_without_step, self.accelerator),
-                own_items=self._own_items(getattr(inputs, "num_own_rows", None)),
-                reduces=self._has_copies() and self.accelerator.sync_gradients,
-            )
+        losses = self._halving.train(
+            self._forward_and_backward,
+            model,
+            parts,
+            examples,
+            num_items=num_items_in_batch,
+            dataset=self.train_dataset,
+            without_step=partial(backward_without_step, self.accelerator),
+            own_items=self._own_items(getattr(inputs, "num_own_rows", None)),
+            reduces=self._has_copies() and self.accelerator.sync_gradients,
+        )
         if self.accelerator.sync_gradients:  # the optimizer steps next
             self._halving.end_step()
             self._losses.check(self)
@@ -468,15 +467,6 @@ class PackedTrainer(ResumableTrainer):
         is_ddp = self.accelerator.distributed_type.startswith("MULTI_") and not self._shards_weights()
         return self.args.world_size > 1 and is_ddp and self.sequence_group is None
 
-    @contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Tells the other processes if this one is refused."""
-        try:
-            yield
-        except ValueError as error:
-            self.peers.tell(str(error))
-            raise
-
     def _shards_weights(self) -> bool:
         """Whether processes gather weights in every forward, so that all must run the same number of forwards."""
         loaded_in_shards = getattr(self, "is_distributed_loading_by_transformers", False)
@@ -514,12 +504,11 @@ class PackedTrainer(ResumableTrainer):
             known = self._examples if len(self._examples) == len(parts) else [None] * len(parts)
             own_items = self._own_items(self._num_own_rows(self.args.eval_batch_size))
             loss_of = partial(self._part_loss_sum, model)
-            with self._telling():
-                sums = [
-                    loss
-                    for part, rows in zip(parts, known, strict=True)
-                    for loss in self._halving.evaluate(model, loss_of, part, rows, self._evaluated_rows, own_items)
-                ]
+            sums = [
+                loss
+                for part, rows in zip(parts, known, strict=True)
+                for loss in self._halving.evaluate(model, loss_of, part, rows, self._evaluated_rows, own_items)
+            ]
         loss_sum = self._sum_of(sums)
         if self._evaluation is not None and not is_training:
             self._evaluation.end_batch()

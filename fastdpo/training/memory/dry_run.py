@@ -28,7 +28,7 @@ from fastdpo.modeling.backbone import backbone
 from fastdpo.modeling.head import lm_head
 from fastdpo.modeling.mixers import MixerRows, mixers_of
 from fastdpo.modeling.packed import bare_model, is_prepared, unprepare_model
-from fastdpo.modeling.tiles import only_first_tiles
+from fastdpo.modeling.tiles import find_tiles, install_tiles, only_first_tiles
 from fastdpo.training.memory.dry_ops import DryGroup, dry_attention, grouped_mm, head_loss
 
 PARTS = ("casts", "gradients", "head", "activations")
@@ -105,6 +105,27 @@ def shape_only(model: nn.Module, mode: Any) -> nn.Module:
         if is_prepared(bare):
             unprepare_model(bare)
     return dry
+
+
+def assume_tiles(model: nn.Module, mode: Any, tile_rows: int, autocast: torch.dtype | None = None) -> bool:
+    """Makes a model without numbers run in tiles, as far as its shapes show which modules can; False if none can.
+
+    Recurrent layers do not show it, so that models with them are left as they are.
+    """
+    bare = bare_model(model)
+    if getattr(bare, "_is_stateful", False):
+        return False
+    length = 41
+    while 2 * length in {size for parameter in bare.parameters() for size in parameter.shape}:
+        length += 1
+    row = RowShape(((0, length, 0, 0), (length, 2 * length, 0, 1)), length)
+    bare.train()
+    with mode, nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast):
+        found, _ = find_tiles(bare, lambda: _hidden_states(bare, row, True), (1, 2 * length), by_numbers=False)
+    if not any(p.dim() > 1 for name in found for p in bare.get_submodule(name).parameters()):
+        return False
+    install_tiles(bare, found, tile_rows)
+    return True
 
 
 def dry_step(

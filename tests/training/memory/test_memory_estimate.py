@@ -121,7 +121,7 @@ def test_layers_in_tiles_take_what_was_estimated(lora, autocast):
     use_tiles(model, 256, autocast=precision)
     in_tiles, estimated = measured_and_estimated(model, batch, autocast)
     assert estimated.total == pytest.approx(in_tiles, rel=0.05)
-    assert in_tiles < 0.9 * measured
+    assert in_tiles < measured  # with LoRA, the head is then the largest part
 
 
 @pytest.mark.parametrize("name", ["wide", "large-head"])

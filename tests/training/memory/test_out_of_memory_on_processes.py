@@ -1,21 +1,14 @@
 """One of two processes runs out of memory: it halves its micro-batches, both end in the same weights as without."""
 
 import os
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from processes import on_processes
-from test_out_of_memory import LONG, Allocator
+from test_out_of_memory import Allocator
 from tiny import make_llama, make_rows
 from tiny_runs import logged, tiny_trainer
-
-from fastdpo.training.memory import peers
 
 CASES = {
     "forward": {"where": "forward"},
@@ -74,63 +67,3 @@ def test_one_process_halves_and_both_end_in_the_same_weights(results, case):
 
 def test_a_run_that_has_met_its_sizes_before_draws_the_same_random_numbers(results):
     assert [found["bits"] for found in results["dropout"]] == [True, True]
-
-
-# When a process must stop
-
-
-class Store(dict):
-    """A store of one process."""
-
-    def check(self, keys):
-        return all(key in self for key in keys)
-
-    def set_timeout(self, timeout):
-        pass
-
-
-@pytest.mark.parametrize("ends_itself", [False, True])
-def test_a_process_that_waits_ends_with_the_message_of_the_one_that_stopped(monkeypatch, capsys, ends_itself):
-    ended = []
-    monkeypatch.setattr(peers, "_EVERY", 0.01)
-    monkeypatch.setattr(peers, "GRACE", 0.3)
-    monkeypatch.setattr(peers.os, "_exit", ended.append)
-    waits = peers.Peers()
-    waits._store = Store({waits._key: b"process 1 of 2: max_length must be smaller"})
-    watcher = threading.Thread(target=waits._watch)
-    watcher.start()
-    if ends_itself:
-        time.sleep(0.05)
-        waits._is_over.set()
-    watcher.join(timeout=10)
-    assert ended == ([] if ends_itself else [1])
-    said = "ValueError on another process, process 1 of 2: max_length must be smaller"
-    assert (said in capsys.readouterr().err) is not ends_itself
-
-
-@pytest.mark.slow
-def test_no_process_waits_for_one_whose_row_does_not_fit(tmp_path):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*start, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode != 0
-    assert "ValueError on another process, process 1 of 2: max_length must be smaller: row 7" in done.stderr
-    assert not (tmp_path / "slept").exists()
-
-
-def _refused(folder):
-    """Process 1 is refused and stays alive."""
-    trainer = tiny_trainer(folder, make_llama(), train_dataset=Dataset.from_list([*make_rows(7), LONG]))
-    if os.environ["RANK"] == "1":
-        Allocator(trainer.model, 40)
-    try:
-        trainer.train()
-    except ValueError:
-        time.sleep(60)
-        (folder / "slept").touch()
-
-
-if __name__ == "__main__":
-    _refused(Path(sys.argv[1]))
