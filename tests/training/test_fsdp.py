@@ -91,6 +91,13 @@ def test_log_probs_are_not_rounded_to_bf16(of_two):
         assert means % 0.03125 != 0, key  # units in the last place of bf16 between 4 and 8
 
 
+def test_no_process_holds_a_whole_fp32_gradient_of_the_head(of_two):
+    """Its weight is gathered in bf16; the gradient is summed in fp32 block by block, and handed on in bf16."""
+    for process in of_two["bf16"][1]:
+        assert process["num_heads_in"]["torch.bfloat16"] > 0
+        assert process["num_heads_in"]["torch.float32"] == 0
+
+
 @pytest.mark.slow
 def test_two_copies_that_are_each_divided_over_two_processes_too(tmp_path):
     modes = ("cached reference", "LoRA", "LoRA, micro-batches")
