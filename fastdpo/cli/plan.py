@@ -18,7 +18,7 @@ from rich.table import Table
 from fastdpo.cli.console import make_console
 from fastdpo.cli.options.parser import RaisingParser
 from fastdpo.data.sources.nearest import check_model_folder
-from fastdpo.training.memory.plan import ROUNDING, USABLE_SHARE, Plan, make_plans, pair_tokens
+from fastdpo.training.memory.plan import ROUNDING, USABLE_SHARE, Plan, Settings, make_plans, pair_tokens
 from fastdpo.training.setup.model_kinds import text_part
 
 GB = 1e9
@@ -130,6 +130,8 @@ def _record(plan: Plan, lora_r: int) -> dict[str, Any]:
     return {
         "method": settings.method,
         "gradient_checkpointing": settings.checkpointing,
+        "tile_rows": "auto" if settings.tiles else None,
+        "activation_offloading": settings.offload,
         "reference": settings.reference,
         "optim": settings.optim,
         "fits": plan.tokens > 0,
@@ -156,7 +158,7 @@ def _table(plans: Sequence[Plan], config: Any) -> Table:
         tokens = f"{plan.tokens:,}" if plan.tokens else "does not fit"
         table.add_row(
             settings.method,
-            "on" if settings.checkpointing else "off",
+            _activations(settings),
             settings.reference,
             settings.optim,
             tokens,
@@ -165,6 +167,13 @@ def _table(plans: Sequence[Plan], config: Any) -> Table:
             style=None if plan.tokens else "dim",
         )
     return table
+
+
+def _activations(settings: Settings) -> str:
+    """How activations are kept, in the column of checkpointing."""
+    if not settings.checkpointing:
+        return "off"
+    return "on" + (", tiles" if settings.tiles else "") + (", on host" if settings.offload else "")
 
 
 def _gigabytes(size: int) -> str:

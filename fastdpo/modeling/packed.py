@@ -435,6 +435,7 @@ def _head_settings(state: _Prepared, head: LMHead, impl: str, outputs: tuple[str
         "impl": impl,
         "outputs": outputs,
         "workspace_bytes": state.workspace_bytes,
+        **cut,
     }
 
 

@@ -50,8 +50,10 @@ def settings_of(mode, num_processes):
         "no reference, sft": lambda: {"reference_free": True, "loss_type": ["sigmoid", "sft"]},
         "padded": lambda: {"packing": "padded"},
         "listwise": lambda: {"loss_type": "plackett_luce"},
+        "bf16": lambda: {"bf16": True},
+        "tiles, checkpointing": lambda: {"tile_rows": 8, "gradient_checkpointing": True},
         # so large that the head op cannot upcast the weight of its LM head at once
-        "bf16": lambda: {"bf16": True, "model": make_llama(vocab_size=BF16_SHAPE[0])},
+        "bf16, large vocabulary": lambda: {"bf16": True, "model": make_llama(vocab_size=BF16_SHAPE[0])},
         # steps of 4, 4 and 1 rows: in the last, only one process has any
         "uneven pairs": lambda: {"num_rows": 9, "per_device_train_batch_size": 4 // num_processes},
         "uneven pairs, in order": lambda: {**settings_of("uneven pairs", num_processes), "balance_ranks": False},
@@ -149,11 +151,16 @@ def train(folder, mode, steps=1, num_processes=1, num_copies=1, is_sharded=True,
     }
 
 
-def resume(folder, mode, kind):
-    """Digests of the trained weights of a run of four steps, and of one that goes on from its second step."""
-    shards_on_cpus()
+def resume(folder, mode, kind=None, **more):
+    """Digests of the trained weights of a run of four steps, and of one that goes on from its second step.
+
+    Without a `kind` of checkpoint, weights are whole on every process.
+    """
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_rows": 20, **settings_of(mode, 2)}
-    settings |= {"fsdp": FSDP2["fsdp"], "fsdp_config": FSDP2["fsdp_config"] | {"state_dict_type": kind}}
+    settings |= more
+    if kind is not None:
+        shards_on_cpus()
+        settings |= {"fsdp": FSDP2["fsdp"], "fsdp_config": FSDP2["fsdp_config"] | {"state_dict_type": kind}}
     found = []
     for name, checkpoint in (("a", None), ("b", Path(folder, "a", "checkpoint-2"))):
         trainer = tiny_trainer(Path(folder, name), per_device_train_batch_size=2, **settings)

@@ -161,8 +161,10 @@ def optimizer_bytes(model: nn.Module, optimizer: Any, name: str) -> int:
 
 
 def steps_in_backward(trainer: Trainer) -> bool:
-    """Whether weights change before the whole gradient is computed: with DeepSpeed's engine, and LOMO."""
-    return trainer.is_deepspeed_enabled or "lomo" in optimizer_name(trainer.args)
+    """Whether weights change before the whole gradient is computed: with DeepSpeed's engine, LOMO, and
+    optimizer_in_backward."""
+    args = trainer.args
+    return trainer.is_deepspeed_enabled or args.optimizer_in_backward or "lomo" in optimizer_name(args)
 
 
 def check_can_split(trainer: Trainer) -> None:
@@ -173,15 +175,15 @@ def check_can_split(trainer: Trainer) -> None:
     """
     budget = trainer.args.max_tokens_per_microbatch
     optim = optimizer_name(trainer.args)
-    if steps_in_backward(trainer):
-        what = "DeepSpeed" if trainer.is_deepspeed_enabled else f"optim {optim!r}"
+    if steps_in_backward(trainer) and not trainer.is_deepspeed_enabled:
         raise ValueError(
-            f"max_tokens_per_microbatch must be None with {what}, which ends each step itself, got {budget}"
+            f"max_tokens_per_microbatch must be None with optim {optim!r}, which ends each step itself, got {budget}"
         )
-    if budget == "auto" and trainer.is_fsdp_enabled:
+    if budget == "auto" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        engine = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
         raise ValueError(
-            "max_tokens_per_microbatch must be a number with FSDP, got 'auto': one process cannot measure the weights"
-            " that FSDP gathers while a layer runs"
+            f"max_tokens_per_microbatch must be a number with {engine}, got 'auto': one process cannot measure what"
+            f" {engine} holds in a step of all processes"
         )
 
 

@@ -23,6 +23,7 @@ from fastdpo.data.tokens.chat.templates import give_template
 from fastdpo.data.tokens.tokenization import padding_id
 from fastdpo.modeling.backbone import backbone, freeze_towers, tower_names
 from fastdpo.modeling.packed import bare_model
+from fastdpo.training.settings.checks import load_whole_models
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.checkpoint_keys import check_all_loaded
 from fastdpo.training.setup.model_kinds import auto_class, check_kind, has_other_parts, is_encoder
@@ -239,6 +240,7 @@ def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = Non
         **(model_init_kwargs or {}),
         **kwargs,
     }
+    load_whole_models()
     try:
         check_json_files(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path, **where_from(options))
