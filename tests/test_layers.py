@@ -40,6 +40,7 @@ INSIDE = {
         ["mixture"],
     ],
     "training": [
+        ["updates"],
         ["settings"],
         ["setup"],
         ["inputs"],

@@ -22,7 +22,7 @@ from fastdpo.cli.plan_cluster import DEFAULT_LENGTH, check_fits, records, show
 from fastdpo.data.sources.nearest import check_model_folder
 from fastdpo.training.memory.cluster.hardware import Cluster, make_cluster
 from fastdpo.training.memory.cluster.plans import make_cluster_plans
-from fastdpo.training.memory.plan import ROUNDING, USABLE_SHARE, Plan, make_plans, pair_tokens
+from fastdpo.training.memory.plan import ROUNDING, USABLE_SHARE, Plan, Settings, make_plans, pair_tokens
 from fastdpo.training.setup.model_kinds import text_part
 
 GB = 1e9
@@ -166,6 +166,8 @@ def _record(plan: Plan, lora_r: int) -> dict[str, Any]:
     return {
         "method": settings.method,
         "gradient_checkpointing": settings.checkpointing,
+        "tile_rows": "auto" if settings.tiles else None,
+        "activation_offloading": settings.offload,
         "reference": settings.reference,
         "optim": settings.optim,
         "fits": plan.tokens > 0,
@@ -192,7 +194,7 @@ def _table(plans: Sequence[Plan], config: Any) -> Table:
         tokens = f"{plan.tokens:,}" if plan.tokens else "does not fit"
         table.add_row(
             settings.method,
-            "on" if settings.checkpointing else "off",
+            _activations(settings),
             settings.reference,
             settings.optim,
             tokens,
@@ -201,6 +203,13 @@ def _table(plans: Sequence[Plan], config: Any) -> Table:
             style=None if plan.tokens else "dim",
         )
     return table
+
+
+def _activations(settings: Settings) -> str:
+    """How activations are kept, in the column of checkpointing."""
+    if not settings.checkpointing:
+        return "off"
+    return "on" + (", tiles" if settings.tiles else "") + (", on host" if settings.offload else "")
 
 
 def _gigabytes(size: int) -> str:

@@ -9,14 +9,13 @@ one training step, with the gradient of the whole batch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -28,6 +27,7 @@ from fastdpo.data.prepare import Report
 from fastdpo.locks import locked
 from fastdpo.metrics import MetricMeans
 from fastdpo.modeling import PackingCheck, check_packing, prepare_model
+from fastdpo.modeling.sequence_check import check_sequence_parallel
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.references import Reference
 from fastdpo.references.adapters import (
@@ -38,6 +38,7 @@ from fastdpo.references.adapters import (
 )
 from fastdpo.training.callbacks.finite import FiniteLosses
 from fastdpo.training.callbacks.model_card import ModelCard, tag_model
+from fastdpo.training.callbacks.offload import OffloadAtStart
 from fastdpo.training.callbacks.summary import print_summary, summary_text
 from fastdpo.training.evaluation import Evaluation, StepResult
 from fastdpo.training.inputs.balanced import balanced
@@ -52,25 +53,46 @@ from fastdpo.training.inputs.streams import (
     read_whole,
     why_unrepeatable,
 )
-from fastdpo.training.memory.estimate import check_memory_settings
-from fastdpo.training.memory.halving import Halving
-from fastdpo.training.memory.out_of_memory import OutOfMemory
-from fastdpo.training.memory.token_budget import BudgetAtStart, check_can_split, check_row_sizes, steps_in_backward
+from fastdpo.training.inputs.transfer import OneBuffer
+from fastdpo.training.memory.estimate import check_memory_settings, checkpointing_kwargs
+from fastdpo.training.memory.halving import FOR_NOTHING, Halving
+from fastdpo.training.memory.out_of_memory import OutOfMemory, OwnItems
+from fastdpo.training.memory.row_parts import KNOWN, KnownWeights, RowPart, loss_of_part
+from fastdpo.training.memory.token_budget import (
+    BudgetAtStart,
+    check_can_run_in_parts,
+    check_can_split,
+    check_row_sizes,
+    steps_in_backward,
+)
 from fastdpo.training.resuming import ResumableTrainer
 from fastdpo.training.saving.checkpoints import checkpoint_folder
 from fastdpo.training.saving.dry_save import check_can_save
+from fastdpo.training.saving.engines import check_can_continue, load_weights
 from fastdpo.training.saving.saved import SavedModel
 from fastdpo.training.saving.staging import UNFINISHED, put_in_place, restore_unfinished
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.experts import router_coefficient
+from fastdpo.training.setup.failures import failing_together
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
 from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype
-from fastdpo.training.setup.sharding import keep_outputs_whole
+from fastdpo.training.setup.optimizers import optimizer_name
+from fastdpo.training.setup.sequence_parallel import check_rotary, read_same_rows, sequence_group
+from fastdpo.training.setup.sharding import (
+    backward_without_step,
+    check_not_divided,
+    gathers_weights,
+    keep_outputs_whole,
+    reduces_in_backward,
+)
+from fastdpo.training.setup.tensor_parallel import is_cut, reshard
+from fastdpo.training.setup.tiles import use_tiles_in_run
+from fastdpo.training.updates.checks import check_rounded_weights, check_updates, updates_one_by_one
+from fastdpo.training.updates.in_backward import StepInBackward
+from fastdpo.training.updates.one_by_one import OneByOne
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
-
-FOR_NOTHING = "for_nothing"  # key of a micro-batch that runs only to keep this process in step with the others
 
 
 class PackedTrainer(ResumableTrainer):
@@ -103,13 +125,19 @@ class PackedTrainer(ResumableTrainer):
         self.train_means = MetricMeans()  # since the last log
         self._num_train_tokens = 0  # since the last log
         self._losses = FiniteLosses()
+        self._in_backward: StepInBackward | None = None  # the optimizer's step, if it is part of backward
+        self._is_measuring = False  # whether a forward and backward only measure the gradient
         self._examples: list[Any] = []  # the rows of the batch that is evaluated
         self._evaluated_rows: Any = None
         tokenizer = self.processing_class = processing_class
         self.args = args
-        if trainer_arguments.get("optimizers", (None, None))[0] is None:
+        has_own_optimizer = trainer_arguments.get("optimizers", (None, None))[0] is not None
+        if not has_own_optimizer:
             check_memory_settings(args)
+        check_updates(args, optimizer_name(args), is_own=has_own_optimizer)
+        check_rounded_weights(args, model)
         forget_accelerate(model)
+        check_not_divided(model)
         use_layer_kernels(model, args)
         prepare_model(model)
 
@@ -136,6 +164,11 @@ class PackedTrainer(ResumableTrainer):
             raise ValueError(
                 f"data_collator must return PackedBatch.asdict(), got TRL's {type(data_collator).__name__}; remove it"
             )
+        if data_collator is not None and args.sequence_parallel_size > 1:
+            raise ValueError(
+                "data_collator must be None if sequence_parallel_size is above 1, because only fastdpo's collator"
+                f" divides batches, got {type(data_collator).__name__}"
+            )
         if data_collator is not None and budget is not None:
             raise ValueError(
                 "data_collator must be None if max_tokens_per_microbatch is set, because only fastdpo's collator splits"
@@ -154,8 +187,13 @@ class PackedTrainer(ResumableTrainer):
             callbacks=[self.card, *(callbacks or ())],  # first, so that later callbacks find the card in a checkpoint
             **trainer_arguments,
         )
+        if checkpointing_kwargs(args).get("offload"):
+            self.add_callback(OffloadAtStart())
         keep_outputs_whole(self.accelerator)
         self.watch_progress()
+        if args.optimizer_in_backward:
+            self._in_backward = StepInBackward(args.clipping_in_backward, args.max_grad_norm)
+            self.parts["in_backward"] = self._in_backward
         if is_stream(self.train_dataset):
             self.parts["stream"] = StreamStart(self.train_dataset)
         tag_model(self.model, self.method)
@@ -164,9 +202,12 @@ class PackedTrainer(ResumableTrainer):
         resolve_impl(args.impl, args.device, head_dtype(self.model, args))  # a named impl that cannot run raises here
         self.router_aux_loss_coef = router_coefficient(args, self.model)
         self.is_packed = args.packing != "padded"
+        self.sequence_group = sequence_group(args)
+        check_rotary(args, self.model)
         self.packing_check = self._check_packing(self.model)
         self.out_of_memory.cannot_split = self._why_whole()
-        self._halving = Halving(self.out_of_memory, steps_in_backward=steps_in_backward(self))
+        self._halving = Halving(self.out_of_memory, self._first_pass, steps_in_backward=steps_in_backward(self))
+        check_can_run_in_parts(self, data_collator, shards_weights=self._shards_weights())
         if budget is not None:
             check_can_split(self)
             self.add_callback(BudgetAtStart(self, self._loss_of))
@@ -188,6 +229,15 @@ class PackedTrainer(ResumableTrainer):
     def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> StepResult:
         """The summed loss of a micro-batch, and its metrics."""
         raise TypeError(f"{type(self).__name__} must define _loss_sum, the loss of a micro-batch")
+
+    def _loss_of_row(self, model: nn.Module, batch: PackedBatch, parts: Sequence[RowPart]) -> tuple[StepResult, Tensor]:
+        """The result of a row from forwards of its parts, without a graph; and the (S,) gradient of its loss in the
+        log-probs of its sequences."""
+        raise TypeError(f"{type(self).__name__} must define _loss_of_row, which runs a row in parts")
+
+    def _head_settings(self) -> dict[str, Any]:
+        """Settings of `packed_loss` in this run."""
+        raise TypeError(f"{type(self).__name__} must define _head_settings, the settings of packed_loss")
 
     def _first_rows(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
         """The batch, reduced to the items of its first `num_rows` rows."""
@@ -232,12 +282,17 @@ class PackedTrainer(ResumableTrainer):
             workspace_bytes=self.args.workspace_bytes,
         )
         check = check_packing(model, impl=self.args.impl, autocast=self.accelerator.autocast)
+        if is_cut(model):
+            reshard(model)
         if self.is_packed and not check.ok:
             if self.args.packing == "packed":
                 raise ValueError(f"packing must be 'auto' or 'padded' for this model, got 'packed': {check.reason}")
             logger.warning(f"Falling back to padded batches, which are slower: {check.reason}")
             self.is_packed = False
         self.collator.is_packed = self.is_packed
+        use_tiles_in_run(model, self)
+        if self.sequence_group is not None:
+            check_sequence_parallel(model, self.sequence_group, check, impl=self.args.impl)
         return check
 
     def summary(self) -> str:
@@ -259,7 +314,8 @@ class PackedTrainer(ResumableTrainer):
                 another process trains in the same output directory.
         """
         folder = Path(self.args.output_dir)
-        with locked(folder, "output_dir") if self.args.should_save else nullcontext():
+        lock = locked(folder, "output_dir") if self.args.should_save else nullcontext()
+        with failing_together(self.args), lock:
             if self.args.should_save:
                 restore_unfinished(folder)
             output = self._train(resume_from_checkpoint, *args, **kwargs)
@@ -268,12 +324,16 @@ class PackedTrainer(ResumableTrainer):
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         has_adapter = is_peft_model(self.model)
         resume = checkpoint_folder(resume_from_checkpoint, self.args.output_dir, has_adapter=has_adapter)
+        if resume is not None:
+            check_can_continue(resume, self, self.get_total_train_batch_size(self.args))
         check_can_save(self, self.saved, self.card.write, is_sharded=self._shards_weights())
         if self.train_dataset is not None and self._summary_is_due and not self.args.disable_tqdm:
             self.print_summary()
         if self.model_wrapped is self.model:
             self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
             forget_accelerate(self.model)
+        if is_cut(self.model):
+            reshard(self.model)  # an evaluation may have gathered weights
         self._halving.end_step()
         output = super().train(resume, *args, **kwargs)
         self._losses.settle(self)
@@ -286,7 +346,17 @@ class PackedTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> Any:
         """As in Trainer; on several processes, all get about equally many tokens in every step."""
-        return balanced(super().get_train_dataloader(), self.train_dataset, self.args)
+        return balanced(read_same_rows(super().get_train_dataloader(), self.args), self.train_dataset, self.args)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return read_same_rows(super().get_eval_dataloader(eval_dataset), self.args)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        return read_same_rows(super().get_test_dataloader(test_dataset), self.args)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """As in Trainer. Processes that compute rows together read the same ones."""
+        return int(super().get_total_train_batch_size(args)) // self.args.sequence_parallel_size
 
     # The loss
 
@@ -317,6 +387,12 @@ class PackedTrainer(ResumableTrainer):
             return
         for part in microbatches_of(inputs):
             part.update(self._first_rows(part, num_rows))
+        if isinstance(inputs, OneBuffer):
+            inputs.num_own_rows = num_rows
+
+    def _own_items(self, num_rows: int | None) -> OwnItems | None:
+        """A function that keeps the items of this many rows, the first of a batch; None if all are kept."""
+        return None if num_rows is None else partial(self._first_rows, num_rows=num_rows)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -326,38 +402,80 @@ class PackedTrainer(ResumableTrainer):
         if num_items_in_batch is None:  # called from outside the loop: the mean over this batch
             self._tell_step(parts)
             num_items_in_batch = sum(self._num_items(part) for part in parts) * self.accelerator.num_processes
-        examples, parts = examples_of(inputs), self._in_step(parts)
+        model.train()  # Trainer does so too, but only after the first pass of a row in parts
+        if callable(train := getattr(self.optimizer, "train", None)):
+            train()
+        examples, parts = examples_of(inputs), self._in_step(parts, is_training=True)
         examples = [*[None] * (len(parts) - len(examples)), *examples]
         losses = self._halving.train(
-            super().training_step,
+            self._forward_and_backward,
             model,
             parts,
             examples,
             num_items=num_items_in_batch,
             dataset=self.train_dataset,
-            no_sync=nullcontext if self._shards_weights() else self.accelerator.no_sync,
+            without_step=partial(backward_without_step, self.accelerator),
+            own_items=self._own_items(getattr(inputs, "num_own_rows", None)),
+            reduces=self._has_copies() and self.accelerator.sync_gradients,
         )
         if self.accelerator.sync_gradients:  # the optimizer steps next
             self._halving.end_step()
             self._losses.check(self)
         return self._sum_of(losses)
 
+    def _forward_and_backward(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int) -> Tensor:
+        """The loss of one micro-batch after its backward, which may update the weights."""
+        run = partial(super().training_step, model, inputs, num_items)
+        return run() if self._in_backward is None else self._in_backward.step(run, partial(self._measured, run))
+
+    def _measured(self, run: Callable[[], Tensor]) -> None:
+        """Runs a forward and backward that leaves no metrics and no other random numbers behind."""
+        device = self.args.device
+        self._is_measuring = True
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                run()
+        finally:
+            self._is_measuring = False
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As in Trainer; the optimizer updates weights one by one if they are rounded, or updated in backward."""
+        optimizer = super().create_optimizer(model)
+        if updates_one_by_one(self.args) and not isinstance(getattr(optimizer, "optimizer", optimizer), OneByOne):
+            optimizer = self.optimizer = OneByOne(optimizer, self.args.weight_rounding, self.args.seed)
+            if self._in_backward is not None:
+                self._in_backward.attach(optimizer)
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(model) if self._in_backward is None else self._in_backward.last_norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        in_backward = self._in_backward
+        return super()._get_grad_norm(model, grad_norm) if in_backward is None else in_backward.last_norm
+
     def _why_whole(self) -> str:
         """Why a micro-batch must not be halved when memory runs out; empty if it may."""
         if steps_in_backward(self):
             return "the optimizer steps in backward"
-        if self.args.world_size > 1 or self._shards_weights():
+        if self._shards_weights() or (self.args.world_size > 1 and not self._has_copies()):
             return "other processes would wait for this one"
         return ""
+
+    def _has_copies(self) -> bool:
+        """Whether each of several processes has a copy of the model, and they meet only to reduce gradients."""
+        is_ddp = self.accelerator.distributed_type.startswith("MULTI_") and not self._shards_weights()
+        return self.args.world_size > 1 and is_ddp and self.sequence_group is None
 
     def _shards_weights(self) -> bool:
         """Whether processes gather weights in every forward, so that all must run the same number of forwards."""
         loaded_in_shards = getattr(self, "is_distributed_loading_by_transformers", False)
-        return self.accelerator.distributed_type == DistributedType.FSDP or loaded_in_shards
+        return gathers_weights(self.accelerator) or loaded_in_shards
 
-    def _in_step(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """With sharded weights, adds micro-batches that do not count until all processes have equally many."""
-        if self.args.max_tokens_per_microbatch is None or not self._shards_weights():
+    def _in_step(self, parts: list[dict[str, Any]], *, is_training: bool) -> list[dict[str, Any]]:
+        """Where all processes must run equally many micro-batches, adds ones that do not count, before the others."""
+        keeps_step = self._shards_weights() or (is_training and reduces_in_backward(self.accelerator))
+        if self.args.max_tokens_per_microbatch is None or not keeps_step:
             return parts
         count = torch.tensor([len(parts)], device=self.args.device)
         missing = int(self.accelerator.gather(count).max()) - len(parts)
@@ -379,16 +497,17 @@ class PackedTrainer(ResumableTrainer):
         if not is_training or num_items_in_batch is None:
             self._tell_step(parts)
         if not is_training:
-            parts = [self._without_repeated_rows(part) for part in self._in_step(parts)]
+            parts = [self._without_repeated_rows(part) for part in self._in_step(parts, is_training=False)]
         if is_training:
             sums = [self._part_loss_sum(model, part) for part in parts]
         else:
             known = self._examples if len(self._examples) == len(parts) else [None] * len(parts)
+            own_items = self._own_items(self._num_own_rows(self.args.eval_batch_size))
             loss_of = partial(self._part_loss_sum, model)
             sums = [
                 loss
                 for part, rows in zip(parts, known, strict=True)
-                for loss in self._halving.evaluate(loss_of, part, rows, self._evaluated_rows)
+                for loss in self._halving.evaluate(model, loss_of, part, rows, self._evaluated_rows, own_items)
             ]
         loss_sum = self._sum_of(sums)
         if self._evaluation is not None and not is_training:
@@ -401,16 +520,37 @@ class PackedTrainer(ResumableTrainer):
 
     def _part_loss_sum(self, model: nn.Module, part: dict[str, Any]) -> Tensor:
         """The summed loss of one micro-batch. Also records its metrics."""
-        batch = PackedBatch(**{key: value for key, value in part.items() if key != FOR_NOTHING})
+        is_for_nothing = FOR_NOTHING in part
+        part = {key: value for key, value in part.items() if key != FOR_NOTHING}
+        if KNOWN in part:
+            with self.accelerator.autocast():
+                return loss_of_part(model, part, **self._head_settings()) * (0.0 if is_for_nothing else 1.0)
+        batch = PackedBatch(**part)
         with self.accelerator.autocast():  # for policy and reference, whether accelerate wraps them or not
             result = self._loss_sum(model, batch)
-        if FOR_NOTHING in part:
+        if is_for_nothing:
             return result.loss * 0.0
+        self._add_result(model, result, part, batch)
+        return result.loss
+
+    def _first_pass(self, model: nn.Module, row: dict[str, Any], parts: Sequence[RowPart]) -> list[KnownWeights]:
+        """The weights of a row's parts. Also records the row's metrics."""
+        row = self._prepare_inputs(row)
+        batch = PackedBatch(**row)
+        with torch.no_grad(), self.accelerator.autocast():
+            result, weights = self._loss_of_row(model, batch, parts)
+        self._add_result(model, result, row, batch)
+        none = torch.zeros_like(result.loss)
+        return [KnownWeights(weights[list(part.sequences)], none if i else result.loss) for i, part in enumerate(parts)]
+
+    def _add_result(self, model: nn.Module, result: StepResult, part: dict[str, Any], batch: PackedBatch) -> None:
+        """Adds the result of a micro-batch to the metrics of training or of the evaluation."""
+        if self._is_measuring:
+            return
         if model.training:
             self._halving.record(partial(self._record, result, part, batch.num_tokens))
         elif self._evaluation is not None:
             self._evaluation.add(result, self._num_items(part))
-        return result.loss
 
     def _sum_of(self, losses: list[Tensor]) -> Tensor:
         """The sum; 0 if no row of a batch fits into memory."""
@@ -421,8 +561,8 @@ class PackedTrainer(ResumableTrainer):
         self.train_means.add(result.metrics)
         self._num_train_tokens += num_tokens
         self._losses.add(result.loss, part, result.sums)
-        if steps_in_backward(self):
-            self._losses.check(self)
+        if steps_in_backward(self) and (self.accelerator.sync_gradients or not self.is_deepspeed_enabled):
+            self._losses.check(self)  # the weights change in the backward that comes next
 
     def _loss_of(self, batch: PackedBatch) -> Tensor:
         """The loss of a batch by itself, in the precision of the run."""
@@ -443,7 +583,7 @@ class PackedTrainer(ResumableTrainer):
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return None
-        return min(max(state.remainder - self.args.process_index * batch_size, 0), batch_size)
+        return min(max(state.remainder - self.args.data_parallel_index * batch_size, 0), batch_size)
 
     def _prepare_input(self, data: Any) -> Any:
         """Moves tensors without rounding. Trainer would round floats to the weights' dtype under DeepSpeed, so cached
@@ -458,6 +598,9 @@ class PackedTrainer(ResumableTrainer):
             masks = [(part["input_ids"], part.get("attention_mask")) for part in microbatches_of(inputs)]
             flat = [(torch.ones_like(ids) if mask is None else mask).flatten() for ids, mask in masks]
             inputs = {**inputs, "attention_mask": torch.cat(flat)}
+        if self.sequence_group is not None and self.sequence_group.rank > 0:  # another process counts these tokens
+            named = {name: inputs.get(name) for name in ("input_ids", "attention_mask")}
+            inputs = {**inputs, **{name: x[..., :0] for name, x in named.items() if x is not None}}
         super()._track_num_input_tokens(inputs)
 
     def _reduce(self, table: Tensor) -> Tensor:
@@ -475,7 +618,7 @@ class PackedTrainer(ResumableTrainer):
         """Tokens trained on by all processes since the run began."""
         num_new_tokens = torch.tensor(self._num_train_tokens, device=self.args.device)
         before = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
-        return next(before, 0) + int(self._reduce(num_new_tokens))
+        return next(before, 0) + int(self._reduce(num_new_tokens)) // self.args.row_group_size
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -551,9 +694,7 @@ class PackedTrainer(ResumableTrainer):
     def save_state(self) -> None:
         """Saves the log and the state of the loop, as Trainer does."""
         if self.is_world_process_zero():
-            path = os.path.join(self.args.output_dir, "trainer_state.json")
-            self.state.save_to_json(f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
+            self.state_writer.write(self.state, Path(self.args.output_dir, "trainer_state.json"))
 
     def create_model_card(self, *args: Any, **metadata: Any) -> None:
         """Writes README.md into the output directory. The arguments are those of `ModelCard.write`."""
@@ -576,7 +717,9 @@ class PackedTrainer(ResumableTrainer):
             put_in_place(Path(staged), Path(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._holds_parts() or not self.saved.load(resume_from_checkpoint):
+        if self._is_of_another_engine(resume_from_checkpoint):
+            load_weights(resume_from_checkpoint, self.model if model is None else model, self)
+        elif self._holds_parts() or not self.saved.load(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         for part in self.restored:
             part.load(resume_from_checkpoint)
@@ -590,4 +733,4 @@ class PackedTrainer(ResumableTrainer):
 
     def _holds_parts(self) -> bool:
         """Whether processes hold parts of the weights."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or is_cut(self.model)

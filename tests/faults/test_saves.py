@@ -229,6 +229,7 @@ def test_the_limit_removes_damaged_checkpoints_first_and_never_the_last_sound_on
     os.truncate(run / "checkpoint-3" / "model.safetensors", 10)
     rotate(run, 1, [run / "checkpoint-2"])
     assert [path.name for path in checkpoints(run)] == ["checkpoint-2"]
+    assert not (run / UNFINISHED).exists()
 
 
 def test_a_run_that_resumes_before_a_damaged_checkpoint_keeps_what_it_saves(run):
@@ -335,7 +336,7 @@ def test_a_write_that_fails_in_a_save_leaves_the_last_checkpoint_and_no_part_of_
                     torch, "save", _raises(RuntimeError("PytorchStreamWriter failed: file write failed"))
                 )
             else:
-                monkeypatch.setattr("transformers.trainer.TrainerState.save_to_json", _raises(error))
+                monkeypatch.setattr("fastdpo.training.saving.run_state.StateWriter.write", _raises(error))
 
     trainer.add_callback(Fills())
     with pytest.raises(DiskFull, match=r"about [\d,]+ bytes for checkpoint-2 cannot be written"):
@@ -357,7 +358,7 @@ def _raises(error):
 
 def test_an_error_that_is_not_about_space_stays_what_it_is(tmp_path, monkeypatch):
     trainer = tiny_trainer(tmp_path, on_full_disk="wait", **SAVES)
-    monkeypatch.setattr("transformers.trainer.TrainerState.save_to_json", _raises(KeyError("not about space")))
+    monkeypatch.setattr("fastdpo.training.saving.run_state.StateWriter.write", _raises(KeyError("not about space")))
     with pytest.raises(KeyError, match="not about space"):
         trainer.train()
     assert checkpoints(tmp_path) == []

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastdpo.modeling.attention.call import AttentionCall, PackedLayout
+from fastdpo.modeling.attention.heads import to_heads, to_rows
 from fastdpo.modeling.attention.sdpa import BranchSdpa
 from fastdpo.modeling.attention.varlen import VarlenBackend
+from fastdpo.modeling.sequence_group import SequenceGroup
 from fastdpo.ops.eager import max_chunk_rows
 from fastdpo.ops.engine import engine_of
 from fastdpo.ops.head import joined_weight, padded
 from fastdpo.ops.matmul import MAX_CAST_ELEMENTS, accumulator_dtype
+from fastdpo.ops.tiled import choose_tiling
 
 
 def grouped_mm(a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
@@ -68,6 +71,11 @@ class _HeadAllocations(torch.autograd.Function):
         rows = min(R, max_chunk_rows(w, engine, workspace_bytes, sums_bytes))
         d = torch.empty(rows, padded(V, engine.row_multiple), dtype=engine.grads_dtype(dtype))
         scaled = torch.empty(rows, H, dtype=acc)
+        if rows < R and impl == "tiled":  # a group's log-probs come from a forward before its gradients
+            tiling = choose_tiling(h, w, workspace_bytes)
+            logits = torch.empty(tiling.block_rows, tiling.block_vocab, dtype=acc)
+            block = torch.empty(tiling.block_vocab if dtype != acc else 0, H, dtype=acc)
+            del logits, block
         upcast = torch.empty(min(V, MAX_CAST_ELEMENTS // H) if impl == "tiled" and dtype != acc else 0, H, dtype=acc)
         del d, scaled, upcast
         ctx.dtypes = hidden_states.dtype, weight.dtype
@@ -140,6 +148,9 @@ def dry_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Replaces `packed_attention`, and a model's own masked attention over padded rows."""
+    group = None if packed_layout is None else packed_layout.group
+    if group is not None:
+        query, key, value = to_heads(group, query, key, value)
     with _DryAttention():
         if packed_layout is None:
             S, _, L, _ = query.shape
@@ -150,4 +161,15 @@ def dry_attention(
         window = sliding_window if is_limited else None
         call = AttentionCall(query, key, value, packed_layout, 0.0, 1.0, window, softcap, s_aux)
         backend = _DryVarlen() if packed_layout.backend == "varlen" else BranchSdpa()
-        return backend.attend(call), None
+        output = backend.attend(call)
+    return output if group is None else to_rows(group, output), None
+
+
+class DryGroup(SequenceGroup):
+    """Processes that compute a row together, without any: what comes from them has its shape."""
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.size = 0, size
+
+    def exchanged(self, blocks: Tensor) -> Tensor:
+        return torch.empty_like(blocks)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdpo.training.memory.dry_run import RowShape, StepPeak, dry_step, fake_mode, shape_only
+from fastdpo.modeling.tiles import auto_tile_rows
+from fastdpo.training.memory.dry_run import RowShape, StepPeak, assume_tiles, dry_step, fake_mode, shape_only
 from fastdpo.training.memory.estimate import (
     CUDA_WORKSPACE_BYTES,
     MemoryEstimate,
@@ -25,6 +26,7 @@ from fastdpo.training.memory.estimate import (
     planned_impl,
 )
 from fastdpo.training.memory.weightless import in_fewer_bits, weightless_model
+from fastdpo.training.setup.model_kinds import text_part
 
 ROUNDING = 256  # tokens
 MEASURED_TOKENS = (512, 8192, 131072)  # values between and beyond are on the lines through these points
@@ -40,6 +42,8 @@ class Settings:
     checkpointing: bool
     reference: str  # "frozen", "cached" or "adapter"
     optim: str
+    tiles: bool = False  # tile_rows="auto"
+    offload: bool = False  # checkpoints in host memory
 
     @property
     def needs_bitsandbytes(self) -> bool:
@@ -48,6 +52,8 @@ class Settings:
     def options(self, tokens: int, lora_r: int) -> str:
         """The options for `fastdpo train`."""
         parts = ["--bf16 true", f"--gradient_checkpointing {str(self.checkpointing).lower()}"]
+        parts += ["--tile_rows auto"] if self.tiles else []
+        parts += ["--activation_offloading true"] if self.offload else []
         if self.method != "full":
             parts += ["--use_peft", f"--lora_r {lora_r}", '--model_init_kwargs \'{"dtype": "bfloat16"}\'']
         if self.method == "qlora":
@@ -56,7 +62,8 @@ class Settings:
         return " ".join(parts)
 
 
-# From full training, the fastest, to the method with the least memory. Full training keeps fp32 weights.
+# From full training, the fastest, to the method with the least memory. Full training keeps fp32 weights. Of one method,
+# the ways of keeping activations are in the order of the time that they cost: all, checkpoints, tiles, on the host.
 CANDIDATES = [
     *(
         Settings("full", checkpointing, reference, optim)
@@ -64,10 +71,16 @@ CANDIDATES = [
         for checkpointing in (False, True)
         for reference in ("frozen", "cached")
     ),
+    *(Settings("full", True, "cached", "paged_adamw_8bit", tiles=True, offload=offload) for offload in (False, True)),
     *(
-        Settings(method, checkpointing, "adapter", "adamw_torch_fused")
+        Settings(method, checkpointing, "adapter", "adamw_torch_fused", tiles=tiles, offload=offload)
         for method in ("lora", "qlora")
-        for checkpointing in (False, True)
+        for checkpointing, tiles, offload in (
+            (False, False, False),
+            (True, False, False),
+            (True, True, False),
+            (True, True, True),
+        )
     ),
 ]
 
@@ -94,13 +107,15 @@ def pair_shape(num_tokens: int) -> RowShape:
 
 def make_plans(config: Any, memory: int, lora_r: int, least: int) -> list[Plan]:
     """Every candidate with the largest micro-batch that fits into `memory` bytes; 0 tokens if `least` do not fit."""
-    models: dict[tuple[bool, bool], Callable[[Settings, int], MemoryEstimate]] = {}
+    models: dict[Any, Callable[[Settings, int], MemoryEstimate] | None] = {}
     plans = []
     for settings in CANDIDATES:
-        key = (settings.method == "full", settings.checkpointing)
+        key = (settings.method == "full", settings.checkpointing, settings.tiles, settings.offload)
         if key not in models:
-            models[key] = _estimator(config, *key, lora_r)
-        plans.append(_plan(settings, models[key], memory * USABLE_SHARE, least))
+            models[key] = _estimator(config, settings, lora_r)
+        estimator = models[key]
+        if estimator is not None:
+            plans.append(_plan(settings, estimator, memory * USABLE_SHARE, least))
     return plans
 
 
@@ -132,13 +147,17 @@ def _plan(settings: Settings, estimate: Callable[[Settings, int], MemoryEstimate
     return Plan(settings, tokens, estimate(settings, tokens))
 
 
-def _estimator(config: Any, full: bool, checkpointing: bool, lora_r: int) -> Callable[[Settings, int], MemoryEstimate]:
-    """Estimates by settings and tokens; settings that differ only in sums over parameters share dry runs."""
+def _estimator(config: Any, way: Settings, lora_r: int) -> Callable[[Settings, int], MemoryEstimate] | None:
+    """Estimates by settings and tokens; settings that differ only in sums over parameters share dry runs. None if the
+    model's layers cannot run in tiles."""
     mode = fake_mode()
-    model, plain_bytes, four_bit_bytes, largest = _build(config, full, lora_r)
+    model, plain_bytes, four_bit_bytes, largest = _build(config, way.method == "full", lora_r)
     dry: Any = shape_only(model, mode)
-    if checkpointing:
-        enable_checkpointing(dry, {})
+    tile_rows = auto_tile_rows(getattr(text_part(config), "hidden_size", 0), "cuda")
+    if way.tiles and not assume_tiles(dry, mode, tile_rows, torch.bfloat16):
+        return None
+    if way.checkpointing:
+        enable_checkpointing(dry, {"offload": True} if way.offload else {})
     peaks: dict[int, StepPeak] = {}
 
     def estimate(settings: Settings, tokens: int) -> MemoryEstimate:
