@@ -44,8 +44,7 @@ def test_what_is_planned_fits_and_little_more_would(folder, plans):
         assert all(p.tokens > 0 for p in found)
         assert all(p.estimate.total <= usable for p in found)
         for p in found:
-            key = (p.settings.method == "full", p.settings.checkpointing)
-            estimate = plan._estimator(config, *key, 8)
+            estimate = plan._estimator(config, p.settings, 8)
             assert estimate(p.settings, p.tokens) == p.estimate
             assert estimate(p.settings, int(p.tokens * 1.1) + 256).total > usable, p.settings
 
@@ -57,6 +56,8 @@ def test_more_memory_checkpointing_and_no_second_model_take_longer_pairs(plans):
     for settings, found in tokens.items():
         if not settings.checkpointing:
             assert found < tokens[plan.replace(settings, checkpointing=True)]
+        if settings.tiles and not settings.offload:
+            assert tokens[plan.replace(settings, tiles=False)] < found < tokens[plan.replace(settings, offload=True)]
         if settings.reference == "frozen":
             assert found <= tokens[plan.replace(settings, reference="cached")]
 
@@ -104,10 +105,12 @@ def test_the_options_of_every_plan_are_those_of_train(capsys, folder):
     for record in records:
         assert sum(record["bytes"].values()) == 2 * record["bytes"]["total"]
         required = ["--model", "m", "--dataset", "d", "--output_dir", "o", "--use_cpu", "true"]
-        options = shlex.split(record["options"])
+        options = shlex.split(record["options"].replace(" --activation_offloading true", ""))  # GPU only
+        assert ("--activation_offloading" in record["options"]) == record["activation_offloading"]
         _, adapter, args = parse("train", [RunArguments, AdapterArguments, DPOConfig], [*required, *options])
         assert args.max_tokens_per_microbatch == record["max_tokens_per_microbatch"] == record["longest_pair_tokens"]
         assert args.gradient_checkpointing == record["gradient_checkpointing"]
+        assert args.tile_rows == record["tile_rows"]
         assert (args.optim, args.reference) == (record["optim"], record["reference"])
         assert (adapter.use_peft, adapter.load_in_4bit) == (record["method"] != "full", record["method"] == "qlora")
 
