@@ -43,8 +43,7 @@ def test_what_is_planned_fits_and_little_more_would(folder, plans):
         assert all(p.tokens > 0 for p in found)
         assert all(p.estimate.total <= usable for p in found)
         for p in found:
-            key = (p.settings.method == "full", p.settings.checkpointing)
-            estimate = plan._estimator(config, *key, 8)
+            estimate = plan._estimator(config, *plan.estimator_key(p.settings), 8)
             assert estimate(p.settings, p.tokens) == p.estimate
             assert estimate(p.settings, int(p.tokens * 1.1) + 256).total > usable, p.settings
 

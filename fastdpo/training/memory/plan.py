@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastdpo.training.memory.estimate import (
     planned_impl,
 )
 from fastdpo.training.memory.weightless import in_fewer_bits, weightless_model
+from fastdpo.training.setup.optimizers import update_bytes
 
 ROUNDING = 256  # tokens
 MEASURED_TOKENS = (512, 8192, 131072)  # values between and beyond are on the lines through these points
@@ -40,6 +42,8 @@ class Settings:
     checkpointing: bool
     reference: str  # "frozen", "cached" or "adapter"
     optim: str
+    weight_rounding: str = "nearest"  # another one for weights in bf16, see `updates/rounding.py`
+    in_backward: bool = False  # whether the optimizer steps in backward; a step is one micro-batch then
 
     @property
     def needs_bitsandbytes(self) -> bool:
@@ -52,17 +56,28 @@ class Settings:
             parts += ["--use_peft", f"--lora_r {lora_r}", '--model_init_kwargs \'{"dtype": "bfloat16"}\'']
         if self.method == "qlora":
             parts.append("--load_in_4bit")
-        parts += [f"--reference {self.reference}", f"--optim {self.optim}", f"--max_tokens_per_microbatch {tokens}"]
+        if self.weight_rounding != "nearest":
+            parts += ['--model_init_kwargs \'{"dtype": "bfloat16"}\'', f"--weight_rounding {self.weight_rounding}"]
+        parts += [f"--reference {self.reference}", f"--optim {self.optim}"]
+        if self.in_backward:
+            parts.append("--optimizer_in_backward --per_device_train_batch_size 1")
+        else:
+            parts.append(f"--max_tokens_per_microbatch {tokens}")
         return " ".join(parts)
 
 
-# From full training, the fastest, to the method with the least memory. Full training keeps fp32 weights.
+# From full training, the fastest, to the method with the least memory. Full training keeps fp32 weights, or bf16
+# weights with stochastic rounding.
 CANDIDATES = [
     *(
         Settings("full", checkpointing, reference, optim)
         for optim in ("adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit")
         for checkpointing in (False, True)
         for reference in ("frozen", "cached")
+    ),
+    *(
+        Settings("full", True, "cached", optim, "stochastic", in_backward=True)
+        for optim in ("adamw_torch_fused", "adamw_bnb_8bit")
     ),
     *(
         Settings(method, checkpointing, "adapter", "adamw_torch_fused")
@@ -94,14 +109,19 @@ def pair_shape(num_tokens: int) -> RowShape:
 
 def make_plans(config: Any, memory: int, lora_r: int, least: int) -> list[Plan]:
     """Every candidate with the largest micro-batch that fits into `memory` bytes; 0 tokens if `least` do not fit."""
-    models: dict[tuple[bool, bool], Callable[[Settings, int], MemoryEstimate]] = {}
+    models: dict[Any, Callable[[Settings, int], MemoryEstimate]] = {}
     plans = []
     for settings in CANDIDATES:
-        key = (settings.method == "full", settings.checkpointing)
+        key = estimator_key(settings)
         if key not in models:
             models[key] = _estimator(config, *key, lora_r)
         plans.append(_plan(settings, models[key], memory * USABLE_SHARE, least))
     return plans
+
+
+def estimator_key(settings: Settings) -> tuple[bool, bool, str, bool]:
+    """What `_estimator` needs to know of the settings."""
+    return settings.method == "full", settings.checkpointing, settings.weight_rounding, settings.in_backward
 
 
 def _plan(settings: Settings, estimate: Callable[[Settings, int], MemoryEstimate], memory: float, least: int) -> Plan:
@@ -132,10 +152,13 @@ def _plan(settings: Settings, estimate: Callable[[Settings, int], MemoryEstimate
     return Plan(settings, tokens, estimate(settings, tokens))
 
 
-def _estimator(config: Any, full: bool, checkpointing: bool, lora_r: int) -> Callable[[Settings, int], MemoryEstimate]:
+def _estimator(
+    config: Any, full: bool, checkpointing: bool, weight_rounding: str, in_backward: bool, lora_r: int
+) -> Callable[[Settings, int], MemoryEstimate]:
     """Estimates by settings and tokens; settings that differ only in sums over parameters share dry runs."""
     mode = fake_mode()
-    model, plain_bytes, four_bit_bytes, largest = _build(config, full, lora_r)
+    model, plain_bytes, four_bit_bytes, largest = _build(config, full, lora_r, weight_rounding)
+    of_update = partial(update_bytes, "adamw_bnb_8bit", weight_rounding=weight_rounding) if in_backward else None
     dry: Any = shape_only(model, mode)
     if checkpointing:
         enable_checkpointing(dry, {})
@@ -150,11 +173,13 @@ def _estimator(config: Any, full: bool, checkpointing: bool, lora_r: int) -> Cal
                 impl=planned_impl(),
                 varlen=True,
                 autocast=torch.bfloat16,
-                accumulates=True,
+                accumulates=not in_backward,
                 workspace_bytes=CUDA_WORKSPACE_BYTES,
+                update_bytes=of_update,
             )
         reference = plain_bytes if settings.reference == "frozen" else 0
         sizes: dict[str, Any] = {"weight_bytes": plain_bytes, "reference_bytes": reference}
+        sizes |= {"weight_rounding": weight_rounding, "in_backward": in_backward}
         result = estimate_step(dry, peaks[tokens], optim=settings.optim, **sizes, on_gpu=True)
         if settings.method == "qlora":  # a layer at a time is turned back into bf16
             result = replace(result, weights=four_bit_bytes, casts=result.casts + largest)
@@ -163,10 +188,10 @@ def _estimator(config: Any, full: bool, checkpointing: bool, lora_r: int) -> Cal
     return estimate
 
 
-def _build(config: Any, full: bool, lora_r: int) -> tuple[nn.Module, int, int, int]:
+def _build(config: Any, full: bool, lora_r: int, weight_rounding: str) -> tuple[nn.Module, int, int, int]:
     """A model without storage; its bytes, those with a base in 4 bits, and those of its largest layer in bf16."""
     if full:
-        model = weightless_model(config, torch.float32)
+        model = weightless_model(config, torch.float32 if weight_rounding == "nearest" else torch.bfloat16)
     else:
         try:
             from peft import LoraConfig
