@@ -418,7 +418,7 @@ def _token_outputs(
 ) -> dict[str, Tensor]:
     """Log-probs and statistics of the head's rows on this process."""
     state: _Prepared = getattr(model, _STATE)
-    head = lm_head(model)
+    head = lm_head(model).local()
     rows, weight, _ = head.operands(rows, split=False)
     settings = {**_head_settings(state, head, impl, outputs), "skip_tolerance": state.skip_tolerance}
     tokens = linear_logps(rows, weight, batch.labels, **settings)
@@ -426,13 +426,16 @@ def _token_outputs(
 
 
 def _head_settings(state: _Prepared, head: LMHead, impl: str, outputs: tuple[str, ...]) -> dict[str, Any]:
+    cut = {} if head.cut is None else {"process_group": head.cut.group, "vocab_size": head.cut.num_vocab}
     return {
+        **cut,
         "bias": head.bias,
         "logit_scale": head.logit_scale,
         "softcap": head.softcap,
         "impl": impl,
         "outputs": outputs,
         "workspace_bytes": state.workspace_bytes,
+        **cut,
     }
 
 
@@ -447,7 +450,7 @@ def _head_outputs(
 ) -> dict[str, Tensor]:
     """Log-probs, and with `loss_of` the loss. A dict of tensors: wrappers look for tensors in mappings."""
     state: _Prepared = getattr(model, _STATE)
-    head = lm_head(model)
+    head = lm_head(model).local()
     rows, weight, adapter_weight = head.operands(rows, split=loss_of is not None)
     args = (rows, weight, batch.labels, batch.cu_seqlens)
     settings = {**_head_settings(state, head, impl, outputs), "rows": batch.token_rows}

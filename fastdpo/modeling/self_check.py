@@ -41,6 +41,7 @@ from fastdpo.modeling.packed import (
     run_mixers_packed,
 )
 from fastdpo.modeling.positions import short_scales
+from fastdpo.modeling.vocab_rows import is_dtensor
 from fastdpo.types import TokenizedPair
 
 # Largest difference of a summed log-prob, relative to 1 + its size, that rounding explains
@@ -226,7 +227,7 @@ def _nudged_embeddings(model: nn.Module, size: float) -> Iterator[None]:
 def in_fp32_where_it_fits(model: nn.Module) -> nn.Module:
     """A copy in fp32 of a 16-bit model that is not too large; else the model itself."""
     dtypes = {p.dtype for p in model.parameters()}
-    if any(p.is_meta for p in model.parameters()):  # weights that accelerate keeps elsewhere
+    if any(p.is_meta or is_dtensor(p) for p in model.parameters()):  # weights that are kept elsewhere
         return model
     is_16_bit = dtypes & {torch.float16, torch.bfloat16} and all(d.is_floating_point for d in dtypes)
     if is_16_bit and sum(p.numel() for p in model.parameters()) <= _MAX_PARAMETERS_COPIED:

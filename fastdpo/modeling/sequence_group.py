@@ -25,10 +25,12 @@ class SequenceGroup:
 
     Args:
         group: process group of torch.distributed.
+        device: of the tensors that it can send. Those of a model that is not there yet, as before FSDP2 shards it,
+            take the way over this device.
     """
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
+    def __init__(self, group: Any, device: torch.device | str = "cpu") -> None:
+        self.group, self.device = group, torch.device(device)
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 
@@ -67,17 +69,18 @@ class SequenceGroup:
 
     def exchanged(self, blocks: Tensor) -> Tensor:
         """As `exchange`, without a graph."""
-        blocks = blocks.contiguous()
-        received = torch.empty_like(blocks)
+        sent = blocks.contiguous().to(self.device)
+        received = torch.empty_like(sent)
         # as bytes: gloo lacks bf16
-        dist.all_to_all_single(_bytes(received), _bytes(blocks), group=self.group)
-        return received
+        dist.all_to_all_single(_bytes(received), _bytes(sent), group=self.group)
+        return received.to(blocks.device)
 
     def gathered(self, values: Tensor) -> Tensor:
         """(N, ...) the tensors of all processes, without a graph."""
-        received = values.new_empty((self.size, *values.shape))
-        dist.all_gather_into_tensor(_bytes(received), _bytes(values.contiguous()), group=self.group)
-        return received
+        sent = values.contiguous().to(self.device)
+        received = sent.new_empty((self.size, *sent.shape))
+        dist.all_gather_into_tensor(_bytes(received), _bytes(sent), group=self.group)
+        return received.to(values.device)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -177,6 +177,7 @@ class RowGradients:
             if self.bias is not None:
                 added = scale @ d_block.to(scale.dtype)
                 self.bias[vocab] = added if self.is_first else self.bias[vocab] + added
+            del weight, d_block  # where they are casts, before the next ones are made
         if hidden is not None:
             hidden *= scale[:, None]
         self.is_first = False

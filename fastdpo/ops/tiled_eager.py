@@ -42,6 +42,7 @@ def tiled_forward_with_grads(
     for vocab in operand_blocks(lm_head_weight):
         weight = operand(lm_head_weight[vocab])
         fill_uncapped(out[:, vocab], rows_operand, weight.T, None if bias is None else bias[vocab], head)
+        del weight  # where it is a cast, before the next one is made
 
     step = max(1, SLICE_ELEMENTS // V)
     keep = labels != IGNORE_INDEX

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -39,6 +38,7 @@ from fastdpo.references.adapters import (
 )
 from fastdpo.training.callbacks.finite import FiniteLosses
 from fastdpo.training.callbacks.model_card import ModelCard, tag_model
+from fastdpo.training.callbacks.offload import OffloadAtStart
 from fastdpo.training.callbacks.summary import print_summary, summary_text
 from fastdpo.training.evaluation import Evaluation, StepResult
 from fastdpo.training.inputs.balanced import balanced
@@ -53,9 +53,10 @@ from fastdpo.training.inputs.streams import (
     read_whole,
     why_unrepeatable,
 )
-from fastdpo.training.memory.estimate import check_memory_settings
-from fastdpo.training.memory.halving import Halving
-from fastdpo.training.memory.out_of_memory import OutOfMemory
+from fastdpo.training.inputs.transfer import OneBuffer
+from fastdpo.training.memory.estimate import check_memory_settings, checkpointing_kwargs
+from fastdpo.training.memory.halving import FOR_NOTHING, Halving
+from fastdpo.training.memory.out_of_memory import OutOfMemory, OwnItems
 from fastdpo.training.memory.row_parts import KNOWN, KnownWeights, RowPart, loss_of_part
 from fastdpo.training.memory.token_budget import (
     BudgetAtStart,
@@ -66,22 +67,30 @@ from fastdpo.training.memory.token_budget import (
 )
 from fastdpo.training.saving.checkpoints import checkpoint_folder
 from fastdpo.training.saving.dry_save import check_can_save
+from fastdpo.training.saving.engines import check_can_continue, load_weights
 from fastdpo.training.saving.saved import SavedModel
 from fastdpo.training.saving.staging import UNFINISHED, put_in_place, restore_unfinished
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.experts import router_coefficient
+from fastdpo.training.setup.failures import failing_together
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
 from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype
 from fastdpo.training.setup.optimizers import optimizer_name
 from fastdpo.training.setup.sequence_parallel import check_rotary, read_same_rows, sequence_group
-from fastdpo.training.setup.sharding import keep_outputs_whole
+from fastdpo.training.setup.sharding import (
+    backward_without_step,
+    check_not_divided,
+    gathers_weights,
+    keep_outputs_whole,
+    reduces_in_backward,
+)
+from fastdpo.training.setup.tensor_parallel import is_cut, reshard
+from fastdpo.training.setup.tiles import use_tiles_in_run
 from fastdpo.training.updates.checks import check_rounded_weights, check_updates
 from fastdpo.training.updating import UpdatingTrainer
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
-
-FOR_NOTHING = "for_nothing"  # key of a micro-batch that runs only to keep this process in step with the others
 
 
 class PackedTrainer(UpdatingTrainer):
@@ -124,6 +133,7 @@ class PackedTrainer(UpdatingTrainer):
         check_updates(args, optimizer_name(args), is_own=has_own_optimizer)
         check_rounded_weights(args, model)
         forget_accelerate(model)
+        check_not_divided(model)
         use_layer_kernels(model, args)
         prepare_model(model)
 
@@ -173,6 +183,8 @@ class PackedTrainer(UpdatingTrainer):
             callbacks=[self.card, *(callbacks or ())],  # first, so that later callbacks find the card in a checkpoint
             **trainer_arguments,
         )
+        if checkpointing_kwargs(args).get("offload"):
+            self.add_callback(OffloadAtStart())
         keep_outputs_whole(self.accelerator)
         self.watch_progress()
         self.watch_updates()
@@ -264,12 +276,15 @@ class PackedTrainer(UpdatingTrainer):
             workspace_bytes=self.args.workspace_bytes,
         )
         check = check_packing(model, impl=self.args.impl, autocast=self.accelerator.autocast)
+        if is_cut(model):
+            reshard(model)
         if self.is_packed and not check.ok:
             if self.args.packing == "packed":
                 raise ValueError(f"packing must be 'auto' or 'padded' for this model, got 'packed': {check.reason}")
             logger.warning(f"Falling back to padded batches, which are slower: {check.reason}")
             self.is_packed = False
         self.collator.is_packed = self.is_packed
+        use_tiles_in_run(model, self)
         if self.sequence_group is not None:
             check_sequence_parallel(model, self.sequence_group, check, impl=self.args.impl)
         return check
@@ -293,7 +308,8 @@ class PackedTrainer(UpdatingTrainer):
                 another process trains in the same output directory.
         """
         folder = Path(self.args.output_dir)
-        with locked(folder, "output_dir") if self.args.should_save else nullcontext():
+        lock = locked(folder, "output_dir") if self.args.should_save else nullcontext()
+        with failing_together(self.args), lock:
             if self.args.should_save:
                 restore_unfinished(folder)
             output = self._train(resume_from_checkpoint, *args, **kwargs)
@@ -302,12 +318,16 @@ class PackedTrainer(UpdatingTrainer):
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         has_adapter = is_peft_model(self.model)
         resume = checkpoint_folder(resume_from_checkpoint, self.args.output_dir, has_adapter=has_adapter)
+        if resume is not None:
+            check_can_continue(resume, self, self.get_total_train_batch_size(self.args))
         check_can_save(self, self.saved, self.card.write, is_sharded=self._shards_weights())
         if self.train_dataset is not None and self._summary_is_due and not self.args.disable_tqdm:
             self.print_summary()
         if self.model_wrapped is self.model:
             self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
             forget_accelerate(self.model)
+        if is_cut(self.model):
+            reshard(self.model)  # an evaluation may have gathered weights
         self._halving.end_step()
         output = super().train(resume, *args, **kwargs)
         self._losses.settle(self)
@@ -361,6 +381,12 @@ class PackedTrainer(UpdatingTrainer):
             return
         for part in microbatches_of(inputs):
             part.update(self._first_rows(part, num_rows))
+        if isinstance(inputs, OneBuffer):
+            inputs.num_own_rows = num_rows
+
+    def _own_items(self, num_rows: int | None) -> OwnItems | None:
+        """A function that keeps the items of this many rows, the first of a batch; None if all are kept."""
+        return None if num_rows is None else partial(self._first_rows, num_rows=num_rows)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -373,7 +399,7 @@ class PackedTrainer(UpdatingTrainer):
         model.train()  # Trainer does so too, but only after the first pass of a row in parts
         if callable(train := getattr(self.optimizer, "train", None)):
             train()
-        examples, parts = examples_of(inputs), self._in_step(parts)
+        examples, parts = examples_of(inputs), self._in_step(parts, is_training=True)
         examples = [*[None] * (len(parts) - len(examples)), *examples]
         losses = self._halving.train(
             self._forward_and_backward,
@@ -382,7 +408,9 @@ class PackedTrainer(UpdatingTrainer):
             examples,
             num_items=num_items_in_batch,
             dataset=self.train_dataset,
-            no_sync=nullcontext if self._shards_weights() else self.accelerator.no_sync,
+            without_step=partial(backward_without_step, self.accelerator),
+            own_items=self._own_items(getattr(inputs, "num_own_rows", None)),
+            reduces=self._has_copies() and self.accelerator.sync_gradients,
         )
         if self.accelerator.sync_gradients:  # the optimizer steps next
             self._halving.end_step()
@@ -393,18 +421,24 @@ class PackedTrainer(UpdatingTrainer):
         """Why a micro-batch must not be halved when memory runs out; empty if it may."""
         if steps_in_backward(self):
             return "the optimizer steps in backward"
-        if self.args.world_size > 1 or self._shards_weights():
+        if self._shards_weights() or (self.args.world_size > 1 and not self._has_copies()):
             return "other processes would wait for this one"
         return ""
+
+    def _has_copies(self) -> bool:
+        """Whether each of several processes has a copy of the model, and they meet only to reduce gradients."""
+        is_ddp = self.accelerator.distributed_type.startswith("MULTI_") and not self._shards_weights()
+        return self.args.world_size > 1 and is_ddp and self.sequence_group is None
 
     def _shards_weights(self) -> bool:
         """Whether processes gather weights in every forward, so that all must run the same number of forwards."""
         loaded_in_shards = getattr(self, "is_distributed_loading_by_transformers", False)
-        return self.accelerator.distributed_type == DistributedType.FSDP or loaded_in_shards
+        return gathers_weights(self.accelerator) or loaded_in_shards
 
-    def _in_step(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """With sharded weights, adds micro-batches that do not count until all processes have equally many."""
-        if self.args.max_tokens_per_microbatch is None or not self._shards_weights():
+    def _in_step(self, parts: list[dict[str, Any]], *, is_training: bool) -> list[dict[str, Any]]:
+        """Where all processes must run equally many micro-batches, adds ones that do not count, before the others."""
+        keeps_step = self._shards_weights() or (is_training and reduces_in_backward(self.accelerator))
+        if self.args.max_tokens_per_microbatch is None or not keeps_step:
             return parts
         count = torch.tensor([len(parts)], device=self.args.device)
         missing = int(self.accelerator.gather(count).max()) - len(parts)
@@ -426,16 +460,17 @@ class PackedTrainer(UpdatingTrainer):
         if not is_training or num_items_in_batch is None:
             self._tell_step(parts)
         if not is_training:
-            parts = [self._without_repeated_rows(part) for part in self._in_step(parts)]
+            parts = [self._without_repeated_rows(part) for part in self._in_step(parts, is_training=False)]
         if is_training:
             sums = [self._part_loss_sum(model, part) for part in parts]
         else:
             known = self._examples if len(self._examples) == len(parts) else [None] * len(parts)
+            own_items = self._own_items(self._num_own_rows(self.args.eval_batch_size))
             loss_of = partial(self._part_loss_sum, model)
             sums = [
                 loss
                 for part, rows in zip(parts, known, strict=True)
-                for loss in self._halving.evaluate(model, loss_of, part, rows, self._evaluated_rows)
+                for loss in self._halving.evaluate(model, loss_of, part, rows, self._evaluated_rows, own_items)
             ]
         loss_sum = self._sum_of(sums)
         if self._evaluation is not None and not is_training:
@@ -448,13 +483,15 @@ class PackedTrainer(UpdatingTrainer):
 
     def _part_loss_sum(self, model: nn.Module, part: dict[str, Any]) -> Tensor:
         """The summed loss of one micro-batch. Also records its metrics."""
+        is_for_nothing = FOR_NOTHING in part
+        part = {key: value for key, value in part.items() if key != FOR_NOTHING}
         if KNOWN in part:
             with self.accelerator.autocast():
-                return loss_of_part(model, part, **self._head_settings())
-        batch = PackedBatch(**{key: value for key, value in part.items() if key != FOR_NOTHING})
+                return loss_of_part(model, part, **self._head_settings()) * (0.0 if is_for_nothing else 1.0)
+        batch = PackedBatch(**part)
         with self.accelerator.autocast():  # for policy and reference, whether accelerate wraps them or not
             result = self._loss_sum(model, batch)
-        if FOR_NOTHING in part:
+        if is_for_nothing:
             return result.loss * 0.0
         self._add_result(model, result, part, batch)
         return result.loss
@@ -487,8 +524,8 @@ class PackedTrainer(UpdatingTrainer):
         self.train_means.add(result.metrics)
         self._num_train_tokens += num_tokens
         self._losses.add(result.loss, part, result.sums)
-        if steps_in_backward(self):
-            self._losses.check(self)
+        if steps_in_backward(self) and (self.accelerator.sync_gradients or not self.is_deepspeed_enabled):
+            self._losses.check(self)  # the weights change in the backward that comes next
 
     def _loss_of(self, batch: PackedBatch) -> Tensor:
         """The loss of a batch by itself, in the precision of the run."""
@@ -544,7 +581,7 @@ class PackedTrainer(UpdatingTrainer):
         """Tokens trained on by all processes since the run began."""
         num_new_tokens = torch.tensor(self._num_train_tokens, device=self.args.device)
         before = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
-        return next(before, 0) + int(self._reduce(num_new_tokens)) // self.args.sequence_parallel_size
+        return next(before, 0) + int(self._reduce(num_new_tokens)) // self.args.row_group_size
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -643,7 +680,9 @@ class PackedTrainer(UpdatingTrainer):
             put_in_place(Path(staged), Path(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._holds_parts() or not self.saved.load(resume_from_checkpoint):
+        if self._is_of_another_engine(resume_from_checkpoint):
+            load_weights(resume_from_checkpoint, self.model if model is None else model, self)
+        elif self._holds_parts() or not self.saved.load(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         for part in self.restored:
             part.load(resume_from_checkpoint)
@@ -657,4 +696,4 @@ class PackedTrainer(UpdatingTrainer):
 
     def _holds_parts(self) -> bool:
         """Whether processes hold parts of the weights."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or is_cut(self.model)

@@ -43,7 +43,7 @@ def test_what_is_planned_fits_and_little_more_would(folder, plans):
         assert all(p.tokens > 0 for p in found)
         assert all(p.estimate.total <= usable for p in found)
         for p in found:
-            estimate = plan._estimator(config, *plan.estimator_key(p.settings), 8)
+            estimate = plan._estimator(config, p.settings, 8)
             assert estimate(p.settings, p.tokens) == p.estimate
             assert estimate(p.settings, int(p.tokens * 1.1) + 256).total > usable, p.settings
 
@@ -66,8 +66,12 @@ def test_parts_are_those_of_the_settings(plans):
         assert (estimate.reference > 0) == (settings.reference == "frozen")
         assert estimate.overhead == CUDA_BYTES
         if settings.method == "full":
-            assert estimate.weights == pytest.approx(4 * numel, rel=0.01)
-            assert estimate.gradients == pytest.approx(4 * numel, rel=0.01)
+            size = 4 if settings.weight_rounding == "nearest" else 2
+            assert estimate.weights == pytest.approx(size * numel, rel=0.01)
+            if settings.in_backward:
+                assert estimate.gradients < size * numel
+            else:
+                assert estimate.gradients == pytest.approx(size * numel, rel=0.01)
         if settings.method == "lora":
             assert 2 * numel < estimate.weights < 2.5 * numel
         if settings.method == "qlora":  # embedding and head stay in bf16
@@ -104,7 +108,10 @@ def test_the_options_of_every_plan_are_those_of_train(capsys, folder):
         required = ["--model", "m", "--dataset", "d", "--output_dir", "o", "--use_cpu", "true"]
         options = shlex.split(record["options"])
         _, adapter, args = parse("train", [RunArguments, AdapterArguments, DPOConfig], [*required, *options])
-        assert args.max_tokens_per_microbatch == record["max_tokens_per_microbatch"] == record["longest_pair_tokens"]
+        in_backward = record["optimizer_in_backward"]
+        assert args.max_tokens_per_microbatch == record["max_tokens_per_microbatch"]
+        assert record["max_tokens_per_microbatch"] == (None if in_backward else record["longest_pair_tokens"])
+        assert (args.optimizer_in_backward, args.weight_rounding) == (in_backward, record["weight_rounding"])
         assert args.gradient_checkpointing == record["gradient_checkpointing"]
         assert (args.optim, args.reference) == (record["optim"], record["reference"])
         assert (adapter.use_peft, adapter.load_in_4bit) == (record["method"] != "full", record["method"] == "qlora")

@@ -330,6 +330,7 @@ def test_every_field_can_be_set_from_the_command_line():
         "impl": ("tiled", "tiled"),
         "skip_tolerance": ("1e-3", 1e-3),
         "workspace_bytes": ("1000000", 1_000_000),
+        "tile_rows": ("auto", "auto"),
         "padding_free": ("true", True),
         "pad_to_multiple_of": ("64", 64),
         "max_tokens_per_microbatch": ("4096", 4096),

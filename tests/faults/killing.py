@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -130,6 +131,9 @@ def _run(folder, case, moment, number, resume):
     if moment is not None:
         _arm(*moment, number)
     settings = dict(case)
+    to_group = settings.pop("signal_to_group", False)
+    if to_group:
+        os.setpgrp()
     is_signalled, second = settings.pop("signals", False), settings.pop("second_signal", None)
     trainer = trainer_of(folder, settings)
     if moment is not None:
@@ -137,6 +141,8 @@ def _run(folder, case, moment, number, resume):
     if is_signalled:
         from fastdpo import StopOnSignal
 
+        if to_group:
+            trainer.add_callback(_signal_to_group(number))
         if second is not None:
             trainer.add_callback(_two_signals(second))
         trainer.add_callback(StopOnSignal())
@@ -201,6 +207,21 @@ def _two_signals(number):
         def on_step_end(self, args, state, control, **kwargs):
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
+
+    return Signals()
+
+
+def _signal_to_group(number):
+    from transformers import TrainerCallback
+
+    class Signals(TrainerCallback):
+        """Another process signals this one and its data loader workers, as launchers and batch systems do."""
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                words = ["kill", f"-{number}", "--", f"-{os.getpgrp()}"]
+                subprocess.run(words, check=True, start_new_session=True)
+                time.sleep(0.3)  # the death of a worker would be noticed here
 
     return Signals()
 

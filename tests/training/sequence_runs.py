@@ -3,22 +3,26 @@ kinds, count what they send and keep.
 """
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 from hybrids import WholeDoubles, build_any
-from sharded_runs import FSDP2, shards_on_cpus, train
+from sharded_runs import FSDP2, resume, shards_on_cpus, train
 from tiny import make_llama, make_rows
-from tiny_runs import tiny_trainer
+from tiny_runs import losses, tiny_trainer
 
 from fastdpo import TokenizedPair
 from fastdpo.data.batches.layout import lay_out
 from fastdpo.data.batches.packing import pack_layouts
 from fastdpo.data.batches.shares import with_shares
+from fastdpo.evidence.memory import peak_live_bytes
 from fastdpo.modeling import PackingCheck, check_packing, packed_loss, prepare_model
 from fastdpo.modeling.sequence_check import check_sequence_parallel
 from fastdpo.modeling.sequence_group import SequenceGroup
+from fastdpo.training.callbacks.samples import SAMPLES_FILE
+from fastdpo.training.memory.dry_run import RowShape, dry_step, fake_mode, shape_only
 
 
 def run(folder, what, **case):
@@ -27,6 +31,8 @@ def run(folder, what, **case):
         dist.init_process_group("gloo")
     return {
         "trains": train_in_parts,
+        "resumes": resume_in_parts,
+        "samples": sample,
         "evaluates": evaluate,
         "is right for": gradient_error,
         "refuses": refusal,
@@ -38,7 +44,7 @@ def run(folder, what, **case):
 
 def train_in_parts(folder, mode, steps=1, size=2, num_processes=2, shards=False):
     """As `sharded_runs.train`, in groups of `size` processes."""
-    num_rows = 4 if mode == "accumulation" else 12
+    num_rows = 4 if mode in ("accumulation", "uneven pairs") else 12
     more = {"sequence_parallel_size": size, "per_device_train_batch_size": num_rows // (num_processes // size)}
     if shards:
         shards_on_cpus()
@@ -46,8 +52,31 @@ def train_in_parts(folder, mode, steps=1, size=2, num_processes=2, shards=False)
     return train(folder, mode, steps, **more)
 
 
+def resume_in_parts(folder, mode, size=2, kind=None):
+    return resume(folder, mode, kind, sequence_parallel_size=size)
+
+
+def sample(folder, size=2):
+    """Losses and samples of a run whose reference moves."""
+    trainer = tiny_trainer(
+        folder,
+        sequence_parallel_size=size,
+        eval_dataset=Dataset.from_list(make_rows(4, seed=1)),
+        eval_strategy="steps",
+        eval_steps=2,
+        num_eval_samples=2,
+        eval_sample_tokens=4,
+        sync_ref_model=True,
+        ref_model_sync_steps=1,
+        optim="sgd",
+        learning_rate=0.1,
+    )
+    found = losses(trainer)
+    return {"losses": found, "samples": Path(folder, SAMPLES_FILE).read_text().splitlines()}
+
+
 def evaluate(folder, size=2):
-    """Of 5 rows in batches of 2; then of a training stream, the log."""
+    """Of 5 rows in batches of 2; then the logs of a training stream and of two epochs."""
     predictions = []
 
     def compute_metrics(prediction):
@@ -123,11 +152,11 @@ def gradient_error(folder, model_type, size=2):
     return [float(abs(loss / expected_loss - 1)), float((found - expected).norm() / expected.norm())]
 
 
-def refusal(folder, model_type=None, size=2, **settings):
-    """The message of what is refused: a model, or with settings a run of the tiny llama."""
+def refusal(folder, model_type=None, size=2, **overrides):
+    """The message of what is refused: a model, or a run of the tiny llama with overrides of its config."""
     try:
         if model_type is None:
-            tiny_trainer(folder, **{"sequence_parallel_size": size, **settings})
+            tiny_trainer(folder, make_llama(**overrides), sequence_parallel_size=size)
         else:
             model = build_any(model_type)
             check_sequence_parallel(model, group_of(size), check_packing(model))
@@ -199,7 +228,15 @@ def bytes_kept(folder, size=2):
             packed_loss(model, batch, loss_of, grad_in_forward=False)
         return sum(nbytes for nbytes, _ in storages.values())
 
+    def step(batch):
+        packed_loss(model, batch, loss_of)[0].backward()
+        model.zero_grad(set_to_none=True)
+
     def pair(num_processes):  # without branches, which need a mask on a CPU
         return batch_of([(200, 300, 324)], num_processes, prefix_sharing=False)
 
-    return {"parts": kept(pair(size)), "whole": kept(pair(1))}
+    parts, mode = pair(size), fake_mode()
+    shape = RowShape(parts.segments, parts.shares.longest, None, size)
+    estimate = dry_step(shape_only(model, mode), shape, mode, impl="tiled", varlen=False).total
+    peak = peak_live_bytes(lambda: step(parts))
+    return {"parts": kept(parts), "whole": kept(pair(1)), "peak": peak, "estimate": estimate}

@@ -44,6 +44,7 @@ def settings_of(mode, num_processes):
         "padded": lambda: {"packing": "padded"},
         "listwise": lambda: {"loss_type": "plackett_luce"},
         "bf16": lambda: {"bf16": True},
+        "tiles, checkpointing": lambda: {"tile_rows": 8, "gradient_checkpointing": True},
         # steps of 4, 4 and 1 rows: in the last, only one process has any
         "uneven pairs": lambda: {"num_rows": 9, "per_device_train_batch_size": 4 // num_processes},
         "uneven pairs, in order": lambda: {**settings_of("uneven pairs", num_processes), "balance_ranks": False},
@@ -112,11 +113,16 @@ def train(folder, mode, steps=1, num_processes=1, num_copies=1, is_sharded=True,
     }
 
 
-def resume(folder, mode, kind):
-    """Digests of the trained weights of a run of four steps, and of one that goes on from its second step."""
-    shards_on_cpus()
+def resume(folder, mode, kind=None, **more):
+    """Digests of the trained weights of a run of four steps, and of one that goes on from its second step.
+
+    Without a `kind` of checkpoint, weights are whole on every process.
+    """
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_rows": 20, **settings_of(mode, 2)}
-    settings |= {"fsdp": FSDP2["fsdp"], "fsdp_config": FSDP2["fsdp_config"] | {"state_dict_type": kind}}
+    settings |= more
+    if kind is not None:
+        shards_on_cpus()
+        settings |= {"fsdp": FSDP2["fsdp"], "fsdp_config": FSDP2["fsdp_config"] | {"state_dict_type": kind}}
     found = []
     for name, checkpoint in (("a", None), ("b", Path(folder, "a", "checkpoint-2"))):
         trainer = tiny_trainer(Path(folder, name), per_device_train_batch_size=2, **settings)

@@ -24,6 +24,7 @@ MODES = (
     "no reference, sft",
     "padded",
     "listwise",
+    "tiles, checkpointing",
 )
 STEPS = {"uneven pairs": 5}  # of the modes that need more than one: to the end of an epoch and beyond
 

@@ -16,6 +16,7 @@ from fastdpo.data.terminal import make_console
 from fastdpo.data.visible import visible
 from fastdpo.modeling.backbone import tower_names
 from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.tiles import tiles_of
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.references.adapters import is_peft_model
 from fastdpo.training.inputs.streams import is_stream
@@ -46,6 +47,9 @@ def summary_lines(run: Run) -> list[tuple[str, str]]:
     lines.append(("attention", _attention(run)))
     if run.is_packed and run.packing_check.note is not None:
         lines.append(("", run.packing_check.note))
+    tiles = tiles_of(bare_model(run.model))
+    if tiles is not None:
+        lines.append(("layers", tiles.describe(bare_model(run.model))))
     lines.append(("head op", _head_op(run)))
     lines.append(("steps", _steps(run)))
     lines.append(("peak memory", _peak_memory(run)))
@@ -114,8 +118,8 @@ def _steps(run: Run) -> str:
     args = run.args
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel_size
     processes = f"{args.world_size} processes"
-    if args.sequence_parallel_size > 1:
-        processes = f"{args.data_parallel_size} groups of {args.sequence_parallel_size} processes"
+    if args.row_group_size > 1:
+        processes = f"{args.data_parallel_size} groups of {args.row_group_size} processes"
     is_known = run.train_dataset is not None and not is_stream(run.train_dataset)
     per_epoch = math.ceil(len(run.train_dataset) / per_step) if is_known else 0
     epoch = f"{per_epoch} an epoch" if is_known else "of a stream"

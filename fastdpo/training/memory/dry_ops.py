@@ -24,6 +24,7 @@ from fastdpo.ops.eager import max_chunk_rows
 from fastdpo.ops.engine import engine_of
 from fastdpo.ops.head import joined_weight, padded
 from fastdpo.ops.matmul import MAX_CAST_ELEMENTS, accumulator_dtype
+from fastdpo.ops.tiled import choose_tiling
 
 
 def grouped_mm(a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
@@ -70,6 +71,11 @@ class _HeadAllocations(torch.autograd.Function):
         rows = min(R, max_chunk_rows(w, engine, workspace_bytes, sums_bytes))
         d = torch.empty(rows, padded(V, engine.row_multiple), dtype=engine.grads_dtype(dtype))
         scaled = torch.empty(rows, H, dtype=acc)
+        if rows < R and impl == "tiled":  # a group's log-probs come from a forward before its gradients
+            tiling = choose_tiling(h, w, workspace_bytes)
+            logits = torch.empty(tiling.block_rows, tiling.block_vocab, dtype=acc)
+            block = torch.empty(tiling.block_vocab if dtype != acc else 0, H, dtype=acc)
+            del logits, block
         upcast = torch.empty(min(V, MAX_CAST_ELEMENTS // H) if impl == "tiled" and dtype != acc else 0, H, dtype=acc)
         del d, scaled, upcast
         ctx.dtypes = hidden_states.dtype, weight.dtype

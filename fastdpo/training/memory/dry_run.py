@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from fastdpo.modeling.backbone import backbone
 from fastdpo.modeling.head import lm_head
 from fastdpo.modeling.mixers import MixerRows, mixers_of
 from fastdpo.modeling.packed import bare_model, is_prepared, unprepare_model
+from fastdpo.modeling.tiles import find_tiles, install_tiles, only_first_tiles
 from fastdpo.training.memory.dry_ops import DryGroup, dry_attention, grouped_mm, head_loss
 
 PARTS = ("casts", "gradients", "head", "activations")
@@ -106,6 +107,27 @@ def shape_only(model: nn.Module, mode: Any) -> nn.Module:
     return dry
 
 
+def assume_tiles(model: nn.Module, mode: Any, tile_rows: int, autocast: torch.dtype | None = None) -> bool:
+    """Makes a model without numbers run in tiles, as far as its shapes show which modules can; False if none can.
+
+    Recurrent layers do not show it, so that models with them are left as they are.
+    """
+    bare = bare_model(model)
+    if getattr(bare, "_is_stateful", False):
+        return False
+    length = 41
+    while 2 * length in {size for parameter in bare.parameters() for size in parameter.shape}:
+        length += 1
+    row = RowShape(((0, length, 0, 0), (length, 2 * length, 0, 1)), length)
+    bare.train()
+    with mode, nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast):
+        found, _ = find_tiles(bare, lambda: _hidden_states(bare, row, True), (1, 2 * length), by_numbers=False)
+    if not any(p.dim() > 1 for name in found for p in bare.get_submodule(name).parameters()):
+        return False
+    install_tiles(bare, found, tile_rows)
+    return True
+
+
 def dry_step(
     model: nn.Module,
     row: RowShape,
@@ -182,7 +204,7 @@ def _step(
     bare = bare_model(model)
     model.train(with_grad)
     trained = [p for p in model.parameters() if p.requires_grad]
-    with mode:
+    with mode, _few_tiles():
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter) if accumulates else None
         live = _LiveBytes([*model.parameters(), *model.buffers(), *(p.grad for p in trained if p.grad is not None)])
@@ -206,6 +228,16 @@ def _step(
         for parameter in trained:
             parameter.grad = None
     return StepPeak(**{**peak, "gradients": peak["gradients"] + own}), live.num_ops
+
+
+@contextmanager
+def _few_tiles() -> Iterator[None]:
+    """Context manager: two tiles of each module run, because the later ones allocate what the second does."""
+    token = only_first_tiles.set(2)
+    try:
+        yield
+    finally:
+        only_first_tiles.reset(token)
 
 
 def _hidden_states(bare: Any, row: RowShape, varlen: bool) -> Tensor:

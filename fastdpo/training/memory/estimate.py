@@ -10,7 +10,7 @@ included.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
+from fastdpo.modeling.offload import DryCopies, offload_checkpoints
 from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.training.memory.dry_run import StepPeak, dry_step, fake_mode, shape_only
@@ -84,42 +85,28 @@ def check_memory_settings(args: Any) -> None:
         ValueError: the optimizer's package is not installed, or checkpoints are to be offloaded from a CPU.
     """
     check_optimizer_package(optimizer_name(args))
-    kwargs = _checkpointing_kwargs(args)
+    kwargs = checkpointing_kwargs(args)
     if kwargs.get("offload") and args.device.type == "cpu":
         raise ValueError(f"activation_checkpointing_kwargs must not hold offload on a CPU, got {kwargs}")
     if kwargs.get("offload") and not args.gradient_checkpointing:
         raise ValueError(f"gradient_checkpointing must be on for activation_checkpointing_kwargs={kwargs}")
 
 
-def _checkpointing_kwargs(args: Any) -> dict[str, Any]:
+def checkpointing_kwargs(args: Any) -> dict[str, Any]:
     names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the second until transformers 6
     return dict(next((kwargs for name in names if (kwargs := getattr(args, name, None))), {}))
 
 
 def enable_checkpointing(dry: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Enables checkpointing by `activation_checkpointing_kwargs`; offloaded tensors count as zero bytes."""
+    """Enables checkpointing by `activation_checkpointing_kwargs`; host memory of offloaded tensors is not counted."""
     bare = bare_model(dry)
     kwargs = dict(kwargs)
     is_offloaded = kwargs.pop("offload", False)
     every = {name: kwargs.pop(name) for name in ("every_n_layers",) if name in kwargs}
     enable = getattr(bare, "activation_checkpointing_enable", None) or bare.gradient_checkpointing_enable
     enable(kwargs or None, **every)
-    for module in bare.modules() if is_offloaded else ():
-        if hasattr(module, "_gradient_checkpointing_func"):
-            module._gradient_checkpointing_func = _offloaded(module._gradient_checkpointing_func)
-
-
-def _offloaded(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Checkpointing that keeps nothing on the device, like transformers' with `save_on_cpu`."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        hooks = torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: (tensor.shape, tensor.dtype), lambda about: torch.empty(about[0], dtype=about[1])
-        )
-        with hooks:
-            return checkpoint(*args, **kwargs)
-
-    return run
+    if is_offloaded:
+        offload_checkpoints(bare, DryCopies())
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -191,7 +178,7 @@ def estimate_peak_memory(run: Run, *, impl: str | None = None) -> MemoryEstimate
     mode = fake_mode()
     dry = shape_only(run.model, mode)
     if args.gradient_checkpointing:
-        enable_checkpointing(dry, _checkpointing_kwargs(args))
+        enable_checkpointing(dry, checkpointing_kwargs(args))
     impl = resolve_impl(args.impl, args.device, head_dtype(run.model, args)) if impl is None else impl
     is_split = run.collator.max_tokens is not None or is_measured_later(run)
     accumulates = args.gradient_accumulation_steps > 1 or is_split

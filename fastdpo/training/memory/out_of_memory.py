@@ -10,7 +10,7 @@ sequence.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,10 @@ from fastdpo.training.memory.row_parts import KNOWN, KnownWeights, RowPart, halv
 logger = logging.get_logger(__name__)
 
 
+# the inputs without the items of rows that other processes have, too
+OwnItems = Callable[[dict[str, Any]], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Piece:
     """A micro-batch on the device, and the rows that it was made of; None if the collator does not tell them."""
@@ -33,6 +37,7 @@ class Piece:
     inputs: dict[str, Any]
     examples: tuple[Example, ...] | None
     part: RowPart | None = None  # what it holds, if that is only a part of one row
+    own_items: OwnItems | None = None  # if other processes have some of its rows, too
 
     @classmethod
     def of_part(cls, part: RowPart, known: KnownWeights | None) -> Piece:
@@ -105,6 +110,12 @@ class OutOfMemory:
             )
         return self._halved(piece)
 
+    def smallest(self, piece: Piece) -> Piece:
+        """The shortest row of a micro-batch as a micro-batch; itself if its rows are not known."""
+        if not piece.examples or piece.part is not None:
+            return piece
+        return self._of(piece, [min(piece.examples, key=lambda example: self.collator.num_tokens(example[1]))])
+
     def _in_parts(self, piece: Piece) -> list[Piece]:
         tokens = piece.num_tokens
         if self.least_of_row is None or tokens < self.least_of_row:
@@ -154,7 +165,10 @@ class OutOfMemory:
     def _of(self, piece: Piece, examples: Sequence[Example]) -> Piece:
         inputs = self.collator.batch_of(examples).asdict()
         inputs["mean_chosen_length"] = piece.inputs.get("mean_chosen_length")
-        return Piece(dict(OneBuffer(inputs).to(piece.inputs["input_ids"].device)), tuple(examples))
+        if piece.own_items is not None:
+            inputs = piece.own_items(inputs)
+        moved = dict(OneBuffer(inputs).to(piece.inputs["input_ids"].device))
+        return Piece(moved, tuple(examples), own_items=piece.own_items)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdpo.training.memory.dry_run import RowShape, StepPeak, dry_step, fake_mode, shape_only
+from fastdpo.modeling.tiles import auto_tile_rows
+from fastdpo.training.memory.dry_run import RowShape, StepPeak, assume_tiles, dry_step, fake_mode, shape_only
 from fastdpo.training.memory.estimate import (
     CUDA_WORKSPACE_BYTES,
     MemoryEstimate,
@@ -26,6 +27,7 @@ from fastdpo.training.memory.estimate import (
     planned_impl,
 )
 from fastdpo.training.memory.weightless import in_fewer_bits, weightless_model
+from fastdpo.training.setup.model_kinds import text_part
 from fastdpo.training.setup.optimizers import update_bytes
 
 ROUNDING = 256  # tokens
@@ -42,6 +44,8 @@ class Settings:
     checkpointing: bool
     reference: str  # "frozen", "cached" or "adapter"
     optim: str
+    tiles: bool = False  # tile_rows="auto"
+    offload: bool = False  # checkpoints in host memory
     weight_rounding: str = "nearest"  # another one for weights in bf16, see `updates/rounding.py`
     in_backward: bool = False  # whether the optimizer steps in backward; a step is one micro-batch then
 
@@ -52,6 +56,8 @@ class Settings:
     def options(self, tokens: int, lora_r: int) -> str:
         """The options for `fastdpo train`."""
         parts = ["--bf16 true", f"--gradient_checkpointing {str(self.checkpointing).lower()}"]
+        parts += ["--tile_rows auto"] if self.tiles else []
+        parts += ["--activation_offloading true"] if self.offload else []
         if self.method != "full":
             parts += ["--use_peft", f"--lora_r {lora_r}", '--model_init_kwargs \'{"dtype": "bfloat16"}\'']
         if self.method == "qlora":
@@ -67,7 +73,8 @@ class Settings:
 
 
 # From full training, the fastest, to the method with the least memory. Full training keeps fp32 weights, or bf16
-# weights with stochastic rounding.
+# weights with stochastic rounding. Of one method, the ways of keeping activations are in the order of the time that
+# they cost: all, checkpoints, tiles, on the host.
 CANDIDATES = [
     *(
         Settings("full", checkpointing, reference, optim)
@@ -75,14 +82,20 @@ CANDIDATES = [
         for checkpointing in (False, True)
         for reference in ("frozen", "cached")
     ),
+    *(Settings("full", True, "cached", "paged_adamw_8bit", tiles=True, offload=offload) for offload in (False, True)),
     *(
-        Settings("full", True, "cached", optim, "stochastic", in_backward=True)
-        for optim in ("adamw_torch_fused", "adamw_bnb_8bit")
+        Settings("full", True, "cached", optim, tiles=tiles, weight_rounding="stochastic", in_backward=True)
+        for optim, tiles in (("adamw_torch_fused", False), ("adamw_bnb_8bit", False), ("adamw_bnb_8bit", True))
     ),
     *(
-        Settings(method, checkpointing, "adapter", "adamw_torch_fused")
+        Settings(method, checkpointing, "adapter", "adamw_torch_fused", tiles=tiles, offload=offload)
         for method in ("lora", "qlora")
-        for checkpointing in (False, True)
+        for checkpointing, tiles, offload in (
+            (False, False, False),
+            (True, False, False),
+            (True, True, False),
+            (True, True, True),
+        )
     ),
 ]
 
@@ -109,19 +122,16 @@ def pair_shape(num_tokens: int) -> RowShape:
 
 def make_plans(config: Any, memory: int, lora_r: int, least: int) -> list[Plan]:
     """Every candidate with the largest micro-batch that fits into `memory` bytes; 0 tokens if `least` do not fit."""
-    models: dict[Any, Callable[[Settings, int], MemoryEstimate]] = {}
+    models: dict[Any, Callable[[Settings, int], MemoryEstimate] | None] = {}
     plans = []
     for settings in CANDIDATES:
-        key = estimator_key(settings)
+        key = replace(settings, method="full" if settings.method == "full" else "lora", reference="", optim="")
         if key not in models:
-            models[key] = _estimator(config, *key, lora_r)
-        plans.append(_plan(settings, models[key], memory * USABLE_SHARE, least))
+            models[key] = _estimator(config, settings, lora_r)
+        estimator = models[key]
+        if estimator is not None:
+            plans.append(_plan(settings, estimator, memory * USABLE_SHARE, least))
     return plans
-
-
-def estimator_key(settings: Settings) -> tuple[bool, bool, str, bool]:
-    """What `_estimator` needs to know of the settings."""
-    return settings.method == "full", settings.checkpointing, settings.weight_rounding, settings.in_backward
 
 
 def _plan(settings: Settings, estimate: Callable[[Settings, int], MemoryEstimate], memory: float, least: int) -> Plan:
@@ -152,16 +162,18 @@ def _plan(settings: Settings, estimate: Callable[[Settings, int], MemoryEstimate
     return Plan(settings, tokens, estimate(settings, tokens))
 
 
-def _estimator(
-    config: Any, full: bool, checkpointing: bool, weight_rounding: str, in_backward: bool, lora_r: int
-) -> Callable[[Settings, int], MemoryEstimate]:
-    """Estimates by settings and tokens; settings that differ only in sums over parameters share dry runs."""
+def _estimator(config: Any, way: Settings, lora_r: int) -> Callable[[Settings, int], MemoryEstimate] | None:
+    """Estimates by settings and tokens; settings that differ only in sums over parameters share dry runs. None if the
+    model's layers cannot run in tiles."""
     mode = fake_mode()
-    model, plain_bytes, four_bit_bytes, largest = _build(config, full, lora_r, weight_rounding)
-    of_update = partial(update_bytes, "adamw_bnb_8bit", weight_rounding=weight_rounding) if in_backward else None
+    model, plain_bytes, four_bit_bytes, largest = _build(config, way.method == "full", lora_r, way.weight_rounding)
+    of_update = partial(update_bytes, way.optim, weight_rounding=way.weight_rounding) if way.in_backward else None
     dry: Any = shape_only(model, mode)
-    if checkpointing:
-        enable_checkpointing(dry, {})
+    tile_rows = auto_tile_rows(getattr(text_part(config), "hidden_size", 0), "cuda")
+    if way.tiles and not assume_tiles(dry, mode, tile_rows, torch.bfloat16):
+        return None
+    if way.checkpointing:
+        enable_checkpointing(dry, {"offload": True} if way.offload else {})
     peaks: dict[int, StepPeak] = {}
 
     def estimate(settings: Settings, tokens: int) -> MemoryEstimate:
@@ -173,13 +185,13 @@ def _estimator(
                 impl=planned_impl(),
                 varlen=True,
                 autocast=torch.bfloat16,
-                accumulates=not in_backward,
+                accumulates=not way.in_backward,
                 workspace_bytes=CUDA_WORKSPACE_BYTES,
                 update_bytes=of_update,
             )
         reference = plain_bytes if settings.reference == "frozen" else 0
         sizes: dict[str, Any] = {"weight_bytes": plain_bytes, "reference_bytes": reference}
-        sizes |= {"weight_rounding": weight_rounding, "in_backward": in_backward}
+        sizes |= {"weight_rounding": way.weight_rounding, "in_backward": way.in_backward}
         result = estimate_step(dry, peaks[tokens], optim=settings.optim, **sizes, on_gpu=True)
         if settings.method == "qlora":  # a layer at a time is turned back into bf16
             result = replace(result, weights=four_bit_bytes, casts=result.casts + largest)

@@ -175,15 +175,15 @@ def check_can_split(trainer: Trainer) -> None:
     """
     budget = trainer.args.max_tokens_per_microbatch
     optim = optimizer_name(trainer.args)
-    if steps_in_backward(trainer):
-        what = "DeepSpeed" if trainer.is_deepspeed_enabled else f"optim {optim!r}"
+    if steps_in_backward(trainer) and not trainer.is_deepspeed_enabled:
         raise ValueError(
-            f"max_tokens_per_microbatch must be None with {what}, which ends each step itself, got {budget}"
+            f"max_tokens_per_microbatch must be None with optim {optim!r}, which ends each step itself, got {budget}"
         )
-    if budget == "auto" and trainer.is_fsdp_enabled:
+    if budget == "auto" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        engine = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
         raise ValueError(
-            "max_tokens_per_microbatch must be a number with FSDP, got 'auto': one process cannot measure the weights"
-            " that FSDP gathers while a layer runs"
+            f"max_tokens_per_microbatch must be a number with {engine}, got 'auto': one process cannot measure what"
+            f" {engine} holds in a step of all processes"
         )
 
 

@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 from dataclasses import fields
+from importlib import util
 from typing import Any
 
 import torch
@@ -163,6 +164,7 @@ def check_sequence_parallel_settings(args: Any) -> None:
         "on_oversized_row": (args.on_oversized_row == "split", "processes share every row already; use 'alone'"),
         "torch_compile": (bool(args.torch_compile), "attention communicates; turn it off"),
         "deepspeed": (bool(args.deepspeed), "this is untested; use FSDP2 or DDP"),
+        "tensor_parallel_size": (args.tensor_parallel_size > 1, "this is untested; use one of both"),
     }
     for name, (is_set, why) in refused.items():
         if is_set:
@@ -192,6 +194,11 @@ def check_trainer_settings(args: Any) -> None:
         value = getattr(args, name)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number of steps, or a share of the run below 1, got {value}")
+    if args.deepspeed and util.find_spec("deepspeed") is None:
+        raise ValueError(
+            "deepspeed must be None if the deepspeed package is not installed, got a config: pip install"
+            " 'fastdpo[deepspeed]'"
+        )
     counted = (True, False, "all", "non_padding", "no")
     if args.include_num_input_tokens_seen not in counted:
         raise ValueError(
@@ -204,6 +211,14 @@ def check_trainer_settings(args: Any) -> None:
             f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: it smooths token labels, which the"
             " head op does not support; for flipped preference labels use label_smoothing"
         )
+
+
+def load_whole_models() -> None:
+    """Keeps from_pretrained from dividing models under DeepSpeed's stage 3: the self-check and the reference read their
+    weights before DeepSpeed divides them. Trainer tells transformers about the stage more than once."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 def resolve_checkpointing(args: Any, default: bool) -> None:

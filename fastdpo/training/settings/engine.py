@@ -31,6 +31,7 @@ from fastdpo.training.settings.checks import (
     check_trainer_settings,
     count_or_auto,
     help_text,
+    load_whole_models,
     offload_checkpoints,
     resolve_checkpointing,
     with_torch_dtype,
@@ -269,6 +270,22 @@ class EngineConfig(TrainingArguments):
             " two_passes: that of the step itself, from a forward and backward of its own: exact, at twice the time."
         ),
     )
+    tensor_parallel_size: int = field(
+        default=1,
+        metadata=help_text(
+            "Processes over which every layer and the LM head are cut, by the plan of the model's class. They read the"
+            " same rows. Must divide the number of processes; groups of this size then shard their parts among them"
+            " (FSDP2)."
+        ),
+    )
+    tile_rows: int | str | None = field(
+        default=None,
+        metadata=help_text(
+            "Run the position-wise parts of every layer (MLPs, experts, norms, projections with adapters) over tiles of"
+            " this many rows, so that the wide activations inside them exist for one tile only. Results change by"
+            " rounding at most. auto: half of the hidden size, at least 2048 on a GPU. None: no tiles."
+        ),
+    )
     activation_offloading: bool = field(
         default=False,
         metadata=help_text(
@@ -305,7 +322,7 @@ class EngineConfig(TrainingArguments):
         check_choice("clipping_in_backward", self.clipping_in_backward, CLIPPINGS)
         for name in (
             *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-            "sequence_parallel_size",
+            *("sequence_parallel_size", "tensor_parallel_size"),
         ):
             check_count(name, getattr(self, name))
         check_count("dataset_num_proc", self.dataset_num_proc, optional=True)
@@ -313,6 +330,11 @@ class EngineConfig(TrainingArguments):
         if self.router_aux_loss_coef is not None:
             check_number("router_aux_loss_coef", self.router_aux_loss_coef, least=0.0)
         self.max_tokens_per_microbatch = count_or_auto("max_tokens_per_microbatch", self.max_tokens_per_microbatch)
+        self.tile_rows = count_or_auto("tile_rows", self.tile_rows)
+        if self.tile_rows is not None and self.torch_compile:
+            raise ValueError(
+                f"tile_rows must be None with torch_compile, got {self.tile_rows}: each tile would end a compiled graph"
+            )
         self.pad_to_multiple_of = count_or_auto("pad_to_multiple_of", self.pad_to_multiple_of)
         self.model_init_kwargs = as_dict("model_init_kwargs", self.model_init_kwargs)
         self.columns = check_columns(self.columns)
@@ -329,6 +351,7 @@ class EngineConfig(TrainingArguments):
         self.remove_unused_columns = False  # prepared datasets have no unused columns
         self._follow_device()
         super().__post_init__()
+        load_whole_models()
 
     def _follow_device(self) -> None:
         """Fills in the defaults that depend on whether there is a GPU."""
@@ -347,14 +370,19 @@ class EngineConfig(TrainingArguments):
                 logger.warning("fp16 on a CPU is slow and overflows above 65,504: use bf16 or fp32 instead")
 
     @property
+    def row_group_size(self) -> int:
+        """How many consecutive processes read the same rows: those of a tensor- or sequence-parallel group."""
+        return self.sequence_parallel_size * self.tensor_parallel_size
+
+    @property
     def data_parallel_size(self) -> int:
-        """How many processes read different rows: all, or groups of those that compute rows together."""
-        return max(self.world_size // self.sequence_parallel_size, 1)
+        """How many processes, or groups of them, read different rows."""
+        return max(self.world_size // self.row_group_size, 1)
 
     @property
     def data_parallel_index(self) -> int:
         """Which of them this process is, or its group."""
-        return self.process_index // self.sequence_parallel_size
+        return self.process_index // self.row_group_size
 
     def to_dict(self) -> dict[str, Any]:
         """As in TrainingArguments, which hides every value named ..._token as a secret; pad_token is kept readable."""

@@ -37,7 +37,7 @@ def sequence_group(args: EngineConfig) -> SequenceGroup | None:
         return None
     check_number_of_processes(args)
     # groups of their own, even for all processes: exchanges must not wait behind DDP's and FSDP's
-    return SequenceGroup(dist.new_subgroups(group_size=args.sequence_parallel_size)[0])
+    return SequenceGroup(dist.new_subgroups(group_size=args.sequence_parallel_size)[0], args.device)
 
 
 def check_rotary(args: EngineConfig, model: nn.Module) -> None:
@@ -60,7 +60,10 @@ def read_same_rows(loader: Any, args: EngineConfig) -> Any:
     """The prepared data loader, which gives the processes of a group the same rows."""
     if args.sequence_parallel_size == 1:
         return loader
-    for part in (getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)):
+    parts: list[Any] = [getattr(loader, name, None) for name in ("batch_sampler", "dataset")]
+    for part in parts:
         if hasattr(part, "num_processes") and hasattr(part, "process_index"):  # accelerate's, of datasets and streams
             part.num_processes, part.process_index = args.data_parallel_size, args.data_parallel_index
+            if args.data_parallel_size == 1:
+                part.even_batches = False  # a last step of fewer rows repeats none to fill other groups' batches
     return loader

@@ -14,6 +14,7 @@ from fastdpo import DPOConfig, DPOTrainer, TokenizedPair, pack_pairs
 from fastdpo.evidence.memory import peak_live_bytes
 from fastdpo.modeling import packed_loss, prepare_model
 from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.tiles import use_tiles
 from fastdpo.training.callbacks.summary import summary_lines
 from fastdpo.training.memory import estimate as memory
 from fastdpo.training.memory.dry_run import RowShape, dry_step, fake_mode, shape_only
@@ -101,6 +102,26 @@ def test_an_adapter_on_the_head_takes_what_was_estimated(whole, autocast):
     batch = make_batch(2, 100, 50, MODELS["large-head"]["vocab_size"])
     measured, estimated = measured_and_estimated(model, batch, autocast)
     assert estimated.total == pytest.approx(measured, rel=0.1)
+
+
+TILES = [(False, None), (True, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("lora", "autocast"), TILES, ids=["full, fp32", "LoRA, bf16"])
+def test_layers_in_tiles_take_what_was_estimated(lora, autocast):
+    """A group of more rows than the head's workspace holds, as in a long pair: its log-probs come first."""
+    model = make_model("small", lora, checkpointing=True, vocab_size=8000)
+    if lora:
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    precision = nullcontext if autocast is None else lambda: torch.autocast("cpu", dtype=autocast)
+    batch = make_batch(1, 1500, 1000, 8000)
+    measured, _ = measured_and_estimated(model, batch, autocast)
+    use_tiles(model, 256, autocast=precision)
+    in_tiles, estimated = measured_and_estimated(model, batch, autocast)
+    assert estimated.total == pytest.approx(in_tiles, rel=0.05)
+    assert in_tiles < measured  # with LoRA, the head is then the largest part
 
 
 @pytest.mark.parametrize("name", ["wide", "large-head"])

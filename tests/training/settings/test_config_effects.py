@@ -33,6 +33,8 @@ def plain(tmp_path_factory):
         {"pad_to_multiple_of": 64, "packing": "padded"},
         {"pad_to_multiple_of": 64, "max_tokens_per_microbatch": 40},
         {"workspace_bytes": 4096},
+        {"tile_rows": 16, "gradient_checkpointing": True},
+        {"tile_rows": "auto", "packing": "padded", "reference": "cached"},
         {"padding_free": True},
         {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 1},
         {"remove_unused_columns": True},
@@ -206,6 +208,8 @@ def test_model_init_kwargs_beside_a_loaded_model_are_said_to_do_nothing(tmp_path
         ({"skip_tolerance": 1.0}, r"skip_tolerance must be a probability mass in \[0, 1\), got 1.0"),
         ({"skip_tolerance": 0.1, "impl": "reference"}, "skip_tolerance must be 0.0"),
         ({"workspace_bytes": 0}, "workspace_bytes must be a positive int"),
+        ({"tile_rows": 0}, "tile_rows must be an integer >= 1, 'auto' or None, got 0"),
+        ({"tile_rows": 64, "torch_compile": True}, "tile_rows must be None with torch_compile, got 64"),
         (
             {"activation_offloading": True},
             "activation_offloading must be False (on a CPU|with transformers before 5.23)",
