@@ -105,8 +105,8 @@ def main(argv: list[str]) -> None:
         f" bytes) at this length; {1 - USABLE_SHARE:.0%} of the memory stays free for fragmentation. adapter: the model"
         " without its LoRA is the reference; cached: log-probs are computed once. full bf16: weights in bf16 with"
         " stochastic rounding, each updated in backward, one micro-batch a step. With `--on_oversized_row split` a"
-        " sequence may be as long as the longest pair, unless weights are updated in backward. No estimate has been compared with a"
-        " GPU yet; measure on yours with `--max_tokens_per_microbatch auto`."
+        " sequence may be as long as the longest pair, unless weights are updated in backward. No estimate has been"
+        " compared with a GPU yet; measure on yours with `--max_tokens_per_microbatch auto`."
     )
     console.print("\nThe first command of each kind that fits:")
     length = "" if options.max_length is None else f"--max_length {options.max_length} "
