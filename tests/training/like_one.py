@@ -12,12 +12,18 @@ def moves(folder, rank=0):
     return {name: after[name].double() - before[name].double() for name in after}
 
 
-def assert_runs_like_one(folder, results, own_folder, one, steps):
-    """`results` of each process and `one` are what `sharded_runs.train` returns, in these folders."""
+def assert_runs_like_one(folder, results, own_folder, one, steps, repeats_rows=False):
+    """`results` of each process and `one` are what `sharded_runs.train` returns, in these folders.
+
+    With `repeats_rows`, accelerate fills a step of several processes with rows of the first. They run, so their tokens
+    are counted, but are in no loss.
+    """
     logs = results[0]["logs"]
     assert len(logs) == len(one["logs"]) == steps
     for found, expected in zip(logs, one["logs"], strict=True):
         for key in LOGGED:
+            if key == "num_tokens" and repeats_rows:
+                continue
             assert found[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5), key
     expected = moves(own_folder)
     for rank in range(len(results)):
