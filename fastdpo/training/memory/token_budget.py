@@ -153,11 +153,11 @@ def _first_rows(dataset: Dataset, collator: PackingCollator, num_tokens: int) ->
     return rows
 
 
-def optimizer_bytes(model: nn.Module, optimizer: Any, name: str) -> int:
+def optimizer_bytes(model: nn.Module, optimizer: Any, name: str, weight_rounding: str = "nearest") -> int:
     """The bytes that the optimizer's state will still need after its first step, by its name."""
     if optimizer is not None and len(optimizer.state) > 0:
         return 0
-    return optimizer_state_bytes(name, trained_parameters(model))
+    return optimizer_state_bytes(name, trained_parameters(model), weight_rounding)
 
 
 def steps_in_backward(trainer: Trainer) -> bool:
@@ -229,7 +229,7 @@ class BudgetAtStart(TrainerCallback):
         if meter is None:
             logger.info("max_tokens_per_microbatch='auto' sets no limit on a CPU")
             return
-        reserved = optimizer_bytes(model, optimizer, optimizer_name(args))
+        reserved = optimizer_bytes(model, optimizer, optimizer_name(args), args.weight_rounding)
         run_rows = partial(self.run_rows, model, args.device)
         fitting = tokens_that_fit(run_rows, self.run.train_dataset, self.run.collator, meter, reserved)
         self.run.collator.max_tokens = fitting

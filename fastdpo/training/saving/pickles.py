@@ -54,8 +54,8 @@ def unsafe_file(folder: Path) -> str | None:
                 return f"{path.name} holds {names}, which DeepSpeed does not save"
     for index in sorted(folder.glob("*/.metadata")):
         try:
-            for file in _values(index):
-                if names := _unknown(file, set()):
+            for values in _values(index):
+                if names := _unknown(values, set()):
                     return f"{index.parent.name} holds {names}, which no optimizer saves"
         except (pickle.UnpicklingError, AttributeError, ValueError, EOFError, RuntimeError) as error:
             return f"{index.parent.name}/{index.name} cannot be read ({error})"
