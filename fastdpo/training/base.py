@@ -84,7 +84,7 @@ from fastdpo.training.setup.sharding import (
     keep_outputs_whole,
     reduces_in_backward,
 )
-from fastdpo.training.setup.tensor_parallel import is_cut, reshard
+from fastdpo.training.setup.tensor_parallel import check_not_resumed, is_cut, reshard
 from fastdpo.training.setup.tiles import use_tiles_in_run
 from fastdpo.training.updates.checks import check_rounded_weights, check_updates
 from fastdpo.training.updating import UpdatingTrainer
@@ -327,6 +327,7 @@ class PackedTrainer(UpdatingTrainer):
             self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
             forget_accelerate(self.model)
         if is_cut(self.model):
+            check_not_resumed(resume)
             reshard(self.model)  # an evaluation may have gathered weights
         self._halving.end_step()
         output = super().train(resume, *args, **kwargs)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import Killer, differences, end_of, output
+from killing import differences, end_of, output
 from tiny import make_rows
 from tiny_runs import make_lora, tiny_trainer
 
@@ -31,12 +31,6 @@ from fastdpo.training.saving.staging import UNFINISHED, checkpoints, put_in_plac
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
 NUM_EVENTS = 9  # of a save: files, renames and removals that tests/faults/killing.py counts
-
-
-@pytest.fixture(scope="module")
-def killer():
-    with Killer() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

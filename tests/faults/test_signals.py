@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from killing import Killer, differences, end_of, output
+from killing import differences, end_of, output
 from processes import on_processes
 from tiny import make_rows, save_model
 from tiny_runs import tiny_trainer
@@ -49,12 +49,6 @@ SLOW = {
     "in a stream": ({**NEVER, "stream": "shuffled", "max_steps": 20}, ("step", 15), signal.SIGTERM),
     "with workers": ({**NEVER, "dataloader_num_workers": 2}, ("step", 5), signal.SIGTERM),
 }
-
-
-@pytest.fixture(scope="module")
-def killer():
-    with Killer() as started:
-        yield started
 
 
 def check(killer, folder, settings, moment, number):

@@ -13,6 +13,7 @@ from tiny import make_llama, save_model
 from transformers import AutoModelForCausalLM, Trainer
 
 from fastdpo import DPOConfig
+from fastdpo.training.setup.tensor_parallel import check_not_resumed
 
 pytestmark = pytest.mark.skipif(
     not hasattr(Trainer, "_sync_replicated_trainable_parameters"),
@@ -25,6 +26,8 @@ MORE_MODES = (
     "cached before training",
     "frozen reference",
     "given by name",
+    "cut when loaded",
+    "stream",
     "LoRA",
     "LoRA on the head",
     "LoRA, cached reference",
@@ -51,6 +54,7 @@ REFUSED = {
     "embeddings": ({"peft_config": "LoRA on embeddings"}, "target_modules must name linear layers"),
     "groups": ({"tensor_parallel_size": 3}, "tensor_parallel_size must divide the number of processes, got 3 on 2"),
     "resuming": ({"save_strategy": "steps"}, "save_only_model must be True (or save_strategy 'no')"),
+    "checkpoint": ({"resume_from_checkpoint": "runs/checkpoint-2"}, "resume_from_checkpoint must be off with"),
     "samples": ({"num_eval_samples": 2}, "num_eval_samples must be 0 under FSDP, DeepSpeed and tensor parallelism"),
     "moving": ({"sync_ref_model": True}, "sync_ref_model must be off under FSDP, DeepSpeed and tensor parallelism"),
 }
@@ -138,6 +142,11 @@ def test_what_does_not_work_is_refused_by_name(case, of_two):
 def test_a_size_must_be_a_count(tmp_path):
     with pytest.raises(ValueError, match="tensor_parallel_size must be an integer >= 1, got 0"):
         DPOConfig(str(tmp_path), tensor_parallel_size=0)
+
+
+def test_going_on_from_a_checkpoint_is_refused():
+    with pytest.raises(ValueError, match="resume_from_checkpoint must be None with tensor_parallel_size, got 'here'"):
+        check_not_resumed("here")
 
 
 @pytest.mark.slow

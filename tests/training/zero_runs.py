@@ -3,10 +3,12 @@
 DeepSpeed itself runs here, on CPUs with gloo: `DS_ACCELERATOR=cpu` is set for its processes.
 """
 
+import hashlib
 from pathlib import Path
 
 from safetensors.torch import save_file
 from sharded_runs import settings_of
+from tiny import make_llama
 from tiny_runs import tiny_trainer
 
 
@@ -64,3 +66,26 @@ def train(folder, mode, stage, steps=1, num_processes=2, **more):
         "num_divided": num_divided,
         "num_parameters": sum(1 for _ in trainer.model.parameters()),
     }
+
+
+def resume(folder, mode, stage):
+    """Digests of the trained weights of a run of four steps, and of one that goes on from its second step."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_rows": 20, "deepspeed": zero(stage)}
+    found = []
+    for name, checkpoint in (("a", None), ("b", Path(folder, "a", "checkpoint-2"))):
+        both = {**settings, **settings_of(mode, 2), "deepspeed": zero(stage)}
+        trainer = tiny_trainer(Path(folder, name), per_device_train_batch_size=2, **both)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        weights = named(trainer.model)
+        found.append({name: hashlib.sha256(x.numpy().tobytes()).hexdigest() for name, x in weights.items()})
+    return found
+
+
+def refused(folder, stage, settings):
+    """The message with which a run is refused."""
+    rows = tiny_trainer(Path(folder, "rows"), num_rows=4).train_dataset
+    try:
+        tiny_trainer(folder, deepspeed=zero(stage), eval_dataset=rows, ref_model=make_llama(seed=1), **settings)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
