@@ -48,6 +48,7 @@ INSIDE = {
         ["memory"],
         ["saving"],
         ["resuming"],
+        ["updating"],
         ["callbacks"],
         ["evaluation", "token_means", "trl_attributes"],
         ["base"],

@@ -188,6 +188,11 @@ def inside(layer: nn.Module, function: Callable[..., Any], *tensors: Tensor) -> 
     return function(*tensors)
 
 
+def shards_weights(model: nn.Module) -> bool:
+    """Whether FSDP2 or DeepSpeed ZeRO-3 shards a model's weights."""
+    return dist.is_available() and dist.is_initialized() and any(map(_is_sharded, model.modules()))
+
+
 def _is_sharded(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 

@@ -27,7 +27,7 @@ from fastdpo.modeling.attention import (
     register,
 )
 from fastdpo.modeling.backbone import backbone_name
-from fastdpo.modeling.head import LMHead, inside, lm_head
+from fastdpo.modeling.head import LMHead, inside, lm_head, shards_weights
 from fastdpo.modeling.mixers import MixerRows, OwnAttention, find_mixers, mixers_of
 from fastdpo.modeling.positions import counting_modules, told_positions
 from fastdpo.modeling.router import load_balancing_loss
@@ -466,6 +466,9 @@ def _head_outputs(
             return loss_of(sums, lengths, sequences, pairs, **statistics)
 
         settings |= {"summed": summed, "adapter_weight": adapter_weight}
+        # where weights are sharded because they are large, no process holds a whole fp32 gradient of the head
+        is_half = weight.requires_grad and weight.dtype.itemsize < 4
+        settings["grad_in_forward"] = not (is_half and shards_weights(model))
         loss["loss"], result = sequence_loss(*args, ends, loss_of_groups, **settings)
     return {
         **loss,

@@ -65,13 +65,13 @@ from fastdpo.training.memory.token_budget import (
     check_row_sizes,
     steps_in_backward,
 )
-from fastdpo.training.resuming import ResumableTrainer
 from fastdpo.training.saving.checkpoints import checkpoint_folder
 from fastdpo.training.saving.dry_save import check_can_save
 from fastdpo.training.saving.engines import check_can_continue, load_weights
 from fastdpo.training.saving.saved import SavedModel
 from fastdpo.training.saving.staging import UNFINISHED, put_in_place, restore_unfinished
 from fastdpo.training.settings.engine import EngineConfig
+from fastdpo.training.setup.accelerator import KeptAccelerator
 from fastdpo.training.setup.experts import router_coefficient
 from fastdpo.training.setup.failures import failing_together
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
@@ -85,19 +85,19 @@ from fastdpo.training.setup.sharding import (
     keep_outputs_whole,
     reduces_in_backward,
 )
-from fastdpo.training.setup.tensor_parallel import is_cut, reshard
+from fastdpo.training.setup.tensor_parallel import check_not_resumed, is_cut, reshard
 from fastdpo.training.setup.tiles import use_tiles_in_run
-from fastdpo.training.updates.checks import check_rounded_weights, check_updates, updates_one_by_one
-from fastdpo.training.updates.in_backward import StepInBackward
-from fastdpo.training.updates.one_by_one import OneByOne
+from fastdpo.training.updates.checks import check_rounded_weights, check_updates
+from fastdpo.training.updating import UpdatingTrainer
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
 
 
-class PackedTrainer(ResumableTrainer):
+class PackedTrainer(UpdatingTrainer):
     """Base of DPOTrainer and SFTTrainer, which describe the arguments."""
 
+    accelerator = KeptAccelerator()
     method = ""  # "dpo" or "sft": the tag of the model and of its card
     args: EngineConfig
     # every subclass's loss is already a mean over the step's items, so Trainer must not divide it again
@@ -125,8 +125,6 @@ class PackedTrainer(ResumableTrainer):
         self.train_means = MetricMeans()  # since the last log
         self._num_train_tokens = 0  # since the last log
         self._losses = FiniteLosses()
-        self._in_backward: StepInBackward | None = None  # the optimizer's step, if it is part of backward
-        self._is_measuring = False  # whether a forward and backward only measure the gradient
         self._examples: list[Any] = []  # the rows of the batch that is evaluated
         self._evaluated_rows: Any = None
         tokenizer = self.processing_class = processing_class
@@ -191,9 +189,7 @@ class PackedTrainer(ResumableTrainer):
             self.add_callback(OffloadAtStart())
         keep_outputs_whole(self.accelerator)
         self.watch_progress()
-        if args.optimizer_in_backward:
-            self._in_backward = StepInBackward(args.clipping_in_backward, args.max_grad_norm)
-            self.parts["in_backward"] = self._in_backward
+        self.watch_updates()
         if is_stream(self.train_dataset):
             self.parts["stream"] = StreamStart(self.train_dataset)
         tag_model(self.model, self.method)
@@ -333,6 +329,7 @@ class PackedTrainer(ResumableTrainer):
             self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
             forget_accelerate(self.model)
         if is_cut(self.model):
+            check_not_resumed(resume)
             reshard(self.model)  # an evaluation may have gathered weights
         self._halving.end_step()
         output = super().train(resume, *args, **kwargs)
@@ -422,37 +419,6 @@ class PackedTrainer(ResumableTrainer):
             self._halving.end_step()
             self._losses.check(self)
         return self._sum_of(losses)
-
-    def _forward_and_backward(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int) -> Tensor:
-        """The loss of one micro-batch after its backward, which may update the weights."""
-        run = partial(super().training_step, model, inputs, num_items)
-        return run() if self._in_backward is None else self._in_backward.step(run, partial(self._measured, run))
-
-    def _measured(self, run: Callable[[], Tensor]) -> None:
-        """Runs a forward and backward that leaves no metrics and no other random numbers behind."""
-        device = self.args.device
-        self._is_measuring = True
-        try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                run()
-        finally:
-            self._is_measuring = False
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As in Trainer; the optimizer updates weights one by one if they are rounded, or updated in backward."""
-        optimizer = super().create_optimizer(model)
-        if updates_one_by_one(self.args) and not isinstance(getattr(optimizer, "optimizer", optimizer), OneByOne):
-            optimizer = self.optimizer = OneByOne(optimizer, self.args.weight_rounding, self.args.seed)
-            if self._in_backward is not None:
-                self._in_backward.attach(optimizer)
-        return optimizer
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        return super()._clip_grad_norm(model) if self._in_backward is None else self._in_backward.last_norm
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        in_backward = self._in_backward
-        return super()._get_grad_norm(model, grad_norm) if in_backward is None else in_backward.last_norm
 
     def _why_whole(self) -> str:
         """Why a micro-batch must not be halved when memory runs out; empty if it may."""

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_llama
 from torch import nn
 from torch.nn.functional import silu
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastdpo import TokenizedPair, pack_pairs
 from fastdpo.data.batches.packing import pad_pairs
@@ -126,6 +126,31 @@ def test_adapters_and_a_base_in_bf16_run_in_tiles():
         found = loss_and_gradients(model, batch)
     assert {name.split(".")[-1] for name in tiles.rows} >= {"q_proj", "o_proj", "mlp", "input_layernorm"}
     assert_close(found, expected, 2e-2)
+
+
+@pytest.mark.slow
+def test_adapters_on_a_base_in_4_bits_run_in_tiles(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    make_llama(vocab_size=256, hidden_size=128, intermediate_size=512).save_pretrained(tmp_path)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=four_bit, device_map={"": "cpu"}
+    )
+    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.enable_input_require_grads()
+    bare_model(model).gradient_checkpointing_enable()
+    prepare_model(model).train()
+    batch = pack_pairs(make_pairs(lengths=[(300, 100, 111)]))
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss_and_gradients(model, batch)
+
+    expected, plain = step(), peak_live_bytes(step)
+    tiles = use_tiles(model, 128, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    assert "Linear4bit" in {type(bare_model(model).get_submodule(name)).__name__ for name in tiles.rows}
+    assert_close(step(), expected, 2e-2)
+    assert peak_live_bytes(step) < 0.5 * plain
 
 
 def test_gradients_of_bf16_weights_are_summed_in_fp32():

@@ -137,9 +137,9 @@ def gradients(model, batch, **settings):
     return loss.detach(), torch.cat([grad.double().flatten() for grad in grads])
 
 
-def gradient_error(folder, model_type, size=2):
+def gradient_error(folder, model_type="llama", size=2, **overrides):
     """Relative errors of loss and gradient against the whole row on one process; in fp64, so that no rounding hides."""
-    model = build_any(model_type).double()
+    model = (make_llama(**overrides) if model_type == "llama" else build_any(model_type)).double()
     group, check = group_of(size), check_packing(model)
     check_sequence_parallel(model, group, check)
     whole = batch_of(LENGTHS, 1)

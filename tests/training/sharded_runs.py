@@ -5,18 +5,25 @@ that its own code shards, with gloo.
 """
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 
+import torch
 from accelerate.parallelism_config import ParallelismConfig
 from safetensors.torch import save_file
 from tiny import make_llama
 from tiny_runs import make_lora, tiny_trainer
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 FSDP2 = {
     "fsdp": "full_shard auto_wrap",
     "fsdp_config": {"version": 2, "fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
 }
+
+
+BF16_SHAPE = (140_000, 32)  # of the LM head
 
 
 def lora(**settings):
@@ -26,7 +33,7 @@ def lora(**settings):
 def settings_of(mode, num_processes):
     """Those of the trainer, made anew: they hold models."""
     return {
-        "cached reference": dict,
+        "cached reference": lambda: {"precompute_ref_log_probs": True},
         "frozen reference": lambda: {"ref_model": make_llama(seed=1)},
         "LoRA": lora,
         "LoRA on the head": lambda: lora(target_modules=["q_proj", "lm_head"]),
@@ -45,10 +52,39 @@ def settings_of(mode, num_processes):
         "listwise": lambda: {"loss_type": "plackett_luce"},
         "bf16": lambda: {"bf16": True},
         "tiles, checkpointing": lambda: {"tile_rows": 8, "gradient_checkpointing": True},
+        # so large that the head op cannot upcast the weight of its LM head at once
+        "bf16, large vocabulary": lambda: {"bf16": True, "model": make_llama(vocab_size=BF16_SHAPE[0])},
         # steps of 4, 4 and 1 rows: in the last, only one process has any
         "uneven pairs": lambda: {"num_rows": 9, "per_device_train_batch_size": 4 // num_processes},
         "uneven pairs, in order": lambda: {**settings_of("uneven pairs", num_processes), "balance_ranks": False},
     }[mode]()
+
+
+class Shapes(TorchDispatchMode):
+    """Counts the plain tensors that operations make on this process, by shape and dtype; views count too."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    @classmethod
+    def of_steps(cls, trainer):
+        """Those of the training steps to come."""
+        made, step = cls(), trainer.training_step
+
+        def counted(*args, **kwargs):
+            with made:
+                return step(*args, **kwargs)
+
+        trainer.training_step = counted
+        return made
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if type(tensor) is torch.Tensor:
+                self.counts[tuple(tensor.shape), tensor.dtype] += 1
+        return found
 
 
 def shards_on_cpus():
@@ -101,6 +137,7 @@ def train(folder, mode, steps=1, num_processes=1, num_copies=1, is_sharded=True,
     }
     trainer = tiny_trainer(folder, **settings)
     before = named(trainer.model)
+    made = Shapes.of_steps(trainer)
     trainer.train()
     after = named(trainer.model)
     save_file({name: x.contiguous() for name, x in before.items()}, Path(folder, f"before{trainer.args.process_index}"))
@@ -110,6 +147,7 @@ def train(folder, mode, steps=1, num_processes=1, num_copies=1, is_sharded=True,
         "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
         "num_sharded": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "num_parameters": sum(1 for _ in trainer.model.parameters()),
+        "num_heads_in": {str(dtype): made.counts[BF16_SHAPE, dtype] for dtype in (torch.float32, torch.bfloat16)},
     }
 
 

@@ -7,11 +7,13 @@ GPUs: transformers cuts the model over gloo processes and its Trainer trains it.
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from safetensors.torch import save_file
 from sharded_runs import lora, named, settings_of, shards_on_cpus
 from tiny import make_llama, make_rows, save_model
 from tiny_runs import tiny_trainer
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 QWEN3 = {
@@ -47,7 +49,18 @@ def saved(folder):
     return str(path if path.is_dir() else save_model(path))
 
 
-def settings_here(mode, num_readers, folder):
+def cut_when_loaded(folder, cut_over, num_readers):
+    """A model that transformers has cut, for a trainer that is not told so."""
+    options = {}
+    if cut_over > 1:
+        from transformers.distributed import DistributedConfig
+
+        options = {"distributed_config": DistributedConfig(tp_size=cut_over, fsdp_size=num_readers)}
+    model = AutoModelForCausalLM.from_pretrained(saved(folder), **options)
+    return {"model": model, "tensor_parallel_size": 1}
+
+
+def settings_here(mode, num_readers, folder, cut_over):
     """Those of the trainer. `num_readers` processes read different rows."""
     rows = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 4 // num_readers}
     own = {
@@ -56,6 +69,8 @@ def settings_here(mode, num_readers, folder):
             **lora(target_modules=EVERY_LINEAR),
             "max_tokens_per_microbatch": 30,
         },
+        "cut when loaded": lambda: cut_when_loaded(folder, cut_over, num_readers),
+        "stream": lambda: {"train_dataset": Dataset.from_list(make_rows(60)).to_iterable_dataset()},
         "clipped": lambda: {"max_grad_norm": 0.5},
         "AdamW": lambda: {"optim": "adamw_torch", "learning_rate": 1e-3},
         "vocabulary that does not divide": lambda: {"model": make_llama(vocab_size=33)},
@@ -65,7 +80,6 @@ def settings_here(mode, num_readers, folder):
         # a balance of experts over the rows of a process is another one than over all rows
         "qwen3-moe": lambda: {"model": make_qwen3_moe(), "router_aux_loss_coef": 0.0},
         "qwen3-moe, balanced": lambda: {"model": make_qwen3_moe()},
-        "cached before training": lambda: {"precompute_ref_log_probs": True},
     }
     return own[mode]() if mode in own else settings_of(mode, num_readers)
 
@@ -84,7 +98,7 @@ def train(folder, mode, steps=1, cut_over=1, num_processes=1, evaluates=False):
         "max_steps": steps,
         "num_rows": 60,
         "tensor_parallel_size": cut_over,
-        **settings_here(mode, num_readers, folder),
+        **settings_here(mode, num_readers, folder, cut_over),
     }
     trainer = tiny_trainer(folder, **settings)
     before = named(trainer.model)

@@ -40,7 +40,7 @@ def run_on(num_processes, folder, modes, steps, **settings):
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    return run_on(2, tmp_path_factory.mktemp("two"), (*MODES, "uneven pairs", "bf16"), 1)
+    return run_on(2, tmp_path_factory.mktemp("two"), (*MODES, "uneven pairs", "bf16", "bf16, large vocabulary"), 1)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,8 @@ def assert_like_one(mode, folder, results, own_folder, steps, is_sharded=True):
     num_sharded = one["num_parameters"] if is_sharded else 0
     assert [process["num_sharded"] for process in results] == [num_sharded] * len(results)
     assert one["num_sharded"] == 0
-    assert_runs_like_one(folder, results, own_folder, one, steps)
+    is_uneven = mode.startswith("uneven pairs")
+    assert_runs_like_one(folder, results, own_folder, one, steps, has_repeated_rows=is_uneven)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -90,6 +91,13 @@ def test_log_probs_are_not_rounded_to_bf16(of_two):
     for key in ("logps/chosen", "logps/rejected"):
         means = torch.tensor(first["logs"][0][key] * 12)  # of 12 pairs
         assert means % 0.03125 != 0, key  # units in the last place of bf16 between 4 and 8
+
+
+def test_no_process_holds_a_whole_fp32_gradient_of_the_head(of_two):
+    """Its weight is gathered in bf16; the gradient is summed in fp32 block by block, and handed on in bf16."""
+    for process in of_two["bf16, large vocabulary"][1]:
+        assert process["num_heads_in"]["torch.bfloat16"] > 0
+        assert process["num_heads_in"]["torch.float32"] == 0
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ MORE_MODES = (
 EXACT = ("mistral", "gpt_oss", "qwen3_moe", "deepseek_v3")
 # softcaps; a mask that carries the row; learned positions; chunks and queries scaled by position; ...
 MORE_EXACT = ("gemma2", "stablelm", "gpt2", "llama4_text", "gemma3_text", "phi3", "olmo2", "cohere2", "granite", "opt")
+THREE_KEY_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}
 REFUSED = {
     "mamba": "must be 1 for MambaForCausalLM, got 2: 2 x MambaMixer, .* mix tokens outside attention",
     "bloom": "must be 1 for BloomForCausalLM, got 2: its layers add masks to their own logits",
@@ -60,6 +61,7 @@ def of_two(folder):
     cases = {mode: {"what": "trains", "mode": mode} for mode in MODES}
     cases |= {"evaluates": {"what": "evaluates"}, "finds a leak": {"what": "finds a leak"}, "keeps": {"what": "keeps"}}
     cases |= {model_type: {"what": "is right for", "model_type": model_type} for model_type in EXACT}
+    cases |= {"three key heads": {"what": "is right for", **THREE_KEY_HEADS}}
     cases |= {model_type: {"what": "refuses", "model_type": model_type} for model_type in REFUSED}
     cases |= {name: {"what": "refuses", **settings} for name, (settings, _) in SIZES_REFUSED.items()}
     cases |= {str(case["heads"]): {"what": "sends", **case} for case in SENT}
@@ -73,7 +75,7 @@ def test_losses_and_gradients_are_those_of_one_process(mode, of_two, tmp_path):
         assert_runs_like_one(*of_two[mode], tmp_path, train(tmp_path, mode), 1)
 
 
-@pytest.mark.parametrize("model_type", EXACT)
+@pytest.mark.parametrize("model_type", [*EXACT, "three key heads"])
 def test_gradients_of_models_of_many_kinds_are_those_of_whole_rows(model_type, of_two):
     _, errors = of_two[model_type]
     assert all(error < 1e-12 for process in errors for error in process), errors

@@ -13,6 +13,7 @@ from tiny import make_llama, save_model
 from transformers import AutoModelForCausalLM, Trainer
 
 from fastdpo import DPOConfig
+from fastdpo.training.setup.tensor_parallel import check_not_resumed
 
 pytestmark = pytest.mark.skipif(
     not hasattr(Trainer, "_sync_replicated_trainable_parameters"),
@@ -22,9 +23,10 @@ pytestmark = pytest.mark.skipif(
 MODES = ("clipped", "tied embeddings", "LoRA on every layer, micro-batches", "qwen3-moe")
 MORE_MODES = (
     "cached reference",
-    "cached before training",
     "frozen reference",
     "given by name",
+    "cut when loaded",
+    "stream",
     "LoRA",
     "LoRA on the head",
     "LoRA, cached reference",
@@ -51,6 +53,7 @@ REFUSED = {
     "embeddings": ({"peft_config": "LoRA on embeddings"}, "target_modules must name linear layers"),
     "groups": ({"tensor_parallel_size": 3}, "tensor_parallel_size must divide the number of processes, got 3 on 2"),
     "resuming": ({"save_strategy": "steps"}, "save_only_model must be True (or save_strategy 'no')"),
+    "checkpoint": ({"resume_from_checkpoint": "runs/checkpoint-2"}, "resume_from_checkpoint must be off with"),
     "samples": ({"num_eval_samples": 2}, "num_eval_samples must be 0 under FSDP, DeepSpeed and tensor parallelism"),
     "moving": ({"sync_ref_model": True}, "sync_ref_model must be off under FSDP, DeepSpeed and tensor parallelism"),
 }
@@ -58,10 +61,10 @@ _FULL = ("full weights", "shared prompts", "frozen reference")
 IN_TABLE = {"resuming": "resuming", "samples": "num_eval_samples", "moving": "sync_ref_model"}
 FEATURES = {  # of the table in docs/scaling.md, of the modes that it does not know
     "clipped": _FULL,
-    "cached before training": ("full weights", "shared prompts", "cached reference"),
     "LoRA on every layer, micro-batches": ("LoRA on the head", "LoRA, micro-batches"),
     "qwen3, accumulation": (*_FULL, "accumulation"),
     "qwen3, micro-batches": (*_FULL, "uneven micro-batches"),
+    "uneven pairs": ("uneven pairs", "fewer rows than processes"),  # 9 rows: in the last step one group has none
 }
 
 
@@ -91,7 +94,7 @@ def of_two(tmp_path_factory):
 def assert_like_one(mode, folder, results, own_folder, steps, **more):
     own_folder.mkdir()
     one = train(own_folder, mode, steps, **more)
-    assert_runs_like_one(folder, results, own_folder, one, steps)
+    assert_runs_like_one(folder, results, own_folder, one, steps, has_repeated_rows=mode == "uneven pairs")
     return one
 
 
@@ -140,6 +143,11 @@ def test_a_size_must_be_a_count(tmp_path):
         DPOConfig(str(tmp_path), tensor_parallel_size=0)
 
 
+def test_going_on_from_a_checkpoint_is_refused():
+    with pytest.raises(ValueError, match="resume_from_checkpoint must be None with tensor_parallel_size, got 'here'"):
+        check_not_resumed("here")
+
+
 @pytest.mark.slow
 def test_other_settings_after_five_steps(tmp_path):
     modes = (*MODES, *MORE_MODES)
@@ -152,7 +160,7 @@ def test_other_settings_after_five_steps(tmp_path):
 
 @pytest.mark.slow
 def test_two_groups_that_shard_their_parts_too(tmp_path):
-    modes = [mode for mode in (*MODES, *MORE_MODES) if mode != "qwen3-moe, balanced"]
+    modes = [mode for mode in (*MODES, *MORE_MODES, "uneven pairs") if mode != "qwen3-moe, balanced"]
     save_model(tmp_path / "model")
     cases = trained(modes, 4, steps=5)
     cases[0]["evaluates"] = True

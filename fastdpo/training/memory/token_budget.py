@@ -153,11 +153,11 @@ def _first_rows(dataset: Dataset, collator: PackingCollator, num_tokens: int) ->
     return rows
 
 
-def optimizer_bytes(model: nn.Module, optimizer: Any, name: str) -> int:
+def optimizer_bytes(model: nn.Module, optimizer: Any, name: str, weight_rounding: str = "nearest") -> int:
     """The bytes that the optimizer's state will still need after its first step, by its name."""
     if optimizer is not None and len(optimizer.state) > 0:
         return 0
-    return optimizer_state_bytes(name, trained_parameters(model))
+    return optimizer_state_bytes(name, trained_parameters(model), weight_rounding)
 
 
 def steps_in_backward(trainer: Trainer) -> bool:
@@ -200,6 +200,8 @@ def check_can_run_in_parts(trainer: Trainer, data_collator: Any, *, shards_weigh
         why = "the optimizer steps in backward, before the other parts of a row have run"
     elif shards_weights:
         why = "processes with sharded weights must run equally many micro-batches, and only one may hold a long row"
+    elif trainer.args.row_group_size > 1:
+        why = f"{trainer.args.row_group_size} processes compute each row together already"
     elif data_collator is not None:
         why = f"the data_collator, {type(data_collator).__name__}, does not tell which rows a batch holds"
     if why:
@@ -229,7 +231,7 @@ class BudgetAtStart(TrainerCallback):
         if meter is None:
             logger.info("max_tokens_per_microbatch='auto' sets no limit on a CPU")
             return
-        reserved = optimizer_bytes(model, optimizer, optimizer_name(args))
+        reserved = optimizer_bytes(model, optimizer, optimizer_name(args), args.weight_rounding)
         run_rows = partial(self.run_rows, model, args.device)
         fitting = tokens_that_fit(run_rows, self.run.train_dataset, self.run.collator, meter, reserved)
         self.run.collator.max_tokens = fitting

@@ -75,6 +75,17 @@ def check_sizes(args: EngineConfig) -> None:
         )
 
 
+def check_not_resumed(checkpoint: Any) -> None:
+    """Raises:
+    ValueError: a run on a cut model is to go on from a checkpoint.
+    """
+    if checkpoint is not None:
+        raise ValueError(
+            f"resume_from_checkpoint must be None with tensor_parallel_size, got {str(checkpoint)!r}: start from its"
+            " weights as a new run"
+        )
+
+
 def is_cut(model: Any) -> bool:
     """Whether the processes of a group hold parts of the model."""
     return (getattr(bare_model(model), "tp_size", None) or 1) > 1

@@ -6,6 +6,11 @@ from closeness import relative_error
 from tiny import make_llama
 from tiny_runs import logged, make_lora, tiny_config, tiny_trainer
 
+from fastdpo.evidence.memory import peak_live_bytes
+from fastdpo.training.callbacks.summary import summary_lines
+from fastdpo.training.memory.estimate import estimate_peak_memory
+from fastdpo.training.updates.checks import check_engine
+
 IN_BACKWARD = {"optimizer_in_backward": True}
 
 
@@ -69,6 +74,28 @@ def test_gradients_exist_for_one_weight_at_a_time(tmp_path):
     assert max(alive) == 0
 
 
+def test_the_estimate_has_the_gradient_of_one_weight_at_a_time(tmp_path):
+    shape = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "tie_word_embeddings": True}
+    settings = {"weight_rounding": "stochastic", "reference_free": True, "max_grad_norm": 0.0, "num_rows": 8}
+    settings |= {"optim": "adamw_torch_fused", "gradient_checkpointing": True, "per_device_train_batch_size": 8}
+    peaks = {}
+    for name, more in (("in", IN_BACKWARD), ("after", {})):
+        model = make_llama(vocab_size=1000, **shape).bfloat16()
+        trainer = tiny_trainer(tmp_path / name, model, **settings, **more)
+        peaks[name] = estimate_peak_memory(trainer)
+    trained = sum(p.numel() for p in model.parameters())
+    assert peaks["in"].weights == pytest.approx(2 * trained, rel=0.01)
+    assert peaks["in"].optimizer == 8 * trained  # moments in fp32
+    assert peaks["in"].gradients < 0.8 * peaks["after"].gradients
+
+    trainer = tiny_trainer(tmp_path / "in", make_llama(vocab_size=1000, **shape).bfloat16(), **settings, **IN_BACKWARD)
+    trainer.train()  # the optimizer has its state
+    inputs = trainer.collator(list(trainer.train_dataset))
+    measured = peak_live_bytes(lambda: trainer.training_step(trainer.model, inputs) and None)
+    estimate = peaks["in"]
+    assert estimate.gradients + estimate.activations + estimate.head == pytest.approx(measured, rel=0.05)
+
+
 @pytest.mark.parametrize("settings", [{}, {"optim": "adamw_bnb_8bit"}], ids=["fp32 moments", "8 bit"])
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
 def test_bf16_weights_are_trained_in_backward(tmp_path, rounding, settings):
@@ -127,6 +154,22 @@ def test_what_cannot_step_in_backward_is_refused(tmp_path, settings, message):
 def test_rounding_needs_weights_in_bf16(tmp_path):
     with pytest.raises(ValueError, match=r"must be 'nearest' for weights in float32, got 'kahan': .*'bfloat16'"):
         tiny_trainer(tmp_path, weight_rounding="kahan")
+
+
+def test_an_engine_that_updates_weights_itself_is_refused(tmp_path):
+    args = tiny_config(tmp_path, weight_rounding="kahan")
+    with pytest.raises(ValueError, match="weight_rounding must be 'nearest' with DeepSpeed, which updates its own"):
+        check_engine(args, "DeepSpeed")
+    check_engine(tiny_config(tmp_path), "DeepSpeed")
+
+
+def test_the_summary_says_how_weights_are_updated(tmp_path):
+    trainer = tiny_trainer(tmp_path, make_llama().bfloat16(), weight_rounding="kahan", **IN_BACKWARD)
+    told = dict(summary_lines(trainer))["updates"]
+    assert told == (
+        "computed in fp32; what rounding to bf16 cuts off is kept, in backward; clipped by the norm of the step before"
+    )
+    assert "updates" not in dict(summary_lines(tiny_trainer(tmp_path)))
 
 
 def test_settings_are_checked(tmp_path):
