@@ -64,6 +64,7 @@ MODES = {  # those of sharded_runs.py
     "micro-batches": (*_FULL, "uneven micro-batches"),
     "accumulation": (*_FULL, "accumulation"),
     "checkpointing": (*_FULL, "gradient checkpointing"),
+    "tiles, checkpointing": (*_FULL, "gradient checkpointing"),
     "tied embeddings": (*_FULL, "tied embeddings"),
     "no reference, sft": ("full weights", "shared prompts", "no reference", "sft"),
     "padded": ("full weights", "frozen reference", "padded rows"),

@@ -103,7 +103,7 @@ def of_two(tmp_path_factory):
 def assert_like_one(mode, folder, results, own_folder, steps, **more):
     own_folder.mkdir()
     one = train(own_folder, mode, steps, **more)
-    assert_runs_like_one(folder, results, own_folder, one, steps, repeats_rows=mode == "uneven pairs")
+    assert_runs_like_one(folder, results, own_folder, one, steps, has_repeated_rows=mode == "uneven pairs")
     return one
 
 
