@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PROCESSES ?= --numprocesses 2 --dist loadfile
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-portable fuzz faults aot lint format clean
+.PHONY: demo test test-all test-portable fuzz faults soak aot docs docs-serve wheel lint format clean
 
 # The stamp is rebuilt only when what is installed could have changed, so that second runs reuse the environment.
 $(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
@@ -51,9 +51,29 @@ fuzz: $(STAMP)
 faults: $(STAMP)
 	$(BIN)/python tests/faults/random_moments.py $(FAULTS)
 
+# A long run that is watched for growth, with a report; SOAK="--steps 500 --data rows --workers 2" chooses another.
+SOAK ?= --report /tmp/fastdpo-soak.html
+soak: $(STAMP)
+	$(BIN)/python tests/faults/soak.py $(SOAK)
+
 # What the kernels compile to, with three releases of Triton in folders of their own; no GPU needed.
 aot: $(STAMP)
 	$(BIN)/python tests/kernels/aot_table.py $(AOT)
+
+# The site of documentation, in site/; a link that leads nowhere is an error. `make docs-serve` shows it while you write.
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+docs-serve: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+# The wheel and the sdist, in dist/, each tried in an empty environment. Minutes: the demo runs twice.
+wheel:
+	PYTHON=$(PYTHON) bash tests/from_wheel.sh $(CONSTRAINTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -65,4 +85,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-triton-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-triton-* build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

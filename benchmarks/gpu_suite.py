@@ -46,6 +46,7 @@ TEST_PROCESSES = 8  # most of their time is compiling
 DRY_SECONDS = 3600
 DRY_METHODS = ("plain, response rows", "fastdpo", "fastdpo, cached")  # each is a process that imports everything
 RESULTS = "results.json"  # of the parts, for --resume
+MACHINE = "machine.json"  # the GPU and the versions, for gpu_page.py
 UNFINISHED = 3  # exit code of a part that had to leave something out, and goes on with what it has
 PROBE = """
 import importlib, importlib.util, json, platform, sys
@@ -63,6 +64,7 @@ for name in set(names[:3]) - set(facts["missing"]):
 if "torch" in facts:
     import torch
     facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    facts["capability"] = list(torch.cuda.get_device_capability()) if facts["gpu"] else None
 print(json.dumps(facts))
 """
 
@@ -379,7 +381,12 @@ class Suite:
                 text += ["", f"## {result.name}: {result.verdict}", "", "```", *result.tail, "```"]
         for path in sorted(self.out.glob("*.jsonl")):
             text += table_lines(path)
-        for name, content in (("SUMMARY.md", "\n".join(text)), (RESULTS, json.dumps(list(map(asdict, self.results))))):
+        results = json.dumps(list(map(asdict, self.results)))
+        for name, content in (
+            ("SUMMARY.md", "\n".join(text)),
+            (RESULTS, results),
+            (MACHINE, json.dumps({**self.facts, "is_dry": self.is_dry})),
+        ):
             unfinished = self.out / f"{name}.new"
             unfinished.write_text(content + "\n")
             unfinished.replace(self.out / name)

@@ -1,6 +1,7 @@
 """Metrics of a batch as (sum, weight) pairs, and their exact weighted means over any number of batches.
 
-Keys are TRL's, plus `rewards/weight`, and `lengths/chosen` and `lengths/rejected`, the counted tokens of a response.
+Keys are TRL's, plus `rewards/weight`, and `lengths/chosen` and `lengths/rejected`, the counted tokens of a response. On
+several processes there is also `rank_imbalance`: the tokens of the slowest process over the mean, step by step.
 Sums and weights are kept separate until `MetricMeans.pop`, so a mean over pairs weights every pair equally and a mean
 over tokens every token, whatever the batch sizes.
 """
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.ops.token_sums import Tokens, token_sums
-from fastdpo.types import PairLogps, PairScores
+from fastdpo.types import PairLogps, PairScores, TokenLogps
 
 SumAndWeight = tuple[Tensor, Tensor | float]
 
@@ -67,19 +68,34 @@ def token_metrics(
         token_rows, cu_seqlens, pairs: fields of the PackedBatch.
         impl: implementation of the head op, whose kernel computes the sums.
     """
-    tokens = logps.sequences.tokens
+    return metrics_of_tokens(token_statistics(logps.sequences.tokens, token_rows, cu_seqlens, impl=impl), pairs)
+
+
+def token_statistics(
+    tokens: TokenLogps, token_rows: Tensor, cu_seqlens: Tensor, *, impl: str = "auto"
+) -> dict[str, Tensor]:
+    """(S,) fp64 sums over the counted tokens of each sequence: the statistics of `tokens` that are not None, and
+    "tokens", their number. Empty without statistics."""
     statistics = {name: getattr(tokens, name) for name in ("entropy", "mean_logits", "is_top1")}
     found = {name: value for name, value in statistics.items() if value is not None}
     if not found:
         return {}
     place = Tokens(cu_seqlens, token_rows)
-    per_sequence, _ = token_sums([x.detach() for x in found.values()], place, dtype=torch.float64, impl=impl)
-    table = torch.stack([*per_sequence, cu_seqlens.diff().double()])  # (K + 1, S)
+    sums, _ = token_sums([x.detach() for x in found.values()], place, dtype=torch.float64, impl=impl)
+    return {**dict(zip(found, sums, strict=True)), "tokens": cu_seqlens.diff().double()}
+
+
+def metrics_of_tokens(statistics: Mapping[str, Tensor], pairs: Tensor) -> dict[str, SumAndWeight]:
+    """The sums of `token_metrics`, from those of each sequence (`token_statistics`)."""
+    if not statistics:
+        return {}
+    table = torch.stack(list(statistics.values()))  # (K + 1, S)
     of_sides = table[:, pairs.T].sum(2)  # (K + 1, 2): of the chosen, of the rejected
-    sums, (num_chosen, num_rejected) = dict(zip(found, of_sides.unbind(), strict=False)), of_sides[-1].unbind()
+    sums = dict(zip(statistics, of_sides.unbind(), strict=True))
+    num_chosen, num_rejected = sums["tokens"].unbind()
     metrics: dict[str, SumAndWeight] = {}
     if "entropy" in sums:
-        metrics["entropy"] = (sums["entropy"].sum(), of_sides[-1].sum())
+        metrics["entropy"] = (sums["entropy"].sum(), sums["tokens"].sum())
     if "mean_logits" in sums:
         metrics["logits/chosen"] = (sums["mean_logits"][0], num_chosen)
         metrics["logits/rejected"] = (sums["mean_logits"][1], num_rejected)

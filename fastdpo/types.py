@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -139,6 +140,32 @@ class VarlenLayout:
 
 
 @dataclass(frozen=True)
+class RowShares:
+    """How processes divide a packed row of T tokens and the R rows that reach the head; see `data/batches/shares.py`.
+
+    Each process holds an equal part of the tokens, in order, and the head's rows whose hidden state is there.
+    """
+
+    order: Tensor  # (R,) int64, the head's rows, process by process
+    ends: tuple[int, ...]  # delimits the processes in `order`; begins with 0
+    places: Tensor  # (R,) int64, of each of the head's rows among those of all processes, padded to the longest part
+
+    @property
+    def num_processes(self) -> int:
+        return len(self.ends) - 1
+
+    @property
+    def longest(self) -> int:
+        """The largest number of the head's rows that one process has."""
+        return max(end - start for start, end in pairwise(self.ends))
+
+    def to(self, device: torch.device | str) -> RowShares:
+        """The same shares with every tensor on `device`."""
+        moved: RowShares = _moved(self, device)
+        return moved
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """B pairs over S sequences, laid out for one forward of the model. Made by `fastdpo.data.batches.packing`.
 
@@ -167,10 +194,12 @@ class PackedBatch:
     uses: Tensor | None = None  # like input_ids: sides of pairs that the position is part of; 0 is padding
     shared_parts: Tensor | None = None  # (B, 2) int64, with ld_alpha: the sequences of a pair up to their shared length
     mean_chosen_length: Tensor | None = None  # (), over the optimizer step or evaluation; None: over this batch
+    shares: RowShares | None = None  # packed only: of the processes that compute this batch together; None: it is one's
 
     def __post_init__(self) -> None:
-        if isinstance(self.varlen, dict):  # as `asdict` has it
-            object.__setattr__(self, "varlen", VarlenLayout(**self.varlen))
+        for name, kind in (("varlen", VarlenLayout), ("shares", RowShares)):
+            if isinstance(getattr(self, name), dict):  # as `asdict` has it
+                object.__setattr__(self, name, kind(**getattr(self, name)))
 
     @property
     def is_packed(self) -> bool:
@@ -186,8 +215,8 @@ class PackedBatch:
 
     def asdict(self) -> dict[str, Any]:
         """The fields as a dict, as Trainer moves only mappings to the device; `PackedBatch(**inputs)` reverses it."""
-        varlen = None if self.varlen is None else _shallow_dict(self.varlen)
-        return {**_shallow_dict(self), "varlen": varlen}
+        nested = {"varlen": self.varlen, "shares": self.shares}
+        return {**_shallow_dict(self), **{k: None if v is None else _shallow_dict(v) for k, v in nested.items()}}
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""
@@ -199,9 +228,12 @@ def _shallow_dict(value: Any) -> dict[str, Any]:
     return {f.name: getattr(value, f.name) for f in fields(value)}
 
 
+_MOVABLE = (Tensor, VarlenLayout, RowShares)
+
+
 def _moved(value: Any, device: torch.device | str) -> Any:
     """A copy of a dataclass with its tensors and its movable nested dataclasses on `device`."""
-    moved = {k: v.to(device) for k, v in _shallow_dict(value).items() if isinstance(v, Tensor | VarlenLayout)}
+    moved = {k: v.to(device) for k, v in _shallow_dict(value).items() if isinstance(v, _MOVABLE)}
     return replace(value, **moved)
 
 

@@ -1,46 +1,172 @@
-"""Functions of test modules on several processes at once; the processes, seconds of imports, start once for many cases.
+"""Functions of test modules on several processes at once, which are forked from one that has imported everything.
 
-As a script, started by torchrun: folder, file of the module, name of the function.
+Imports take most of what a process costs: the process that forks, `_Forks`, starts once per test run, and a run of
+many cases on two processes then costs what its cases cost. In: a function of a module, its cases. Out: what it returned
+on every process. It fails, with the end of what was printed, as soon as one process fails, and after `timeout` seconds.
+
+As a script: the process that forks; or, for processes that share a GPU, what torchrun starts.
 """
 
+import atexit
 import importlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import traceback
 from pathlib import Path
 
-import torch
+import numpy
 
 ONE_CARD = "FASTDPO_TESTS_ON_ONE_CARD"  # of the environment: every process has the first GPU
+TIMEOUT = 900  # seconds, for a busy machine
 
 
-def on_processes(function, cases, folder, num_processes=2, *, on_one_card=False):
+def on_processes(function, cases, folder, num_processes=2, *, on_one_card=False, timeout=TIMEOUT):
     """What `function(folder of the case, **case)` has returned, a list over cases of lists over processes.
 
     The cases are one list, run in order, each in a folder of its own that all processes share. Cases and results go
     through JSON. Processes are on the CPU, or with `on_one_card` all on the first GPU.
     """
     (folder / "cases.json").write_text(json.dumps(cases))
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    done = subprocess.run(
-        [*start, __file__, str(folder), function.__code__.co_filename, function.__name__],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "0" if on_one_card else "",
-            ONE_CARD: "1" if on_one_card else "",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = [str(folder), function.__code__.co_filename, function.__name__]
+    if on_one_card:
+        _on_one_card(words, num_processes, timeout)
+    else:
+        failed = _forks.run(words, num_processes, timeout)
+        printed = [Path(folder, f"printed{rank}.txt").read_text()[-3000:] for rank in failed]
+        assert not failed, "\n".join([f"processes {failed} of {num_processes} failed or did not end:", *printed])
     of_process = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num_processes)]
     return [list(results) for results in zip(*of_process, strict=True)]
 
 
+def _on_one_card(words, num_processes, timeout):
+    """With an interpreter each: a process that knows of a GPU cannot be forked."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    done = subprocess.run(
+        [*start, __file__, *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0", ONE_CARD: "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+class _Forks:
+    """The process that forks, from its first use to the end of the tests."""
+
+    def __init__(self):
+        self.process = None
+
+    def run(self, words, num_processes, timeout):
+        """The ranks of the processes that failed: none, or those to blame."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            )
+            atexit.register(self.end)
+        order = {"words": words, "num_processes": num_processes, "timeout": timeout, "environment": dict(os.environ)}
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+_forks = _Forks()
+
+
+# In the process that forks
+
+
+def _serve():
+    import torch
+
+    torch.set_num_threads(1)
+    import pytest  # noqa: F401
+    import tiny_runs  # noqa: F401
+    import torch.distributed.fsdp
+    import torch.distributed.tensor
+
+    from fastdpo import DPOTrainer, SFTTrainer  # noqa: F401
+
+    for line in sys.stdin:
+        order = json.loads(line)
+        failed = _wait(_fork_all(order), order["timeout"])
+        print(json.dumps(failed), flush=True)
+
+
+def _fork_all(order):
+    """Process ids in the order of ranks."""
+    num_processes = order["num_processes"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**order["environment"], "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    environment["LOCAL_WORLD_SIZE"] = str(num_processes)
+    pids = []
+    for rank in range(num_processes):
+        pid = os.fork()
+        if pid == 0:
+            _become(rank, environment, order["words"])
+        pids.append(pid)
+    return pids
+
+
+def _become(rank, environment, words):
+    """A process of the group, like one that was started: its own streams, environment and random numbers."""
+    try:
+        os.setpgid(0, 0)
+        with open(Path(words[0], f"printed{rank}.txt"), "w") as printed, open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), 0)
+            os.dup2(printed.fileno(), 1)
+            os.dup2(printed.fileno(), 2)
+        os.environ.clear()
+        os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+        numpy.random.seed()  # noqa: NPY002, else the same on every process
+        _run(*words)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    os._exit(1)
+
+
+def _wait(pids, timeout):
+    """The ranks that failed first, or had not ended when the time was over; the others are killed."""
+    end, left, failed = time.monotonic() + timeout, dict(enumerate(pids)), []
+    while left and not failed:
+        for rank, pid in list(left.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                del left[rank]
+                failed += [rank] * (status != 0)
+        if not failed and left and time.monotonic() > end:
+            failed = list(left)
+        time.sleep(0.01)
+    for pid in left.values():
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return failed
+
+
+# In each process
+
+
 def _run(folder, file, name):
+    import torch
+
     torch.set_num_threads(1)
     if os.environ.get(ONE_CARD):
         os.environ["LOCAL_RANK"] = "0"
@@ -59,4 +185,4 @@ def _run(folder, file, name):
 
 
 if __name__ == "__main__":
-    _run(*sys.argv[1:])
+    _run(*sys.argv[1:]) if sys.argv[1:] else _serve()

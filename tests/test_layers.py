@@ -40,6 +40,7 @@ INSIDE = {
         ["mixture"],
     ],
     "training": [
+        ["updates"],
         ["settings"],
         ["setup"],
         ["inputs"],
@@ -47,6 +48,7 @@ INSIDE = {
         ["memory"],
         ["saving"],
         ["resuming"],
+        ["updating"],
         ["callbacks"],
         ["evaluation", "token_means", "trl_attributes"],
         ["base"],

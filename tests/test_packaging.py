@@ -24,6 +24,7 @@ def run_from_the_root(code, *arguments, path=()):
     )
 
 
+@pytest.mark.slow  # `python -m pytest`, at the root, has it every time
 @pytest.mark.skipif(importlib.util.find_spec("kernels") is None, reason="HF's kernels is not installed")
 def test_transformers_imports_from_the_checkouts_root_beside_hf_kernels():
     result = run_from_the_root("import kernels; print(kernels.__file__); " + IMPORT_TRANSFORMERS)

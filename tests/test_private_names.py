@@ -57,6 +57,15 @@ def small_dataset():
     return Dataset.from_list([{"a": 1}])
 
 
+def has_meshes():
+    """The releases that train models which are cut when they are loaded."""
+    import transformers
+
+    return hasattr(transformers.PreTrainedModel, "_mesh_manager") or not trainer_has(
+        "_sync_replicated_trainable_parameters"
+    )
+
+
 # name -> (package and release in which it was last seen, whether it is there)
 TRAINER = {
     name: ("transformers 5.23", lambda name=name: trainer_has(name))
@@ -64,9 +73,12 @@ TRAINER = {
         "_get_num_items_in_batch",
         "_get_output_dir",
         "_get_train_sampler",
+        "_clip_grad_norm",
+        "_get_grad_norm",
         "_init_training_state",
         "_load_best_model",
         "_load_from_checkpoint",
+        "_load_optimizer_and_scheduler",
         "_load_rng_state",
         "_maybe_log_save_evaluate",
         "_prepare_input",
@@ -107,6 +119,8 @@ PRIVATE = {
         "torch 2.13",
         lambda: source_has(torch.nn.parallel.DistributedDataParallel, "_ddp_params_and_buffers_to_ignore"),
     ),
+    "_mesh_manager": ("transformers 5.23", has_meshes),
+    "_post_accumulate_grad_hooks": ("torch 2.13", lambda: hasattr(torch.zeros(1), "_post_accumulate_grad_hooks")),
     "_models": ("accelerate 1.15", lambda: source_has(accelerator().__init__, "self._models")),
     "_is_accelerate_prepared": ("accelerate 1.15", lambda: source_has(accelerator(), "_is_accelerate_prepared")),
     "_original_forward": ("accelerate 1.15", lambda: source_has(accelerator().prepare_model, "_original_forward")),

@@ -13,6 +13,7 @@ import pytest
 from peers import peer
 from releases import SINCE_5_23
 from tiny import make_byte_tokenizer, make_llama, make_rows
+from torch.distributed.run import get_args_parser as torchruns_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -43,10 +44,10 @@ def test_python_blocks_run(name, model_dir, tmp_path, monkeypatch):
 
 
 def test_the_pages_whose_python_runs_here_have_some():
-    pages = {"README.md", "docs/data_checks.md", "docs/head_op.md", "docs/ranking.md"}
+    pages = {"README.md", "docs/data_checks.md", "docs/head_op.md", "docs/index.md", "docs/ranking.md"}
     pages |= {"docs/resuming.md", "docs/rewards.md"}
     assert {name.rpartition("-")[0] for name in BLOCKS} == pages
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 10
 
 
 def commands_of(page):
@@ -56,7 +57,7 @@ def commands_of(page):
     return [line.partition(" #")[0].split() for line in lines if line.startswith("fastdpo ")]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/references.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/references.md"])
 def test_the_train_command_runs(page, model_dir, tmp_path, monkeypatch):
     from fastdpo.cli.main import main
 
@@ -88,8 +89,8 @@ def known_options():
     known = {f.name for cls in (DPOConfig, AdapterArguments, RunArguments) for f in fields(cls)} | {"config", "help"}
     known |= {"no_x", "x"}.union(*(options_of(command) for command in COMMANDS))
     known |= options_of("data", "inspect") | options_of("data", "clean") | options_of("data", "convert")
-    known |= SINCE_5_23
-    for script in ("benchmarks/gpu_suite", "benchmarks/bench_training_step", "tests/portable"):
+    known |= SINCE_5_23 | set(re.findall(r"--([a-z_]+)", torchruns_parser().format_help()))
+    for script in ("benchmarks/gpu_suite", "benchmarks/gpu_page", "benchmarks/bench_training_step", "tests/portable"):
         known |= set(re.findall(r"--([a-z_0-9]+)", (ROOT / f"{script}.py").read_text()))
     return known | set(re.findall(r'"--([a-z-]+)"', (ROOT / "kernels/fused/tuning.py").read_text()))
 

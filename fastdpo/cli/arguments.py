@@ -97,8 +97,8 @@ class RunArguments:
     accelerate_config: str | None = field(
         default=None,
         metadata=help_text(
-            "Start several processes with accelerate: multi_gpu, fsdp2, zero2, zero3, or a YAML file from"
-            " `accelerate config`."
+            "Start several processes with accelerate: multi_gpu, fsdp2, hybrid, zero2, zero3, tp, sp, or a YAML file"
+            " from `accelerate config`."
         ),
     )
     num_processes: int | None = field(
@@ -225,15 +225,16 @@ GROUPS = {
     " ref_max_memory ref_tokens_per_batch sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
     "steps": "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps"
     " lr_scheduler_type warmup_steps weight_decay max_grad_norm optim seed router_aux_loss_coef regroup_dataset"
-    " length_bucketing",
+    " length_bucketing balance_ranks",
     "engine and memory": "max_tokens_per_microbatch on_oversized_row packing padding_free pad_to_multiple_of"
     " prefix_sharing attention_backend impl skip_tolerance workspace_bytes token_metrics bf16 fp16"
-    " gradient_checkpointing tile_rows activation_offloading use_cpu",
+    " gradient_checkpointing tile_rows activation_offloading weight_rounding optimizer_in_backward"
+    " clipping_in_backward use_cpu",
     "adapters and quantized weights": "use_peft lora_r lora_alpha lora_dropout lora_target_modules"
     " lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora load_in_4bit load_in_8bit"
     " bnb_4bit_quant_type bnb_4bit_quant_storage use_bnb_nested_quant",
-    "several processes": "accelerate_config num_processes num_machines machine_rank main_process_ip main_process_port"
-    " ignore_bias_buffers",
+    "several processes": "accelerate_config num_processes sequence_parallel_size num_machines machine_rank"
+    " main_process_ip main_process_port ignore_bias_buffers",
     "evaluation and logging": "eval_strategy eval_steps per_device_eval_batch_size report_to run_name logging_steps"
     " num_eval_samples eval_sample_tokens eval_sample_temperature training_warnings disable_tqdm",
     "saving": "save_strategy save_steps save_total_limit resume_from_checkpoint overwrite_output_dir",

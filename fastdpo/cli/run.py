@@ -41,6 +41,7 @@ from fastdpo.training.saving.signals import StopOnSignal
 from fastdpo.training.saving.staging import restore_unfinished
 from fastdpo.training.settings.config import SFTConfig
 from fastdpo.training.settings.engine import EngineConfig
+from fastdpo.training.setup.failures import failing_together
 from fastdpo.training.setup.models import adapter_base
 
 RUN_FILE = "fastdpo_run.json"  # marks a directory as the output of a run, with the options it had
@@ -70,6 +71,7 @@ def run_training(
         if args.should_save:
             stack.enter_context(locked(args.output_dir, "output_dir"))
             restore_unfinished(Path(args.output_dir))
+        stack.enter_context(failing_together(args))
         _run(command, argv, run, adapter, args, trainer_class, columns, stop)
 
 

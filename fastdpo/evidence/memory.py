@@ -57,8 +57,8 @@ def _cpu_peak(function: Callable[[], Any]) -> int:
     total = peak = 0
     for address, size in _allocations(profiler):
         if size > 0:
+            total += size - alive.get(address, 0)  # at an address in use: its release was not reported
             alive[address] = size
-            total += size
             peak = max(peak, total)
         else:
             total -= alive.pop(address, 0)  # 0 for tensors from before the call: freeing them does not count

@@ -1,5 +1,6 @@
 """The LM head of a causal LM as arguments of the head op: weight, bias, logit scale, softcap, adapter.
 
+Under tensor parallelism these are this process's rows of the head, with the process group that holds the others.
 Refuses heads that are not a plain linear layer, with or without a LoRA adapter, because the op would compute other
 logits than theirs.
 """
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastdpo.modeling.vocab_rows import VocabRows, local, own_rows
 from fastdpo.ops.head import joined_weight
 
 
@@ -37,11 +39,21 @@ class LMHead(NamedTuple):
     hidden @ W.T + u @ B.T = [hidden, u] @ [W, B].T.
     """
 
-    weight: Tensor  # (V, H)
+    weight: Tensor  # (V, H); (rows of this process, H) if `cut`
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
     low_ranks: tuple[LowRank, ...] = ()
+    cut: VocabRows | None = None  # over the processes of a tensor-parallel group; None: the head is whole
+
+    def local(self) -> LMHead:
+        """The head on this process: plain tensors, its own rows if the head is cut over the vocabulary.
+
+        Raises:
+            ValueError: the head is cut in another way.
+        """
+        weight, bias, cut = own_rows(self.weight, self.bias)
+        return self._replace(weight=weight, bias=bias, cut=cut)
 
     def operands(self, rows: Tensor, *, split: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """The factors of the head's product, from hidden states (T, H): (T, H + r), and the weight, whole or split.
@@ -52,7 +64,8 @@ class LMHead(NamedTuple):
         if not self.low_ranks:
             return rows, self.weight, None
         wide = torch.cat([rows, *(low_rank.columns(rows) for low_rank in self.low_ranks)], 1)
-        adapter_weight = torch.cat([low_rank.b.weight for low_rank in self.low_ranks], 1)[: self.weight.shape[0]]
+        columns = [local(low_rank.b.weight) for low_rank in self.low_ranks]
+        adapter_weight = torch.cat(columns, 1)[: self.weight.shape[0]]
         if split and not self.weight.requires_grad:
             return wide, self.weight, adapter_weight
         device_type = rows.device.type
@@ -173,6 +186,11 @@ def inside(layer: nn.Module, function: Callable[..., Any], *tensors: Tensor) -> 
         if module not in called and _is_sharded(module):
             function = _in_call_of(module, function)
     return function(*tensors)
+
+
+def shards_weights(model: nn.Module) -> bool:
+    """Whether FSDP2 or DeepSpeed ZeRO-3 shards a model's weights."""
+    return dist.is_available() and dist.is_initialized() and any(map(_is_sharded, model.modules()))
 
 
 def _is_sharded(module: nn.Module) -> bool:

@@ -27,11 +27,13 @@ from fastdpo.modeling.attention import (
     register,
 )
 from fastdpo.modeling.backbone import backbone_name
-from fastdpo.modeling.head import inside, lm_head
+from fastdpo.modeling.head import LMHead, inside, lm_head, shards_weights
 from fastdpo.modeling.mixers import MixerRows, OwnAttention, find_mixers, mixers_of
 from fastdpo.modeling.positions import counting_modules, told_positions
 from fastdpo.modeling.router import load_balancing_loss
-from fastdpo.ops import sequence_logps
+from fastdpo.modeling.sequence_group import SequenceGroup
+from fastdpo.modeling.sequence_parts import joined_outputs, own_part
+from fastdpo.ops import linear_logps, sequence_logps
 from fastdpo.ops.sequence_loss import GroupEnd, sequence_loss
 from fastdpo.ops.token_sums import Tokens, token_sums
 from fastdpo.types import PackedBatch, PairLogps, SequenceLogps, TokenLogps
@@ -56,6 +58,7 @@ class _Prepared:
     masks: str = "none"  # kind of mask for the model, found by the self-check
     skip_tolerance: float = 0.0  # of the head op, as the next one
     workspace_bytes: int | None = None
+    sequence_group: SequenceGroup | None = None  # that computes batches with shares
 
 
 def bare_model(model: Any) -> Any:
@@ -81,6 +84,7 @@ def prepare_model(
     attention_backend: str | None = None,
     skip_tolerance: float | None = None,
     workspace_bytes: int | None = None,
+    sequence_group: SequenceGroup | None = None,
 ) -> nn.Module:
     """Installs the packed code path inside `model.forward` and returns the same model. Idempotent.
 
@@ -89,6 +93,7 @@ def prepare_model(
             setting, initially "auto".
         skip_tolerance, workspace_bytes: settings of the head op, see `fastdpo.linear_logps`; None keeps the previous
             setting, initially exact and with the op's default workspace.
+        sequence_group: the processes that compute batches with `shares` together; None keeps the previous ones.
     Raises:
         ValueError: the model is not a causal LM with a plain linear LM head, or the backend is unknown.
     """
@@ -101,6 +106,7 @@ def prepare_model(
         "attention_backend": attention_backend,
         "skip_tolerance": skip_tolerance,
         "workspace_bytes": workspace_bytes,
+        "sequence_group": sequence_group,
     }
     for name, value in settings.items():
         if value is not None:
@@ -294,19 +300,27 @@ def packed_loss(
         The loss, () and differentiable in the model's parameters; PairLogps, differentiable only if grad_in_forward is
         off.
     """
-    in_forward = grad_in_forward and torch.is_grad_enabled() and impl != "reference"
+    # on several processes, the loss needs the log-probs of all of them first
+    in_forward = grad_in_forward and batch.shares is None and torch.is_grad_enabled() and impl != "reference"
     if in_forward and prepared_state(model).skip_tolerance == 0:  # skipping needs the whole forward's masses first
         loss, logps = _run(model, batch, impl, outputs, loss_of, summed, router_aux_loss=router_aux_loss)
         assert loss is not None
         return loss, logps
     logps = packed_logps(model, batch, impl=impl, outputs=outputs, router_aux_loss=router_aux_loss)
-    sums, tokens = logps.sequences.sums, logps.sequences.tokens
-    statistics = {}
-    if summed:
-        values, place = [getattr(tokens, name) for name in summed], Tokens(batch.cu_seqlens, batch.token_rows)
-        statistics = dict(zip(summed, token_sums(values, place, dtype=sums.dtype, impl=impl)[0], strict=True))
+    sums = logps.sequences.sums
+    statistics = summed_statistics(logps.sequences.tokens, summed, batch, impl=impl)
     everything = (slice(0, len(sums)), slice(0, batch.num_pairs))
     return loss_of(sums, logps.sequences.lengths, *everything, **statistics), logps
+
+
+def summed_statistics(
+    tokens: TokenLogps, names: Sequence[str], batch: PackedBatch, *, impl: str = "auto"
+) -> dict[str, Tensor]:
+    """(S,) sums of the named statistics over the counted tokens of each sequence, in the dtype of the log-probs."""
+    if not names:
+        return {}
+    values, place = [getattr(tokens, name) for name in names], Tokens(batch.cu_seqlens, batch.token_rows)
+    return dict(zip(names, token_sums(values, place, dtype=tokens.logps.dtype, impl=impl)[0], strict=True))
 
 
 def _run(
@@ -321,8 +335,11 @@ def _run(
 ) -> tuple[Tensor | None, PairLogps]:
     state, layout = prepared_state(model), None
     if batch.varlen is not None:  # made out here, where torch.compile does not look into the branches of a batch
+        group = None if batch.shares is None else state.sequence_group
+        if group is None and batch.shares is not None:
+            raise ValueError("batch must have no shares for a model that has no sequence_group (see prepare_model)")
         layout = PackedLayout(
-            batch.segments, batch.varlen, state.attention_backend, state.excluded_backends, state.masks
+            batch.segments, batch.varlen, state.attention_backend, state.excluded_backends, state.masks, group
         )
         run_mixers_packed(model)
     settings = {"packed_layout": layout, "impl": impl, "outputs": tuple(outputs), "router_aux_loss": router_aux_loss}
@@ -362,7 +379,8 @@ def _forward(
     if packed_batch is None:
         with _as_it_came(model):
             return state.forward(*args, **kwargs)
-    batch = packed_batch
+    group = None if packed_layout is None else packed_layout.group
+    batch = packed_batch if group is None else own_part(packed_batch, group)
     _set_attention(state, packed=batch.is_packed)
     _set_mixers(model, packed_layout)
     layout: dict[str, Any]
@@ -379,15 +397,46 @@ def _forward(
         backbone = decoder(input_ids=batch.input_ids, use_cache=False, **layout)
 
     def head_outputs(rows: Tensor) -> dict[str, Tensor]:
+        if group is not None:
+            return _token_outputs(model, batch, rows, impl, outputs)
         return _head_outputs(model, batch, rows, impl, outputs, loss_of, summed)
 
     rows = backbone.last_hidden_state.flatten(0, 1).index_select(0, batch.logit_rows)
     result: dict[str, Tensor] = inside(model.get_output_embeddings(), head_outputs, rows)
+    if group is not None:
+        result = joined_outputs(result, packed_batch, group, impl)
     if router_aux_loss:
         assert batch.uses is not None
-        aux_loss = load_balancing_loss(backbone.router_logits, batch.uses.flatten(), model.num_experts_per_tok)
-        result["aux_loss"] = aux_loss
+        settings = {} if group is None else {"total": group.total}
+        uses, num_chosen = batch.uses.flatten(), model.num_experts_per_tok
+        result["aux_loss"] = load_balancing_loss(backbone.router_logits, uses, num_chosen, **settings)
     return result
+
+
+def _token_outputs(
+    model: Any, batch: PackedBatch, rows: Tensor, impl: str, outputs: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Log-probs and statistics of the head's rows on this process."""
+    state: _Prepared = getattr(model, _STATE)
+    head = lm_head(model).local()
+    rows, weight, _ = head.operands(rows, split=False)
+    settings = {**_head_settings(state, head, impl, outputs), "skip_tolerance": state.skip_tolerance}
+    tokens = linear_logps(rows, weight, batch.labels, **settings)
+    return {name: getattr(tokens, name) for name in ("logps", *outputs)}
+
+
+def _head_settings(state: _Prepared, head: LMHead, impl: str, outputs: tuple[str, ...]) -> dict[str, Any]:
+    cut = {} if head.cut is None else {"process_group": head.cut.group, "vocab_size": head.cut.num_vocab}
+    return {
+        **cut,
+        "bias": head.bias,
+        "logit_scale": head.logit_scale,
+        "softcap": head.softcap,
+        "impl": impl,
+        "outputs": outputs,
+        "workspace_bytes": state.workspace_bytes,
+        **cut,
+    }
 
 
 def _head_outputs(
@@ -401,18 +450,10 @@ def _head_outputs(
 ) -> dict[str, Tensor]:
     """Log-probs, and with `loss_of` the loss. A dict of tensors: wrappers look for tensors in mappings."""
     state: _Prepared = getattr(model, _STATE)
-    head = lm_head(model)
+    head = lm_head(model).local()
     rows, weight, adapter_weight = head.operands(rows, split=loss_of is not None)
     args = (rows, weight, batch.labels, batch.cu_seqlens)
-    settings: dict[str, Any] = {
-        "rows": batch.token_rows,
-        "bias": head.bias,
-        "logit_scale": head.logit_scale,
-        "softcap": head.softcap,
-        "impl": impl,
-        "outputs": outputs,
-        "workspace_bytes": state.workspace_bytes,
-    }
+    settings = {**_head_settings(state, head, impl, outputs), "rows": batch.token_rows}
     loss = {}
     if loss_of is None:
         result = sequence_logps(*args, skip_tolerance=state.skip_tolerance, **settings)
@@ -425,6 +466,9 @@ def _head_outputs(
             return loss_of(sums, lengths, sequences, pairs, **statistics)
 
         settings |= {"summed": summed, "adapter_weight": adapter_weight}
+        # where weights are sharded because they are large, no process holds a whole fp32 gradient of the head
+        is_half = weight.requires_grad and weight.dtype.itemsize < 4
+        settings["grad_in_forward"] = not (is_half and shards_weights(model))
         loss["loss"], result = sequence_loss(*args, ends, loss_of_groups, **settings)
     return {
         **loss,

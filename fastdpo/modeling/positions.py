@@ -84,7 +84,7 @@ def scaled_by_position(module: Any, query: Tensor, layout: Any) -> Tensor:
     rows = torch.arange(query.shape[2], device=query.device)
     by_row, by_position = (
         torch.log1p(torch.floor((numbers.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
-        for numbers in (rows, layout.positions())
+        for numbers in (rows, layout.own_positions())
     )
     return (query * (by_position / by_row)[:, None]).to(query.dtype)
 

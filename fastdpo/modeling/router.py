@@ -7,7 +7,7 @@ with chosen and rejected in separate rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,12 @@ def has_load_balancing(bare: Any) -> bool:
     return hasattr(config, "output_router_logits") and all(isinstance(getattr(bare, name, None), int) for name in names)
 
 
-def load_balancing_loss(router_logits: Sequence[Tensor], uses: Tensor, num_experts_per_token: int) -> Tensor:
+def load_balancing_loss(
+    router_logits: Sequence[Tensor],
+    uses: Tensor,
+    num_experts_per_token: int,
+    total: Callable[[Tensor], Tensor] = lambda numbers: numbers,
+) -> Tensor:
     """`E * sum_e f_e * P_e`, f_e the share of tokens that expert e gets, P_e its mean probability. Switch Transformer,
     arXiv 2101.03961, eq. 4-6.
 
@@ -32,6 +37,7 @@ def load_balancing_loss(router_logits: Sequence[Tensor], uses: Tensor, num_exper
     Args:
         router_logits: (N, E) for every layer with experts.
         uses: (N,) how often each position counts.
+        total: sums over the processes that hold parts of the N tokens, differentiable.
     Returns:
         (), fp32, differentiable through the probabilities.
     Raises:
@@ -50,5 +56,9 @@ def load_balancing_loss(router_logits: Sequence[Tensor], uses: Tensor, num_exper
         chosen = probs.topk(num_experts_per_token, dim=-1).indices  # (N, k)
         assigned = assigned.index_add(0, chosen.flatten(), weights.repeat_interleave(num_experts_per_token))
         probability = probability + (weights[:, None] * probs).sum(0)  # a matmul would be in autocast's dtype
-    num_tokens = (weights.sum() * len(router_logits)).clamp(min=1)
+    num_tokens = weights.sum() * len(router_logits)
+    assigned, probability, num_tokens = total(torch.cat([assigned, probability, num_tokens[None]])).split(
+        [num_experts, num_experts, 1]
+    )
+    num_tokens = num_tokens.clamp(min=1)
     return num_experts * ((assigned / num_tokens) * (probability / num_tokens)).sum()

@@ -41,6 +41,7 @@ from fastdpo.modeling.packed import (
     run_mixers_packed,
 )
 from fastdpo.modeling.positions import short_scales
+from fastdpo.modeling.vocab_rows import is_dtensor
 from fastdpo.types import TokenizedPair
 
 # Largest difference of a summed log-prob, relative to 1 + its size, that rounding explains
@@ -129,9 +130,9 @@ def check_packing(
     device = execution_device(bare_model(model))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            checked = _in_fp32_where_it_fits(model)
+            checked = in_fp32_where_it_fits(model)
             anywhere = "mask" if attention_backend(model) == "mask" else "sdpa"
-            with _attention_backend(checked, anywhere), _whole_fp32_products(), short_scales(checked):
+            with _attention_backend(checked, anywhere), whole_fp32_products(), short_scales(checked):
                 check_causal(bare_model(checked), device)
                 probe, check = _tried(checked, impl, device)
                 if not check.ok:
@@ -185,7 +186,7 @@ def _attention_backend(model: nn.Module, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _whole_fp32_products() -> Iterator[None]:
+def whole_fp32_products() -> Iterator[None]:
     """Context manager for full-precision fp32 products, without TF32 or bf16 even if the user allows them."""
     backends: Any = torch.backends
     kinds = [backends.cuda.matmul, backends.mkldnn.matmul]
@@ -223,9 +224,10 @@ def _nudged_embeddings(model: nn.Module, size: float) -> Iterator[None]:
         handle.remove()
 
 
-def _in_fp32_where_it_fits(model: nn.Module) -> nn.Module:
+def in_fp32_where_it_fits(model: nn.Module) -> nn.Module:
+    """A copy in fp32 of a 16-bit model that is not too large; else the model itself."""
     dtypes = {p.dtype for p in model.parameters()}
-    if any(p.is_meta for p in model.parameters()):  # weights that accelerate keeps elsewhere
+    if any(p.is_meta or is_dtensor(p) for p in model.parameters()):  # weights that are kept elsewhere
         return model
     is_16_bit = dtypes & {torch.float16, torch.bfloat16} and all(d.is_floating_point for d in dtypes)
     if is_16_bit and sum(p.numel() for p in model.parameters()) <= _MAX_PARAMETERS_COPIED:

@@ -75,6 +75,7 @@ def sequence_loss(
     workspace_bytes: int | None = None,
     process_group: Any = None,
     vocab_size: int | None = None,
+    grad_in_forward: bool = True,
 ) -> tuple[Tensor, SequenceLogps]:
     """The summed loss of all groups.
 
@@ -94,6 +95,8 @@ def sequence_loss(
             computed twice.
         process_group, vocab_size: as in `linear_logps`; adapter_weight is then this process's rows too. Every process
             computes the same loss, and `loss_of` must give the same on each.
+        grad_in_forward: False computes the logits again in backward (8 NHV). The gradient of a half-precision
+            lm_head_weight is then summed in fp32 block by block; in forward, all its sums are in memory, (V, H) fp32.
     Returns:
         The loss, () fp32 (fp64 for fp64 inputs), differentiable in hidden_states, lm_head_weight, bias and
         adapter_weight; and SequenceLogps without gradient. A row whose upstream gradient is below half a unit in the
@@ -126,7 +129,8 @@ def sequence_loss(
 
     everything = _Chunk(slice(0, len(group_ends)), *(slice(0, end) for end in group_ends[-1]))
     floats = [x for x in (hidden_states, lm_head_weight, bias, adapter_weight) if x is not None]
-    in_forward = torch.is_grad_enabled() and any(x.requires_grad for x in floats) and not torch.compiler.is_compiling()
+    in_forward = grad_in_forward and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    in_forward = in_forward and any(x.requires_grad for x in floats)
     if in_forward:
         dtype = operand_dtype(hidden_states, lm_head_weight, bias)
         softcap = None if softcap is None else float(softcap)

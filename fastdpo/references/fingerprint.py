@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastdpo.modeling.head import resident
 from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.vocab_rows import is_dtensor
 
 CACHE_VERSION = 1  # of the meaning of keys and the format of stored log-probs
 _PIECE_BYTES = 2**24  # of a weight, hashed by one thread
@@ -122,6 +123,8 @@ def _saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _plain_tensors(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensor, or the tensors inside a wrapper such as torchao's quantized weights."""
+    if is_dtensor(tensor):  # cut over processes: the digest is that of the whole weight
+        tensor = tensor.full_tensor()
     if not hasattr(tensor, "__tensor_flatten__"):
         yield name, tensor
         return

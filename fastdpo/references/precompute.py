@@ -4,7 +4,8 @@ passes for the rest.
 In: a prepared dataset, a LogpsCache, and a function that scores a batch. Out: the dataset with `ref_logps` in every
 row, and the number of rows per source. Results are written every few seconds, so a killed run continues where it
 stopped.
-Each of several processes computes its share and reads the other shares from the files. Refuses log-probs that are not
+Each of several processes computes its share and reads the other shares from the files; processes that hold parts of a
+model compute all rows together. Refuses log-probs that are not
 finite.
 """
 
@@ -47,6 +48,7 @@ class Scorer:
     show_progress: bool = True
     prompts_per_batch: int | None = None  # at most
     what: str = "Reference log-probs"  # name of the progress bar
+    in_step: bool = False  # whether processes hold parts of the model, so that all must score the same batches
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def fill_ref_logps(
         )
     _wait_for_all()  # all processes read before any process writes
     if scorer is not None and any(_gathered(bool(missing))):
-        index, num_processes = _process()
+        index, num_processes = (0, 1) if scorer.in_step else _process()
         own = [row for row in wanted if int.from_bytes(infos[row].prompt, "big") % num_processes == index]
         with _alone(cache):
             found.update(cache.read(mend=False))  # what another run has computed until now
@@ -155,7 +157,7 @@ def _compute(
     budget = scorer.tokens_per_batch
     units = make_units(infos, rows, known, budget)
     computed: dict[bytes, float] = {}
-    shard = _Shards(cache)
+    shard = _Shards(cache, writes=not scorer.in_step or _process()[0] == 0)
     bar = tqdm(
         total=sum(unit.num_packed for unit in units),
         desc=f"{scorer.what} ({name})",
@@ -171,6 +173,8 @@ def _compute(
                 try:
                     sums = scorer.score(scorer.collate(read_units(dataset, batch))).tolist()
                 except torch.OutOfMemoryError:
+                    if scorer.in_step:  # the others would wait for this process
+                        raise
                     if len(batch) == len(batch[0].members) == 1:
                         row, tokens = batch[0].members[0][0], num_tokens(batch, scorer.is_packed)
                         raise ValueError(
@@ -197,8 +201,8 @@ def _compute(
 class _Shards:
     """Collects results and writes a shard every few seconds, so that a kill loses little."""
 
-    def __init__(self, cache: LogpsCache) -> None:
-        self.cache = cache
+    def __init__(self, cache: LogpsCache, *, writes: bool = True) -> None:
+        self.cache, self.writes = cache, writes
         self.start = self.written = time.monotonic()
         self.waiting: dict[bytes, float] = {}
 
@@ -209,7 +213,7 @@ class _Shards:
             self.flush()
 
     def flush(self) -> None:
-        if self.waiting:
+        if self.waiting and self.writes:
             self.cache.write(list(self.waiting), list(self.waiting.values()))
         self.waiting, self.written = {}, time.monotonic()
 

@@ -9,13 +9,13 @@ one training step, with the gradient of the whole batch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -27,6 +27,7 @@ from fastdpo.data.prepare import Report
 from fastdpo.locks import locked
 from fastdpo.metrics import MetricMeans
 from fastdpo.modeling import PackingCheck, check_packing, prepare_model
+from fastdpo.modeling.sequence_check import check_sequence_parallel
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.references import Reference
 from fastdpo.references.adapters import (
@@ -40,7 +41,8 @@ from fastdpo.training.callbacks.model_card import ModelCard, tag_model
 from fastdpo.training.callbacks.offload import OffloadAtStart
 from fastdpo.training.callbacks.summary import print_summary, summary_text
 from fastdpo.training.evaluation import Evaluation, StepResult
-from fastdpo.training.inputs.collator import Example, collator_for, examples_of, microbatches_of
+from fastdpo.training.inputs.balanced import balanced
+from fastdpo.training.inputs.collator import collator_for, examples_of, microbatches_of
 from fastdpo.training.inputs.order import sampler_for
 from fastdpo.training.inputs.prepared_rows import check_rows, warn_of_lost_rows
 from fastdpo.training.inputs.streams import (
@@ -51,30 +53,51 @@ from fastdpo.training.inputs.streams import (
     read_whole,
     why_unrepeatable,
 )
+from fastdpo.training.inputs.transfer import OneBuffer
 from fastdpo.training.memory.estimate import check_memory_settings, checkpointing_kwargs
-from fastdpo.training.memory.out_of_memory import OutOfMemory, Piece, is_out_of_memory
-from fastdpo.training.memory.token_budget import BudgetAtStart, check_can_split, check_row_sizes, steps_in_backward
-from fastdpo.training.resuming import ResumableTrainer
+from fastdpo.training.memory.halving import FOR_NOTHING, Halving
+from fastdpo.training.memory.out_of_memory import OutOfMemory, OwnItems
+from fastdpo.training.memory.row_parts import KNOWN, KnownWeights, RowPart, loss_of_part
+from fastdpo.training.memory.token_budget import (
+    BudgetAtStart,
+    check_can_run_in_parts,
+    check_can_split,
+    check_row_sizes,
+    steps_in_backward,
+)
 from fastdpo.training.saving.checkpoints import checkpoint_folder
 from fastdpo.training.saving.dry_save import check_can_save
+from fastdpo.training.saving.engines import check_can_continue, load_weights
 from fastdpo.training.saving.saved import SavedModel
 from fastdpo.training.saving.staging import UNFINISHED, put_in_place, restore_unfinished
 from fastdpo.training.settings.engine import EngineConfig
+from fastdpo.training.setup.accelerator import KeptAccelerator
 from fastdpo.training.setup.experts import router_coefficient
+from fastdpo.training.setup.failures import failing_together
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
 from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype
-from fastdpo.training.setup.sharding import keep_outputs_whole
+from fastdpo.training.setup.optimizers import optimizer_name
+from fastdpo.training.setup.sequence_parallel import check_rotary, read_same_rows, sequence_group
+from fastdpo.training.setup.sharding import (
+    backward_without_step,
+    check_not_divided,
+    gathers_weights,
+    keep_outputs_whole,
+    reduces_in_backward,
+)
+from fastdpo.training.setup.tensor_parallel import check_not_resumed, is_cut, reshard
 from fastdpo.training.setup.tiles import use_tiles_in_run
+from fastdpo.training.updates.checks import check_rounded_weights, check_updates
+from fastdpo.training.updating import UpdatingTrainer
 from fastdpo.types import PackedBatch
 
 logger = logging.get_logger(__name__)
 
-FOR_NOTHING = "for_nothing"  # key of a micro-batch that runs only to keep this process in step with the others
 
-
-class PackedTrainer(ResumableTrainer):
+class PackedTrainer(UpdatingTrainer):
     """Base of DPOTrainer and SFTTrainer, which describe the arguments."""
 
+    accelerator = KeptAccelerator()
     method = ""  # "dpo" or "sft": the tag of the model and of its card
     args: EngineConfig
     # every subclass's loss is already a mean over the step's items, so Trainer must not divide it again
@@ -102,15 +125,17 @@ class PackedTrainer(ResumableTrainer):
         self.train_means = MetricMeans()  # since the last log
         self._num_train_tokens = 0  # since the last log
         self._losses = FiniteLosses()
-        self._pending: list[tuple[StepResult, dict[str, Any], int]] | None = None  # results of a backward under way
-        self._done: list[tuple[dict[str, Any], Any]] = []  # micro-batches of this optimizer step, and its items
         self._examples: list[Any] = []  # the rows of the batch that is evaluated
         self._evaluated_rows: Any = None
         tokenizer = self.processing_class = processing_class
         self.args = args
-        if trainer_arguments.get("optimizers", (None, None))[0] is None:
+        has_own_optimizer = trainer_arguments.get("optimizers", (None, None))[0] is not None
+        if not has_own_optimizer:
             check_memory_settings(args)
+        check_updates(args, optimizer_name(args), is_own=has_own_optimizer)
+        check_rounded_weights(args, model)
         forget_accelerate(model)
+        check_not_divided(model)
         use_layer_kernels(model, args)
         prepare_model(model)
 
@@ -137,6 +162,11 @@ class PackedTrainer(ResumableTrainer):
             raise ValueError(
                 f"data_collator must return PackedBatch.asdict(), got TRL's {type(data_collator).__name__}; remove it"
             )
+        if data_collator is not None and args.sequence_parallel_size > 1:
+            raise ValueError(
+                "data_collator must be None if sequence_parallel_size is above 1, because only fastdpo's collator"
+                f" divides batches, got {type(data_collator).__name__}"
+            )
         if data_collator is not None and budget is not None:
             raise ValueError(
                 "data_collator must be None if max_tokens_per_microbatch is set, because only fastdpo's collator splits"
@@ -159,6 +189,7 @@ class PackedTrainer(ResumableTrainer):
             self.add_callback(OffloadAtStart())
         keep_outputs_whole(self.accelerator)
         self.watch_progress()
+        self.watch_updates()
         if is_stream(self.train_dataset):
             self.parts["stream"] = StreamStart(self.train_dataset)
         tag_model(self.model, self.method)
@@ -167,8 +198,12 @@ class PackedTrainer(ResumableTrainer):
         resolve_impl(args.impl, args.device, head_dtype(self.model, args))  # a named impl that cannot run raises here
         self.router_aux_loss_coef = router_coefficient(args, self.model)
         self.is_packed = args.packing != "padded"
+        self.sequence_group = sequence_group(args)
+        check_rotary(args, self.model)
         self.packing_check = self._check_packing(self.model)
         self.out_of_memory.cannot_split = self._why_whole()
+        self._halving = Halving(self.out_of_memory, self._first_pass, steps_in_backward=steps_in_backward(self))
+        check_can_run_in_parts(self, data_collator, shards_weights=self._shards_weights())
         if budget is not None:
             check_can_split(self)
             self.add_callback(BudgetAtStart(self, self._loss_of))
@@ -190,6 +225,15 @@ class PackedTrainer(ResumableTrainer):
     def _loss_sum(self, model: nn.Module, batch: PackedBatch) -> StepResult:
         """The summed loss of a micro-batch, and its metrics."""
         raise TypeError(f"{type(self).__name__} must define _loss_sum, the loss of a micro-batch")
+
+    def _loss_of_row(self, model: nn.Module, batch: PackedBatch, parts: Sequence[RowPart]) -> tuple[StepResult, Tensor]:
+        """The result of a row from forwards of its parts, without a graph; and the (S,) gradient of its loss in the
+        log-probs of its sequences."""
+        raise TypeError(f"{type(self).__name__} must define _loss_of_row, which runs a row in parts")
+
+    def _head_settings(self) -> dict[str, Any]:
+        """Settings of `packed_loss` in this run."""
+        raise TypeError(f"{type(self).__name__} must define _head_settings, the settings of packed_loss")
 
     def _first_rows(self, inputs: dict[str, Any], num_rows: int) -> dict[str, Any]:
         """The batch, reduced to the items of its first `num_rows` rows."""
@@ -234,6 +278,8 @@ class PackedTrainer(ResumableTrainer):
             workspace_bytes=self.args.workspace_bytes,
         )
         check = check_packing(model, impl=self.args.impl, autocast=self.accelerator.autocast)
+        if is_cut(model):
+            reshard(model)
         if self.is_packed and not check.ok:
             if self.args.packing == "packed":
                 raise ValueError(f"packing must be 'auto' or 'padded' for this model, got 'packed': {check.reason}")
@@ -241,6 +287,8 @@ class PackedTrainer(ResumableTrainer):
             self.is_packed = False
         self.collator.is_packed = self.is_packed
         use_tiles_in_run(model, self)
+        if self.sequence_group is not None:
+            check_sequence_parallel(model, self.sequence_group, check, impl=self.args.impl)
         return check
 
     def summary(self) -> str:
@@ -262,7 +310,8 @@ class PackedTrainer(ResumableTrainer):
                 another process trains in the same output directory.
         """
         folder = Path(self.args.output_dir)
-        with locked(folder, "output_dir") if self.args.should_save else nullcontext():
+        lock = locked(folder, "output_dir") if self.args.should_save else nullcontext()
+        with failing_together(self.args), lock:
             if self.args.should_save:
                 restore_unfinished(folder)
             output = self._train(resume_from_checkpoint, *args, **kwargs)
@@ -271,13 +320,18 @@ class PackedTrainer(ResumableTrainer):
     def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         has_adapter = is_peft_model(self.model)
         resume = checkpoint_folder(resume_from_checkpoint, self.args.output_dir, has_adapter=has_adapter)
+        if resume is not None:
+            check_can_continue(resume, self, self.get_total_train_batch_size(self.args))
         check_can_save(self, self.saved, self.card.write, is_sharded=self._shards_weights())
         if self.train_dataset is not None and self._summary_is_due and not self.args.disable_tqdm:
             self.print_summary()
         if self.model_wrapped is self.model:
             self.accelerator._models = [model for model in self.accelerator._models if model is not self.model]
             forget_accelerate(self.model)
-        self._done.clear()
+        if is_cut(self.model):
+            check_not_resumed(resume)
+            reshard(self.model)  # an evaluation may have gathered weights
+        self._halving.end_step()
         output = super().train(resume, *args, **kwargs)
         self._losses.settle(self)
         return output
@@ -287,17 +341,55 @@ class PackedTrainer(ResumableTrainer):
         own = sampler_for(self.args, dataset, lambda: int(self.state.epoch or 0))
         return super()._get_train_sampler(train_dataset) if own is None else own
 
+    def get_train_dataloader(self) -> Any:
+        """As in Trainer; on several processes, all get about equally many tokens in every step."""
+        return balanced(read_same_rows(super().get_train_dataloader(), self.args), self.train_dataset, self.args)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return read_same_rows(super().get_eval_dataloader(eval_dataset), self.args)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        return read_same_rows(super().get_test_dataloader(test_dataset), self.args)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """As in Trainer. Processes that compute rows together read the same ones."""
+        return int(super().get_total_train_batch_size(args)) // self.args.sequence_parallel_size
+
     # The loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
-        """The number of items in all micro-batches of one optimizer step, on all processes."""
+        """The number of items in all micro-batches of one optimizer step, on all processes.
+
+        On several processes, a row that accelerate repeats in an epoch's last step is dropped from the batch, and the
+        imbalance of the step is recorded.
+        """
+        num_tokens = sum(part["input_ids"].numel() for inputs in batch_samples for part in microbatches_of(inputs))
+        if batch_samples:
+            self._drop_repeated_rows(batch_samples[-1])
         parts = [part for inputs in batch_samples for part in microbatches_of(inputs)]
         self._tell_step(parts, self._reduce)
         num_items = sum(self._num_items(part) for part in parts)
-        count = torch.full((), num_items, device=device)  # a fill: a copy from the host would wait for the device
+        count = torch.full((), num_items, device=device)  # fills: a copy from the host would wait for the device
         if self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()
+            counts = self.accelerator.gather(torch.stack([count, torch.full_like(count, num_tokens)])[None])
+            self.train_means.add({"rank_imbalance": (counts[:, 1].max(), counts[:, 1].double().mean())})
+            count = counts[:, 0].sum()
         return count
+
+    def _drop_repeated_rows(self, inputs: dict[str, Any]) -> None:
+        """Takes the items of repeated rows out of a step's last batch, in place. Their tokens still run, because the
+        other processes wait for this one."""
+        num_rows = self._num_own_rows(self.args.train_batch_size)
+        if num_rows is None or any(part.get("example_ids") is None for part in microbatches_of(inputs)):
+            return
+        for part in microbatches_of(inputs):
+            part.update(self._first_rows(part, num_rows))
+        if isinstance(inputs, OneBuffer):
+            inputs.num_own_rows = num_rows
+
+    def _own_items(self, num_rows: int | None) -> OwnItems | None:
+        """A function that keeps the items of this many rows, the first of a batch; None if all are kept."""
+        return None if num_rows is None else partial(self._first_rows, num_rows=num_rows)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -307,70 +399,49 @@ class PackedTrainer(ResumableTrainer):
         if num_items_in_batch is None:  # called from outside the loop: the mean over this batch
             self._tell_step(parts)
             num_items_in_batch = sum(self._num_items(part) for part in parts) * self.accelerator.num_processes
-        examples, parts = examples_of(inputs), self._in_step(parts)
+        model.train()  # Trainer does so too, but only after the first pass of a row in parts
+        if callable(train := getattr(self.optimizer, "train", None)):
+            train()
+        examples, parts = examples_of(inputs), self._in_step(parts, is_training=True)
         examples = [*[None] * (len(parts) - len(examples)), *examples]
-        pieces = [
-            piece for pair in zip(parts, examples, strict=True) for piece in self.out_of_memory.fitting(Piece(*pair))
-        ]
-        losses: list[Tensor] = []
-        while pieces:
-            piece, pieces = pieces[0], pieces[1:]
-            with nullcontext() if not pieces or self._shards_weights() else self.accelerator.no_sync(model):
-                loss = self._tried(model, piece, num_items_in_batch)
-            if isinstance(loss, str):
-                pieces = [*self.out_of_memory.after(piece, loss, self.train_dataset, "train"), *pieces]
-                self._repeat_step(model)
-            else:
-                losses.append(loss)
+        losses = self._halving.train(
+            self._forward_and_backward,
+            model,
+            parts,
+            examples,
+            num_items=num_items_in_batch,
+            dataset=self.train_dataset,
+            without_step=partial(backward_without_step, self.accelerator),
+            own_items=self._own_items(getattr(inputs, "num_own_rows", None)),
+            reduces=self._has_copies() and self.accelerator.sync_gradients,
+        )
         if self.accelerator.sync_gradients:  # the optimizer steps next
-            self._done.clear()
+            self._halving.end_step()
             self._losses.check(self)
         return self._sum_of(losses)
-
-    def _tried(self, model: nn.Module, piece: Piece, num_items: Tensor | int) -> Tensor | str:
-        """The loss of a micro-batch after its backward, or why it does not fit into memory. Only a micro-batch that has
-        come to its end leaves metrics behind."""
-        self._pending = None if steps_in_backward(self) else []
-        try:
-            loss = super().training_step(model, piece.inputs, num_items)
-        except RuntimeError as error:  # not kept: its frames hold the activations
-            if not is_out_of_memory(error):
-                raise
-            return str(error).partition("\n")[0]
-        else:
-            for result, part, num_tokens in self._pending or ():
-                self._record(result, part, num_tokens)
-            if not self.out_of_memory.cannot_split:
-                self._done.append((piece.inputs, num_items))
-            return loss
-        finally:
-            self._pending = None
-
-    def _repeat_step(self, model: nn.Module) -> None:
-        """Computes the gradient of this step so far again: a backward that ran out of memory has added a part of its
-        own."""
-        model.zero_grad(set_to_none=True)
-        for inputs, num_items in self._done:
-            self._pending = []
-            super().training_step(model, inputs, num_items)
-        self._pending = None
 
     def _why_whole(self) -> str:
         """Why a micro-batch must not be halved when memory runs out; empty if it may."""
         if steps_in_backward(self):
             return "the optimizer steps in backward"
-        if self.args.world_size > 1 or self._shards_weights():
+        if self._shards_weights() or (self.args.world_size > 1 and not self._has_copies()):
             return "other processes would wait for this one"
         return ""
+
+    def _has_copies(self) -> bool:
+        """Whether each of several processes has a copy of the model, and they meet only to reduce gradients."""
+        is_ddp = self.accelerator.distributed_type.startswith("MULTI_") and not self._shards_weights()
+        return self.args.world_size > 1 and is_ddp and self.sequence_group is None
 
     def _shards_weights(self) -> bool:
         """Whether processes gather weights in every forward, so that all must run the same number of forwards."""
         loaded_in_shards = getattr(self, "is_distributed_loading_by_transformers", False)
-        return self.accelerator.distributed_type == DistributedType.FSDP or loaded_in_shards
+        return gathers_weights(self.accelerator) or loaded_in_shards
 
-    def _in_step(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """With sharded weights, adds micro-batches that do not count until all processes have equally many."""
-        if self.args.max_tokens_per_microbatch is None or not self._shards_weights():
+    def _in_step(self, parts: list[dict[str, Any]], *, is_training: bool) -> list[dict[str, Any]]:
+        """Where all processes must run equally many micro-batches, adds ones that do not count, before the others."""
+        keeps_step = self._shards_weights() or (is_training and reduces_in_backward(self.accelerator))
+        if self.args.max_tokens_per_microbatch is None or not keeps_step:
             return parts
         count = torch.tensor([len(parts)], device=self.args.device)
         missing = int(self.accelerator.gather(count).max()) - len(parts)
@@ -392,13 +463,17 @@ class PackedTrainer(ResumableTrainer):
         if not is_training or num_items_in_batch is None:
             self._tell_step(parts)
         if not is_training:
-            parts = [self._without_repeated_rows(part) for part in self._in_step(parts)]
+            parts = [self._without_repeated_rows(part) for part in self._in_step(parts, is_training=False)]
         if is_training:
             sums = [self._part_loss_sum(model, part) for part in parts]
         else:
             known = self._examples if len(self._examples) == len(parts) else [None] * len(parts)
+            own_items = self._own_items(self._num_own_rows(self.args.eval_batch_size))
+            loss_of = partial(self._part_loss_sum, model)
             sums = [
-                loss for part, rows in zip(parts, known, strict=True) for loss in self._evaluated(model, part, rows)
+                loss
+                for part, rows in zip(parts, known, strict=True)
+                for loss in self._halving.evaluate(model, loss_of, part, rows, self._evaluated_rows, own_items)
             ]
         loss_sum = self._sum_of(sums)
         if self._evaluation is not None and not is_training:
@@ -411,18 +486,37 @@ class PackedTrainer(ResumableTrainer):
 
     def _part_loss_sum(self, model: nn.Module, part: dict[str, Any]) -> Tensor:
         """The summed loss of one micro-batch. Also records its metrics."""
-        batch = PackedBatch(**{key: value for key, value in part.items() if key != FOR_NOTHING})
+        is_for_nothing = FOR_NOTHING in part
+        part = {key: value for key, value in part.items() if key != FOR_NOTHING}
+        if KNOWN in part:
+            with self.accelerator.autocast():
+                return loss_of_part(model, part, **self._head_settings()) * (0.0 if is_for_nothing else 1.0)
+        batch = PackedBatch(**part)
         with self.accelerator.autocast():  # for policy and reference, whether accelerate wraps them or not
             result = self._loss_sum(model, batch)
-        if FOR_NOTHING in part:
+        if is_for_nothing:
             return result.loss * 0.0
-        if model.training and self._pending is not None:
-            self._pending.append((result, part, batch.num_tokens))
-        elif model.training:
-            self._record(result, part, batch.num_tokens)
+        self._add_result(model, result, part, batch)
+        return result.loss
+
+    def _first_pass(self, model: nn.Module, row: dict[str, Any], parts: Sequence[RowPart]) -> list[KnownWeights]:
+        """The weights of a row's parts. Also records the row's metrics."""
+        row = self._prepare_inputs(row)
+        batch = PackedBatch(**row)
+        with torch.no_grad(), self.accelerator.autocast():
+            result, weights = self._loss_of_row(model, batch, parts)
+        self._add_result(model, result, row, batch)
+        none = torch.zeros_like(result.loss)
+        return [KnownWeights(weights[list(part.sequences)], none if i else result.loss) for i, part in enumerate(parts)]
+
+    def _add_result(self, model: nn.Module, result: StepResult, part: dict[str, Any], batch: PackedBatch) -> None:
+        """Adds the result of a micro-batch to the metrics of training or of the evaluation."""
+        if self._is_measuring:
+            return
+        if model.training:
+            self._halving.record(partial(self._record, result, part, batch.num_tokens))
         elif self._evaluation is not None:
             self._evaluation.add(result, self._num_items(part))
-        return result.loss
 
     def _sum_of(self, losses: list[Tensor]) -> Tensor:
         """The sum; 0 if no row of a batch fits into memory."""
@@ -433,23 +527,8 @@ class PackedTrainer(ResumableTrainer):
         self.train_means.add(result.metrics)
         self._num_train_tokens += num_tokens
         self._losses.add(result.loss, part, result.sums)
-        if steps_in_backward(self):
-            self._losses.check(self)
-
-    def _evaluated(self, model: nn.Module, part: dict[str, Any], examples: tuple[Example, ...] | None) -> list[Tensor]:
-        """The summed losses of a micro-batch in evaluation, in as many pieces as memory needs."""
-        pieces, sums = self.out_of_memory.fitting(Piece(part, examples)), []
-        while pieces:
-            piece, pieces = pieces[0], pieces[1:]
-            try:
-                sums.append(self._part_loss_sum(model, piece.inputs))
-                continue
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = str(error).partition("\n")[0]
-            pieces = [*self.out_of_memory.after(piece, reason, self._evaluated_rows, "evaluation"), *pieces]
-        return sums
+        if steps_in_backward(self) and (self.accelerator.sync_gradients or not self.is_deepspeed_enabled):
+            self._losses.check(self)  # the weights change in the backward that comes next
 
     def _loss_of(self, batch: PackedBatch) -> Tensor:
         """The loss of a batch by itself, in the precision of the run."""
@@ -458,13 +537,19 @@ class PackedTrainer(ResumableTrainer):
 
     def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch without the rows that accelerate repeats in the last step to give all processes equally many."""
-        state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        num_rows = self._num_own_rows(self.args.eval_batch_size)
+        if num_rows is None:
             return inputs
         if inputs.get("example_ids") is None:
             raise ValueError("data_collator must return example_ids in an evaluation on several processes, got None")
-        num_rows = self.args.eval_batch_size
-        return self._first_rows(inputs, min(max(state.remainder - self.args.process_index * num_rows, 0), num_rows))
+        return self._first_rows(inputs, num_rows)
+
+    def _num_own_rows(self, batch_size: int) -> int | None:
+        """The number of rows in this process's batch that no process has had before; None if that is all of them."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        return min(max(state.remainder - self.args.data_parallel_index * batch_size, 0), batch_size)
 
     def _prepare_input(self, data: Any) -> Any:
         """Moves tensors without rounding. Trainer would round floats to the weights' dtype under DeepSpeed, so cached
@@ -479,6 +564,9 @@ class PackedTrainer(ResumableTrainer):
             masks = [(part["input_ids"], part.get("attention_mask")) for part in microbatches_of(inputs)]
             flat = [(torch.ones_like(ids) if mask is None else mask).flatten() for ids, mask in masks]
             inputs = {**inputs, "attention_mask": torch.cat(flat)}
+        if self.sequence_group is not None and self.sequence_group.rank > 0:  # another process counts these tokens
+            named = {name: inputs.get(name) for name in ("input_ids", "attention_mask")}
+            inputs = {**inputs, **{name: x[..., :0] for name, x in named.items() if x is not None}}
         super()._track_num_input_tokens(inputs)
 
     def _reduce(self, table: Tensor) -> Tensor:
@@ -496,7 +584,7 @@ class PackedTrainer(ResumableTrainer):
         """Tokens trained on by all processes since the run began."""
         num_new_tokens = torch.tensor(self._num_train_tokens, device=self.args.device)
         before = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
-        return next(before, 0) + int(self._reduce(num_new_tokens))
+        return next(before, 0) + int(self._reduce(num_new_tokens)) // self.args.row_group_size
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -572,9 +660,7 @@ class PackedTrainer(ResumableTrainer):
     def save_state(self) -> None:
         """Saves the log and the state of the loop, as Trainer does."""
         if self.is_world_process_zero():
-            path = os.path.join(self.args.output_dir, "trainer_state.json")
-            self.state.save_to_json(f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
+            self.state_writer.write(self.state, Path(self.args.output_dir, "trainer_state.json"))
 
     def create_model_card(self, *args: Any, **metadata: Any) -> None:
         """Writes README.md into the output directory. The arguments are those of `ModelCard.write`."""
@@ -597,7 +683,9 @@ class PackedTrainer(ResumableTrainer):
             put_in_place(Path(staged), Path(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._holds_parts() or not self.saved.load(resume_from_checkpoint):
+        if self._is_of_another_engine(resume_from_checkpoint):
+            load_weights(resume_from_checkpoint, self.model if model is None else model, self)
+        elif self._holds_parts() or not self.saved.load(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         for part in self.restored:
             part.load(resume_from_checkpoint)
@@ -611,4 +699,4 @@ class PackedTrainer(ResumableTrainer):
 
     def _holds_parts(self) -> bool:
         """Whether processes hold parts of the weights."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or is_cut(self.model)

@@ -6,7 +6,8 @@ rows -> token columns (data) -> PackedBatch (collator) -> log-probs of policy (m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from transformers.utils import logging
 
 from fastdpo.data.prepare import Report, prepare_preference_dataset
 from fastdpo.losses import LOSSES, is_listwise, looks_at_whole_batch, pair_scores, preference_losses
-from fastdpo.metrics import pair_metrics, token_metrics
-from fastdpo.modeling import packed_loss
+from fastdpo.metrics import metrics_of_tokens, pair_metrics, token_statistics
+from fastdpo.modeling import packed_logps, packed_loss
+from fastdpo.modeling.packed import LossOfSums, summed_statistics
 from fastdpo.references import AdapterReference, DatasetReference, NoReference, Reference
 from fastdpo.references.adapters import (
     brings_reference,
@@ -34,6 +36,7 @@ from fastdpo.training.evaluation import Evaluation, StepResult
 from fastdpo.training.inputs.before_weights import check_before_weights
 from fastdpo.training.inputs.cached_reference import CachedReference
 from fastdpo.training.inputs.streams import brings_ref_logps
+from fastdpo.training.memory.row_parts import RowPart
 from fastdpo.training.settings.config import DPOConfig
 from fastdpo.training.settings.trl_names import check_methods, is_trls_config, settings_of, tokenizer_given_as
 from fastdpo.training.setup.adapters import with_adapter
@@ -269,8 +272,57 @@ class DPOTrainer(PackedTrainer):
                 "data_collator must return shared_parts if ld_alpha is set, as PackingCollator(shared_parts=True) does,"
                 " got None"
             )
-        rankings = _rankings(batch.example_ids, batch.pairs) if is_listwise(args) else None
         ref_sums = self.reference.sums(model, batch)  # first, because the policy's head needs the weight of each pair
+        settings = self._head_settings() | {"outputs": self._statistics(), "summed": self._summed()}
+        router_aux_loss = self.router_aux_loss_coef > 0
+        loss_of = self._loss_of_sums(batch, ref_sums)
+        loss, policy = packed_loss(model, batch, loss_of, **settings, router_aux_loss=router_aux_loss)
+        found = policy.sequences
+        statistics = token_statistics(found.tokens, batch.token_rows, batch.cu_seqlens, impl=args.impl)
+        result = self._result(batch, loss, found.sums.detach(), found.lengths, ref_sums, statistics)
+        if policy.aux_loss is None:
+            return result
+        num_items = self._num_items({"pairs": batch.pairs, "example_ids": batch.example_ids})
+        loss, balance = with_load_balancing(loss, policy.aux_loss, self.router_aux_loss_coef, num_items)
+        return replace(result, loss=loss, metrics={**result.metrics, **balance})
+
+    def _loss_of_row(self, model: nn.Module, batch: PackedBatch, parts: Sequence[RowPart]) -> tuple[StepResult, Tensor]:
+        found: list[dict[str, Tensor]] = []
+        for part in parts:
+            own = PackedBatch(**part.inputs)
+            ref_sums = self.reference.sums(model, own)
+            sequences = packed_logps(model, own, impl=self.args.impl, outputs=self._statistics()).sequences
+            statistics = token_statistics(sequences.tokens, own.token_rows, own.cu_seqlens, impl=self.args.impl)
+            summed = summed_statistics(sequences.tokens, self._summed(), own, impl=self.args.impl)
+            numbers = {"sums": sequences.sums, "lengths": sequences.lengths, "ref_sums": ref_sums}
+            found.append({**numbers, **statistics, **summed})
+        place = torch.tensor([i for part in parts for i in part.sequences], device=batch.pairs.device)
+        whole = {name: torch.cat([numbers[name] for numbers in found])[place.argsort()] for name in found[0]}
+        sums, lengths, ref_sums = (whole.pop(name) for name in ("sums", "lengths", "ref_sums"))
+        summed = {name: whole.pop(name) for name in self._summed()}
+        with torch.enable_grad():
+            leaf = sums.detach().requires_grad_()
+            everything = (slice(0, batch.num_sequences), slice(0, batch.num_pairs))
+            loss = self._loss_of_sums(batch, ref_sums)(leaf, lengths, *everything, **summed)
+            (weights,) = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)
+        return self._result(batch, loss.detach(), sums, lengths, ref_sums, whole), weights
+
+    def _head_settings(self) -> dict[str, Any]:
+        in_forward = not self.args.torch_compile and not looks_at_whole_batch(self.args)
+        return {"impl": self.args.impl, "grad_in_forward": in_forward}
+
+    def _summed(self) -> tuple[str, ...]:
+        """Statistics of tokens whose sums the loss reads."""
+        return ("log_sum_sq_probs",) if self.args.use_weighting else ()
+
+    def _statistics(self) -> tuple[str, ...]:
+        """Statistics of tokens that metrics or the loss read."""
+        return (*(TOKEN_METRICS if self.args.token_metrics else ()), *self._summed())
+
+    def _loss_of_sums(self, batch: PackedBatch, ref_sums: Tensor) -> LossOfSums:
+        """The loss of consecutive groups of the batch from their log-probs, as `packed_loss` calls it."""
+        args = self.args
+        rankings = _rankings(batch.example_ids, batch.pairs) if is_listwise(args) else None
 
         def loss_of(sums: Tensor, lengths: Tensor, sequences: slice, pairs: slice, **statistics: Tensor) -> Tensor:
             scores = pair_scores(
@@ -286,29 +338,26 @@ class DPOTrainer(PackedTrainer):
             )
             return preference_losses(scores, args).sum()
 
-        summed = ("log_sum_sq_probs",) if args.use_weighting else ()
-        settings: dict[str, Any] = {
-            "impl": args.impl,
-            "outputs": (*(TOKEN_METRICS if args.token_metrics else ()), *summed),
-            "summed": summed,
-            "grad_in_forward": not args.torch_compile and not looks_at_whole_batch(args),
-            "router_aux_loss": self.router_aux_loss_coef > 0,
-        }
-        loss, policy = packed_loss(model, batch, loss_of, **settings)
-        found = policy.sequences
-        scores = pair_scores(
-            batch.pairs, found.sums.detach(), found.lengths, ref_sums, args, shared_parts=batch.shared_parts
-        )
+        return loss_of
+
+    def _result(
+        self,
+        batch: PackedBatch,
+        loss: Tensor,
+        sums: Tensor,  # (S,) of the policy, without graph
+        lengths: Tensor,
+        ref_sums: Tensor,
+        statistics: dict[str, Tensor],  # as from `token_statistics`
+    ) -> StepResult:
+        """The loss with its metrics, and what predictions and a saved bad batch need."""
+        args = self.args
+        scores = pair_scores(batch.pairs, sums, lengths, ref_sums, args, shared_parts=batch.shared_parts)
         per_token = any(LOSSES[name].rewards_per_token for name in args.loss_type)
         metrics = pair_metrics(scores, args.beta, per_token=per_token)
-        metrics.update(token_metrics(policy, batch.token_rows, batch.cu_seqlens, batch.pairs, impl=args.impl))
-        if policy.aux_loss is not None:
-            num_items = self._num_items({"pairs": batch.pairs, "example_ids": batch.example_ids})
-            loss, balance = with_load_balancing(loss, policy.aux_loss, self.router_aux_loss_coef, num_items)
-            metrics.update(balance)
+        metrics.update(metrics_of_tokens(statistics, batch.pairs))
         is_asked = self._evaluation is not None and self._evaluation.predictions is not None
         values = pair_values(scores, batch, args.beta, per_token=per_token) if is_asked else None
-        return StepResult(loss, metrics, values, {"policy": found.sums.detach(), "reference": ref_sums.detach()})
+        return StepResult(loss, metrics, values, {"policy": sums, "reference": ref_sums.detach()})
 
 
 def _rankings(example_ids: Tensor | None, pairs: Tensor) -> Tensor:

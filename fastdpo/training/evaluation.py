@@ -49,7 +49,7 @@ class Evaluation:
         """Trainer's output, completed by `predictions`, `label_ids` and the metrics of `compute_metrics`."""
         if self.predictions is None:
             return output
-        values, lengths = self.predictions.collected(args.world_size)
+        values, lengths = self.predictions.collected(args.world_size, args.row_group_size)
         if compute_metrics is not None:
             prediction = EvalPrediction(predictions=values, label_ids=lengths)  # type: ignore[arg-type]
             output.metrics.update(

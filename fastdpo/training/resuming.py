@@ -29,6 +29,7 @@ from fastdpo.metrics import MetricMeans
 from fastdpo.references.adapters import is_peft_model
 from fastdpo.training.inputs.streams import is_stream
 from fastdpo.training.saving.disk import DiskFull, bytes_of_save, free_bytes, is_full
+from fastdpo.training.saving.engines import kind_of, load_optimizer, own_kind
 from fastdpo.training.saving.manifest import EarlyChecksums, size_of, write_manifest
 from fastdpo.training.saving.progress import (
     Part,
@@ -36,11 +37,13 @@ from fastdpo.training.saving.progress import (
     as_hex,
     from_hex,
     load_progress,
+    load_random_states,
     random_states,
     save_progress,
     set_random_states,
 )
-from fastdpo.training.saving.signals import EvaluationInterrupted, StopOnSignal, Stopped
+from fastdpo.training.saving.run_state import StateWriter
+from fastdpo.training.saving.signals import EvaluationInterrupted, StopOnSignal, Stopped, spare_workers
 from fastdpo.training.saving.staging import UNFINISHED, commit, rotate
 from fastdpo.training.settings.engine import EngineConfig
 
@@ -82,7 +85,7 @@ class ResumableTrainer(Trainer):
 
     def watch_progress(self) -> None:
         """Adds the callback that keeps track of the place in the run."""
-        self.parts, self.restored, self.checksums = {}, [], EarlyChecksums()
+        self.parts, self.restored, self.checksums, self.state_writer = {}, [], EarlyChecksums(), StateWriter()
         self.add_callback(_Place(self))
 
     # The place in the data
@@ -114,10 +117,25 @@ class ResumableTrainer(Trainer):
         num_passes = (step - 1) // num_update_steps_per_epoch
         if is_streamed and progress is not None:
             num_passes = progress.num_passes
-            place = num_passes, 0 if self.args.ignore_data_skip else progress.num_batches
+            place = num_passes, 0 if self.args.ignore_data_skip else self._batches_done(progress)
         if is_at_end and progress is not None and not progress.has_ended_epoch:
             return num_passes, num_batches  # the last epoch without its steps: its end is still to come
         return (num_train_epochs, 0) if self._stops_at_once else place
+
+    def _batches_done(self, progress: Progress) -> int:
+        """The batches of a pass that are done; with another number of processes, a step may have others."""
+        if progress.num_accumulated == 0:
+            return progress.num_batches
+        return progress.num_batches // progress.num_accumulated * self.args.gradient_accumulation_steps
+
+    def _is_of_another_engine(self, checkpoint: str) -> bool:
+        return kind_of(checkpoint) != own_kind(self)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._is_of_another_engine(checkpoint):
+            load_optimizer(checkpoint, self)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _restore_callbacks(self) -> None:
         """Gives callbacks such as EarlyStoppingCallback the counters that Trainer saved with the checkpoint."""
@@ -153,7 +171,10 @@ class ResumableTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Loads the random states, once the batches that are done are skipped, and does what is left at their step."""
-        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self._resumed is not None and self._resumed.num_processes != self.args.world_size:
+            load_random_states(checkpoint)
+        else:
+            super()._load_rng_state(checkpoint)
         is_first, self._resumed_from = self._resumed_from is not None, None
         progress = self._resumed
         if not is_first or progress is None:
@@ -177,7 +198,7 @@ class ResumableTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer. Stops on signals if StopOnSignal is among the callbacks."""
-        found = [callback for callback in self.callback_handler.callbacks if isinstance(callback, StopOnSignal)]
+        found = self._signal_callbacks()
         self._stop_on_signal = found[0] if found else None
         self._saved_step, self._left = None, (False, False)
         with found[0].training() if found else nullcontext():
@@ -187,6 +208,17 @@ class ResumableTrainer(Trainer):
                     self._save_checkpoint(self.model, None)
                 found[0].stop(self._checkpoint_path(None), is_main=self.is_world_process_zero())
         return output
+
+    def _signal_callbacks(self) -> list[StopOnSignal]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, StopOnSignal)]
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        return spare_workers(loader) if self._signal_callbacks() else loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        loader = super().get_eval_dataloader(eval_dataset)
+        return spare_workers(loader) if self._signal_callbacks() else loader
 
     def check_interrupted(self) -> None:
         """Ends an evaluation within training if a signal came. Call it at every batch.
@@ -295,7 +327,7 @@ class ResumableTrainer(Trainer):
         def finish() -> None:
             for part in self.restored:
                 part.save(str(staged))
-            self.state.save_to_json(str(staged / "trainer_state.json"))
+            self.state_writer.write(self.state, staged / "trainer_state.json")
             write_manifest(staged, self.checksums)
             commit(staged, final)
             shutil.rmtree(staged.parent, ignore_errors=True)
@@ -304,7 +336,8 @@ class ResumableTrainer(Trainer):
         self._on_all_processes(prepare if self.args.should_save else None)
         self._is_staging = True
         try:
-            self._on_all_processes(partial(super()._save_checkpoint, model, trial))
+            with self.state_writer.alone(self.state):  # it is written once, in `finish`
+                self._on_all_processes(partial(super()._save_checkpoint, model, trial))
         finally:
             self._is_staging = False
             self.state.best_model_checkpoint = best
@@ -387,6 +420,8 @@ class ResumableTrainer(Trainer):
         grad_norm, learning_rate = self._last_step
         return Progress(
             num_processes=self.args.world_size,
+            rows_per_step=self.get_total_train_batch_size(self.args),
+            num_accumulated=self.args.gradient_accumulation_steps,
             loss_sum=self._tr_loss.item(),
             total_loss=self._total_loss_scalar,
             last_logged_step=self._globalstep_last_logged,

@@ -5,6 +5,7 @@ import os
 import signal
 
 from fastdpo.cli.main import main
+from fastdpo.references.cache import LogpsCache
 
 
 def killed(words, where, call=1, *, after=False):
@@ -28,6 +29,18 @@ def killed(words, where, call=1, *, after=False):
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status), f"{where} was called fewer than {call} times: exit code {os.WEXITSTATUS(status)}"
     assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def written_from_now_on(monkeypatch):
+    """A list that gets the keys of all log-probs which are written to a cache."""
+    found, write = [], LogpsCache.write
+
+    def counted(cache, keys, logps):
+        found.extend(keys)
+        return write(cache, keys, logps)
+
+    monkeypatch.setattr(LogpsCache, "write", counted)
+    return found
 
 
 def _kill_at(where, call, after):

@@ -1,15 +1,11 @@
 """`fastdpo data` end to end: tables, JSON, page, exit codes, files, and mistakes in one line."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 from cli_runs import run
+from kills import killed
 from tiny import make_byte_tokenizer, make_rows
 
 
@@ -183,19 +179,17 @@ def test_the_help_names_every_fault(capsys):
     assert set(FAULTS) <= set(words)
 
 
-def test_a_killed_clean_leaves_no_half_of_a_file_and_runs_again(place):
-    write(place / "many.jsonl", make_rows(30) * 200)
-    command = [sys.executable, "-m", "fastdpo.cli.main", "data", "clean", "many.jsonl", "-o", "clean.jsonl"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (place / ".clean.jsonl.partial").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (place / "clean.jsonl").exists() or len(lines(place / "clean.jsonl")) == 30
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=True)
-    assert "kept 30 of 6,000 rows" in done.stdout
+@pytest.mark.parametrize("when", [{}, {"after": True}], ids=["all written", "one in place"])
+def test_a_killed_clean_leaves_no_half_of_a_file_and_runs_again(capsys, place, when):
+    write(place / "many.jsonl", make_rows(30) * 20)
+    words = ("data", "clean", "many.jsonl", "-o", "clean.jsonl")
+    killed(words, "pathlib:Path.replace", **when)
+    assert list(place.glob(".*partial"))
+    for path in (place / "clean.jsonl", place / "clean.removed.jsonl"):
+        assert not path.exists() or len(lines(path)) in (30, 570)
+    code, out, err = run(capsys, *words)
+    assert code == 0, err
+    assert "kept 30 of 600 rows" in out
     assert len(lines(place / "clean.jsonl")) == 30
-    assert len(lines(place / "clean.removed.jsonl")) == 5970
+    assert len(lines(place / "clean.removed.jsonl")) == 570
     assert not list(place.glob(".*partial"))

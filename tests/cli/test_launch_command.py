@@ -4,13 +4,14 @@ import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from cli_runs import options_of, run, save_model, save_rows, short
 
 from fastdpo.cli.launch import start
-from fastdpo.cli.launch.start import CONFIGS, STARTED, launch, launcher_words
+from fastdpo.cli.launch.start import CONFIGS, STARTED, group_words, launch, launcher_words
 
 
 def asked(**options):
@@ -106,7 +107,7 @@ def test_a_file_of_ones_own_says_itself_how_many(tmp_path):
         (("--accelerate_config", "fsdp3"), "did you mean 'fsdp2'?"),
         (
             ("--accelerate_config", "no.yaml"),
-            "accelerate_config must be one of fsdp2, multi_gpu, zero2, zero3, or a file",
+            "accelerate_config must be one of fsdp2, hybrid, multi_gpu, sp, tp, zero2, zero3, or a file",
         ),
         (("--num_processes", "0"), "num_processes must be at least 1, got 0"),
     ],
@@ -126,7 +127,16 @@ def test_a_package_that_is_missing_is_named_before_anything_starts(monkeypatch):
         launch("train", [], asked(accelerate_config="zero3", num_processes=2))
 
 
-KINDS = {"multi_gpu": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+KINDS = {
+    "multi_gpu": "MULTI_GPU",
+    "fsdp2": "FSDP",
+    "hybrid": "FSDP",
+    "zero2": "DEEPSPEED",
+    "zero3": "DEEPSPEED",
+    "tp": "MULTI_GPU",
+    "sp": "FSDP",
+}
+RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 
 
 def test_the_names_are_configurations_that_accelerate_reads():
@@ -137,8 +147,69 @@ def test_the_names_are_configurations_that_accelerate_reads():
         config = load_config_from_file(str(start.config_file(name)))
         assert config.distributed_type == kind, name
         assert config.mixed_precision == "no"  # the run's own bf16 and fp16 decide
-    assert load_config_from_file(str(CONFIGS["fsdp2"])).fsdp_config["fsdp_version"] == 2
+        if kind == "FSDP":
+            assert config.fsdp_config["fsdp_version"] == 2
     stages = [
         yaml.safe_load(CONFIGS[name].read_text())["deepspeed_config"]["zero_stage"] for name in ("zero2", "zero3")
     ]
     assert stages == [2, 3]
+
+
+def launchers_arguments(words):
+    """What accelerate's launcher makes of its options."""
+    from accelerate.commands import launch as accelerates
+
+    parser = accelerates.launch_command_parser()
+    arguments, _, _ = accelerates._validate_launch_command(parser.parse_args([*words, "script.py"]))
+    return arguments
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_eight_gpus_of_a_machine_and_of_two_have_a_recipe(name, monkeypatch):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    named = yaml.safe_load(CONFIGS[name].read_text())
+    for num_machines in (1, 2):
+        path = RECIPES / f"{name}_{num_machines}x8.yaml"
+        config = load_config_from_file(str(path))
+        assert (config.num_machines, config.num_processes) == (num_machines, 8 * num_machines)
+        arguments = launchers_arguments(["--config_file", str(path)])
+        assert arguments.num_processes == 8 * num_machines
+        written = yaml.safe_load(path.read_text())
+        for key in ("distributed_type", "deepspeed_config", "mixed_precision"):
+            assert written.get(key) == named.get(key), (path.name, key)
+        assert f"accelerate launch --config_file recipes/accelerate/{path.name}" in path.read_text()
+        if name == "hybrid":
+            sizes = (arguments.parallelism_config_dp_replicate_size, arguments.parallelism_config_dp_shard_size)
+            assert sizes == (2, 4 * num_machines)
+    assert {path.name for path in RECIPES.glob("*.yaml")} == {f"{kind}_{m}x8.yaml" for kind in KINDS for m in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [({"num_processes": 8}, (2, 4)), ({"num_processes": 32, "num_machines": 4}, (4, 8))],
+)
+def test_hybrid_keeps_a_copy_on_every_machine_or_two_on_one(options, sizes):
+    arguments = launchers_arguments(launcher_words(asked(accelerate_config="hybrid", **options)))
+    assert (arguments.parallelism_config_dp_replicate_size, arguments.parallelism_config_dp_shard_size) == sizes
+    assert arguments.use_parallelism_config
+
+
+def test_hybrid_needs_processes_for_every_copy():
+    for num_processes in (2, 3):
+        with pytest.raises(ValueError, match="num_processes must be a multiple of 2, and more, for accelerate_config"):
+            launcher_words(asked(accelerate_config="hybrid", num_processes=num_processes))
+
+
+@pytest.mark.parametrize(("name", "setting"), [("tp", "tensor_parallel_size"), ("sp", "sequence_parallel_size")])
+def test_the_processes_of_a_machine_are_one_group(name, setting):
+    given = {"accelerate_config": name, "num_processes": 16, "num_machines": 2}
+    assert group_words(asked(**given)) == [f"--{setting}=8"]
+    assert group_words(argparse.Namespace(**{**vars(asked(**given)), setting: 4})) == []  # already on the command line
+    assert group_words(asked(accelerate_config="fsdp2", num_processes=8)) == []
+
+
+def test_every_machine_has_as_many_gpus_as_this_one(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert "--num_processes=16" in launcher_words(asked(accelerate_config="fsdp2", num_machines=2))

@@ -11,6 +11,7 @@ from fastdpo.cli.arguments import AdapterArguments, RunArguments, parse
 from fastdpo.cli.main import main
 from fastdpo.training import DPOConfig
 from fastdpo.training.memory import plan
+from fastdpo.training.memory.cluster.plans import make_cluster_plans
 from fastdpo.training.memory.estimate import CUDA_BYTES, MIB
 
 
@@ -68,8 +69,12 @@ def test_parts_are_those_of_the_settings(plans):
         assert (estimate.reference > 0) == (settings.reference == "frozen")
         assert estimate.overhead == CUDA_BYTES
         if settings.method == "full":
-            assert estimate.weights == pytest.approx(4 * numel, rel=0.01)
-            assert estimate.gradients == pytest.approx(4 * numel, rel=0.01)
+            size = 4 if settings.weight_rounding == "nearest" else 2
+            assert estimate.weights == pytest.approx(size * numel, rel=0.01)
+            if settings.in_backward:
+                assert estimate.gradients < size * numel
+            else:
+                assert estimate.gradients == pytest.approx(size * numel, rel=0.01)
         if settings.method == "lora":
             assert 2 * numel < estimate.weights < 2.5 * numel
         if settings.method == "qlora":  # embedding and head stay in bf16
@@ -107,7 +112,10 @@ def test_the_options_of_every_plan_are_those_of_train(capsys, folder):
         options = shlex.split(record["options"].replace(" --activation_offloading true", ""))  # GPU only
         assert ("--activation_offloading" in record["options"]) == record["activation_offloading"]
         _, adapter, args = parse("train", [RunArguments, AdapterArguments, DPOConfig], [*required, *options])
-        assert args.max_tokens_per_microbatch == record["max_tokens_per_microbatch"] == record["longest_pair_tokens"]
+        in_backward = record["optimizer_in_backward"]
+        assert args.max_tokens_per_microbatch == record["max_tokens_per_microbatch"]
+        assert record["max_tokens_per_microbatch"] == (None if in_backward else record["longest_pair_tokens"])
+        assert (args.optimizer_in_backward, args.weight_rounding) == (in_backward, record["weight_rounding"])
         assert args.gradient_checkpointing == record["gradient_checkpointing"]
         assert args.tile_rows == record["tile_rows"]
         assert (args.optim, args.reference) == (record["optim"], record["reference"])
@@ -155,3 +163,87 @@ def test_mistakes_are_reported_in_one_line(capsys, folder, tmp_path):
     ):
         assert main(list(arguments)) == 2
         assert message in capsys.readouterr().err
+
+
+def run_on_cluster(capsys, folder, *more):
+    return run(capsys, folder, "1GB", "--gpus", 8, "--nodes", 2, "--max_length", 384, "--lora_r", 8, *more)
+
+
+@pytest.fixture
+def planned_once(monkeypatch):
+    """Dry runs take seconds: plans are made once for the same arguments."""
+    monkeypatch.setattr(command, "make_cluster_plans", _cluster_plans)
+
+
+_found = {}
+
+
+def _cluster_plans(config, *cluster, **settings):
+    key = (repr(cluster), repr(settings))
+    if key not in _found:
+        _found[key] = make_cluster_plans(config, *cluster, **settings)
+    return _found[key]
+
+
+def test_several_gpus_get_a_table_of_ways_to_share_with_bytes_and_seconds(capsys, folder, planned_once):
+    code, out, _ = run_on_cluster(capsys, folder)
+    assert code == 0
+    for name in ("DDP", "FSDP2", "HSDP", "TP 2 x FSDP2", "FSDP2 x SP 4"):
+        assert sum(f" {name} " in line for line in out.splitlines() if " s" in line) >= 4, name
+    for fact in ("longest pair", "network", "2 x 8 GPUs", "64 pairs of 512 tokens", "40% of the GPU's bf16 FLOPs"):
+        assert fact in " ".join(out.split()), fact
+    lines = [line for line in out.splitlines() if "fastdpo train" in line]
+    assert ["--use_peft" in line for line in lines] == [False, True]
+    assert all("--num_processes 16 --num_machines 2" in line for line in lines)
+
+
+def test_records_of_several_gpus_name_what_to_type(capsys, folder, planned_once):
+    code, out, _ = run_on_cluster(capsys, folder, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert {(record["method"], record["gradient_checkpointing"]) for record in found} == {
+        ("full", False),
+        ("full", True),
+        ("lora", False),
+        ("lora", True),
+    }
+    for record in found:
+        assert record["fits"]
+        assert sum(record["bytes"].values()) == 2 * record["bytes"]["total"]
+        step = record["step"]
+        seconds = max(step["compute_s"], step["overlapped_network_s"])
+        assert step["total_s"] == pytest.approx(seconds + step["blocking_network_s"] + step["optimizer_s"])
+        options = record["options"]
+        assert ("--sequence_parallel_size 4" in options) == ("SP 4" in record["layout"])
+        assert ("--tensor_parallel_size 2" in options) == ("TP 2" in record["layout"])
+        assert ("--use_peft" in options) == (record["method"] == "lora")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpus", 0), "gpus must be at least 1, got 0"),
+        (("--gpus", 8, "--nodes", 0), "nodes must be at least 1, got 0"),
+        (("--gpus", 8, "--interconnect", "nvlnk,ib400"), "got 'nvlnk'; did you mean 'nvlink'?"),
+        (("--gpus", 8, "--nodes", 2, "--interconnect", "nvlink"), "interconnect must name the network inside a node"),
+        (("--gpus", 8, "--gpu", "h1000"), "gpu must be one of"),
+        (("--gpus", 8, "--pairs_per_step", 0), "pairs_per_step must be at least 1, got 0"),
+        (("--gpus", "many"), "argument --gpus: invalid int value: 'many'"),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_refused_by_name(capsys, folder, arguments, message):
+    code, _, error = run(capsys, folder, "1GB", *arguments)
+    assert code == 2
+    assert message in error
+
+
+def test_a_cluster_that_is_too_small_is_told_what_it_takes(capsys, folder, monkeypatch):
+    def none_fits(*arguments, **settings):
+        return [plan.replace(found, tokens=0, time=None) for found in _cluster_plans(*arguments, **settings)]
+
+    monkeypatch.setattr(command, "make_cluster_plans", none_fits)
+    code, _, error = run_on_cluster(capsys, folder)
+    assert code == 2
+    assert "gpu_memory must be at least" in error
+    assert "pairs of 512 tokens on 2 x 8 GPUs, got 1.0GB; that is" in error
+    assert "use more GPUs" in error

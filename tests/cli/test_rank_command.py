@@ -1,16 +1,16 @@
 """`fastdpo rank` end to end: models on pairs, files of comparisons, a kill in the middle, and everything it refuses."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from cli_runs import run, save_rows
+from kills import killed, written_from_now_on
 from tiny import make_llama, make_tokenizer
+
+from fastdpo.references import precompute
 
 ENGINE = ("--use_cpu", "true", "--disable_tqdm", "true")
 
@@ -93,27 +93,20 @@ def test_a_second_run_computes_nothing_and_says_the_same(capsys, pairs):
     assert lines(pairs / "first.jsonl") == lines(pairs / "second.jsonl")
 
 
-def test_a_killed_run_goes_on_with_what_was_computed(capsys, pairs):
-    save_rows(pairs / "pairs.jsonl", 300)
-    slow = ("--ref_tokens_per_batch", "20")  # a pair at a time
-    models = ("--models", pairs / "one", pairs / "two", "--data", pairs / "pairs.jsonl", *ENGINE, *slow)
-    command = [sys.executable, "-m", "fastdpo.cli.main", "rank", *models, "--ref_cache_dir", pairs / "cache"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [*map(str, command), "-o", str(pairs / "killed.jsonl")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=environment,
-    ) as started:  # fmt: skip
-        limit = time.monotonic() + 120
-        while started.poll() is None and not (shards := sorted((pairs / "cache").rglob("*.safetensors"))):
-            assert time.monotonic() < limit
-            time.sleep(0.005)
-        started.send_signal(signal.SIGKILL)
-    assert started.returncode == -signal.SIGKILL
+def test_a_killed_run_goes_on_with_what_was_computed(capsys, pairs, monkeypatch):
+    monkeypatch.setattr(precompute, "_SECONDS_PER_SHARD", 0.0)  # a shard after every batch
+    models = ("rank", "--models", pairs / "one", pairs / "two", "--data", pairs / "pairs.jsonl", *ENGINE)
+    models += ("--ref_tokens_per_batch", "20")  # a pair at a time
+    words = (*models, "--ref_cache_dir", pairs / "cache")
+    killed((*words, "-o", pairs / "killed.jsonl"), "fastdpo.references.cache:LogpsCache.write", 3, after=True)
+    shards = {path: path.stat().st_mtime_ns for path in (pairs / "cache").rglob("*.safetensors")}
+    assert len(shards) == 3
     assert not (pairs / "killed.jsonl").exists()
-    of_first = {path: path.stat().st_mtime_ns for path in shards}
-    assert run(capsys, "rank", *models, "--ref_cache_dir", pairs / "cache", "-o", pairs / "resumed.jsonl")[0] == 0
-    assert {path: path.stat().st_mtime_ns for path in shards} == of_first
-    assert run(capsys, "rank", *models, "--ref_cache_dir", pairs / "fresh", "-o", pairs / "whole.jsonl")[0] == 0
+    written = written_from_now_on(monkeypatch)
+    assert run(capsys, *words, "-o", pairs / "resumed.jsonl")[0] == 0
+    num_resumed = len(written)
+    assert run(capsys, *models, "--ref_cache_dir", pairs / "fresh", "-o", pairs / "whole.jsonl")[0] == 0
+    assert 0 < num_resumed < len(written) - num_resumed  # what the killed run had computed is missing
     assert lines(pairs / "resumed.jsonl") == lines(pairs / "whole.jsonl")
 
 

@@ -1,18 +1,16 @@
 """`fastdpo score` from the command line, stopped and gone on with, and with what it cannot use."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 from cli_runs import run, save_rows, short
+from kills import killed, written_from_now_on
 from tiny import save_model
 
 from fastdpo import DPOConfig
+from fastdpo.references import precompute
 from fastdpo.rewards.implicit import implicit_reward
+from fastdpo.training.setup import reference
 
 
 @pytest.fixture
@@ -107,23 +105,23 @@ def test_a_benchmarks_file_is_scored_by_subset(capsys, paths):
     assert "Safety" in out
 
 
-def test_a_killed_run_goes_on_where_it_was(capsys, paths):
+def test_a_killed_run_goes_on_where_it_was(capsys, paths, monkeypatch):
     """Nothing half-written is left, and what was computed is not computed again."""
-    save_rows(paths / "pairs.jsonl", 400)
-    out = paths / "scores.jsonl"
-    command = [sys.executable, "-m", "fastdpo.cli.main", *map(str, options(paths, "-o", out))]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=dict(os.environ)) as run_:
-        shards = []
-        deadline = time.monotonic() + 120
-        while not shards and run_.poll() is None and time.monotonic() < deadline:
-            shards = [path for path in (paths / "cache").rglob("*") if path.is_file()]
-            time.sleep(0.02)
-        run_.send_signal(signal.SIGKILL)
-    assert shards
-    assert not out.exists() or len(lines(out)) == 400
-    code, _, err = run(capsys, *options(paths, "-o", out))
+    monkeypatch.setattr(precompute, "_SECONDS_PER_SHARD", 0.0)  # a shard after every batch
+    monkeypatch.setattr(reference, "_TOKENS_PER_BATCH_ELSEWHERE", 40)
+    save_rows(paths / "pairs.jsonl", 16)
+    words = options(paths, "-o", paths / "scores.jsonl")
+    killed(words, "fastdpo.references.cache:LogpsCache.write", 2, after=True)
+    assert len(list((paths / "cache").rglob("*.safetensors"))) == 2
+    assert not (paths / "scores.jsonl").exists()
+    written = written_from_now_on(monkeypatch)
+    code, _, err = run(capsys, *words)
     assert code == 0, err
-    assert len(lines(out)) == 400
+    num_resumed = len(written)
+    assert run(capsys, *words[:-1], paths / "whole.jsonl", "--ref_cache_dir", paths / "fresh")[0] == 0
+    assert 0 < num_resumed < len(written) - num_resumed
+    assert len(lines(paths / "scores.jsonl")) == 16
+    assert lines(paths / "scores.jsonl") == lines(paths / "whole.jsonl")
 
 
 @pytest.mark.parametrize(

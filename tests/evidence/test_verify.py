@@ -11,6 +11,7 @@ from fastdpo.evidence.problems import Shape
 from fastdpo.types import TokenLogps
 
 SMALL = Shape(67, 40, 521)
+INTERPRETED = Shape(67, 40, 257)  # fewer rows or ids, and rounding decides whether an error is twice another
 WITH_ALL = " (bias, scale, softcap)"
 
 
@@ -58,7 +59,7 @@ def with_logps_of(mistake):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("impl", ["tiled", "triton", "reference"])
 def test_every_implementation_passes(impl, dtype):
-    lines = lines_of(impl, dtype)
+    lines = lines_of(impl, dtype, INTERPRETED if impl == "triton" else SMALL)
     assert failed(lines) == set()
     checked = {line.check for line in lines if line.verdict == "ok"}
     assert {"log-probs", "grad hidden_states", "grad lm_head_weight", "grad bias" + WITH_ALL} <= checked

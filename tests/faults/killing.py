@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -130,6 +131,9 @@ def _run(folder, case, moment, number, resume):
     if moment is not None:
         _arm(*moment, number)
     settings = dict(case)
+    to_group = settings.pop("signal_to_group", False)
+    if to_group:
+        os.setpgrp()
     is_signalled, second = settings.pop("signals", False), settings.pop("second_signal", None)
     trainer = trainer_of(folder, settings)
     if moment is not None:
@@ -137,6 +141,8 @@ def _run(folder, case, moment, number, resume):
     if is_signalled:
         from fastdpo import StopOnSignal
 
+        if to_group:
+            trainer.add_callback(_signal_to_group(number))
         if second is not None:
             trainer.add_callback(_two_signals(second))
         trainer.add_callback(StopOnSignal())
@@ -205,6 +211,21 @@ def _two_signals(number):
     return Signals()
 
 
+def _signal_to_group(number):
+    from transformers import TrainerCallback
+
+    class Signals(TrainerCallback):
+        """Another process signals this one and its data loader workers, as launchers and batch systems do."""
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                words = ["kill", f"-{number}", "--", f"-{os.getpgrp()}"]
+                subprocess.run(words, check=True, start_new_session=True)
+                time.sleep(0.3)  # the death of a worker would be noticed here
+
+    return Signals()
+
+
 def _arm(where, count, number):
     at = _Count(count, number)
     if where == "precompute":
@@ -236,7 +257,9 @@ def _after(owner, name, at):
 def _arm_save(at, is_cut=False):
     """Counts files that a save writes, renames and removals of files and folders."""
     import torch
-    from transformers import PreTrainedModel, Trainer, TrainerState
+    from transformers import PreTrainedModel, Trainer
+
+    from fastdpo.training.saving.run_state import StateWriter
 
     inside = []
     save_checkpoint = Trainer._save_checkpoint
@@ -256,7 +279,7 @@ def _arm_save(at, is_cut=False):
 
     counted(torch, "save", lambda args: args[1])
     counted(PreTrainedModel, "save_pretrained", lambda args: Path(args[1], "model.safetensors"))
-    counted(TrainerState, "save_to_json", lambda args: args[1])
+    counted(StateWriter, "write", lambda args: args[2])
     if not is_cut:
         for name in ("rename", "replace", "rmdir", "unlink"):
             counted(os, name, None)

@@ -1,7 +1,7 @@
 """A run that is killed and resumed ends in the weights, logs, samples and warnings of one that is not, bit by bit."""
 
 import pytest
-from killing import Killer, differences, end_of, output
+from killing import differences, end_of, output
 
 from fastdpo.training.saving.progress import Progress, load_progress, save_progress
 
@@ -95,12 +95,6 @@ SLOW = {
     "warnings": (WARNED, [("step", 38)]),
     "warnings, before they are given": (WARNED, [("step", 18)]),
 }
-
-
-@pytest.fixture(scope="module")
-def killer():
-    with Killer() as started:
-        yield started
 
 
 def check(killer, folder, settings, moments):

@@ -19,6 +19,7 @@ from fastdpo.types import IGNORE_INDEX, TokenizedGroup
 PAIR = {"prompt": "a ", "chosen": "b", "rejected": "c"}
 IDS = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
 GROUP = {"prompt_ids": [1], "responses": [[2], [3]]}
+TURNS = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
 
 
 def reason_of(row, tokenizer=None):
@@ -179,3 +180,14 @@ def test_a_key_of_a_recipe_begins_no_line_of_the_result(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "trust_remote_code" not in yaml.safe_load(text)
     assert r"#   x\ntrust_remote_code: true" in text
+
+
+@pytest.mark.parametrize(
+    ("template", "more"),
+    [("{% for m in messages %}{% endfor %}\ud800", {}), ("{{ x }}", {"chat_template_kwargs": {"x": "\udfff"}})],
+)
+def test_half_a_surrogate_pair_from_a_template_or_its_arguments_drops_the_row(template, more):
+    tokenizer = byte_level_tokenizer(bos="<s>", special=("<|im_start|>", "<|im_end|>"))
+    tokenizer.chat_template = template
+    row = {name: [{"role": role, "content": name}] for name, role in TURNS.items()}
+    assert reason_of({**row, **more}, tokenizer) == "what the chat template renders is not valid Unicode"

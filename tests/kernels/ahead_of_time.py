@@ -1,6 +1,7 @@
 """Compiles every kernel for one GPU architecture and operand type, on any machine; prints a JSON line for each.
 
     python tests/kernels/ahead_of_time.py 90 bf16
+    python tests/kernels/ahead_of_time.py 90 bf16 plain         # without the variants that have every option on
     python tests/kernels/ahead_of_time.py 90 bf16 candidates    # not the table's shapes but those that a tuner tries
 
 Not a test module: it runs in a process of its own, because kernels defined under TRITON_INTERPRET=1 cannot be compiled.
@@ -99,7 +100,7 @@ def variants(capability: tuple[int, int], operand: str) -> list[Variant]:
     for on in (False, True):
         option, kernel = ("every option", "_options") if on else ("plain", "")
         statistics = dict.fromkeys(NO_STATISTICS, on)
-        merge = {"WITH_TOP1": on, "WITH_LSE": on, "ROWS": MERGE_ROWS, "TILES": MERGE_TILES}
+        merge = {"WITH_TOP1": on, "WITH_LSE": on, "WITH_MAX": on, "ROWS": MERGE_ROWS, "TILES": MERGE_TILES}
         eager = blocks(f"eager{kernel}")
         finish = {"HAS_SOFTCAP": on, "ROWS": FINISH_ROWS, "BLOCK_V": eager.block_v}
         found += [
@@ -208,8 +209,11 @@ def facts(compiled: Any) -> dict[str, Any]:
     }
 
 
-def main(capability: int, operand: str, candidates: bool) -> None:
-    for variant in (candidate_variants if candidates else variants)((capability // 10, capability % 10), operand):
+def main(capability: int, operand: str, *words: str) -> None:
+    found = (candidate_variants if "candidates" in words else variants)((capability // 10, capability % 10), operand)
+    for variant in found:
+        if "plain" in words and variant.name.endswith("every option"):
+            continue
         compiled = compile_variant(variant, operand, capability)
         about = {"kernel": variant.name, "sm": capability, "operand": operand, "triton": triton.__version__}
         about["blocks"] = [] if variant.blocks is None else [int(x) for x in variant.blocks]
@@ -218,4 +222,4 @@ def main(capability: int, operand: str, candidates: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], "candidates" in sys.argv[3:])
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -30,9 +30,9 @@ def check_machine_code(fact):
         assert (fact["matrix"]["UTMALDG"] > 0) == fact["tma"], fact
 
 
-def check(capability, operand):
-    found = compiled_facts(capability, operand)
-    assert len(found) == 22
+def check(capability, operand, *words, num_kernels=22):
+    found = compiled_facts(capability, operand, *words)
+    assert len(found) == num_kernels
     for fact in found:
         check_machine_code(fact)
         if (capability, fact["kernel"]) == (100, "partials to skip by, every option"):  # 32 bytes, after the loop
@@ -43,6 +43,11 @@ def check(capability, operand):
             assert fact["stack"] == fact["spills"] == 0, fact
 
 
+def test_plain_bf16_kernels_use_the_matrix_units_and_spill_nothing():
+    check(90, "bf16", "plain", num_kernels=13)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_bf16_kernels_use_the_matrix_units_and_spill_nothing(capability):
     check(capability, "bf16")

@@ -69,6 +69,14 @@ def ours(case, impl, **settings):
     return [loss, found.tokens.logps, *torch.autograd.grad(loss, list(leaves.values()))]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, BF16])
+def test_without_gradients_in_forward_the_loss_and_its_gradients_are_the_same(dtype):
+    case = Case(NUM_ROWS, 24, 97, dtype)
+    found, expected = ours(case, "tiled", grad_in_forward=False), ours(case, "tiled")
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **({"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {}))
+
+
 @pytest.mark.parametrize(
     *every_pair(
         impl=FAST,

@@ -1,17 +1,13 @@
 """Training with a cached reference is training with a live one, at every step and in every evaluation."""
 
 import copy
-import json
 import math
-import os
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from processes import on_processes
 from tiny import make_llama, make_rows
 from tiny_runs import losses, make_lora, tiny_trainer
 
@@ -257,48 +253,27 @@ def test_trls_name_does_not_go_with_another_reference(tmp_path, setting):
         make_trainer(tmp_path, precompute_ref_log_probs=True, **setting)
 
 
-SCRIPT = """
-import json, os, sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-import test_cached_training
-from fastdpo.references import precompute
+def compute_a_share(folder):
+    """What one of the processes has computed, and what it reads."""
+    compute, shares = precompute._compute, []
 
-compute = precompute._compute
-shares = []
+    def counting(dataset, infos, rows, *more):
+        shares.append(len(rows))
+        return compute(dataset, infos, rows, *more)
 
-def counting(dataset, infos, rows, *more):
-    shares.append(len(rows))
-    return compute(dataset, infos, rows, *more)
-
-precompute._compute = counting
-rank = os.environ.get("RANK", "0")
-trainer = test_cached_training.make_trainer(
-    Path(sys.argv[1]), rows=test_cached_training.make_rows(16), reference="cached",
-    per_device_train_batch_size=int(sys.argv[2]),
-    eval_dataset=test_cached_training.Dataset.from_list(test_cached_training.make_rows(5, seed=1)),
-)
-losses = test_cached_training.losses(trainer)
-Path(sys.argv[1], f"rank{{rank}}.json").write_text(json.dumps({{
-    "shares": shares, "losses": losses, "ref_logps": list(trainer.train_dataset["ref_logps"]),
-}}))
-trainer.accelerator.end_training()
-os._exit(0)
-"""
+    precompute._compute = counting
+    trainer = make_trainer(
+        folder,
+        rows=make_rows(16),
+        reference="cached",
+        per_device_train_batch_size=2,
+        eval_dataset=Dataset.from_list(make_rows(5, seed=1)),
+    )
+    return {"losses": losses(trainer), "shares": shares, "ref_logps": list(trainer.train_dataset["ref_logps"])}
 
 
 def test_two_processes_compute_a_share_each_and_read_the_same(tmp_path):
-    here = Path(__file__).parent
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(paths=[str(here), str(here.parent)]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*launch, str(script), str(tmp_path), "2"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    (ranks,) = on_processes(compute_a_share, [{}], tmp_path)
     shares = torch.tensor([rank["shares"] for rank in ranks])  # (processes, datasets)
     assert shares.sum(0).tolist() == [16, 5]
     assert (shares[:, 0] > 0).all()

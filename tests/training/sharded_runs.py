@@ -1,22 +1,29 @@
-"""Runs of a tiny model on one process, or on several whose weights FSDP2 divides.
+"""Runs of a tiny model on one process, or on several, with whole weights (DDP) or weights that FSDP2 divides.
 
 accelerate does not shard on CPUs: it silently replicates. `shards_on_cpus` makes it take its CPU processes for GPUs, so
 that its own code shards, with gloo.
 """
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 
+import torch
 from accelerate.parallelism_config import ParallelismConfig
 from safetensors.torch import save_file
 from tiny import make_llama
 from tiny_runs import make_lora, tiny_trainer
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 FSDP2 = {
     "fsdp": "full_shard auto_wrap",
     "fsdp_config": {"version": 2, "fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
 }
+
+
+BF16_SHAPE = (140_000, 32)  # of the LM head
 
 
 def lora(**settings):
@@ -26,7 +33,7 @@ def lora(**settings):
 def settings_of(mode, num_processes):
     """Those of the trainer, made anew: they hold models."""
     return {
-        "cached reference": dict,
+        "cached reference": lambda: {"precompute_ref_log_probs": True},
         "frozen reference": lambda: {"ref_model": make_llama(seed=1)},
         "LoRA": lora,
         "LoRA on the head": lambda: lora(target_modules=["q_proj", "lm_head"]),
@@ -45,7 +52,39 @@ def settings_of(mode, num_processes):
         "listwise": lambda: {"loss_type": "plackett_luce"},
         "bf16": lambda: {"bf16": True},
         "tiles, checkpointing": lambda: {"tile_rows": 8, "gradient_checkpointing": True},
+        # so large that the head op cannot upcast the weight of its LM head at once
+        "bf16, large vocabulary": lambda: {"bf16": True, "model": make_llama(vocab_size=BF16_SHAPE[0])},
+        # steps of 4, 4 and 1 rows: in the last, only one process has any
+        "uneven pairs": lambda: {"num_rows": 9, "per_device_train_batch_size": 4 // num_processes},
+        "uneven pairs, in order": lambda: {**settings_of("uneven pairs", num_processes), "balance_ranks": False},
     }[mode]()
+
+
+class Shapes(TorchDispatchMode):
+    """Counts the plain tensors that operations make on this process, by shape and dtype; views count too."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    @classmethod
+    def of_steps(cls, trainer):
+        """Those of the training steps to come."""
+        made, step = cls(), trainer.training_step
+
+        def counted(*args, **kwargs):
+            with made:
+                return step(*args, **kwargs)
+
+        trainer.training_step = counted
+        return made
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if type(tensor) is torch.Tensor:
+                self.counts[tuple(tensor.shape), tensor.dtype] += 1
+        return found
 
 
 def shards_on_cpus():
@@ -73,12 +112,13 @@ def named(model):
     return {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def train(folder, mode, steps=1, num_processes=1, num_copies=1, **more):
+def train(folder, mode, steps=1, num_processes=1, num_copies=1, is_sharded=True, **more):
     """Log of the run; the trained weights before and after are in files of the folder.
 
-    With several copies, each is divided over a part of the processes (HSDP).
+    With several copies, each is divided over a part of the processes (HSDP). Weights that are not sharded are whole on
+    every process (DDP).
     """
-    if num_processes > 1:
+    if num_processes > 1 and is_sharded:
         shards_on_cpus()
         more |= FSDP2
     if num_copies > 1:
@@ -97,6 +137,7 @@ def train(folder, mode, steps=1, num_processes=1, num_copies=1, **more):
     }
     trainer = tiny_trainer(folder, **settings)
     before = named(trainer.model)
+    made = Shapes.of_steps(trainer)
     trainer.train()
     after = named(trainer.model)
     save_file({name: x.contiguous() for name, x in before.items()}, Path(folder, f"before{trainer.args.process_index}"))
@@ -106,14 +147,20 @@ def train(folder, mode, steps=1, num_processes=1, num_copies=1, **more):
         "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
         "num_sharded": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "num_parameters": sum(1 for _ in trainer.model.parameters()),
+        "num_heads_in": {str(dtype): made.counts[BF16_SHAPE, dtype] for dtype in (torch.float32, torch.bfloat16)},
     }
 
 
-def resume(folder, mode, kind):
-    """Digests of the trained weights of a run of four steps, and of one that goes on from its second step."""
-    shards_on_cpus()
+def resume(folder, mode, kind=None, **more):
+    """Digests of the trained weights of a run of four steps, and of one that goes on from its second step.
+
+    Without a `kind` of checkpoint, weights are whole on every process.
+    """
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_rows": 20, **settings_of(mode, 2)}
-    settings |= {"fsdp": FSDP2["fsdp"], "fsdp_config": FSDP2["fsdp_config"] | {"state_dict_type": kind}}
+    settings |= more
+    if kind is not None:
+        shards_on_cpus()
+        settings |= {"fsdp": FSDP2["fsdp"], "fsdp_config": FSDP2["fsdp_config"] | {"state_dict_type": kind}}
     found = []
     for name, checkpoint in (("a", None), ("b", Path(folder, "a", "checkpoint-2"))):
         trainer = tiny_trainer(Path(folder, name), per_device_train_batch_size=2, **settings)

@@ -1,9 +1,12 @@
 """Two processes give the losses and the weights of one: gradients are reduced, the mean is over the pairs of both."""
 
 import pytest
+import sharded_runs
 import torch
 from datasets import Dataset, IterableDataset
+from parallel_record import works
 from processes import on_processes
+from test_fsdp import assert_like_one
 from tiny import make_llama, make_rows
 from tiny_runs import make_lora, tiny_trainer
 
@@ -11,7 +14,9 @@ CASES = {  # of each of two processes
     "full": {"mode": "full", "batch_size": 1, "accumulation": 2},
     "lora": {"mode": "lora", "batch_size": 2},
     "none": {"mode": "none", "batch_size": 2},
+    "parts": {"mode": "parts", "batch_size": 2},
     "not finite": {"mode": "not finite", "batch_size": 2},
+    **{mode: {"mode": mode, "batch_size": 2} for mode in ("uneven pairs", "uneven pairs, in order")},
 }
 
 
@@ -19,6 +24,8 @@ def train(folder, mode, batch_size, accumulation=1):
     """What a process has seen of a run, whose evaluation before training must not leave the model unwrapped."""
     if mode == "not finite":
         return train_into_infinity(folder, batch_size)
+    if mode.startswith("uneven pairs"):
+        return sharded_runs.train(folder, mode, steps=5, num_processes=2, is_sharded=False)
     settings = {
         "full": {},
         "lora": {"peft_config": make_lora(), "learning_rate": 1e-2, "sync_ref_model": True, "ref_model_sync_steps": 2},
@@ -27,6 +34,7 @@ def train(folder, mode, batch_size, accumulation=1):
             "loss_type": ["sigmoid", "sft"],  # sft: a mean over the tokens of both
             "train_dataset": IterableDataset.from_generator(_rows_of_files, gen_kwargs={"sizes": [3, 13]}),
         },
+        "parts": {"max_tokens_per_microbatch": 12, "on_oversized_row": "split"},  # some rows have two parts, some one
     }[mode]
     evaluated = Dataset.from_list(make_rows(5, seed=1))
     predictions = []
@@ -76,13 +84,17 @@ def train_into_infinity(folder, batch_size):
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def of_two(folder):
     """By case, what each of two processes has seen."""
-    found = on_processes(train, list(CASES.values()), tmp_path_factory.mktemp("two"))
-    return dict(zip(CASES, found, strict=True))
+    return dict(zip(CASES, on_processes(train, list(CASES.values()), folder), strict=True))
 
 
-@pytest.mark.parametrize("mode", ["full", "lora", "none"])
+@pytest.mark.parametrize("mode", ["full", "lora", "none", "parts"])
 def test_two_processes_train_like_one(tmp_path, of_two, mode):
     one, two = train(tmp_path, mode, 4), of_two[mode][0]
     assert len(one["logs"]) == 4
@@ -100,7 +112,25 @@ def test_two_processes_train_like_one(tmp_path, of_two, mode):
 
 def test_a_loss_that_is_not_finite_stops_all_processes_before_any_steps(of_two):
     found = of_two["not finite"]
-    messages = sorted(process["message"] for process in found)
-    assert "the loss is nan at step 0" in messages[0]
-    assert "another process" in messages[1]
+    assert "the loss is nan at step 0" in found[0]["message"]
+    assert found[0]["message"] == found[1]["message"]
     assert all(process["is_unchanged"] for process in found)
+
+
+@pytest.mark.parametrize("mode", ["uneven pairs", "uneven pairs, in order"])
+def test_in_an_epochs_last_step_a_process_may_have_no_rows(mode, of_two, folder, tmp_path):
+    """9 rows are steps of 4, 4 and 1; accelerate fills the last with rows of the first, which must not count again."""
+    features = ["balance_ranks"] if mode == "uneven pairs" else []
+    with works("DDP", "uneven pairs", "fewer rows than processes", *features, processes=2, steps=5):
+        of_case = folder / str(list(CASES).index(mode))
+        assert_like_one(mode, of_case, of_two[mode], tmp_path / "one", 5, is_sharded=False)
+
+
+def test_rows_dealt_by_their_tokens_leave_less_to_wait_for(of_two):
+    def imbalances(mode):
+        return [log["rank_imbalance"] for log in of_two[mode][0]["logs"]]
+
+    dealt, in_order = imbalances("uneven pairs"), imbalances("uneven pairs, in order")
+    assert all(imbalance >= 1 for imbalance in dealt + in_order)
+    of_four_rows = (0, 1, 3, 4)
+    assert sum(dealt[step] for step in of_four_rows) < sum(in_order[step] for step in of_four_rows) - 0.1

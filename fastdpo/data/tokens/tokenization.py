@@ -30,7 +30,7 @@ from fastdpo.data.tokens.settings import TokenizationSettings
 from fastdpo.data.tokens.text_rows import TextPlan, TextRows
 from fastdpo.data.tokens.truncation import EQUAL, checked_group, different_pairs, truncate
 from fastdpo.data.values import BadRow, common_prefix_length
-from fastdpo.types import PreferenceRow, TokenizedGroup
+from fastdpo.types import Message, PreferenceRow, TokenizedGroup
 
 __all__ = [
     "EncodedRow",
@@ -178,9 +178,18 @@ class RowEncoder:
         """The plan for a row of text; the error if the row is unusable; None if the row holds messages."""
         try:
             usable_preferences(row)
+            if any(is_empty(self._without_end(response)) for response in row.responses):
+                raise BadRow("empty response")
         except BadRow as error:
             return error
         return None if row.is_conversational else self.text_rows.plan(row)
+
+    def _without_end(self, response: str | Sequence[Message]) -> str | list[Message]:
+        """A response without the text of EOS, which is no answer by itself: every answer ends in EOS."""
+        end = self.tokenizer.eos_token or ""
+        if isinstance(response, str):
+            return response.replace(end, "")
+        return [{**message, "content": message["content"].replace(end, "")} for message in response]
 
     def _unknown_characters(self, row: PreferenceRow, plan: TextPlan | Chat, sequences: list[Ids]) -> list[Note]:
         """Notes on sides with characters that the tokenizer does not know; in the first rows, on every side that does

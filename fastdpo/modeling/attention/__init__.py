@@ -7,6 +7,7 @@ implements are refused, never ignored.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fastdpo.data.batches.varlen import varlen_layout
 from fastdpo.modeling.attention.backends import ATTENTION_BACKENDS, BACKENDS, Observed, can_do_without, choose, observed
 from fastdpo.modeling.attention.call import AttentionCall, PackedLayout, UnsupportedAttention
+from fastdpo.modeling.attention.heads import own_heads, to_heads, to_rows
 from fastdpo.modeling.attention.masks import MASKS, carried, masks_of, only_picked, packed_mask
 from fastdpo.modeling.attention.sdpa import masked_attention
 from fastdpo.modeling.positions import scaled_by_position
@@ -131,6 +133,14 @@ def packed_attention(
     }
     if packed_layout is not None:
         query = scaled_by_position(module, query, packed_layout)
+    group = None if packed_layout is None else packed_layout.group
+    if group is not None:
+        if attention_mask is not None:
+            raise ValueError(
+                f"sequence_parallel_size must be 1 for this model: {type(module).__name__} passes a mask of its own"
+            )
+        query, key, value = to_heads(group, query, key, value)
+        settings["sinks"] = None if s_aux is None else own_heads(group, s_aux)
     num_rows, wants_masks = query.shape[2], _has_masks(module)
     if wants_masks and is_bias:
         assert attention_mask is not None
@@ -154,11 +164,10 @@ def packed_attention(
     chunk = chunk if chunk is not None and chunk < longest else None
     call = AttentionCall(query, key, value, packed_layout, window=window, chunk=chunk, **settings)
     name, reason = choose(call)
+    with nullcontext() if seen is None else seen.running(name, reason, call, sliding_window):
+        output = BACKENDS[name].attend(call)
     # stock functions return a row's heads contiguously, and some layers `view` them as one
-    if seen is None:
-        return BACKENDS[name].attend(call).contiguous(), None
-    with seen.running(name, reason, call, sliding_window):
-        return BACKENDS[name].attend(call).contiguous(), None
+    return (output if group is None else to_rows(group, output)).contiguous(), None
 
 
 def _stand_in(query: Tensor, value: Tensor) -> Tensor:

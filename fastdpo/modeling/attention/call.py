@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.modeling.sequence_group import SequenceGroup
 from fastdpo.types import VarlenLayout
 
 
@@ -37,11 +38,15 @@ class AttentionCall:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which scaled_dot_product_attention computes: autocast's dtype if autocast is on."""
-        device_type = self.query.device.type
-        if torch.is_autocast_enabled(device_type) and self.query.dtype != torch.float64:
-            return torch.get_autocast_dtype(device_type)
-        return self.query.dtype
+        return attention_dtype(self.query)
+
+
+def attention_dtype(query: Tensor) -> torch.dtype:
+    """The dtype in which scaled_dot_product_attention computes: autocast's dtype if autocast is on."""
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return query.dtype
 
 
 class PackedLayout:
@@ -53,6 +58,7 @@ class PackedLayout:
         backend: name of an attention backend, or "auto"; see `backends.py`.
         excluded: backends that "auto" and "flash" must not use, with reasons.
         masks: kind of mask for models that ask for one, see `masks.py`.
+        group: the processes that hold the row in parts; None if this process holds it whole.
     """
 
     def __init__(
@@ -62,12 +68,14 @@ class PackedLayout:
         backend: str = "auto",
         excluded: Mapping[str, str] | None = None,
         masks: str = "none",
+        group: SequenceGroup | None = None,
     ) -> None:
         self.segments = segments
         self.varlen = varlen
         self.backend = backend
         self.excluded = excluded or {}
         self.masks = masks
+        self.group = group
         self._branch_masks: dict[tuple[Any, ...], Tensor] = {}
         self._row_masks: dict[tuple[int | None, int | None], Tensor] = {}
         self._positions: Tensor | None = None
@@ -81,6 +89,11 @@ class PackedLayout:
             prefix_lengths = varlen.cu_keys.diff().long() - varlen.cu_queries.diff().long()
             self._positions = prefix_lengths[branch] + row - varlen.cu_queries[:-1].long()[branch]
         return self._positions
+
+    def own_positions(self) -> Tensor:
+        """The positions of the rows that this process holds."""
+        positions = self.positions()
+        return positions if self.group is None else positions[self.group.share(len(positions))]
 
     def branch_mask(
         self, num_queries: int, num_keys: int, window: int | None, device: torch.device, chunk: int | None = None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from transformers import Trainer
 
@@ -86,16 +86,19 @@ class FiniteLosses:
         if num_stopping == 0:
             return
         where = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        if where is None:
-            raise FloatingPointError(
-                f"the loss of another process is not finite at step {step.number}; no weight was changed"
-            )
+        message = None if where is None else self._saved(trainer, step, where, losses[where])
+        if trainer.args.world_size > 1:  # all raise the same
+            message = next(text for text in gather_object([message]) if text is not None)
+        raise FloatingPointError(message)
+
+    def _saved(self, trainer: Trainer, step: _Step, where: int, loss: float) -> str:
+        """Saves the micro-batch, and says where."""
         args = trainer.args
         path = Path(args.output_dir) / f"nonfinite_batch_rank{args.process_index}.pt"
         inputs, sums = step.inputs[where]
-        save_bad_batch(path, inputs, sums, step=step.number, loss=losses[where], args=args)
-        raise FloatingPointError(
-            f"the loss is {losses[where]} at step {step.number}; no weight was changed. The batch is saved in {path}:"
+        save_bad_batch(path, inputs, sums, step=step.number, loss=loss, args=args)
+        return (
+            f"the loss is {loss} at step {step.number}; no weight was changed. The batch is saved in {path}:"
             f" fastdpo debug-batch {path} --model MODEL shows where the first number went wrong"
         )
 
@@ -107,6 +110,7 @@ def save_bad_batch(
     any object (`torch.load(..., weights_only=True)`)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(args, name) for name in SAVED_SETTINGS if hasattr(args, name)}
+    inputs = {**inputs, "shares": None}  # a single process replays it
     saved = {"inputs": inputs, "sums": sums or {}, "step": step, "loss": loss, "settings": settings}
     torch.save(_plain(saved), path)
 

@@ -6,6 +6,7 @@ In and out: dicts. Readers skip a line that a kill cut off; the next entry start
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from fastdpo.files import write_whole
 def append_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     """Appends the entries. Creates the file and its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    last = path.read_bytes()[-1:] if path.is_file() else b""
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    with path.open("ab") as file:
+    with path.open("a+b") as file:
+        if size := file.seek(0, os.SEEK_END):
+            file.seek(size - 1)
+        last = file.read(1)  # alone: a long run appends often
         file.write((b"" if last in (b"", b"\n") else b"\n") + lines.encode())
 
 

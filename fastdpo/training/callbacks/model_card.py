@@ -141,7 +141,7 @@ def training_facts(run: Run) -> list[tuple[str, str]]:
         kind = getattr(config.peft_type, "value", str(config.peft_type))
         rank = f", r = {config.r}, alpha = {config.lora_alpha}" if hasattr(config, "lora_alpha") else ""
         facts.append(("adapter", kind + rank))
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel_size
     schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return [

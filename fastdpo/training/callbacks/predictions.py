@@ -78,10 +78,12 @@ class Predictions:
         order = torch.argsort(joined.pop(_EXAMPLE), stable=True)
         self.batches.append({name: values[order] for name, values in joined.items()})
 
-    def collected(self, num_processes: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """`predictions` and `label_ids` over the batches of all processes. The processes take batches in turn."""
+    def collected(self, num_processes: int, num_copies: int = 1) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """`predictions` and `label_ids` over the batches of all processes. The processes take batches in turn; of
+        `num_copies` consecutive ones, all have the same batches."""
         batches = [{name: values.cpu().numpy() for name, values in batch.items()} for batch in self.batches]
         per_process = gather_object([batches]) if num_processes > 1 else [batches]
+        per_process = per_process[::num_copies]
         num_steps = max((len(batches) for batches in per_process), default=0)
         in_order = [batches[step] for step in range(num_steps) for batches in per_process if step < len(batches)]
 

@@ -87,7 +87,7 @@ class EvalSamples(TrainerCallback):
     ) -> None:
         if is_sharded:
             raise ValueError(
-                "num_eval_samples must be 0 under FSDP and DeepSpeed, which shard the weights, got"
+                "num_eval_samples must be 0 under FSDP, DeepSpeed and tensor parallelism, which divide the weights, got"
                 f" {args.num_eval_samples}"
             )
         if eval_dataset is None:

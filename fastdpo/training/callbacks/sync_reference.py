@@ -79,7 +79,10 @@ class SyncReference(TrainerCallback):
 
     def __init__(self, reference: Reference, policy: nn.Module, *, is_sharded: bool) -> None:
         if is_sharded:
-            raise ValueError("sync_ref_model must be off under FSDP and DeepSpeed, which shard the weights, got True")
+            raise ValueError(
+                "sync_ref_model must be off under FSDP, DeepSpeed and tensor parallelism, which divide the weights, got"
+                " True"
+            )
         self.weights = mixed_weights(reference, policy)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -82,7 +82,7 @@ class TrainingWatch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or "rewards/chosen" not in (logs or {}):
             return
-        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.data_parallel_size
         self._window.append(((state.global_step - self._last_step) * rows_per_step, dict(logs)))
         self._last_step = state.global_step
         while sum(pairs for pairs, _ in self._window) - self._window[0][0] >= WINDOW_PAIRS:

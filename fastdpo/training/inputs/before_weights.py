@@ -14,12 +14,15 @@ from typing import Any
 
 from fastdpo.data.rows.first_row import check_first_row
 from fastdpo.training.settings.engine import EngineConfig
+from fastdpo.training.setup.sequence_parallel import check_number_of_processes
 
 
 def check_before_weights(args: EngineConfig, train_dataset: Any, eval_dataset: Any, *, is_sft: bool) -> None:
     """Raises:
-    ValueError: output_dir cannot be written to, or the first row of a dataset cannot be read.
+    ValueError: output_dir cannot be written to, the first row of a dataset cannot be read, or the number of processes
+        does not suit the settings.
     """
+    check_number_of_processes(args)
     evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
     for name, dataset in {"train": train_dataset, **evaluated}.items():
         if dataset is not None:

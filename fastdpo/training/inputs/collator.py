@@ -6,6 +6,7 @@ Trainer reads, and each micro-batch under `microbatches`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.batches.microbatches import lay_out_batch, num_padded_rows, packed_microbatches, padded_microbatches
 from fastdpo.data.batches.packing import pack_layouts, pad_pairs
+from fastdpo.data.batches.shares import with_shares
 from fastdpo.data.prepare import group_from_columns
 from fastdpo.data.tokens.tokenization import padding_id
 from fastdpo.training.inputs.transfer import OneBuffer
@@ -34,6 +36,7 @@ class PackingCollator:
     pad_to_multiple_of: int | None = None  # tokens of a row; the added padding is not counted in max_tokens
     max_tokens: int | None = None  # of a micro-batch, as it runs: shared prefixes once, padding too; None for no limit
     shared_parts: bool = False  # rows hold the shared parts of their pairs, as ld_alpha needs them
+    num_shares: int = 1  # processes that compute a packed row together
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         groups = [group_from_columns(row) for row in rows]
@@ -72,7 +75,7 @@ class PackingCollator:
     def _packed(self, groups: Sequence[TokenizedGroup]) -> list[PackedBatch]:
         layouts = lay_out_batch(groups, prefix_sharing=self.prefix_sharing, max_tokens=self.max_tokens)
         parts = [layouts] if self.max_tokens is None else packed_microbatches(layouts, self.max_tokens)
-        return [pack_layouts(some, **self._options()) for some in parts]
+        return [with_shares(pack_layouts(some, **self._options()), self.num_shares) for some in parts]
 
     def _padded(self, groups: Sequence[TokenizedGroup]) -> list[PackedBatch]:
         if self.max_tokens is None:
@@ -85,7 +88,7 @@ class PackingCollator:
     def _options(self) -> dict[str, Any]:
         return {
             "pad_token_id": self.pad_token_id,
-            "multiple_of": self.pad_to_multiple_of or 1,
+            "multiple_of": math.lcm(self.pad_to_multiple_of or 1, self.num_shares),
             "shared_parts": self.shared_parts,
         }
 
@@ -99,6 +102,7 @@ def collator_for(args: EngineConfig, tokenizer: PreTrainedTokenizerBase) -> Pack
         pad_to_multiple_of=multiple if isinstance(multiple, int) else None,
         max_tokens=budget if isinstance(budget, int) else None,
         shared_parts=getattr(args, "ld_alpha", None) is not None,
+        num_shares=args.sequence_parallel_size,
     )
 
 

@@ -19,6 +19,6 @@ def sampler_for(args: EngineConfig, dataset: Dataset, epoch_of: Callable[[], int
         return PromptSampler(prompt_numbers(dataset), seed, epoch_of)
     if args.length_bucketing:
         lengths = row_lengths(dataset)
-        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.data_parallel_size
         return LengthSampler(lengths.per_row(lengths.sequences), step_size, seed, epoch_of)
     return None

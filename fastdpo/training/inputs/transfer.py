@@ -19,9 +19,11 @@ class OneBuffer(dict[str, Any]):
     """The batch from a collator: a dict with a method `to`, which accelerate calls as for a tensor.
 
     `examples` are the rows of each micro-batch, if the collator tells them: no tensors, and no keys of the batch.
+    `num_own_rows` is the number of its first rows that no other process has; None if that is all of them.
     """
 
     examples: tuple[Any, ...] | None = None
+    num_own_rows: int | None = None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = True) -> OneBuffer:
         """The batch on `device`, including nested mappings and tuples; the batch itself if it is already there.
@@ -42,7 +44,7 @@ class OneBuffer(dict[str, Any]):
             return self
         moved = iter(_moved_together(elsewhere, device))
         there = OneBuffer(_each_tensor(self, lambda tensor: tensor if _is_on(tensor, device) else next(moved)))
-        there.examples = self.examples
+        there.examples, there.num_own_rows = self.examples, self.num_own_rows
         return there
 
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastdpo.modeling.attention.call import AttentionCall, PackedLayout
+from fastdpo.modeling.attention.heads import to_heads, to_rows
 from fastdpo.modeling.attention.sdpa import BranchSdpa
 from fastdpo.modeling.attention.varlen import VarlenBackend
+from fastdpo.modeling.sequence_group import SequenceGroup
 from fastdpo.ops.eager import max_chunk_rows
 from fastdpo.ops.engine import engine_of
 from fastdpo.ops.head import joined_weight, padded
@@ -146,6 +148,9 @@ def dry_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Replaces `packed_attention`, and a model's own masked attention over padded rows."""
+    group = None if packed_layout is None else packed_layout.group
+    if group is not None:
+        query, key, value = to_heads(group, query, key, value)
     with _DryAttention():
         if packed_layout is None:
             S, _, L, _ = query.shape
@@ -156,4 +161,15 @@ def dry_attention(
         window = sliding_window if is_limited else None
         call = AttentionCall(query, key, value, packed_layout, 0.0, 1.0, window, softcap, s_aux)
         backend = _DryVarlen() if packed_layout.backend == "varlen" else BranchSdpa()
-        return backend.attend(call), None
+        output = backend.attend(call)
+    return output if group is None else to_rows(group, output), None
+
+
+class DryGroup(SequenceGroup):
+    """Processes that compute a row together, without any: what comes from them has its shape."""
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.size = 0, size
+
+    def exchanged(self, blocks: Tensor) -> Tensor:
+        return torch.empty_like(blocks)

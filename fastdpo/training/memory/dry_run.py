@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from fastdpo.modeling.head import lm_head
 from fastdpo.modeling.mixers import MixerRows, mixers_of
 from fastdpo.modeling.packed import bare_model, is_prepared, unprepare_model
 from fastdpo.modeling.tiles import find_tiles, install_tiles, only_first_tiles
-from fastdpo.training.memory.dry_ops import dry_attention, grouped_mm, head_loss
+from fastdpo.training.memory.dry_ops import DryGroup, dry_attention, grouped_mm, head_loss
 
 PARTS = ("casts", "gradients", "head", "activations")
 # For models with recurrent states: rows that measure the operations per token, and the largest number of operations to
@@ -43,8 +43,9 @@ class RowShape:
     """The shape of one micro-batch, as far as it affects memory."""
 
     segments: tuple[tuple[int, int, int, int], ...]  # as in PackedBatch
-    num_rows: int  # hidden states that go through the LM head
+    num_rows: int  # hidden states that go through the LM head, of this process
     sequences: tuple[int, int] | None = None  # (S, L) of a padded batch, which has no segments
+    num_processes: int = 1  # that compute the row together
 
     @property
     def num_tokens(self) -> int:
@@ -138,6 +139,7 @@ def dry_step(
     accumulates: bool = False,
     with_grad: bool = True,
     workspace_bytes: int | None = None,
+    update_bytes: Callable[[nn.Parameter], int] | None = None,
 ) -> StepPeak:
     """The peak memory of forward and backward of one micro-batch, or of a forward alone.
 
@@ -148,6 +150,7 @@ def dry_step(
         autocast: dtype of autocast; None for off.
         accumulates: whether gradients of an earlier micro-batch already exist.
         with_grad: False for a forward that saves nothing, as in evaluation and for a reference.
+        update_bytes: of a weight that is updated in backward, where its gradient ends; None if none is.
     """
     settings: dict[str, Any] = {
         "impl": impl,
@@ -156,6 +159,7 @@ def dry_step(
         "accumulates": accumulates,
         "with_grad": with_grad,
         "workspace_bytes": workspace_bytes,
+        "update_bytes": update_bytes,
     }
     bare = bare_model(model)
     if not getattr(bare, "_is_stateful", False) and not getattr(mixers_of(bare), "names", ()):
@@ -194,6 +198,7 @@ def _step(
     accumulates: bool,
     with_grad: bool,
     workspace_bytes: int | None,
+    update_bytes: Callable[[nn.Parameter], int] | None,
 ) -> tuple[StepPeak, int]:
     """Runs the step; also returns its number of operations."""
     bare = bare_model(model)
@@ -204,6 +209,7 @@ def _step(
             parameter.grad = torch.empty_like(parameter) if accumulates else None
         live = _LiveBytes([*model.parameters(), *model.buffers(), *(p.grad for p in trained if p.grad is not None)])
         context = nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
+        hooks = [] if update_bytes is None else [live.update_in_backward(p, update_bytes(p)) for p in trained]
         with live:
             with context, torch.set_grad_enabled(with_grad):
                 hidden_states = _hidden_states(bare, row, varlen)
@@ -216,6 +222,8 @@ def _step(
             if loss.requires_grad:
                 loss.backward()
         peak = live.peak([p.grad for p in trained if p.grad is not None and not accumulates])
+        for hook in hooks:
+            hook.remove()
         own = sum(p.numel() * p.element_size() for p in trained) if accumulates else 0
         for parameter in trained:
             parameter.grad = None
@@ -236,11 +244,12 @@ def _hidden_states(bare: Any, row: RowShape, varlen: bool) -> Tensor:
     from transformers import AttentionInterface
 
     AttentionInterface.register(_DRY_ATTENTION, dry_attention)
-    shape = row.sequences or (1, row.num_tokens)
+    shape = row.sequences or (1, row.num_tokens // row.num_processes)
     ids = torch.zeros(shape, dtype=torch.int64)
     layout: dict[str, Any] = {}
     if not row.sequences:
-        packed = PackedLayout(row.segments, varlen_layout(row.segments), "varlen" if varlen else "sdpa")
+        group = None if row.num_processes == 1 else DryGroup(row.num_processes)
+        packed = PackedLayout(row.segments, varlen_layout(row.segments), "varlen" if varlen else "sdpa", group=group)
         layout = {"position_ids": ids, "packed_layout": packed}
     mixers = mixers_of(bare)
     if mixers is not None:  # found on the model that this one has the shapes of
@@ -262,9 +271,22 @@ class _LiveBytes(TorchDispatchMode):
         self.numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.weights = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
         self.count, self.tag, self.num_ops = 0, "", 0
+        self.passing: set[int] = set()  # storages of gradients that end in backward
 
     def tagged(self, tag: str) -> Any:
         return _Tag(self, tag)
+
+    def update_in_backward(self, parameter: nn.Parameter, num_bytes: int) -> Any:
+        """Ends the parameter's gradient when it is whole, after an allocation of `num_bytes`; returns the hook."""
+
+        def update(whole: Tensor) -> None:
+            assert whole.grad is not None
+            self.passing.add(self.numbers.get(whole.grad.untyped_storage(), -1))
+            with self.tagged("gradients"):
+                torch.empty(num_bytes, dtype=torch.uint8)
+            whole.grad = None
+
+        return parameter.register_post_accumulate_grad_hook(update)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.num_ops += 1
@@ -289,7 +311,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def peak(self, gradients: Sequence[Tensor]) -> dict[str, int]:
         """Bytes by part at the peak; storages that become gradients of weights count as gradients."""
-        final = {self.numbers.get(gradient.untyped_storage()) for gradient in gradients}
+        final = {self.numbers.get(gradient.untyped_storage()) for gradient in gradients} | self.passing
         now, best = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
         total = most = 0
         for number, size, tag in self.events:

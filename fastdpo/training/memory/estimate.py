@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from fastdpo.training.setup.optimizers import (
     optimizer_state_bytes,
     optimizer_step_bytes,
     trained_parameters,
+    update_bytes,
 )
 
 MIB = 2**20
@@ -137,6 +139,8 @@ def estimate_step(
     reference_bytes: int = 0,
     forwards: Sequence[StepPeak] = (),
     bucket_bytes: int = 0,
+    weight_rounding: str = "nearest",
+    in_backward: bool = False,
     on_gpu: bool,
 ) -> MemoryEstimate:
     """The estimate for the model and the micro-batch of a dry run.
@@ -146,13 +150,17 @@ def estimate_step(
         weight_bytes, reference_bytes: bytes of the two models.
         forwards: peaks of the other forwards: evaluation, a reference.
         bucket_bytes: bytes of DDP's buckets, which hold gradients a second time.
+        in_backward: whether weights are updated in the backward of `peak`.
     """
     trained = [p for p in dry.parameters() if p.requires_grad]
-    state = optimizer_state_bytes(optim, trained_parameters(dry))
-    gradients = sum(p.numel() * p.element_size() for p in trained)
-    of_step = optimizer_step_bytes(optim, trained, on_gpu)
-    update = MemoryEstimate(weight_bytes, state + of_step, reference_bytes, 0, gradients, 0, 0, 0)
-    moments = [update]
+    state = optimizer_state_bytes(optim, trained_parameters(dry), weight_rounding)
+    moments = []
+    if not in_backward:
+        gradients = sum(p.numel() * p.element_size() for p in trained)
+        of_step = optimizer_step_bytes(
+            optim, trained, on_gpu, one_by_one=weight_rounding != "nearest", weight_rounding=weight_rounding
+        )
+        moments = [MemoryEstimate(weight_bytes, state + of_step, reference_bytes, 0, gradients, 0, 0, 0)]
     for run in (peak, *forwards):
         parts = {f.name: getattr(run, f.name) for f in fields(run)}
         moments.append(MemoryEstimate(weight_bytes, state, reference_bytes, **parts, overhead=0))
@@ -181,7 +189,10 @@ def estimate_peak_memory(run: Run, *, impl: str | None = None) -> MemoryEstimate
         "workspace_bytes": args.workspace_bytes,
     }
     row = largest_microbatch(run)
-    peak = dry_step(dry, row, mode, **settings, accumulates=accumulates)
+    of_update = None
+    if args.optimizer_in_backward:
+        of_update = partial(update_bytes, optimizer_name(args), weight_rounding=args.weight_rounding)
+    peak = dry_step(dry, row, mode, **settings, accumulates=accumulates, update_bytes=of_update)
     gradients = sum(p.numel() * p.element_size() for p in dry.parameters() if p.requires_grad)
     forwards = [
         dry_step(dry, evaluated, mode, **settings, with_grad=False)
@@ -202,6 +213,8 @@ def estimate_peak_memory(run: Run, *, impl: str | None = None) -> MemoryEstimate
         reference_bytes=reference_bytes,
         forwards=forwards,
         bucket_bytes=gradients if run.accelerator.distributed_type in _DDP else 0,
+        weight_rounding=args.weight_rounding,
+        in_backward=args.optimizer_in_backward,
         on_gpu=args.device.type == "cuda",
     )
     return replace(estimate, casts=estimate.casts + _largest_4_bit_layer(run.model))

@@ -6,15 +6,16 @@ In: a Run. Out: a RowShape. Batches are compared by the lengths of their rows; o
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastdpo.data.batches.lengths import row_lengths
-from fastdpo.training.inputs.collator import microbatches_of
+from fastdpo.training.inputs.collator import examples_of, microbatches_of
 from fastdpo.training.inputs.streams import known_rows
 from fastdpo.training.memory.dry_run import RowShape
+from fastdpo.training.memory.out_of_memory import OutOfMemory, Piece
 from fastdpo.training.run import Run
 from fastdpo.types import PackedBatch
 
@@ -71,12 +72,23 @@ def largest_in_order(run: Run, dataset: Any) -> RowShape:
 
 def _largest_part(run: Run, dataset: Any, batches: Sequence[Sequence[int]]) -> RowShape:
     inputs = [run.collator([dataset[row] for row in rows]) for rows in batches]
-    parts = [PackedBatch(**part) for some in inputs for part in microbatches_of(some)]
+    parts = [PackedBatch(**part) for some in inputs for part in _as_they_run(run, some)]
     batch = max(parts, key=lambda part: part.input_ids.numel())
     shape = tuple(batch.input_ids.shape)
     if batch.is_packed:
-        return RowShape(tuple(tuple(segment) for segment in batch.segments), len(batch.labels))  # type: ignore[misc]
+        segments = tuple(tuple(segment) for segment in batch.segments)
+        if batch.shares is not None:
+            return RowShape(segments, batch.shares.longest, None, batch.shares.num_processes)  # type: ignore[arg-type]
+        return RowShape(segments, len(batch.labels))  # type: ignore[arg-type]
     return RowShape((), len(batch.labels), (shape[0], shape[1]))
+
+
+def _as_they_run(run: Run, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The micro-batches of a batch, and in place of a row that runs in parts its parts."""
+    oversized = OutOfMemory(run.collator, run.args.on_oversized_row)
+    for part, examples in zip(microbatches_of(inputs), examples_of(inputs), strict=True):
+        in_parts = [row_part.inputs for row_part in oversized.parts(Piece(part, examples))]
+        yield from in_parts or [part]
 
 
 def is_measured_later(run: Run) -> bool:

@@ -3,13 +3,14 @@
 In: a micro-batch and the rows that it was made of. Out: two micro-batches of the same rows. The size that did not fit
 is remembered: later micro-batches of at least as many tokens are halved before they run. A row that does not fit alone
 is refused with its number and length, or left out and counted if on_oversized_row is "skip"; it then counts as a loss
-of 0 in the mean of its step.
+of 0 in the mean of its step. If on_oversized_row is "split", the row runs in parts (`row_parts.py`), down to one
+sequence.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +21,13 @@ from transformers.utils import logging
 from fastdpo.data.prepare import group_from_columns
 from fastdpo.training.inputs.collator import Example, PackingCollator
 from fastdpo.training.inputs.transfer import OneBuffer
+from fastdpo.training.memory.row_parts import KNOWN, KnownWeights, RowPart, halves_of_part, parts_of_row
 
 logger = logging.get_logger(__name__)
+
+
+# the inputs without the items of rows that other processes have, too
+OwnItems = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,12 @@ class Piece:
 
     inputs: dict[str, Any]
     examples: tuple[Example, ...] | None
+    part: RowPart | None = None  # what it holds, if that is only a part of one row
+    own_items: OwnItems | None = None  # if other processes have some of its rows, too
+
+    @classmethod
+    def of_part(cls, part: RowPart, known: KnownWeights | None) -> Piece:
+        return cls({**part.inputs, KNOWN: known}, ((part.row[0], part.group),), part)
 
     @property
     def num_tokens(self) -> int:
@@ -44,6 +56,7 @@ class OutOfMemory:
     on_oversized_row: str
     cannot_split: str = ""  # why micro-batches of this run must stay whole; empty if they need not
     least: int | None = None  # tokens of the smallest micro-batch of several rows that did not fit
+    least_of_row: int | None = None  # tokens of the smallest row or part of a row that did not fit
     skipped: list[int] = field(default_factory=list)  # numbers of the rows that were left out, -1 if unknown
 
     def fitting(self, piece: Piece) -> list[Piece]:
@@ -53,8 +66,23 @@ class OutOfMemory:
             return [piece]
         return [part for half in self._halved(piece) for part in self.fitting(half)]
 
+    def parts(self, piece: Piece) -> list[RowPart]:
+        """The parts in which a row must run; none if it may run whole."""
+        is_row = piece.examples is not None and len(piece.examples) == 1 and piece.part is None
+        if self.on_oversized_row != "split" or not is_row:
+            return []
+        assert piece.examples is not None
+        row, limit = piece.examples[0], self.collator.max_tokens
+        capacities = [limit] if limit is not None and piece.num_tokens > limit else []
+        if self.least_of_row is not None and piece.num_tokens >= self.least_of_row:
+            capacities.append(self.least_of_row // 2)
+        if not capacities or len(row[1].responses) < 2:
+            return []
+        return parts_of_row(row, self.collator, min(capacities), piece.inputs["input_ids"])
+
     def after(self, piece: Piece, reason: str, dataset: Any, name: str) -> list[Piece]:
-        """What to run instead of a micro-batch that has not fitted; nothing if its only row is left out.
+        """What to run instead of a micro-batch that has not fitted; nothing if its only row is left out. A row that is
+        returned as it was will run in parts.
 
         Raises:
             ValueError: it cannot be split, or its only row does not fit.
@@ -70,6 +98,8 @@ class OutOfMemory:
                 f" and it cannot be halved, because {why} ({reason})"
             )
         if len(piece.examples) < 2:
+            if self.on_oversized_row == "split" and len(piece.examples[0][1].responses) > 1:
+                return self._in_parts(piece)
             return self._without(piece, reason, dataset, name)
         if self.least is None or tokens < self.least:
             self.least = tokens
@@ -80,17 +110,42 @@ class OutOfMemory:
             )
         return self._halved(piece)
 
+    def smallest(self, piece: Piece) -> Piece:
+        """The shortest row of a micro-batch as a micro-batch; itself if its rows are not known."""
+        if not piece.examples or piece.part is not None:
+            return piece
+        return self._of(piece, [min(piece.examples, key=lambda example: self.collator.num_tokens(example[1]))])
+
+    def _in_parts(self, piece: Piece) -> list[Piece]:
+        tokens = piece.num_tokens
+        if self.least_of_row is None or tokens < self.least_of_row:
+            self.least_of_row = tokens
+            logger.warning(
+                f"{tokens:,} tokens of one row do not fit into memory. Its sequences run in parts, and so do those of"
+                " later rows of that size; gradients stay those of the whole row. To save the failed attempts, set"
+                f" max_tokens_per_microbatch={max(tokens // 2, 1)}"
+            )
+        known: KnownWeights | None = piece.inputs.get(KNOWN)
+        if piece.part is None or known is None:
+            return [piece]
+        halves = halves_of_part(piece.part, self.collator)
+        return [Piece.of_part(half, known.of(places, first=i == 0)) for i, (half, places) in enumerate(halves)]
+
     def _without(self, piece: Piece, reason: str, dataset: Any, name: str) -> list[Piece]:
         assert piece.examples is not None
-        row = row_of(dataset, piece.examples[0])
+        row = row_of(dataset, piece.examples[0] if piece.part is None else piece.part.row)
         which = (
             f"row {row} of the prepared {name} dataset (counted from 0)" if row >= 0 else f"a row of the {name} data"
         )
         found = f"{which} has {piece.num_tokens:,} tokens and does not fit into memory by itself"
+        if self.on_oversized_row == "split":
+            found = f"{which} has a sequence of {piece.num_tokens:,} tokens that does not fit into memory by itself"
         if self.on_oversized_row != "skip":
+            remedy = "leave such rows out with on_oversized_row='skip'"
+            if self.on_oversized_row != "split":
+                remedy = f"run their responses one by one with on_oversized_row='split', or {remedy}"
             raise ValueError(
-                f"max_length must be smaller: {found} ({reason}). Turn on gradient_checkpointing, or leave such rows"
-                " out with on_oversized_row='skip'"
+                f"max_length must be smaller: {found} ({reason}). Turn on gradient_checkpointing, {remedy}"
             )
         if row < 0 or row not in self.skipped:
             self.skipped.append(row)
@@ -110,7 +165,10 @@ class OutOfMemory:
     def _of(self, piece: Piece, examples: Sequence[Example]) -> Piece:
         inputs = self.collator.batch_of(examples).asdict()
         inputs["mean_chosen_length"] = piece.inputs.get("mean_chosen_length")
-        return Piece(dict(OneBuffer(inputs).to(piece.inputs["input_ids"].device)), tuple(examples))
+        if piece.own_items is not None:
+            inputs = piece.own_items(inputs)
+        moved = dict(OneBuffer(inputs).to(piece.inputs["input_ids"].device))
+        return Piece(moved, tuple(examples), own_items=piece.own_items)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

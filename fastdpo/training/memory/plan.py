@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +28,7 @@ from fastdpo.training.memory.estimate import (
 )
 from fastdpo.training.memory.weightless import in_fewer_bits, weightless_model
 from fastdpo.training.setup.model_kinds import text_part
+from fastdpo.training.setup.optimizers import update_bytes
 
 ROUNDING = 256  # tokens
 MEASURED_TOKENS = (512, 8192, 131072)  # values between and beyond are on the lines through these points
@@ -44,6 +46,8 @@ class Settings:
     optim: str
     tiles: bool = False  # tile_rows="auto"
     offload: bool = False  # checkpoints in host memory
+    weight_rounding: str = "nearest"  # another one for weights in bf16, see `updates/rounding.py`
+    in_backward: bool = False  # whether the optimizer steps in backward; a step is one micro-batch then
 
     @property
     def needs_bitsandbytes(self) -> bool:
@@ -58,12 +62,19 @@ class Settings:
             parts += ["--use_peft", f"--lora_r {lora_r}", '--model_init_kwargs \'{"dtype": "bfloat16"}\'']
         if self.method == "qlora":
             parts.append("--load_in_4bit")
-        parts += [f"--reference {self.reference}", f"--optim {self.optim}", f"--max_tokens_per_microbatch {tokens}"]
+        if self.weight_rounding != "nearest":
+            parts += ['--model_init_kwargs \'{"dtype": "bfloat16"}\'', f"--weight_rounding {self.weight_rounding}"]
+        parts += [f"--reference {self.reference}", f"--optim {self.optim}"]
+        if self.in_backward:
+            parts.append("--optimizer_in_backward --per_device_train_batch_size 1")
+        else:
+            parts.append(f"--max_tokens_per_microbatch {tokens}")
         return " ".join(parts)
 
 
-# From full training, the fastest, to the method with the least memory. Full training keeps fp32 weights. Of one method,
-# the ways of keeping activations are in the order of the time that they cost: all, checkpoints, tiles, on the host.
+# From full training, the fastest, to the method with the least memory. Full training keeps fp32 weights, or bf16
+# weights with stochastic rounding. Of one method, the ways of keeping activations are in the order of the time that
+# they cost: all, checkpoints, tiles, on the host.
 CANDIDATES = [
     *(
         Settings("full", checkpointing, reference, optim)
@@ -72,6 +83,10 @@ CANDIDATES = [
         for reference in ("frozen", "cached")
     ),
     *(Settings("full", True, "cached", "paged_adamw_8bit", tiles=True, offload=offload) for offload in (False, True)),
+    *(
+        Settings("full", True, "cached", "adamw_bnb_8bit", tiles, False, "stochastic", in_backward)
+        for tiles, in_backward in ((False, False), (False, True), (True, True))
+    ),
     *(
         Settings(method, checkpointing, "adapter", "adamw_torch_fused", tiles=tiles, offload=offload)
         for method in ("lora", "qlora")
@@ -110,7 +125,7 @@ def make_plans(config: Any, memory: int, lora_r: int, least: int) -> list[Plan]:
     models: dict[Any, Callable[[Settings, int], MemoryEstimate] | None] = {}
     plans = []
     for settings in CANDIDATES:
-        key = (settings.method == "full", settings.checkpointing, settings.tiles, settings.offload)
+        key = replace(settings, method="full" if settings.method == "full" else "lora", reference="", optim="")
         if key not in models:
             models[key] = _estimator(config, settings, lora_r)
         estimator = models[key]
@@ -151,7 +166,8 @@ def _estimator(config: Any, way: Settings, lora_r: int) -> Callable[[Settings, i
     """Estimates by settings and tokens; settings that differ only in sums over parameters share dry runs. None if the
     model's layers cannot run in tiles."""
     mode = fake_mode()
-    model, plain_bytes, four_bit_bytes, largest = _build(config, way.method == "full", lora_r)
+    model, plain_bytes, four_bit_bytes, largest = _build(config, way.method == "full", lora_r, way.weight_rounding)
+    of_update = partial(update_bytes, way.optim, weight_rounding=way.weight_rounding) if way.in_backward else None
     dry: Any = shape_only(model, mode)
     tile_rows = auto_tile_rows(getattr(text_part(config), "hidden_size", 0), "cuda")
     if way.tiles and not assume_tiles(dry, mode, tile_rows, torch.bfloat16):
@@ -169,11 +185,13 @@ def _estimator(config: Any, way: Settings, lora_r: int) -> Callable[[Settings, i
                 impl=planned_impl(),
                 varlen=True,
                 autocast=torch.bfloat16,
-                accumulates=True,
+                accumulates=not way.in_backward,
                 workspace_bytes=CUDA_WORKSPACE_BYTES,
+                update_bytes=of_update,
             )
         reference = plain_bytes if settings.reference == "frozen" else 0
         sizes: dict[str, Any] = {"weight_bytes": plain_bytes, "reference_bytes": reference}
+        sizes |= {"weight_rounding": way.weight_rounding, "in_backward": way.in_backward}
         result = estimate_step(dry, peaks[tokens], optim=settings.optim, **sizes, on_gpu=True)
         if settings.method == "qlora":  # a layer at a time is turned back into bf16
             result = replace(result, weights=four_bit_bytes, casts=result.casts + largest)
@@ -182,10 +200,10 @@ def _estimator(config: Any, way: Settings, lora_r: int) -> Callable[[Settings, i
     return estimate
 
 
-def _build(config: Any, full: bool, lora_r: int) -> tuple[nn.Module, int, int, int]:
+def _build(config: Any, full: bool, lora_r: int, weight_rounding: str) -> tuple[nn.Module, int, int, int]:
     """A model without storage; its bytes, those with a base in 4 bits, and those of its largest layer in bf16."""
     if full:
-        model = weightless_model(config, torch.float32)
+        model = weightless_model(config, torch.float32 if weight_rounding == "nearest" else torch.bfloat16)
     else:
         try:
             from peft import LoraConfig

@@ -61,7 +61,12 @@ def check_row_sizes(dataset: Dataset, name: str, collator: PackingCollator, on_o
     )
     if on_oversized_row == "raise":
         raise ValueError(f"{found}; raise the limit, lower max_length, or set on_oversized_row='alone'")
-    logger.warning(f"{found}. Each of them runs in its own micro-batch, which needs more memory.")
+    if on_oversized_row != "split":
+        logger.warning(f"{found}. Each of them runs in its own micro-batch, which needs more memory.")
+        return
+    most = int(lengths.sequences.max())
+    more = f". A sequence runs whole: the longest has {most}, which needs more memory." if most > limit else "."
+    logger.warning(f"{found}. Their responses run in several micro-batches, with one more forward{more}")
 
 
 class MemoryMeter(Protocol):
@@ -148,16 +153,18 @@ def _first_rows(dataset: Dataset, collator: PackingCollator, num_tokens: int) ->
     return rows
 
 
-def optimizer_bytes(model: nn.Module, optimizer: Any, name: str) -> int:
+def optimizer_bytes(model: nn.Module, optimizer: Any, name: str, weight_rounding: str = "nearest") -> int:
     """The bytes that the optimizer's state will still need after its first step, by its name."""
     if optimizer is not None and len(optimizer.state) > 0:
         return 0
-    return optimizer_state_bytes(name, trained_parameters(model))
+    return optimizer_state_bytes(name, trained_parameters(model), weight_rounding)
 
 
 def steps_in_backward(trainer: Trainer) -> bool:
-    """Whether weights change before the whole gradient is computed: with DeepSpeed's engine, and LOMO."""
-    return trainer.is_deepspeed_enabled or "lomo" in optimizer_name(trainer.args)
+    """Whether weights change before the whole gradient is computed: with DeepSpeed's engine, LOMO, and
+    optimizer_in_backward."""
+    args = trainer.args
+    return trainer.is_deepspeed_enabled or args.optimizer_in_backward or "lomo" in optimizer_name(args)
 
 
 def check_can_split(trainer: Trainer) -> None:
@@ -168,15 +175,39 @@ def check_can_split(trainer: Trainer) -> None:
     """
     budget = trainer.args.max_tokens_per_microbatch
     optim = optimizer_name(trainer.args)
-    if steps_in_backward(trainer):
-        what = "DeepSpeed" if trainer.is_deepspeed_enabled else f"optim {optim!r}"
+    if steps_in_backward(trainer) and not trainer.is_deepspeed_enabled:
         raise ValueError(
-            f"max_tokens_per_microbatch must be None with {what}, which ends each step itself, got {budget}"
+            f"max_tokens_per_microbatch must be None with optim {optim!r}, which ends each step itself, got {budget}"
         )
-    if budget == "auto" and trainer.is_fsdp_enabled:
+    if budget == "auto" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        engine = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
         raise ValueError(
-            "max_tokens_per_microbatch must be a number with FSDP, got 'auto': one process cannot measure the weights"
-            " that FSDP gathers while a layer runs"
+            f"max_tokens_per_microbatch must be a number with {engine}, got 'auto': one process cannot measure what"
+            f" {engine} holds in a step of all processes"
+        )
+
+
+def check_can_run_in_parts(trainer: Trainer, data_collator: Any, *, shards_weights: bool) -> None:
+    """Refuses on_oversized_row="split" where it cannot work.
+
+    Raises:
+        ValueError: weights are sharded, the engine steps in backward, or the collator does not tell the rows.
+    """
+    if trainer.args.on_oversized_row != "split":
+        return
+    why = ""
+    if steps_in_backward(trainer):
+        why = "the optimizer steps in backward, before the other parts of a row have run"
+    elif shards_weights:
+        why = "processes with sharded weights must run equally many micro-batches, and only one may hold a long row"
+    elif trainer.args.row_group_size > 1:
+        why = f"{trainer.args.row_group_size} processes compute each row together already"
+    elif data_collator is not None:
+        why = f"the data_collator, {type(data_collator).__name__}, does not tell which rows a batch holds"
+    if why:
+        raise ValueError(
+            f"on_oversized_row must be 'alone', 'raise' or 'skip' here, got 'split': {why}; lower max_length if a row"
+            " does not fit"
         )
 
 
@@ -200,7 +231,7 @@ class BudgetAtStart(TrainerCallback):
         if meter is None:
             logger.info("max_tokens_per_microbatch='auto' sets no limit on a CPU")
             return
-        reserved = optimizer_bytes(model, optimizer, optimizer_name(args))
+        reserved = optimizer_bytes(model, optimizer, optimizer_name(args), args.weight_rounding)
         run_rows = partial(self.run_rows, model, args.device)
         fitting = tokens_that_fit(run_rows, self.run.train_dataset, self.run.collator, meter, reserved)
         self.run.collator.max_tokens = fitting

@@ -14,6 +14,7 @@ from typing import Any
 from transformers.utils import logging
 
 from fastdpo.training.saving.manifest import MANIFEST, cut_off, damage, has_manifest
+from fastdpo.training.saving.pickles import unsafe_file
 from fastdpo.training.saving.staging import checkpoints
 
 logger = logging.get_logger(__name__)
@@ -84,7 +85,7 @@ def _fault(folder: Path) -> str | None:
             _check_whole(folder)
         except ValueError as error:
             return str(error)
-        found = None if has_one else cut_off(folder)
+        found = (None if has_one else cut_off(folder)) or unsafe_file(folder)
     return None if found is None else f"resume_from_checkpoint must be a complete checkpoint, got {folder}: {found}"
 
 

@@ -6,6 +6,8 @@ first: the resumed run repeats it. Several processes stop after the same step, w
 of training there is nothing to save, so the first signal raises at once.
 
 The commands install the handlers. From Python nothing is installed unless this callback is given to a trainer.
+Workers of data loaders outlive the signal, which launchers and batch systems send to them too: a run fails when one of
+its workers dies, and would not save.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -100,12 +102,15 @@ class StopOnSignal(TrainerCallback):
         return self.received is not None
 
     def stop(self, checkpoint: Path, *, is_main: bool) -> None:
-        """Says how to go on, and raises Stopped."""
+        """Says how to go on, and raises Stopped: on all processes once the main one has said it, because launchers end
+        those that are left when the first one ends."""
         assert self.received is not None
         if is_main:
             name = signal.Signals(self.received).name
             go_on = self.command or f"trainer.train(resume_from_checkpoint={str(checkpoint)!r})"
             print(f"{name}: stopped after a save in {checkpoint}. To continue: {go_on}", file=sys.stderr, flush=True)
+        if self._group is not None:
+            torch.distributed.barrier(group=self._group)
         raise Stopped(128 + self.received)
 
     def _join_processes(self) -> None:
@@ -130,6 +135,41 @@ class StopOnSignal(TrainerCallback):
         if not _has_launcher():
             for each in SIGNALS:  # the default ends the process at once, even inside a library that never returns
                 signal.signal(each, signal.SIG_DFL)
+
+
+class Spared:
+    """`worker_init_fn` of a data loader whose workers outlive the signals that stop the run.
+
+    They end when the run ends them; a SIGTERM that comes later than the first still ends a worker that does not.
+
+    Args:
+        inner: the function that it replaces.
+    """
+
+    def __init__(self, inner: Callable[[int], Any] | None) -> None:
+        self.inner = inner
+        self._at: float | None = None
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGTERM, self._terminate)
+        for number in (signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        if self.inner is not None:
+            self.inner(worker)
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._at is not None and now - self._at > _SECONDS_OF_ONE_REQUEST:
+            os._exit(128 + number)
+        self._at = now if self._at is None else self._at
+
+
+def spare_workers(loader: Any) -> Any:
+    """The data loader, of torch or of accelerate, whose workers outlive the signals that stop the run."""
+    inner = getattr(loader, "base_dataloader", loader)
+    if not isinstance(inner.worker_init_fn, Spared):
+        inner.worker_init_fn = Spared(inner.worker_init_fn)
+    return loader
 
 
 def _has_launcher() -> bool:

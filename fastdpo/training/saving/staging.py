@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from transformers.utils import logging
@@ -65,7 +66,10 @@ def restore_unfinished(output_dir: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Removes a folder so that no part of it stays under its name."""
-    shutil.rmtree(_move_away(folder), ignore_errors=True)
+    away = _move_away(folder)
+    shutil.rmtree(away, ignore_errors=True)
+    with suppress(OSError):  # it holds a checkpoint that is being written
+        away.parent.rmdir()
 
 
 def _move_away(folder: Path) -> Path:

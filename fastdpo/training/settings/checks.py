@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 from dataclasses import fields
+from importlib import util
 from typing import Any
 
 import torch
@@ -141,6 +142,47 @@ def check_packing_settings(args: Any) -> None:
         )
 
 
+def check_sequence_parallel_settings(args: Any) -> None:
+    """Raises ValueError for settings that cannot work if several processes compute each packed row together."""
+    for name in ("sp_size", "cp_size"):
+        size = getattr(args.parallelism_config, name, None) or 1
+        if size > 1:
+            raise ValueError(
+                f"parallelism_config must leave {name} at 1, got {size}: its attention does not know packed rows; set"
+                f" sequence_parallel_size={size}"
+            )
+    if args.sequence_parallel_size == 1:
+        return
+    size = args.sequence_parallel_size
+    refused = {
+        "packing": (args.packing == "padded", "only a packed row is divided; use packing='auto'"),
+        "attention_backend": (args.attention_backend == "mask", "its mask covers the whole row; use 'auto'"),
+        "max_tokens_per_microbatch": (
+            args.max_tokens_per_microbatch == "auto",
+            "processes would measure different limits; give a number",
+        ),
+        "on_oversized_row": (args.on_oversized_row == "split", "processes share every row already; use 'alone'"),
+        "torch_compile": (bool(args.torch_compile), "attention communicates; turn it off"),
+        "deepspeed": (bool(args.deepspeed), "this is untested; use FSDP2 or DDP"),
+        "tensor_parallel_size": (args.tensor_parallel_size > 1, "this is untested; use one of both"),
+    }
+    for name, (is_set, why) in refused.items():
+        if is_set:
+            raise ValueError(f"{name} must not be {getattr(args, name)!r} with sequence_parallel_size={size}: {why}")
+
+
+def check_oversized_row(args: Any) -> None:
+    """Raises ValueError if rows are to run in parts, and a second forward would not repeat the first."""
+    if args.on_oversized_row != "split":
+        return
+    for name, off, what in (("disable_dropout", True, "dropout"), ("neftune_noise_alpha", None, "NEFTune's noise")):
+        if getattr(args, name) != off:
+            raise ValueError(
+                f"{name} must be {off} if on_oversized_row is 'split', got {getattr(args, name)!r}: {what} gives the"
+                " second forward of a row other log-probs than the first"
+            )
+
+
 def check_trainer_settings(args: Any) -> None:
     """Raises ValueError for settings of transformers' Trainer that fastdpo cannot honour, and for values outside the
     choices that only transformers' command-line parser would check."""
@@ -152,6 +194,11 @@ def check_trainer_settings(args: Any) -> None:
         value = getattr(args, name)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number of steps, or a share of the run below 1, got {value}")
+    if args.deepspeed and util.find_spec("deepspeed") is None:
+        raise ValueError(
+            "deepspeed must be None if the deepspeed package is not installed, got a config: pip install"
+            " 'fastdpo[deepspeed]'"
+        )
     counted = (True, False, "all", "non_padding", "no")
     if args.include_num_input_tokens_seen not in counted:
         raise ValueError(
@@ -164,6 +211,14 @@ def check_trainer_settings(args: Any) -> None:
             f"label_smoothing_factor must be 0, got {args.label_smoothing_factor}: it smooths token labels, which the"
             " head op does not support; for flipped preference labels use label_smoothing"
         )
+
+
+def load_whole_models() -> None:
+    """Keeps from_pretrained from dividing models under DeepSpeed's stage 3: the self-check and the reference read their
+    weights before DeepSpeed divides them. Trainer tells transformers about the stage more than once."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
 
 
 def resolve_checkpointing(args: Any, default: bool) -> None:

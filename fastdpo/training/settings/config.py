@@ -99,6 +99,11 @@ class DPOConfig(FeatureSettings, LossSettings, EngineConfig):
                 f"max_tokens_per_microbatch must be None for loss_type {self.loss_type}, got"
                 f" {self.max_tokens_per_microbatch!r}: this loss is not a sum over pairs, so its batch cannot be split"
             )
+        if self.on_oversized_row == "split" and looks_at_whole_batch(self):
+            raise ValueError(
+                f"on_oversized_row must be 'alone' or 'skip' for loss_type {self.loss_type}, got 'split': the loss"
+                " depends on the whole batch, so a row has no loss of its own; lower max_length if a row does not fit"
+            )
         if self.sync_ref_model and (has_none or self.reference == "cached"):
             mode = "none" if has_none else "cached"
             why = "there is no reference to move" if has_none else "cached log-probs do not follow a moving reference"
@@ -143,4 +148,9 @@ class SFTConfig(EngineConfig):
     def __post_init__(self) -> None:
         if str(self.packing).lower() in ("true", "false"):  # as TRL's SFTConfig has it
             self.packing = "packed" if str(self.packing).lower() == "true" else "auto"
+        if self.on_oversized_row == "split":
+            raise ValueError(
+                "on_oversized_row must be 'alone', 'raise' or 'skip' in supervised fine-tuning, got 'split': a row is"
+                " one response, which cannot be split; lower max_length if it does not fit"
+            )
         super().__post_init__()

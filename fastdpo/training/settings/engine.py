@@ -24,20 +24,25 @@ from fastdpo.training.settings.checks import (
     check_count,
     check_number,
     check_order_of_rows,
+    check_oversized_row,
     check_packing_settings,
+    check_sequence_parallel_settings,
     check_steps,
     check_trainer_settings,
     count_or_auto,
     help_text,
+    load_whole_models,
     offload_checkpoints,
     resolve_checkpointing,
     with_torch_dtype,
 )
+from fastdpo.training.updates.in_backward import CLIPPINGS
+from fastdpo.training.updates.rounding import ROUNDINGS
 
 logger = logging.get_logger(__name__)
 
 PACKING_MODES = ("auto", "packed", "padded")
-OVERSIZED_ROWS = ("alone", "raise", "skip")
+OVERSIZED_ROWS = ("alone", "raise", "skip", "split")
 FULL_DISK = ("stop", "wait")
 WORKERS_ON_A_GPU = 2  # without workers, the GPU waits 5 to 15 ms a step while the main process collates
 
@@ -187,7 +192,9 @@ class EngineConfig(TrainingArguments):
         metadata=help_text(
             "What to do with a row of more than max_tokens_per_microbatch tokens. alone: run it in a micro-batch"
             " of its own, with a warning at the start. raise: do not start the run. skip: as alone, and leave the row"
-            " out if it does not fit into memory; otherwise such a row ends the run."
+            " out if it does not fit into memory; otherwise such a row ends the run. split: run its responses in"
+            " several micro-batches, with the gradient of the whole row and one more forward; its longest response"
+            " with its prompt must fit."
         ),
     )
     regroup_dataset: bool = field(
@@ -204,6 +211,13 @@ class EngineConfig(TrainingArguments):
             "Build each step from rows of similar length. This reduces padding in padded batches, and the time"
             " that processes wait for each other. Long and short rows then never share a step, so gradients differ"
             " more between steps."
+        ),
+    )
+    balance_ranks: bool = field(
+        default=True,
+        metadata=help_text(
+            "On several processes: deal the rows of each step so that all processes have about equally many tokens."
+            " Every step keeps its rows. No effect on streams, and with regroup_dataset."
         ),
     )
     attention_backend: str = field(
@@ -233,6 +247,37 @@ class EngineConfig(TrainingArguments):
             " GiB of its free memory if the head is trained), 32 MiB elsewhere."
         ),
     )
+    weight_rounding: str = field(
+        default="nearest",
+        metadata=help_text(
+            "How the optimizer's updates are rounded to bf16 weights. nearest: updates below half a unit of the last"
+            " place are lost. stochastic: rounded up or down so that the mean is kept. kahan: what rounding cuts off is"
+            " kept in 2 more bytes per weight. The last two compute each update in fp32, and let weights be trained"
+            " that are loaded in bf16 (dtype in model_init_kwargs)."
+        ),
+    )
+    optimizer_in_backward: bool = field(
+        default=False,
+        metadata=help_text(
+            "Update each weight in backward, as soon as its gradient is whole, and drop the gradient. Needs one"
+            " micro-batch per step on one process. For clipping see clipping_in_backward."
+        ),
+    )
+    clipping_in_backward: str = field(
+        default="previous_norm",
+        metadata=help_text(
+            "Which norm clips the gradient with optimizer_in_backward. previous_norm: that of the step before."
+            " two_passes: that of the step itself, from a forward and backward of its own: exact, at twice the time."
+        ),
+    )
+    tensor_parallel_size: int = field(
+        default=1,
+        metadata=help_text(
+            "Processes over which every layer and the LM head are cut, by the plan of the model's class. They read the"
+            " same rows. Must divide the number of processes; groups of this size then shard their parts among them"
+            " (FSDP2)."
+        ),
+    )
     tile_rows: int | str | None = field(
         default=None,
         metadata=help_text(
@@ -246,6 +291,15 @@ class EngineConfig(TrainingArguments):
         metadata=help_text(
             "Move checkpointed activations to host memory (GPU only). The same as offload in"
             " activation_checkpointing_kwargs."
+        ),
+    )
+
+    sequence_parallel_size: int = field(
+        default=1,
+        metadata=help_text(
+            "Number of processes that compute each packed row together, for pairs too long for one GPU. Each holds an"
+            " equal part of the tokens; attention exchanges heads for tokens. Must divide the number of processes and"
+            " of attention heads."
         ),
     )
 
@@ -264,7 +318,12 @@ class EngineConfig(TrainingArguments):
         check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         check_choice("on_oversized_row", self.on_oversized_row, OVERSIZED_ROWS)
         check_choice("on_full_disk", self.on_full_disk, FULL_DISK)
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        check_choice("weight_rounding", self.weight_rounding, ROUNDINGS)
+        check_choice("clipping_in_backward", self.clipping_in_backward, CLIPPINGS)
+        for name in (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            *("sequence_parallel_size", "tensor_parallel_size"),
+        ):
             check_count(name, getattr(self, name))
         check_count("dataset_num_proc", self.dataset_num_proc, optional=True)
         check_number("learning_rate", self.learning_rate, least=0.0)
@@ -286,10 +345,13 @@ class EngineConfig(TrainingArguments):
         check_steps(self)
         check_order_of_rows(self)
         check_packing_settings(self)
+        check_sequence_parallel_settings(self)
+        check_oversized_row(self)
         check_trainer_settings(self)
         self.remove_unused_columns = False  # prepared datasets have no unused columns
         self._follow_device()
         super().__post_init__()
+        load_whole_models()
 
     def _follow_device(self) -> None:
         """Fills in the defaults that depend on whether there is a GPU."""
@@ -306,6 +368,21 @@ class EngineConfig(TrainingArguments):
             self.dataloader_pin_memory = False
             if self.fp16:
                 logger.warning("fp16 on a CPU is slow and overflows above 65,504: use bf16 or fp32 instead")
+
+    @property
+    def row_group_size(self) -> int:
+        """How many consecutive processes read the same rows: those of a tensor- or sequence-parallel group."""
+        return self.sequence_parallel_size * self.tensor_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many processes, or groups of them, read different rows."""
+        return max(self.world_size // self.row_group_size, 1)
+
+    @property
+    def data_parallel_index(self) -> int:
+        """Which of them this process is, or its group."""
+        return self.process_index // self.row_group_size
 
     def to_dict(self) -> dict[str, Any]:
         """As in TrainingArguments, which hides every value named ..._token as a secret; pad_token is kept readable."""

@@ -15,6 +15,8 @@ from transformers.utils import logging
 from fastdpo.references.adapters import REFERENCE_ADAPTER, drop_own_copy, freeze_reference, is_peft_model
 from fastdpo.training.setup.adapter_facts import merging_tied
 from fastdpo.training.setup.adapter_targets import check_targets, on_text_layers
+from fastdpo.training.setup.cut_adapters import check_adapter_of_cut, cut_adapter
+from fastdpo.training.setup.tensor_parallel import is_cut
 
 logger = logging.get_logger(__name__)
 
@@ -79,8 +81,13 @@ def _with_new_adapter(model: nn.Module, peft_config: Any, seed: int) -> Any:
         )
     _check_method(peft_config, "peft_config")
     check_targets(model, peft_config)
+    if is_cut(model):
+        check_adapter_of_cut(model, peft_config)
     set_seed(seed)  # adapters start from random weights
-    return get_peft_model(model, on_text_layers(model, peft_config))
+    peft_model = get_peft_model(model, on_text_layers(model, peft_config))
+    if is_cut(model):
+        cut_adapter(peft_model, seed)
+    return peft_model
 
 
 def _check_given(model: Any) -> None:

@@ -37,6 +37,11 @@ def router_coefficient(args: Any, model: nn.Module) -> float:
             f" {args.max_tokens_per_microbatch!r}: the loss is not a sum over items, so a batch cannot be split; use"
             " gradient_accumulation_steps, which averages it over batches, or router_aux_loss_coef=0"
         )
+    if coefficient and args.on_oversized_row == "split":
+        raise ValueError(
+            f"on_oversized_row must not be 'split' with the load-balancing loss of {type(bare).__name__}, which is not"
+            " a sum over sequences, so a row cannot be split; set router_aux_loss_coef=0, or choose 'alone'"
+        )
     return coefficient
 
 

@@ -23,10 +23,12 @@ from fastdpo.data.tokens.chat.templates import give_template
 from fastdpo.data.tokens.tokenization import padding_id
 from fastdpo.modeling.backbone import backbone, freeze_towers, tower_names
 from fastdpo.modeling.packed import bare_model
+from fastdpo.training.settings.checks import load_whole_models
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.checkpoint_keys import check_all_loaded
 from fastdpo.training.setup.model_kinds import auto_class, check_kind, has_other_parts, is_encoder
 from fastdpo.training.setup.source_files import source_file
+from fastdpo.training.setup.tensor_parallel import cut_over_processes, distributed_options
 
 logger = logging.get_logger(__name__)
 
@@ -59,6 +61,8 @@ def resolve_model(
         if quantization_config is not None and "quantization_config" in init_kwargs:
             raise ValueError("quantization_config must not be given twice, as an argument and in model_init_kwargs")
         options = {} if quantization_config is None else {"quantization_config": quantization_config}
+        if adapter_base(model) is None:
+            options |= distributed_options(args)
         model = load_model(model, init_kwargs, **options)
     elif quantization_config is not None:
         raise ValueError("quantization_config must be None if model is an object instead of a name")
@@ -66,7 +70,7 @@ def resolve_model(
         logger.warning("model_init_kwargs has no effect, because the model is given as an object.")
     check_model_and_tokenizer(model, tokenizer)
     freeze_towers(bare_model(model))
-    return model, tokenizer
+    return cut_over_processes(model, args), tokenizer
 
 
 def resolve_tokenizer(
@@ -236,6 +240,7 @@ def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = Non
         **(model_init_kwargs or {}),
         **kwargs,
     }
+    load_whole_models()
     try:
         check_json_files(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path, **where_from(options))

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 # Bytes of state per parameter, if it is not two moments in the parameter's dtype; the first match counts.
@@ -69,17 +70,23 @@ def trained_parameters(model: nn.Module) -> list[tuple[nn.Parameter, bool]]:
     return [(p, id(p) in embeddings) for p in model.parameters() if p.requires_grad]
 
 
-def optimizer_state_bytes(name: str, trained: Iterable[tuple[nn.Parameter, bool]]) -> int:
+def optimizer_state_bytes(
+    name: str, trained: Iterable[tuple[nn.Parameter, bool]], weight_rounding: str = "nearest"
+) -> int:
     """Bytes of the state of `optim=name` on the device after its first step.
 
     Args:
         trained: the parameters, and whether each is an embedding (bitsandbytes keeps their moments in fp32).
+        weight_rounding: see `updates/rounding.py`; with any but "nearest" the optimizer sees bf16 weights in fp32.
     """
     per_parameter = next((size for part, size in _STATE_BYTES.items() if part in name), None)
     total = 0.0
     for parameter, is_embedding in trained:
+        is_rounded = _is_rounded(parameter, weight_rounding)
+        if is_rounded and weight_rounding == "kahan":
+            total += 2 * parameter.numel()
         if per_parameter is None:
-            total += 2 * parameter.numel() * parameter.element_size()
+            total += 2 * parameter.numel() * (4 if is_rounded else parameter.element_size())
         elif name == "adafactor" and parameter.dim() >= 2:
             total += 4 * (parameter.numel() // parameter.shape[-1] + parameter.numel() // parameter.shape[-2])
         elif name == "adafactor":
@@ -95,11 +102,36 @@ def _is_small(parameter: nn.Parameter) -> bool:
     return parameter.numel() < 4096  # bitsandbytes' min_8bit_size
 
 
-def optimizer_step_bytes(name: str, trained: Iterable[nn.Parameter], on_gpu: bool) -> int:
+def _is_rounded(parameter: nn.Parameter, weight_rounding: str) -> bool:
+    return weight_rounding != "nearest" and parameter.dtype == torch.bfloat16
+
+
+def optimizer_step_bytes(
+    name: str, trained: Iterable[nn.Parameter], on_gpu: bool, *, one_by_one: bool = False, weight_rounding: str = ""
+) -> int:
     """Temporary bytes of the optimizer's step: torch's multi-tensor loop on a GPU holds a root for every parameter
-    (`adamw_torch`), Adafactor holds the update of one parameter at a time, twice."""
+    (`adamw_torch`), Adafactor holds the update of one parameter at a time, twice.
+
+    Args:
+        one_by_one: whether one weight at a time is updated.
+    """
+    if one_by_one:
+        return max((update_bytes(name, p, weight_rounding) for p in trained), default=0)
     sizes = [4 * p.numel() for p in trained]
     if name == "adafactor":
         return 2 * max(sizes, default=0)
     is_foreach = on_gpu and name in ("adamw_torch", "adagrad", "rmsprop")
-    return sum(sizes) if is_foreach else 0 if "fused" in name or "bnb" in name else max(sizes, default=0)
+    return sum(sizes) if is_foreach else 0 if _has_no_scratch(name) else max(sizes, default=0)
+
+
+def update_bytes(name: str, parameter: nn.Parameter, weight_rounding: str) -> int:
+    """Temporary bytes of the update of one weight (`updates/one_by_one.py`), without its gradient."""
+    scratch = 0 if _has_no_scratch(name) else 8 if name == "adafactor" else 4
+    if not _is_rounded(parameter, weight_rounding):
+        return scratch * parameter.numel()
+    # weight and gradient in fp32 for the update; then the weight, what rounds it, and the rounded weight
+    return max(8 + scratch, 12) * parameter.numel()
+
+
+def _has_no_scratch(name: str) -> bool:
+    return "fused" in name or "bnb" in name

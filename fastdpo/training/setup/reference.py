@@ -24,6 +24,7 @@ from fastdpo.data.tokens.tokenization import padding_id
 from fastdpo.losses import losses_where
 from fastdpo.modeling import prepare_model
 from fastdpo.modeling.packed import bare_model, unprepare_model
+from fastdpo.modeling.vocab_rows import local
 from fastdpo.references import AdapterReference, FrozenReference
 from fastdpo.references.adapters import (
     REFERENCE_ADAPTER,
@@ -43,6 +44,7 @@ from fastdpo.training.setup.models import (
     load_model,
     where_from,
 )
+from fastdpo.training.setup.tensor_parallel import copy_of_cut, cut_over_processes, distributed_options, is_cut
 from fastdpo.types import PackedBatch, TokenizedGroup
 
 _TOKENS_PER_BATCH = {"cuda": 16384}  # forward only: a few times the size of a training step
@@ -100,8 +102,8 @@ def check_beside_policy(reference: nn.Module, policy: nn.Module) -> None:
     Raises:
         ValueError: it shares weights with the policy, or has another vocabulary.
     """
-    trained = {p.data_ptr() for p in policy.parameters()} - {0}  # of weights that are elsewhere
-    if any(p.data_ptr() in trained for p in reference.parameters()):
+    trained = {local(p).data_ptr() for p in policy.parameters()} - {0}  # of weights that are elsewhere
+    if any(local(p).data_ptr() in trained for p in reference.parameters()):
         raise ValueError("ref_model must not share weights with the model that is trained; give it a copy")
     num_tokens = [bare_model(m).get_output_embeddings().weight.shape[0] for m in (policy, reference)]
     if num_tokens[0] != num_tokens[1]:
@@ -155,15 +157,20 @@ def live_reference(
     """A second model for the whole run: a copy of the initial policy, with its adapter "ref" active if it has one, or
     the given model."""
     if ref_model is None:
-        frozen: Any = copy.deepcopy(policy)
+        frozen: Any = copy_of_cut(policy) if is_cut(policy) else copy.deepcopy(policy)
         if is_peft_model(frozen) and brings_reference(frozen):
             frozen.set_adapter(REFERENCE_ADAPTER)
     else:
-        frozen = load_model(ref_model, args.init_kwargs()) if isinstance(ref_model, str) else ref_model
+        if isinstance(ref_model, str):
+            frozen = load_model(ref_model, args.init_kwargs(), **distributed_options(args))
+        else:
+            frozen = ref_model
         check_model_and_tokenizer(frozen, tokenizer)
         check_beside_policy(frozen, policy)
+        frozen = cut_over_processes(frozen, args)
     prepare_model(frozen).requires_grad_(False)
-    if getattr(frozen, "hf_device_map", None) is None and not getattr(frozen, "is_quantized", False):
+    is_placed = getattr(frozen, "hf_device_map", None) is not None or is_cut(frozen)
+    if not is_placed and not getattr(frozen, "is_quantized", False):
         frozen.to(args.device)
     return FrozenReference(frozen.eval(), impl=args.impl)
 
@@ -202,7 +209,9 @@ class AskedOnce:
             tokens = _TOKENS_PER_BATCH.get(device.type, _TOKENS_PER_BATCH_ELSEWHERE)
             tokens *= _FACTOR_OFFLOADED if self.is_offloaded else 1
         most_prompts = args.precompute_ref_batch_size
-        return Scorer(score, collate, is_packed, tokens, not args.disable_tqdm, most_prompts)
+        return Scorer(
+            score, collate, is_packed, tokens, not args.disable_tqdm, most_prompts, in_step=is_cut(self.model)
+        )
 
 
 def autocast_of(args: DPOConfig) -> Any:
@@ -240,6 +249,7 @@ def asked_once(
         check_model_and_tokenizer(model, tokenizer)
         if policy is not None:
             check_beside_policy(model, policy)
+        model = cut_over_processes(model, args)
         with _on_device(args, model) as is_offloaded:
             adapter = str(model.active_adapter) if is_peft_model(model) else None
             yield AskedOnce(FrozenReference(prepare_model(model), impl=args.impl), model, adapter, is_offloaded)
@@ -303,6 +313,7 @@ def _loaded(args: DPOConfig, ref_model: str | nn.Module, folder: str, quantizati
         return ref_model
     check_model_folder("ref_model", ref_model)
     options: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
+    options |= distributed_options(args)
     if args.ref_max_memory is not None:
         options |= {"device_map": "auto", "max_memory": _own_limits(args), "offload_folder": folder}
     return load_model(ref_model, args.init_kwargs(), **options)

@@ -1,13 +1,18 @@
-"""What FSDP2 must be told so that the numbers of a sharded run are those of one process.
+"""What FSDP2 and DeepSpeed must be told so that the numbers of a sharded run are those of one process.
 
-In: the accelerator of a trainer, before it shards the model. Out: its FSDP plugin with a mixed precision policy that
-does not round what the model returns.
+In: the accelerator of a trainer. Out: its FSDP plugin with a mixed precision policy that does not round what the model
+returns; whether processes must run equally many forwards and backwards; a context for a backward without a step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
+
+from accelerate.utils import DistributedType
+from torch import nn
 
 
 def keep_outputs_whole(accelerator: Any) -> None:
@@ -19,3 +24,46 @@ def keep_outputs_whole(accelerator: Any) -> None:
     policy: Any = getattr(plugin, "mixed_precision_policy", None)
     if getattr(policy, "output_dtype", None) is not None:  # FSDP1's policy has no such field
         plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+
+
+def check_not_divided(model: nn.Module) -> None:
+    """Raises ValueError for a model that DeepSpeed has divided while it was loaded."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            "model must be whole before training, got weights that DeepSpeed has already divided (zero3_init_flag, or"
+            " an HfDeepSpeedConfig that was made before the model): load it after DPOConfig, or give its name"
+        )
+
+
+def zero_stage(accelerator: Any) -> int:
+    """DeepSpeed's stage: 1 divides the optimizer's state, 2 gradients too, 3 weights too; 0 without DeepSpeed."""
+    plugin: Any = getattr(accelerator.state, "deepspeed_plugin", None)
+    return int(getattr(plugin, "zero_stage", None) or 0)
+
+
+def gathers_weights(accelerator: Any) -> bool:
+    """Whether every forward gathers weights from all processes, so that all must run equally many."""
+    return accelerator.distributed_type == DistributedType.FSDP or zero_stage(accelerator) == 3
+
+
+def reduces_in_backward(accelerator: Any) -> bool:
+    """Whether every backward reduces gradients over all processes, also one that is followed by another."""
+    return accelerator.distributed_type == DistributedType.FSDP or zero_stage(accelerator) >= 2
+
+
+def backward_without_step(accelerator: Any, model: nn.Module) -> AbstractContextManager[Any]:
+    """Context for all but the last backward of a batch: gradients add up, and no weight changes."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _within_accumulation(accelerator)
+    return nullcontext() if reduces_in_backward(accelerator) else accelerator.no_sync(model)
+
+
+@contextmanager
+def _within_accumulation(accelerator: Any) -> Iterator[None]:
+    """DeepSpeed's engine steps in the backward for which accelerate says that gradients are synchronized."""
+    before = accelerator.sync_gradients
+    accelerator.sync_gradients = False
+    try:
+        yield
+    finally:
+        accelerator.sync_gradients = before

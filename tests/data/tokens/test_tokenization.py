@@ -164,6 +164,9 @@ def test_tools_of_a_row_reach_the_template():
         (PreferenceRow("a", ("b", " \n")), "empty response"),
         (PreferenceRow([USER], (answer("b"), answer(" "))), "empty response"),
         (PreferenceRow([USER], ([], answer("b"))), "empty response"),
+        (PreferenceRow("a", ("b", "</s>")), "empty response"),  # EOS, which every answer ends in
+        (PreferenceRow("a", (" </s></s>\n", "b")), "empty response"),
+        (PreferenceRow([USER], (answer("b"), answer("</s>"))), "empty response"),
         (PreferenceRow("a", ("b", "b")), "chosen equals rejected"),
         (PreferenceRow("a", ("b", "b</s>")), "chosen equals rejected"),  # the same tokens
         (PreferenceRow([USER], (answer("b"), answer("b"))), "chosen equals rejected"),
@@ -174,6 +177,12 @@ def test_unusable_rows_say_why(bos_tokenizer, row, reason):
     with pytest.raises(BadRow) as caught:
         tokenize_row(row, bos_tokenizer, WHOLE)
     assert caught.value.reason == reason
+
+
+def test_an_answer_of_eos_text_without_such_an_eos_is_text(bos_tokenizer):
+    group = tokenize_row(PreferenceRow("a", ("<eos>", "b </s> c")), bos_tokenizer, WHOLE)
+    assert [bos_tokenizer.decode(response) for response in group.responses] == ["<eos></s>", "b </s> c</s>"]
+    assert tokenize_row(PreferenceRow("a", ("</s>", "b")), byte_level_tokenizer(eos=None), WHOLE).responses[0]
 
 
 def test_one_response_alone_has_nothing_to_be_equal_to(bos_tokenizer):

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastdpo.data.tokens.chat.templates import check_template_name
 from fastdpo.data.tokens.chat.time_limit import TooLong, time_limit
-from fastdpo.data.values import BadRow
+from fastdpo.data.values import BadRow, as_text
 from fastdpo.types import Message
 
 NO_TEMPLATE = (
@@ -101,7 +101,8 @@ class ChatTemplate:
         except (TemplateError, *_OF_EXPRESSIONS) as error:
             raise BadRow(f"the chat template refuses the messages ({error})") from None
         marked = spans if with_spans else [()] * len(texts)
-        return [Rendered(text, tuple(found)) for text, found in zip(texts, marked, strict=True)]
+        of_template = "what the chat template renders"
+        return [Rendered(as_text(text, of_template), tuple(found)) for text, found in zip(texts, marked, strict=True)]
 
     def jinja(self, kwargs: Mapping[str, Any]) -> str:
         """The template for a row with these arguments."""

@@ -1,0 +1,121 @@
+"""Runs of two processes of which one fails: as a script, one of the two; it forks a child for each case.
+
+In: the rank, and a JSON file with the cases: engine, fault, folder, port. Out: for each case, the exit status and the
+seconds of this rank in its folder, and what it has printed. A case that takes longer than a minute is killed.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+MOST_SECONDS = 60
+FAILS = 1  # the rank that fails
+
+
+def run(engine, fault, folder):
+    """A run of six steps in which process FAILS fails."""
+    import torch
+    from datasets import Dataset, IterableDataset
+    from sharded_runs import FSDP2, shards_on_cpus
+    from tiny import make_llama, make_rows
+    from tiny_runs import tiny_trainer
+    from transformers import TrainerCallback
+
+    from fastdpo.training.setup import failures
+
+    fails = int(os.environ["RANK"]) == FAILS
+    settings = {"max_steps": 6, "num_rows": 40, "per_device_train_batch_size": 2, "ref_cache_dir": f"{folder}/cache"}
+    if engine == "FSDP2":
+        shards_on_cpus()
+        settings |= FSDP2
+    model = make_llama()
+    rows = make_rows(40)
+    if fault in ("bad row", "bad row of a stream"):
+        rows[6]["chosen"] = rows[6]["rejected"]
+        settings |= {"on_bad_row": "raise", "train_dataset": Dataset.from_list(rows)}
+    if fault == "bad row of a stream":
+        settings |= {"train_dataset": IterableDataset.from_generator(lambda: iter(rows)), "reference_free": True}
+    if fault == "not finite":
+        with torch.no_grad():
+            model.model.embed_tokens.weight[31] = float("inf")
+        settings["train_dataset"] = [
+            {"prompt_ids": [1, first], "chosen_ids": [6], "rejected_ids": [7]} for first in (5, 6, 7, 31)
+        ]
+    if fault == "waits forever":
+        failures.SECONDS_TO_END = failures.SECONDS_TO_HEAR = 2.0
+    trainer = tiny_trainer(f"{folder}/out", model, **settings)
+
+    class DiesInTheSecondStep(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if fault == "killed" and state.global_step == 1 and fails:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        on_step_begin = on_substep_end
+
+    trainer.add_callback(DiesInTheSecondStep())
+    if fault in ("out of memory", "waits forever") and fails:
+        loss_sum = trainer._loss_sum
+
+        def out_of_memory(model, batch):
+            if trainer.state.global_step == 1:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
+            return loss_sum(model, batch)
+
+        trainer._loss_sum = out_of_memory
+    try:
+        trainer.train()
+    except ValueError:
+        if fault == "waits forever" and fails:
+            traceback.print_exc()
+            time.sleep(3 * MOST_SECONDS)  # as a process that something keeps from ending
+        raise
+
+
+def child(rank, case):
+    """Never returns."""
+    file = os.open(Path(case["folder"], f"out{rank}.txt"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(MASTER_PORT=str(case["port"]), RANK=str(rank), LOCAL_RANK=str(rank))
+    status = 0
+    try:
+        run(case["engine"], case["fault"], case["folder"])
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def main(rank, file):
+    os.environ.update(MASTER_ADDR="127.0.0.1", WORLD_SIZE="2", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    sys.path[:0] = [str(TESTS), str(TESTS / "training")]
+    import sharded_runs  # noqa: F401 (what is imported here, the children have)
+    import torch
+
+    torch.set_num_threads(1)
+    for case in json.loads(Path(file).read_text()):
+        start = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            child(rank, case)
+        status = None
+        while status is None:
+            done, found = os.waitpid(pid, os.WNOHANG)
+            if done:
+                status = os.waitstatus_to_exitcode(found)
+            elif time.monotonic() - start > MOST_SECONDS:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        result = {"status": status, "seconds": time.monotonic() - start}
+        Path(case["folder"], f"result{rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,51 @@
+"""The soak, in short: nothing grows in 60 steps, and each kind of growth that it is there for is found."""
+
+import torch
+from soak import judged, soak
+from transformers import TrainerCallback
+from trends import GROWS, STEADY, UNDECIDED, trend
+
+COUNTED = ("memory of the process", "live tensors", "bytes of live tensors", "open files")
+
+
+class Leak(TrainerCallback):
+    """Keeps a tensor of 2 MiB and a file open at every step, and makes each log entry slower than the last."""
+
+    def __init__(self):
+        self.kept = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.kept += [torch.ones(2**19), open(__file__)]  # noqa: SIM115
+
+    def on_log(self, args, state, control, **kwargs):
+        sum(range(20_000 * state.global_step))
+
+
+def verdicts(values):
+    return {measure: verdict for measure, *_, verdict in judged(values)}
+
+
+def test_nothing_grows_in_a_short_run_and_leaks_are_found(tmp_path):
+    found = verdicts(soak(tmp_path / "sound", steps=60))
+    assert {measure: found[measure] for measure in COUNTED} == dict.fromkeys(COUNTED, STEADY)
+    assert {f"time of {what}" for what in ("a step", "a log entry", "an evaluation", "a save")} <= set(found)
+    leak = Leak()
+    leaking = verdicts(soak(tmp_path / "leaking", steps=32, callbacks=[leak]))
+    for file in leak.kept[1::2]:
+        file.close()
+    assert {measure for measure, verdict in leaking.items() if verdict == GROWS} >= {*COUNTED, "time of a log entry"}
+
+
+def test_a_line_is_fitted_after_the_warm_up():
+    warming = [(step, 100.0 - step) for step in range(25)]
+    found = trend([*warming, *((step, 5.0 + 0.5 * step) for step in range(25, 100))])
+    assert abs(found.growth - 0.5 * 74) < 1e-9
+    assert found.high - found.low < 1e-9
+    assert found.verdict(36) == GROWS
+    assert found.verdict(38) == STEADY
+
+
+def test_uneven_values_are_not_called_steady():
+    values = [(step, 10.0 + (step * 7 % 11)) for step in range(100)]
+    assert trend(values).verdict(0.5) == UNDECIDED
+    assert trend(values).verdict(20) == STEADY

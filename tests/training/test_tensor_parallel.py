@@ -1,0 +1,173 @@
+"""A model that is cut over processes, layers and LM head, trains as on one process."""
+
+import pytest
+import torch
+from like_one import assert_runs_like_one
+from parallel_record import MODES as MODES_OF_TABLE
+from parallel_record import refuses, works
+from peft import PeftModel
+from processes import on_processes
+from safetensors.torch import load_file
+from tensor_parallel_runs import run, train
+from tiny import make_llama, save_model
+from transformers import AutoModelForCausalLM, Trainer
+
+from fastdpo import DPOConfig
+from fastdpo.training.setup.tensor_parallel import check_not_resumed
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(Trainer, "_sync_replicated_trainable_parameters"),
+    reason="this transformers does not train models that are cut when they are loaded",
+)
+
+MODES = ("clipped", "tied embeddings", "LoRA on every layer, micro-batches", "qwen3-moe")
+MORE_MODES = (
+    "cached reference",
+    "frozen reference",
+    "given by name",
+    "cut when loaded",
+    "stream",
+    "LoRA",
+    "LoRA on the head",
+    "LoRA, cached reference",
+    "LoRA, checkpointing",
+    "LoRA, micro-batches",
+    "micro-batches",
+    "accumulation",
+    "checkpointing",
+    "no reference, sft",
+    "padded",
+    "listwise",
+    "AdamW",
+    "vocabulary that does not divide",
+    "biases",
+    "qwen3, accumulation",
+    "qwen3, micro-batches",
+    "qwen3-moe, balanced",
+)
+REFUSED = {
+    "heads": ({"model": "one key head"}, "tensor_parallel_size must divide num_key_value_heads, which is 1"),
+    "adapter": ({"model": "a model with an adapter"}, "model must be without an adapter if tensor_parallel_size is 2"),
+    "start": ({"peft_config": "LoRA, PiSSA"}, "init_lora_weights must be one of"),
+    "whole head": ({"peft_config": "LoRA, whole head"}, "modules_to_save must be unset with tensor_parallel_size=2"),
+    "embeddings": ({"peft_config": "LoRA on embeddings"}, "target_modules must name linear layers"),
+    "groups": ({"tensor_parallel_size": 3}, "tensor_parallel_size must divide the number of processes, got 3 on 2"),
+    "resuming": ({"save_strategy": "steps"}, "save_only_model must be True (or save_strategy 'no')"),
+    "checkpoint": ({"resume_from_checkpoint": "runs/checkpoint-2"}, "resume_from_checkpoint must be off with"),
+    "samples": ({"num_eval_samples": 2}, "num_eval_samples must be 0 under FSDP, DeepSpeed and tensor parallelism"),
+    "moving": ({"sync_ref_model": True}, "sync_ref_model must be off under FSDP, DeepSpeed and tensor parallelism"),
+}
+_FULL = ("full weights", "shared prompts", "frozen reference")
+IN_TABLE = {"resuming": "resuming", "samples": "num_eval_samples", "moving": "sync_ref_model"}
+FEATURES = {  # of the table in docs/scaling.md, of the modes that it does not know
+    "clipped": _FULL,
+    "LoRA on every layer, micro-batches": ("LoRA on the head", "LoRA, micro-batches"),
+    "qwen3, accumulation": (*_FULL, "accumulation"),
+    "qwen3, micro-batches": (*_FULL, "uneven micro-batches"),
+    "uneven pairs": ("uneven pairs", "fewer rows than processes"),  # 9 rows: in the last step one group has none
+}
+
+
+def trained(modes, num_processes=2, steps=1, **more):
+    return [
+        {"what": "train", "mode": mode, "steps": steps, "cut_over": 2, "num_processes": num_processes, **more}
+        for mode in modes
+    ]
+
+
+def features(mode):
+    """What a mode shows, as the table names it."""
+    return FEATURES.get(mode, (mode,) if mode in MODES_OF_TABLE else _FULL)
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    cases = trained(MODES)
+    cases[0]["evaluates"] = True
+    refusals = [{"what": "refusal", **settings} for settings, _ in REFUSED.values()]
+    found = on_processes(run, [*cases, *refusals], folder)
+    results = {mode: (folder / str(number), found[number]) for number, mode in enumerate(MODES)}
+    return results | dict(zip(REFUSED, found[len(MODES) :], strict=True))
+
+
+def assert_like_one(mode, folder, results, own_folder, steps, **more):
+    own_folder.mkdir()
+    one = train(own_folder, mode, steps, **more)
+    assert_runs_like_one(folder, results, own_folder, one, steps, has_repeated_rows=mode == "uneven pairs")
+    return one
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_and_gradients_are_those_of_one_process(mode, of_two, tmp_path):
+    folder, results = of_two[mode]
+    with works("TP", *features(mode), processes=2, steps=1):
+        assert_like_one(mode, folder, results, tmp_path / "one", 1)
+    assert [process["head_rows"] for process in results] == [16, 16]  # of 32
+    assert all(process["num_cut"] > 0 for process in results)
+
+
+def test_an_evaluation_is_that_of_one_process(of_two, tmp_path):
+    one = train(tmp_path, MODES[0], evaluates=True)["evaluation"]
+    with works("TP", "evaluation", processes=2, steps=1):
+        for process in of_two[MODES[0]][1]:
+            assert process["evaluation"]["logps"] == pytest.approx(one["logps"], rel=1e-5)
+            assert len(one["logps"]) == 7
+            assert process["evaluation"]["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-5)
+
+
+def test_the_saved_model_is_whole(of_two):
+    folder, _ = of_two["clipped"]
+    saved = AutoModelForCausalLM.from_pretrained(folder / "saved").state_dict()
+    for name, weight in load_file(folder / "after0").items():
+        assert torch.equal(saved[name], weight), name
+
+
+def test_the_saved_adapter_is_whole(of_two):
+    folder, _ = of_two["LoRA on every layer, micro-batches"]
+    saved = dict(PeftModel.from_pretrained(make_llama(), folder / "saved").named_parameters())
+    for name, weight in load_file(folder / "after0").items():
+        assert torch.equal(saved[name], weight), name
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_work_is_refused_by_name(case, of_two):
+    for message in of_two[case]:
+        assert message.startswith(REFUSED[case][1]), message
+    if case in IN_TABLE:
+        refuses("TP", IN_TABLE[case], REFUSED[case][1])
+
+
+def test_a_size_must_be_a_count(tmp_path):
+    with pytest.raises(ValueError, match="tensor_parallel_size must be an integer >= 1, got 0"):
+        DPOConfig(str(tmp_path), tensor_parallel_size=0)
+
+
+def test_going_on_from_a_checkpoint_is_refused():
+    with pytest.raises(ValueError, match="resume_from_checkpoint must be None with tensor_parallel_size, got 'here'"):
+        check_not_resumed("here")
+
+
+@pytest.mark.slow
+def test_other_settings_after_five_steps(tmp_path):
+    modes = (*MODES, *MORE_MODES)
+    save_model(tmp_path / "model")
+    found = on_processes(run, trained(modes, steps=5), tmp_path)
+    for number, (mode, results) in enumerate(zip(modes, found, strict=True)):
+        with works("TP", *features(mode), processes=2, steps=5):
+            assert_like_one(mode, tmp_path / str(number), results, tmp_path / f"one {mode}", 5)
+
+
+@pytest.mark.slow
+def test_two_groups_that_shard_their_parts_too(tmp_path):
+    modes = [mode for mode in (*MODES, *MORE_MODES, "uneven pairs") if mode != "qwen3-moe, balanced"]
+    save_model(tmp_path / "model")
+    cases = trained(modes, 4, steps=5)
+    cases[0]["evaluates"] = True
+    found = on_processes(run, cases, tmp_path, 4)
+    for number, (mode, results) in enumerate(zip(modes, found, strict=True)):
+        own, evaluates = tmp_path / f"one {mode}", number == 0
+        with works("FSDP2 x TP", *features(mode), *["evaluation"] * evaluates, processes=4, steps=5):
+            one = assert_like_one(mode, tmp_path / str(number), results, own, 5, evaluates=evaluates)
+            if evaluates:
+                assert results[0]["evaluation"]["logps"] == pytest.approx(one["evaluation"]["logps"], rel=1e-5)

@@ -1,0 +1,91 @@
+"""Runs of a tiny model on processes whose optimizer state, gradients or weights DeepSpeed divides (ZeRO 1 to 3).
+
+DeepSpeed itself runs here, on CPUs with gloo: `DS_ACCELERATOR=cpu` is set for its processes.
+"""
+
+import hashlib
+from pathlib import Path
+
+from safetensors.torch import save_file
+from sharded_runs import settings_of
+from tiny import make_llama
+from tiny_runs import tiny_trainer
+
+
+def zero(stage, **settings):
+    """A config as users write it; every weight is divided under stage 3, also small ones."""
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
+        },
+        **settings,
+    }
+
+
+def named(model):
+    """The trained weights, whole, under the names that they have on one process."""
+    import deepspeed
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    divided = [p for p in trained.values() if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(divided):
+        return {name: p.detach().clone().contiguous() for name, p in trained.items()}
+
+
+def train(folder, mode, stage, steps=1, num_processes=2, **more):
+    """Log of the run; the trained weights before and after are in files of the folder."""
+    settings = {
+        "per_device_train_batch_size": 12 // num_processes,
+        "learning_rate": 0.1,
+        "optim": "sgd",  # so that weights move by the gradient
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "max_steps": steps,
+        "num_rows": 60,
+        "deepspeed": zero(stage),
+        **settings_of(mode, num_processes),
+        **more,
+    }
+    trainer = tiny_trainer(folder, **settings)
+    before = named(trainer.model)
+    trainer.train()
+    rank = trainer.args.process_index
+    num_divided = sum(hasattr(p, "ds_id") and p.numel() == 0 for p in trainer.model.parameters())
+    save_file(before, Path(folder, f"before{rank}"))
+    save_file(named(trainer.model), Path(folder, f"after{rank}"))
+    trainer.save_model(str(Path(folder, "saved")))
+    return {
+        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "num_divided": num_divided,
+        "num_parameters": sum(1 for _ in trainer.model.parameters()),
+    }
+
+
+def resume(folder, mode, stage):
+    """Digests of the trained weights of a run of four steps, and of one that goes on from its second step."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_rows": 20, "deepspeed": zero(stage)}
+    found = []
+    for name, checkpoint in (("a", None), ("b", Path(folder, "a", "checkpoint-2"))):
+        both = {**settings, **settings_of(mode, 2), "deepspeed": zero(stage)}
+        trainer = tiny_trainer(Path(folder, name), per_device_train_batch_size=2, **both)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        weights = named(trainer.model)
+        found.append({name: hashlib.sha256(x.numpy().tobytes()).hexdigest() for name, x in weights.items()})
+    return found
+
+
+def refused(folder, stage, settings):
+    """The message with which a run is refused."""
+    rows = tiny_trainer(Path(folder, "rows"), num_rows=4).train_dataset
+    try:
+        tiny_trainer(folder, deepspeed=zero(stage), eval_dataset=rows, ref_model=make_llama(seed=1), **settings)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
