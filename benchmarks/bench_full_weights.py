@@ -1,13 +1,13 @@
 """Training all weights in bf16 against fp32 weights: losses of the demo's model over 200 steps, and a plot of them.
 
-    python benchmarks/bench_full_weights.py [--quick] [--steps N] [--seeds N] [--task FOLDER] [--plot FILE.png]
-                                            [--out FILE.jsonl]
+    python benchmarks/bench_full_weights.py [--quick] [--steps N] [--seeds N] [--noise-seeds N] [--shares ...]
+                                            [--task FOLDER] [--plot FILE.png] [--out FILE.jsonl]
 
 Every way trains on the same pairs in the same order, with bf16 autocast, at the demo's learning rate and at a twentieth
-of it, where rounding to the nearest bf16 number loses most updates. A record holds the losses of all steps, the loss on
-held-out pairs at the end, and its difference from that of fp32 weights with the same seed. Noise is what the order of
-the rows makes of it: the standard deviation between seeds of the fp32 runs. A way is the same as fp32 if the mean
-difference is within two standard errors of noise.
+of it, where rounding to the nearest bf16 number loses most updates. A record holds the loss on held-out pairs at the
+end and its difference from that of fp32 weights with the same seed. Noise is what the order of the rows makes of it:
+the standard deviation between seeds of the runs with fp32 weights, of which there may be more. A way is the same as
+fp32 weights if the mean difference is within two standard errors of noise.
 """
 
 from __future__ import annotations
@@ -127,19 +127,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few steps of two seeds")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each way")
+    parser.add_argument("--noise-seeds", type=int, default=0, help="runs of fp32 weights, where they are to be more")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the demo's learning rate")
     parser.add_argument("--task", type=Path, help="folder where the demo's reference and pairs are kept")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--out")
     options = parser.parse_args()
-    steps, seeds = (6, 2) if options.quick else (options.steps, options.seeds)
+    steps, seeds, noise_seeds = options.steps, options.seeds, options.noise_seeds
+    if options.quick:
+        steps, seeds, noise_seeds = 6, 2, 0
     size = SIZES["small"]
     with tempfile.TemporaryDirectory() as scratch:
         task = cached_task(size, 0, options.task or Path(scratch, "task"))
         records = []
-        for seed in range(seeds):
-            for share in SHARES:
-                for way in WAYS:
+        for seed in range(max(seeds, noise_seeds)):
+            for share in options.shares:
+                for way in WAYS if seed < seeds else [FP32]:
                     records.append(run(task, way, share * size.dpo_learning_rate, seed, steps, scratch))
                     told = {key: value for key, value in records[-1].items() if key != "losses"}
                     print(json.dumps(told), file=sys.stderr, flush=True)

@@ -103,10 +103,11 @@ def main(argv: list[str]) -> None:
         "longest pair: tokens of prompt and both responses; the prompt counts once and is half of them, so the longer"
         " sequence has three quarters. Shorter pairs are packed into micro-batches of this size. Sizes are in GB (10**9"
         f" bytes) at this length; {1 - USABLE_SHARE:.0%} of the memory stays free for fragmentation. adapter: the model"
-        " without its LoRA is the reference; cached: log-probs are computed once. full bf16: weights in bf16 with"
-        " stochastic rounding, each updated in backward, one micro-batch a step. With `--on_oversized_row split` a"
-        " sequence may be as long as the longest pair, unless weights are updated in backward. No estimate has been"
-        " compared with a GPU yet; measure on yours with `--max_tokens_per_microbatch auto`."
+        " without its LoRA is the reference; cached: log-probs are computed once. bf16: weights in bf16 with"
+        " stochastic rounding; in backward: each is updated in backward, one micro-batch a step. With"
+        " `--on_oversized_row split` a sequence may be as long as the longest pair, unless weights are updated in"
+        " backward. No estimate has been compared with a GPU yet; measure on yours with"
+        " `--max_tokens_per_microbatch auto`."
     )
     console.print("\nThe first command of each kind that fits:")
     length = "" if options.max_length is None else f"--max_length {options.max_length} "
@@ -178,9 +179,15 @@ def _record(plan: Plan, lora_r: int) -> dict[str, Any]:
         "max_tokens_per_microbatch": None if settings.in_backward else plan.tokens,
         "longest_pair_tokens": plan.tokens,
         "longest_sequence_tokens": plan.tokens * 3 // 4,
+        "longest_split_sequence_tokens": None if settings.in_backward else plan.tokens,  # on_oversized_row="split"
         "bytes": {**plan.estimate.parts(), "total": plan.estimate.total},
         "options": settings.options(plan.tokens, lora_r) if plan.tokens else None,
     }
+
+
+def _training(settings: Settings) -> str:
+    bf16 = " bf16" if settings.weight_rounding != "nearest" else ""
+    return f"{settings.method}{bf16}{', in backward' if settings.in_backward else ''}"
 
 
 def _table(plans: Sequence[Plan], config: Any) -> Table:
@@ -197,7 +204,7 @@ def _table(plans: Sequence[Plan], config: Any) -> Table:
         figures = [_gigabytes(sizes[name]) for name in parts]
         tokens = f"{plan.tokens:,}" if plan.tokens else "does not fit"
         table.add_row(
-            settings.method if settings.weight_rounding == "nearest" else f"{settings.method} bf16",
+            _training(settings),
             _activations(settings),
             settings.reference,
             settings.optim,

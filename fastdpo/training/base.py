@@ -71,6 +71,7 @@ from fastdpo.training.saving.engines import check_can_continue, load_weights
 from fastdpo.training.saving.saved import SavedModel
 from fastdpo.training.saving.staging import UNFINISHED, put_in_place, restore_unfinished
 from fastdpo.training.settings.engine import EngineConfig
+from fastdpo.training.setup.accelerator import KeptAccelerator
 from fastdpo.training.setup.experts import router_coefficient
 from fastdpo.training.setup.failures import failing_together
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
@@ -96,6 +97,7 @@ logger = logging.get_logger(__name__)
 class PackedTrainer(UpdatingTrainer):
     """Base of DPOTrainer and SFTTrainer, which describe the arguments."""
 
+    accelerator = KeptAccelerator()
     method = ""  # "dpo" or "sft": the tag of the model and of its card
     args: EngineConfig
     # every subclass's loss is already a mean over the step's items, so Trainer must not divide it again

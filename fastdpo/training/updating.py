@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.training.resuming import ResumableTrainer
-from fastdpo.training.updates.checks import updates_one_by_one
+from fastdpo.training.updates.checks import check_engine, updates_one_by_one
 from fastdpo.training.updates.in_backward import StepInBackward
 from fastdpo.training.updates.one_by_one import OneByOne
 
@@ -26,7 +26,12 @@ class UpdatingTrainer(ResumableTrainer):
     _is_measuring = False  # whether a forward and backward only measure the gradient; nothing is recorded then
 
     def watch_updates(self) -> None:
-        """Prepares the steps in backward, whose last norm belongs into checkpoints."""
+        """Prepares the steps in backward, whose last norm belongs into checkpoints.
+
+        Raises:
+            ValueError: an engine, which accelerate's settings may have chosen, updates the weights by itself.
+        """
+        check_engine(self.args, "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else "")
         if self.args.optimizer_in_backward:
             self._in_backward = StepInBackward(self.args.clipping_in_backward, self.args.max_grad_norm)
             self.parts["in_backward"] = self._in_backward

@@ -221,22 +221,42 @@ def test_the_manifest_names_every_file(tmp_path, settings):
 
 def test_the_limit_removes_damaged_checkpoints_first_and_never_the_last_sound_one(run):
     os.truncate(run / "checkpoint-3" / "model.safetensors", 10)
+    rotate(run, 2, [run / "checkpoint-2"])
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-1", "checkpoint-2"]
     rotate(run, 1, [run / "checkpoint-2"])
     assert [path.name for path in checkpoints(run)] == ["checkpoint-2"]
     assert not (run / UNFINISHED).exists()
 
 
-def test_a_run_that_resumes_before_a_damaged_checkpoint_keeps_what_it_saves(run):
-    """Trainer would count checkpoint-3 as the newest and remove the sound one of step 2."""
-    os.truncate(run / "checkpoint-3" / "model.safetensors", 10)
-    shutil.rmtree(run / "checkpoint-2")
+def test_the_disk_has_a_new_checkpoint_before_an_older_one_goes(run, monkeypatch):
+    events, fsync = [], os.fsync
+
+    def spy(handle):
+        events.append(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    monkeypatch.setattr("fastdpo.training.saving.staging.remove", lambda folder: events.append(f"removed {folder}"))
+    rotate(run, 1, [run / "checkpoint-3"])
+    assert events[-2:] == [f"removed {run / 'checkpoint-1'}", f"removed {run / 'checkpoint-2'}"]
+    files = {str(path) for path in (run / "checkpoint-3").rglob("*")} | {str(run / "checkpoint-3"), str(run)}
+    assert set(events[:-2]) == files
+
+
+@pytest.mark.parametrize("is_damaged", [True, False])
+def test_a_run_that_resumes_before_a_later_checkpoint_keeps_what_it_saves(run, is_damaged):
+    """Trainer would count checkpoint-3 as the newest and remove the one of step 2."""
+    if is_damaged:
+        os.truncate(run / "checkpoint-3" / "model.safetensors", 10)
+        shutil.rmtree(run / "checkpoint-2")
     seen = []
 
     class Looks(resuming.TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
             seen.append([path.name for path in checkpoints(run) if damage(path) is None])
 
-    tiny_trainer(run, save_total_limit=1, callbacks=[Looks()], **SAVES).train(resume_from_checkpoint="last")
+    first = str(run / "checkpoint-1")
+    tiny_trainer(run, save_total_limit=1, callbacks=[Looks()], **SAVES).train(resume_from_checkpoint=first)
     assert seen == [["checkpoint-2"], ["checkpoint-3"]]
 
 
@@ -246,8 +266,8 @@ def test_the_best_checkpoint_stays_under_the_limit(tmp_path):
         max_steps=4,
         eval_dataset=make_rows(5, seed=1),
         load_best_model_at_end=True,
-        metric_for_best_model="rewards/chosen",
-        greater_is_better=False,
+        metric_for_best_model="rewards/rejected",
+        greater_is_better=True,
         save_total_limit=2,
         learning_rate=1e-2,
         **dict.fromkeys(("eval_strategy", "save_strategy"), "steps"),
@@ -256,7 +276,8 @@ def test_the_best_checkpoint_stays_under_the_limit(tmp_path):
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)
     assert best == tmp_path / f"checkpoint-{trainer.state.best_global_step}"
-    assert checkpoints(tmp_path) == sorted({best, tmp_path / "checkpoint-4"} | set(checkpoints(tmp_path)[-2:]))
+    assert best == tmp_path / "checkpoint-1"
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
     assert json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["best_model_checkpoint"] == str(
         best
     )

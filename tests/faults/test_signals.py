@@ -1,5 +1,6 @@
 """SIGTERM, SIGINT and SIGUSR1 end the step, save a checkpoint, and a resumed run ends as if there were none."""
 
+import json
 import os
 import signal
 import subprocess
@@ -55,6 +56,9 @@ def check(killer, folder, settings, moment, number):
     assert killer.run(folder / "whole", settings) == 0, output(folder / "whole")
     cut = folder / "cut"
     assert killer.run(cut, settings, moment, number=number) == 128 + number, output(cut)
+    if moment[0] == "evaluation" and settings.get("eval_strategy") == "steps":  # left, not finished
+        last = max(cut.glob("out/checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+        assert json.loads((last / "fastdpo_progress.json").read_text())["evaluates"]
     printed = output(cut)
     assert f"{number.name}: stopped after a save in" in printed
     assert "To continue: trainer.train(resume_from_checkpoint=" in printed
@@ -147,6 +151,26 @@ def test_a_second_signal_ends_the_run_at_once(killer, tmp_path, number):
     status = killer.run(tmp_path, {**NEVER, "second_signal": int(number)})
     assert status in (-number, 128 + number)
     assert not any(tmp_path.glob("out/checkpoint-*"))
+
+
+@pytest.mark.parametrize("has_launcher", [False, True])
+def test_a_second_signal_ends_the_process_by_its_default_or_through_a_launchers_handler(monkeypatch, has_launcher):
+    """Under a launcher the handler stays: a signal that comes twice within two seconds is one request there."""
+    if has_launcher:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    else:
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    now, ended, stop = [0.0], [], StopOnSignal()
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals.os, "_exit", ended.append)
+    with stop.training():
+        stop._handle(signal.SIGTERM, None)
+        assert [signal.getsignal(number) == signal.SIG_DFL for number in SIGNALS] == [not has_launcher] * 3
+        for now[0] in (1.0, 3.0):
+            if has_launcher:
+                stop._handle(signal.SIGTERM, None)
+    assert ended == ([128 + signal.SIGTERM] if has_launcher else [])
+    assert stop.received == signal.SIGTERM
 
 
 def test_the_command_that_continues_holds_no_secret_and_one_checkpoint():

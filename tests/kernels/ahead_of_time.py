@@ -100,7 +100,7 @@ def variants(capability: tuple[int, int], operand: str) -> list[Variant]:
     for on in (False, True):
         option, kernel = ("every option", "_options") if on else ("plain", "")
         statistics = dict.fromkeys(NO_STATISTICS, on)
-        merge = {"WITH_TOP1": on, "WITH_LSE": on, "ROWS": MERGE_ROWS, "TILES": MERGE_TILES}
+        merge = {"WITH_TOP1": on, "WITH_LSE": on, "WITH_MAX": on, "ROWS": MERGE_ROWS, "TILES": MERGE_TILES}
         eager = blocks(f"eager{kernel}")
         finish = {"HAS_SOFTCAP": on, "ROWS": FINISH_ROWS, "BLOCK_V": eager.block_v}
         found += [

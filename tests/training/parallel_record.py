@@ -51,22 +51,23 @@ FEATURES = (
     "resuming on another number of processes",
     "TRL's trainer (`accelerate`)",
 )
-_FULL = ("full weights", "shared prompts", "cached reference")
+_FULL = ("full weights", "shared prompts", "frozen reference")
 _LORA = ("LoRA", "shared prompts", "adapter reference")
 MODES = {  # those of sharded_runs.py
-    "cached reference": _FULL,
-    "frozen reference": ("full weights", "shared prompts", "frozen reference"),
+    "cached reference": ("full weights", "shared prompts", "cached reference"),
+    "frozen reference": _FULL,
     "LoRA": _LORA,
     "LoRA on the head": (*_LORA, "LoRA on the head"),
     "LoRA, cached reference": ("LoRA", "shared prompts", "cached reference"),
     "LoRA, checkpointing": (*_LORA, "gradient checkpointing"),
     "LoRA, micro-batches": (*_LORA, "uneven micro-batches"),
-    "micro-batches": ("full weights", "shared prompts", "frozen reference", "uneven micro-batches"),
+    "micro-batches": (*_FULL, "uneven micro-batches"),
     "accumulation": (*_FULL, "accumulation"),
     "checkpointing": (*_FULL, "gradient checkpointing"),
+    "tiles, checkpointing": (*_FULL, "gradient checkpointing"),
     "tied embeddings": (*_FULL, "tied embeddings"),
     "no reference, sft": ("full weights", "shared prompts", "no reference", "sft"),
-    "padded": ("full weights", "cached reference", "padded rows"),
+    "padded": ("full weights", "frozen reference", "padded rows"),
     "listwise": (*_FULL, "listwise loss"),
 }
 

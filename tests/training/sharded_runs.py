@@ -33,7 +33,7 @@ def lora(**settings):
 def settings_of(mode, num_processes):
     """Those of the trainer, made anew: they hold models."""
     return {
-        "cached reference": dict,
+        "cached reference": lambda: {"precompute_ref_log_probs": True},
         "frozen reference": lambda: {"ref_model": make_llama(seed=1)},
         "LoRA": lora,
         "LoRA on the head": lambda: lora(target_modules=["q_proj", "lm_head"]),

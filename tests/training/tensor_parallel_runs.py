@@ -80,7 +80,6 @@ def settings_here(mode, num_readers, folder, cut_over):
         # a balance of experts over the rows of a process is another one than over all rows
         "qwen3-moe": lambda: {"model": make_qwen3_moe(), "router_aux_loss_coef": 0.0},
         "qwen3-moe, balanced": lambda: {"model": make_qwen3_moe()},
-        "cached before training": lambda: {"precompute_ref_log_probs": True},
     }
     return own[mode]() if mode in own else settings_of(mode, num_readers)
 

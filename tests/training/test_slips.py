@@ -7,9 +7,10 @@ import shutil
 import pytest
 from datasets import Dataset
 from tiny import make_llama, make_rows, make_tokenizer, save_model
-from tiny_runs import make_lora, tiny_config, tiny_trainer
+from tiny_runs import logged, make_lora, tiny_config, tiny_trainer
 
 from fastdpo import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from fastdpo.training.memory.estimate import estimate_peak_memory
 
 # Adapters
 
@@ -253,3 +254,15 @@ def test_the_trainer_of_fine_tuning_takes_its_tokenizer_under_the_old_name_and_a
         SFTTrainer(make_llama(), **given, max_length=7)
     with pytest.raises(TypeError, match="did you mean 'eval_dataset'"):
         SFTTrainer(make_llama(), **given, eval_datasets=[])
+
+
+def test_a_trainer_works_on_after_another_config_is_made(tmp_path):
+    """transformers then clears the state that accelerate shares between all trainers."""
+    alone = tiny_trainer(tmp_path / "alone")
+    alone.train()
+    trainer = tiny_trainer(tmp_path / "one")
+    tiny_config(tmp_path / "another").device  # noqa: B018
+    assert estimate_peak_memory(trainer).total > 0
+    tiny_config(tmp_path / "third").device  # noqa: B018
+    trainer.train()
+    assert logged(trainer) == logged(alone)

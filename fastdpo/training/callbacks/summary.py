@@ -23,6 +23,7 @@ from fastdpo.training.inputs.streams import is_stream
 from fastdpo.training.memory.estimate import estimate_peak_memory
 from fastdpo.training.memory.largest_batch import is_measured_later
 from fastdpo.training.run import Run
+from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.adapter_facts import adapter_lines
 from fastdpo.training.setup.models import head_dtype
 
@@ -52,6 +53,8 @@ def summary_lines(run: Run) -> list[tuple[str, str]]:
         lines.append(("layers", tiles.describe(bare_model(run.model))))
     lines.append(("head op", _head_op(run)))
     lines.append(("steps", _steps(run)))
+    if run.args.weight_rounding != "nearest" or run.args.optimizer_in_backward:
+        lines.append(("updates", _updates(run.args)))
     lines.append(("peak memory", _peak_memory(run)))
     return lines
 
@@ -112,6 +115,21 @@ def _head_op(run: Run) -> str:
     impl = resolve_impl(run.args.impl, run.args.device, head_dtype(run.model, run.args))
     why = "set by impl" if run.args.impl != "auto" else f"chosen for {run.args.device.type}"
     return f"{impl} ({why}); vocabulary {weight.shape[0]:,}, hidden size {weight.shape[1]:,}"
+
+
+def _updates(args: EngineConfig) -> str:
+    rounding = {
+        "nearest": "rounded to the nearest number of the weights' dtype",
+        "stochastic": "computed in fp32 and rounded to bf16 stochastically",
+        "kahan": "computed in fp32; what rounding to bf16 cuts off is kept",
+    }[args.weight_rounding]
+    if not args.optimizer_in_backward:
+        return f"{rounding}, one weight at a time"
+    clipping = {
+        "previous_norm": "clipped by the norm of the step before",
+        "two_passes": "clipped exactly, with a forward and backward of its own",
+    }[args.clipping_in_backward]
+    return f"{rounding}, in backward; {clipping if args.max_grad_norm else 'not clipped'}"
 
 
 def _steps(run: Run) -> str:

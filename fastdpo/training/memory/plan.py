@@ -84,8 +84,8 @@ CANDIDATES = [
     ),
     *(Settings("full", True, "cached", "paged_adamw_8bit", tiles=True, offload=offload) for offload in (False, True)),
     *(
-        Settings("full", True, "cached", optim, tiles=tiles, weight_rounding="stochastic", in_backward=True)
-        for optim, tiles in (("adamw_torch_fused", False), ("adamw_bnb_8bit", False), ("adamw_bnb_8bit", True))
+        Settings("full", True, "cached", "adamw_bnb_8bit", tiles, False, "stochastic", in_backward)
+        for tiles, in_backward in ((False, False), (False, True), (True, True))
     ),
     *(
         Settings(method, checkpointing, "adapter", "adamw_torch_fused", tiles=tiles, offload=offload)

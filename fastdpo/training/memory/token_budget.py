@@ -200,6 +200,8 @@ def check_can_run_in_parts(trainer: Trainer, data_collator: Any, *, shards_weigh
         why = "the optimizer steps in backward, before the other parts of a row have run"
     elif shards_weights:
         why = "processes with sharded weights must run equally many micro-batches, and only one may hold a long row"
+    elif trainer.args.row_group_size > 1:
+        why = f"{trainer.args.row_group_size} processes compute each row together already"
     elif data_collator is not None:
         why = f"the data_collator, {type(data_collator).__name__}, does not tell which rows a batch holds"
     if why:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # optimizers whose update of a weight depends on that weight alone, by their names in transformers
 ONE_BY_ONE = (
@@ -35,18 +35,34 @@ def check_updates(args: Any, optim: str, *, is_own: bool) -> None:
     """
     if not updates_one_by_one(args):
         return
-    name = "optimizer_in_backward" if args.optimizer_in_backward else "weight_rounding"
-    given, off = getattr(args, name), "False" if args.optimizer_in_backward else "'nearest'"
-    engine = "DeepSpeed" if args.deepspeed else "FSDP" if args.fsdp else ""
-    if engine:
-        raise ValueError(f"{name} must be {off} with {engine}, which updates its own shards of weights, got {given!r}")
+    check_engine(args, "DeepSpeed" if args.deepspeed else "FSDP" if args.fsdp else "")
     if not is_own and optim not in ONE_BY_ONE:
+        name, _ = _setting(args)
         raise ValueError(
-            f"optim must be one of {sorted(ONE_BY_ONE)} with {name}={given!r}, got {optim!r}, which does not update"
-            " weights independently of each other"
+            f"optim must be one of {sorted(ONE_BY_ONE)} with {name}={getattr(args, name)!r}, got {optim!r}, which does"
+            " not update weights independently of each other"
         )
     if args.optimizer_in_backward:
         _check_in_backward(args)
+
+
+def check_engine(args: Any, engine: str) -> None:
+    """
+    Args:
+        engine: that updates the weights by itself; empty for none. It may come from the settings of accelerate.
+    Raises:
+        ValueError: it cannot update weights one at a time.
+    """
+    if engine and updates_one_by_one(args):
+        name, off = _setting(args)
+        raise ValueError(
+            f"{name} must be {off} with {engine}, which updates its own shards of weights, got {getattr(args, name)!r}"
+        )
+
+
+def _setting(args: Any) -> tuple[str, str]:
+    """The setting that updates weights one at a time, and its default, as text."""
+    return ("optimizer_in_backward", "False") if args.optimizer_in_backward else ("weight_rounding", "'nearest'")
 
 
 def _check_in_backward(args: Any) -> None:
@@ -82,6 +98,8 @@ def check_rounded_weights(args: Any, model: nn.Module) -> None:
     """
     if args.weight_rounding == "nearest":
         return
+    if any(type(p.data) is not Tensor for p in model.parameters() if p.requires_grad):
+        check_engine(args, "tensor parallelism")
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     if dtypes and torch.bfloat16 not in dtypes:
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

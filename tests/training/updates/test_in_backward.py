@@ -7,7 +7,9 @@ from tiny import make_llama
 from tiny_runs import logged, make_lora, tiny_config, tiny_trainer
 
 from fastdpo.evidence.memory import peak_live_bytes
+from fastdpo.training.callbacks.summary import summary_lines
 from fastdpo.training.memory.estimate import estimate_peak_memory
+from fastdpo.training.updates.checks import check_engine
 
 IN_BACKWARD = {"optimizer_in_backward": True}
 
@@ -152,6 +154,22 @@ def test_what_cannot_step_in_backward_is_refused(tmp_path, settings, message):
 def test_rounding_needs_weights_in_bf16(tmp_path):
     with pytest.raises(ValueError, match=r"must be 'nearest' for weights in float32, got 'kahan': .*'bfloat16'"):
         tiny_trainer(tmp_path, weight_rounding="kahan")
+
+
+def test_an_engine_that_updates_weights_itself_is_refused(tmp_path):
+    args = tiny_config(tmp_path, weight_rounding="kahan")
+    with pytest.raises(ValueError, match="weight_rounding must be 'nearest' with DeepSpeed, which updates its own"):
+        check_engine(args, "DeepSpeed")
+    check_engine(tiny_config(tmp_path), "DeepSpeed")
+
+
+def test_the_summary_says_how_weights_are_updated(tmp_path):
+    trainer = tiny_trainer(tmp_path, make_llama().bfloat16(), weight_rounding="kahan", **IN_BACKWARD)
+    told = dict(summary_lines(trainer))["updates"]
+    assert told == (
+        "computed in fp32; what rounding to bf16 cuts off is kept, in backward; clipped by the norm of the step before"
+    )
+    assert "updates" not in dict(summary_lines(tiny_trainer(tmp_path)))
 
 
 def test_settings_are_checked(tmp_path):

@@ -117,15 +117,18 @@ def make_cluster_plans(
     """
     plans = []
     for method in ("full", "lora"):
-        for checkpointing in (False, True):
-            model = MethodModel(config, method, checkpointing, lora_r)
-            for layout in layouts_for(cluster, model.sizes):
-                plans.append(_plan(model, layout, cluster, pair_tokens, num_pairs))
-    order = [layout.name for layout in layouts_for(cluster, model.sizes)]
-    return sorted(plans, key=lambda plan: (plan.method != "full", order.index(plan.layout.name), plan.checkpointing))
+        of_method = [
+            plan_layout(model, layout, cluster, pair_tokens, num_pairs)
+            for model in (MethodModel(config, method, checkpointing, lora_r) for checkpointing in (False, True))
+            for layout in layouts_for(cluster, model.sizes)
+        ]
+        names = list(dict.fromkeys(plan.layout.name for plan in of_method))
+        plans += sorted(of_method, key=lambda plan: names.index(plan.layout.name))  # stable: checkpointing off, on
+    return plans
 
 
-def _plan(model: MethodModel, layout: Layout, cluster: Cluster, pair_tokens: int, num_pairs: int) -> ClusterPlan:
+def plan_layout(model: MethodModel, layout: Layout, cluster: Cluster, pair_tokens: int, num_pairs: int) -> ClusterPlan:
+    """The longest pair that fits with this layout, and a step of `num_pairs` pairs of `pair_tokens` tokens."""
     tokens = largest(lambda tokens: model.memory(layout, tokens).total <= USABLE_SHARE * cluster.memory)
     if tokens < pair_tokens:
         return ClusterPlan(layout, model.method, model.checkpointing, 0, model.memory(layout, pair_tokens), None)

@@ -7,6 +7,7 @@ tests/training/test_traffic.py compares it with what processes are seen to excha
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fastdpo.training.memory.cluster.layouts import Layout
@@ -116,10 +117,13 @@ def _tensor(sizes: ModelSizes, layout: Layout, batch: MicroBatch, precision: Pre
 def _sequence(
     sizes: ModelSizes, layout: Layout, batch: MicroBatch, precision: Precision, passes: int
 ) -> list[Transfer]:
-    """Queries, keys, values and the output of attention change from tokens to heads and back, in each layer and pass.
-    Key and value heads are repeated if they are fewer than the processes."""
-    kv_heads = max(sizes.num_kv_heads, layout.sequence)
-    heads = 2 * sizes.num_heads + 2 * kv_heads
+    """Queries, keys, values and the output of attention change from tokens to heads and back, in each layer and pass;
+    key and value heads are repeated until the processes divide them. Log-probs are gathered with two statistics, and
+    their gradients (docs/scaling.md, "Sequence parallelism")."""
+    heads = 2 * sizes.num_heads + 2 * math.lcm(sizes.num_kv_heads, layout.sequence)
     tokens = -(-batch.tokens // layout.sequence)
     moved = sizes.num_layers * passes * heads * sizes.head_dim * tokens * precision.activation
-    return [Transfer("all_to_all", moved, layout.sequence, False, False)]
+    return [
+        Transfer("all_to_all", moved, layout.sequence, False, False),
+        Transfer("all_gather", 4 * (1 + 2 + 1) * batch.rows, layout.sequence, False, False),
+    ]
