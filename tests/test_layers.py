@@ -51,6 +51,7 @@ INSIDE = {
         ["updating"],
         ["callbacks"],
         ["evaluation", "token_means", "trl_attributes"],
+        ["stepping"],
         ["base"],
         ["dpo", "sft", "precompute"],
     ],
