@@ -132,6 +132,7 @@ class _Checkpoint:
         return tensor
 
     def __del__(self) -> None:  # with its graph; later copies into the buffer come after those out of it
+        self.leave()  # a forward without backward: its memory must not be used again while it is copied
         self.store.free[self.kind].append(self.buffer)
 
 

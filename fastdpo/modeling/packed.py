@@ -68,8 +68,10 @@ def bare_model(model: Any) -> Any:
             model = model.get_base_model()
         elif hasattr(model, "_orig_mod"):  # torch.compile
             model = model._orig_mod
-        elif isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "get_output_embeddings"):
-            model = model.module  # DDP, FSDP1
+        elif isinstance(inner := getattr(model, "module", None), nn.Module) and not hasattr(
+            type(model), "get_output_embeddings"
+        ):
+            model = inner  # DDP, FSDP1, DeepSpeed, whose engine has the model's attributes
         else:
             return model
 

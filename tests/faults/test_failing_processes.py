@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from failing import FAILS, MOST_SECONDS
+from failing import FAILS
 
 FAULTS = {  # and what every process that can still speak says
     "killed": "another process of this run has ended without a message: it was killed",
@@ -41,7 +41,7 @@ def run(folder, pairs):
     script = Path(__file__).with_name("failing.py")
     processes = [subprocess.Popen([sys.executable, script, str(rank), folder / "cases.json"]) for rank in range(2)]
     try:
-        assert [process.wait(timeout=len(pairs) * (MOST_SECONDS + 10)) for process in processes] == [0, 0]
+        assert [process.wait(timeout=1800) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
@@ -68,7 +68,7 @@ def rest_of_ends(tmp_path_factory):
 def assert_stopped_with_one_message(found, fault):
     for rank, end in enumerate(found):
         assert end["status"] != 0
-        assert end["seconds"] < MOST_SECONDS
+        assert end["in_time"], end["seconds"]
         if (fault, rank) == ("killed", FAILS):
             assert end["status"] == -9
         else:
@@ -91,7 +91,7 @@ def test_whatever_the_fault(engine, fault, rest_of_ends):
 def test_a_process_that_waits_for_one_that_does_not_end_is_ended(rest_of_ends):
     other, failed = rest_of_ends[FOREVER]
     assert failed["status"] == -9  # by the test: it would have slept on
-    assert (other["status"], other["seconds"] < 40) == (1, True)
+    assert (other["status"], other["seconds"] < failed["seconds"]) == (1, True)
     assert "process 1 failed: ValueError: " in other["text"]
     assert FAULTS["out of memory"] in other["text"]
     assert "process 0 stops with it" in other["text"]

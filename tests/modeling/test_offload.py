@@ -76,7 +76,10 @@ def test_buffers_serve_later_steps_and_forwards_without_backward():
     for _ in range(3):
         gradients(model, batch)
     loss, _ = packed_loss(model, batch, lambda sums, *_: sums.sum())
+    last = copies.events[-1]
     del loss  # a step that ran out of memory
+    assert last[0] == "out"
+    assert copies.events[-1] == ("wait", *last)  # the device's memory is not used again before the copy's end
     gradients(model, batch)
     assert len(copies.buffers) == NUM_LAYERS
 

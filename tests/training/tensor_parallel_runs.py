@@ -123,7 +123,7 @@ def evaluation(trainer, num_readers):
     metrics = {
         name: value for name, value in found.metrics.items() if "runtime" not in name and "per_second" not in name
     }
-    return {"metrics": metrics, "logps": found.predictions["chosen_logps"].tolist()}
+    return {"summary": trainer.summary(), "metrics": metrics, "logps": found.predictions["chosen_logps"].tolist()}
 
 
 def refusal(folder, **settings):

@@ -54,11 +54,20 @@ REFUSED = {
     "groups": ({"tensor_parallel_size": 3}, "tensor_parallel_size must divide the number of processes, got 3 on 2"),
     "resuming": ({"save_strategy": "steps"}, "save_only_model must be True (or save_strategy 'no')"),
     "checkpoint": ({"resume_from_checkpoint": "runs/checkpoint-2"}, "resume_from_checkpoint must be off with"),
+    "free memory": (
+        {"max_tokens_per_microbatch": "auto"},
+        "max_tokens_per_microbatch must be a number with tensor_parallel_size=2, got 'auto'",
+    ),
     "samples": ({"num_eval_samples": 2}, "num_eval_samples must be 0 under FSDP, DeepSpeed and tensor parallelism"),
     "moving": ({"sync_ref_model": True}, "sync_ref_model must be off under FSDP, DeepSpeed and tensor parallelism"),
 }
 _FULL = ("full weights", "shared prompts", "frozen reference")
-IN_TABLE = {"resuming": "resuming", "samples": "num_eval_samples", "moving": "sync_ref_model"}
+IN_TABLE = {
+    "resuming": "resuming",
+    "free memory": "micro-batches by free memory",
+    "samples": "num_eval_samples",
+    "moving": "sync_ref_model",
+}
 FEATURES = {  # of the table in docs/scaling.md, of the modes that it does not know
     "clipped": _FULL,
     "LoRA on every layer, micro-batches": ("LoRA on the head", "LoRA, micro-batches"),
@@ -113,6 +122,8 @@ def test_an_evaluation_is_that_of_one_process(of_two, tmp_path):
         for process in of_two[MODES[0]][1]:
             assert process["evaluation"]["logps"] == pytest.approx(one["logps"], rel=1e-5)
             assert len(one["logps"]) == 7
+            assert "x 1 groups of 2 processes)" in process["evaluation"]["summary"]
+            assert "not estimated for a model that is cut over processes" in process["evaluation"]["summary"]
             assert process["evaluation"]["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-5)
 
 

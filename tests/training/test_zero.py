@@ -110,6 +110,13 @@ def test_log_probs_are_not_rounded_to_bf16(stage, of_two):
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_frozen_reference_is_divided_with_the_weights(stage, of_two):
+    for mode in ("frozen reference", "cached reference"):  # given, and a copy of the policy
+        for process in of_two[mode, stage][1]:
+            assert process["num_divided_of_reference"] == (process["num_parameters"] if stage == 3 else 0)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_saved_model_is_whole(stage, of_two):
     folder, _ = of_two["cached reference", stage]
     saved = AutoModelForCausalLM.from_pretrained(folder / "saved").state_dict()

@@ -26,6 +26,7 @@ from fastdpo.training.run import Run
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.adapter_facts import adapter_lines
 from fastdpo.training.setup.models import head_dtype
+from fastdpo.training.setup.tensor_parallel import is_cut
 
 
 def summary_lines(run: Run) -> list[tuple[str, str]]:
@@ -149,6 +150,8 @@ def _steps(run: Run) -> str:
 
 
 def _peak_memory(run: Run) -> str:
+    if is_cut(run.model):  # the estimate runs layers, on the main process alone: they would wait for their other parts
+        return "not estimated for a model that is cut over processes"
     try:
         estimate = estimate_peak_memory(run)
     except Exception as error:  # model code may fail on tensors without data, and still be trainable

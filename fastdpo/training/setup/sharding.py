@@ -1,7 +1,8 @@
 """What FSDP2 and DeepSpeed must be told so that the numbers of a sharded run are those of one process.
 
 In: the accelerator of a trainer. Out: its FSDP plugin with a mixed precision policy that does not round what the model
-returns; whether processes must run equally many forwards and backwards; a context for a backward without a step.
+returns; whether processes must run equally many forwards and backwards; a context for a backward without a step; and
+a reference that DeepSpeed divides as it does the policy.
 """
 
 from __future__ import annotations
@@ -67,3 +68,28 @@ def _within_accumulation(accelerator: Any) -> Iterator[None]:
         yield
     finally:
         accelerator.sync_gradients = before
+
+
+def shard_reference(model: nn.Module, accelerator: Any) -> nn.Module:
+    """A frozen reference, divided over the processes if DeepSpeed's stage 3 will divide the policy.
+
+    One that is quantized, or that accelerate has placed, stays as it is.
+    """
+    is_placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
+    if is_placed or zero_stage(accelerator) != 3:
+        return model
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, config=_config_without_training(accelerator))
+    engine.eval()
+    return engine
+
+
+def _config_without_training(accelerator: Any) -> dict[str, Any]:
+    """DeepSpeed's config for a model that only runs forward: how its weights are divided, and their dtype."""
+    given: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config
+    zero = given["zero_optimization"]
+    kept = {name: zero[name] for name in ("offload_param", "stage3_param_persistence_threshold") if name in zero}
+    dtypes = {name: {"enabled": True} for name in ("bf16", "fp16") if given.get(name, {}).get("enabled") is True}
+    set_ones = {name: value for name, value in kept.items() if value != "auto"}
+    return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **set_ones}, **dtypes}

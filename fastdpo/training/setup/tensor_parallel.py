@@ -63,7 +63,12 @@ def check_sizes(args: EngineConfig) -> None:
         raise ValueError(
             f"sequence_parallel_size must be 1 with tensor_parallel_size={size}, got {args.sequence_parallel_size}"
         )
-    for name in ("load_best_model_at_end", "resume_from_checkpoint", "torch_compile"):
+    if args.max_tokens_per_microbatch == "auto":
+        raise ValueError(
+            f"max_tokens_per_microbatch must be a number with tensor_parallel_size={size}, got 'auto': processes that"
+            " find different limits would wait for each other"
+        )
+    for name in ("load_best_model_at_end", "resume_from_checkpoint", "torch_compile", "tile_rows"):
         if value := getattr(args, name):
             raise ValueError(f"{name} must be off with tensor_parallel_size={size}, got {value!r}")
     if not _is_supported():

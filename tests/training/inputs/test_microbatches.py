@@ -457,6 +457,7 @@ def train(folder, batch_size, accumulation=1, budget=None, shards_weights=False)
         per_device_eval_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
         max_tokens_per_microbatch=budget,
+        balance_ranks=False,  # which gives these processes equally many
     )
     if shards_weights:
         trainer._shards_weights = lambda: True

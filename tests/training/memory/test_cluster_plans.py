@@ -118,6 +118,9 @@ def test_a_process_holds_its_part_and_what_runs():
     assert whole.gradients == 8 * part.gradients  # DDP holds them in buckets too
     assert (whole.gathered, part.gathered) == (70, 3 * 2 * (ENDS + 64))  # the head, which is larger than four layers
     assert part.activations == whole.activations == 1000
+    few_words = model_sizes(weightless_model(make_llama(vocab_size=32, **SHAPE).config, torch.float32))
+    gathered = process_memory(few_words, Layout("FSDP2", shards=4), peak, BF16, **arguments).gathered
+    assert gathered == 4 * 2 * LAYER  # three and the buffer of gradients
     tensor = process_memory(sizes(), Layout("TP 2", tensor=2), peak, BF16, **arguments)
     assert tensor.activations == 300 + 700 / 2  # a layer's input is on every process
     norms = 3 * 2 * 64 + 64

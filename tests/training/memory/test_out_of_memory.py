@@ -52,8 +52,10 @@ def trained(tmp_path, name, most=None, where="forward", rows=None, **settings):
 def assert_same_run(found, expected):
     for a, b in zip(found.model.parameters(), expected.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    for entry, other in zip(logged(found), logged(expected), strict=True):
-        assert entry == pytest.approx(other, rel=1e-4, abs=1e-6)
+    assert len(logged(found)) == len(logged(expected)) > 0
+    for entry, other in zip(found.state.log_history, expected.state.log_history, strict=True):
+        told, wanted = ({name: x for name, x in one.items() if not name.startswith("train_")} for one in (entry, other))
+        assert told == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
@@ -68,9 +70,9 @@ def test_a_run_that_runs_out_of_memory_ends_in_the_same_weights(tmp_path, where,
 
 def test_a_size_that_did_not_fit_is_remembered_and_said_once(tmp_path, caplog):
     with caplog.at_level("WARNING"):
-        _, allocator = trained(tmp_path, "run", 100, max_steps=9, per_device_train_batch_size=6)
+        _, allocator = trained(tmp_path, "run", 60, max_steps=9, per_device_train_batch_size=6)
     told = [record.message for record in caplog.records if "does not fit into memory" in record.message]
-    assert len(told) == allocator.failures <= 3  # in nine steps: each time a smaller size
+    assert len(told) == allocator.failures <= 3  # of 11 batches that are too large: each time a smaller size
     assert "It is halved" in told[0]
     assert "max_tokens_per_microbatch=" in told[0]
 

@@ -13,9 +13,9 @@ from fastdpo.training.memory.cluster.sizes import ModelSizes, Weights
 from fastdpo.training.memory.cluster.traffic import Precision
 from fastdpo.training.memory.dry_run import StepPeak
 
-# FSDP2 holds the layer that runs, the next one as it was received and as it was copied, and gradients or their buffer;
-# of embedding and head, which run alone, the weights, their gradient and its buffer
-LAYERS_AT_ONCE, ENDS_AT_ONCE = 4, 3
+# FSDP2 holds the layer that runs, the next one as it was received and as it was copied, and the buffer of gradients; of
+# embedding and head, which run alone, the weights, their gradient and its buffer (frozen: as received and as copied)
+LAYERS_AT_ONCE, ENDS_AT_ONCE = 3, 3
 KEPT_BY_CHECKPOINTS, KEPT_BY_LAYERS = 1, 4  # hidden states of a layer that tensor parallelism does not divide
 
 
@@ -79,5 +79,6 @@ def _gathered(sizes: ModelSizes, precision: Precision) -> float:
     def whole(weights: Weights) -> float:
         return weights.num_bytes if precision.gathered is None else weights.count * precision.gathered
 
-    end = max(whole(sizes.embedding), whole(sizes.head + sizes.rest))
-    return max(LAYERS_AT_ONCE * whole(sizes.largest_layer), ENDS_AT_ONCE * end)
+    layer, end = sizes.largest_layer, max(whole(sizes.embedding), whole(sizes.head + sizes.rest))
+    gradients = layer.trained_bytes if precision.reduced is None else layer.trained * precision.reduced
+    return max(LAYERS_AT_ONCE * whole(layer) + gradients, ENDS_AT_ONCE * end)
