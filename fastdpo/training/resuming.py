@@ -49,6 +49,15 @@ from fastdpo.training.settings.engine import EngineConfig
 
 logger = logging.get_logger(__name__)
 
+
+def _to_numbered_cpu(storage: Any, location: str) -> Any:
+    """Several processes without GPUs have the devices cpu:0, cpu:1, ..., to which torch.load by itself moves nothing;
+    transformers 5.17 asks it to when it loads the optimizer."""
+    return storage if location.startswith("cpu:") else None
+
+
+torch.serialization.register_package(15, lambda storage: None, _to_numbered_cpu)  # torch's own: 10, 20, ...
+
 SECONDS_BETWEEN_TRIES = 30.0  # of a save on a full disk
 
 

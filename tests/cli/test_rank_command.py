@@ -236,6 +236,6 @@ def test_help_is_fast_and_lists_only_what_is_read():
     code += "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    shown = set(re.findall(r"^  (?:-o FILE, )?--([a-z_0-9]+)", done.stdout, flags=re.MULTILINE))
+    shown = set(re.findall(r"^  (?:-o(?: FILE)?, )?--([a-z_0-9]+)", done.stdout, flags=re.MULTILINE))
     assert {"data", "models", "reference", "by", "wins", "cluster", "length", "output", "html", "bf16"} <= shown
     assert not shown & {"dataset", "learning_rate", "beta", "output_dir", "save_strategy"}

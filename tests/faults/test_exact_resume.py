@@ -1,6 +1,7 @@
 """A run that is killed and resumed ends in the weights, logs, samples and warnings of one that is not, bit by bit."""
 
 import pytest
+import torch
 from killing import differences, end_of, output
 
 from fastdpo.training.saving.progress import Progress, load_progress, save_progress
@@ -163,3 +164,10 @@ def test_the_progress_of_another_number_of_processes_is_not_read(tmp_path):
     assert load_progress(tmp_path, 0, 2) == progress
     assert load_progress(tmp_path, 0, 1) is None
     assert load_progress(tmp_path, 2, 3) is None
+
+
+def test_an_optimizer_is_loaded_to_a_cpu_with_a_number(tmp_path):
+    """The device of one of several processes; transformers 5.17 gives it to torch.load."""
+    torch.save({"exp_avg": torch.tensor([1.0, 2.0])}, tmp_path / "optimizer.pt")
+    found = torch.load(tmp_path / "optimizer.pt", map_location=torch.device("cpu", 1), weights_only=True)
+    assert found["exp_avg"].tolist() == [1.0, 2.0]
