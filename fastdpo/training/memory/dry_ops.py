@@ -45,11 +45,18 @@ def head_loss(
     dtype: torch.dtype,
     impl: str,
     workspace_bytes: int | None,
+    largest_group: int,
 ) -> Tensor:
     """A scalar from (R, H + r) rows, the (V, H) weight and the (V, r) adapter, if there is one; without a gradient,
-    only the operands are cast."""
+    only the operands are cast.
+
+    Args:
+        largest_group: rows of the group that has the most.
+    """
     if torch.is_grad_enabled():
-        loss: Tensor = _HeadAllocations.apply(hidden_states, weight, adapter_weight, dtype, impl, workspace_bytes)
+        loss: Tensor = _HeadAllocations.apply(
+            hidden_states, weight, adapter_weight, dtype, impl, workspace_bytes, largest_group
+        )
         return loss
     operands = hidden_states.to(dtype), joined_weight(weight, adapter_weight, dtype)
     return torch.empty((), dtype=accumulator_dtype(operands[0].dtype))
@@ -59,7 +66,9 @@ class _HeadAllocations(torch.autograd.Function):
     """The allocations of `fastdpo.ops.sequence_loss`: D in the workspace, fp32 sums, casts to the operands' dtype."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_states, weight, adapter_weight, dtype, impl, workspace_bytes):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden_states, weight, adapter_weight, dtype, impl, workspace_bytes, largest_group
+    ):
         engine = engine_of(impl)
         h, w = hidden_states.to(dtype), joined_weight(weight, adapter_weight, dtype)
         ctx.has_adapter = adapter_weight is not None
@@ -71,7 +80,7 @@ class _HeadAllocations(torch.autograd.Function):
         rows = min(R, max_chunk_rows(w, engine, workspace_bytes, sums_bytes))
         d = torch.empty(rows, padded(V, engine.row_multiple), dtype=engine.grads_dtype(dtype))
         scaled = torch.empty(rows, H, dtype=acc)
-        if rows < R and impl == "tiled":  # a group's log-probs come from a forward before its gradients
+        if rows < largest_group and impl == "tiled":  # its log-probs come from a forward before its gradients
             tiling = choose_tiling(h, w, workspace_bytes)
             logits = torch.empty(tiling.block_rows, tiling.block_vocab, dtype=acc)
             block = torch.empty(tiling.block_vocab if dtype != acc else 0, H, dtype=acc)
@@ -88,7 +97,7 @@ class _HeadAllocations(torch.autograd.Function):
             None if x is None else x.mul_(grad) if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
             for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (grads[0], *((None, grads[1]) if ctx.has_adapter else (grads[1], None)), None, None, None)
+        return (grads[0], *((None, grads[1]) if ctx.has_adapter else (grads[1], None)), None, None, None, None)
 
 
 class _Attention(torch.autograd.Function):

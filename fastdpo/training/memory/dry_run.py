@@ -10,10 +10,12 @@ is read:
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,6 +52,15 @@ class RowShape:
     @property
     def num_tokens(self) -> int:
         return self.sequences[0] * self.sequences[1] if self.sequences else self.segments[-1][1]
+
+    @property
+    def largest_group(self) -> int:
+        """About how many hidden states for the LM head one group has at most: in proportion to its tokens."""
+        starts = [start for start, _, _, prefix_end in self.segments if prefix_end == 0]
+        if len(starts) < 2:
+            return self.num_rows
+        longest = max(end - start for start, end in pairwise([*starts, self.num_tokens]))
+        return math.ceil(self.num_rows * longest / self.num_tokens)
 
     def shortened(self, share: float) -> RowShape:
         """The same number of sequences and branches, each with a share of its tokens, at least one."""
@@ -217,7 +228,7 @@ def _step(
                 with live.tagged("head"):
                     rows, weight, adapter_weight = lm_head(bare).operands(rows, split=with_grad)
                     dtype = autocast or weight.dtype
-                    loss: Any = head_loss(rows, weight, adapter_weight, dtype, impl, workspace_bytes)
+                    loss: Any = head_loss(rows, weight, adapter_weight, dtype, impl, workspace_bytes, row.largest_group)
             del hidden_states, rows
             if loss.requires_grad:
                 loss.backward()

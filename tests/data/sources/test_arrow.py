@@ -74,7 +74,8 @@ def test_checks_look_at_the_selected_rows_only():
     ],
 )
 def test_the_largest_micro_batch_is_that_of_the_largest_rows(is_packed, sharing, expected):
-    settings = {"per_device_train_batch_size": 2, "length_bucketing": False, "max_tokens_per_microbatch": None}
+    settings = {"per_device_train_batch_size": 2, "length_bucketing": False}
+    settings |= {"max_tokens_per_microbatch": None, "on_oversized_row": "alone"}
     args = SimpleNamespace(prefix_sharing=sharing, **settings)
     collator = PackingCollator(is_packed=is_packed, prefix_sharing=sharing)
     trainer = SimpleNamespace(train_dataset=WHOLE, args=args, is_packed=is_packed, collator=collator)

@@ -33,7 +33,7 @@ class Run:
             output_dir=str(output_dir),
             train_batch_size=8,
             gradient_accumulation_steps=2,
-            world_size=2,
+            data_parallel_size=2,
             beta=0.1,
             **{"loss_type": ["sigmoid"], "loss_weights": None, "ld_alpha": None, "sync_ref_model": False, **settings},
         )

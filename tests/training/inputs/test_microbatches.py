@@ -271,7 +271,7 @@ def test_losses_are_read_back_once_a_step_and_before_weights_change(tmp_path, mo
 
 def test_an_optimizer_that_steps_in_backward_has_its_losses_read_before(tmp_path, monkeypatch):
     trainer = dpo_trainer(tmp_path, STRESS)
-    monkeypatch.setattr("fastdpo.training.base.steps_in_backward", lambda trainer: True)
+    monkeypatch.setattr("fastdpo.training.stepping.steps_in_backward", lambda trainer: True)
     with torch.no_grad():
         trainer.model.lm_head.weight[7] = float("nan")
     with pytest.raises(FloatingPointError):
