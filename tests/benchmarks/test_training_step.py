@@ -32,12 +32,14 @@ def figures():
     """Of every method, on the tiny workload, one after the other in one process as on a GPU."""
     from transformers.utils import logging
 
+    before = logging.get_verbosity()
     logging.set_verbosity_error()
     found = {}
     pytest.importorskip("trl")
     for name in METHODS:
         step_worker._forget_the_last_job(CPU)
         found[name] = step_methods.run(job(name), CPU)
+    logging.set_verbosity(before)
     return found
 
 

@@ -16,6 +16,7 @@ def in_this_process(monkeypatch):
     trl = peer("trl")
     from transformers.utils import logging
 
+    before = logging.get_verbosity()
     logging.set_verbosity_error()
     monkeypatch.setattr(trl, "DPOTrainer", trl.DPOTrainer)  # put back what a turn replaces
 
@@ -23,7 +24,8 @@ def in_this_process(monkeypatch):
         return bench.turn(json.dumps({"job": asdict(job), "which": which}))
 
     monkeypatch.setattr(bench, "in_new_process", run)
-    return trl
+    yield trl
+    logging.set_verbosity(before)  # without warnings, later tests in this process would have no progress bars
 
 
 def test_before_and_after_are_the_same_steps(in_this_process, monkeypatch):

@@ -113,6 +113,7 @@ def test_the_table_names_settings_and_what_to_type(capsys, folder):
     assert all(("fastdpo[quant]" in line) == ("4bit" in line or "bnb" in line or "paged" in line) for line in lines)
 
 
+@pytest.mark.slow
 def test_the_options_of_every_plan_are_those_of_train(capsys, folder):
     code, out, _ = run(capsys, folder / "config.json", "1GB", "--json")
     assert code == 0
@@ -158,6 +159,7 @@ def test_an_amount_that_is_none_is_refused(capsys, folder, text):
         command.parse_bytes(text)
 
 
+@pytest.mark.slow
 def test_a_model_that_fits_in_no_way_says_what_it_would_take(capsys, folder):
     code, _, err = run(capsys, folder, "600MB")
     assert code == 2

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from tiny import make_llama
 from torch import nn
 from torch.nn.functional import silu
@@ -33,6 +32,11 @@ TILED = {  # kinds of modules that run in tiles
     "lfm2": {"Lfm2RMSNorm", "Lfm2MLP"},
     "gpt2": {"GPT2MLP"},
 }
+
+
+def with_lora(model, r):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 def make_model(kind, **overrides):
@@ -112,7 +116,7 @@ def test_removed_tiles_leave_the_model_as_it_was():
 
 def test_adapters_and_a_base_in_bf16_run_in_tiles():
     """The adapter's copies of its input in fp32 exist for one tile only."""
-    model = get_peft_model(make_model("llama"), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = with_lora(make_model("llama"), r=4)
     model.enable_input_require_grads()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -136,7 +140,7 @@ def test_adapters_on_a_base_in_4_bits_run_in_tiles(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.bfloat16, quantization_config=four_bit, device_map={"": "cpu"}
     )
-    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = with_lora(model, r=8)
     model.enable_input_require_grads()
     bare_model(model).gradient_checkpointing_enable()
     prepare_model(model).train()
@@ -257,7 +261,7 @@ def test_tiles_take_less_memory_than_checkpointing_alone(lora):
     """Of a layer's backward the MLP is the largest part: 16 numbers for each of a hidden state here."""
     model = make_llama(vocab_size=64, hidden_size=64, intermediate_size=1024, num_hidden_layers=2)
     if lora:
-        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model = with_lora(model, r=4)
         model.enable_input_require_grads()
     bare_model(model).gradient_checkpointing_enable()
     prepare_model(model).train()
