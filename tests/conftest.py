@@ -6,6 +6,7 @@ FASTDPO_TEST_SUMS.
 import gc
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,6 +34,13 @@ def _no_cache_outlives_the_tests():
     folder = os.environ["XDG_CACHE_HOME"]
     yield
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _transformers_warns_as_it_does_at_first():
+    """Benchmarks silence it for their process; without warnings a run has no progress bars."""
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].logging.set_verbosity_warning()
 
 
 @pytest.fixture(scope="module", autouse=True)
