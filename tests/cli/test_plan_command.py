@@ -49,6 +49,7 @@ def test_what_is_planned_fits_and_little_more_would(folder, plans):
             assert estimate(p.settings, int(p.tokens * 1.1) + 256).total > usable, p.settings
 
 
+@pytest.mark.slow
 def test_more_memory_checkpointing_and_no_second_model_take_longer_pairs(plans):
     for little, much in zip(plans[800], plans[1000], strict=True):
         assert little.tokens < much.tokens
@@ -74,6 +75,7 @@ def test_checkpoints_on_the_host_take_longer_pairs_where_there_are_more_than_the
             assert found <= tokens[plan.replace(settings, reference="cached")]
 
 
+@pytest.mark.slow
 def test_parts_are_those_of_the_settings(plans):
     numel = sum(p.numel() for p in make_llama(4000, hidden_size=256, intermediate_size=1024).parameters())
     for p in plans[1000]:
