@@ -57,6 +57,17 @@ def _on_one_card(words, num_processes, timeout):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def served_by(script):
+    """A process of this script on one thread of the CPU, which reads orders from stdin and answers on stdout."""
+    return subprocess.Popen(
+        [sys.executable, script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
 class _Forks:
     """The process that forks, from its first use to the end of the tests."""
 
@@ -66,13 +77,7 @@ class _Forks:
     def run(self, words, num_processes, timeout):
         """The ranks of the processes that failed: none, or those to blame."""
         if self.process is None:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            )
+            self.process = served_by(__file__)
             atexit.register(self.end)
         order = {"words": words, "num_processes": num_processes, "timeout": timeout, "environment": dict(os.environ)}
         self.process.stdin.write(json.dumps(order) + "\n")

@@ -37,9 +37,9 @@ def show(plans: Sequence[ClusterPlan], cluster: Cluster, model: str, num_pairs: 
         console.print(f"  - {assumption}", markup=False)
     console.print("\nThe fastest of each kind that fits:")
     for method in dict.fromkeys(plan.method for plan in plans):
-        fitting = [plan for plan in plans if plan.method == method and plan.time is not None]
-        if fitting:
-            best = min(fitting, key=lambda plan: plan.time.total)  # type: ignore[union-attr]
+        seconds = [(plan, plan.time.total) for plan in plans if plan.method == method and plan.time is not None]
+        if seconds:
+            best, _ = min(seconds, key=lambda pair: pair[1])
             command = f"fastdpo train --model {model} ... {options(best, cluster)}"
             console.print(f"  {command}", soft_wrap=True, markup=False)
 

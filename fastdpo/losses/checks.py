@@ -23,7 +23,7 @@ def check_loss_settings(loss_type: str | Sequence[str], config: Any) -> None:
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     for name in names:
         if name not in LOSSES:
-            raise ValueError(f"loss_type must be one of {sorted(LOSSES)}, got {name!r}{_nearest(name, LOSSES)}")
+            raise ValueError(f"loss_type must be one of {sorted(LOSSES)}, got {name!r}{nearest_hint(name, LOSSES)}")
     if not _is_number(config.beta) or config.beta <= 0:
         raise ValueError(f"beta must be > 0 and finite, got {config.beta!r}")
     if not _is_number(config.label_smoothing) or not 0 <= config.label_smoothing < 0.5:
@@ -89,7 +89,7 @@ def _check_divergence(config: LossConfig) -> None:
     kind = config.f_divergence_type
     if kind not in DIVERGENCES:
         raise ValueError(
-            f"f_divergence_type must be one of {sorted(DIVERGENCES)}, got {kind!r}{_nearest(kind, DIVERGENCES)}"
+            f"f_divergence_type must be one of {sorted(DIVERGENCES)}, got {kind!r}{nearest_hint(kind, DIVERGENCES)}"
         )
     if not _is_number(config.f_alpha_divergence_coef):
         raise ValueError(f"f_alpha_divergence_coef must be a finite number, got {config.f_alpha_divergence_coef!r}")
@@ -147,6 +147,7 @@ def _named(names: Sequence[str]) -> str:
     return repr(names[0]) if len(names) == 1 else repr(list(names))
 
 
-def _nearest(name: Any, valid: Any) -> str:
+def nearest_hint(name: Any, valid: Any) -> str:
+    """The end of an error message that offers the nearest valid name; empty if none is near."""
     nearest = difflib.get_close_matches(str(name), list(valid), n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -178,11 +178,10 @@ class SteppingTrainer(UpdatingTrainer):
         parts = microbatches_of(inputs)
         if not is_training or num_items_in_batch is None:
             self._tell_step(parts)
-        if not is_training:
-            parts = [self._without_repeated_rows(part) for part in self._in_step(parts, is_training=False)]
         if is_training:
             sums = [self._part_loss_sum(model, part) for part in parts]
         else:
+            parts = [self._without_repeated_rows(part) for part in self._in_step(parts, is_training=False)]
             known = self._examples if len(self._examples) == len(parts) else [None] * len(parts)
             own_items = self._own_items(self._num_own_rows(self.args.eval_batch_size))
             loss_of = partial(self._part_loss_sum, model)

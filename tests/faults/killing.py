@@ -25,13 +25,9 @@ class Killer:
     """Starts children; `with` ends the process."""
 
     def __enter__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
+        from processes import served_by  # not above: as a script, this file sets the path first
+
+        self.process = served_by(__file__)
         return self
 
     def __exit__(self, *_):

@@ -112,6 +112,31 @@ def named(model):
     return {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
+def settings_of_steps(num_rows, steps):
+    """Of `num_rows` rows on each process."""
+    return {
+        "per_device_train_batch_size": num_rows,
+        "learning_rate": 0.1,
+        "optim": "sgd",  # so that weights move by the gradient
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "max_steps": steps,
+        "num_rows": 60,
+    }
+
+
+def train_and_keep(folder, trainer, named=named):
+    """Log of the run; in the folder are the saved model and what `named` tells of the weights before and after."""
+    weights = {"before": named(trainer.model)}
+    trainer.train()
+    weights["after"] = named(trainer.model)
+    for moment, found in weights.items():
+        contiguous = {name: x.contiguous() for name, x in found.items()}
+        save_file(contiguous, Path(folder, f"{moment}{trainer.args.process_index}"))
+    trainer.save_model(str(Path(folder, "saved")))
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
 def train(folder, mode, steps=1, num_processes=1, num_copies=1, is_sharded=True, **more):
     """Log of the run; the trained weights before and after are in files of the folder.
 
@@ -124,27 +149,11 @@ def train(folder, mode, steps=1, num_processes=1, num_copies=1, is_sharded=True,
     if num_copies > 1:
         sizes = {"dp_replicate_size": num_copies, "dp_shard_size": num_processes // num_copies}
         more["parallelism_config"] = ParallelismConfig(**sizes)
-    settings = {
-        "per_device_train_batch_size": 12 // num_processes,
-        "learning_rate": 0.1,
-        "optim": "sgd",  # so that weights move by the gradient
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "max_steps": steps,
-        "num_rows": 60,
-        **settings_of(mode, num_processes),
-        **more,
-    }
+    settings = {**settings_of_steps(12 // num_processes, steps), **settings_of(mode, num_processes), **more}
     trainer = tiny_trainer(folder, **settings)
-    before = named(trainer.model)
     made = Shapes.of_steps(trainer)
-    trainer.train()
-    after = named(trainer.model)
-    save_file({name: x.contiguous() for name, x in before.items()}, Path(folder, f"before{trainer.args.process_index}"))
-    save_file({name: x.contiguous() for name, x in after.items()}, Path(folder, f"after{trainer.args.process_index}"))
-    trainer.save_model(str(Path(folder, "saved")))
     return {
-        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "logs": train_and_keep(folder, trainer),
         "num_sharded": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "num_parameters": sum(1 for _ in trainer.model.parameters()),
         "num_heads_in": {str(dtype): made.counts[BF16_SHAPE, dtype] for dtype in (torch.float32, torch.bfloat16)},
@@ -161,6 +170,10 @@ def resume(folder, mode, kind=None, **more):
     if kind is not None:
         shards_on_cpus()
         settings |= {"fsdp": FSDP2["fsdp"], "fsdp_config": FSDP2["fsdp_config"] | {"state_dict_type": kind}}
+    return resumed_digests(folder, settings)
+
+
+def resumed_digests(folder, settings, named=named):
     found = []
     for name, checkpoint in (("a", None), ("b", Path(folder, "a", "checkpoint-2"))):
         trainer = tiny_trainer(Path(folder, name), per_device_train_batch_size=2, **settings)

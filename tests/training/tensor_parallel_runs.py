@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from safetensors.torch import save_file
-from sharded_runs import lora, named, settings_of, shards_on_cpus
+from sharded_runs import lora, settings_of, settings_of_steps, shards_on_cpus, train_and_keep
 from tiny import make_llama, make_rows, save_model
 from tiny_runs import tiny_trainer
 from torch.distributed.tensor import DTensor
@@ -90,26 +89,13 @@ def train(folder, mode, steps=1, cut_over=1, num_processes=1, evaluates=False):
         shards_on_cpus()
     num_readers = num_processes // cut_over
     settings = {
-        "per_device_train_batch_size": 12 // num_readers,
-        "learning_rate": 0.1,
-        "optim": "sgd",  # so that weights move by the gradient
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "max_steps": steps,
-        "num_rows": 60,
+        **settings_of_steps(12 // num_readers, steps),
         "tensor_parallel_size": cut_over,
         **settings_here(mode, num_readers, folder, cut_over),
     }
     trainer = tiny_trainer(folder, **settings)
-    before = named(trainer.model)
-    trainer.train()
-    after = named(trainer.model)
-    rank = trainer.args.process_index
-    for name, weights in (("before", before), ("after", after)):
-        save_file({name: x.contiguous() for name, x in weights.items()}, Path(folder, f"{name}{rank}"))
-    trainer.save_model(str(Path(folder, "saved")))
     return {
-        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "logs": train_and_keep(folder, trainer),
         "num_cut": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "head_rows": trainer.model.get_output_embeddings().weight.to_local().shape[0] if cut_over > 1 else None,
         "evaluation": evaluation(trainer, num_readers) if evaluates else None,

@@ -9,6 +9,7 @@ from peft import PeftModel
 from processes import on_processes
 from safetensors.torch import load_file
 from tensor_parallel_runs import run, train
+from test_fsdp import MODES as MODES_OF_FSDP
 from tiny import make_llama, save_model
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -22,22 +23,10 @@ pytestmark = pytest.mark.skipif(
 
 MODES = ("clipped", "tied embeddings", "LoRA on every layer, micro-batches", "qwen3-moe")
 MORE_MODES = (
-    "cached reference",
-    "frozen reference",
+    *(mode for mode in MODES_OF_FSDP if mode not in (*MODES, "tiles, checkpointing")),
     "given by name",
     "cut when loaded",
     "stream",
-    "LoRA",
-    "LoRA on the head",
-    "LoRA, cached reference",
-    "LoRA, checkpointing",
-    "LoRA, micro-batches",
-    "micro-batches",
-    "accumulation",
-    "checkpointing",
-    "no reference, sft",
-    "padded",
-    "listwise",
     "AdamW",
     "vocabulary that does not divide",
     "biases",

@@ -4,11 +4,9 @@ DeepSpeed itself runs here, on CPUs with gloo. Where ninja is installed, it firs
 a minute of every test run, unless TORCH_EXTENSIONS_DIR names a folder that stays.
 """
 
-import hashlib
 from pathlib import Path
 
-from safetensors.torch import save_file
-from sharded_runs import settings_of
+from sharded_runs import resumed_digests, settings_of, settings_of_steps, train_and_keep
 from tiny import make_llama
 from tiny_runs import tiny_trainer
 
@@ -48,29 +46,16 @@ def count_divided(model):
 def train(folder, mode, stage, steps=1, num_processes=2, **more):
     """Log of the run; the trained weights before and after are in files of the folder."""
     settings = {
-        "per_device_train_batch_size": 12 // num_processes,
-        "learning_rate": 0.1,
-        "optim": "sgd",  # so that weights move by the gradient
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "max_steps": steps,
-        "num_rows": 60,
+        **settings_of_steps(12 // num_processes, steps),
         "deepspeed": zero(stage),
         **settings_of(mode, num_processes),
         **more,
     }
     trainer = tiny_trainer(folder, **settings)
-    before = named(trainer.model)
-    trainer.train()
-    rank = trainer.args.process_index
     reference = getattr(trainer.reference, "model", None)
-    num_divided = count_divided(trainer.model)
-    save_file(before, Path(folder, f"before{rank}"))
-    save_file(named(trainer.model), Path(folder, f"after{rank}"))
-    trainer.save_model(str(Path(folder, "saved")))
     return {
-        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
-        "num_divided": num_divided,
+        "logs": train_and_keep(folder, trainer, named),
+        "num_divided": count_divided(trainer.model),
         "num_divided_of_reference": 0 if reference is None else count_divided(reference),
         "num_parameters": sum(1 for _ in trainer.model.parameters()),
     }
@@ -78,15 +63,8 @@ def train(folder, mode, stage, steps=1, num_processes=2, **more):
 
 def resume(folder, mode, stage):
     """Digests of the trained weights of a run of four steps, and of one that goes on from its second step."""
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_rows": 20, "deepspeed": zero(stage)}
-    found = []
-    for name, checkpoint in (("a", None), ("b", Path(folder, "a", "checkpoint-2"))):
-        both = {**settings, **settings_of(mode, 2), "deepspeed": zero(stage)}
-        trainer = tiny_trainer(Path(folder, name), per_device_train_batch_size=2, **both)
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        weights = named(trainer.model)
-        found.append({name: hashlib.sha256(x.numpy().tobytes()).hexdigest() for name, x in weights.items()})
-    return found
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_rows": 20}
+    return resumed_digests(folder, {**settings, **settings_of(mode, 2), "deepspeed": zero(stage)}, named)
 
 
 def refused(folder, stage, settings):

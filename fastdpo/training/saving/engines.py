@@ -8,7 +8,7 @@ could not go on exactly: DeepSpeed's files on another number of processes, and s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -143,21 +143,20 @@ def _copy_adapter(folder: str, model: Any) -> None:
     from peft.utils import load_peft_weights
 
     own = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
-    found = load_peft_weights(folder, device="cpu")
-    if lost := sorted(own.keys() - found.keys()):
-        raise ValueError(f"resume_from_checkpoint must hold all trained weights, got {folder} without {lost[0]}")
-    with torch.no_grad():
-        for name, weight in own.items():
-            weight.copy_(_like(found[name], weight))
+    _fill(own, load_peft_weights(folder, device="cpu"), own.keys(), folder)
 
 
 def _copy(found: Mapping[str, Tensor], model: nn.Module, folder: str) -> None:
     """Copies whole weights into weights that may be divided."""
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    _fill(model.state_dict(), found, trained, folder)
+
+
+def _fill(weights: Mapping[str, Tensor], found: Mapping[str, Tensor], trained: Set[str], folder: str) -> None:
     if lost := sorted(trained - found.keys()):
         raise ValueError(f"resume_from_checkpoint must hold all trained weights, got {folder} without {lost[0]}")
     with torch.no_grad():
-        for name, weight in model.state_dict().items():
+        for name, weight in weights.items():
             if name in found:
                 weight.copy_(_like(found[name], weight))
 

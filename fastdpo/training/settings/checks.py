@@ -6,7 +6,6 @@ cannot work are refused with ValueError, which names the setting, the rule and t
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from dataclasses import fields
@@ -14,6 +13,8 @@ from importlib import util
 from typing import Any
 
 import torch
+
+from fastdpo.losses.checks import nearest_hint
 
 
 def help_text(text: str) -> dict[str, str]:
@@ -24,9 +25,7 @@ def help_text(text: str) -> dict[str, str]:
 def check_choice(name: str, value: str, choices: tuple[str, ...] | list[str]) -> None:
     """Raises ValueError, with the nearest valid name, if `value` is not one of `choices`."""
     if value not in choices:
-        nearest = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}{hint}")
+        raise ValueError(f"{name} must be one of {sorted(choices)}, got {value!r}{nearest_hint(value, choices)}")
 
 
 def as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:

@@ -6,8 +6,9 @@ step is assumed to reach. Refuses unknown names with the nearest known one, and 
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
+
+from fastdpo.losses.checks import nearest_hint
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,12 @@ def make_cluster(gpus: int, nodes: int, memory: int, gpu: str, interconnect: str
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if gpu.lower() not in GPUS:
-        raise ValueError(f"gpu must be one of {sorted(GPUS)}, got {gpu!r}{_nearest(gpu, list(GPUS))}")
+        raise ValueError(f"gpu must be one of {sorted(GPUS)}, got {gpu!r}{nearest_hint(gpu.lower(), GPUS)}")
     names = [name.strip().lower() for name in interconnect.split(",")]
     for name in names:
         if name not in NETWORKS:
             raise ValueError(
-                f"interconnect must hold names of {sorted(NETWORKS)}, got {name!r}{_nearest(name, list(NETWORKS))}"
+                f"interconnect must hold names of {sorted(NETWORKS)}, got {name!r}{nearest_hint(name, NETWORKS)}"
             )
     if len(names) > 2 or (len(names) == 1 and nodes > 1):
         raise ValueError(
@@ -93,8 +94,3 @@ def make_cluster(gpus: int, nodes: int, memory: int, gpu: str, interconnect: str
             f" {interconnect!r} for {nodes} nodes"
         )
     return Cluster(gpus, nodes, memory, GPUS[gpu.lower()], NETWORKS[names[0]], NETWORKS[names[-1]])
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    found = difflib.get_close_matches(name.lower(), names, n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""

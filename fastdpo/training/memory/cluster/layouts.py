@@ -6,6 +6,7 @@ inside a node, because they exchange activations in every layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastdpo.training.memory.cluster.hardware import Cluster
@@ -47,5 +48,5 @@ def layouts_for(cluster: Cluster, sizes: ModelSizes) -> list[Layout]:
     return found
 
 
-def _largest(most: int, is_valid: object) -> int:
-    return next(size for size in range(most, 0, -1) if most % size == 0 and is_valid(size))  # type: ignore[operator]
+def _largest(most: int, is_valid: Callable[[int], bool]) -> int:
+    return next(size for size in range(most, 0, -1) if most % size == 0 and is_valid(size))

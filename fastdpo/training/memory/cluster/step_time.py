@@ -52,9 +52,8 @@ def flops_of_pair(sizes: ModelSizes, tokens: int, *, full: bool, checkpointing: 
     backward = 2 * layers if full else layers + attention  # attention has no weights: both its factors get gradients
     repeated = layers if checkpointing else 0
     reference = layers + head if adapter_reference else 0
-    return (
-        layers + repeated + backward + reference + head * (3 if full else 2)
-    )  # gradient in forward, DESIGN.md section 5
+    of_head = head * (3 if full else 2)  # its gradient is made in forward, kernels/README.md, "Work and memory"
+    return layers + repeated + backward + reference + of_head
 
 
 def step_time(
@@ -84,11 +83,11 @@ def step_time(
     share = 1 / (layout.tensor * layout.sequence)
     batch = MicroBatch(per_microbatch * pair_tokens, int(per_microbatch * pair_tokens * ROWS_SHARE))
     sent = overlapped = blocking = 0.0
-    for number in range(count):
-        settings = {"checkpointing": checkpointing, "adapter_reference": not full, "is_last": number == count - 1}
+    for times, is_last in ((count - 1, False), (1, True)):
+        settings = {"checkpointing": checkpointing, "adapter_reference": not full, "is_last": is_last}
         for transfer in transfers(sizes, layout, cluster.gpus, batch, precision, **settings):
-            seconds = transfer.sent / (RATE_SHARE * cluster.network(transfer.crosses_nodes).rate)
-            sent += transfer.sent
+            seconds = times * transfer.sent / (RATE_SHARE * cluster.network(transfer.crosses_nodes).rate)
+            sent += times * transfer.sent
             overlapped += seconds if transfer.overlaps else 0.0
             blocking += 0.0 if transfer.overlaps else seconds
     passes = 2 + checkpointing + full  # each reads the weights once
