@@ -52,9 +52,10 @@ def train(folder, mode, stage, steps=1, num_processes=2, **more):
         **more,
     }
     trainer = tiny_trainer(folder, **settings)
-    reference = getattr(trainer.reference, "model", None)
+    logs = train_and_keep(folder, trainer, named)
+    reference = getattr(trainer.reference, "model", None)  # which DeepSpeed divides at the start of training
     return {
-        "logs": train_and_keep(folder, trainer, named),
+        "logs": logs,
         "num_divided": count_divided(trainer.model),
         "num_divided_of_reference": 0 if reference is None else count_divided(reference),
         "num_parameters": sum(1 for _ in trainer.model.parameters()),
