@@ -1,6 +1,6 @@
 """Runs the tests whose verdict hangs on floating-point numbers under other arithmetic than this machine's own.
 
-    python tests/portable.py [--only NAME ...] [--quick] [--list] [pytest arguments]
+    python tests/portable.py [--each | --only NAME ...] [--quick] [--list] [pytest arguments]
 
 In: nothing; each combination below is a set of environment variables that ATen, MKL and oneDNN read when they are
 loaded, and a number of threads. Out: for each, how many of
@@ -64,18 +64,19 @@ class Combination:
     name: str
     environment: dict[str, str] = field(default_factory=dict)
     num_threads: int = 1
+    each: bool = False  # a part of another one, or of `make test`: with --each, which library a failure is from
 
 
 # MKL heeds MKL_ENABLE_INSTRUCTIONS on CPUs of Intel and MKL_CBWR on any.
 COMBINATIONS = (
-    Combination("as it is"),
+    Combination("as it is", each=True),
     Combination("2 threads", {}, 2),
-    Combination("aten default", {"ATEN_CPU_CAPABILITY": "default"}),
-    Combination("aten avx2, 2 threads", {"ATEN_CPU_CAPABILITY": "avx2"}, 2),
-    Combination("mkl avx2", {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "MKL_CBWR": "AVX2"}),
-    Combination("mkl compatible, 2 threads", {"MKL_CBWR": "COMPATIBLE"}, 2),
-    Combination("onednn avx2", {"ONEDNN_MAX_CPU_ISA": "AVX2"}),
-    Combination("onednn sse41", {"ONEDNN_MAX_CPU_ISA": "SSE41"}),
+    Combination("aten default", {"ATEN_CPU_CAPABILITY": "default"}, each=True),
+    Combination("aten avx2, 2 threads", {"ATEN_CPU_CAPABILITY": "avx2"}, 2, each=True),
+    Combination("mkl avx2", {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "MKL_CBWR": "AVX2"}, each=True),
+    Combination("mkl compatible, 2 threads", {"MKL_CBWR": "COMPATIBLE"}, 2, each=True),
+    Combination("onednn avx2", {"ONEDNN_MAX_CPU_ISA": "AVX2"}, each=True),
+    Combination("onednn sse41", {"ONEDNN_MAX_CPU_ISA": "SSE41"}, each=True),
     Combination("all avx2", AVX2),
     Combination("all avx2, 2 threads", AVX2, 2),
     Combination("all old", OLD),
@@ -103,6 +104,7 @@ class Outcome:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--each", action="store_true", help="Also those that change one library alone.")
     parser.add_argument("--only", nargs="+", choices=[c.name for c in COMBINATIONS], help="These combinations.")
     parser.add_argument(
         "--quick", action="store_true", help=f"The quick part of the tests, under {IN_CI!r} if not --only."
@@ -113,7 +115,8 @@ def main() -> int:
     if options.probe:
         print(json.dumps(probes()))
         return 0
-    wanted = options.only or ([IN_CI] if options.quick else [c.name for c in COMBINATIONS])
+    usually = [c.name for c in COMBINATIONS if options.each or not c.each]
+    wanted = options.only or ([IN_CI] if options.quick else usually)
     chosen = [c for c in COMBINATIONS if c.name in wanted]
     if options.list:
         for c in chosen:

@@ -29,6 +29,16 @@ def test_every_combination_has_a_name_and_changes_what_it_says():
         assert environment["OMP_NUM_THREADS"] == environment["FASTDPO_TEST_THREADS"] == str(combination.num_threads)
 
 
+def test_those_that_run_by_default_cover_every_value_and_both_numbers_of_threads():
+    usual = [combination for combination in COMBINATIONS if not combination.each]
+    values = {item for combination in usual for item in combination.environment.items()}
+    assert values >= {("ATEN_CPU_CAPABILITY", "default"), ("ATEN_CPU_CAPABILITY", "avx2")}
+    assert values >= {("ONEDNN_MAX_CPU_ISA", "AVX2"), ("ONEDNN_MAX_CPU_ISA", "SSE41")}
+    assert values >= {("MKL_ENABLE_INSTRUCTIONS", "AVX2"), ("MKL_CBWR", "AVX2"), ("MKL_CBWR", "COMPATIBLE")}
+    assert values >= {item for combination in COMBINATIONS for item in combination.environment.items()}
+    assert {combination.num_threads for combination in usual} == {1, 2}
+
+
 PROGRAM = """
 import torch
 g = torch.Generator().manual_seed(0)
