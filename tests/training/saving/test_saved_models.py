@@ -102,7 +102,7 @@ def test_experts_that_are_saved_under_other_names_go_on_from_their_saved_weights
             parameter.add_(1.0)  # what the checkpoint does not replace will show
     resumed = trainer(other)
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert logged(resumed) == pytest.approx(expected, rel=1e-9)
+    assert logged(resumed) == pytest.approx(expected, rel=1e-6)  # a log entry's numbers are fp32
     assert resumed.model.state_dict().keys() == weights.keys()
     for name, weight in resumed.model.state_dict().items():
         torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-9, msg=name)
