@@ -122,10 +122,17 @@ def test_an_encoder_decoder_is_refused_with_that_word(tmp_path):
         build(tmp_path / "out", str(tmp_path / "t5"))
 
 
+SOUND_PARTS = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}, "decoder": {}}
+
+
 @pytest.mark.parametrize(
     ("model_type", "settings", "why"),
     [
-        ("musicgen", {}, r"must have one text decoder, got musicgen with several: .*'text_encoder', 'decoder'"),
+        (
+            "musicgen",
+            SOUND_PARTS,
+            r"must have one text decoder, got musicgen with several: .*'text_encoder', 'decoder'",
+        ),
         (
             "gemma4_assistant",
             {"text_config": {**DRAFT, "num_kv_shared_layers": 4}},

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from closeness import relative_error
+from releases import bitsandbytes_on_a_cpu
 from tiny import make_llama
 from tiny_runs import logged, make_lora, tiny_config, tiny_trainer
 
@@ -100,7 +101,7 @@ def test_the_estimate_has_the_gradient_of_one_weight_at_a_time(tmp_path):
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
 def test_bf16_weights_are_trained_in_backward(tmp_path, rounding, settings):
     if settings:
-        pytest.importorskip("bitsandbytes")
+        bitsandbytes_on_a_cpu()
     more = {"weight_rounding": rounding, "learning_rate": 1e-4, "max_grad_norm": 0.0, **settings}
     found = ran(tmp_path / "in", torch.bfloat16, **more, **IN_BACKWARD)
     after = ran(tmp_path / "after", torch.bfloat16, **more)

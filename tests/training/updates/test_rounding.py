@@ -3,6 +3,7 @@
 import pytest
 import torch
 from closeness import relative_error
+from releases import bitsandbytes_on_a_cpu
 
 from fastdpo.training.updates.one_by_one import OneByOne
 from fastdpo.training.updates.rounding import generator_of, round_stochastically, split_in_two
@@ -84,7 +85,7 @@ def test_small_updates_arrive(optimizer, rounding):
     def ran(rounding):
         parameter = torch.nn.Parameter(torch.ones(64, 128, dtype=torch.bfloat16))
         if optimizer == "bitsandbytes":
-            bnb = pytest.importorskip("bitsandbytes")
+            bnb = bitsandbytes_on_a_cpu()
             inner = bnb.optim.AdamW8bit([parameter], lr=1e-4, weight_decay=0.0)
         elif optimizer == "adamw":
             inner = torch.optim.AdamW([parameter], lr=1e-4, weight_decay=0.0)
@@ -112,7 +113,7 @@ def test_a_state_dict_restores_every_bit(rounding, optimizer):
         parameters = weights()
         if optimizer == "adamw":
             return parameters, OneByOne(torch.optim.AdamW(parameters, lr=1e-3), rounding, seed=3)
-        bnb = pytest.importorskip("bitsandbytes")
+        bnb = bitsandbytes_on_a_cpu()
         return parameters, OneByOne(bnb.optim.AdamW8bit(parameters, lr=1e-3, min_8bit_size=16), rounding, seed=3)
 
     def run(parameters, wrapped, steps):
