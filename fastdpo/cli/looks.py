@@ -16,6 +16,7 @@ from fastdpo.data.sources.loading import raw_example
 from fastdpo.data.sources.nearest import check_model_folder
 from fastdpo.training.settings.config import SFTConfig
 from fastdpo.training.settings.engine import EngineConfig
+from fastdpo.training.setup.gguf_files import as_folder
 from fastdpo.training.setup.model_kinds import check_kind
 from fastdpo.training.setup.models import (
     adapter_base,
@@ -62,7 +63,7 @@ def _look_at_config(option: str, name: str, args: EngineConfig) -> None:
     from transformers import AutoConfig
 
     check_model_folder(option, name)
-    base = adapter_base(name) or name
+    base = as_folder(adapter_base(name) or name, option)
     try:
         config = AutoConfig.from_pretrained(base, **where_from(args.init_kwargs()))
     except (OSError, ValueError) as error:

@@ -152,8 +152,10 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
+    from fastdpo.training.setup.gguf_files import as_folder
     from fastdpo.training.setup.model_kinds import check_kind
 
+    name = as_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

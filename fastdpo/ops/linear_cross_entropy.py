@@ -1,18 +1,25 @@
 """`linear_cross_entropy`: torch's cross entropy of a linear layer's outputs, computed by the head op without logits.
 
-In: the arguments of `torch.nn.functional.linear_cross_entropy` (torch 2.13), with the same names. Out: its loss.
-Refuses losses that need more than one label's log-prob per row: class probabilities, label smoothing, K-dimensional
-losses. It also runs with torch releases that lack this function.
+In: the arguments of `torch.nn.functional.linear_cross_entropy` (torch 2.13), with the same names. Out: its loss, also
+for smoothed labels and class probabilities. Refuses K-dimensional losses and torch's options. It also runs with torch
+releases that lack this function.
+
+Smoothed labels and probabilities need no logits either. With q the target's share of each class (times its weight),
+`-sum_v q_v log p_v = (sum_v q_v) lse - sum_v q_v z_v`. The last sum is linear in the head, `h @ (q @ W) + q @ b`: a
+product with (T, H) or (H,) numbers. The first needs `lse = z_y - log p_y`, of any one class y: the head op's log-prob
+and one row of the head. Both take a copy of the head in fp32 if it is in half precision.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdpo.ops.linear_logps import linear_logps
 from fastdpo.ops.targets import labels_of
+from fastdpo.ops.validation import operand_dtype
 from fastdpo.types import IGNORE_INDEX
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -37,13 +44,16 @@ def linear_cross_entropy(
     Args:
         input: (..., H) fp16, bf16, fp32 or fp64, with any leading dimensions (torch accepts (H,) and (N, H)).
         linear_weight: (V, H), same dtype and device (autocast as in `linear_logps`).
-        target: (...), integers in [0, V) or ignore_index: one for each row of `input`, not shifted.
+        target: (...), integers in [0, V) or ignore_index: one for each row of `input`, not shifted. Or (..., V) floats:
+            each row's probability of each class, differentiable too (its gradient is as large as the logits).
         linear_bias: (V,).
         weight: (V,), weight of each class; a constant without gradient.
         reduction: "none", "sum", or "mean": the sum over the rows that are not ignored, divided by their number, or by
-            the sum of their targets' class weights. As in torch, nan if every row is ignored.
+            the sum of their targets' class weights. As in torch, nan if every row is ignored. With probabilities, the
+            mean is over all rows, whatever the weights.
         ignore_index: target of the rows that give 0 and no gradient; None, torch's default, means -100.
-        label_smoothing: only 0.0. Smoothing needs the gradient of a row's mean logit, which this op does not have.
+        label_smoothing: in [0, 1], the share of the target that is spread evenly over all classes. As class
+            probabilities, it cannot go with logit_scale and softcap: a capped sum of logits is not linear in the head.
         options: only None. torch's options choose chunks and accumulators; this op chooses tiles and sums in fp32.
         **same: logit_scale, softcap, skip_tolerance, workspace_bytes and impl, as in `linear_logps`.
     Returns:
@@ -59,11 +69,8 @@ def linear_cross_entropy(
         raise ValueError(f"{unknown[0]} is not an argument of linear_cross_entropy (the bias is linear_bias)")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if label_smoothing != 0.0:
-        raise ValueError(
-            f"label_smoothing must be 0.0, got {label_smoothing}: the op computes one label's log-prob per row; use"
-            " torch.nn.functional.linear_cross_entropy or cross_entropy for smoothed targets"
-        )
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if options is not None:
         raise ValueError(
             f"options must be None, got {options}: this op chooses its own tiles; impl= selects the implementation"
@@ -76,22 +83,92 @@ def linear_cross_entropy(
     H = linear_weight.shape[1]
     if input.dim() == 0 or input.shape[-1] != H:
         raise ValueError(f"input must have shape (..., {H}) to match linear_weight, got {tuple(input.shape)}")
+    _check_vector("linear_bias", linear_bias, linear_weight)
+    _check_vector("weight", weight, linear_weight)
+    is_soft = target.is_floating_point()
+    if is_soft or label_smoothing > 0.0:
+        for name, neutral in (("softcap", None), ("logit_scale", 1.0)):
+            if same.get(name, neutral) != neutral:
+                raise ValueError(
+                    f"{name} must be {neutral} with label_smoothing or class probabilities, got {same[name]}"
+                )
+    if is_soft:
+        return _of_probabilities(input, linear_weight, target, linear_bias, weight, reduction, label_smoothing, same)
     labels = labels_of(target, IGNORE_INDEX if ignore_index is None else ignore_index)
     if target.shape != input.shape[:-1]:
         raise ValueError(f"target must have shape {tuple(input.shape[:-1])} to match input, got {tuple(target.shape)}")
-    _check_vector("linear_bias", linear_bias, linear_weight)
-    _check_vector("weight", weight, linear_weight)
-
     labels = labels.reshape(-1)
-    losses = -linear_logps(input.reshape(-1, H), linear_weight, labels, bias=linear_bias, **same).logps  # (T,)
+    rows = input.reshape(-1, H)
+    logps = linear_logps(rows, linear_weight, labels, bias=linear_bias, **same).logps  # (T,)
+    losses = -logps
     counts = (labels != IGNORE_INDEX).to(losses.dtype)  # each row's share of the mean's denominator
     if weight is not None:
         # clamped, so that no label reads beyond the weights: ignored rows count 0, out-of-range rows are already nan
         counts = counts * weight.detach().to(losses.dtype)[labels.clamp(0, linear_weight.shape[0] - 1)]
         losses = losses * counts
+    if label_smoothing > 0.0:
+        spread = _ones(linear_weight, logps.dtype) if weight is None else weight.detach().to(logps.dtype)
+        spread = label_smoothing / linear_weight.shape[0] * spread  # (V,)
+        smooth = _expected_nll(rows, linear_weight, linear_bias, labels, logps, spread)
+        losses = (1.0 - label_smoothing) * losses + smooth.where(labels != IGNORE_INDEX, 0.0)
     if reduction == "none":
         return losses.view(target.shape)
     return losses.sum() if reduction == "sum" else losses.sum() / counts.sum()
+
+
+def _of_probabilities(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    same: dict[str, Any],
+) -> Tensor:
+    V, H = linear_weight.shape
+    if target.shape != (*input.shape[:-1], V):
+        raise ValueError(
+            f"target must have shape {(*input.shape[:-1], V)} if it holds probabilities, got {tuple(target.shape)}"
+        )
+    # in fp32: the gradient of the class that gives the lse is a difference of two parts, not to be rounded before
+    dtype = torch.promote_types(operand_dtype(input, linear_weight, linear_bias), torch.float32)
+    rows, linear_weight = input.reshape(-1, H).to(dtype), linear_weight.to(dtype)
+    linear_bias = None if linear_bias is None else linear_bias.to(dtype)
+    labels = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)  # any class gives the lse
+    with torch.autocast(rows.device.type, enabled=False):
+        logps = linear_logps(rows, linear_weight, labels, bias=linear_bias, **same).logps  # (T,)
+    shares = target.reshape(-1, V).to(logps.dtype)  # (T, V)
+    if label_smoothing > 0.0:
+        shares = (1.0 - label_smoothing) * shares + label_smoothing / V
+    if weight is not None:
+        shares = shares * weight.detach().to(logps.dtype)
+    losses = _expected_nll(rows, linear_weight, linear_bias, labels, logps, shares)
+    if reduction == "none":
+        return losses.view(target.shape[:-1])
+    return losses.sum() if reduction == "sum" else losses.mean()
+
+
+def _expected_nll(
+    rows: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, labels: Tensor, logps: Tensor, shares: Tensor
+) -> Tensor:
+    """(T,) `-sum_v shares_v log p_v`, from the log-probs of labels; shares are (V,) or (T, V)."""
+    dtype, operand = logps.dtype, operand_dtype(rows, linear_weight, linear_bias)  # the op's, also under autocast
+    with torch.autocast(rows.device.type, enabled=False):
+        hidden, linear_weight = rows.to(operand).to(dtype), linear_weight.to(operand)
+        linear_bias = None if linear_bias is None else linear_bias.to(operand).to(dtype)
+        safe = labels.clamp(0, linear_weight.shape[0] - 1)  # ignored rows read class 0, and are left out by the caller
+        mean_weight = shares @ linear_weight.to(dtype)  # (H,) or (T, H)
+        expected = (hidden * mean_weight).sum(-1)
+        lse = (hidden * linear_weight.index_select(0, safe).to(dtype)).sum(-1) - logps
+        if linear_bias is not None:
+            expected = expected + shares @ linear_bias
+            lse = lse + linear_bias.index_select(0, safe)
+        return shares.sum(-1) * lse - expected
+
+
+def _ones(linear_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.ones(linear_weight.shape[0], dtype=dtype, device=linear_weight.device)
 
 
 def _check_vector(name: str, x: Tensor | None, linear_weight: Tensor) -> None:

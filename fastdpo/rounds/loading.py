@@ -18,6 +18,7 @@ from fastdpo.rounds.endpoint import TIMEOUT
 from fastdpo.rounds.judges import check_judge, make_judge
 from fastdpo.rounds.vllm import VllmEngine, choose_engine
 from fastdpo.training.settings.config import DPOConfig
+from fastdpo.training.setup.gguf_files import as_folder
 from fastdpo.training.setup.models import (
     adapter_base,
     check_config,
@@ -93,7 +94,7 @@ class Loader:
             judge = self.judge(self.model(name), tokenizer)
         init_kwargs = self.args.init_kwargs()
         engine = VllmEngine(
-            name,
+            as_folder(name),
             eos_ids=_eos_ids(name, tokenizer, init_kwargs),
             dtype=str(init_kwargs["dtype"]).removeprefix("torch.") if "dtype" in init_kwargs else None,
             trust_remote_code=bool(init_kwargs.get("trust_remote_code")),
@@ -104,7 +105,7 @@ class Loader:
 
 def _eos_ids(name: str, tokenizer: Any, init_kwargs: Mapping[str, Any]) -> list[int]:
     """The ids that end a response, as for a model that transformers loads."""
-    base, where = adapter_base(name) or name, where_from(dict(init_kwargs))
+    base, where = as_folder(adapter_base(name) or name), where_from(dict(init_kwargs))
     try:
         generation = GenerationConfig.from_pretrained(base, **where)
     except OSError:

