@@ -6,9 +6,9 @@
 A Llama of 31 million weights runs forward and backward over one pair: with checkpointing alone, and with everything on.
 Times are CPU seconds of a step; peaks are bytes of live tensors beyond weights and gradients from before. Host buffers
 come from NumPy and are not counted, as on a GPU. A record also holds the peak that the dry run estimates, and the
-largest difference of the gradients from those with checkpointing alone. Weights are fp32, so that this is rounding only. With
-all weights trained, everything includes steps in backward; the update is a stand-in that needs one temporary tensor of
-the weight's size.
+largest difference of the gradients from those with checkpointing alone. Weights are fp32, so that this is rounding
+only. With all weights trained, everything includes steps in backward; the update is a stand-in that needs one temporary
+tensor of the weight's size.
 """
 
 from __future__ import annotations
