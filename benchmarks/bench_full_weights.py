@@ -99,7 +99,8 @@ def compared(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(records: list[dict[str, Any]], path: Path, width: int = 10) -> None:
-    """Losses of each way, means over seeds and over `width` steps; the band is the range of the fp32 runs."""
+    """Losses of each way, means over the seeds that all ways have and over `width` steps; the band is the range of all
+    fp32 runs, of which there may be more."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -108,17 +109,21 @@ def plot(records: list[dict[str, Any]], path: Path, width: int = 10) -> None:
     rates = sorted({record["rate"] for record in records}, reverse=True)
     figure, axes = pyplot.subplots(1, len(rates), figsize=(6 * len(rates), 4.5), squeeze=False)
     for axis, rate in zip(axes[0], rates, strict=True):
+        own = [record for record in records if record["rate"] == rate]
+        shared = {r["seed"] for r in own if r["way"] != FP32}
         for way in WAYS:
-            runs = [r["losses"] for r in records if r["way"] == way and r["rate"] == rate]
+            runs = [r["losses"] for r in own if r["way"] == way]
             if not runs:
                 continue
             smooth = torch.tensor(runs).unfold(1, width, 1).mean(2)
             steps = torch.arange(smooth.shape[1]) + width
             if way == FP32:
                 axis.fill_between(steps, smooth.amin(0), smooth.amax(0), color="0.85", label="fp32, range over seeds")
+                runs = [r["losses"] for r in own if r["way"] == way and r["seed"] in shared] or runs
+                smooth = torch.tensor(runs).unfold(1, width, 1).mean(2)
             axis.plot(steps, smooth.mean(0), label=way, color="black" if way == FP32 else None, linewidth=1.2)
         axis.set(title=f"learning rate {rate:.0e}", xlabel="step", ylabel=f"loss, mean of {width} steps")
-    axes[0][0].legend(fontsize=8)
+    axes[0][0].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -1,8 +1,8 @@
 """`fastdpo plan`: which settings of a model fit a GPU, or several, and the longest pair for each.
 
-In: a model's name, folder or config.json, and an amount of memory. Out: a table (or JSON) of training methods and
-settings, with an estimate of each part of the memory. It needs only the config: it loads no weights and needs no GPU.
-Refuses invalid amounts, and a model that fits with no settings.
+In: a model's name, folder or config.json, and an amount of memory, or the length of a pair. Out: a table (or JSON) of
+training methods and settings, with an estimate of each part of the memory, and a picture of them. It needs only the
+config: it loads no weights and needs no GPU. Refuses invalid amounts, and a model that fits with no settings.
 """
 
 from __future__ import annotations
@@ -11,21 +11,25 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from fastdpo.cli.console import make_console
 from fastdpo.cli.options.parser import RaisingParser
 from fastdpo.cli.plan_cluster import DEFAULT_LENGTH, check_fits, records, show
+from fastdpo.cli.plan_length import first_of_smallest_cards, fitting_plans, length_record, length_table
+from fastdpo.cli.plan_names import GB, gigabytes, kept_activations, training_name
 from fastdpo.data.sources.nearest import check_model_folder
 from fastdpo.training.memory.cluster.hardware import Cluster, make_cluster
 from fastdpo.training.memory.cluster.plans import make_cluster_plans
-from fastdpo.training.memory.plan import ROUNDING, USABLE_SHARE, Plan, Settings, make_plans, pair_tokens
+from fastdpo.training.memory.plan import ROUNDING, USABLE_SHARE, Estimates, Plan, pair_tokens
 from fastdpo.training.setup.model_kinds import text_part
 
-GB = 1e9
+LEAST_PAIR = 4  # tokens: two of the prompt, and one of each response
 _SHORT = {"optimizer": "state", "reference": "ref.", "gradients": "grads", "activations": "activ.", "overhead": "CUDA"}
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -41,7 +45,16 @@ def main(argv: list[str]) -> None:
         "--model", required=True, help="Name on the Hub, folder, or config.json. Only the config is read."
     )
     parser.add_argument(
-        "--gpu_memory", "--gpu-memory", required=True, help="Memory of the GPU, such as 24GB (10**9) or 24GiB (2**30)."
+        "--gpu_memory",
+        "--gpu-memory",
+        help="Memory of the GPU, such as 24GB (10**9) or 24GiB (2**30). Needed without --pair_tokens.",
+    )
+    parser.add_argument(
+        "--pair_tokens",
+        "--pair-tokens",
+        type=int,
+        help="Tokens of a pair, its prompt and both responses. Shows the memory that each setting takes for it, and the"
+        " smallest GPU.",
     )
     parser.add_argument(
         "--max_length",
@@ -68,36 +81,126 @@ def main(argv: list[str]) -> None:
         "--trust_remote_code", action="store_true", help="Run code from the Hub, as in from_pretrained."
     )
     parser.add_argument("--json", action="store_true", help="Print JSON, with sizes in bytes.")
+    parser.add_argument(
+        "--html", metavar="PAGE", help="Write a page: longest pair by memory from 8 to 141 GB, and where the bytes go."
+    )
+    parser.add_argument("--png", metavar="FILE", help="Write the same picture as a PNG file.")
     options = parser.parse_args(argv)
-    for name in ("max_length", "lora_r", "pairs_per_step"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    memory = parse_bytes(options.gpu_memory)
-    cluster = make_cluster(options.gpus, options.nodes, memory, options.gpu, options.interconnect)
+    _check(options)
+    memory = None if options.gpu_memory is None else parse_bytes(options.gpu_memory)
+    cluster = None
+    if memory is not None:
+        cluster = make_cluster(options.gpus, options.nodes, memory, options.gpu, options.interconnect)
     check_model_folder("model", options.model)
     config = load_config(options.model, options.trust_remote_code)
-    if cluster.num_gpus > 1:
+    if cluster is not None and cluster.num_gpus > 1:
         _plan_cluster(config, cluster, options)
         return
-    least = ROUNDING if options.max_length is None else pair_tokens(options.max_length)
     console = make_console()
+    with nullcontext() if options.json else console.status(f"running {options.model} without weights"):
+        estimates = Estimates(config, options.lora_r)
+        if options.pair_tokens is None:
+            assert memory is not None  # by _check
+            plans = estimates.plans(memory, ROUNDING if options.max_length is None else pair_tokens(options.max_length))
+        else:
+            plans = estimates.at_length(options.pair_tokens)
+    fitting = _fitting(plans, memory, options)
     if options.json:
-        plans = make_plans(config, memory, options.lora_r, least)
+        print(json.dumps([_record(plan, memory, options) for plan in plans], indent=1))
+    elif options.pair_tokens is None:
+        _show_longest(plans, fitting, config, options, console)
     else:
-        with console.status(f"running {options.model} without weights"):
-            plans = make_plans(config, memory, options.lora_r, least)
+        _show_length(plans, fitting, memory, options, console)
+    if options.html or options.png:
+        from fastdpo.cli.plan_page import write_pictures
+
+        with nullcontext() if options.json else console.status("drawing"):
+            written = write_pictures(
+                estimates,
+                plans,
+                memory,
+                title=f"Memory of {_short_name(options.model)}",
+                command=_command(fitting[0], options),
+                html=options.html,
+                png=options.png,
+            )
+        for path in [] if options.json else written:
+            console.print(f"picture: {path}", markup=False, soft_wrap=True)
+
+
+def _check(options: Any) -> None:
+    """Raises:
+    ValueError: options that are out of range, or do not go together.
+    """
+    for name, least in (("max_length", 1), ("pair_tokens", LEAST_PAIR), ("lora_r", 1), ("pairs_per_step", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if options.pair_tokens is not None and options.max_length is not None:
+        raise ValueError(
+            f"max_length must be absent if pair_tokens is given, got {options.max_length}: it is the length of one"
+            " sequence, and pair_tokens that of prompt and both responses"
+        )
+    is_cluster = options.gpus != 1 or options.nodes != 1
+    if options.gpu_memory is None and (options.pair_tokens is None or is_cluster):
+        raise ValueError("gpu_memory must be given, such as --gpu_memory 24GB; without it, plan takes --pair_tokens")
+    for name in ("html", "png"):
+        if getattr(options, name) is not None:
+            if is_cluster:
+                raise ValueError(f"{name} must be absent for several GPUs, got {getattr(options, name)!r}; try --json")
+            from fastdpo.report import require_matplotlib
+
+            require_matplotlib()
+
+
+def _fitting(plans: Sequence[Plan], memory: int | None, options: Any) -> list[Plan]:
+    """Raises:
+    ValueError: no settings fit.
+    """
+    if options.pair_tokens is not None:
+        return fitting_plans(plans, memory, options.model, options.pair_tokens)
     fitting = [plan for plan in plans if plan.tokens]
     if not fitting:
         needed = min(plans, key=lambda plan: plan.estimate.total)
+        least = ROUNDING if options.max_length is None else pair_tokens(options.max_length)
         raise ValueError(
             f"gpu_memory must be at least {needed.estimate.total / USABLE_SHARE / GB:.1f}GB for {options.model} and"
             f" pairs of {least} tokens, got {options.gpu_memory}; that is {needed.settings.method} with"
             f" {needed.settings.optim}, gradient checkpointing {'on' if needed.settings.checkpointing else 'off'}"
         )
-    if options.json:
-        print(json.dumps([_record(plan, options.lora_r) for plan in plans], indent=1))
-        return
+    return fitting
+
+
+def _command(plan: Plan, options: Any) -> str:
+    length = "" if options.max_length is None else f"--max_length {options.max_length} "
+    needs = "" if not plan.settings.needs_bitsandbytes else '  # pip install "fastdpo[quant]"'
+    return (
+        f"fastdpo train --model {options.model} ... {length}{plan.settings.options(plan.tokens, options.lora_r)}{needs}"
+    )
+
+
+def _short_name(model: str) -> str:
+    return model if not Path(model).exists() else Path(model).resolve().name
+
+
+def _show_length(
+    plans: Sequence[Plan], fitting: Sequence[Plan], memory: int | None, options: Any, console: Console
+) -> None:
+    console.print(length_table(plans, memory))
+    console.print(
+        f"needs: GB (10**9 bytes) for a pair of {options.pair_tokens:,} tokens, prompt and both responses, the prompt"
+        f" once and half of them; with the {1 - USABLE_SHARE:.0%} that stay free for fragmentation. Settings are in the"
+        " order of the time that they cost. With `--on_oversized_row split`, a sequence of so many tokens is enough. No"
+        " estimate has been compared with a GPU yet."
+    )
+    console.print(
+        "\nOn the GPU:" if memory else "\nThe smallest GPU for each kind, and the first command that fits it:"
+    )
+    for card, plan in first_of_smallest_cards(fitting, memory):
+        console.print(f"  {card / GB:g} GB: {_command(plan, options)}", soft_wrap=True, markup=False)
+
+
+def _show_longest(plans: Sequence[Plan], fitting: Sequence[Plan], config: Any, options: Any, console: Console) -> None:
     console.print(_table(plans, config))
     console.print(
         "longest pair: tokens of prompt and both responses; the prompt counts once and is half of them, so the longer"
@@ -110,18 +213,15 @@ def main(argv: list[str]) -> None:
         " `--max_tokens_per_microbatch auto`."
     )
     console.print("\nThe first command of each kind that fits:")
-    length = "" if options.max_length is None else f"--max_length {options.max_length} "
     firsts: dict[str, Plan] = {}
     for plan in fitting:
         firsts.setdefault(plan.settings.method, plan)
     for plan in firsts.values():
-        needs = "" if not plan.settings.needs_bitsandbytes else '  # pip install "fastdpo[quant]"'
-        line = length + plan.settings.options(plan.tokens, options.lora_r) + needs
-        console.print(f"  fastdpo train --model {options.model} ... {line}", soft_wrap=True, markup=False)
+        console.print(f"  {_command(plan, options)}", soft_wrap=True, markup=False)
 
 
 def _plan_cluster(config: Any, cluster: Cluster, options: Any) -> None:
-    pair = pair_tokens(options.max_length or DEFAULT_LENGTH)
+    pair = options.pair_tokens or pair_tokens(options.max_length or DEFAULT_LENGTH)
     console = make_console()
     with nullcontext() if options.json else console.status(f"running {options.model} without weights"):
         plans = make_cluster_plans(
@@ -166,9 +266,9 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def _record(plan: Plan, lora_r: int) -> dict[str, Any]:
+def _record(plan: Plan, memory: int | None, options: Any) -> dict[str, Any]:
     settings = plan.settings
-    return {
+    record = {
         "method": settings.method,
         "gradient_checkpointing": settings.checkpointing,
         "tile_rows": "auto" if settings.tiles else None,
@@ -183,13 +283,13 @@ def _record(plan: Plan, lora_r: int) -> dict[str, Any]:
         "longest_sequence_tokens": plan.tokens * 3 // 4,
         "longest_split_sequence_tokens": None if settings.in_backward else plan.tokens,  # on_oversized_row="split"
         "bytes": {**plan.estimate.parts(), "total": plan.estimate.total},
-        "options": settings.options(plan.tokens, lora_r) if plan.tokens else None,
+        "options": settings.options(plan.tokens, options.lora_r) if plan.tokens else None,
     }
-
-
-def _training(settings: Settings) -> str:
-    bf16 = " bf16" if settings.weight_rounding != "nearest" else ""
-    return f"{settings.method}{bf16}{', in backward' if settings.in_backward else ''}"
+    if options.pair_tokens is None:
+        return record
+    lengths = ("longest_pair_tokens", "longest_sequence_tokens", "longest_split_sequence_tokens")
+    record = {name: value for name, value in record.items() if name not in lengths}
+    return record | length_record(plan, memory, options.lora_r)
 
 
 def _table(plans: Sequence[Plan], config: Any) -> Table:
@@ -203,27 +303,16 @@ def _table(plans: Sequence[Plan], config: Any) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for plan in plans:
         settings, sizes = plan.settings, plan.estimate.parts()
-        figures = [_gigabytes(sizes[name]) for name in parts]
+        figures = [gigabytes(sizes[name]) for name in parts]
         tokens = f"{plan.tokens:,}" if plan.tokens else "does not fit"
         table.add_row(
-            _training(settings),
-            _activations(settings),
+            training_name(settings),
+            kept_activations(settings),
             settings.reference,
             settings.optim,
             tokens,
             *figures,
-            _gigabytes(plan.estimate.total),
+            gigabytes(plan.estimate.total),
             style=None if plan.tokens else "dim",
         )
     return table
-
-
-def _activations(settings: Settings) -> str:
-    """How activations are kept, in the column of checkpointing."""
-    if not settings.checkpointing:
-        return "off"
-    return "on" + (", tiles" if settings.tiles else "") + (", on host" if settings.offload else "")
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / GB:.1f}" if size < 100 * GB else f"{size / GB:.0f}"

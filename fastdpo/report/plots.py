@@ -77,7 +77,7 @@ def training_curves(
 
 def _curve(histories: Mapping[str, Sequence[Mapping[str, Any]]], key: str, step_name: str) -> Any:
     """Training as a line, evaluation as a dashed line with markers."""
-    figure = _new_figure(width=4.2, height=3.1)
+    figure = new_figure(width=4.2, height=3.1)
     panel = figure.subplots()
     has_evaluation = False
     for index, (name, history) in enumerate(histories.items()):
@@ -101,7 +101,7 @@ def _curve(histories: Mapping[str, Sequence[Mapping[str, Any]]], key: str, step_
     panel.locator_params(axis="x", integer=True)  # there is no step 1.5
     panel.set_xlabel(step_name)
     panel.set_title(_AXIS_NAMES.get(key, key), loc="left", fontsize=10)
-    _clean(panel)
+    clean(panel)
     handles, names = panel.get_legend_handles_labels()
     if has_evaluation:
         from matplotlib.lines import Line2D
@@ -125,7 +125,7 @@ def frontier(points: Sequence[Point], *, best: Sequence[tuple[float, float]] = (
         A matplotlib Figure, narrow enough for a phone. Beyond six points, the same colours come with other markers.
     """
     columns = 2 if max(len(point.name) for point in points) <= 28 else 1  # of the legend
-    figure = _new_figure(width=5.2, height=3.9 + 0.19 * math.ceil(len(points) / columns))
+    figure = new_figure(width=5.2, height=3.9 + 0.19 * math.ceil(len(points) / columns))
     panel = figure.subplots()
     if best:
         panel.plot(
@@ -144,7 +144,7 @@ def frontier(points: Sequence[Point], *, best: Sequence[tuple[float, float]] = (
     panel.set_ylabel(reward_name)
     panel.set_xlim(left=-0.04 * max(p.kl for p in points))
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    _clean(panel)
+    clean(panel)
     return figure
 
 
@@ -164,7 +164,7 @@ def lines(
     Returns:
         A matplotlib Figure, narrow enough for a phone.
     """
-    figure = _new_figure(width=5.2, height=4.2)
+    figure = new_figure(width=5.2, height=4.2)
     panel = figure.subplots()
     if best:
         panel.plot(*zip(*best, strict=True), color="#8b949e", linewidth=1.4, linestyle="--", label=best_name, zorder=1)
@@ -183,7 +183,7 @@ def lines(
     panel.set_xlabel(x_name)
     panel.set_ylabel(y_name)
     figure.legend(loc="outside lower center", ncols=min(3, len(series) + bool(best)), frameon=False, fontsize=9)
-    _clean(panel)
+    clean(panel)
     return figure
 
 
@@ -197,7 +197,7 @@ def intervals(series: Mapping[str, Sequence[Interval]], axis_name: str, *, mark:
         A matplotlib Figure, narrow enough for a phone.
     """
     names = [interval.name for interval in next(iter(series.values()))]
-    figure = _new_figure(width=4.8, height=1.0 + len(names) * (0.22 + 0.12 * len(series)))
+    figure = new_figure(width=4.8, height=1.0 + len(names) * (0.22 + 0.12 * len(series)))
     panel = figure.subplots()
     if mark is not None:
         panel.axvline(mark, color="#8b949e", linewidth=1.2, linestyle="--", zorder=1)
@@ -214,18 +214,18 @@ def intervals(series: Mapping[str, Sequence[Interval]], axis_name: str, *, mark:
     panel.set_xlabel(axis_name)
     if len(series) > 1:
         figure.legend(loc="outside lower center", ncols=len(series), frameon=False, fontsize=9)
-    _clean(panel)
+    clean(panel)
     return figure
 
 
-def _new_figure(*, width: float, height: float) -> Any:
+def new_figure(*, width: float, height: float) -> Any:
     require_matplotlib()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _clean(panel: Any) -> None:
+def clean(panel: Any) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(alpha=0.25, linewidth=0.6)
     panel.tick_params(labelsize=9)
@@ -242,7 +242,7 @@ def length_histogram(lengths: Mapping[str, Sequence[int]], unit: str) -> Any:
     """
     import numpy as np
 
-    figure = _new_figure(width=6.0, height=3.4)
+    figure = new_figure(width=6.0, height=3.4)
     panel = figure.subplots()
     longest = max(max(values) for values in lengths.values())
     edges = np.geomspace(1, max(2, longest + 1), 40)
@@ -253,5 +253,5 @@ def length_histogram(lengths: Mapping[str, Sequence[int]], unit: str) -> Any:
     panel.set_xlabel(f"length of an answer ({unit})")
     panel.set_ylabel("answers")
     panel.legend(frameon=False, fontsize=9, loc="upper left")
-    _clean(panel)
+    clean(panel)
     return figure

@@ -181,6 +181,99 @@ def test_mistakes_are_reported_in_one_line(capsys, folder, tmp_path):
         assert message in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def kept_estimates(folder):
+    """Dry runs take seconds: they are made once for all tests that ask for this model."""
+    return plan.Estimates(command.load_config(str(folder)), 16)
+
+
+@pytest.fixture
+def estimated_once(monkeypatch, kept_estimates):
+    monkeypatch.setattr(command, "Estimates", lambda config, lora_r: kept_estimates)
+    few = kept_estimates.candidates[-3:]  # QLoRA with checkpoints, tiles, and both on the host
+    monkeypatch.setattr(kept_estimates, "candidates", few)
+    return few
+
+
+def run_length(capsys, folder, *more):
+    code = main(["plan", "--model", str(folder), *map(str, more)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_a_length_is_answered_with_what_each_setting_needs_and_the_smallest_gpu(capsys, folder, estimated_once):
+    code, out, _ = run_length(capsys, folder, "--pair_tokens", 3000, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert len(found) == len(estimated_once) == 3
+    for record, (settings, estimate) in zip(found, estimated_once, strict=True):
+        total = estimate(settings, 3000).total
+        assert record["bytes"]["total"] == total
+        assert record["needed_bytes"] == int(total / 0.95)
+        assert record["smallest_gpu_bytes"] == 8_000_000_000
+        assert (record["pair_tokens"], record["fits"]) == (3000, True)
+        assert "--max_tokens_per_microbatch 3000" in record["options"]
+    code, out, _ = run_length(capsys, folder, "--pair_tokens", 3000)
+    assert code == 0
+    lines = [line for line in out.splitlines() if "fastdpo train" in line]
+    assert [line.split(":")[0].strip() for line in lines] == ["8 GB"]
+    assert "--load_in_4bit" in lines[0]
+    assert "--tile_rows" not in lines[0]  # the fastest of those that fit
+
+
+def test_the_gpu_that_is_named_decides_what_fits_the_length(capsys, folder, estimated_once):
+    needs = sorted(estimate(settings, 3000).total / 0.95 for settings, estimate in estimated_once)
+    memory = f"{int(needs[1]) + 1}"
+    found = json.loads(run_length(capsys, folder, "--pair_tokens", 3000, "--gpu_memory", memory, "--json")[1])
+    assert sorted(record["fits"] for record in found) == [False, True, True]
+    code, _, error = run_length(capsys, folder, "--pair_tokens", 3000, "--gpu_memory", "0.7GB")
+    assert code == 2
+    assert "pair_tokens must be fewer for 0.7GB, got 3000" in error
+    assert "--on_oversized_row split" in error
+
+
+def test_the_picture_is_a_page_and_a_png(capsys, folder, estimated_once, kept_estimates, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(kept_estimates, "candidates", estimated_once[:1])
+    page, image = tmp_path / "new" / "plan.html", tmp_path / "plan.png"
+    code, out, _ = run_length(capsys, folder, "--pair_tokens", 3000, "--html", page, "--png", image)
+    assert code == 0
+    assert [line for line in out.splitlines() if line.startswith("picture: ")] == [
+        f"picture: {page}",
+        f"picture: {image}",
+    ]
+    assert image.read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    for fact in ("Longest pair by memory", "Where the bytes go", "QLoRA (4-bit base), checkpointing", "fastdpo train"):
+        assert fact in text, fact
+
+
+@pytest.mark.slow
+def test_lengths_read_off_the_lines_fit_and_grow_with_the_memory(estimated_once, kept_estimates):
+    for settings, lengths in kept_estimates.longest([600 * MIB, 2000 * MIB, 8000 * MIB]):
+        estimate = dict(kept_estimates.candidates)[settings]
+        assert lengths[0] == 0 < lengths[1] < lengths[2]
+        assert lengths[1] % 256 == 0
+        assert estimate(settings, lengths[1]).total <= 2000 * MIB * 0.95
+        assert estimate(settings, int(lengths[1] * 1.2) + 512).total > 2000 * MIB * 0.95
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--pair_tokens", 3), "pair_tokens must be at least 4, got 3"),
+        (("--pair_tokens", 3000, "--max_length", 9), "max_length must be absent if pair_tokens is given, got 9"),
+        (("--pair_tokens", 3000, "--gpus", 2), "gpu_memory must be given, such as --gpu_memory 24GB"),
+        ((), "without it, plan takes --pair_tokens"),
+        (("--gpu_memory", "1GB", "--gpus", 2, "--html", "a.html"), "html must be absent for several GPUs"),
+    ],
+)
+def test_lengths_and_pictures_that_cannot_be_are_refused_by_name(capsys, folder, arguments, message):
+    code, _, error = run_length(capsys, folder, *arguments)
+    assert code == 2
+    assert message in error
+
+
 def run_on_cluster(capsys, folder, *more):
     return run(capsys, folder, "1GB", "--gpus", 8, "--nodes", 2, "--max_length", 384, "--lora_r", 8, *more)
 

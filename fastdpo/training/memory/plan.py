@@ -7,7 +7,7 @@ of a step (`dry_run`) for a few lengths. Refuses LoRA if peft is not installed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -34,6 +34,7 @@ ROUNDING = 256  # tokens
 MEASURED_TOKENS = (512, 8192, 131072)  # values between and beyond are on the lines through these points
 REFINEMENTS, CLOSE = 5, 0.98  # dry runs at most, and the share of the memory at which no more are made
 USABLE_SHARE = 0.95  # of the memory; the rest is for fragments of the allocator
+CARDS = tuple(int(size * 1e9) for size in (8, 12, 16, 24, 32, 40, 48, 80, 96, 141))  # memory of usual GPUs, bytes
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ CANDIDATES = [
 ]
 
 
+Estimate = Callable[[Settings, int], MemoryEstimate]  # from settings and the tokens of a pair
+
+
 @dataclass(frozen=True)
 class Plan:
     """One way to train, with the size that fits."""
@@ -120,26 +124,72 @@ def pair_shape(num_tokens: int) -> RowShape:
     return RowShape(((0, chosen, 0, 0), (chosen, num_tokens, 0, prompt)), num_tokens - prompt)
 
 
+class Estimates:
+    """Estimates of every candidate. Dry runs are shared between settings, lengths and amounts of memory."""
+
+    def __init__(self, config: Any, lora_r: int) -> None:
+        models: dict[Any, Estimate | None] = {}
+        self.candidates: list[tuple[Settings, Estimate]] = []  # without those that the model cannot run
+        for settings in CANDIDATES:
+            key = replace(settings, method="full" if settings.method == "full" else "lora", reference="", optim="")
+            if key not in models:
+                models[key] = _estimator(config, settings, lora_r)
+            estimate = models[key]
+            if estimate is not None:
+                self.candidates.append((settings, estimate))
+
+    def plans(self, memory: int, least: int) -> list[Plan]:
+        """Every candidate with the largest micro-batch that fits into `memory` bytes; 0 tokens if `least` do not."""
+        return [_plan(settings, estimate, memory * USABLE_SHARE, least) for settings, estimate in self.candidates]
+
+    def at_length(self, tokens: int) -> list[Plan]:
+        """Every candidate at a pair of so many tokens, whatever memory it takes."""
+        return [Plan(settings, tokens, estimate(settings, tokens)) for settings, estimate in self.candidates]
+
+    def longest(self, memories: Sequence[int]) -> list[tuple[Settings, list[int]]]:
+        """Every candidate with the longest pair for each amount of memory, 0 where none fits.
+
+        Read off the lines through three lengths, so that more amounts cost no dry runs. The pair that `plans` finds
+        may be a little longer.
+        """
+        found = []
+        for settings, estimate in self.candidates:
+            known = [(tokens, estimate(settings, tokens).total) for tokens in (ROUNDING, *MEASURED_TOKENS[1:])]
+            found.append((settings, [_on_lines(known, memory * USABLE_SHARE) for memory in memories]))
+        return found
+
+
 def make_plans(config: Any, memory: int, lora_r: int, least: int) -> list[Plan]:
     """Every candidate with the largest micro-batch that fits into `memory` bytes; 0 tokens if `least` do not fit."""
-    models: dict[Any, Callable[[Settings, int], MemoryEstimate] | None] = {}
-    plans = []
-    for settings in CANDIDATES:
-        key = replace(settings, method="full" if settings.method == "full" else "lora", reference="", optim="")
-        if key not in models:
-            models[key] = _estimator(config, settings, lora_r)
-        estimator = models[key]
-        if estimator is not None:
-            plans.append(_plan(settings, estimator, memory * USABLE_SHARE, least))
-    return plans
+    return Estimates(config, lora_r).plans(memory, least)
 
 
-def _plan(settings: Settings, estimate: Callable[[Settings, int], MemoryEstimate], memory: float, least: int) -> Plan:
-    smallest = estimate(settings, least)
-    if smallest.total > memory:
-        return Plan(settings, 0, smallest)
-    known = [(tokens, estimate(settings, tokens).total) for tokens in MEASURED_TOKENS]
+def smallest_card(needed: int) -> int | None:
+    """The memory of the smallest usual GPU that takes so many bytes, in bytes; None if none does."""
+    return next((card for card in CARDS if card * USABLE_SHARE >= needed), None)
+
+
+def _on_lines(known: Sequence[tuple[int, int]], memory: float) -> int:
+    """Tokens, in steps of ROUNDING, at which the line through (tokens, bytes) reaches the memory."""
+    if memory < known[0][1]:
+        return 0
     below, above = next((pair for pair in pairwise(known) if memory <= pair[1][1]), tuple(known[-2:]))
+    slope = max(above[1] - below[1], 1) / (above[0] - below[0])
+    return max(int(below[0] + (memory - below[1]) / slope) // ROUNDING * ROUNDING, ROUNDING)
+
+
+def _plan(settings: Settings, estimate: Estimate, memory: float, least: int) -> Plan:
+    def point(tokens: int) -> tuple[int, int]:
+        return tokens, estimate(settings, tokens).total
+
+    # dry runs take seconds: only those that the answer lies between are made
+    few, middle, many = MEASURED_TOKENS
+    if estimate(settings, 0).total > memory:
+        return Plan(settings, 0, estimate(settings, least))
+    below = point(middle)
+    if (least > middle or memory < below[1]) and estimate(settings, least).total > memory:
+        return Plan(settings, 0, estimate(settings, least))
+    below, above = (below, point(many)) if memory > below[1] else (point(few), below)
     tokens = 0
     # memory is convex in tokens: values between two points lie below the line through them
     for _ in range(REFINEMENTS):
@@ -158,11 +208,11 @@ def _plan(settings: Settings, estimate: Callable[[Settings, int], MemoryEstimate
             if guess <= below[0]:
                 below = (0, min(below[1], total - 1))
     if tokens < least:
-        return Plan(settings, 0, smallest)
+        return Plan(settings, 0, estimate(settings, least))
     return Plan(settings, tokens, estimate(settings, tokens))
 
 
-def _estimator(config: Any, way: Settings, lora_r: int) -> Callable[[Settings, int], MemoryEstimate] | None:
+def _estimator(config: Any, way: Settings, lora_r: int) -> Estimate | None:
     """Estimates by settings and tokens; settings that differ only in sums over parameters share dry runs. None if the
     model's layers cannot run in tiles."""
     mode = fake_mode()
@@ -174,7 +224,7 @@ def _estimator(config: Any, way: Settings, lora_r: int) -> Callable[[Settings, i
         return None
     if way.checkpointing:
         enable_checkpointing(dry, {"offload": True} if way.offload else {})
-    peaks: dict[int, StepPeak] = {}
+    peaks = {0: StepPeak(0, 0, 0, 0)}  # by tokens: without any, the weights and the optimizer's state are left
 
     def estimate(settings: Settings, tokens: int) -> MemoryEstimate:
         if tokens not in peaks:
