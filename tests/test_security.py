@@ -257,6 +257,7 @@ def test_escapes_are_written_out():
 
 def test_no_escape_and_no_markup_of_a_text_reaches_the_terminal(capsys):
     from rich.table import Table as RichTable
+    from rich.text import Text as RichText
 
     console = PlainConsole(width=200, force_terminal=True, color_system=None)
     table = RichTable(title=ESCAPES)
@@ -264,10 +265,11 @@ def test_no_escape_and_no_markup_of_a_text_reaches_the_terminal(capsys):
     table.add_row(ESCAPES)
     console.print(table)
     console.print(ESCAPES)
+    console.print(RichText(ESCAPES))  # which no `render_str` has seen
     out = capsys.readouterr().out
     assert not any(character in out for character in "\x1b\x07\x9b\u202e\r\x08")
     for part in (r"\x1b[31mred", "[bold]b[/bold]", ":smile:"):
-        assert out.count(part) == 4, part
+        assert out.count(part) == 5, part
 
 
 def test_samples_of_a_run_show_prompts_as_text(capsys, monkeypatch):
@@ -320,7 +322,7 @@ def test_tags_of_python_objects_in_yaml_are_refused_and_not_made(tmp_path, capsy
 
 def test_aliases_of_aliases_are_counted_before_they_are_written_out(tmp_path, capsys):
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 6)]  # a million values
     path = tmp_path / "run.yaml"
     path.write_text("\n".join(lines))
     for words in (["train", "--config", str(path)], ["migrate", str(path)]):
