@@ -150,7 +150,9 @@ class ResumableTrainer(Trainer):
         """Gives callbacks such as EarlyStoppingCallback the counters that Trainer saved with the checkpoint."""
         for name, states in self.state.stateful_callbacks.items():
             found = [callback for callback in self.callback_handler.callbacks if type(callback).__name__ == name]
-            for callback, state in zip(found, states if isinstance(states, list) else [states], strict=False):
+            # callbacks of one class have a list; in checkpoints of Trainer's own, states of earlier saves precede
+            last = states[-len(found) :] if isinstance(states, list) else [states]
+            for callback, state in zip(found, last, strict=False):
                 for attribute, value in state.get("attributes", {}).items():
                     setattr(callback, attribute, value)
 
@@ -342,6 +344,9 @@ class ResumableTrainer(Trainer):
             shutil.rmtree(staged.parent, ignore_errors=True)
 
         best = self.state.best_model_checkpoint
+        for states in self.state.stateful_callbacks.values():
+            if isinstance(states, list):
+                states.clear()  # Trainer appends those of now
         self._on_all_processes(prepare if self.args.should_save else None)
         self._is_staging = True
         try:

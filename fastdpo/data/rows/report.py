@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastdpo.data.forms.columns import ColumnLedger
 from fastdpo.data.tokens.notes import FIELD, LOST, OPENS, PLAIN_TEXT, SPELLED, STAYED, UNKNOWN, Note, NoteCounts
 
-SHOWN_ROWS = 8  # row numbers per reason in the text; the report itself holds all
+SHOWN_ROWS = 8  # row numbers per reason in the text; the report of a dataset holds all, that of a stream no more
+MOST_REASONS = 100  # of dropped rows of a stream: some quote the row, and a stream may never end
+OTHER_REASONS = "other reasons"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class DataReport:
         kind, pairs = self.kind, ""
         if self.num_pairs > self.num_kept:
             kind, pairs = "prompts", f" with {self.num_pairs} pairs of answers"
-        lines = [f"kept {self.num_kept} of {self.num_rows} {kind}{pairs}{_dropped_text(self.dropped)}"]
+        lines = [f"kept {self.num_kept} of {self.num_rows} {kind}{pairs}{self._dropped_text()}"]
         if self.unread:
             lines.append(unread_line(self.unread))
         lines += loss_lines(self.notes, self.num_rows)
@@ -112,10 +114,14 @@ class DataReport:
             )
         return lines + note_lines(self.notes, kind)
 
+    def _dropped_text(self) -> str:
+        return _dropped_text(self.dropped, {reason: len(rows) for reason, rows in self.dropped.items()})
+
 
 class StreamReport:
     """The report on the rows of a stream that this process has read; rows read by data loader workers are unknown here.
-    A row that is read again in a later epoch counts once."""
+    A row that is read again in a later epoch counts once: rows come in order, so it is one below `num_rows`. What the
+    report holds does not grow with the stream."""
 
     tokens: dict[str, TokenStats]
 
@@ -125,7 +131,8 @@ class StreamReport:
         self.num_rows = 0
         self.first_row: tuple[tuple[str, str], ...] = ()
         self.notes = NoteCounts()
-        self._reasons: dict[int, str] = {}  # of rows that could not be used
+        self._counts: dict[str, int] = {}  # reason -> dropped rows
+        self._first_rows: dict[str, list[int]] = {}  # reason -> its first rows
         self._columns = ColumnLedger()
 
     def add_columns(self, row: int, columns: str | None) -> None:
@@ -139,17 +146,23 @@ class StreamReport:
 
     def add(self, row: int, reason: str | None, notes: Sequence[Note] = ()) -> None:
         """Records a row; logs the first dropped row of each reason and the first row of each kind of loss."""
-        if row >= self.num_rows:
-            self._add_notes(row, notes)
-        self.num_rows = max(self.num_rows, row + 1)
-        if reason is None or row in self._reasons:
+        if row < self.num_rows:
             return
-        if reason not in self._reasons.values():
+        self._add_notes(row, notes)
+        self.num_rows = row + 1
+        if reason is None:
+            return
+        if reason not in self._counts and len(self._counts) >= MOST_REASONS:
+            reason = OTHER_REASONS
+        if reason not in self._counts:
             from transformers.utils import logging
 
             logger = logging.get_logger(__name__)
             logger.warning(f"dropped row {row} of a stream (counted from 0): {reason}; more such rows are only counted")
-        self._reasons[row] = reason
+        self._counts[reason] = self._counts.get(reason, 0) + 1
+        first_rows = self._first_rows.setdefault(reason, [])
+        if len(first_rows) < SHOWN_ROWS:
+            first_rows.append(row)
 
     def _add_notes(self, row: int, notes: Sequence[Note]) -> None:
         from transformers.utils import logging
@@ -162,19 +175,23 @@ class StreamReport:
             logging.get_logger(__name__).warning(f"row {row} while streaming: {line}; more such rows are only counted")
 
     @property
+    def num_dropped(self) -> int:
+        return sum(self._counts.values())
+
+    @property
     def num_kept(self) -> int:
-        return self.num_rows - len(self._reasons)
+        return self.num_rows - self.num_dropped
 
     @property
     def dropped(self) -> dict[str, tuple[int, ...]]:
-        rows: dict[str, list[int]] = {}
-        for row, reason in sorted(self._reasons.items()):
-            rows.setdefault(reason, []).append(row)
-        return {reason: tuple(found) for reason, found in rows.items()}
+        """The first dropped rows of each reason."""
+        return {reason: tuple(rows) for reason, rows in self._first_rows.items()}
 
     def lines(self) -> list[str]:
         """The report so far, in words."""
-        kept = f"kept {self.num_kept} of the first {self.num_rows} {self.kind}{_dropped_text(self.dropped)}"
+        kept = (
+            f"kept {self.num_kept} of the first {self.num_rows} {self.kind}{_dropped_text(self.dropped, self._counts)}"
+        )
         first = "a stream, tokenized as it is read" + (f"; {kept}" if self.num_rows else "")
         unread = [unread_line(self._columns.unread)] if self._columns.unread else []
         return [first, *unread, *loss_lines(self.notes, self.num_rows)]
@@ -230,11 +247,12 @@ def note_lines(notes: NoteCounts, kind: str) -> list[str]:
     return lines
 
 
-def _dropped_text(dropped: dict[str, tuple[int, ...]]) -> str:
-    if not dropped:
+def _dropped_text(dropped: Mapping[str, Sequence[int]], counts: Mapping[str, int]) -> str:
+    """The dropped rows in words, by reason; `dropped` holds at least the rows that are shown."""
+    if not counts:
         return ""
     reasons = []
-    for reason, rows in sorted(dropped.items(), key=lambda item: -len(item[1])):
-        shown = ", ".join(map(str, rows[:SHOWN_ROWS])) + (", ..." if len(rows) > SHOWN_ROWS else "")
-        reasons.append(f"{reason} ({len(rows)}: {'row' if len(rows) == 1 else 'rows'} {shown})")
-    return f"; dropped {sum(map(len, dropped.values()))}: " + ", ".join(reasons)
+    for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
+        shown = ", ".join(map(str, dropped[reason][:SHOWN_ROWS])) + (", ..." if count > SHOWN_ROWS else "")
+        reasons.append(f"{reason} ({count}: {'row' if count == 1 else 'rows'} {shown})")
+    return f"; dropped {sum(counts.values())}: " + ", ".join(reasons)

@@ -225,6 +225,17 @@ def where_from(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     return {"trust_remote_code": False, **given}
 
 
+def refuse_unpickling(init_kwargs: dict[str, Any] | None) -> None:
+    """Raises:
+    ValueError: these arguments of from_pretrained would unpickle weights.
+    """
+    if not (init_kwargs or {}).get("weights_only", True):
+        raise ValueError(
+            "model_init_kwargs must not turn weights_only off, got weights_only=False: unpickling weights runs code"
+            " that they bring. Leave it out, and save the weights as safetensors"
+        )
+
+
 def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
     """A causal LM by name or path, or a model with one inside, in fp32 unless `model_init_kwargs` names a dtype.
 
@@ -236,6 +247,7 @@ def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = Non
     base = adapter_base(name_or_path)
     if base is not None:
         return _with_saved_adapter(load_model(base, model_init_kwargs, **kwargs), name_or_path, model_init_kwargs)
+    refuse_unpickling(model_init_kwargs)
     options: dict[str, Any] = {
         "dtype": torch.float32,
         "trust_remote_code": False,

@@ -8,6 +8,7 @@ from tiny_runs import losses
 
 from fastdpo import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from fastdpo.data.prepare import group_from_columns
+from fastdpo.data.rows.report import StreamReport
 from fastdpo.training.callbacks.summary import summary_lines
 
 ROWS = make_rows(12)
@@ -167,3 +168,25 @@ def test_supervised_fine_tuning_takes_streams(tmp_path):
     settings = {"trainer_class": SFTTrainer, "config_class": SFTConfig}
     expected = losses(trainer(tmp_path, Dataset.from_list(ROWS), **settings))
     assert losses(trainer(tmp_path, stream(ROWS), **settings)) == expected
+
+
+def test_a_report_on_a_stream_counts_every_bad_row_and_holds_the_first_rows_of_each_reason():
+    report = StreamReport("pairs")
+    for _ in range(2):  # two epochs
+        for row in range(10_000):
+            report.add(row, None if row % 10 else "empty response")
+    assert (report.num_rows, report.num_kept, report.num_dropped) == (10_000, 9_000, 1_000)
+    assert report.dropped == {"empty response": (0, 10, 20, 30, 40, 50, 60, 70)}
+    assert report.lines() == [
+        "a stream, tokenized as it is read; kept 9000 of the first 10000 pairs; dropped 1000: empty response"
+        " (1000: rows 0, 10, 20, 30, 40, 50, 60, 70, ...)"
+    ]
+
+
+def test_a_report_on_a_stream_holds_a_hundred_reasons_and_counts_the_rest():
+    report = StreamReport("pairs")
+    for row in range(1_000):
+        report.add(row, f"unknown role '{row}'")
+    assert (len(report.dropped), report.num_dropped, report.num_kept) == (101, 1_000, 0)
+    assert report.dropped["other reasons"] == (100, 101, 102, 103, 104, 105, 106, 107)
+    assert "dropped 1000: other reasons (900: rows 100, 101," in report.lines()[0]

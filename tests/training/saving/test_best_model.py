@@ -1,5 +1,7 @@
 """Several evaluation datasets, the best checkpoint by a preference metric, and early stopping."""
 
+import json
+
 import pytest
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
@@ -91,3 +93,23 @@ def test_training_stops_early_where_margins_stop_growing(tmp_path):
     fast.train()
     assert fast.state.global_step == 2  # nothing is learned: the second evaluation is no better than the first
     assert fast.state.best_model_checkpoint.endswith("checkpoint-1")
+
+
+def test_two_callbacks_of_one_class_go_on_from_their_last_states_and_a_save_keeps_no_older_ones(tmp_path):
+    settings = {"save_only_model": False, "metric_for_best_model": "eval_rewards/margins", "learning_rate": 0.0}
+    patient = [EarlyStoppingCallback(8), EarlyStoppingCallback(9)]
+    first = trainer(tmp_path, Dataset.from_list(PARTS["unseen"]), patient, max_steps=3, **settings)
+    first.train()
+    states = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["stateful_callbacks"]
+    counters = [state["attributes"]["early_stopping_patience_counter"] for state in states["EarlyStoppingCallback"]]
+    assert counters == [2, 2]  # the first evaluation is the best one
+    again = [EarlyStoppingCallback(8), EarlyStoppingCallback(9)]
+    trainer(tmp_path, Dataset.from_list(PARTS["unseen"]), again, max_steps=4, **settings).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-3")
+    )
+    assert [callback.early_stopping_patience_counter for callback in again] == [3, 3]
+    older = {"args": {}, "attributes": {"early_stopping_patience_counter": 0}}
+    now = {"args": {}, "attributes": {"early_stopping_patience_counter": 7}}
+    first.state.stateful_callbacks["EarlyStoppingCallback"] = [older, older, now, now]  # as Trainer alone saves them
+    first._restore_callbacks()
+    assert [callback.early_stopping_patience_counter for callback in patient] == [7, 7]
