@@ -74,7 +74,12 @@ from fastdpo.training.setup.failures import failing_together
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
 from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype
 from fastdpo.training.setup.optimizers import optimizer_name
-from fastdpo.training.setup.sequence_parallel import check_rotary, read_same_rows, sequence_group
+from fastdpo.training.setup.sequence_parallel import (
+    check_engine_of_groups,
+    check_rotary,
+    read_same_rows,
+    sequence_group,
+)
 from fastdpo.training.setup.sharding import (
     check_not_divided,
     keep_outputs_whole,
@@ -175,6 +180,7 @@ class PackedTrainer(SteppingTrainer):
             callbacks=[self.card, *(callbacks or ())],  # first, so that later callbacks find the card in a checkpoint
             **trainer_arguments,
         )
+        check_engine_of_groups(args, is_deepspeed=self.is_deepspeed_enabled)
         if checkpointing_kwargs(args).get("offload"):
             self.add_callback(OffloadAtStart())
         keep_outputs_whole(self.accelerator)

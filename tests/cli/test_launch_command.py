@@ -1,6 +1,7 @@
 """`--accelerate_config` and `--num_processes` start the run on several processes."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -42,6 +43,41 @@ def test_two_processes_train_one_model(tmp_path, command):
     assert done.stdout.count("saved in") == 1
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert options_of(tmp_path / "out")["num_processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_deepspeed_trains_as_one_process_does(tmp_path, name):
+    pytest.importorskip("deepspeed")
+    save_model(tmp_path / "model")
+    save_rows(tmp_path / "pairs.jsonl")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    logs = []
+    for folder, batch_size, options in (
+        ("one", 8, ()),
+        ("two", 4, ("--accelerate_config", name, "--num_processes", 2)),
+    ):
+        words = (
+            "--model",
+            tmp_path / "model",
+            "--dataset",
+            tmp_path / "pairs.jsonl",
+            "--output_dir",
+            tmp_path / folder,
+        )
+        more = short(
+            "--eval_fraction", 0, "--max_steps", 3, "--per_device_train_batch_size", batch_size, "--logging_steps", 1
+        )
+        started = [sys.executable, "-m", "fastdpo.cli.main", "train", *words, *more, *options]
+        done = subprocess.run(
+            [*map(str, started)], env=environment, capture_output=True, text=True, check=False, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (tmp_path / folder / "model.safetensors").exists()
+        state = json.loads((tmp_path / folder / "trainer_state.json").read_text())
+        logs.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+    assert len(logs[0]) > 1
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)  # three steps move it by 5e-5
 
 
 def test_a_run_without_these_options_starts_no_process(monkeypatch):

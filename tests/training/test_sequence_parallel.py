@@ -10,7 +10,8 @@ from parallel_record import refuses, works
 from processes import on_processes
 from sequence_runs import evaluate, run, sample
 from sharded_runs import train
-from tiny_runs import tiny_config
+from tiny_runs import tiny_config, tiny_trainer
+from transformers import Trainer
 
 from fastdpo import TokenizedPair, pack_pairs
 from fastdpo.data.batches.shares import with_shares
@@ -240,3 +241,18 @@ def test_four_processes_repeat_keys_and_keep_a_quarter(of_four):
     assert all(error < 1e-12 for process in of_four["qwen3_moe"][1] for error in process)
     for found in of_four["keeps"][1]:
         assert found["parts"] <= 0.3 * found["whole"]
+
+
+@pytest.mark.parametrize("name", ["sequence_parallel_size", "tensor_parallel_size"])
+def test_deepspeed_that_accelerates_own_settings_have_chosen_is_refused(name, tmp_path, monkeypatch):
+    """`deepspeed` of the config is None then."""
+    create = Trainer.create_accelerator_and_postprocess
+
+    def create_with_deepspeed(self):
+        create(self)
+        self.is_deepspeed_enabled = True
+        setattr(self.args, name, 2)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create_with_deepspeed)
+    with pytest.raises(ValueError, match=f"{name} must be 1 with DeepSpeed, got 2: this is untested"):
+        tiny_trainer(tmp_path)

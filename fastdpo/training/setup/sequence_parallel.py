@@ -31,6 +31,21 @@ def check_number_of_processes(args: EngineConfig) -> None:
         )
 
 
+def check_engine_of_groups(args: EngineConfig, *, is_deepspeed: bool) -> None:
+    """
+    Args:
+        is_deepspeed: whether DeepSpeed trains the model, which accelerate's own settings may have chosen.
+    Raises:
+        ValueError: processes are to work in groups under an engine that does not know them.
+    """
+    for name in ("sequence_parallel_size", "tensor_parallel_size"):
+        if is_deepspeed and (size := getattr(args, name)) > 1:
+            raise ValueError(
+                f"{name} must be 1 with DeepSpeed, got {size}: this is untested; start with --accelerate_config"
+                f" {'sp' if name == 'sequence_parallel_size' else 'tp'}"
+            )
+
+
 def sequence_group(args: EngineConfig) -> SequenceGroup | None:
     """The group of this process; None if each process computes rows by itself. All processes must call this."""
     if args.sequence_parallel_size == 1:
