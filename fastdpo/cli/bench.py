@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -207,7 +208,9 @@ def _step_cells(record: dict[str, Any], base: float | None) -> tuple[str, ...]:
     return (record["method"], f"{record['pairs_per_s']:.3g}", spread, ratio, peak, off)
 
 
-def show(console: Any, sections: list[Any], title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def show(
+    console: Any, sections: list[Any], title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]
+) -> None:
     from rich.table import Table
     from rich.text import Text
 

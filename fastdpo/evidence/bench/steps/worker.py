@@ -96,7 +96,7 @@ def answer(line: str) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     workload = job.work
     with torch.device("meta"):
-        weights = num_linear_weights(workload.make_model("meta").base_model)
+        weights = num_linear_weights(workload.make_model("meta").base_model)  # type: ignore[arg-type]
     _release(device)
     return {**figures, "peak_mib": peak / MIB, "num_backbone_weights": weights}
 

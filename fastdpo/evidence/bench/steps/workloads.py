@@ -95,7 +95,13 @@ class Workload:
             )
 
 
-_SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_layers": 6, "num_heads": 6, "num_kv_heads": 2}
+_SMALL: dict[str, Any] = {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_layers": 6,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+}
 _HYBRID: dict[str, Any] = {**_SMALL, "num_layers": 8, "is_hybrid": True}
 _BILLION = {"hidden_size": 2048, "intermediate_size": 8192, "num_layers": 16, "num_heads": 32, "num_kv_heads": 8}
 _GPU: dict[str, Any] = {**_BILLION, "vocab_size": 128256, "dtype": "bfloat16", "is_tied": True, "learning_rate": 1e-5}
@@ -159,7 +165,7 @@ def make_tokenizer(workload: Workload) -> Any:
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     else:
         if workload.dataset is not None:
-            rows, texts = dataset_rows(workload.dataset), []
+            rows = dataset_rows(workload.dataset)
             texts = [row["prompt"] for row in rows]
         else:
             rows, texts = _file_rows() if source_of(workload) == "instruction file" else _review_rows()
@@ -167,7 +173,7 @@ def make_tokenizer(workload: Workload) -> Any:
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        settings = {"special_tokens": names, "initial_alphabet": alphabet, "show_progress": False}
+        settings: dict[str, Any] = {"special_tokens": names, "initial_alphabet": alphabet, "show_progress": False}
         backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=workload.vocab_size, **settings))
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
