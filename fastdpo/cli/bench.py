@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from fastdpo.cli.bench_tables import show
 from fastdpo.cli.options.parser import RaisingParser
 
 SWEEPS = ("length", "vocab", "batch", "responses")
@@ -206,20 +206,3 @@ def _step_cells(record: dict[str, Any], base: float | None) -> tuple[str, ...]:
     ratio = f"{record['pairs_per_s'] / base:.2f}" if base else ""
     peak, off = f"{record['peak_mib']:,.0f}", f"{record['loss_off']:.0e}"
     return (record["method"], f"{record['pairs_per_s']:.3g}", spread, ratio, peak, off)
-
-
-def show(
-    console: Any, sections: list[Any], title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]
-) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from fastdpo import report
-
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
-    sections.append(report.Table(title, columns, rows))

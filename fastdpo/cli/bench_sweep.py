@@ -10,6 +10,7 @@ import argparse
 from dataclasses import asdict, replace
 from typing import Any
 
+from fastdpo.cli.bench_tables import show
 from fastdpo.evidence.bench.cases import line_through, make_shape, slope
 
 Record = dict[str, Any]
@@ -60,8 +61,6 @@ def _steps(options: argparse.Namespace, workload: Any, facts: Record) -> list[Re
 def _shown(
     what: str, records: list[Record], options: argparse.Namespace, console: Any, sections: list[Any]
 ) -> list[Record]:
-    from fastdpo.cli.bench import show
-
     methods = list(dict.fromkeys(r["method"] for r in records))
     plain = {r["x"]: r["ms"] for r in records if r["method"] == methods[0] and "ms" in r}
     is_step = what == "step"
