@@ -93,7 +93,7 @@ TRAINER = {
 PRIVATE = {
     **TRAINER,
     "_reset_state": (
-        "accelerate 1.14",
+        "accelerate 1.15",
         lambda: hasattr(__import__("accelerate.state").state.AcceleratorState, "_reset_state"),
     ),
     "_pack_args": (
