@@ -26,8 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shared.measure import append_lines, machine_facts
-from steps.worker import QUIET
+from fastdpo.evidence.bench.measure import append_lines, machine_facts
+from fastdpo.evidence.bench.steps.worker import QUIET
 
 METHODS = ("TRL", "fastdpo")
 CHATML = (

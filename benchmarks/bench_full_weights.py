@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared.measure import append_lines, machine_facts
 
 from fastdpo.alignment.task import SIZES, Task, cached_task
+from fastdpo.evidence.bench.measure import append_lines, machine_facts
 
 FP32 = "fp32 weights"
 _8BIT = {"optim": "adamw_bnb_8bit"}

@@ -17,9 +17,9 @@ import time
 from typing import Any
 
 import torch
-from shared.measure import append_lines, machine_facts
 
 from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.evidence.bench.measure import append_lines, machine_facts
 from fastdpo.evidence.memory import peak_live_bytes
 
 MOST_ERROR = 1e-5  # of the gradient, in fp32

@@ -20,12 +20,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from heads.problem import Shape
 from heads.trained import TOP, TrainedHead, permuted, statistics, trained_head
-from shared.measure import append_lines, interleaved_ms, machine_facts
 from torch import Tensor
 
 from fastdpo import linear_logps
+from fastdpo.evidence.bench.heads.problem import Shape
+from fastdpo.evidence.bench.measure import append_lines, interleaved_ms, machine_facts
 from fastdpo.ops.engine import engine_of, resolve_impl
 from fastdpo.ops.head import Head
 from fastdpo.ops.skipping import kept_tiles, row_order

@@ -16,119 +16,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import statistics
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from shared.measure import append_lines, elapsed_ms, machine_facts, matmul_job
-from steps.methods import METHODS, NUM_CHECKED, Job
-from steps.tables import qlora_text, training_table
-from steps.worker import Worker
-from steps.workloads import (
+from fastdpo.evidence.bench.measure import append_lines, machine_facts
+from fastdpo.evidence.bench.steps.measured import measure, on_gpu
+from fastdpo.evidence.bench.steps.methods import METHODS, NUM_CHECKED, Job
+from fastdpo.evidence.bench.steps.tables import qlora_text, training_table
+from fastdpo.evidence.bench.steps.worker import Worker
+from fastdpo.evidence.bench.steps.workloads import (
     CPU_WORKLOADS,
     DATA_VARIABLE,
     GPU_WORKLOADS,
     WORKLOADS,
-    Work,
     Workload,
     data_file,
-    make_rows,
-    make_tokenizer,
-    source_of,
 )
 
 UNFINISHED = 3  # exit code
-SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matmul that MFU is measured against
-
-
-def on_gpu() -> bool:
-    return torch.cuda.is_available()
-
-
-def matmul_tflops(dtype: str) -> float:
-    """The best of five: the rate that the machine can reach."""
-    function, flops = matmul_job((SIDE["cuda" if on_gpu() else "cpu"],) * 3, getattr(torch, dtype))
-    function()
-    return flops / min(elapsed_ms(function) for _ in range(5)) / 1e9
-
-
-def num_tokens_per_step(workload: Workload, num_rows: int) -> float:
-    """Tokens of prompts and responses as TRL counts them, the prompt once per response, padding left out."""
-    tokenizer = make_tokenizer(workload)
-    rows = make_rows(workload, num_rows)
-    texts = [row["prompt"] + row[side] + tokenizer.eos_token for row in rows for side in ("chosen", "rejected")]
-    lengths = [min(len(ids), workload.max_length) for ids in tokenizer(texts, verbose=False)["input_ids"]]
-    return sum(lengths) / num_rows * workload.pairs_per_step
-
-
-class Measurement:
-    """One method's turns so far, and the record that they make."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.turns: list[dict[str, Any]] = []
-        self.error: str | None = None
-
-    def add(self, figures: dict[str, Any], expected: list[float] | None) -> None:
-        workload = WORKLOADS[self.job.workload]
-        if "error" in figures:
-            self.error = figures["error"]
-            return
-        self.turns.append(figures)
-        losses = figures["losses"]
-        expected = expected or [math.log(2), *losses[1:]]
-        offs = [abs(a - b) for a, b in zip(losses, expected, strict=True)]
-        off = self.turns[-1]["loss_off"] = max(offs)
-        if not all(off <= workload.tolerance(b) for off, b in zip(offs, expected, strict=True)):
-            self.error = f"losses {_shown(losses)} where {_shown(expected)} is expected, off by {off:.1e}"
-
-    def record(self, tokens_per_step: float, tflops: float) -> dict[str, Any]:
-        workload, method = WORKLOADS[self.job.workload], METHODS[self.job.method]
-        record: dict[str, Any] = {
-            "workload": workload.name,
-            "method": method.name,
-            "off": method.off,
-            "dtype": workload.dtype,
-            "model": {k: v for k, v in asdict(workload).items() if k.endswith("size") or k.startswith("num_")},
-            "data": source_of(workload),
-            "pairs_per_step": workload.pairs_per_step,
-            "tokens_per_step": round(tokens_per_step),
-            "rounds": len(self.turns),
-            "steps": self.job.num_steps,
-            "matmul_tflops": tflops,
-        }
-        if self.turns:
-            last = self.turns[-1]
-            names = ("micro_batch", "attention", "losses", "loss_off")
-            record |= {name: last[name] for name in names}
-        if self.error is not None:
-            return {**record, "error": self.error}
-        seconds = [sum(turn["step_s"]) / len(turn["step_s"]) for turn in self.turns]
-        rates = sorted(workload.pairs_per_step / s for s in seconds)
-        rate = statistics.median(rates)
-        flops = Work(**last["work"]).flops(workload, last["num_backbone_weights"]) / self.job.num_steps
-        return {
-            **record,
-            "pairs_per_s": rate,
-            "pairs_per_s_min": rates[0],
-            "pairs_per_s_max": rates[-1],
-            "tokens_per_s": rate / workload.pairs_per_step * tokens_per_step,
-            "flops_per_step": flops,
-            "mfu": flops * rate / workload.pairs_per_step / (tflops * 1e12),
-            "peak_mib": max(turn["peak_mib"] for turn in self.turns),
-            "collator_share": statistics.median(turn["collate_s"] / sum(turn["step_s"]) for turn in self.turns),
-            "data_share": statistics.median(turn["data_s"] / sum(turn["step_s"]) for turn in self.turns),
-        }
-
-
-def _shown(losses: list[float]) -> str:
-    return " ".join(f"{loss:.6f}" for loss in losses)
 
 
 def run_workload(
@@ -145,26 +53,16 @@ def run_workload(
         print(f"\n{workload.name}: none of the methods runs on this device")
         return []
     jobs = {name: Job(workload.name, name, options.warmups, options.steps) for name in names}
-    measurements = {name: Measurement(job) for name, job in jobs.items() if name not in known}
-    tokens = num_tokens_per_step(workload, jobs[names[0]].num_rows) if measurements else 0.0
-    rates: list[float] = []
     expected: list[float] | None = next((r["losses"] for r in known.values() if "pairs_per_s" in r), None)
-    records: dict[str, dict[str, Any]] = {}
-    written: set[str] = set()
-    for number in range(options.rounds if measurements else 0):
-        rates.append(matmul_tflops(workload.dtype))
-        for name, measurement in measurements.items():
-            if measurement.error is not None or time.monotonic() > deadline:
-                continue
-            figures = worker.run(measurement.job, in_new_process=not on_gpu())
-            measurement.add(figures, expected)
-            if expected is None and measurement.error is None:
-                expected = figures["losses"]
-            records[name] = {**facts, **measurement.record(tokens, max(rates))}
-            if number == options.rounds - 1 or measurement.error is not None:
-                append_lines(options.out, [records[name]])
-                written.add(name)
-    append_lines(options.out, [record for name, record in records.items() if name not in written])
+    records = measure(
+        {name: job for name, job in jobs.items() if name not in known},
+        worker,
+        options.rounds,
+        lambda record: append_lines(options.out, [{**facts, **record}]),
+        expected,
+        deadline,
+    )
+    records = {name: {**facts, **record} for name, record in records.items()}
     records = {name: {**known, **records}[name] for name in names if name in known or name in records}
     print("\n" + training_table(list(records.values())))
     left_out = [name for name in names if name not in records]
@@ -238,13 +136,13 @@ def main(argv: list[str] | None = None) -> int:
 def run_qlora(
     options: argparse.Namespace, facts: dict[str, Any], known: dict[str, dict[str, Any]], left: float
 ) -> list[str]:
-    from steps.qlora import measure
+    from steps import qlora
 
     name = "7B QLoRA"
     if not known and left <= 0:
         print(f"\nleft out: {name} (out of time)")
         return [name]
-    record = known.get("fastdpo") or {**facts, "workload": name, "method": "fastdpo", **measure()}
+    record = known.get("fastdpo") or {**facts, "workload": name, "method": "fastdpo", **qlora.measure()}
     print(f"\n{name}: {qlora_text(record)}")
     append_lines(options.out, [] if known else [record])
     return []

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared.measure import append_lines, machine_facts
-from steps.methods import METHODS, Job
-from steps.worker import QUIET, answer
-from steps.workloads import CPU_WORKLOADS, GPU_WORKLOADS, WORKLOADS
+
+from fastdpo.evidence.bench.measure import append_lines, machine_facts
+from fastdpo.evidence.bench.steps.methods import METHODS, Job
+from fastdpo.evidence.bench.steps.worker import QUIET, answer
+from fastdpo.evidence.bench.steps.workloads import CPU_WORKLOADS, GPU_WORKLOADS, WORKLOADS
 
 BEFORE, AFTER = "before", "after"
 TRL_METHODS = [name for name, method in METHODS.items() if method.kind == "trl"]

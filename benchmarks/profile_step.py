@@ -14,10 +14,11 @@ from collections import Counter
 from typing import Any
 
 import torch
-from shared.measure import append_lines, machine_facts
-from steps.methods import METHODS, Job, _dataset, _settings
-from steps.workloads import GPU_WORKLOADS, WORKLOADS, make_tokenizer
 from torch.profiler import ProfilerActivity, profile
+
+from fastdpo.evidence.bench.measure import append_lines, machine_facts
+from fastdpo.evidence.bench.steps.methods import METHODS, Job, _dataset, _settings
+from fastdpo.evidence.bench.steps.workloads import GPU_WORKLOADS, WORKLOADS, make_tokenizer
 
 NUM_WARMUPS, NUM_STEPS = 4, 10
 # The CUDA calls behind each count: what stops the host, what it queues

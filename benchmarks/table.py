@@ -16,8 +16,8 @@ import re
 import sys
 from pathlib import Path
 
-from shared.records import MACHINE, SHAPE, Record, groups, machine_of, read, shape_of
-from steps.tables import training_table
+from fastdpo.evidence.bench.records import MACHINE, SHAPE, Record, groups, machine_of, read, shape_of
+from fastdpo.evidence.bench.steps.tables import training_table
 
 HERE = Path(__file__).parent
 README, RESULTS = HERE / "README.md", HERE / "results"

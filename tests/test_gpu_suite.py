@@ -343,7 +343,8 @@ def test_tests_run_beside_each_other_and_those_of_memory_alone(tmp_path):
 
 def test_the_riskiest_shapes_come_first_for_fastdpo_and_plain_pytorch_alone(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    bench, problem = importlib.import_module("bench_linear_logps"), importlib.import_module("heads.problem")
+    bench = importlib.import_module("bench_linear_logps")
+    problem = importlib.import_module("fastdpo.evidence.bench.heads.problem")
     assert [shape.hidden_size for shape in problem.GPU_SHAPES[:2]] == [1024, 2048]
     options = bench.parse_args([])
     methods = [bench.Method(name, {}) for name in ("plain, response rows", "Liger", "fastdpo")]

@@ -92,6 +92,10 @@ TRAINER = {
 }
 PRIVATE = {
     **TRAINER,
+    "_reset_state": (
+        "accelerate 1.15",
+        lambda: hasattr(__import__("accelerate.state").state.AcceleratorState, "_reset_state"),
+    ),
     "_pack_args": (
         "triton 3.7.1",
         lambda: hasattr(__import__("triton.runtime.jit").runtime.jit.JITFunction, "_pack_args"),

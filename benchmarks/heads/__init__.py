@@ -1,1 +1,1 @@
-"""The head op's benchmark: its problems, and who solves them."""
+"""The head op on softmaxes of a trained model; the rest of its benchmark is in fastdpo/evidence/bench/heads."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from heads.problem import Shape
+from fastdpo.evidence.bench.heads.problem import Shape
 
 TOP = 1000
 TAIL_SHARE = 0.1

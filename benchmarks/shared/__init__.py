@@ -1,1 +1,1 @@
-"""What the benchmarks share: measuring, records, plots, tiny models."""
+"""What the benchmarks share: plots, tiny models, models in fp64."""

@@ -15,9 +15,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from steps.tables import training_figure
 
-from shared.records import MACHINE, SHAPE, Record, groups, machine_of, shape_of
+from fastdpo.evidence.bench.records import MACHINE, SHAPE, Record, groups, machine_of, shape_of
+from fastdpo.evidence.bench.steps.tables import training_figure
 
 OWN, OTHER, SPREAD = "#c44e52", "#8c9bb0", "#404040"
 

@@ -1,1 +1,1 @@
-"""The training step's benchmark: its workloads and methods, the process that runs them, and their tables."""
+"""The check of a QLoRA step; the rest of the steps' benchmark is in fastdpo/evidence/bench/steps."""

@@ -49,7 +49,7 @@ def _measure(shape: dict[str, int], segment: int, device: str) -> dict[str, Any]
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from fastdpo import DPOConfig, DPOTrainer
-    from steps.workloads import WORKLOADS, make_tokenizer
+    from fastdpo.evidence.bench.steps.workloads import WORKLOADS, make_tokenizer
 
     torch.manual_seed(0)
     config = LlamaConfig(**shape, max_position_embeddings=4 * segment)

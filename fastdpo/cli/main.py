@@ -33,6 +33,7 @@ COMMANDS = {
     ),
     "env": ("fastdpo.cli.env", "print what a bug report needs: versions, machine, kernels, attention, self-check"),
     "verify": ("fastdpo.cli.verify", "check the head op's kernels on this machine: numbers, determinism, memory"),
+    "bench": ("fastdpo.cli.bench", "measure time and memory of the head and of whole steps on this machine"),
     "demo": (
         "fastdpo.cli.demo",
         "run a small version of the paper's controlled-sentiment experiment, with an HTML report",

@@ -52,10 +52,10 @@ class Problem:
 
 
 def make_problem(
-    shape: Shape, dtype: torch.dtype, device: torch.device, *, has_bias: bool = False, **settings: Any
+    shape: Shape, dtype: torch.dtype, device: torch.device, *, has_bias: bool = False, seed: int = 0, **settings: Any
 ) -> Problem:
     """Logits with standard deviation 2. Every fifth label is ignored, every seventh is the most probable token."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     T, H, V = shape.rows, shape.hidden, shape.vocab
     floats = {HIDDEN: torch.randn(T, H, generator=g), WEIGHT: torch.randn(V, H, generator=g) * 2 / H**0.5}
     if has_bias:

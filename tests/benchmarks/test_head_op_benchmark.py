@@ -6,9 +6,10 @@ from dataclasses import replace
 import bench_linear_logps as bench
 import pytest
 import torch
-from heads import methods, problem
-from heads.methods import PASSES, Method
-from heads.problem import Shape
+
+from fastdpo.evidence.bench.heads import measured, methods, problem
+from fastdpo.evidence.bench.heads.methods import PASSES, Method
+from fastdpo.evidence.bench.heads.problem import Shape
 
 SHAPE = Shape(128, 64, 48, 1021, "float32")
 OPERANDS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # which argument is the left matrix
@@ -89,7 +90,7 @@ def test_a_wrong_method_gets_its_error_and_no_number(small_problem, logps):
 
 
 def test_a_method_that_does_not_fit_is_left_out_with_its_reason(small_problem, monkeypatch):
-    monkeypatch.setattr(bench, "free_bytes", lambda: 2**20)
+    monkeypatch.setattr(measured, "free_bytes", lambda: 2**20)
     (record,) = bench.run_pass(SHAPE, small_problem, [methods.MAKERS["plain, all rows"]()], "forward", 1)
     assert "ms" not in record
     assert "GiB" in record["error"]

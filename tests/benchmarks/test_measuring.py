@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from shared import measure
+
+from fastdpo.evidence.bench import measure
 
 needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="counts allocations of the CPU")
 

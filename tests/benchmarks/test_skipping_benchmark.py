@@ -6,7 +6,8 @@ import bench_skipping as bench
 import pytest
 import torch
 from heads import trained
-from heads.problem import Shape
+
+from fastdpo.evidence.bench.heads.problem import Shape
 
 SHAPE = Shape(512, 512, 192, 4000, "float32")
 

@@ -7,16 +7,17 @@ from dataclasses import replace
 import bench_training_step as bench
 import pytest
 import torch
-from steps import methods as step_methods
 from steps import qlora as step_qlora
-from steps import tables as step_table
-from steps import worker as step_worker
-from steps import workloads as step_workloads
-from steps.methods import METHODS, Job, Method
-from steps.workloads import WORKLOADS, Work, make_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdpo.data.batches.packing import pack_pairs
+from fastdpo.evidence.bench.steps import measured as step_measured
+from fastdpo.evidence.bench.steps import methods as step_methods
+from fastdpo.evidence.bench.steps import tables as step_table
+from fastdpo.evidence.bench.steps import worker as step_worker
+from fastdpo.evidence.bench.steps import workloads as step_workloads
+from fastdpo.evidence.bench.steps.methods import METHODS, Job, Method
+from fastdpo.evidence.bench.steps.workloads import WORKLOADS, Work, make_rows
 from fastdpo.types import TokenizedPair
 
 CPU = torch.device("cpu")
@@ -102,7 +103,7 @@ def test_flops_of_attention_by_hand():
 
 
 def test_a_method_with_other_losses_gets_no_speed():
-    measurement = bench.Measurement(job("fastdpo"))
+    measurement = step_measured.Measurement(job("fastdpo"))
     turn = {"step_s": [1.0], "losses": [0.6931, 0.70], "work": vars(Work()), "num_backbone_weights": 1}
     turn |= {"data_s": 0.0, "collate_s": 0.0, "micro_batch": 4, "attention": "sdpa", "peak_mib": 1.0}
     measurement.add({**turn}, [0.6931, 0.6998])
@@ -110,7 +111,7 @@ def test_a_method_with_other_losses_gets_no_speed():
     assert "pairs_per_s" not in record
     assert "off by 2.0e-04" in record["error"]
     assert "off by" in step_table.training_table([record])
-    fine = bench.Measurement(job("fastdpo"))
+    fine = step_measured.Measurement(job("fastdpo"))
     fine.add({**turn}, [0.6931, 0.70005])
     assert fine.record(100, 1.0)["pairs_per_s"] == TINY.pairs_per_step
 
@@ -126,14 +127,14 @@ def test_a_method_with_other_losses_gets_no_speed():
     ],
 )
 def test_losses_in_bf16_may_differ_by_a_share_of_what_they_moved(losses, is_right):
-    measurement = bench.Measurement(Job("1B long", "fastdpo", 2, 5))
+    measurement = step_measured.Measurement(Job("1B long", "fastdpo", 2, 5))
     measurement.add({"losses": losses}, [math.log(2), 1.60, 0.72])
     assert (measurement.error is None) == is_right
 
 
 @pytest.mark.parametrize("losses", [[0.70, 0.6], [math.nan, math.nan]])
 def test_the_first_method_must_begin_at_ln_2(losses):
-    measurement = bench.Measurement(job("fastdpo"))
+    measurement = step_measured.Measurement(job("fastdpo"))
     measurement.add({"losses": losses, "micro_batch": 4, "attention": "sdpa"}, None)
     assert measurement.error is not None
 

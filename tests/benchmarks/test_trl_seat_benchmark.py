@@ -6,7 +6,8 @@ from dataclasses import asdict
 import bench_trl_seat as bench
 import pytest
 from peers import peer
-from steps.methods import Job
+
+from fastdpo.evidence.bench.steps.methods import Job
 
 JOB = Job("tiny", "TRL", num_warmups=1, num_steps=2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.records import Record
+from fastdpo.evidence.bench.records import Record
 
 BASELINES = ("TRL", "TRL, defaults")  # live reference
 CACHED_BASELINES = ("TRL, cached", "TRL, best")

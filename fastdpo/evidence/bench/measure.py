@@ -24,6 +24,7 @@ from fastdpo.evidence.memory import peak_live_bytes
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 MIB = 2**20
+CHECKOUT = Path(__file__).resolve().parents[3]
 NUM_WARMUPS = 2  # the first call compiles, the second finds the clocks where they stay
 
 
@@ -44,6 +45,9 @@ def machine_facts() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton_version,
         "python": platform.python_version(),
+        "clock": _output_of("nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader")
+        if on_gpu
+        else None,
         "commit": _commit(),
     }
 
@@ -121,15 +125,20 @@ def append_lines(path: str | None, records: list[dict[str, Any]]) -> None:
 
 
 def _commit() -> str | None:
-    """Short hash of the checkout, with a + where the code that is measured differs from it."""
+    """Short hash of the checkout, with a + where the code that is measured differs from it; None for a wheel."""
+    if not (CHECKOUT / ".git").exists():
+        return None
     commit = _output_of("git", "rev-parse", "--short", "HEAD")
-    changed = _output_of("git", "status", "--porcelain", "--untracked-files=no", "--", "../fastdpo", "../kernels", ".")
+    changed = _output_of(
+        "git", "status", "--porcelain", "--untracked-files=no", "--", "fastdpo", "kernels", "benchmarks"
+    )
     return f"{commit}+" if commit and changed else commit
 
 
 def _output_of(*command: str) -> str | None:
+    folder = CHECKOUT if CHECKOUT.exists() else None
     try:
-        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     except OSError:
         return None
     return result.stdout.strip().split("\n")[0] or None

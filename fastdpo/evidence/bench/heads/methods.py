@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heads.problem import BETA, Problem, Shape, dpo_loss
+from fastdpo.evidence.bench.heads.problem import BETA, Problem, Shape, dpo_loss
 
 TUNED = "FASTDPO_BENCH_TUNED"  # of the environment: tuned blocks for a row of their own; the row "fastdpo" is without
 PASSES = ("forward", "forward+backward", "frozen head", "dpo loss")

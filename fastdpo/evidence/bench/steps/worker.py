@@ -44,12 +44,12 @@ class Worker:
         if self.process is None:
             with self.log.open("w") as log:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "steps.worker"],
+                    [sys.executable, "-m", "fastdpo.evidence.bench.steps.worker"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
                     text=True,
-                    env={**os.environ, **QUIET, "HF_DATASETS_CACHE": self.folder.name, "PYTHONPATH": _search_path()},
+                    env={**os.environ, **QUIET, "HF_DATASETS_CACHE": self.folder.name},
                 )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -76,16 +76,11 @@ class Worker:
             self.process = None
 
 
-def _search_path() -> str:
-    """PYTHONPATH of the process: the benchmarks' folder first, as it is for the driver."""
-    return os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
 def answer(line: str) -> dict[str, Any]:
     import torch
 
-    from steps.methods import Job, _release, run
-    from steps.workloads import WORKLOADS, num_linear_weights
+    from fastdpo.evidence.bench.steps.methods import Job, _release, run
+    from fastdpo.evidence.bench.steps.workloads import num_linear_weights
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _forget_the_last_job(device)
@@ -99,9 +94,9 @@ def answer(line: str) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    workload = WORKLOADS[job.workload]
+    workload = job.work
     with torch.device("meta"):
-        weights = num_linear_weights(workload.make_model("meta").base_model)
+        weights = num_linear_weights(workload.make_model("meta").base_model)  # type: ignore[arg-type]
     _release(device)
     return {**figures, "peak_mib": peak / MIB, "num_backbone_weights": weights}
 
@@ -109,7 +104,7 @@ def answer(line: str) -> dict[str, Any]:
 def _forget_the_last_job(device: Any) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
-    from steps.methods import _release
+    from fastdpo.evidence.bench.steps.methods import _release
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -1,0 +1,1 @@
+"""`fastdpo bench`: time and memory of the head op and of whole training steps, on the user's machine."""
