@@ -2,6 +2,7 @@
 every digit that is printed.
 """
 
+import importlib
 import itertools
 import json
 import re
@@ -47,6 +48,30 @@ def test_figures_of_training_steps_are_those_of_the_results(reference, suffix):
             own, base = measured[workload, method + suffix], measured[workload, "TRL" + suffix]
             expected += [own["pairs_per_s"] / base["pairs_per_s"], own["peak_mib"]]
         assert figures("trainer", title, reference) == rounded(expected, ".1f", ".0f")
+
+
+def test_the_strongest_line_of_the_readme_is_that_of_the_results():
+    measured = newest("training_step", ("workload", "method"))
+    own, *others = (measured["long", f"{method}, cached"] for method in ("fastdpo", "TRL", "plain, response rows"))
+    faster, share = ([own[key] / other[key] for other in others] for key in ("pairs_per_s", "peak_mib"))
+    words = (
+        f"fastdpo trains {faster[0]:.1f} times as many pairs per second as TRL and {faster[1]:.1f} times as many as the"
+        f" plain loop, in {share[0]:.0%} and {share[1]:.0%} of their memory."
+    )
+    assert words in " ".join(README.split())
+
+
+def test_the_picture_of_the_readme_is_drawn_from_the_results(monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
+    drawn = importlib.import_module("speed_plot")
+    records = [json.loads(line) for line in drawn.RECORDS.read_text().splitlines()]
+    assert f"docs/pictures/{drawn.PICTURE.name}" in README
+    texts = {text.get_text().strip() for panel in drawn.figure(records).axes for text in panel.texts}
+    for row in README_ROWS:
+        line = next(line for line in README.splitlines() if line.startswith(f"| {row} |"))
+        assert {text for cell in line.split("|")[2:-1] for text in re.findall(r"[\d.,]+\d|\d", cell)} <= texts
+    assert drawn.PICTURE.exists()
 
 
 def test_figures_of_the_head_op_are_those_of_the_results():
