@@ -3,8 +3,7 @@
 In: a model made by `shape_only`, and the shape of a packed row. Out: the bytes beyond the weights at the peak of
 forward and backward, by part. Layers, autocast, adapters and checkpointing run the model's own code; attention and the
 LM head, whose code reads values, are replaced by functions with the same allocations. Nothing is computed and no weight
-is read:
-32 layers of a 7B model take about two seconds on a CPU.
+is read. Of layers that are alike, a few may stand for all (`folding`).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,6 +32,7 @@ from fastdpo.modeling.mixers import MixerRows, mixers_of
 from fastdpo.modeling.packed import bare_model, is_prepared, unprepare_model
 from fastdpo.modeling.tiles import find_tiles, install_tiles, only_first_tiles
 from fastdpo.training.memory.dry_ops import DryGroup, dry_attention, grouped_mm, head_loss
+from fastdpo.training.memory.folding import Fold, Marks, decoder_layers, only_folded, peak_of, unfolded_peak
 
 PARTS = ("casts", "gradients", "head", "activations")
 # For models with recurrent states: rows that measure the operations per token, and the largest number of operations to
@@ -98,9 +99,12 @@ def fake_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def shape_only(model: nn.Module, mode: Any) -> nn.Module:
-    """A copy of the model whose weights have shapes and dtypes but no memory; 4-bit layers become bf16 layers."""
-    with mode:
+def shape_only(model: nn.Module, mode: Any, fold: Fold | None = None) -> nn.Module:
+    """A copy of the model whose weights have shapes and dtypes but no memory; 4-bit layers become bf16 layers.
+
+    With a fold, the copy has only the layers that run.
+    """
+    with mode, only_folded(model, fold):
         memo: dict[int, Any] = {}
         for tensor in (*model.parameters(), *model.buffers()):
             empty: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -151,6 +155,7 @@ def dry_step(
     with_grad: bool = True,
     workspace_bytes: int | None = None,
     update_bytes: Callable[[nn.Parameter], int] | None = None,
+    fold: Fold | None = None,
 ) -> StepPeak:
     """The peak memory of forward and backward of one micro-batch, or of a forward alone.
 
@@ -162,6 +167,10 @@ def dry_step(
         accumulates: whether gradients of an earlier micro-batch already exist.
         with_grad: False for a forward that saves nothing, as in evaluation and for a reference.
         update_bytes: of a weight that is updated in backward, where its gradient ends; None if none is.
+        fold: the one that `shape_only` was given; the peak is that of the whole model.
+
+    Raises:
+        NotPeriodic: the model has to run without a fold.
     """
     settings: dict[str, Any] = {
         "impl": impl,
@@ -171,6 +180,7 @@ def dry_step(
         "with_grad": with_grad,
         "workspace_bytes": workspace_bytes,
         "update_bytes": update_bytes,
+        "fold": fold,
     }
     bare = bare_model(model)
     if not getattr(bare, "_is_stateful", False) and not getattr(mixers_of(bare), "names", ()):
@@ -210,6 +220,7 @@ def _step(
     with_grad: bool,
     workspace_bytes: int | None,
     update_bytes: Callable[[nn.Parameter], int] | None,
+    fold: Fold | None,
 ) -> tuple[StepPeak, int]:
     """Runs the step; also returns its number of operations."""
     bare = bare_model(model)
@@ -221,7 +232,8 @@ def _step(
         live = _LiveBytes([*model.parameters(), *model.buffers(), *(p.grad for p in trained if p.grad is not None)])
         context = nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
         hooks = [] if update_bytes is None else [live.update_in_backward(p, update_bytes(p)) for p in trained]
-        with live:
+        marks = Marks()
+        with live, marks.kept(decoder_layers(bare) if fold is not None else (), live):
             with context, torch.set_grad_enabled(with_grad):
                 hidden_states = _hidden_states(bare, row, varlen)
                 rows = hidden_states.flatten(0, 1).index_select(0, torch.zeros(row.num_rows, dtype=torch.int64))
@@ -229,16 +241,25 @@ def _step(
                     rows, weight, adapter_weight = lm_head(bare).operands(rows, split=with_grad)
                     dtype = autocast or weight.dtype
                     loss: Any = head_loss(rows, weight, adapter_weight, dtype, impl, workspace_bytes, row.largest_group)
+                forward_end = len(live.events)
             del hidden_states, rows
             if loss.requires_grad:
                 loss.backward()
-        peak = live.peak([p.grad for p in trained if p.grad is not None and not accumulates])
+        changes = live.changes([p.grad for p in trained if p.grad is not None and not accumulates])
         for hook in hooks:
             hook.remove()
-        own = sum(p.numel() * p.element_size() for p in trained) if accumulates else 0
+        own = sum(p.numel() * p.element_size() for p in trained)
         for parameter in trained:
             parameter.grad = None
-    return StepPeak(**{**peak, "gradients": peak["gradients"] + own}), live.num_ops
+    num_ops = live.num_ops
+    if fold is None:
+        peak = peak_of(changes.cumsum(0))
+    else:
+        keeps_gradients = with_grad and not accumulates and update_bytes is None
+        peak, more_ops = unfolded_peak(changes, fold, marks, forward_end, keeps_gradients)
+        num_ops, own = num_ops + more_ops, own + fold.times * fold.trained_bytes
+    parts = dict(zip(PARTS, map(int, peak), strict=True))
+    return StepPeak(**{**parts, "gradients": parts["gradients"] + (own if accumulates else 0)}), num_ops
 
 
 @contextmanager
@@ -320,17 +341,16 @@ class _LiveBytes(TorchDispatchMode):
         self.events.append((number, size, tag))
         weakref.finalize(storage, self.events.append, (number, -size, tag)).atexit = False
 
-    def peak(self, gradients: Sequence[Tensor]) -> dict[str, int]:
-        """Bytes by part at the peak; storages that become gradients of weights count as gradients."""
+    def changes(self, gradients: Sequence[Tensor]) -> Any:
+        """(E, parts) bytes that each event adds to a part, those of a release below 0.
+
+        Storages that become gradients of weights count as gradients.
+        """
         final = {self.numbers.get(gradient.untyped_storage()) for gradient in gradients} | self.passing
-        now, best = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
-        total = most = 0
-        for number, size, tag in self.events:
-            now["gradients" if number in final else tag] += size
-            total += size
-            if total > most:
-                most, best = total, dict(now)
-        return best
+        changes = np.zeros((len(self.events), len(PARTS)), dtype=np.int64)
+        for place, (number, size, tag) in enumerate(self.events):
+            changes[place, PARTS.index("gradients" if number in final else tag)] = size
+        return changes
 
 
 class _Tag:

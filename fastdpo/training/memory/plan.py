@@ -1,7 +1,7 @@
 """Plans how to train a model in a given amount of memory, with the longest pair for each setting, from a config alone.
 
 In: a config and bytes. Out: a Plan for every candidate, including those that do not fit. Each plan comes from dry runs
-of a step (`dry_run`) for a few lengths. Refuses LoRA if peft is not installed.
+of a step (`dry_model`) for a few lengths. Refuses LoRA if peft is not installed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from fastdpo.modeling.tiles import auto_tile_rows
-from fastdpo.training.memory.dry_run import RowShape, StepPeak, assume_tiles, dry_step, fake_mode, shape_only
+from fastdpo.training.memory.dry_model import DryModel
+from fastdpo.training.memory.dry_run import RowShape, StepPeak, assume_tiles, fake_mode
 from fastdpo.training.memory.estimate import (
     CUDA_WORKSPACE_BYTES,
     MemoryEstimate,
@@ -129,11 +130,12 @@ class Estimates:
 
     def __init__(self, config: Any, lora_r: int) -> None:
         models: dict[Any, Estimate | None] = {}
+        built = cache(partial(_build, config, lora_r))
         self.candidates: list[tuple[Settings, Estimate]] = []  # without those that the model cannot run
         for settings in CANDIDATES:
             key = replace(settings, method="full" if settings.method == "full" else "lora", reference="", optim="")
             if key not in models:
-                models[key] = _estimator(config, settings, lora_r)
+                models[key] = _estimator(config, settings, lora_r, built)
             estimate = models[key]
             if estimate is not None:
                 self.candidates.append((settings, estimate))
@@ -212,26 +214,44 @@ def _plan(settings: Settings, estimate: Estimate, memory: float, least: int) -> 
     return Plan(settings, tokens, estimate(settings, tokens))
 
 
-def _estimator(config: Any, way: Settings, lora_r: int) -> Estimate | None:
+_Built = tuple[nn.Module, int, int, int]
+
+
+class _NoTiles(Exception):
+    """The model's layers cannot run in tiles."""
+
+
+def _estimator(
+    config: Any, way: Settings, lora_r: int, built: Callable[[bool, str], _Built] | None = None
+) -> Estimate | None:
     """Estimates by settings and tokens; settings that differ only in sums over parameters share dry runs. None if the
-    model's layers cannot run in tiles."""
+    model's layers cannot run in tiles.
+
+    Args:
+        built: `_build` for this config, which may give the same model again.
+    """
     mode = fake_mode()
-    model, plain_bytes, four_bit_bytes, largest = _build(config, way.method == "full", lora_r, way.weight_rounding)
+    build = partial(_build, config, lora_r) if built is None else built
+    model, plain_bytes, four_bit_bytes, largest = build(way.method == "full", way.weight_rounding)
     of_update = partial(update_bytes, way.optim, weight_rounding=way.weight_rounding) if way.in_backward else None
-    dry: Any = shape_only(model, mode)
     tile_rows = auto_tile_rows(getattr(text_part(config), "hidden_size", 0), "cuda")
-    if way.tiles and not assume_tiles(dry, mode, tile_rows, torch.bfloat16):
+
+    def prepare(dry: nn.Module) -> None:
+        if way.tiles and not assume_tiles(dry, mode, tile_rows, torch.bfloat16):
+            raise _NoTiles
+        if way.checkpointing:
+            enable_checkpointing(dry, {"offload": True} if way.offload else {})
+
+    try:
+        dry = DryModel(model, mode, prepare, offload=way.offload)
+    except _NoTiles:
         return None
-    if way.checkpointing:
-        enable_checkpointing(dry, {"offload": True} if way.offload else {})
     peaks = {0: StepPeak(0, 0, 0, 0)}  # by tokens: without any, the weights and the optimizer's state are left
 
     def estimate(settings: Settings, tokens: int) -> MemoryEstimate:
         if tokens not in peaks:
-            peaks[tokens] = dry_step(
-                dry,
+            peaks[tokens] = dry.step(
                 pair_shape(tokens),
-                mode,
                 impl=planned_impl(),
                 varlen=True,
                 autocast=torch.bfloat16,
@@ -242,7 +262,7 @@ def _estimator(config: Any, way: Settings, lora_r: int) -> Estimate | None:
         reference = plain_bytes if settings.reference == "frozen" else 0
         sizes: dict[str, Any] = {"weight_bytes": plain_bytes, "reference_bytes": reference}
         sizes |= {"weight_rounding": way.weight_rounding, "in_backward": way.in_backward}
-        result = estimate_step(dry, peaks[tokens], optim=settings.optim, **sizes, on_gpu=True)
+        result = estimate_step(model, peaks[tokens], optim=settings.optim, **sizes, on_gpu=True)
         if settings.method == "qlora":  # a layer at a time is turned back into bf16
             result = replace(result, weights=four_bit_bytes, casts=result.casts + largest)
         return result
@@ -250,7 +270,7 @@ def _estimator(config: Any, way: Settings, lora_r: int) -> Estimate | None:
     return estimate
 
 
-def _build(config: Any, full: bool, lora_r: int, weight_rounding: str) -> tuple[nn.Module, int, int, int]:
+def _build(config: Any, lora_r: int, full: bool, weight_rounding: str) -> _Built:
     """A model without storage; its bytes, those with a base in 4 bits, and those of its largest layer in bf16."""
     if full:
         model = weightless_model(config, torch.float32 if weight_rounding == "nearest" else torch.bfloat16)

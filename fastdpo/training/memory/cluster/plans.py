@@ -20,7 +20,8 @@ from fastdpo.training.memory.cluster.layouts import Layout, layouts_for
 from fastdpo.training.memory.cluster.sizes import ModelSizes, model_sizes
 from fastdpo.training.memory.cluster.step_time import StepTime, step_time
 from fastdpo.training.memory.cluster.traffic import Precision
-from fastdpo.training.memory.dry_run import StepPeak, dry_step, fake_mode, shape_only
+from fastdpo.training.memory.dry_model import DryModel
+from fastdpo.training.memory.dry_run import StepPeak, fake_mode
 from fastdpo.training.memory.estimate import CUDA_BYTES, CUDA_WORKSPACE_BYTES, enable_checkpointing, planned_impl
 from fastdpo.training.memory.plan import ROUNDING, USABLE_SHARE, pair_shape
 from fastdpo.training.memory.weightless import weightless_model
@@ -56,10 +57,7 @@ class MethodModel:
         self.sizes: ModelSizes = model_sizes(model)
         self.state_bytes = optimizer_state_bytes(OPTIMIZER, trained_parameters(model))
         self.bytes_of_hidden_state = 4 if method == "full" else 2  # the residual stream has the embedding's dtype
-        mode = fake_mode()
-        self._dry, self._mode = shape_only(model, mode), mode
-        if checkpointing:
-            enable_checkpointing(self._dry, {})
+        self._dry = DryModel(model, fake_mode(), (lambda dry: enable_checkpointing(dry, {})) if checkpointing else None)
         self._peaks: dict[int, StepPeak] = {}
 
     def peak(self, tokens: int) -> StepPeak:
@@ -78,7 +76,7 @@ class MethodModel:
         if tokens not in self._peaks:
             settings: dict[str, Any] = {"impl": planned_impl(), "varlen": True, "autocast": torch.bfloat16}
             settings |= {"accumulates": True, "workspace_bytes": CUDA_WORKSPACE_BYTES}
-            self._peaks[tokens] = dry_step(self._dry, pair_shape(tokens), self._mode, **settings)
+            self._peaks[tokens] = self._dry.step(pair_shape(tokens), **settings)
         return self._peaks[tokens]
 
     def memory(self, layout: Layout, tokens: int) -> ProcessMemory:
