@@ -239,7 +239,10 @@ def _moved(value: Any, device: torch.device | str) -> Any:
 
 @dataclass(frozen=True)
 class TokenLogps:
-    """The head op's results per row. Only `logps` is differentiable; statistics are None unless requested."""
+    """The head op's results per row. Statistics are None unless requested; only the entropy can have a gradient.
+
+    With labels (T, K), logps and is_top1 are (T, K).
+    """
 
     logps: Tensor  # (T,) fp32 (fp64 for fp64 inputs), nats; 0.0 in ignored rows
     lse: Tensor | None = None  # (T,) log of the softmax denominator, nats

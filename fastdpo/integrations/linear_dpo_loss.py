@@ -32,7 +32,7 @@ class LinearDPOLoss(nn.Module):
 
     A drop-in replacement for `liger_kernel.chunked_loss.LigerFusedLinearDPOLoss` (0.8.5). Differences: "ipo" works
     (log-ratios averaged per token, as in TRL), label_smoothing applies to "sigmoid" (conservative DPO) and is refused
-    for losses that ignore it, a sequence without targets counts 0 (nan in Liger), and no dW is computed for a frozen
+    for losses that ignore it, and a sequence without targets counts 0 (nan in Liger). Both skip dW of a frozen
     head. The gradient is computed in forward from the same logits (`fastdpo.ops.sequence_loss`), unless skip_tolerance
     allows skipping tiles.
 

@@ -31,6 +31,7 @@ class Head:
     skip_tolerance: float = 0.0  # probability mass that backward may drop per row
     workspace_bytes: int | None = None  # temporary memory of a pass; None: the implementation's default
     shard: Shard | None = None  # the part of the vocabulary that the weight holds; None: all of it
+    entropy_grad: bool = False  # whether the entropy has a gradient
 
 
 class SplitLse(NamedTuple):

@@ -6,12 +6,14 @@ In: hidden states, the LM head, labels. Out: TokenLogps. Refuses what `fastdpo.o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdpo.ops.autograd import differentiable_logps
+from fastdpo.ops.choices import choice_logps
 from fastdpo.ops.head import Head
 from fastdpo.ops.reference import reference_linear_logps
 from fastdpo.ops.shard import shard_of
@@ -28,6 +30,7 @@ def linear_logps(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     outputs: Sequence[str] = (),
+    entropy_grad: bool = False,
     skip_tolerance: float = 0.0,
     workspace_bytes: int | None = None,
     impl: str = "auto",
@@ -41,12 +44,15 @@ def linear_logps(
     Args:
         hidden_states: (T, H) fp16, bf16, fp32 or fp64, any strides; already shifted, row t predicts labels[t].
         lm_head_weight: (V, H), same dtype and device. Dtypes may differ only under autocast, which casts all of them.
-        labels: (T,) integers; IGNORE_INDEX rows give 0.0 and no gradient.
+        labels: (T,) integers; IGNORE_INDEX rows give 0.0 and no gradient. Or (T, K), several ids per row: logps and
+            is_top1 are then (T, K), and a row is ignored if all its labels are. Distillation and RL need this.
         bias: (V,), the head's bias.
         logit_scale: factor of the logits; not zero.
         softcap: bound of the logits, > 0 (Gemma 2's final_logit_softcapping).
         outputs: optional fields to fill, out of "lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs". They
             have no gradient, and are 0 (False) in ignored rows.
+        entropy_grad: give the entropy a gradient; outputs must then name it. With it, or with labels (T, K), impl must
+            be "tiled", "reference" or "auto" (which takes tiled), the vocabulary must be whole and skip_tolerance 0.
         skip_tolerance: probability mass q in [0, 1) that backward may drop from each row. Vocabulary tiles with little
             mass are then neither recomputed nor multiplied; tiles with a label are always kept. With g the gradient of
             the log-probs, row t of dH is off by at most `|g_t| |logit_scale| q max_v |W_v|`, and dW by at most
@@ -74,17 +80,48 @@ def linear_logps(
     """
     outputs = output_names(outputs)
     check_settings(logit_scale, softcap, outputs, skip_tolerance, workspace_bytes, impl)
-    check_head(hidden_states, lm_head_weight, labels, bias)
+    check_head(hidden_states, lm_head_weight, labels, bias, choices=True)
     dtype = operand_dtype(hidden_states, lm_head_weight, bias)
     softcap = None if softcap is None else float(softcap)
     shard = shard_of(process_group, vocab_size, lm_head_weight, impl)
-    head = Head(float(logit_scale), softcap, outputs, float(skip_tolerance), workspace_bytes, shard)
+    head = Head(float(logit_scale), softcap, outputs, float(skip_tolerance), workspace_bytes, shard, bool(entropy_grad))
     labels = labels.to(torch.int64)
+    by_choice = entropy_grad or labels.dim() == 2
+    if by_choice:
+        _check_choices(head, labels, impl)
 
+    if (impl == "reference" or by_choice) and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_labels(labels, lm_head_weight.shape[0])
     if impl == "reference":
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_labels(labels, lm_head_weight.shape[0])
         with torch.autocast(hidden_states.device.type, enabled=False):
             bias_cast = None if bias is None else bias.to(dtype)
             return reference_linear_logps(hidden_states.to(dtype), lm_head_weight.to(dtype), bias_cast, labels, head)
+    if by_choice:
+        found = choice_logps(
+            hidden_states, lm_head_weight, bias, labels if labels.dim() == 2 else labels[:, None], head, dtype
+        )
+        return found if labels.dim() == 2 else _first_choice(found)
     return differentiable_logps(hidden_states, lm_head_weight, bias, labels, head, impl, dtype)
+
+
+def _first_choice(found: TokenLogps) -> TokenLogps:
+    """The results of labels (T, 1) as those of labels (T,)."""
+    is_top1 = None if found.is_top1 is None else found.is_top1[:, 0]
+    return replace(found, logps=found.logps[:, 0], is_top1=is_top1)
+
+
+def _check_choices(head: Head, labels: Tensor, impl: str) -> None:
+    """What several labels per row and the gradient of the entropy do not work with."""
+    name = "labels" if labels.dim() == 2 else "entropy_grad"
+    value = f"shape {tuple(labels.shape)}" if name == "labels" else "True"
+    rule = f"labels must have shape ({len(labels)},)" if name == "labels" else "entropy_grad must be False"
+    if head.entropy_grad and "entropy" not in head.outputs:
+        raise ValueError(f'outputs must name "entropy" if entropy_grad is True, got {head.outputs}')
+    if labels.dim() == 2 and labels.shape[1] == 0:
+        raise ValueError(f"labels must have at least one label per row, got shape {tuple(labels.shape)}")
+    if impl == "triton":
+        raise ValueError(f'{rule} for impl="triton", got {value}; use impl="tiled" or "auto"')
+    if head.skip_tolerance > 0:
+        raise ValueError(f"{rule} with skip_tolerance, got {value}; use skip_tolerance=0.0")
+    if head.shard is not None:
+        raise ValueError(f"{rule} with a process_group, got {value}; give the whole weight to every process")

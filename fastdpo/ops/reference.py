@@ -17,7 +17,7 @@ def reference_linear_logps(
     hidden_states: Tensor,  # (T, H)
     lm_head_weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
-    labels: Tensor,  # (T,) int64
+    labels: Tensor,  # (T,) int64, or (T, K)
     head: Head,
 ) -> TokenLogps:
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -31,20 +31,23 @@ def reference_linear_logps(
     num_vocab = logits.shape[-1]
     keep = labels != IGNORE_INDEX
     in_vocab = (labels >= 0) & (labels < num_vocab)
-    column = labels.clamp(0, num_vocab - 1)[:, None]
-    label_logits = logits.gather(-1, column)[:, 0].where(in_vocab, torch.nan)
+    column = (labels if labels.dim() == 2 else labels[:, None]).clamp(0, num_vocab - 1)
+    label_logits = logits.gather(-1, column).view(labels.shape).where(in_vocab, torch.nan)
     all_logps = logits.log_softmax(-1)
-    logps = all_logps.gather(-1, column)[:, 0].where(in_vocab, torch.nan)
+    logps = all_logps.gather(-1, column).view(labels.shape).where(in_vocab, torch.nan)
 
-    probs = all_logps.detach().exp()
+    probs = all_logps.exp()
     statistics = {
         "lse": lambda: logits.logsumexp(-1),
-        "entropy": lambda: -torch.where(probs > 0, probs * all_logps, 0.0).sum(-1),
+        "entropy": lambda: -(probs * all_logps.where(probs > 0, 0.0)).sum(-1),
         "mean_logits": lambda: logits.mean(-1),
-        "is_top1": lambda: label_logits >= logits.amax(-1),
+        "is_top1": lambda: label_logits >= logits.amax(-1).view(-1, *[1] * (labels.dim() - 1)),
         "log_sum_sq_probs": lambda: (2 * all_logps).logsumexp(-1),
     }
-    values = {name: statistics[name]().detach() for name in head.outputs}
-    return TokenLogps(
-        logps.where(keep, 0.0), **{n: value.where(keep, torch.zeros_like(value)) for n, value in values.items()}
-    )
+    values = {}
+    for name in head.outputs:
+        value = statistics[name]()
+        value = value if name == "entropy" and head.entropy_grad else value.detach()
+        kept = keep if value.dim() == keep.dim() else keep.any(1)
+        values[name] = value.where(kept, torch.zeros_like(value))
+    return TokenLogps(logps.where(keep, 0.0), **values)

@@ -51,20 +51,20 @@ def tiled_forward(
     tiling = choose_tiling(hidden_states, lm_head_weight, head.workspace_bytes)
     if head.skip_tolerance > 0:
         tiling = replace(tiling, block_vocab=-(-tiling.block_vocab // SKIP_VOCAB) * SKIP_VOCAB)
-    state = _RowState(hidden_states, lm_head_weight, labels, head)
-    scratch = _scratch(tiling, state.max)
-    second = _scratch(tiling, state.max) if "entropy" in head.outputs else None
+    state = RowState(hidden_states, lm_head_weight, labels, head)
+    scratch = scratch_of(tiling, state.max)
+    second = scratch_of(tiling, state.max) if "entropy" in head.outputs else None
     for vocab in tiling.vocab():
         weight = operand(lm_head_weight[vocab]).T  # (H, block_vocab)
         for rows in tiling.rows():
-            logits = _tile(scratch, rows, vocab)
+            logits = tile_of(scratch, rows, vocab)
             fill_logits(logits, operand(hidden_states[rows]), weight, None if bias is None else bias[vocab], head)
-            state.absorb(rows, vocab, logits, None if second is None else _tile(second, rows, vocab))
+            state.absorb(rows, vocab, logits, None if second is None else tile_of(second, rows, vocab))
         del weight  # where it is a cast, before the next one is made
     return state.finish()
 
 
-class _RowState:
+class RowState:
     """The running sums of each row over the tiles so far: eq. (4) to (7), merged tile by tile."""
 
     def __init__(self, hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, head: Head):
@@ -153,13 +153,13 @@ class TiledLogitGrads:
         self.bias = bias
         self.row_scale: Tensor | None = row_scale
         self.rows = GradRows(hidden_states, labels, lse, head, lm_head_weight.shape[0])
-        self.scratch = _scratch(self.tiling, lse.whole)
-        self.second = _scratch(self.tiling, lse.whole) if head.softcap is not None else None
+        self.scratch = scratch_of(self.tiling, lse.whole)
+        self.second = scratch_of(self.tiling, lse.whole) if head.softcap is not None else None
 
     def tile(self, rows: slice, vocab: slice, weight: Tensor) -> Tensor:
         """(block_rows, block_vocab), valid until the next call, in the dtype of `weight`, the operand of W[vocab]."""
-        out = _tile(self.scratch, rows, vocab)
-        slope = None if self.second is None else _tile(self.second, rows, vocab)
+        out = tile_of(self.scratch, rows, vocab)
+        slope = None if self.second is None else tile_of(self.second, rows, vocab)
         column, inside = _label_columns(self.rows.labels[rows], vocab)
         self.rows.fill(out, rows, weight, None if self.bias is None else self.bias[vocab], column, inside, slope)
         return out.to(weight.dtype)  # without c: one more pass over the tile costs more here than scaled rows
@@ -221,11 +221,11 @@ def _label_columns(labels: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
     return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
 
 
-def _scratch(tiling: Tiling, like: Tensor) -> Tensor:
+def scratch_of(tiling: Tiling, like: Tensor) -> Tensor:
     return like.new_empty(tiling.block_rows * tiling.block_vocab)
 
 
-def _tile(scratch: Tensor, rows: slice, vocab: slice) -> Tensor:
+def tile_of(scratch: Tensor, rows: slice, vocab: slice) -> Tensor:
     """A contiguous tile of any shape at the start of the scratch: ragged tiles reuse the same memory."""
     shape = (rows.stop - rows.start, vocab.stop - vocab.start)
     return scratch[: shape[0] * shape[1]].view(shape)

@@ -18,8 +18,10 @@ MOST = 1e30  # of a factor of the logits: fp32 ends at 3.4e38
 INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_head(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    """Checks shapes, devices and dtypes."""
+def check_head(
+    hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, bias: Tensor | None, choices: bool = False
+) -> None:
+    """Checks shapes, devices and dtypes; `choices` allows several labels per row."""
     tensors = {"hidden_states": hidden_states, "lm_head_weight": lm_head_weight, "labels": labels, "bias": bias}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
@@ -33,8 +35,9 @@ def check_head(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, bi
         )
     if H == 0 or V == 0:
         raise ValueError(f"lm_head_weight must have at least one row and one column, got {(V, H)}")
-    if tuple(labels.shape) != (T,):
-        raise ValueError(f"labels must have shape ({T},) to match hidden_states, got {tuple(labels.shape)}")
+    if tuple(labels.shape) != (T,) and not (choices and labels.dim() == 2 and labels.shape[0] == T):
+        shapes = f"({T},) or ({T}, K)" if choices else f"({T},)"
+        raise ValueError(f"labels must have shape {shapes} to match hidden_states, got {tuple(labels.shape)}")
     if bias is not None and tuple(bias.shape) != (V,):
         raise ValueError(f"bias must have shape ({V},) to match lm_head_weight, got {tuple(bias.shape)}")
     check_integers("labels", labels)
@@ -51,10 +54,10 @@ def check_labels(labels: Tensor, num_vocab: int) -> None:
     """Checks the values of labels on the CPU."""
     out_of_range = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= num_vocab))
     if bool(out_of_range.any()):
-        row = int(out_of_range.nonzero()[0, 0])
+        place = tuple(out_of_range.nonzero()[0].tolist())  # (row,) or (row, column)
         raise ValueError(
             f"labels must lie in [0, {num_vocab}) or be IGNORE_INDEX ({IGNORE_INDEX}), "
-            f"got {int(labels[row])} in row {row}"
+            f"got {int(labels[place])} in row {place[0]}"
         )
 
 

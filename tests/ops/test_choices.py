@@ -1,0 +1,135 @@
+"""Several labels per row, and the gradient of the entropy, against plain PyTorch in fp64."""
+
+import re
+
+import pytest
+import torch
+
+from fastdpo import linear_logps
+from fastdpo.types import IGNORE_INDEX
+
+T, H, V, K = 37, 12, 131, 4
+
+
+def make(dtype=torch.float64, has_bias=True):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias = torch.randn(T, H, generator=g), torch.randn(V, H, generator=g), torch.randn(V, generator=g)
+    labels = torch.randint(0, V, (T, K), generator=g)
+    labels[0] = IGNORE_INDEX
+    labels[1, 2] = IGNORE_INDEX
+    labels[2] = labels[2, 0]  # one id four times
+    labels[3, -1] = V - 1
+    leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)[: 2 + has_bias]]
+    return leaves, labels, torch.randn(T, K, generator=g).to(dtype), torch.randn(T, generator=g).to(dtype)
+
+
+def plain(hidden, weight, bias, labels, scale, cap):
+    """(T, K) log-probs and (T,) entropy, from the whole logits."""
+    z = hidden @ weight.T * scale if bias is None else (hidden @ weight.T + bias) * scale
+    z = z if cap is None else cap * torch.tanh(z / cap)
+    logps = z.log_softmax(-1)
+    keep = labels != IGNORE_INDEX
+    entropy = -(logps.exp() * logps).sum(-1)
+    return logps.gather(1, labels.clamp(min=0)).where(keep, 0.0), entropy.where(keep.any(1), 0.0)
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled", "auto"])
+@pytest.mark.parametrize(("scale", "cap", "has_bias"), [(1.0, None, True), (0.5, 3.0, True), (-1.5, None, False)])
+@pytest.mark.parametrize("workspace_bytes", [None, 4096])
+def test_values_and_gradients_are_those_of_plain_pytorch(impl, scale, cap, has_bias, workspace_bytes):
+    leaves, labels, g, e = make(has_bias=has_bias)
+    hidden, weight, bias = (*leaves, None)[:3]
+    settings = {"bias": bias, "logit_scale": scale, "softcap": cap, "impl": impl, "workspace_bytes": workspace_bytes}
+    found = linear_logps(hidden, weight, labels, outputs="entropy", entropy_grad=True, **settings)
+    logps, entropy = plain(hidden, weight, bias, labels, scale, cap)
+    torch.testing.assert_close(found.logps, logps, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(found.entropy, entropy, rtol=1e-11, atol=1e-11)
+    ours = torch.autograd.grad((found.logps * g).sum() + (found.entropy * e).sum(), leaves)
+    exact = torch.autograd.grad((logps * g).sum() + (entropy * e).sum(), leaves)
+    for mine, wanted in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_errs_at_most_twice_as_much_as_plain_pytorch(dtype):
+    leaves, labels, g, e = make(dtype)
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+
+    def results(inputs, logps, entropy):
+        grads = torch.autograd.grad((logps * g.to(logps.dtype)).sum() + (entropy * e.to(logps.dtype)).sum(), inputs)
+        return [x.detach().double() for x in (logps, entropy, *grads)]
+
+    found = linear_logps(*leaves[:2], labels, bias=leaves[2], outputs="entropy", entropy_grad=True, impl="tiled")
+    ours = results(leaves, found.logps, found.entropy)
+    half = results(leaves, *plain(*leaves, labels, 1.0, None))
+    exact = results(doubles, *plain(*doubles, labels, 1.0, None))
+    for mine, other, wanted in zip(ours, half, exact, strict=True):
+        scale = wanted.norm()
+        assert (mine - wanted).norm() / scale <= 2 * (other - wanted).norm() / scale + 1e-7
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+def test_a_frozen_head_and_one_label_per_row_give_the_entropy_a_gradient(impl):
+    (hidden, weight, _), labels, _, e = make()
+    weight = weight.detach()
+    found = linear_logps(hidden, weight, labels[:, 0], outputs=("lse", "entropy"), entropy_grad=True, impl=impl)
+    assert found.logps.shape == (T,)
+    assert not found.lse.requires_grad
+    (ours,) = torch.autograd.grad((found.entropy * e).sum(), hidden)
+    _, entropy = plain(hidden, weight, None, labels[:, :1], 1.0, None)
+    torch.testing.assert_close(ours, torch.autograd.grad((entropy * e).sum(), hidden)[0], rtol=1e-10, atol=1e-10)
+
+
+def test_statistics_of_several_labels_are_those_of_the_reference():
+    (hidden, weight, bias), labels, *_ = make()
+    names = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+    labels[5, 1] = int((hidden[5] @ weight.T + bias).argmax())
+    ours = linear_logps(hidden, weight, labels, bias=bias, outputs=names, impl="tiled")
+    exact = linear_logps(hidden, weight, labels, bias=bias, outputs=names, impl="reference")
+    assert ours.is_top1.shape == (T, K)
+    assert ours.is_top1[5, 1]
+    for name in names:
+        torch.testing.assert_close(getattr(ours, name), getattr(exact, name), rtol=1e-11, atol=1e-11)
+        assert not getattr(ours, name).requires_grad
+
+
+def test_nothing_of_the_size_of_the_logits_is_saved_for_backward():
+    (hidden, weight, bias), labels, *_ = make()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        linear_logps(hidden, weight, labels, bias=bias, outputs="entropy", entropy_grad=True)
+    assert saved
+    assert max(saved) == V * H  # the head itself; logits would be T x V = 4,847
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+def test_no_rows_give_no_log_probs_and_zero_gradients(impl):
+    hidden, weight = torch.zeros(0, H, requires_grad=True), torch.ones(V, H, requires_grad=True)
+    labels = torch.zeros(0, K, dtype=torch.int64)
+    found = linear_logps(hidden, weight, labels, outputs="entropy", entropy_grad=True, impl=impl)
+    assert found.logps.shape == (0, K)
+    grads = torch.autograd.grad(found.logps.sum() + found.entropy.sum(), (hidden, weight))
+    assert [float(grad.abs().sum()) for grad in grads] == [0.0, 0.0]
+    one = linear_logps(hidden, weight, labels[:, 0], outputs="entropy", entropy_grad=True, impl=impl)
+    assert one.logps.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"impl": "triton"}, 'labels must have shape (37,) for impl="triton"'),
+        ({"skip_tolerance": 0.1}, "labels must have shape (37,) with skip_tolerance"),
+        ({"entropy_grad": True}, 'outputs must name "entropy"'),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(change, message):
+    (hidden, weight, _), labels, *_ = make(torch.float32)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        linear_logps(hidden, weight, labels, **change)
+
+
+def test_a_label_outside_the_vocabulary_is_refused_with_its_row():
+    (hidden, weight, _), labels, *_ = make()
+    labels[7, 1] = V
+    with pytest.raises(ValueError, match="got 131 in row 7"):
+        linear_logps(hidden, weight, labels)
