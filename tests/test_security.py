@@ -9,8 +9,9 @@ import time
 import pytest
 import torch
 import yaml
-from tiny import make_llama, make_rows, save_model
+from tiny import make_llama, make_rows, make_tokenizer, save_model
 from tiny_tokenizers import CHATML, byte_level_tokenizer
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from fastdpo import DPOConfig
 from fastdpo.cli.main import main
@@ -49,6 +50,13 @@ def evil(tmp_path):
 # Models
 
 
+def saved_classifier(folder):
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForSequenceClassification(LlamaConfig(vocab_size=32, num_labels=1, **small)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def test_weights_that_would_run_code_are_refused_and_not_run(tmp_path, evil):
     save_model(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
@@ -56,6 +64,26 @@ def test_weights_that_would_run_code_are_refused_and_not_run(tmp_path, evil):
     with pytest.raises(ValueError, match=r"model must have its weights as safetensors, .* never unpickled"):
         models.load_model(str(tmp_path / "model"))
     assert not evil[1].exists()
+
+
+def test_weights_of_a_classifier_that_would_run_code_are_refused_and_not_run(tmp_path, evil):
+    folder = saved_classifier(tmp_path / "judge")
+    (folder / "model.safetensors").unlink()
+    torch.save({"score.weight": evil[0]}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"judge classifier must have its weights as safetensors, .* never unpickled"):
+        Classifier(str(folder))
+    assert not evil[1].exists()
+
+
+def test_a_classifier_whose_files_are_cut_off_or_nest_without_end_is_refused(tmp_path):
+    folder = saved_classifier(tmp_path / "judge")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"judge classifier must have complete weights in .*/judge'"):
+        Classifier(str(folder))
+    (folder / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(ValueError, match=r"judge/config.json must not nest its values so deeply"):
+        Classifier(str(folder))
 
 
 def test_a_config_cannot_ask_for_unpickled_weights(tmp_path, evil):

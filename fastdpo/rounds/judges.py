@@ -141,13 +141,14 @@ class Classifier:
     def __init__(self, name: str, args: DPOConfig | None = None) -> None:
         from transformers import AutoModelForSequenceClassification
 
-        from fastdpo.training.setup.models import load_tokenizer, refuse_unpickling
+        from fastdpo.training.setup.models import load_tokenizer, readable_files, refuse_unpickling
 
         args = DPOConfig("not_used") if args is None else args
         refuse_unpickling(args.init_kwargs())
         options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False, **args.init_kwargs()}
         try:
-            model: Any = AutoModelForSequenceClassification.from_pretrained(name, **options)
+            with readable_files("judge classifier", name):
+                model: Any = AutoModelForSequenceClassification.from_pretrained(name, **options)
             self.tokenizer: Any = load_tokenizer(name, args.init_kwargs())
         except OSError as error:
             raise ValueError(f"judge classifier must name a model, got {name!r}: {error}") from error

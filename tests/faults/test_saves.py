@@ -295,8 +295,11 @@ def small_disk(tmp_path, finished):
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 2}", "tmpfs", folder], check=False)
     if done.returncode != 0:
         pytest.skip("a file system cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    # its input ends with the tests, also with those that are killed; lazily, since a file may still be open
+    words = ["sh", "-c", 'cat; umount -l "$0"', folder]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True) as unmounts:
+        yield folder
+    assert unmounts.returncode == 0
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_names_the_missing_bytes(small_disk, finished):

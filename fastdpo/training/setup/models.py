@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -257,11 +259,11 @@ def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = Non
     load_whole_models()
     name_or_path = as_folder(name_or_path)
     try:
-        check_json_files(name_or_path)
-        config = AutoConfig.from_pretrained(name_or_path, **where_from(options))
-        check_kind(config, str(name_or_path))
-        loading = auto_class(config, str(name_or_path), **where_from(options))
-        loaded = loading.from_pretrained(name_or_path, **options, output_loading_info=True)
+        with readable_files("model", name_or_path):
+            config = AutoConfig.from_pretrained(name_or_path, **where_from(options))
+            check_kind(config, str(name_or_path))
+            loading = auto_class(config, str(name_or_path), **where_from(options))
+            loaded = loading.from_pretrained(name_or_path, **options, output_loading_info=True)
     except TypeError as error:
         raise ValueError(
             f"model_init_kwargs must be arguments of from_pretrained, got {model_init_kwargs}: {error}"
@@ -270,15 +272,6 @@ def load_model(name_or_path: str, model_init_kwargs: dict[str, Any] | None = Non
         raise ValueError(f"loading {name_or_path!r} needs a package that is not installed: {error}") from error
     except OSError as error:
         raise ValueError(_no_model(name_or_path, error)) from error
-    except SafetensorError as error:
-        raise ValueError(
-            f"model must have complete weights in {str(name_or_path)!r}, got a file that cannot be read: {error}; copy"
-            " or download it again"
-        ) from error
-    except pickle.UnpicklingError:
-        raise ValueError(_not_unpickled(name_or_path)) from None
-    except RecursionError:
-        raise ValueError(f"{name_or_path}/config.json must not nest its values so deeply") from None
     except RuntimeError as error:
         if "mismatched" not in str(error):
             raise
@@ -300,17 +293,32 @@ def _with_saved_adapter(base: nn.Module, folder: str, model_init_kwargs: dict[st
         num_embeddings = max(num_tokens, base.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     if num_embeddings is not None:  # it was trained with tokens that the base does not have
         base.resize_token_embeddings(num_embeddings)  # type: ignore[operator]
-    try:
+    with readable_files("model", folder):
         return PeftModel.from_pretrained(base, folder, is_trainable=True)
+
+
+@contextmanager
+def readable_files(argument: str, name: str) -> Iterator[None]:
+    """Around from_pretrained of what `argument` names.
+
+    Raises:
+        ValueError: a JSON file is too large or nests too deeply, or weights are cut off or pickled objects.
+    """
+    check_json_files(name)
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"{argument} must have complete weights in {str(name)!r}, got a file that cannot be read: {error}; copy or"
+            " download it again"
+        ) from error
     except pickle.UnpicklingError:
-        raise ValueError(_not_unpickled(folder)) from None
-
-
-def _not_unpickled(name: str) -> str:
-    return (
-        f"model must have its weights as safetensors, or as plain tensors in a .bin file, got {str(name)!r}, whose file"
-        " holds other Python objects; they are never unpickled, because that runs code"
-    )
+        raise ValueError(
+            f"{argument} must have its weights as safetensors, or as plain tensors in a .bin file, got {str(name)!r},"
+            " whose file holds other Python objects; they are never unpickled, because that runs code"
+        ) from None
+    except RecursionError:
+        raise ValueError(f"{name}/config.json must not nest its values so deeply") from None
 
 
 # Weights in an adapter's file that show the size of the vocabulary: the end of the name, and the dimension
