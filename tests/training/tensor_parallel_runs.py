@@ -4,7 +4,9 @@ accelerate refuses meshes of CPU processes, so `shards_on_cpus` makes it take th
 GPUs: transformers cuts the model over gloo processes and its Trainer trains it.
 """
 
+import os
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -112,12 +114,13 @@ def evaluation(trainer, num_readers):
     return {"summary": trainer.summary(), "metrics": metrics, "logps": found.predictions["chosen_logps"].tolist()}
 
 
-def refusal(folder, **settings):
+def refusal(folder, environment=None, **settings):
     """What the trainer says to these settings; `model` and `peft_config` are names of what MADE makes."""
     shards_on_cpus()
     made = {name: MADE[value]() if value in MADE else value for name, value in settings.items()}
     try:
-        tiny_trainer(folder, **{"tensor_parallel_size": 2, **made})
+        with patch.dict(os.environ, environment or {}):
+            tiny_trainer(folder, **{"tensor_parallel_size": 2, **made})
     except ValueError as error:
         return str(error)
     return ""

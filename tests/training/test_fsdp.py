@@ -26,6 +26,18 @@ MODES = (
     "listwise",
     "tiles, checkpointing",
 )
+# run by default; the others, which change less of what FSDP2 gathers and reduces, are slow
+FEW = (
+    "cached reference",
+    "LoRA on the head",
+    "LoRA, micro-batches",
+    "accumulation",
+    "tiles, checkpointing",
+    "tied embeddings",
+)
+SLOW = tuple(mode for mode in MODES if mode not in FEW)
+KINDS = [("cached reference", "SHARDED_STATE_DICT"), ("LoRA", "FULL_STATE_DICT")]
+SLOW_KINDS = [("cached reference", "FULL_STATE_DICT"), ("LoRA", "SHARDED_STATE_DICT")]
 STEPS = {"uneven pairs": 5}  # of the modes that need more than one: to the end of an epoch and beyond
 
 
@@ -40,7 +52,12 @@ def run_on(num_processes, folder, modes, steps, **settings):
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    return run_on(2, tmp_path_factory.mktemp("two"), (*MODES, "uneven pairs", "bf16", "bf16, large vocabulary"), 1)
+    return run_on(2, tmp_path_factory.mktemp("two"), (*FEW, "uneven pairs", "bf16", "bf16, large vocabulary"), 1)
+
+
+@pytest.fixture(scope="module")
+def more_of_two(tmp_path_factory):
+    return run_on(2, tmp_path_factory.mktemp("more"), SLOW, 1)
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +65,19 @@ def of_four_after_five_steps(tmp_path_factory):
     return run_on(4, tmp_path_factory.mktemp("four"), MODES, 5)
 
 
+def run_and_resume(kinds, folder):
+    cases = [{"mode": mode, "kind": kind} for mode, kind in kinds]
+    return dict(zip(kinds, on_processes(resume, cases, folder), strict=True))
+
+
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    kinds = [
-        (mode, kind) for mode in ("cached reference", "LoRA") for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
-    ]
-    cases = [{"mode": mode, "kind": kind} for mode, kind in kinds]
-    return dict(zip(kinds, on_processes(resume, cases, tmp_path_factory.mktemp("resumed")), strict=True))
+    return run_and_resume(KINDS, tmp_path_factory.mktemp("resumed"))
+
+
+@pytest.fixture(scope="module")
+def more_resumed(tmp_path_factory):
+    return run_and_resume(SLOW_KINDS, tmp_path_factory.mktemp("more_resumed"))
 
 
 def assert_like_one(mode, folder, results, own_folder, steps, is_sharded=True):
@@ -67,10 +90,17 @@ def assert_like_one(mode, folder, results, own_folder, steps, is_sharded=True):
     assert_runs_like_one(folder, results, own_folder, one, steps, has_repeated_rows=is_uneven)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", FEW)
 def test_losses_and_gradients_are_those_of_one_process(mode, of_two, tmp_path):
     with works("FSDP2", mode, processes=2, steps=1):
         assert_like_one(mode, *of_two[mode], tmp_path / "one", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", SLOW)
+def test_losses_and_gradients_of_more_modes_too(mode, more_of_two, tmp_path):
+    with works("FSDP2", mode, processes=2, steps=1):
+        assert_like_one(mode, *more_of_two[mode], tmp_path / "one", 1)
 
 
 @pytest.mark.slow
@@ -108,12 +138,18 @@ def test_two_copies_that_are_each_divided_over_two_processes_too(tmp_path):
             assert_like_one(mode, folder, results, tmp_path / f"one {mode}", 2)
 
 
-@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-@pytest.mark.parametrize("mode", ["cached reference", "LoRA"])
-def test_a_resumed_run_ends_in_the_same_weights(kind, mode, resumed):
+@pytest.mark.parametrize(("mode", "kind"), KINDS)
+def test_a_resumed_run_ends_in_the_same_weights(mode, kind, resumed):
     with works("FSDP2", "resuming", processes=2, steps=4):
         for weights, again in resumed[mode, kind]:  # the same computation, so the same bits
             assert weights == again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "kind"), SLOW_KINDS)
+def test_a_resumed_run_of_the_other_kind_of_checkpoint_does_too(mode, kind, more_resumed):
+    for weights, again in more_resumed[mode, kind]:
+        assert weights == again
 
 
 def test_the_saved_model_is_whole(of_two):

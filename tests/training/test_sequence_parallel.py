@@ -18,15 +18,21 @@ from fastdpo.data.batches.shares import with_shares
 from fastdpo.evidence.bad_batch import load_bad_batch
 from fastdpo.training.callbacks.finite import save_bad_batch
 
-MODES = ("LoRA, checkpointing", "micro-batches", "accumulation", "no reference, sft", "listwise")
+MODES = ("LoRA, checkpointing", "micro-batches", "listwise")
+SLOW_MODES = ("accumulation", "no reference, sft")  # of these after one step, too
 MORE_MODES = (
+    *SLOW_MODES,
     *("cached reference", "frozen reference", "LoRA", "LoRA on the head", "LoRA, cached reference"),
     *("LoRA, micro-batches", "checkpointing", "tied embeddings"),
 )
-# windows; sinks; experts with a load-balancing loss; values narrower than keys
-EXACT = ("mistral", "gpt_oss", "qwen3_moe", "deepseek_v3")
-# softcaps; a mask that carries the row; learned positions; chunks and queries scaled by position; ...
-MORE_EXACT = ("gemma2", "stablelm", "gpt2", "llama4_text", "gemma3_text", "phi3", "olmo2", "cohere2", "granite", "opt")
+# sinks; values narrower than keys
+EXACT = ("gpt_oss", "deepseek_v3")
+# windows; experts with a load-balancing loss; softcaps; a mask that carries the row; learned positions; chunks and
+# queries scaled by position; ...
+MORE_EXACT = (
+    *("mistral", "qwen3_moe", "gemma2", "stablelm", "gpt2", "llama4_text", "gemma3_text", "phi3", "olmo2", "cohere2"),
+    *("granite", "opt"),
+)
 THREE_KEY_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}
 REFUSED = {
     "mamba": "must be 1 for MambaForCausalLM, got 2: 2 x MambaMixer, .* mix tokens outside attention",
@@ -162,6 +168,7 @@ def test_the_table_of_what_works_has_these_refusals(tmp_path):
 def more_of_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("more")
     cases = {mode: {"what": "trains", "mode": mode, "steps": 5} for mode in (*MODES, *MORE_MODES)}
+    cases |= {(mode, 1): {"what": "trains", "mode": mode} for mode in SLOW_MODES}
     cases |= {model_type: {"what": "is right for", "model_type": model_type} for model_type in MORE_EXACT}
     cases |= {"lfm2": {"what": "refuses", "model_type": "lfm2"}, "samples": {"what": "samples"}}
     cases |= {"SP": {"what": "resumes", "mode": "cached reference"}}
@@ -191,6 +198,13 @@ def of_four(tmp_path_factory):
 def test_after_five_steps_too(mode, more_of_two, tmp_path):
     with works("SP", mode, processes=2, steps=5):
         assert_runs_like_one(*more_of_two[mode], tmp_path, train(tmp_path, mode, 5), 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", SLOW_MODES)
+def test_after_one_step_in_more_modes(mode, more_of_two, tmp_path):
+    with works("SP", mode, processes=2):
+        assert_runs_like_one(*more_of_two[mode, 1], tmp_path, train(tmp_path, mode), 1)
 
 
 @pytest.mark.slow

@@ -51,6 +51,11 @@ REFUSED = {
     ),
     "samples": ({"num_eval_samples": 2}, "num_eval_samples must be 0 under FSDP, DeepSpeed and tensor parallelism"),
     "moving": ({"sync_ref_model": True}, "sync_ref_model must be off under FSDP, DeepSpeed and tensor parallelism"),
+    # of --accelerate_config fsdp2, which leaves `fsdp` of the settings off
+    "accelerate's FSDP": (
+        {"environment": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}},
+        "tensor_parallel_size must be 1 with an accelerate config for FSDP, got 2: start with --accelerate_config tp",
+    ),
 }
 _FULL = ("full weights", "shared prompts", "frozen reference")
 IN_TABLE = {

@@ -9,6 +9,7 @@ gathers and shards; this module adds what training needs beyond that. Refuses mo
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +55,11 @@ def check_sizes(args: EngineConfig) -> None:
                 f"{name} must be off with tensor_parallel_size={size}, got {value!r}: with more processes than that,"
                 " the parts of the model are sharded over the groups without it"
             )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # of accelerate's launcher: args.fsdp is unset
+        raise ValueError(
+            f"tensor_parallel_size must be 1 with an accelerate config for FSDP, got {size}: start with"
+            " --accelerate_config tp; with more processes than that, the parts of the model are sharded over the groups"
+        )
     if args.save_strategy != "no" and not args.save_only_model:
         raise ValueError(
             f"save_only_model must be True (or save_strategy 'no') with tensor_parallel_size={size}, got False:"
