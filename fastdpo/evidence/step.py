@@ -3,8 +3,8 @@
 In: a model, a device, a dtype. Out: one `Line` per check. The exact step runs every response in a forward of its own,
 through the stock model in fp64, with full logits. The bound is three times the error of the same plain step in the
 precision of a run: fp32, or fp32 weights under autocast to bf16 or fp16. Every attention backend that runs here
-computes packed rows, with and without shared prompts; one that cannot gives a line with the reason. Two more checks: the
-same step again has equal bits, and no step needs the memory of all response rows' logits. A model that fastdpo refuses
+computes packed rows, with and without shared prompts; one that cannot gives a line with the reason. Two more checks:
+the same step again has equal bits, and no step needs the memory of all logits. A model that fastdpo refuses
 gives a failed line with what the self-check said.
 """
 
