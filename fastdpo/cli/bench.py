@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     on_gpu = torch.cuda.is_available()
     model = options.model or ("1B" if on_gpu and not options.quick else "tiny")
     dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
-    pairs = options.pairs or (16 if on_gpu else 4)
+    pairs = options.pairs or (16 if on_gpu else 2 if options.quick else 4)
     workload = make_workload(model, options.vocab, options.dataset, options.profile, pairs, options.max_length, dtype)
     if options.dataset:
         dataset_rows(options.dataset)
@@ -89,7 +89,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--vocab", help="llama3, qwen3, gemma3 or a number; default: the model's")
     parser.add_argument("--dataset", help="preference data with prompt, chosen and rejected as texts")
     parser.add_argument("--profile", default="hh", help="lengths without a dataset: hh, ultrafeedback or long")
-    parser.add_argument("--pairs", type=int, help="pairs of a step; default: 4 on a CPU, 16 on a GPU")
+    parser.add_argument("--pairs", type=int, help="pairs of a step; default: 4 on a CPU (2 with --quick), 16 on a GPU")
     parser.add_argument("--max_length", "--max-length", type=int, help="most tokens of a prompt and one response")
     parser.add_argument("--rows", type=int, help="response rows of the head alone; default: 512, on a GPU 16,384")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32, bf16 on a GPU")

@@ -1,5 +1,6 @@
 """`fastdpo verify`: checks the kernels on this machine, and prints a table. Exit code 1 if a check fails.
 
+With --model it also checks a whole step of that model, with every attention backend, against plain PyTorch in fp64.
 With --json it prints one JSON object on stdout instead: "passed", "complete", "machine", and "lines" with impl, dtype,
 check, verdict, error, bound, unit and note of each check. It also prints each line on stderr as it comes. After an
 interrupt (SIGINT) the object has the lines so far.
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,7 +19,7 @@ from typing import Any
 from fastdpo.cli.options.parser import RaisingParser
 from fastdpo.evidence.checks import MIB, Line
 from fastdpo.evidence.problems import Shape
-from fastdpo.evidence.verify import ALL_DTYPES, default_shape, machine, verify
+from fastdpo.evidence.verify import ALL_DTYPES, DTYPES, default_shape, machine, verify
 
 STYLES = {"ok": "green", "FAILED": "bold red", "skipped": "dim"}
 
@@ -28,6 +31,8 @@ def main(argv: list[str]) -> int:
         ValueError: an invalid option.
     """
     options = _parser().parse_args(argv)
+    if options.sanitize:
+        return _sanitized([word for word in argv if word != "--sanitize"])
     import torch
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,8 +42,18 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {device!r}") from None
     lines: list[Line] = []
     complete = True
+    model = _load(options) if options.model else None
+
+    def each(line: Line) -> None:
+        _take_down(line, lines, options.json)
+
     try:
-        verify(device, options.dtype, _shape(options, device), lambda line: _take_down(line, lines, options.json))
+        verify(device, options.dtype, _shape(options, device), each)
+        if model is not None:
+            from fastdpo.evidence.step import verify_step
+
+            for dtype in options.dtype or DTYPES[torch.device(device).type]:
+                verify_step(model, dtype, torch.device(device), each)
     except KeyboardInterrupt:
         if not options.json:
             raise
@@ -70,8 +85,38 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, what in (("rows", "tokens"), ("hidden", "hidden size"), ("vocab", "vocabulary size")):
         parser.add_argument(f"--{name}", type=int, help=f"{what} in the comparisons with fp64")
+    parser.add_argument("--model", help="also check a whole step of this model, a folder or name")
+    parser.add_argument(
+        "--trust_remote_code", "--trust-remote-code", action="store_true", help="run code that comes with the model"
+    )
+    parser.add_argument("--sanitize", action="store_true", help="run under compute-sanitizer, on a GPU")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
+
+
+def _load(options: argparse.Namespace) -> Any:
+    from fastdpo.training.setup.models import check_config, load_model
+
+    init_kwargs = {"trust_remote_code": True} if options.trust_remote_code else {}
+    check_config(options.model, init_kwargs)
+    return load_model(options.model, init_kwargs)
+
+
+def _sanitized(argv: list[str]) -> int:
+    """The same command as a child of compute-sanitizer, whose exit code is 1 for its own findings too.
+
+    Raises:
+        ValueError: there is no compute-sanitizer.
+    """
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        raise ValueError(
+            "--sanitize must find compute-sanitizer on the PATH, got a machine without it; it comes with the CUDA"
+            " toolkit (package cuda-sanitizer-api, folder /usr/local/cuda/bin)"
+        )
+    start = "import sys; from fastdpo.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [tool, "--error-exitcode", "1", sys.executable, "-c", start, "verify", *argv]
+    return subprocess.run(command, check=False).returncode
 
 
 def _shape(options: argparse.Namespace, device: str) -> Shape | None:
