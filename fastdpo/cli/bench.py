@@ -2,8 +2,8 @@
 
 In: a model (preset, folder or name; its weights are random), and a preference dataset or a length profile. Out: tables
 of fastdpo, its features switched off one by one, plain PyTorch and TRL where it is installed; --out appends JSON lines,
-and --report writes an HTML page with plots. --sweep measures the head at four sizes and fits log-log slopes. Methods
-take turns; figures are medians with minimum and maximum. A method whose numbers are wrong has the reason and no speed.
+and --report writes an HTML page with plots. --sweep measures four sizes and fits log-log slopes. Methods take turns;
+figures are medians with minimum and maximum. A method whose numbers are wrong has the reason and no speed.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="response rows of the head alone; default: 512, on a GPU 16,384")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32, bf16 on a GPU")
     parser.add_argument("--only", choices=("head", "steps"), help="measure one of the two")
-    parser.add_argument("--sweep", choices=SWEEPS, help="the head at four sizes, with log-log slopes")
+    parser.add_argument("--sweep", choices=SWEEPS, help="a step at four sizes, with log-log slopes")
     parser.add_argument("--runs", type=int, help="timed runs of the head; default: 7, with --quick 3")
     parser.add_argument("--steps", type=int, help="timed steps of a turn; default: 4, with --quick 2")
     parser.add_argument("--rounds", type=int, help="turns of each method; default: 3, with --quick 1")
