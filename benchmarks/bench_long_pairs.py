@@ -19,10 +19,10 @@ import time
 from typing import Any
 
 import torch
-from shared.measure import append_lines, machine_facts
 from torch import Tensor, nn
 
 from fastdpo import TokenizedPair, pack_pairs
+from fastdpo.evidence.bench.measure import append_lines, machine_facts
 from fastdpo.evidence.memory import peak_live_bytes
 from fastdpo.modeling import packed_loss, prepare_model
 from fastdpo.modeling.offload import DryCopies, PlainCopies, offload_checkpoints

@@ -70,6 +70,7 @@ def test_a_wheel_holds_the_kernels_under_fastdpo(tmp_path):
 
 # Where a package is called otherwise than its module; what only a user's own choice brings in, as report_to does
 DISTRIBUTIONS = {"yaml": "pyyaml", "flash_attn": "flash-attn", "liger_kernel": "liger-kernel"}
+DISTRIBUTIONS |= {"cut_cross_entropy": "cut-cross-entropy"}
 BROUGHT_BY_USERS = {"wandb", "trackio", "vllm"}
 
 
