@@ -144,7 +144,9 @@ def test_smoothed_and_soft_targets_are_as_exact_as_plain_pytorch(impl, dtype, ki
     exact = run(whole, [x.detach().double().requires_grad_() for x in leaves], target, **settings)
     ours = run(linear_cross_entropy, leaves, target, **settings, impl=impl)
     assert ours[0].dtype == torch.float32
-    assert_as_exact(ours, run(careful, leaves, target, **settings), exact)
+    # with probabilities, the bias of the class that gives the lse gets a difference of two sums over N rows of 1
+    floor = 1e-7 if kind == "smoothed" else 2**-22 * N / float(exact[3].norm())
+    assert_as_exact(ours, run(careful, leaves, target, **settings), exact, floor)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
