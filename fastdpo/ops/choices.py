@@ -17,7 +17,16 @@ from torch.autograd.function import once_differentiable
 from fastdpo.ops.gradients import head_gradients
 from fastdpo.ops.head import Head
 from fastdpo.ops.matmul import operand
-from fastdpo.ops.tiled import EXP_FLOOR, RowState, choose_tiling, fill_logits, scratch_of, tile_of
+from fastdpo.ops.tiled import (
+    EXP_FLOOR,
+    RowState,
+    choose_tiling,
+    fill_logits,
+    label_columns,
+    logit_tiles,
+    scratch_of,
+    tile_of,
+)
 from fastdpo.types import IGNORE_INDEX, TokenLogps
 
 
@@ -83,15 +92,10 @@ def _forward(
     chosen = state.max.new_full(labels.shape, torch.nan)  # stays nan for a label outside the vocabulary
     scratch = scratch_of(tiling, state.max)
     second = scratch_of(tiling, state.max) if "entropy" in head.outputs else None
-    for vocab in tiling.vocab():
-        weight = operand(lm_head_weight[vocab]).T  # (H, block_vocab)
-        for rows in tiling.rows():
-            logits = tile_of(scratch, rows, vocab)
-            fill_logits(logits, operand(hidden_states[rows]), weight, None if bias is None else bias[vocab], head)
-            column, inside = _columns(labels[rows], vocab)
-            chosen[rows] = torch.where(inside, logits.gather(1, column), chosen[rows])
-            state.absorb(rows, vocab, logits, None if second is None else tile_of(second, rows, vocab))
-        del weight  # where it is a cast, before the next one is made
+    for rows, vocab, logits in logit_tiles(hidden_states, lm_head_weight, bias, head, tiling, scratch):
+        column, inside = label_columns(labels[rows], vocab)
+        chosen[rows] = torch.where(inside, logits.gather(1, column), chosen[rows])
+        state.absorb(rows, vocab, logits, None if second is None else tile_of(second, rows, vocab))
     values = state.finish()
     ignored = labels == IGNORE_INDEX
     logps = (chosen - state.max[:, None]) - state.sumexp.log()[:, None]  # in the order of eq. (7)
@@ -149,15 +153,8 @@ class _ChoiceGrads:
         torch.exp(log_p, out=out).neg_()
         factor = log_p.clamp_(min=EXP_FLOOR).mul_(self.slope[rows, None]).add_(self.offset[rows, None])
         out.mul_(factor)
-        column, inside = _columns(self.labels[rows], vocab)
+        column, inside = label_columns(self.labels[rows], vocab)
         out.scatter_add_(1, column, self.grads[rows] * inside)  # an id that a row names twice counts twice
         if cap_slope is not None:
             out.mul_(cap_slope)
         return out.mul_(self.head.logit_scale).to(weight.dtype)
-
-
-def _columns(labels: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
-    """Each label as a column of this vocabulary block, clamped, and whether it is inside; both (rows, K)."""
-    column = labels - vocab.start
-    width = vocab.stop - vocab.start
-    return column.clamp(0, width - 1), (column >= 0) & (column < width)

@@ -8,6 +8,7 @@ Equation numbers are those of kernels/README.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -54,14 +55,22 @@ def tiled_forward(
     state = RowState(hidden_states, lm_head_weight, labels, head)
     scratch = scratch_of(tiling, state.max)
     second = scratch_of(tiling, state.max) if "entropy" in head.outputs else None
+    for rows, vocab, logits in logit_tiles(hidden_states, lm_head_weight, bias, head, tiling, scratch):
+        state.absorb(rows, vocab, logits, None if second is None else tile_of(second, rows, vocab))
+    return state.finish()
+
+
+def logit_tiles(
+    hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | None, head: Head, tiling: Tiling, scratch: Tensor
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(rows, vocab, logits) of every tile; the logits are in `scratch`, valid until the next tile."""
     for vocab in tiling.vocab():
         weight = operand(lm_head_weight[vocab]).T  # (H, block_vocab)
         for rows in tiling.rows():
             logits = tile_of(scratch, rows, vocab)
             fill_logits(logits, operand(hidden_states[rows]), weight, None if bias is None else bias[vocab], head)
-            state.absorb(rows, vocab, logits, None if second is None else tile_of(second, rows, vocab))
+            yield rows, vocab, logits
         del weight  # where it is a cast, before the next one is made
-    return state.finish()
 
 
 class RowState:
@@ -86,8 +95,8 @@ class RowState:
 
     def absorb(self, rows: slice, vocab: slice, logits: Tensor, second: Tensor | None) -> None:
         """Adds one tile of logits, which is overwritten."""
-        column, inside = _label_columns(self.labels[rows], vocab)
-        picked = logits.gather(1, column)[:, 0]
+        column, inside = label_columns(self.labels[rows], vocab)
+        picked = logits.gather(1, column[:, None])[:, 0]
         self.label_logit[rows] = torch.where(inside, picked, self.label_logit[rows])
         if "mean_logits" in self.head.outputs:
             self.sum_z[rows] += logits.sum(1)
@@ -160,8 +169,9 @@ class TiledLogitGrads:
         """(block_rows, block_vocab), valid until the next call, in the dtype of `weight`, the operand of W[vocab]."""
         out = tile_of(self.scratch, rows, vocab)
         slope = None if self.second is None else tile_of(self.second, rows, vocab)
-        column, inside = _label_columns(self.rows.labels[rows], vocab)
-        self.rows.fill(out, rows, weight, None if self.bias is None else self.bias[vocab], column, inside, slope)
+        column, inside = label_columns(self.rows.labels[rows], vocab)
+        bias = None if self.bias is None else self.bias[vocab]
+        self.rows.fill(out, rows, weight, bias, column[:, None], inside, slope)
         return out.to(weight.dtype)  # without c: one more pass over the tile costs more here than scaled rows
 
 
@@ -214,11 +224,11 @@ def fill_logits(
         out.mul_(head.softcap)
 
 
-def _label_columns(labels: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
-    """Each row's label as a column of this vocabulary block, (rows, 1), clamped; and whether it is inside, (rows,)."""
+def label_columns(labels: Tensor, vocab: slice) -> tuple[Tensor, Tensor]:
+    """Each label as a column of this vocabulary block, clamped, and whether it is inside; both in the labels' shape."""
     column = labels - vocab.start
     width = vocab.stop - vocab.start
-    return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
+    return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
 
 def scratch_of(tiling: Tiling, like: Tensor) -> Tensor:
