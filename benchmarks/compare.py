@@ -10,31 +10,16 @@ spread of both runs; 2 if the files share no measurement.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-KEYS = (
-    "device",
-    "num_threads",
-    "num_tokens",
-    "num_rows",
-    "hidden_size",
-    "vocab_size",
-    "dtype",
-    "workload",
-    "sweep",
-    "x",
-)
-Record = dict[str, Any]
+from fastdpo.evidence.bench.records import MACHINE, Record, measurement_of, read
 
 
 def measurements(path: Path) -> dict[tuple[Any, ...], Record]:
     """The last record of each measurement that has a time or a speed."""
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    names = (*KEYS, "pass", "method")
-    return {tuple(r.get(key) for key in names): r for r in records if "ms" in r or "pairs_per_s" in r}
+    return {measurement_of(r): r for r in read(path) if "ms" in r or "pairs_per_s" in r}
 
 
 def times(record: Record) -> tuple[float, float, float]:
@@ -71,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         worse += grew and new[key]["method"].startswith("fastdpo")
         time = times(new[key])[0] / times(old[key])[0]
         memory = new[key]["peak_mib"] / old[key]["peak_mib"]
-        name = ", ".join(str(part) for part in key[2:] if part is not None)
+        name = ", ".join(str(part) for part in key[len(MACHINE) :] if part is not None)
         print(f"{'WORSE' if grew else '     '} time x {time:.2f}, memory x {memory:.2f}  {name}")
     print(f"{len(shared)} measurements compared, {worse} of fastdpo worse")
     return 1 if worse else 0

@@ -56,6 +56,13 @@ class Line:
     note: str = ""
 
 
+def judged(
+    impl: str, dtype: str, check: str, error: float, bound: float, unit: str = "relative", note: str = ""
+) -> Line:
+    verdict = "ok" if error <= bound else "FAILED"  # so that nan fails
+    return Line(impl, dtype, check, verdict, float(error), float(bound), unit, note)
+
+
 @dataclass(frozen=True)
 class Subject:
     """The checked implementation, dtype, device and shape."""
@@ -72,8 +79,7 @@ class Subject:
         return make_problem(shape or self.shape, getattr(torch, self.dtype), self.device, **settings)
 
     def line(self, check: str, error: float, bound: float, unit: str = "relative", note: str = "") -> Line:
-        verdict = "ok" if error <= bound else "FAILED"  # so that nan fails
-        return Line(self.impl, self.dtype, check, verdict, float(error), float(bound), unit, note)
+        return judged(self.impl, self.dtype, check, error, bound, unit, note)
 
     def skipped(self, check: str, note: str) -> Line:
         return Line(self.impl, self.dtype, check, "skipped", note=note)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdpo.data.batches.packing import pack_pairs, pad_pairs
-from fastdpo.evidence.checks import Line
+from fastdpo.evidence.checks import Line, judged
 from fastdpo.evidence.memory import peak_live_bytes
 from fastdpo.evidence.problems import relative_error
 from fastdpo.modeling.attention import BACKENDS, UnsupportedAttention
@@ -102,14 +102,9 @@ def _lines(model: nn.Module, dtype: str, device: torch.device) -> Iterator[Line]
         with _deterministic():
             first, second = step(), step()
         different = sum(int((first[name] != second[name]).sum()) for name in first)
-        yield _line(dtype, f"same step again: bits that differ ({layout})", different, 0, "elements")
+        yield judged("step", dtype, f"same step again: bits that differ ({layout})", different, 0, "elements")
     prepare_model(run, attention_backend="auto")
     yield _memory(run, dtype, device, is_packed=check.ok)
-
-
-def _line(dtype: str, check: str, error: float, bound: float, unit: str = "relative", note: str = "") -> Line:
-    verdict = "ok" if error <= bound else "FAILED"  # so that nan fails
-    return Line("step", dtype, check, verdict, float(error), float(bound), unit, note)
 
 
 def _compared(
@@ -117,7 +112,7 @@ def _compared(
 ) -> Iterator[Line]:
     """Loss, log-probs and all gradients together, then the parameter that is worst of its bound."""
     for name in ("loss", "log-probs"):
-        yield _line(dtype, f"{name} ({layout})", relative_error(found[name], exact[name]), bounds[name])
+        yield judged("step", dtype, f"{name} ({layout})", relative_error(found[name], exact[name]), bounds[name])
     names = [name for name in exact if name.startswith("grad ")]
     total = sum(float(exact[name].square().sum()) for name in names) ** 0.5
     size = sum(exact[name].numel() for name in names)
@@ -129,7 +124,7 @@ def _compared(
         error = float((found[name] - exact[name]).norm()) / (bounds[name] * norm + least)
         if not error <= share:
             worst, share = name, error
-    yield _line(dtype, f"gradients, worst of {len(names)} ({layout})", share, 1, "of bound", worst)
+    yield judged("step", dtype, f"gradients, worst of {len(names)} ({layout})", share, 1, "of bound", worst)
 
 
 def _precision(dtype: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -238,7 +233,7 @@ def _memory(model: nn.Module, dtype: str, device: torch.device, *, is_packed: bo
         if peak_live_bytes(backbone, device) > workspace // 2:
             return Line("step", dtype, check, "skipped", note="the layers of so small a vocabulary need more")
         note = f"{MANY_ROWS} x {vocab} logits in fp32 alone"
-        return _line(dtype, check, peak_live_bytes(step, device), workspace, "bytes", note)
+        return judged("step", dtype, check, peak_live_bytes(step, device), workspace, "bytes", note)
     finally:
         for p, wanted in before.items():
             p.requires_grad_(wanted)

@@ -7,6 +7,7 @@ models that do not fit the memory with the state of AdamW and a frozen reference
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,10 @@ def slope(xs: list[float], ys: list[float]) -> float:
 
 def line_through(xs: list[float], ys: list[float]) -> tuple[float, float]:
     """(intercept, slope) of the least-squares line; the mean of `ys` and 0 where all `xs` are equal."""
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    spread = sum((x - mean_x) ** 2 for x in xs)
-    if spread == 0:
-        return mean_y, 0.0
-    rise = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread
-    return mean_y - rise * mean_x, rise
+    if len(set(xs)) == 1:
+        return statistics.fmean(ys), 0.0
+    fit = statistics.linear_regression(xs, ys)
+    return fit.intercept, fit.slope
 
 
 def _vocab_size(text: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 SHAPE = ("num_tokens", "num_rows", "hidden_size", "vocab_size", "dtype")
 MACHINE = ("device", "num_threads")
+MEASUREMENT = (*MACHINE, *SHAPE, "pass", "method", "order", "tolerance", "workload", "sweep", "x")  # what makes it one
 
 Record = dict[str, Any]
 
@@ -18,8 +19,12 @@ def read(path: Path) -> list[Record]:
     if not path.exists():
         return []
     records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    keys = (*MACHINE, *SHAPE, "pass", "method", "order", "tolerance", "workload")
-    return list({tuple(record.get(key) for key in keys): record for record in records}.values())
+    return list({measurement_of(record): record for record in records}.values())
+
+
+def measurement_of(record: Record) -> tuple[Any, ...]:
+    """Equal for records of the same measurement."""
+    return tuple(record.get(key) for key in MEASUREMENT)
 
 
 def groups(records: Iterable[Record], keys: tuple[str, ...]) -> dict[tuple[Any, ...], list[Record]]:
