@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from shared.marked import filled
+
 HERE = Path(__file__).parent
 PAGE, RESULTS = HERE.parent / "docs" / "gpu.md", HERE / "results" / "gpu"
-MARKED = re.compile(r"(<!-- table -->\n).*?(<!-- end -->)", re.DOTALL)
 # compute capability -> cards that have it
 ARCHITECTURES = {
     80: "A100, A30",
@@ -82,12 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="fill docs/gpu.md")
     parser.add_argument("--check", action="store_true", help="compare docs/gpu.md with the results")
     options = parser.parse_args(argv)
-    filled = table(read(RESULTS))
+    found = table(read(RESULTS))
     if not options.write and not options.check:
-        print(filled, end="")
+        print(found, end="")
         return 0
     page = PAGE.read_text()
-    wanted = MARKED.sub(lambda match: match[1] + filled + match[2], page)
+    wanted = filled(page, {"gpu": found})
     if options.check:
         if page != wanted:
             print(

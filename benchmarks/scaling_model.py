@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from shared.marked import filled
 from transformers import LlamaConfig
 
 from fastdpo.training.memory.cluster.hardware import Cluster, make_cluster
@@ -22,7 +23,6 @@ from fastdpo.training.memory.cluster.plans import ClusterPlan, MethodModel, plan
 from fastdpo.training.memory.dry_run import StepPeak
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
-START, END = "<!-- written by benchmarks/scaling_model.py -->\n", "<!-- end of what scaling_model.py writes -->\n"
 GB = 1e9
 GPU_MEMORY, PAIR_TOKENS, NUM_PAIRS, LORA_R = int(80 * GB), 4096, 1024, 16
 CLUSTERS = ((1, 1), (8, 1), (8, 8), (8, 128))
@@ -109,8 +109,7 @@ def main() -> None:
     found = table()
     print(found)
     if options.write:
-        before, _, rest = PAGE.read_text().partition(START)
-        PAGE.write_text(before + START + found + END + rest.partition(END)[2])
+        PAGE.write_text(filled(PAGE.read_text(), {"scaling_model.py": found}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import pytest
 import scaling_model
+from shared.marked import part
 from tiny import make_llama
 
 from fastdpo.training.memory.cluster.plans import MethodModel
@@ -17,6 +18,5 @@ def test_layers_between_two_and_four_are_on_a_line_to_many():
 
 @pytest.mark.slow
 def test_the_page_shows_the_table():
-    text = scaling_model.PAGE.read_text()
-    shown = text.partition(scaling_model.START)[2].partition(scaling_model.END)[0]
+    shown = part(scaling_model.PAGE.read_text(), "scaling_model.py")
     assert shown == scaling_model.table(), "run `python benchmarks/scaling_model.py --write`"

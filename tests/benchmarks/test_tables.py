@@ -131,7 +131,7 @@ def test_check_fails_until_the_readme_is_written_anew(head_op, tmp_path, monkeyp
     assert text.endswith("<!-- end -->\nafter\n")
     assert "| fastdpo |" in text
     head_op.unlink()
-    assert table.filled(text).count(table.NOTHING) == 1
+    assert table.renewed(text).count(table.NOTHING) == 1
 
 
 def test_plots_are_written_for_both_kinds_and_are_the_same_each_time(head_op, skipping, tmp_path):

@@ -15,12 +15,16 @@ test shows any more.
 
 import json
 import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+from shared.marked import filled
+
 RECORD = Path(__file__).with_name("parallel_record.jsonl")
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
-START, END = "<!-- written by tests/training/parallel_record.py -->\n", "<!-- end of what it writes -->\n"
 RENEWS = "FASTDPO_PARALLEL_RECORD"
 
 KINDS = ("DDP", "FSDP2", "HSDP", "ZeRO 1", "ZeRO 2", "ZeRO 3", "TP", "FSDP2 x TP", "SP", "FSDP2 x SP")
@@ -132,5 +136,4 @@ def table():
 
 if __name__ == "__main__":
     RECORD.write_text("".join(json.dumps(entry) + "\n" for entry in entries()))
-    before, _, rest = PAGE.read_text().partition(START)
-    PAGE.write_text(before + START + table() + END + rest.partition(END)[2])
+    PAGE.write_text(filled(PAGE.read_text(), {RECORD.name: table()}))

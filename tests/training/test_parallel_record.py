@@ -4,12 +4,12 @@ import json
 
 import parallel_record
 import pytest
-from parallel_record import END, PAGE, RECORD, START, entries, refuses, table, works
+from parallel_record import PAGE, RECORD, entries, refuses, table, works
+from shared.marked import part
 
 
 def test_the_page_shows_the_record():
-    shown = PAGE.read_text().partition(START)[2].partition(END)[0]
-    assert shown == table(), "run `python tests/training/parallel_record.py`"
+    assert part(PAGE.read_text(), RECORD.name) == table(), "run `python tests/training/parallel_record.py`"
 
 
 def test_the_record_is_sorted_and_holds_no_line_twice():
