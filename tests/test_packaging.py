@@ -60,10 +60,11 @@ def test_a_wheel_holds_the_kernels_under_fastdpo(tmp_path):
     if "setuptools" in built.stderr and "No module named" in built.stderr:
         pytest.skip("setuptools is not installed here")
     assert built.returncode == 0, built.stderr
+    assert "would be ignored" not in built.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert "fastdpo/kernels/launch.py" in names
     assert {"fastdpo/cli/options/options.json", "fastdpo/cli/launch/fsdp2.yaml"} <= set(names)
-    assert "fastdpo/data/tokens/chat/templates/qwen3.jinja" in names
+    assert "fastdpo/data/tokens/chat/jinja-files/qwen3.jinja" in names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "benchmarks/"))]
     assert "fastdpo/py.typed" in names
 

@@ -18,7 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent / "templates"
+# Not a name that Python could import: setuptools would warn at every installation that the folder is no package.
+FOLDER = Path(__file__).parent / "jinja-files"
 SUFFIXES = (".jinja", ".j2", ".jinja2", ".txt", ".json")
 FIRST_TRAINED = "first_trained_message"  # variable of templates: the number of the first message of the response
 # rows and runs must not set these: the rendering code does
