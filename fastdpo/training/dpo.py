@@ -43,7 +43,7 @@ from fastdpo.training.setup.adapters import with_adapter
 from fastdpo.training.setup.experts import with_load_balancing
 from fastdpo.training.setup.models import model_name, resolve_model
 from fastdpo.training.setup.reference import choose_reference, live_reference, too_large_to_hold
-from fastdpo.training.setup.sharding import shard_reference
+from fastdpo.training.setup.sharding import shard_reference, uses_fsdp2
 from fastdpo.training.token_means import mean_length_of_batches, mean_length_of_dataset, reads_mean_length
 from fastdpo.training.trl_attributes import with_trl_attributes
 from fastdpo.types import PackedBatch
@@ -197,7 +197,10 @@ class DPOTrainer(PackedTrainer):
             if moves and not brings_reference(self.model):
                 copy_adapter_as_reference(self.model)
             return AdapterReference(self.model, impl=self.args.impl)
-        reference = live_reference(self.args, self.model, ref_model, self.processing_class)
+        will_be_sharded = uses_fsdp2(self.accelerator)
+        reference = live_reference(
+            self.args, self.model, ref_model, self.processing_class, will_be_sharded=will_be_sharded
+        )
         if ref_model is not None:
             self._check_packing(reference.model)
         reference.model = shard_reference(reference.model, self.accelerator)

@@ -1,10 +1,9 @@
 """What a process of a run holds at the peak of a training step, counted, and what the cost model says."""
 
 import torch
-from sharded_runs import FSDP2, shards_on_cpus
+from sharded_runs import FSDP2, own_bytes, shards_on_cpus
 from tiny import make_llama
 from tiny_runs import make_lora, tiny_trainer
-from torch.distributed.tensor import DTensor
 
 from fastdpo.evidence.memory import peak_live_bytes
 from fastdpo.training.memory.cluster.holding import process_memory
@@ -14,11 +13,6 @@ from fastdpo.training.memory.cluster.traffic import Precision
 from fastdpo.training.memory.dry_run import RowShape, dry_step, fake_mode, shape_only
 from fastdpo.training.memory.estimate import enable_checkpointing
 from fastdpo.training.setup.optimizers import optimizer_state_bytes, trained_parameters
-
-
-def own_bytes(tensor):
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.numel() * local.element_size()
 
 
 def held(folder, num_processes, has_lora=False, num_layers=16, vocab_size=1000):

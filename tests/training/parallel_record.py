@@ -60,6 +60,7 @@ _LORA = ("LoRA", "shared prompts", "adapter reference")
 MODES = {  # those of sharded_runs.py
     "cached reference": ("full weights", "shared prompts", "cached reference"),
     "frozen reference": _FULL,
+    "reference of another class": _FULL,
     "LoRA": _LORA,
     "LoRA on the head": (*_LORA, "LoRA on the head"),
     "LoRA, cached reference": ("LoRA", "shared prompts", "cached reference"),

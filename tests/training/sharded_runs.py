@@ -16,6 +16,7 @@ from tiny_runs import make_lora, tiny_trainer
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 FSDP2 = {
     "fsdp": "full_shard auto_wrap",
@@ -24,6 +25,14 @@ FSDP2 = {
 
 
 BF16_SHAPE = (140_000, 32)  # of the LM head
+
+
+def make_qwen2():
+    """Of the vocabulary of the tiny Llama."""
+    torch.manual_seed(1)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {"vocab_size": make_llama().config.vocab_size, "hidden_size": 32, "intermediate_size": 48}
+    return Qwen2ForCausalLM(Qwen2Config(**shape, **heads, num_hidden_layers=2))
 
 
 def lora(**settings):
@@ -35,6 +44,7 @@ def settings_of(mode, num_processes):
     return {
         "cached reference": lambda: {"precompute_ref_log_probs": True},
         "frozen reference": lambda: {"ref_model": make_llama(seed=1)},
+        "reference of another class": lambda: {"ref_model": make_qwen2()},
         "LoRA": lora,
         "LoRA on the head": lambda: lora(target_modules=["q_proj", "lm_head"]),
         "LoRA, cached reference": lambda: {**lora(), "precompute_ref_log_probs": True},
@@ -103,6 +113,15 @@ def shards_on_cpus():
     PartialState.__init__ = init
 
 
+def own_bytes(tensor):
+    """Those that this process holds."""
+    return whole_bytes(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+
+
+def whole_bytes(tensor):
+    return tensor.numel() * tensor.element_size()
+
+
 def whole(parameter):
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
 
@@ -152,8 +171,11 @@ def train(folder, mode, steps=1, num_processes=1, num_copies=1, is_sharded=True,
     settings = {**settings_of_steps(12 // num_processes, steps), **settings_of(mode, num_processes), **more}
     trainer = tiny_trainer(folder, **settings)
     made = Shapes.of_steps(trainer)
+    logs = train_and_keep(folder, trainer)
+    reference = [*trainer.ref_model.parameters()] if trainer.ref_model is not None else []
     return {
-        "logs": train_and_keep(folder, trainer),
+        "logs": logs,
+        "share_of_reference": sum(map(own_bytes, reference)) / max(1, sum(map(whole_bytes, reference))),
         "num_sharded": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "num_parameters": sum(1 for _ in trainer.model.parameters()),
         "num_heads_in": {str(dtype): made.counts[BF16_SHAPE, dtype] for dtype in (torch.float32, torch.bfloat16)},

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 MODES = (
     "cached reference",
     "frozen reference",
+    "reference of another class",
     "LoRA",
     "LoRA on the head",
     "LoRA, cached reference",
@@ -121,6 +122,13 @@ def test_log_probs_are_not_rounded_to_bf16(of_two):
     for key in ("logps/chosen", "logps/rejected"):
         means = torch.tensor(first["logs"][0][key] * 12)  # of 12 pairs
         assert means % 0.03125 != 0, key  # units in the last place of bf16 between 4 and 8
+
+
+def test_each_process_holds_its_share_of_a_frozen_reference(of_two):
+    """Also after its forwards: nothing of it stays gathered."""
+    for mode in ("accumulation", "tied embeddings", "tiles, checkpointing"):
+        for process in of_two[mode][1]:
+            assert process["share_of_reference"] == pytest.approx(0.5), mode
 
 
 def test_no_process_holds_a_whole_fp32_gradient_of_the_head(of_two):

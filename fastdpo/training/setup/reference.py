@@ -153,10 +153,10 @@ def weight_bytes(model: str | nn.Module, model_init_kwargs: dict[str, Any] | Non
 
 
 def live_reference(
-    args: DPOConfig, policy: nn.Module, ref_model: str | nn.Module | None, tokenizer: Any
+    args: DPOConfig, policy: nn.Module, ref_model: str | nn.Module | None, tokenizer: Any, *, will_be_sharded: bool
 ) -> FrozenReference:
     """A second model for the whole run: a copy of the initial policy, with its adapter "ref" active if it has one, or
-    the given model."""
+    the given model. On the training device unless it will be sharded, so that no process has it there whole."""
     if ref_model is None:
         frozen: Any = copy_of_cut(policy) if is_cut(policy) else copy.deepcopy(policy)
         if is_peft_model(frozen) and brings_reference(frozen):
@@ -171,7 +171,7 @@ def live_reference(
         frozen = cut_over_processes(frozen, args)
     prepare_model(frozen).requires_grad_(False)
     is_placed = getattr(frozen, "hf_device_map", None) is not None or is_cut(frozen)
-    if not is_placed and not getattr(frozen, "is_quantized", False):
+    if not is_placed and not getattr(frozen, "is_quantized", False) and not will_be_sharded:
         frozen.to(args.device)
     return FrozenReference(frozen.eval(), impl=args.impl)
 

@@ -2,7 +2,7 @@
 
 In: the accelerator of a trainer. Out: its FSDP plugin with a mixed precision policy that does not round what the model
 returns; whether processes must run equally many forwards and backwards; a context for a backward without a step; and
-a reference that DeepSpeed divides as it does the policy.
+a reference that is divided as the policy will be, by FSDP2 or DeepSpeed.
 """
 
 from __future__ import annotations
@@ -70,14 +70,45 @@ def _within_accumulation(accelerator: Any) -> Iterator[None]:
         accelerator.sync_gradients = before
 
 
+def uses_fsdp2(accelerator: Any) -> bool:
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    return accelerator.distributed_type == DistributedType.FSDP and plugin.fsdp_version == 2
+
+
 def shard_reference(model: nn.Module, accelerator: Any) -> nn.Module:
-    """A frozen reference, divided over the processes if DeepSpeed's stage 3 will divide the policy.
+    """A frozen reference, divided over the processes if FSDP2 or DeepSpeed's stage 3 will divide the policy.
 
     One that is quantized, or that accelerate has placed, stays as it is.
     """
     is_placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
-    if is_placed or zero_stage(accelerator) != 3:
+    if is_placed:
         return model
+    if uses_fsdp2(accelerator):
+        return _divided_by_fsdp2(model, accelerator)
+    return _divided_by_zero(model, accelerator) if zero_stage(accelerator) == 3 else model
+
+
+def _divided_by_fsdp2(model: nn.Module, accelerator: Any) -> nn.Module:
+    """Divided by accelerate, in the units in which it divides a policy. Its plugin keeps the settings of the policy,
+    which may have layers of another class."""
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    plugin: Any = accelerator.state.fsdp_plugin
+    before = dict(vars(plugin))
+    names = plugin.transformer_cls_names_to_wrap
+    if names and not {*names} <= {type(module).__name__ for module in model.modules()}:
+        plugin.transformer_cls_names_to_wrap = None  # then the model's own
+    try:
+        divided: Any = fsdp2_prepare_model(accelerator, model)
+    finally:
+        vars(plugin).clear()
+        vars(plugin).update(before)
+    # accelerate leaves head and norm whole until the backward of a policy; a reference has none
+    divided.set_reshard_after_forward(True)
+    return divided.eval()
+
+
+def _divided_by_zero(model: nn.Module, accelerator: Any) -> nn.Module:
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=model, config=_config_without_training(accelerator))
