@@ -214,7 +214,7 @@ def cpu_parts(out: Path, facts: dict[str, Any]) -> list[Part]:
 
 
 def verify_part(*options: str, key: str = "verify", name: str = "fastdpo verify") -> Part:
-    command = ["-m", "fastdpo.cli.main", "verify", "--json", *options]
+    command = ["-m", "fastdpo", "verify", "--json", *options]
     small = ("--device", "cpu", "--rows", "67", "--hidden", "40", "--vocab", "1021")
     return Part(key, name, command, 50, output=f"{key}.json", stdout=True, dry=(*command, *small))
 

@@ -34,7 +34,7 @@ def test_two_processes_train_one_model(tmp_path, command):
     (tmp_path / "run.yaml").write_text("accelerate_config: multi_gpu\nnum_processes: 2\n")
     options = ("--model", tmp_path / "model", "--dataset", tmp_path / "pairs.jsonl", "--output_dir", tmp_path / "out")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    started = [sys.executable, "-m", "fastdpo.cli.main", command, "--config", tmp_path / "run.yaml", *options]
+    started = [sys.executable, "-m", "fastdpo", command, "--config", tmp_path / "run.yaml", *options]
     done = subprocess.run(
         [*map(str, started), *short("--eval_fraction", 0)], env=environment, capture_output=True, text=True, check=False
     )
@@ -68,7 +68,7 @@ def test_deepspeed_trains_as_one_process_does(tmp_path, name):
         more = short(
             "--eval_fraction", 0, "--max_steps", 3, "--per_device_train_batch_size", batch_size, "--logging_steps", 1
         )
-        started = [sys.executable, "-m", "fastdpo.cli.main", "train", *words, *more, *options]
+        started = [sys.executable, "-m", "fastdpo", "train", *words, *more, *options]
         done = subprocess.run(
             [*map(str, started)], env=environment, capture_output=True, text=True, check=False, timeout=600
         )
@@ -106,7 +106,7 @@ def test_the_launcher_gets_the_command_line_as_it_was(monkeypatch):
     assert launch("train", argv, asked(accelerate_config="fsdp2", num_processes=4)) == 7
     words, environment = called[0]
     assert words[1:3] == ["-m", "accelerate.commands.launch"]
-    assert words[-len(argv) - 3 :] == ["-m", "fastdpo.cli.main", "train", *argv]
+    assert words[-len(argv) - 3 :] == ["-m", "fastdpo", "train", *argv]
     assert words[words.index("--config_file") + 1] == str(CONFIGS["fsdp2"])
     assert "--num_processes=4" in words
     assert environment[STARTED] == "1"

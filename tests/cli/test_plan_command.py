@@ -33,7 +33,7 @@ def run(capsys, folder, memory, *more):
 @pytest.fixture(scope="module")
 def plans(folder):
     config = command.load_config(str(folder))
-    return {memory: plan.make_plans(config, memory * MIB, lora_r=8, least=256) for memory in (800, 1000)}
+    return {memory: plan.Estimates(config, 8).plans(memory * MIB, 256) for memory in (800, 1000)}
 
 
 @pytest.mark.slow
@@ -65,7 +65,7 @@ def test_more_memory_checkpointing_and_no_second_model_take_longer_pairs(plans):
 def test_checkpoints_on_the_host_take_longer_pairs_where_there_are_more_than_the_two_that_stay(tmp_path):
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "max_position_embeddings": 4096}
     make_llama(vocab_size=4000, **shape).config.save_pretrained(tmp_path)
-    found = plan.make_plans(command.load_config(str(tmp_path)), 800 * MIB, lora_r=8, least=256)
+    found = plan.Estimates(command.load_config(str(tmp_path)), 8).plans(800 * MIB, 256)
     tokens = {p.settings: p.tokens for p in found}
     offloaded = [settings for settings in tokens if settings.offload]
     assert len(offloaded) == 3

@@ -249,7 +249,7 @@ def test_the_command_stops_says_how_to_go_on_and_goes_on(tmp_path, processes):
     save_model(tmp_path / "model")
     lines = "".join(f"{row}\n".replace("'", '"') for row in make_rows(64))
     (tmp_path / "pairs.jsonl").write_text(lines)
-    words = [sys.executable, "-m", "fastdpo.cli.main", "train", "--model", tmp_path / "model"]
+    words = [sys.executable, "-m", "fastdpo", "train", "--model", tmp_path / "model"]
     words += ["--dataset", tmp_path / "pairs.jsonl", "--output_dir", tmp_path / "out", "--use_cpu", "true"]
     words += ["--max_steps", 10**6, "--save_strategy", "no", "--report_to", "none", "--logging_steps", 1]
     words += ["--eval_fraction", 0, *(("--num_processes", 2) if processes == 2 else ())]

@@ -39,7 +39,7 @@ def launch(command: str, argv: Sequence[str], options: argparse.Namespace) -> in
             " pip install 'fastdpo[deepspeed]'"
         )
     words = launcher_words(options)
-    words = [sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "fastdpo.cli.main", command, *argv]
+    words = [sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "fastdpo", command, *argv]
     words += group_words(options)
     return run_signalled(words, {**os.environ, STARTED: "1"})
 

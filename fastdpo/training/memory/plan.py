@@ -161,11 +161,6 @@ class Estimates:
         return found
 
 
-def make_plans(config: Any, memory: int, lora_r: int, least: int) -> list[Plan]:
-    """Every candidate with the largest micro-batch that fits into `memory` bytes; 0 tokens if `least` do not fit."""
-    return Estimates(config, lora_r).plans(memory, least)
-
-
 def smallest_card(needed: int) -> int | None:
     """The memory of the smallest usual GPU that takes so many bytes, in bytes; None if none does."""
     return next((card for card in CARDS if card * USABLE_SHARE >= needed), None)
