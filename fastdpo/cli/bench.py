@@ -87,7 +87,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--model", help="tiny, 0.5B, 1B, 8B, or a folder or name of a model; default: tiny on a CPU, 1B on a GPU"
     )
     parser.add_argument("--vocab", help="llama3, qwen3, gemma3 or a number; default: the model's")
-    parser.add_argument("--dataset", help="preference data with prompt, chosen and rejected as texts")
+    parser.add_argument("--dataset", help="preference data in any form that `fastdpo train` reads")
     parser.add_argument("--profile", default="hh", help="lengths without a dataset: hh, ultrafeedback or long")
     parser.add_argument("--pairs", type=int, help="pairs of a step; default: 4 on a CPU (2 with --quick), 16 on a GPU")
     parser.add_argument("--max_length", "--max-length", type=int, help="most tokens of a prompt and one response")

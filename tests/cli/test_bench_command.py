@@ -8,6 +8,7 @@ from fastdpo.cli.main import main
 from fastdpo.evidence.bench import cases
 from fastdpo.evidence.bench.heads import measured
 from fastdpo.evidence.bench.steps import growth
+from fastdpo.evidence.bench.steps.workloads import dataset_rows
 
 TINY = ("--vocab", "211", "--runs", "1", "--max_length", "64", "--pairs", "1")
 
@@ -93,11 +94,30 @@ def test_a_mistake_is_one_line_and_exit_code_2(options, message, capsys):
     assert error.count("\n") == 1
 
 
-def test_data_without_pairs_of_texts_is_refused(tmp_path, capsys):
+def test_data_of_any_form_become_texts(tmp_path):
+    said = [{"role": "user", "content": "Hi"}]
+    ends = [[{"role": "assistant", "content": text}] for text in ("Hello.", "No.", "Yes.")]
+    files = {
+        "messages": [{"chosen": said + ends[0], "rejected": said + ends[1]}],
+        "ranked": [{"prompt": said, "responses": ends, "ranks": [1, 3, 2]}],
+        "texts": [{"prompt": "Hi", "chosen": "a", "rejected": "b"}, {"prompt": "Hi", "chosen": "a", "rejected": "a"}],
+    }
+    found = {}
+    for name, rows in files.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found[name] = [tuple(row.values()) for row in dataset_rows(str(path))]
+    hello, no, yes = ("assistant: Hello.\n", "assistant: No.\n", "assistant: Yes.\n")
+    assert found["messages"] == [("user: Hi\n", hello, no)]
+    assert sorted(found["ranked"]) == sorted(("user: Hi\n", *pair) for pair in ((hello, yes), (hello, no), (yes, no)))
+    assert found["texts"] == [("Hi", "a", "b")]
+
+
+def test_data_without_a_usable_pair_are_refused(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"prompt": "a", "completion": "b", "label": True}) + "\n")
+    path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"}) + "\n")
     assert main(["bench", "--dataset", str(path)]) == 2
-    assert "dataset must have rows with prompt, chosen and rejected as texts" in capsys.readouterr().err
+    assert "dataset must hold a usable pair with a prompt, got none" in capsys.readouterr().err
 
 
 @pytest.mark.slow

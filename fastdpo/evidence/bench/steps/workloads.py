@@ -18,12 +18,15 @@ import json
 import math
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from fastdpo.types import Message
 
 DATA_VARIABLE = "FASTDPO_BENCH_DATA"  # which the processes that measure inherit
 BESIDE_THE_CLONE = Path(__file__).resolve().parents[5] / "shared" / "data" / "llms-from-scratch-preference.json"
@@ -206,22 +209,37 @@ def make_tokenizer(workload: Workload) -> Any:
 
 
 def dataset_rows(path: str) -> list[Row]:
-    """The pairs of a preference dataset as text.
+    """The pairs of preference data in any form, as texts that all methods tokenize alike. Messages become lines that
+    begin with their role.
 
     Raises:
-        ValueError: the data cannot be read, or no row has prompt, chosen and rejected as texts.
+        ValueError: the data cannot be read, or holds no usable pair.
     """
-    from fastdpo.data.sources.loading import load_preference_dataset
+    from fastdpo.data.forms.formats import AUTO, read_row, regrouped
+    from fastdpo.data.sources.loading import iterate_examples
+    from fastdpo.data.tokens.tokenization import usable_preferences
+    from fastdpo.data.values import BadRow
 
-    rows = [{name: row.get(name) for name in ("prompt", "chosen", "rejected")} for row in load_preference_dataset(path)]
-    rows = [row for row in rows if all(isinstance(text, str) and text for text in row.values())]
-    rows = [row for row in rows if row["chosen"] != row["rejected"]]
+    examples = [*iterate_examples(path)]
+    rows = []
+    for example in regrouped(examples, examples[0], AUTO, is_sft=False) or examples:
+        try:
+            row, _ = read_row(example, AUTO, is_sft=False)
+            preferences = usable_preferences(row)
+        except BadRow:
+            continue
+        prompt, answers = _as_text(row.prompt), [_as_text(response) for response in row.responses]
+        if prompt:
+            rows += [{"prompt": prompt, "chosen": answers[i], "rejected": answers[j]} for i, j in preferences]
     if not rows:
-        raise ValueError(
-            f"dataset must have rows with prompt, chosen and rejected as texts, got {path!r} without one; messages,"
-            f" ranks and the other forms become such rows with `fastdpo data convert`"
-        )
+        raise ValueError(f"dataset must hold a usable pair with a prompt, got none in {path!r}: fastdpo data inspect")
     return rows
+
+
+def _as_text(said: str | Sequence[Message]) -> str:
+    if isinstance(said, str):
+        return said
+    return "".join(f"{message['role']}: {message.get('content') or ''}\n" for message in said)
 
 
 def _file_rows() -> tuple[list[Row], list[str]]:
