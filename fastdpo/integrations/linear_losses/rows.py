@@ -43,12 +43,12 @@ class Rows(NamedTuple):
         is_token = labels != IGNORE_INDEX
         is_row = is_token.clone()
         is_row[:, 2:] &= labels[:, 2:] != labels[:, :1]
-        row = (is_row.flatten().cumsum(0) - 1).view_as(labels)
-        row[:, 2:] = row[:, 2:].where(is_row[:, 2:], row[:, :1])
+        rows = (is_row.flatten().cumsum(0) - 1).view_as(labels)
+        rows[:, 2:] = rows[:, 2:].where(is_row[:, 2:], rows[:, :1])
         counts = torch.stack([is_row.sum((1, 2)), is_token.sum((1, 2))]).cumsum(1).tolist()
-        ends = [GroupEnd(*end, width * (i + 1)) for i, end in enumerate(zip(*counts, strict=True))]
+        ends = [GroupEnd(row, token, width * (i + 1)) for i, (row, token) in enumerate(zip(*counts, strict=True))]
         cu_seqlens = torch.nn.functional.pad(is_token.sum(2).flatten().cumsum(0), (1, 0))
-        return cls(labels[is_row], positions[is_row], cu_seqlens, row[is_token] if width > 2 else None, ends)
+        return cls(labels[is_row], positions[is_row], cu_seqlens, rows[is_token] if width > 2 else None, ends)
 
     def take(self, hidden: Tensor) -> Tensor:
         """(T, H) rows of (B, L, H) hidden states."""
