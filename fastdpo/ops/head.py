@@ -79,7 +79,7 @@ def choice_rows(
         largest = torch.cat([grads.abs().flatten(), slope.abs(), slope.new_zeros(1)]).amax(0, keepdim=True)
         unit = torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)
         grads, slope = grads / unit, slope / unit
-    offset = grads.sum(1) if grad_entropy is None else grads.sum(1) + slope * entropy
+    offset = grads.sum(1) if grad_entropy is None or entropy is None else grads.sum(1) + slope * entropy
     wrong = (~ignored & ((labels < 0) | (labels >= num_vocab))).any(1)
     whole = lse.whole.masked_fill(ignored.all(1), torch.inf).masked_fill(wrong, torch.nan)
     return ChoiceRows(grads, offset, slope, SplitLse(whole, lse.rest), unit)
