@@ -42,7 +42,7 @@ def with_tiny_model(text, model_dir):
     return text
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["trl", "seat", "liger", "original"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["trl", "seat", "liger", "liger-kto", "original"])
 def test_python_blocks_run(block, model_dir):
     if "from trl" in block:
         peer("trl")

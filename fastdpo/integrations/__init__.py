@@ -1,5 +1,11 @@
 """Integrations with other trainers: parts of fastdpo with the call signatures of those trainers."""
 
-from fastdpo.integrations.linear_dpo_loss import LinearDPOLoss
+from fastdpo.integrations.linear_losses import (
+    LinearCPOLoss,
+    LinearDPOLoss,
+    LinearKTOLoss,
+    LinearORPOLoss,
+    LinearSimPOLoss,
+)
 
-__all__ = ["LinearDPOLoss"]
+__all__ = ["LinearCPOLoss", "LinearDPOLoss", "LinearKTOLoss", "LinearORPOLoss", "LinearSimPOLoss"]

@@ -24,8 +24,7 @@ def check_loss_settings(loss_type: str | Sequence[str], config: Any) -> None:
     for name in names:
         if name not in LOSSES:
             raise ValueError(f"loss_type must be one of {sorted(LOSSES)}, got {name!r}{nearest_hint(name, LOSSES)}")
-    if not _is_number(config.beta) or config.beta <= 0:
-        raise ValueError(f"beta must be > 0 and finite, got {config.beta!r}")
+    check_beta(config.beta)
     if not _is_number(config.label_smoothing) or not 0 <= config.label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {config.label_smoothing!r}")
     if config.label_smoothing > 0 and not losses_where(lambda loss: loss.smoothed, names):
@@ -39,6 +38,16 @@ def check_loss_settings(loss_type: str | Sequence[str], config: Any) -> None:
         raise ValueError(f"discopop_tau must be > 0 and finite, got {config.discopop_tau!r}")
 
 
+def check_beta(beta: Any) -> None:
+    if not _is_number(beta) or beta <= 0:
+        raise ValueError(f"beta must be > 0 and finite, got {beta!r}")
+
+
+def check_at_least_0(name: str, value: Any) -> None:
+    if not _is_number(value) or value < 0:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
 def check_combination(config: LossConfig) -> None:
     """Raises ValueError if a run's losses cannot be added, or conflict with a setting that changes scores."""
     names = config.loss_type
@@ -46,9 +55,7 @@ def check_combination(config: LossConfig) -> None:
         raise ValueError("loss_type must name at least one loss, got none")
     _check_weights(config)
     for field in ("gamma_beta_ratio", "cpo_alpha"):
-        value = getattr(config, field)
-        if not _is_number(value) or value < 0:
-            raise ValueError(f"{field} must be a finite number >= 0, got {value!r}")
+        check_at_least_0(field, getattr(config, field))
     free = losses_where(lambda loss: not loss.reference, names)
     others = [name for name in names if name not in free[:1] and LOSSES[name].unit != "token"]
     if free and others:

@@ -54,7 +54,7 @@ def orpo(scores: PairScores, config: LossConfig) -> Tensor:
     ORPOConfig. The likelihood term counts response tokens, as in the paper; TRL's counts the prompt's too.
     """
     chosen, rejected = per_token(scores, scores.policy_chosen_logps, scores.policy_rejected_logps)
-    return sft(scores, config) - config.beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+    return sft(scores, config) - config.beta * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
 
 
 @loss(reference=False, smoothed=True, likelihood=True, reads=("cpo_alpha",))
@@ -67,7 +67,7 @@ def cpo(scores: PairScores, config: LossConfig) -> Tensor:
     return smoothed_logistic(logits, config.label_smoothing) + config.cpo_alpha * sft(scores, config)
 
 
-def _log_odds(logps: Tensor) -> Tensor:
+def log_odds(logps: Tensor) -> Tensor:
     """`log(P / (1 - P))` from `log P <= 0`, with the numerically stable form on each side of P = 1/2; P = 1 is treated
     as the largest number below 1.
     """

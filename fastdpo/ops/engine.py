@@ -17,6 +17,7 @@ from fastdpo.ops.gradients import LogitGrads
 from fastdpo.ops.matmul import accumulator_dtype
 from fastdpo.ops.shard import Shard
 from fastdpo.ops.tiled import TiledLogitGrads, skip_blocks, tiled_forward
+from fastdpo.ops.tiled_choices import TiledChoiceGrads, tiled_choice_forward
 from fastdpo.ops.tiled_eager import WORKSPACE_BYTES, tiled_forward_with_grads
 from fastdpo.ops.tiled_skipping import tiled_skipping_gradients
 from fastdpo.ops.vocab_parallel import sharded
@@ -34,6 +35,10 @@ class Engine(NamedTuple):
     logit_grads: Callable[..., LogitGrads]
     # (hidden_states, lm_head_weight, bias, labels, lse, head, row_scale, kept, *dtypes) -> dH, dW, db over kept tiles
     skipping_gradients: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
+    # (hidden_states, lm_head_weight, bias, labels, head) -> values as of `forward`; labels, logps and is_top1 (T, K)
+    choice_forward: Callable[..., dict[str, Tensor]]
+    # (hidden_states, lm_head_weight, bias, labels, rows, head), rows a ChoiceRows
+    choice_grads: Callable[..., LogitGrads]
     # (hidden_states) -> rows and vocabulary ids of a unit of skipping
     skip_blocks: Callable[[Tensor], tuple[int, int]]
     grads_dtype: Callable[[torch.dtype], torch.dtype]  # of D in `out`, from the operands' dtype
@@ -50,6 +55,8 @@ def _tiled() -> Engine:
         tiled_forward_with_grads,
         TiledLogitGrads,
         tiled_skipping_gradients,
+        tiled_choice_forward,
+        TiledChoiceGrads,
         skip_blocks,
         accumulator_dtype,
         1,
@@ -69,6 +76,8 @@ def _triton() -> Engine:
         fused.fused_forward_with_grads,
         fused.FusedLogitGrads,
         fused.fused_skipping_gradients,
+        fused.fused_choice_forward,
+        fused.FusedChoiceGrads,
         fused.skip_blocks,
         lambda dtype: dtype,
         fused.ROW_MULTIPLE,

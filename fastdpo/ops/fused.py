@@ -14,8 +14,10 @@ from torch import Tensor
 from fastdpo.kernels import forward as forward_kernels
 from fastdpo.kernels import launch
 from fastdpo.kernels.backward import fill_logit_grads, power_of_two
-from fastdpo.ops.head import Head, SplitLse, Tiling, padded
+from fastdpo.kernels.choices import choice_forward, fill_choice_grads
+from fastdpo.ops.head import ChoiceRows, Head, SplitLse, Tiling, padded
 from fastdpo.ops.matmul import product_bytes
+from fastdpo.types import IGNORE_INDEX
 
 BLOCK_ROWS = 8192
 ROW_MULTIPLE = 16  # elements: rows of D that begin at multiples of it are stored and multiplied in wide words
@@ -122,7 +124,60 @@ def fused_skipping_gradients(
         )
 
 
-class FusedLogitGrads:
+def fused_choice_forward(
+    hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | None, labels: Tensor, head: Head
+) -> dict[str, Tensor]:
+    """logps (T, K), and per row lse_whole, lse_rest and head.outputs; is_top1 (T, K)."""
+    names = tuple("max_logit" if name == "is_top1" else name for name in head.outputs)
+    with _device(hidden_states):
+        values, chosen = choice_forward(
+            hidden_states,
+            lm_head_weight,
+            bias,
+            labels,
+            labels.amax(1),  # IGNORE_INDEX is below all ids
+            head.logit_scale,
+            head.softcap,
+            names,
+        )
+    ignored = labels == IGNORE_INDEX
+    logps = (chosen - values["lse_whole"][:, None]) - values["lse_rest"][:, None]
+    values["logps"] = logps.masked_fill(ignored, 0.0)
+    if "is_top1" in head.outputs:
+        values["is_top1"] = (chosen >= values["max_logit"][:, None]) & ~ignored
+    return values
+
+
+class _FusedTiles:
+    """The tiles of the backward pass, one after the other in one workspace."""
+
+    row_scale: Tensor | None = None  # in the tiles
+
+    def __init__(self, hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | None, labels: Tensor, head: Head):
+        self.tiling = choose_tiling(hidden_states, lm_head_weight, head.workspace_bytes)
+        self.hidden_states, self.lm_head_weight, self.head = hidden_states, lm_head_weight, head
+        self.labels = labels.contiguous()
+        self.bias = None if bias is None else bias.contiguous()
+        width = padded(min(self.tiling.block_vocab, self.tiling.num_vocab), ROW_MULTIPLE)
+        self.workspace = launch.scratch((self.tiling.block_rows * width,), hidden_states, hidden_states.dtype)
+
+    def tile(self, rows: slice, vocab: slice, weight: Tensor) -> Tensor:
+        """(block_rows, block_vocab), valid until the next call, in the dtype of `weight`, the operand of W[vocab]."""
+        num_rows, num_ids = rows.stop - rows.start, vocab.stop - vocab.start
+        width = padded(num_ids, ROW_MULTIPLE)
+        tile = self.workspace[: num_rows * width].view(num_rows, width)[:, :num_ids]
+        bias = None if self.bias is None else self.bias[vocab]
+        with _device(tile):
+            self.fill(tile, self.hidden_states[rows], self.lm_head_weight[vocab], bias, rows, vocab.start)
+        return tile.to(weight.dtype)
+
+    def fill(
+        self, tile: Tensor, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, rows: slice, first_vocab: int
+    ) -> None:
+        raise NotImplementedError
+
+
+class FusedLogitGrads(_FusedTiles):
     """Fills tiles of the logits' gradient, c D of eq. (9) and (10), by recomputing the logits."""
 
     def __init__(
@@ -135,37 +190,63 @@ class FusedLogitGrads:
         head: Head,
         row_scale: Tensor,
     ):
-        self.tiling = choose_tiling(hidden_states, lm_head_weight, head.workspace_bytes)
-        self.hidden_states, self.lm_head_weight, self.lse, self.head = hidden_states, lm_head_weight, lse, head
+        super().__init__(hidden_states, lm_head_weight, bias, labels, head)
+        self.lse = lse
         self.unit = power_of_two(row_scale) if hidden_states.dtype == torch.float16 else None  # fp16 keeps its range
-        self.row_scale: Tensor | None = None  # in the tiles
         self.tile_scale = row_scale if self.unit is None else row_scale / self.unit
-        self.labels = labels.contiguous()
-        self.bias = None if bias is None else bias.contiguous()
-        width = padded(min(self.tiling.block_vocab, self.tiling.num_vocab), ROW_MULTIPLE)
-        self.workspace = launch.scratch((self.tiling.block_rows * width,), hidden_states, hidden_states.dtype)
 
-    def tile(self, rows: slice, vocab: slice, weight: Tensor) -> Tensor:
-        """(block_rows, block_vocab), valid until the next call, in the dtype of `weight`, the operand of W[vocab]."""
-        num_rows, num_ids = rows.stop - rows.start, vocab.stop - vocab.start
-        width = padded(num_ids, ROW_MULTIPLE)
-        tile = self.workspace[: num_rows * width].view(num_rows, width)[:, :num_ids]
-        with _device(tile):
-            fill_logit_grads(
-                tile,
-                self.hidden_states[rows],
-                self.lm_head_weight[vocab],
-                None if self.bias is None else self.bias[vocab],
-                self.labels[rows],
-                self.lse.whole[rows],
-                self.lse.rest[rows],
-                self.tile_scale[rows],
-                vocab.start,
-                self.lm_head_weight.shape[0],
-                self.head.logit_scale,
-                self.head.softcap,
-            )
-        return tile.to(weight.dtype)
+    def fill(
+        self, tile: Tensor, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, rows: slice, first_vocab: int
+    ) -> None:
+        fill_logit_grads(
+            tile,
+            hidden_states,
+            weight,
+            bias,
+            self.labels[rows],
+            self.lse.whole[rows],
+            self.lse.rest[rows],
+            self.tile_scale[rows],
+            first_vocab,
+            self.lm_head_weight.shape[0],
+            self.head.logit_scale,
+            self.head.softcap,
+        )
+
+
+class FusedChoiceGrads(_FusedTiles):
+    """Fills tiles of the logits' gradient, eq. (22), by recomputing the logits."""
+
+    def __init__(
+        self,
+        hidden_states: Tensor,
+        lm_head_weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        rows: ChoiceRows,
+        head: Head,
+    ):
+        super().__init__(hidden_states, lm_head_weight, bias, labels, head)
+        self.rows, self.unit = rows._replace(grads=rows.grads.contiguous()), rows.unit
+
+    def fill(
+        self, tile: Tensor, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, rows: slice, first_vocab: int
+    ) -> None:
+        fill_choice_grads(
+            tile,
+            hidden_states,
+            weight,
+            bias,
+            self.labels[rows],
+            self.rows.grads[rows],
+            self.rows.lse.whole[rows],
+            self.rows.lse.rest[rows],
+            self.rows.offset[rows],
+            self.rows.slope[rows],
+            first_vocab,
+            self.head.logit_scale,
+            self.head.softcap,
+        )
 
 
 def _device(x: Tensor) -> torch.cuda.device:

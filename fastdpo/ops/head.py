@@ -51,6 +51,40 @@ def row_scale(grad_logps: Tensor, lse_rest: Tensor, labels: Tensor, head: Head) 
     return scale.masked_fill_(labels == IGNORE_INDEX, 0.0)
 
 
+class ChoiceRows(NamedTuple):
+    """What eq. (22) needs of each row besides its logits; gradients in units of `unit`."""
+
+    grads: Tensor  # (T, K) g, 0 at ignored labels
+    offset: Tensor  # (T,) sum_k g_k + e E
+    slope: Tensor  # (T,) e
+    lse: SplitLse  # inf in ignored rows, whose probabilities are then 0; nan in rows with a label out of range
+    unit: Tensor | None  # (1,) power of two that keeps fp16 in its range; None: 1
+
+
+def choice_rows(
+    grad_logps: Tensor | None,  # (T, K)
+    grad_entropy: Tensor | None,  # (T,)
+    entropy: Tensor | None,  # (T,), given with grad_entropy
+    lse: SplitLse,
+    labels: Tensor,  # (T, K)
+    num_vocab: int,
+    dtype: torch.dtype,  # of the matmuls' operands
+) -> ChoiceRows:
+    ignored = labels == IGNORE_INDEX  # (T, K)
+    grads = lse.whole.new_zeros(labels.shape) if grad_logps is None else grad_logps.masked_fill(ignored, 0.0)
+    slope = lse.whole.new_zeros(lse.whole.shape) if grad_entropy is None else grad_entropy
+    slope = slope.masked_fill(ignored.all(1), 0.0)
+    unit = None
+    if dtype == torch.float16:
+        largest = torch.cat([grads.abs().flatten(), slope.abs(), slope.new_zeros(1)]).amax(0, keepdim=True)
+        unit = torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)
+        grads, slope = grads / unit, slope / unit
+    offset = grads.sum(1) if grad_entropy is None or entropy is None else grads.sum(1) + slope * entropy
+    wrong = (~ignored & ((labels < 0) | (labels >= num_vocab))).any(1)
+    whole = lse.whole.masked_fill(ignored.all(1), torch.inf).masked_fill(wrong, torch.nan)
+    return ChoiceRows(grads, offset, slope, SplitLse(whole, lse.rest), unit)
+
+
 def joined_weight(
     lm_head_weight: Tensor,  # (V, H)
     adapter_weight: Tensor | None,  # (V, r)

@@ -228,7 +228,7 @@ class _LossInForward(torch.autograd.Function):
         if ctx.scaled_in_place:
             raise RuntimeError(
                 "the gradients of this loss were computed in forward and are already used: compute all of them in one "
-                "backward, or use sequence_logps (LinearDPOLoss: impl='reference'), which allows several"
+                "backward, or use sequence_logps (LinearDPOLoss and the like: impl='reference'), which allows several"
             )
         grads: list[Tensor | None] = []
         for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):

@@ -134,18 +134,19 @@ def fused_forward(
     outputs: tuple[str, ...],
     blocks: Blocks | None = None,
     keep_partials: bool = False,
+    visit: Callable[[Tensor, slice, slice], None] | None = None,
 ) -> dict[str, Tensor]:
     """logps, lse_whole, lse_rest and `outputs`, each (T,).
 
     With `keep_partials` also tile_max and tile_sumexp, (num_tiles, T) fp32: the partials of every row and vocabulary
-    tile, eq. (3), for tiles of `blocks.block_v`.
+    tile, eq. (3), for tiles of `blocks.block_v`. `visit` as in `library_partials`, for blocks of the library.
     """
     labels = labels.contiguous()
     options = bias is not None or softcap is not None or any(statistics(outputs).values())
     kernel = "skipping" if keep_partials else "forward_options" if options else "forward"
     blocks = blocks or device_blocks(hidden_states, kernel)
     head = (lm_head_weight, bias, labels, logit_scale, softcap)
-    values, partials = _forward(None, hidden_states, *head, outputs, blocks)
+    values, partials = _forward(None, hidden_states, *head, outputs, blocks, visit)
     if keep_partials:
         values |= {"tile_max": partials.max, "tile_sumexp": partials.sumexp}
     return values
@@ -190,6 +191,7 @@ def _forward(
     softcap: float | None,
     outputs: tuple[str, ...],
     blocks: Blocks,
+    visit: Callable[[Tensor, slice, slice], None] | None = None,
 ) -> tuple[dict[str, Tensor], Partials]:
     """The values, and the partials that they are merged from; with `out` also the tiles of eq. (13) in `out`."""
     T, V = hidden_states.shape[0], lm_head_weight.shape[0]
@@ -207,7 +209,7 @@ def _forward(
     partials = Partials(label_logit, sums[0], sums[1], *extra)
     if T > 0:
         _launch_partials(
-            partials, out, hidden_states, lm_head_weight, bias, labels, logit_scale, softcap, wants, blocks
+            partials, out, hidden_states, lm_head_weight, bias, labels, logit_scale, softcap, wants, blocks, visit
         )
         merge(partials, labels, values, V)
     if "is_top1" in values:
@@ -226,10 +228,11 @@ def _launch_partials(
     softcap: float | None,
     wants: dict[str, bool],
     blocks: Blocks,
+    visit: Callable[[Tensor, slice, slice], None] | None,
 ) -> None:
     if blocks.library:
         head = (hidden_states, lm_head_weight, bias, labels, logit_scale, softcap)
-        return library_partials(partials, out, *head, wants, blocks)
+        return library_partials(partials, out, *head, wants, blocks, visit)
     (T, H), V = hidden_states.shape, lm_head_weight.shape[0]
     operands, tma = tile_operands(hidden_states, lm_head_weight, blocks)
     num_tiles = triton.cdiv(T, blocks.block_t) * triton.cdiv(V, blocks.block_v)

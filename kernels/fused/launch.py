@@ -132,7 +132,8 @@ CANDIDATES: dict[tuple[int, int], dict[int, tuple[Blocks, ...]]] = {
         4: (Blocks(64, 64, 32, 8, 2), Blocks(128, 64, 16, 8, 2)),
     },
 }
-INTERPRETED = Blocks(32, 64, 64, 1, 1)  # small, so that tests of ordinary size have ragged tiles in every direction
+# small, so that tests of ordinary size have ragged tiles in every direction
+INTERPRETED, INTERPRETED_LIBRARY = Blocks(32, 64, 64, 1, 1), Blocks(16, 64, 64, 1, 1, library=True)
 
 
 def blocks_for(capability: tuple[int, int], itemsize: int, kernel: str = "forward") -> Blocks:
@@ -153,7 +154,7 @@ def candidate_blocks(x: Tensor) -> list[Blocks]:
     """The candidates of the tuner for operands like `x` on its device, including the table's shapes."""
     capability = capability_of(x)
     if capability is None:
-        others = (Blocks(32, 64, 64, 1, 1, tma=True, persistent=2), Blocks(16, 64, 64, 1, 1, library=True))
+        others = (Blocks(32, 64, 64, 1, 1, tma=True, persistent=2), INTERPRETED_LIBRARY)
         return [INTERPRETED, Blocks(16, 32, 32, 1, 1), *others]
     table = BLOCKS[max(c for c in BLOCKS if c <= capability)][x.element_size()]
     return list(dict.fromkeys((*candidates_for(capability, x.element_size()), *table)))
@@ -165,6 +166,11 @@ LIBRARY = (Blocks(16, 256, 64, 4, 1, library=True), Blocks(8, 512, 64, 4, 1, lib
 
 def candidates_for(capability: tuple[int, int], itemsize: int) -> tuple[Blocks, ...]:
     return (*CANDIDATES[max(c for c in CANDIDATES if c <= capability)][itemsize], *LIBRARY)
+
+
+def library_blocks(x: Tensor) -> Blocks:
+    """Tiles of the kernels that fold what the library multiplied, for operands like `x`."""
+    return INTERPRETED_LIBRARY if capability_of(x) is None else LIBRARY[0]
 
 
 def num_programs(blocks: Blocks, num_tiles: int, x: Tensor) -> int:

@@ -8,7 +8,7 @@ multiplied without TF32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -175,9 +175,13 @@ def library_partials(
     softcap: float | None,
     wants: dict[str, bool],
     blocks: Blocks,
+    visit: Callable[[Tensor, slice, slice], None] | None = None,
 ) -> None:
-    """Fills partials like `partials_kernel`, from blocks of logits with tiles of blocks.block_t x blocks.block_v."""
-    for logits, rows, vocab in _logit_blocks(hidden_states, weight, blocks):
+    """Fills partials like `partials_kernel`, from blocks of logits with tiles of blocks.block_t x blocks.block_v.
+
+    `visit` gets every block of logits before bias and scale, its rows and its ids.
+    """
+    for logits, rows, vocab in logit_blocks(hidden_states, weight, blocks):
         num_tiles = triton.cdiv(logits.shape[0], blocks.block_t) * triton.cdiv(logits.shape[1], blocks.block_v)
         fold_kernel[(num_tiles,)](
             logits,
@@ -202,6 +206,8 @@ def library_partials(
             BLOCK_V=blocks.block_v,
             num_warps=blocks.num_warps,
         )
+        if visit is not None:
+            visit(logits, rows, vocab)
 
 
 def library_grads(
@@ -220,7 +226,7 @@ def library_grads(
     blocks: Blocks,
 ) -> None:
     """Fills `out` like `logit_grads_kernel`."""
-    for logits, rows, vocab in _logit_blocks(hidden_states, weight, blocks):
+    for logits, rows, vocab in logit_blocks(hidden_states, weight, blocks):
         num_tiles = triton.cdiv(logits.shape[0], blocks.block_t) * triton.cdiv(logits.shape[1], blocks.block_v)
         some = out[rows, vocab]
         fold_grads_kernel[(num_tiles,)](
@@ -234,7 +240,7 @@ def library_grads(
             *logits.shape,
             first_vocab + vocab.start,
             num_vocab,
-            out.stride(0) - vocab.start if vocab.stop == len(weight) else logits.shape[1],
+            writable_columns(out, weight, vocab),
             logits.stride(0),
             out.stride(0),
             float(logit_scale),
@@ -247,7 +253,12 @@ def library_grads(
         )
 
 
-def _logit_blocks(hidden_states: Tensor, weight: Tensor, blocks: Blocks) -> Iterator[tuple[Tensor, slice, slice]]:
+def writable_columns(out: Tensor, weight: Tensor, vocab: slice) -> int:
+    """How many columns of `out` a block of these ids may write: the last one the padding too."""
+    return out.stride(0) - vocab.start if vocab.stop == len(weight) else vocab.stop - vocab.start
+
+
+def logit_blocks(hidden_states: Tensor, weight: Tensor, blocks: Blocks) -> Iterator[tuple[Tensor, slice, slice]]:
     """Products before bias and scale, each valid until the next one; ids start at multiples of a tile."""
     T, V = len(hidden_states), len(weight)
     ids = max(1, BLOCK_IDS // blocks.block_v) * blocks.block_v

@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fastdpo.kernels import launch
 from fastdpo.kernels.backward import fill_logit_grads
+from fastdpo.kernels.choices import choice_forward, fill_choice_grads
 from fastdpo.kernels.forward import fused_forward, fused_forward_with_grads
 from fastdpo.kernels.sparse import sparse_head_gradients
 from fastdpo.kernels.token_sums import row_grads, token_sums
@@ -101,7 +102,8 @@ def launch_head(
     """Makes every launch of training, of the trainers' metrics and of backward for such a head.
 
     Args:
-        options: use a bias, a softcap and all statistics, instead of the arguments of training.
+        options: use a bias, a softcap and all statistics, instead of the arguments of training; also several labels per
+            row.
     """
     hidden_states = torch.empty(ROWS, hidden_size, dtype=dtype, device=device)
     weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
@@ -115,6 +117,10 @@ def launch_head(
         fused_forward_with_grads(out, *head, outputs)
     lse = values["lse_whole"], values["lse_rest"]
     fill_logit_grads(out, hidden_states, weight, bias, labels, *lse, lse[0], 0, vocab_size, 1.0, softcap)
+    if options:
+        choices = labels[:, None]
+        choice_forward(*head[:3], choices, labels, *head[4:], ("entropy", "max_logit"))
+        fill_choice_grads(out, *head[:3], choices, choices.float(), *lse, *lse, 0, *head[4:])
     _launch_skipping(*head, lse)
     _launch_sums(values["logps"], labels, options)
 

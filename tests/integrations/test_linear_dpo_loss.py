@@ -2,70 +2,17 @@
 
 import inspect
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from covering import every_pair
+from linear_batches import Batch, V, make_batch, run
 
 from fastdpo import LOSSES, LinearDPOLoss, PairScores, preference_loss
-from fastdpo.integrations import linear_dpo_loss
-from fastdpo.integrations.linear_dpo_loss import LINEAR_DPO_LOSSES
+from fastdpo.integrations.linear_losses import LINEAR_DPO_LOSSES, base
 
-L, H, V = 7, 24, 131
 SMOOTHING = {"exo_pair": 0.1, "robust": 0.1}
-
-
-@dataclass
-class Batch:
-    """The arguments of one call, and the leaves among them."""
-
-    weight: torch.Tensor
-    hidden: torch.Tensor
-    target: torch.Tensor
-    bias: torch.Tensor | None
-    ref_input: torch.Tensor
-    ref_weight: torch.Tensor
-    ref_bias: torch.Tensor | None
-
-    @property
-    def leaves(self):
-        return [x for x in (self.weight, self.hidden, self.bias) if x is not None]
-
-    def policy(self):
-        return self.weight, self.hidden, self.target, self.bias
-
-    def reference(self):
-        return {"ref_input": self.ref_input, "ref_weight": self.ref_weight, "ref_bias": self.ref_bias}
-
-    def to(self, dtype):
-        def cast(x):
-            return x if x is None or x.dtype == torch.int64 else x.detach().to(dtype)
-
-        batch = Batch(*(cast(x) for x in vars(self).values()))
-        for leaf in batch.leaves:
-            leaf.requires_grad_()
-        return batch
-
-
-def make(num_pairs=3, dtype=torch.float64, has_bias=False, ignore_index=-100, seed=0):
-    """Prompts of different lengths in front and padding behind, as collators make them."""
-    g = torch.Generator().manual_seed(seed)
-    shape = (2 * num_pairs, L)
-    target = torch.randint(V, shape, generator=g)
-    for s in range(2 * num_pairs):
-        target[s, : s % 3] = ignore_index
-        target[s, L - (2 * s) % 5 :] = ignore_index
-    return Batch(
-        weight=torch.randn(V, H, generator=g) / 3,
-        hidden=torch.randn(*shape, H, generator=g),
-        target=target,
-        bias=torch.randn(V, generator=g) if has_bias else None,
-        ref_input=torch.randn(*shape, H, generator=g),
-        ref_weight=torch.randn(V, H, generator=g) / 3,
-        ref_bias=torch.randn(V, generator=g) if has_bias else None,
-    ).to(dtype)
 
 
 def full_logits(loss, batch, use_ref_model=True):
@@ -90,12 +37,6 @@ def full_logits(loss, batch, use_ref_model=True):
     return value + loss.alpha * nll, (*policy.chunk(2), *means, nll, *rewards.chunk(2))
 
 
-def run(call, batch, *args, **kwargs):
-    """Loss, everything beside it, and the gradient of every leaf for a loss that is scaled afterwards."""
-    loss, logged = call(*args, **kwargs)
-    return [loss, *logged, *torch.autograd.grad(loss * 2.5, batch.leaves)]
-
-
 @pytest.mark.parametrize(
     *every_pair(
         loss_type=list(LINEAR_DPO_LOSSES),
@@ -107,7 +48,7 @@ def run(call, batch, *args, **kwargs):
 def test_everything_returned_and_every_gradient_is_that_of_the_full_logits(
     loss_type, average_log_prob, compute_nll_loss, has_bias
 ):
-    batch = make(has_bias=has_bias)
+    batch = make_batch(has_bias=has_bias)
     average_log_prob = average_log_prob and loss_type != "ipo"  # which takes means by itself
     settings = {"average_log_prob": average_log_prob, "compute_nll_loss": compute_nll_loss, "alpha": 0.7, "beta": 0.3}
     loss = LinearDPOLoss(loss_type=loss_type, label_smoothing=SMOOTHING.get(loss_type, 0.0), **settings)
@@ -120,7 +61,7 @@ def test_everything_returned_and_every_gradient_is_that_of_the_full_logits(
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0])
 @pytest.mark.parametrize("use_ref_model", [True, False])
 def test_ignore_index_and_a_missing_reference_mean_what_they_say(ignore_index, use_ref_model):
-    batch = make(num_pairs=1, ignore_index=ignore_index)
+    batch = make_batch(num_pairs=1, ignore_index=ignore_index)
     loss = LinearDPOLoss(ignore_index=ignore_index, use_ref_model=use_ref_model)
     expected = run(full_logits, batch, loss, batch, use_ref_model)
     ours = run(loss, batch, *batch.policy(), **(batch.reference() if use_ref_model else {}))
@@ -128,7 +69,7 @@ def test_ignore_index_and_a_missing_reference_mean_what_they_say(ignore_index, u
 
 
 def test_smoothed_labels_are_those_of_the_original_release():
-    batch = make()
+    batch = make_batch()
     value, (chosen, rejected, _, _, _, chosen_rewards, rejected_rewards) = LinearDPOLoss(label_smoothing=0.2)(
         *batch.policy(), ref_chosen_logps=torch.full((3,), -20.0), ref_rejected_logps=torch.full((3,), -21.0)
     )
@@ -139,7 +80,7 @@ def test_smoothed_labels_are_those_of_the_original_release():
 
 @pytest.mark.parametrize("average_log_prob", [False, True])
 def test_a_cached_reference_gives_what_the_reference_gives_that_it_was_cached_from(average_log_prob):
-    batch = make(has_bias=True)
+    batch = make_batch(has_bias=True)
     loss = LinearDPOLoss(average_log_prob=average_log_prob)
     with torch.no_grad():
         _, (ref_chosen, ref_rejected, *_) = LinearDPOLoss(average_log_prob=average_log_prob, use_ref_model=False)(
@@ -151,7 +92,7 @@ def test_a_cached_reference_gives_what_the_reference_gives_that_it_was_cached_fr
 
 
 def test_at_step_0_the_loss_is_ln_2():
-    batch = make(dtype=torch.float32)
+    batch = make_batch(dtype=torch.float32)
     same = {"ref_input": batch.hidden, "ref_weight": batch.weight}
     value, logged = LinearDPOLoss()(*batch.policy(), **same)
     assert value.item() == pytest.approx(math.log(2), abs=1e-6)
@@ -163,14 +104,14 @@ def test_ignored_positions_never_reach_the_head(monkeypatch):
     """Not even as nan: loss and gradients are as before; only the mean logits, which are over all positions, change."""
     num_rows = []
     for name in ("sequence_logps", "sequence_loss"):
-        original = getattr(linear_dpo_loss, name)
+        original = getattr(base, name)
 
         def counting(hidden_states, *args, original=original, **kwargs):
             num_rows.append(hidden_states.shape[0])
             return original(hidden_states, *args, **kwargs)
 
-        monkeypatch.setattr(linear_dpo_loss, name, counting)
-    batch = make()
+        monkeypatch.setattr(base, name, counting)
+    batch = make_batch()
     expected = run(LinearDPOLoss(), batch, *batch.policy(), **batch.reference())
     ignored = batch.target == -100
     with torch.no_grad():
@@ -185,7 +126,7 @@ def test_ignored_positions_never_reach_the_head(monkeypatch):
 
 def test_torch_compile_takes_it_as_one_graph():
     """There every position is a row of the head, so that no shape depends on the targets."""
-    batch = make()
+    batch = make_batch()
     loss = LinearDPOLoss(compute_nll_loss=True)
     expected = run(loss, batch, *batch.policy(), **batch.reference())
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -193,7 +134,7 @@ def test_torch_compile_takes_it_as_one_graph():
 
 
 def test_the_kernels_give_what_tiled_gives():
-    batch = make(dtype=torch.float32, has_bias=True)
+    batch = make_batch(dtype=torch.float32, has_bias=True)
     if torch.cuda.is_available():
         moved = {name: x if x is None else x.detach().cuda() for name, x in vars(batch).items()}
         batch = Batch(**moved).to(torch.float32)
@@ -204,7 +145,7 @@ def test_the_kernels_give_what_tiled_gives():
 
 
 def test_hidden_states_may_be_a_shifted_view():
-    batch = make()
+    batch = make_batch()
     longer = torch.cat([batch.hidden, batch.hidden[:, :1]], 1).detach().requires_grad_()
     for target in (batch.target, batch.target.clamp(min=0)):  # some rows, and all
         value, _ = LinearDPOLoss()(batch.weight, longer[:, :-1], target, **batch.reference())
@@ -216,7 +157,7 @@ def test_hidden_states_may_be_a_shifted_view():
 
 
 def test_a_sequence_without_targets_counts_zero_and_nothing_is_nan():
-    batch = make()
+    batch = make_batch()
     batch.target[0] = -100
     for settings in ({}, {"average_log_prob": True, "compute_nll_loss": True}, {"loss_type": "ipo"}):
         value, (chosen, *rest) = LinearDPOLoss(**settings)(*batch.policy(), **batch.reference())
@@ -225,7 +166,7 @@ def test_a_sequence_without_targets_counts_zero_and_nothing_is_nan():
 
 
 def test_only_the_loss_carries_a_gradient_and_only_to_what_needs_one():
-    batch = make(has_bias=True)
+    batch = make_batch(has_bias=True)
     batch.weight.requires_grad_(False)
     batch.ref_input.requires_grad_()
     value, logged = LinearDPOLoss(compute_nll_loss=True)(*batch.policy(), **batch.reference())
@@ -240,7 +181,7 @@ def test_only_the_loss_carries_a_gradient_and_only_to_what_needs_one():
     torch.testing.assert_close(without, value.detach(), rtol=1e-12, atol=0)
 
 
-BATCH = make()
+BATCH = make_batch()
 LOGPS = torch.zeros(3)
 
 
@@ -318,7 +259,7 @@ def liger(**settings):
     ids=lambda value: "-".join(value) or "default" if isinstance(value, dict) else str(value),
 )
 def test_results_are_ligers_in_fp32(loss_type, settings, has_bias):
-    batch = make(dtype=torch.float32, has_bias=has_bias)
+    batch = make_batch(dtype=torch.float32, has_bias=has_bias)
     settings = {"loss_type": loss_type, "label_smoothing": SMOOTHING.get(loss_type, 0.0), **settings}
     arguments = (*batch.policy(), *batch.reference().values())
     theirs, ours = (run(loss, batch, *arguments) for loss in (liger(**settings), LinearDPOLoss(**settings)))
@@ -328,7 +269,7 @@ def test_results_are_ligers_in_fp32(loss_type, settings, has_bias):
 
 
 def test_results_are_ligers_without_a_reference():
-    batch = make(dtype=torch.float32)
+    batch = make_batch(dtype=torch.float32)
     settings = {"use_ref_model": False, "compute_nll_loss": True}
     theirs, ours = (run(loss, batch, *batch.policy()) for loss in (liger(**settings), LinearDPOLoss(**settings)))
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
@@ -339,7 +280,7 @@ def test_errors_in_bf16_are_at_most_twice_ligers():
     settings = {"compute_nll_loss": True}
     squares = torch.zeros(2, 10, dtype=torch.float64)
     for seed in range(20):
-        batch = make(dtype=torch.bfloat16, seed=seed)
+        batch = make_batch(dtype=torch.bfloat16, seed=seed)
         exact = batch.to(torch.float64)
         expected = run(full_logits, exact, LinearDPOLoss(**settings), exact)
         for row, loss in zip(squares, (LinearDPOLoss(**settings), liger(**settings)), strict=True):

@@ -22,9 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastdpo.kernels.backward import logit_grads_kernel
+from fastdpo.kernels.choices import LABELS, choice_grads_kernel, choice_labels_kernel, choice_logits_kernel
 from fastdpo.kernels.finish import FINISH_ROWS, finish_grads_kernel
 from fastdpo.kernels.forward import partials_kernel
-from fastdpo.kernels.launch import FLATTENS_FROM, Blocks, blocks_for, candidates_for
+from fastdpo.kernels.launch import FLATTENS_FROM, LIBRARY, Blocks, blocks_for, candidates_for
 from fastdpo.kernels.library import fold_grads_kernel, fold_kernel
 from fastdpo.kernels.merge import MERGE_ROWS, MERGE_TILES, merge_kernel
 from fastdpo.kernels.products import ProductBlocks, column_sums_kernel, product_table, products_kernel
@@ -115,7 +116,8 @@ def variants(capability: tuple[int, int], operand: str) -> list[Variant]:
     tile = blocks("skipping")
     found += product_variants(tile, ProductBlocks(*product_table(capability, itemsize(operand))[0]))
     sums = {"BLOCK_T": tile.block_t, "BLOCK_V": tile.block_v}
-    return [*found, Variant("column_sums", column_sums_kernel, sums, None), *token_variants()]
+    found.append(Variant("column_sums", column_sums_kernel, sums, None))
+    return [*found, *token_variants(), *choice_variants(LIBRARY[0])]
 
 
 def token_variants() -> list[Variant]:
@@ -128,6 +130,22 @@ def token_variants() -> list[Variant]:
         fp32 = ("out_ptr",)
         found.append(Variant(f"token_sums, {option}", token_sums_kernel, places | sums, None, fp32=fp32))
         found.append(Variant(f"row_grads, {option}", row_grads_kernel, places | blocks, None, fp32=fp32))
+    return found
+
+
+def choice_variants(blocks: Blocks) -> list[Variant]:
+    """What reads logits that the library has made, for several labels per row."""
+    found = []
+    for on in (False, True):
+        option, switches = "every option" if on else "plain", {"HAS_BIAS": on, "HAS_SOFTCAP": on}
+        sizes = {"BLOCK_T": blocks.block_t, "BLOCK_V": blocks.block_v}
+        fold = sizes | switches | dict.fromkeys(NO_STATISTICS, on) | {"WITH_GRADS": False}
+        found += [
+            Variant(f"choice sums, {option}", fold_kernel, fold, None),
+            Variant(f"choice_logits, {option}", choice_logits_kernel, switches | {"BLOCK": LABELS}, None),
+            Variant(f"choice_grads, {option}", choice_grads_kernel, switches | sizes, None),
+            Variant(f"choice_labels, {option}", choice_labels_kernel, switches | {"BLOCK": LABELS}, None),
+        ]
     return found
 
 

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fastdpo.kernels import backward, forward
+from fastdpo.kernels import backward, choices, forward
 from fastdpo.kernels.launch import Blocks
 from fastdpo.types import TOKEN_OUTPUTS
 
@@ -47,6 +47,10 @@ def launch_everything(T: int, H: int, first_row: int, tma: bool) -> None:
     forward.fused_forward_with_grads(out, *head, TOKEN_OUTPUTS, blocks)
     lse = torch.zeros(2, first_row + T)[:, first_row:]
     backward.fill_logit_grads(out, hidden_states, weight, None, labels, *lse, lse[0], first_row, 10**6, 1, 30, blocks)
+    several = labels[:, None].repeat(1, 1 + first_row)
+    choices.choice_forward(hidden_states, weight, None, several, labels, 1, 30, TOKEN_OUTPUTS)
+    rows = (several, several.float(), *lse, *lse)
+    choices.fill_choice_grads(out, hidden_states, weight, None, *rows, first_row, 1, 30)
 
 
 if __name__ == "__main__":

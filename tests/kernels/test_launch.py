@@ -22,6 +22,9 @@ KERNELS = (
     "merge_kernel",
     "finish_grads_kernel",
     "logit_grads_kernel",
+    "choice_logits_kernel",
+    "choice_grads_kernel",
+    "choice_labels_kernel",
 )
 
 

@@ -1,5 +1,6 @@
 """linear_cross_entropy against torch's cross entropy of the logits, and torch's own function where it exists."""
 
+import dataclasses
 import inspect
 import sys
 
@@ -13,6 +14,7 @@ from fastdpo import linear_cross_entropy
 
 N, H, V = 67, 40, 257
 IMPLS = ["tiled", "reference"]
+X, W, Y = torch.zeros(4, 3), torch.zeros(7, 3), torch.zeros(4, dtype=torch.int64)
 
 
 def make(shape=(N,), dtype=torch.float64, ignore_index=-100, has_bias=True):
@@ -121,6 +123,115 @@ def test_class_probabilities_give_the_loss_and_gradients_of_the_full_logits(
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
 
 
+def make_places(lead, places, kind, dtype=torch.float64):
+    """Leaves (input, linear_weight, linear_bias) with a head for each place, and a target of each kind."""
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(*lead, H, generator=g), torch.randn(V, *places, H, generator=g) / 3]
+    leaves = [x.to(dtype).requires_grad_() for x in (*leaves, torch.randn(V, *places, generator=g))]
+    if kind == "probabilities":
+        return leaves, torch.rand(*lead, V, *places, generator=g, dtype=dtype)
+    target = torch.randint(V, (*lead, *places), generator=g)
+    target[torch.rand(target.shape, generator=g) < 0.3] = -100
+    return leaves, target
+
+
+def of_places(input, linear_weight, target, *, linear_bias, **kwargs):
+    """torch's definition: the logits of all places in one product, classes second."""
+    V, *places, H = linear_weight.shape
+    logits = F.linear(input.reshape(-1, H), linear_weight.reshape(-1, H), linear_bias.reshape(-1))
+    logits = logits.view(-1, V, *places)
+    rows = len(logits)
+    target = target.reshape(rows, V, *places) if target.is_floating_point() else target.reshape(rows, *places)
+    losses = F.cross_entropy(logits, target, **kwargs)
+    return losses.view(*input.shape[:-1], *places) if kwargs["reduction"] == "none" else losses
+
+
+@pytest.mark.parametrize(
+    *every_pair(
+        kind=["indices", "probabilities"],
+        places=[(1,), (3,), (2, 3)],
+        lead=[(N,), (3, 7), (0,)],
+        reduction=["mean", "sum", "none"],
+        label_smoothing=[0.0, 0.2],
+        has_weight=[False, True],
+    )
+)
+def test_k_dimensional_targets_have_a_head_for_each_place(
+    kind, places, lead, reduction, label_smoothing, has_weight, small_tiles
+):
+    leaves, target = make_places(lead, places, kind)
+    weight = torch.rand(V, generator=torch.Generator().manual_seed(1), dtype=torch.float64) if has_weight else None
+    settings = {"reduction": reduction, "label_smoothing": label_smoothing, "weight": weight}
+    ours, expected = (run(f, leaves, target, **settings) for f in (linear_cross_entropy, of_places))
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11, equal_nan=True)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy")
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_torchs_function_with_k_dimensional_targets_can_be_replaced(kind):
+    leaves, target = make_places((N,), (2, 3), kind)
+    ours, expected = (run(f, leaves, target, reduction="none") for f in (linear_cross_entropy, F.linear_cross_entropy))
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("impl", ["tiled", "triton"])
+def test_the_heads_of_the_places_are_as_exact_as_plain_pytorch(impl):
+    """The weight of one place is a view with gaps between its rows."""
+    device = "cuda" if torch.cuda.is_available() and impl == "triton" else "cpu"
+    leaves, target = make_places((N,), (3,), "indices", torch.float32)
+    leaves, target = [x.detach().to(device).requires_grad_() for x in leaves], target.to(device)
+    exact = run(of_places, [x.detach().double().requires_grad_() for x in leaves], target, reduction="none")
+    ours = run(linear_cross_entropy, leaves, target, reduction="none", impl=impl)
+    assert_as_exact(ours, run(of_places, leaves, target, reduction="none"), exact)
+
+
+HAS_OPTIONS = pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="this torch has no options")
+
+
+@HAS_OPTIONS
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batch_chunk_size": 5, "chunking_method": None, "acc_dtype": torch.float32}, {"acc_policy": "compact"}],
+    ids=["default", "chunks", "compact"],
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_torchs_options_are_taken_and_change_nothing(options, reduction):
+    leaves, target, _ = make(dtype=torch.float32)
+    options = torch.nn.LinearCrossEntropyOptions(**options)
+    ours, without = (
+        run(linear_cross_entropy, leaves, target, reduction=reduction, **given) for given in ({"options": options}, {})
+    )
+    for a, b in zip(ours, without, strict=True):  # the same computation
+        assert torch.equal(a, b)
+
+
+@HAS_OPTIONS
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_retained_graph_gives_the_gradients_again(is_frozen):
+    leaves, target, _ = make()
+    leaves[1].requires_grad_(not is_frozen)
+    options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+    loss = linear_cross_entropy(leaves[0], leaves[1], target, options=options)
+    first, second = (torch.autograd.grad(loss, leaves[0], retain_graph=True)[0] for _ in range(2))
+    assert first.any()
+    assert torch.equal(first, second)
+
+
+@HAS_OPTIONS
+def test_options_that_would_change_the_result_are_refused_by_name():
+    half = torch.nn.LinearCrossEntropyOptions(acc_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"options.acc_dtype must be None or torch.float32, .* got torch.bfloat16"):
+        linear_cross_entropy(X, W, Y, options=half)
+
+    @dataclasses.dataclass(frozen=True)
+    class Later(torch.nn.LinearCrossEntropyOptions):
+        z_loss: float = 0.0
+
+    linear_cross_entropy(X, W, Y, options=Later())
+    with pytest.raises(ValueError, match=r"options.z_loss must be 0.0, because this op does not know it, got 0.1"):
+        linear_cross_entropy(X, W, Y, options=Later(z_loss=0.1))
+
+
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["smoothed", "probabilities"])
@@ -226,9 +337,6 @@ def test_softcap_and_scale_reach_the_op():
     torch.testing.assert_close(ours, F.cross_entropy(logits, target))
 
 
-X, W, Y = torch.zeros(4, 3), torch.zeros(7, 3), torch.zeros(4, dtype=torch.int64)
-
-
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
@@ -236,11 +344,24 @@ X, W, Y = torch.zeros(4, 3), torch.zeros(7, 3), torch.zeros(4, dtype=torch.int64
         ((X, W, Y), {"label_smoothing": 1.1}, r"label_smoothing must be in \[0, 1\], got 1.1"),
         ((X, W, Y), {"label_smoothing": 0.1, "softcap": 3.0}, "softcap must be None with label_smoothing or class"),
         ((X, W, torch.zeros(4, 7)), {"logit_scale": 2.0}, "logit_scale must be 1.0 with label_smoothing or class"),
-        ((X, W, Y), {"options": object()}, "options must be None"),
+        ((X, W, Y), {"options": object()}, "options must be None or a torch.nn.LinearCrossEntropyOptions, got <object"),
+        (
+            (X, W, torch.zeros(4, 7)),
+            {"ignore_index": -100},
+            "ignore_index must be None if target holds prob",
+        ),
         ((X, W, torch.zeros(4, 6)), {}, r"target must have shape \(4, 7\) if it holds probabilities, got \(4, 6\)"),
         ((X, W, Y.bool()), {}, "target must hold class indices as integers.*bool"),
         ((X, W, Y[:3]), {}, r"target must have shape \(4,\) to match input, got \(3,\)"),
-        ((X, torch.zeros(7, 2, 3), Y), {}, r"linear_weight must have shape \(V, H\), .* got \(7, 2, 3\)"),
+        ((X, torch.zeros(7, 2, 3), Y), {}, r"target must have shape \(4, 2\) to match input, got \(4,\)"),
+        ((X, torch.zeros(7, 2, 3), torch.zeros(4, 2, 7)), {}, r"target must have shape \(4, 7, 2\) if it holds prob"),
+        ((X, torch.zeros(3), Y), {}, r"linear_weight must have shape \(V, H\) or \(V, d1, .* got \(3,\)"),
+        ((X, torch.zeros(7, 0, 3), Y), {}, r"without a dimension of 0, got \(7, 0, 3\)"),
+        (
+            (X, torch.zeros(7, 2, 3), torch.zeros(4, 2, dtype=torch.int64)),
+            {"linear_bias": torch.zeros(14)},
+            r"linear_bias must have shape \(7, 2\) .* got \(14,\)",
+        ),
         ((X[:, :2], W, Y), {}, r"input must have shape \(\.\.\., 3\) to match linear_weight, got \(4, 2\)"),
         ((X, W, Y), {"linear_bias": torch.zeros(6)}, r"linear_bias must have shape \(7,\) .* got \(6,\)"),
         ((X, W, Y), {"weight": torch.ones(4)}, r"weight must have shape \(7,\) to match linear_weight, got \(4,\)"),
