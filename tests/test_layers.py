@@ -23,6 +23,7 @@ LAYERS = [
     ["alignment", "evidence", "inspection", "integrations", "ranking"],
     ["rounds"],
     ["cli"],
+    ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # inside two subpackages, in the same way: their folders and their own modules
