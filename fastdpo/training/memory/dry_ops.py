@@ -70,16 +70,20 @@ class _HeadAllocations(torch.autograd.Function):
         ctx: Any, hidden_states, weight, adapter_weight, dtype, impl, workspace_bytes, largest_group
     ):
         engine = engine_of(impl)
-        h, w = hidden_states.to(dtype), joined_weight(weight, adapter_weight, dtype)
+        h, w = hidden_states.to(dtype), weight.to(dtype)
         ctx.has_adapter = adapter_weight is not None
-        weight = adapter_weight if ctx.has_adapter else weight
         acc = accumulator_dtype(dtype)
-        (R, H), V = h.shape, w.shape[0]
+        (R, width), (V, H) = h.shape, w.shape
+        if ctx.has_adapter:
+            weight, adapter = adapter_weight, adapter_weight.to(dtype)
+            more = -adapter.shape[1] % engine.column_multiple
+            if more:
+                h, adapter = h.new_empty(R, width + more), adapter.new_empty(V, adapter.shape[1] + more)
         sums = [torch.empty(x.shape, dtype=acc) if x.requires_grad else None for x in (hidden_states, weight)]
         sums_bytes = 0 if sums[1] is None else sums[1].numel() * acc.itemsize
         rows = min(R, max_chunk_rows(w, engine, workspace_bytes, sums_bytes))
         d = torch.empty(rows, padded(V, engine.row_multiple), dtype=engine.grads_dtype(dtype))
-        scaled = torch.empty(rows, H, dtype=acc)
+        scaled = torch.empty(rows, weight.shape[1] if weight.requires_grad else 0, dtype=acc)
         if rows < largest_group and impl == "tiled":  # its log-probs come from a forward before its gradients
             tiling = choose_tiling(h, w, workspace_bytes)
             logits = torch.empty(tiling.block_rows, tiling.block_vocab, dtype=acc)
