@@ -30,6 +30,7 @@ from fastdpo.modeling.backbone import backbone
 from fastdpo.modeling.head import lm_head
 from fastdpo.modeling.mixers import MixerRows, mixers_of
 from fastdpo.modeling.packed import bare_model, is_prepared, unprepare_model
+from fastdpo.modeling.tied import TiedGradient
 from fastdpo.modeling.tiles import find_tiles, install_tiles, only_first_tiles
 from fastdpo.training.memory.dry_ops import DryGroup, dry_attention, grouped_mm, head_loss
 from fastdpo.training.memory.folding import Fold, Marks, decoder_layers, only_folded, peak_of, unfolded_peak
@@ -235,11 +236,13 @@ def _step(
         marks = Marks()
         with live, marks.kept(decoder_layers(bare) if fold is not None else (), live):
             with context, torch.set_grad_enabled(with_grad):
-                hidden_states = _hidden_states(bare, row, varlen)
+                tied = TiedGradient(bare)
+                with tied.of_embedding():
+                    hidden_states = _hidden_states(bare, row, varlen)
                 rows = hidden_states.flatten(0, 1).index_select(0, torch.zeros(row.num_rows, dtype=torch.int64))
                 with live.tagged("head"):
                     rows, weight, adapter_weight = lm_head(bare).operands(rows, split=with_grad)
-                    dtype = autocast or weight.dtype
+                    weight, dtype = tied.of_head(weight), autocast or weight.dtype
                     loss: Any = head_loss(rows, weight, adapter_weight, dtype, impl, workspace_bytes, row.largest_group)
                 forward_end = len(live.events)
             del hidden_states, rows

@@ -1,0 +1,134 @@
+"""One gradient for a weight that embedding and LM head share, instead of two of its size that autograd would add.
+
+In: a bare causal LM. Out: its embedding's rows and its head's weight, differentiable as before. The head's gradient
+waits for the backward of the embedding, which adds the rows of its tokens in blocks of the vocabulary. Every element is
+the sum of the same two numbers as in autograd. Leaves a model alone whose weights are sharded, offloaded or compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastdpo.modeling.head import shards_weights
+
+BLOCK_ELEMENTS = 2**24  # of the embedding's gradient at once: 64 MiB of fp32
+
+
+class TiedGradient:
+    """The gradient of a shared weight, between the backward of the head and that of the embedding; for one forward."""
+
+    def __init__(self, model: Any) -> None:
+        self.embedding: Any = _tied_embedding(model)  # None: nothing is shared, and nothing changes
+        self.is_embedded = False  # whether the embedding's backward will take the head's gradient
+        self.gradient: Tensor | None = None
+
+    @contextmanager
+    def of_embedding(self) -> Iterator[None]:
+        """Context manager: the embedding adds to the head's gradient."""
+        if self.embedding is None:
+            yield
+            return
+        own, before = self.embedding.forward, vars(self.embedding).get("forward")
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with _Lookups(self):
+                return own(*args, **kwargs)
+
+        self.embedding.forward = forward
+        try:
+            yield
+        finally:
+            if before is None:
+                del self.embedding.forward
+            else:
+                self.embedding.forward = before
+
+    def of_head(self, weight: Tensor) -> Tensor:
+        """The weight, whose gradient waits for the embedding's if they are the same."""
+        if not self.is_embedded or weight is not self.embedding.weight:
+            return weight
+        given: Tensor = _Waiting.apply(weight, self)
+        return given
+
+    def take(self) -> Tensor | None:
+        self.is_embedded, gradient, self.gradient = False, self.gradient, None
+        return gradient
+
+
+def _tied_embedding(model: Any) -> Any:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(embedding, nn.Embedding) or weight is not getattr(head, "weight", None):
+        return None
+    is_plain = type(weight) is nn.Parameter and type(weight.data) is Tensor and not hasattr(embedding, "_hf_hook")
+    is_usual = not embedding.sparse and not embedding.scale_grad_by_freq and embedding.max_norm is None
+    if not (is_plain and is_usual and weight.requires_grad and torch.is_grad_enabled()):
+        return None
+    return None if torch.compiler.is_compiling() or shards_weights(model) else embedding
+
+
+class _Lookups(TorchFunctionMode):
+    """Replaces the lookup in a shared weight by `_Lookup`."""
+
+    def __init__(self, tied: TiedGradient) -> None:
+        super().__init__()
+        self.tied = tied
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.embedding and len(args) > 1 and args[1] is self.tied.embedding.weight:
+            return _Lookup.apply(*args[:2], self.tied)
+        return func(*args, **(kwargs or {}))
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids, weight, tied):  # type: ignore[override]
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.tied, tied.is_embedded = weight.shape, tied, True
+        return F.embedding(ids, weight, tied.embedding.padding_idx)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        gradient = ctx.tied.take()
+        if gradient is None:
+            gradient = grad.new_zeros(ctx.shape)
+        _add_rows(gradient, ids, grad, ctx.tied.embedding.padding_idx)
+        return None, gradient, None
+
+
+class _Waiting(torch.autograd.Function):
+    """The weight itself; its gradient goes to the embedding's backward if that is still to come."""
+
+    @staticmethod
+    def forward(ctx: Any, weight, tied):  # type: ignore[override]
+        ctx.tied = tied
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        if not ctx.tied.is_embedded:
+            return grad, None
+        ctx.tied.gradient = grad
+        return None, None
+
+
+def _add_rows(gradient: Tensor, ids: Tensor, grad: Tensor, padding_idx: int | None) -> None:
+    """Adds the gradient of an embedding, (V, H), in blocks of rows; the row of `padding_idx` gets none."""
+    V, H = gradient.shape
+    block = max(1, BLOCK_ELEMENTS // H)
+    for first in range(0, V, block):
+        size = min(block, V - first)
+        is_here = (ids >= first) & (ids < first + size)
+        if padding_idx is not None:
+            is_here &= ids != padding_idx
+        places = (ids - first).where(is_here, size)  # the row after the block takes what lies elsewhere: nothing
+        rows = torch.ops.aten.embedding_dense_backward(grad, places, size + 1, size, False)
+        gradient[first : first + size] += rows[:size]
