@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdpo.modeling.attention.call import AttentionCall, PackedLayout
 from fastdpo.modeling.attention.heads import to_heads, to_rows
@@ -36,6 +37,14 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dty
     else:
         shape = (a.shape[-2], b.shape[-1])
     return torch.empty(shape, dtype=out_dtype or a.dtype)
+
+
+class DryExperts(TorchDispatchMode):
+    """Replaces experts' matmuls by `grouped_mm`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_grouped = func is torch.ops.aten._grouped_mm.default
+        return (grouped_mm if is_grouped else func)(*args, **(kwargs or {}))
 
 
 def head_loss(
@@ -173,7 +182,8 @@ def dry_attention(
         is_limited = sliding_window is not None and sliding_window < packed_layout.varlen.max_keys
         window = sliding_window if is_limited else None
         call = AttentionCall(query, key, value, packed_layout, 0.0, 1.0, window, softcap, s_aux)
-        backend = _DryVarlen() if packed_layout.backend == "varlen" else BranchSdpa()
+        name = packed_layout.backend
+        backend = _DryVarlen() if name == "varlen" else BranchSdpa(masked=name == "masked")
         output = backend.attend(call)
     return output if group is None else to_rows(group, output), None
 

@@ -1,8 +1,14 @@
-"""One gradient for a weight that embedding and LM head share, instead of two of its size that autograd would add.
+"""The embedding's part in backward, without the tensors that autograd would keep for it.
 
-In: a bare causal LM. Out: its embedding's rows and its head's weight, differentiable as before. The head's gradient
-waits for the backward of the embedding, which adds the rows of its tokens in blocks of the vocabulary. Every element is
-the sum of the same two numbers as in autograd. Leaves a model alone whose weights are sharded, offloaded or compiled.
+In: a bare causal LM. Out: its embedding's rows and its head's weight, differentiable as before.
+
+- A weight that embedding and LM head share has one gradient of its size, instead of two that are added. The head's
+  waits for the backward of the embedding, which adds the rows of its tokens in blocks of the vocabulary. Every element
+  is the sum of the same two numbers as in autograd. Weights that are sharded or offloaded are left alone.
+- Rows of a frozen embedding that a hook makes require a gradient, as transformers does for checkpointing, are no leaf
+  of the graph: autograd would keep them, and their gradient, until backward ends.
+
+torch.compile gets the embedding as it is.
 """
 
 from __future__ import annotations
@@ -21,23 +27,26 @@ from fastdpo.modeling.head import shards_weights
 BLOCK_ELEMENTS = 2**24  # of the embedding's gradient at once: 64 MiB of fp32
 
 
-class TiedGradient:
-    """The gradient of a shared weight, between the backward of the head and that of the embedding; for one forward."""
+class EmbeddingGradient:
+    """The embedding in one forward, and the head's gradient until the embedding's backward."""
 
     def __init__(self, model: Any) -> None:
-        self.embedding: Any = _tied_embedding(model)  # None: nothing is shared, and nothing changes
+        self.embedding: Any = model.get_input_embeddings()
+        self.is_tied, self.is_anchored = _is_tied(model), _is_frozen_leaf(self.embedding)
         self.is_embedded = False  # whether the embedding's backward will take the head's gradient
         self.gradient: Tensor | None = None
 
     @contextmanager
     def of_embedding(self) -> Iterator[None]:
-        """Context manager: the embedding adds to the head's gradient."""
-        if self.embedding is None:
+        """Context manager for the embedding's call."""
+        if not (self.is_tied or self.is_anchored):
             yield
             return
         own, before = self.embedding.forward, vars(self.embedding).get("forward")
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.is_anchored:
+                return _Anchored.apply(own(*args, **kwargs), torch.empty(0, requires_grad=True))
             with _Lookups(self):
                 return own(*args, **kwargs)
 
@@ -62,22 +71,31 @@ class TiedGradient:
         return gradient
 
 
-def _tied_embedding(model: Any) -> Any:
+def _is_tied(model: Any) -> bool:
+    """Whether the head trains the embedding's weight too, a plain one."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     weight = getattr(embedding, "weight", None)
     if not isinstance(embedding, nn.Embedding) or weight is not getattr(head, "weight", None):
-        return None
+        return False
     is_plain = type(weight) is nn.Parameter and type(weight.data) is Tensor and not hasattr(embedding, "_hf_hook")
     is_usual = not embedding.sparse and not embedding.scale_grad_by_freq and embedding.max_norm is None
-    if not (is_plain and is_usual and weight.requires_grad and torch.is_grad_enabled()):
-        return None
-    return None if torch.compiler.is_compiling() or shards_weights(model) else embedding
+    return is_plain and is_usual and _is_recorded() and weight.requires_grad and not shards_weights(model)
+
+
+def _is_frozen_leaf(embedding: nn.Module) -> bool:
+    """Whether hooks may make a leaf of the rows of an embedding without trained weights."""
+    is_trained = any(parameter.requires_grad for parameter in embedding.parameters())
+    return _is_recorded() and bool(embedding._forward_hooks) and not is_trained
+
+
+def _is_recorded() -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class _Lookups(TorchFunctionMode):
     """Replaces the lookup in a shared weight by `_Lookup`."""
 
-    def __init__(self, tied: TiedGradient) -> None:
+    def __init__(self, tied: EmbeddingGradient) -> None:
         super().__init__()
         self.tied = tied
 
@@ -102,6 +120,18 @@ class _Lookup(torch.autograd.Function):
             gradient = grad.new_zeros(ctx.shape)
         _add_rows(gradient, ids, grad, ctx.tied.embedding.padding_idx)
         return None, gradient, None
+
+
+class _Anchored(torch.autograd.Function):
+    """The rows as they are, with a graph that ends here."""
+
+    @staticmethod
+    def forward(ctx: Any, rows, anchor):  # type: ignore[override]
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return None, None
 
 
 class _Waiting(torch.autograd.Function):
