@@ -138,7 +138,6 @@ PRIVATE = {
     "_indices": ("datasets 5.2", lambda: hasattr(small_dataset(), "_indices")),
     "_orig_mod": ("torch 2.13", lambda: hasattr(torch.compile(torch.nn.Linear(1, 1)), "_orig_mod")),
     "_cdata": ("torch 2.13", lambda: hasattr(torch.zeros(1).untyped_storage(), "_cdata")),
-    "_forward_hooks": ("torch 2.13", lambda: "_forward_hooks" in vars(torch.nn.Linear(1, 1))),
     "_parameters": ("torch 2.13", lambda: "_parameters" in vars(torch.nn.Linear(1, 1))),
     "_save_to_state_dict": ("torch 2.13", lambda: hasattr(torch.nn.Module, "_save_to_state_dict")),
     "_scaled_dot_product_flash_attention_for_cpu": (

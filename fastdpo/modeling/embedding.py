@@ -14,7 +14,7 @@ torch.compile gets the embedding as it is.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,21 +32,29 @@ class EmbeddingGradient:
 
     def __init__(self, model: Any) -> None:
         self.embedding: Any = model.get_input_embeddings()
-        self.is_tied, self.is_anchored = _is_tied(model), _is_frozen_leaf(self.embedding)
+        self.is_tied = _is_tied(model)
         self.is_embedded = False  # whether the embedding's backward will take the head's gradient
         self.gradient: Tensor | None = None
 
     @contextmanager
     def of_embedding(self) -> Iterator[None]:
         """Context manager for the embedding's call."""
-        if not (self.is_tied or self.is_anchored):
+        if not _is_recorded():
             yield
             return
+        handle = self.embedding.register_forward_hook(_without_leaf)  # after those that are there
+        try:
+            with self._adding() if self.is_tied else nullcontext():
+                yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _adding(self) -> Iterator[None]:
+        """Context manager: the embedding adds to the head's gradient."""
         own, before = self.embedding.forward, vars(self.embedding).get("forward")
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.is_anchored:
-                return _Anchored.apply(own(*args, **kwargs), torch.empty(0, requires_grad=True))
             with _Lookups(self):
                 return own(*args, **kwargs)
 
@@ -82,10 +90,11 @@ def _is_tied(model: Any) -> bool:
     return is_plain and is_usual and _is_recorded() and weight.requires_grad and not shards_weights(model)
 
 
-def _is_frozen_leaf(embedding: nn.Module) -> bool:
-    """Whether hooks may make a leaf of the rows of an embedding without trained weights."""
-    is_trained = any(parameter.requires_grad for parameter in embedding.parameters())
-    return _is_recorded() and bool(embedding._forward_hooks) and not is_trained
+def _without_leaf(module: nn.Module, args: Any, rows: Any) -> Any:
+    """A forward hook: rows of which an earlier hook has made a leaf are none."""
+    if not (isinstance(rows, Tensor) and rows.is_leaf and rows.requires_grad):
+        return rows
+    return _Anchored.apply(rows.detach(), torch.empty(0, requires_grad=True))
 
 
 def _is_recorded() -> bool:
