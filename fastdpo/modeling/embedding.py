@@ -82,9 +82,9 @@ class EmbeddingGradient:
 def _is_tied(model: Any) -> bool:
     """Whether the head trains the embedding's weight too, a plain one."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weight = getattr(embedding, "weight", None)
-    if not isinstance(embedding, nn.Embedding) or weight is not getattr(head, "weight", None):
+    if not isinstance(embedding, nn.Embedding) or embedding.weight is not getattr(head, "weight", None):
         return False
+    weight = embedding.weight
     is_plain = type(weight) is nn.Parameter and type(weight.data) is Tensor and not hasattr(embedding, "_hf_hook")
     is_usual = not embedding.sparse and not embedding.scale_grad_by_freq and embedding.max_norm is None
     return is_plain and is_usual and _is_recorded() and weight.requires_grad and not shards_weights(model)

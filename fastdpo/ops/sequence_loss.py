@@ -180,11 +180,10 @@ class _LossInForward(torch.autograd.Function):
         if shard is not None:
             labels = shard.local(labels)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            h, w, b, a = (
-                None if x is None else x.to(plan.dtype) for x in (hidden_states, lm_head_weight, bias, adapter_weight)
-            )
-            if ctx.has_adapter and a.shape[1] % engine.column_multiple:  # by zeros, which change no product
-                h, a = (pad(x, (0, -a.shape[1] % engine.column_multiple)) for x in (h, a))
+            h, w = hidden_states.to(plan.dtype), lm_head_weight.to(plan.dtype)
+            b, a = (None if x is None else x.to(plan.dtype) for x in (bias, adapter_weight))
+            if a is not None and (more := -a.shape[1] % engine.column_multiple):  # zeros, which change no product
+                h, a = pad(h, (0, more)), pad(a, (0, more))
             grads = RowGradients(h, w, b, wanted, a)
             most = max_chunk_rows(w, engine, plan.head.workspace_bytes, grads.weight_sums_bytes, shard)
             space = workspace(min(most, len(labels)), w, engine)
