@@ -140,6 +140,14 @@ PRIVATE = {
     "_cdata": ("torch 2.13", lambda: hasattr(torch.zeros(1).untyped_storage(), "_cdata")),
     "_parameters": ("torch 2.13", lambda: "_parameters" in vars(torch.nn.Linear(1, 1))),
     "_save_to_state_dict": ("torch 2.13", lambda: hasattr(torch.nn.Module, "_save_to_state_dict")),
+    "_scaled_dot_product_flash_attention_for_cpu": (
+        "torch 2.13",
+        lambda: hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"),
+    ),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": (
+        "torch 2.13",
+        lambda: hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward"),
+    ),
     "_grouped_mm": ("torch 2.13", lambda: hasattr(torch.ops.aten, "_grouped_mm")),
     "_to_copy": ("torch 2.13", lambda: hasattr(torch.ops.aten, "_to_copy")),
     "torch._subclasses.fake_tensor": ("torch 2.13", lambda: can_import("torch._subclasses.fake_tensor")),

@@ -120,7 +120,7 @@ def main(argv: list[str]) -> None:
                 plans,
                 memory,
                 title=f"Memory of {_short_name(options.model)}",
-                command=_command(fitting[0], options),
+                commands=[_command(plan, options) for plan in _first_of_each_kind(fitting)],
                 html=options.html,
                 png=options.png,
             )
@@ -213,11 +213,15 @@ def _show_longest(plans: Sequence[Plan], fitting: Sequence[Plan], config: Any, o
         " `--max_tokens_per_microbatch auto`."
     )
     console.print("\nThe first command of each kind that fits:")
+    for plan in _first_of_each_kind(fitting):
+        console.print(f"  {_command(plan, options)}", soft_wrap=True, markup=False)
+
+
+def _first_of_each_kind(fitting: Sequence[Plan]) -> list[Plan]:
     firsts: dict[str, Plan] = {}
     for plan in fitting:
         firsts.setdefault(plan.settings.method, plan)
-    for plan in firsts.values():
-        console.print(f"  {_command(plan, options)}", soft_wrap=True, markup=False)
+    return list(firsts.values())
 
 
 def _plan_cluster(config: Any, cluster: Cluster, options: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.cli.plan_names import GB, kept_activations, training_name
-from fastdpo.report import Figure, FigureGrid, Table, Text, write_report
+from fastdpo.report import Commands, Figure, FigureGrid, Table, write_report
 from fastdpo.report.memory import longest_pairs, memory_bars, whole_picture
 from fastdpo.training.memory.plan import CARDS, USABLE_SHARE, Estimates, Plan, Settings
 
@@ -24,7 +24,7 @@ def write_pictures(
     memory: int | None,
     *,
     title: str,
-    command: str,
+    commands: Sequence[str],
     html: str | None,
     png: str | None,
 ) -> list[Path]:
@@ -33,14 +33,14 @@ def write_pictures(
     Args:
         plans: those whose memory is shown part by part.
         memory: bytes of the GPU, if one is named.
-        command: what to type for the first setting that fits.
+        commands: what to type for the first setting of each kind that fits.
     """
     curves = lengths_by_memory(estimates, [*CARDS])
     bars = {_bar_name(plan): plan.estimate.parts() for plan in best_of_each(plans)}
     usable = None if memory is None else memory * USABLE_SHARE
     written = []
     if html is not None:
-        written.append(write_report(html, title, _sections(curves, bars, usable, command)))
+        written.append(write_report(html, title, _sections(curves, bars, usable, commands)))
     if png is not None:
         Path(png).parent.mkdir(parents=True, exist_ok=True)
         whole_picture(title, curves, bars, usable).savefig(png, format="png", dpi=110)
@@ -92,27 +92,30 @@ def _sections(
     curves: dict[str, dict[str, list[tuple[float, int]]]],
     bars: dict[str, dict[str, int]],
     usable: float | None,
-    command: str,
+    commands: Sequence[str],
 ) -> list[Any]:
+    drawn = {method: ways for method, ways in curves.items() if ways}
     figures = [
-        (f"{method}: longest pair in tokens against the memory of the GPU", longest_pairs(ways))
-        for method, ways in curves.items()
-        if ways
+        (f"{method}: longest pair in tokens against the memory of the GPU", longest_pairs(method, ways))
+        for method, ways in drawn.items()
     ]
-    rows = [
-        [f"{method}, {way}", *(f"{tokens:,}" if tokens else "–" for _, tokens in points)]
-        for method, ways in curves.items()
-        for way, points in ways.items()
+    tables = [
+        Table(
+            f"Longest pair with {method}, by memory (GB)",
+            ["", *(f"{card / GB:g}" for card in CARDS)],
+            [[way, *(f"{tokens:,}" if tokens else "–" for _, tokens in points)] for way, points in ways.items()],
+        )
+        for method, ways in drawn.items()
     ]
     return [
         FigureGrid(
-            f"Longest pair: {', '.join(curves)}",
+            "Longest pair",
             figures,
             "Tokens of prompt and both responses, the prompt once. Each setting has the optimizer and the reference"
             f" with the longest pair. {1 - USABLE_SHARE:.0%} of the memory stays free for fragmentation. These are"
             " estimates; none has been compared with a GPU yet.",
         ),
-        Table("Longest pair by memory (GB)", ["", *(f"{card / GB:g}" for card in CARDS)], rows),
+        *tables,
         Figure(
             "Where the bytes go",
             memory_bars(bars, usable),
@@ -120,5 +123,5 @@ def _sections(
             "The number behind each setting is the tokens of the pair."
             + ("" if usable is None else " The dashed line is the usable memory."),
         ),
-        Text("Command", [command]),
+        Commands("The first command of each kind that fits", commands),
     ]

@@ -27,6 +27,7 @@ from fastdpo.modeling.attention import (
     register,
 )
 from fastdpo.modeling.backbone import backbone_name
+from fastdpo.modeling.embedding import EmbeddingGradient
 from fastdpo.modeling.head import LMHead, inside, lm_head, shards_weights
 from fastdpo.modeling.mixers import MixerRows, OwnAttention, find_mixers, mixers_of
 from fastdpo.modeling.positions import counting_modules, told_positions
@@ -394,14 +395,15 @@ def _forward(
         layout = {"attention_mask": batch.attention_mask}
     if router_aux_loss:
         layout["output_router_logits"] = True
-    decoder = model.get_submodule(state.backbone)
-    with masks_of(packed_layout), told_positions(decoder, state.counting, layout.get("position_ids")):
+    decoder, embedded = model.get_submodule(state.backbone), EmbeddingGradient(model)
+    positions = told_positions(decoder, state.counting, layout.get("position_ids"))
+    with masks_of(packed_layout), positions, embedded.of_embedding():
         backbone = decoder(input_ids=batch.input_ids, use_cache=False, **layout)
 
     def head_outputs(rows: Tensor) -> dict[str, Tensor]:
         if group is not None:
-            return _token_outputs(model, batch, rows, impl, outputs)
-        return _head_outputs(model, batch, rows, impl, outputs, loss_of, summed)
+            return _token_outputs(model, batch, rows, embedded, impl, outputs)
+        return _head_outputs(model, batch, rows, embedded, impl, outputs, loss_of, summed)
 
     rows = backbone.last_hidden_state.flatten(0, 1).index_select(0, batch.logit_rows)
     result: dict[str, Tensor] = inside(model.get_output_embeddings(), head_outputs, rows)
@@ -416,12 +418,13 @@ def _forward(
 
 
 def _token_outputs(
-    model: Any, batch: PackedBatch, rows: Tensor, impl: str, outputs: tuple[str, ...]
+    model: Any, batch: PackedBatch, rows: Tensor, embedded: EmbeddingGradient, impl: str, outputs: tuple[str, ...]
 ) -> dict[str, Tensor]:
     """Log-probs and statistics of the head's rows on this process."""
     state: _Prepared = getattr(model, _STATE)
     head = lm_head(model).local()
     rows, weight, _ = head.operands(rows, split=False)
+    weight = embedded.of_head(weight)
     settings = {**_head_settings(state, head, impl, outputs), "skip_tolerance": state.skip_tolerance}
     tokens = linear_logps(rows, weight, batch.labels, **settings)
     return {name: getattr(tokens, name) for name in ("logps", *outputs)}
@@ -445,6 +448,7 @@ def _head_outputs(
     model: Any,
     batch: PackedBatch,
     rows: Tensor,  # (R, H) hidden states that predict a label
+    embedded: EmbeddingGradient,
     impl: str,
     outputs: tuple[str, ...],
     loss_of: LossOfSums | None,
@@ -454,7 +458,7 @@ def _head_outputs(
     state: _Prepared = getattr(model, _STATE)
     head = lm_head(model).local()
     rows, weight, adapter_weight = head.operands(rows, split=loss_of is not None)
-    args = (rows, weight, batch.labels, batch.cu_seqlens)
+    args = (rows, embedded.of_head(weight), batch.labels, batch.cu_seqlens)
     settings = {**_head_settings(state, head, impl, outputs), "rows": batch.token_rows}
     loss = {}
     if loss_of is None:

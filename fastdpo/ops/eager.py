@@ -121,8 +121,9 @@ def hidden_grad_in_forward(
 class RowGradients:
     """dH, dW and db, (11) and (12), summed in fp32 (fp64 for fp64) from chunks of D over the whole vocabulary.
 
-    dW covers the weight's columns from `first_column` on; the columns before are frozen. With `leaves_out`, rows
-    without weight are left out of the products. The host must count them, so by default this is off on a GPU.
+    With an adapter weight (V, r), hidden_states is (T, H + r) or wider, dH is (T, H + r), and dW is the adapter's. With
+    `leaves_out`, rows without weight are left out of the products. The host must count them, so by default this is off
+    on a GPU.
     """
 
     def __init__(
@@ -131,14 +132,19 @@ class RowGradients:
         lm_head_weight: Tensor,
         bias: Tensor | None,
         wanted: tuple[bool, bool, bool],
-        first_column: int = 0,
+        adapter_weight: Tensor | None = None,
         leaves_out: bool | None = None,
     ):
+        # column blocks of the hidden states, each with its weight; the last one may be trained
+        self.blocks = [(slice(0, lm_head_weight.shape[1]), lm_head_weight)]
+        if adapter_weight is not None:
+            H, r = lm_head_weight.shape[1], adapter_weight.shape[1]
+            self.blocks.append((slice(H, H + r), adapter_weight))
+        self.trained, trained_weight = self.blocks[-1]
         self.hidden_states, self.lm_head_weight = hidden_states, lm_head_weight
-        self.first_column = first_column
         self.leaves_out = not hidden_states.is_cuda if leaves_out is None else leaves_out
-        self.hidden = _sums_like(hidden_states) if wanted[0] else None
-        self.weight = _sums_like(lm_head_weight[:, first_column:]) if wanted[1] else None
+        self.hidden = _sums_like(hidden_states[:, : self.trained.stop]) if wanted[0] else None
+        self.weight = _sums_like(trained_weight) if wanted[1] else None
         self.bias = _sums_like(bias) if wanted[2] and bias is not None else None
         self.is_first = True
 
@@ -166,18 +172,20 @@ class RowGradients:
         if len(scale) == 0:
             return
         # only if it is needed: with a frozen head the copy of its rows would be wasted
-        scaled = None if self.weight is None else hidden_states[:, self.first_column :] * scale[:, None]
+        scaled = None if self.weight is None else hidden_states[:, self.trained] * scale[:, None]
+        dtype = operand(self.lm_head_weight[:1]).dtype
         for vocab in operand_blocks(self.lm_head_weight):
-            weight = operand(self.lm_head_weight[vocab])
-            d_block = d[:, vocab].to(weight.dtype)
+            d_block = d[:, vocab].to(dtype)
             if hidden is not None:
-                matmul_into(hidden, d_block, weight, beta=0.0 if vocab.start == 0 else 1.0)
+                beta = 0.0 if vocab.start == 0 else 1.0
+                for columns, weight in self.blocks:
+                    matmul_into(hidden[:, columns], d_block, operand(weight[vocab]), beta=beta)
             if self.weight is not None and scaled is not None:
-                matmul_into(self.weight[vocab], d_block.T, scaled.to(weight.dtype), beta=0.0 if self.is_first else 1.0)
+                matmul_into(self.weight[vocab], d_block.T, scaled.to(dtype), beta=0.0 if self.is_first else 1.0)
             if self.bias is not None:
                 added = scale @ d_block.to(scale.dtype)
                 self.bias[vocab] = added if self.is_first else self.bias[vocab] + added
-            del weight, d_block  # where they are casts, before the next ones are made
+            del d_block  # where it is a cast, before the next one is made
         if hidden is not None:
             hidden *= scale[:, None]
         self.is_first = False

@@ -26,10 +26,12 @@ from fastdpo.ops.vocab_parallel import sharded
 class Engine(NamedTuple):
     """T rows, V vocabulary; `head` is a Head, `bias` may be None."""
 
-    # (hidden_states, lm_head_weight, bias, labels, head) -> values, each (T,)
+    # (hidden_states, lm_head_weight, bias, labels, head, adapter_weight=None) -> values, each (T,); with an adapter
+    # weight (V, r), hidden_states is (T, H + r) or wider, and its columns beyond H multiply the adapter's
     forward: Callable[..., dict[str, Tensor]]
-    # (out, hidden_states, lm_head_weight, bias, labels, head, combine=None): the same, and D, eq. (9), of all rows into
-    # out (T, V); `combine` makes the values of the whole vocabulary from those of the engine's part
+    # (out, hidden_states, lm_head_weight, bias, labels, head, combine=None, adapter_weight=None): the same, and D,
+    # eq. (9), of all rows into out (T, V); `combine` makes the values of the whole vocabulary from those of the
+    # engine's part
     forward_with_grads: Callable[..., dict[str, Tensor]]
     # (hidden_states, lm_head_weight, bias, labels, lse, head, row_scale)
     logit_grads: Callable[..., LogitGrads]
@@ -44,7 +46,7 @@ class Engine(NamedTuple):
     grads_dtype: Callable[[torch.dtype], torch.dtype]  # of D in `out`, from the operands' dtype
     row_multiple: int  # rows of `out` are padded to a multiple of so many elements
     chunk_multiple: int  # rows of `out` that a kernel takes at once: other numbers leave part of its last block empty
-    column_multiple: int  # that joined operands are padded to: the copy engine takes rows of whole 16 bytes
+    column_multiple: int  # that wide hidden states are padded to: the copy engine takes rows of whole 16 bytes
     workspace_bytes: int  # default size of `out`
     most_workspace_bytes: int  # and where each chunk of rows reads and writes the sums of a large dW
 

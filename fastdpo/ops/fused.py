@@ -22,7 +22,7 @@ from fastdpo.types import IGNORE_INDEX
 BLOCK_ROWS = 8192
 ROW_MULTIPLE = 16  # elements: rows of D that begin at multiples of it are stored and multiplied in wide words
 CHUNK_MULTIPLE = 128  # rows of D: the height of the kernels' blocks
-COLUMN_MULTIPLE = 8  # of joined weights: 16 bytes of fp16 or bf16
+COLUMN_MULTIPLE = 8  # of hidden states and weights that an adapter widens: 16 bytes of fp16 or bf16
 WORKSPACE_BYTES = 2**28  # by default
 MOST_WORKSPACE_BYTES = 2**30  # by default, of D where every chunk of rows reads and writes the sums of dW
 
@@ -42,7 +42,12 @@ def skip_blocks(hidden_states: Tensor) -> tuple[int, int]:
 
 
 def fused_forward(
-    hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | None, labels: Tensor, head: Head
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    head: Head,
+    adapter_weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The values named in ALWAYS and in `head.outputs`, each (T,). A label outside [0, V) gives nan.
 
@@ -58,6 +63,7 @@ def fused_forward(
             head.softcap,
             head.outputs,
             keep_partials=head.skip_tolerance > 0,
+            adapter_weight=adapter_weight,
         )
 
 
@@ -69,6 +75,7 @@ def fused_forward_with_grads(
     labels: Tensor,
     head: Head,
     combine: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    adapter_weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Returns the same as `fused_forward`, and writes D, eq. (9), of every row to `out` (T, V)."""
     with _device(hidden_states):
@@ -82,6 +89,7 @@ def fused_forward_with_grads(
             head.softcap,
             head.outputs,
             combine=combine,
+            adapter_weight=adapter_weight,
         )
 
 

@@ -87,8 +87,8 @@ def sequence_loss(
             sequences' log-probs (s,) in nats and lengths (s,); the slices give the sequences and groups.
         summed: statistics among `outputs` that `loss_of` also takes by name, (s,) sums without gradient.
         adapter_weight: (V, r) in any float dtype, columns that follow those of lm_head_weight, for hidden_states of
-            width H + r: a head `h @ W.T + u @ B.T` with frozen W takes [h, u] and trains B without a gradient of W's
-            size. During this call one copy holds both weights side by side.
+            width H + r: a head `h @ W.T + u @ B.T` with frozen W takes [h, u] and trains B without a gradient or a copy
+            of W's size. Without a gradient in forward, one copy holds both weights side by side.
         workspace_bytes: memory for the gradients of the logits, (rows of a chunk, V); by default 256 MiB on a GPU (up
             to 1 GiB of the free memory if the gradient of the weight is needed, see
             `fastdpo.ops.eager.max_chunk_rows`), and 32 MiB elsewhere. The logits of a group that does not fit alone are
@@ -180,14 +180,11 @@ class _LossInForward(torch.autograd.Function):
         if shard is not None:
             labels = shard.local(labels)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            h, w, b = (
-                hidden_states.to(plan.dtype),
-                joined_weight(lm_head_weight, adapter_weight, plan.dtype, engine.column_multiple),
-                None if bias is None else bias.to(plan.dtype),
-            )
-            if w.shape[1] > h.shape[1]:  # zeros, which change no product
-                h = pad(h, (0, w.shape[1] - h.shape[1]))
-            grads = RowGradients(h, w, b, wanted, lm_head_weight.shape[1] if ctx.has_adapter else 0)
+            h, w = hidden_states.to(plan.dtype), lm_head_weight.to(plan.dtype)
+            b, a = (None if x is None else x.to(plan.dtype) for x in (bias, adapter_weight))
+            if a is not None and (more := -a.shape[1] % engine.column_multiple):  # zeros, which change no product
+                h, a = pad(h, (0, more)), pad(a, (0, more))
+            grads = RowGradients(h, w, b, wanted, a)
             most = max_chunk_rows(w, engine, plan.head.workspace_bytes, grads.weight_sums_bytes, shard)
             space = workspace(min(most, len(labels)), w, engine)
             losses, found = [], []
@@ -195,9 +192,9 @@ class _LossInForward(torch.autograd.Function):
                 rows, fits = chunk.rows, 0 < chunk.rows.stop - chunk.rows.start <= most
                 if fits:
                     d = space[: rows.stop - rows.start]
-                    values = engine.forward_with_grads(d, h[rows], w, b, labels[rows], plan.head)
+                    values = engine.forward_with_grads(d, h[rows], w, b, labels[rows], plan.head, adapter_weight=a)
                 else:
-                    values = engine.forward(h[rows], w, b, labels[rows], plan.head)
+                    values = engine.forward(h[rows], w, b, labels[rows], plan.head, adapter_weight=a)
                 loss, grad_logps = _weigh(values, chunk, plan.chunk_loss)
                 losses.append(loss)
                 found.append(values)
@@ -206,7 +203,7 @@ class _LossInForward(torch.autograd.Function):
                     lse_rest = values["lse_rest"][within]
                     if not fits:
                         d = space[: some.stop - some.start]
-                        again = engine.forward_with_grads(d, h[some], w, b, labels[some], plan.head)
+                        again = engine.forward_with_grads(d, h[some], w, b, labels[some], plan.head, adapter_weight=a)
                         lse_rest = again["lse_rest"]
                     grads.add(some, d, row_scale(grad_logps[within], lse_rest, labels[some], plan.head))
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]

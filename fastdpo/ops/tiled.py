@@ -44,6 +44,7 @@ def tiled_forward(
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (T,) int64
     head: Head,
+    adapter_weight: Tensor | None = None,  # (V, r), for hidden_states (T, H + r)
 ) -> dict[str, Tensor]:
     """The values named in ALWAYS and in `head.outputs`, each (T,). A label outside [0, V) gives nan.
 
@@ -55,20 +56,28 @@ def tiled_forward(
     state = RowState(hidden_states, lm_head_weight, labels, head)
     scratch = scratch_of(tiling, state.max)
     second = scratch_of(tiling, state.max) if "entropy" in head.outputs else None
-    for rows, vocab, logits in logit_tiles(hidden_states, lm_head_weight, bias, head, tiling, scratch):
+    for rows, vocab, logits in logit_tiles(hidden_states, lm_head_weight, bias, head, tiling, scratch, adapter_weight):
         state.absorb(rows, vocab, logits, None if second is None else tile_of(second, rows, vocab))
     return state.finish()
 
 
 def logit_tiles(
-    hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | None, head: Head, tiling: Tiling, scratch: Tensor
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    bias: Tensor | None,
+    head: Head,
+    tiling: Tiling,
+    scratch: Tensor,
+    adapter_weight: Tensor | None = None,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows, vocab, logits) of every tile; the logits are in `scratch`, valid until the next tile."""
     for vocab in tiling.vocab():
         weight = operand(lm_head_weight[vocab]).T  # (H, block_vocab)
+        adapter = None if adapter_weight is None else operand(adapter_weight[vocab]).T  # (r, block_vocab)
+        some = None if bias is None else bias[vocab]
         for rows in tiling.rows():
             logits = tile_of(scratch, rows, vocab)
-            fill_logits(logits, operand(hidden_states[rows]), weight, None if bias is None else bias[vocab], head)
+            fill_logits(logits, operand(hidden_states[rows]), weight, some, head, adapter_t=adapter)
             yield rows, vocab, logits
         del weight  # where it is a cast, before the next one is made
 
@@ -203,20 +212,36 @@ class GradRows:
             probs.mul_(slope)
 
 
-def fill_uncapped(out: Tensor, hidden_states: Tensor, weight_t: Tensor, bias: Tensor | None, head: Head) -> None:
+def fill_uncapped(
+    out: Tensor,  # (rows, columns)
+    hidden_states: Tensor,  # (rows, H), with an adapter (rows, at least H + r)
+    weight_t: Tensor,  # (H, columns)
+    bias: Tensor | None,
+    head: Head,
+    adapter_t: Tensor | None = None,  # (r, columns)
+) -> None:
     """eq. (1) and the scale of eq. (2) for one tile."""
+    scale, H = head.logit_scale, weight_t.shape[0]
     if bias is None:
-        matmul_into(out, hidden_states, weight_t, alpha=head.logit_scale)
+        matmul_into(out, hidden_states[:, :H], weight_t, alpha=scale)
     else:
         out.copy_(bias)
-        matmul_into(out, hidden_states, weight_t, alpha=head.logit_scale, beta=head.logit_scale)
+        matmul_into(out, hidden_states[:, :H], weight_t, alpha=scale, beta=scale)
+    if adapter_t is not None:
+        matmul_into(out, hidden_states[:, H : H + adapter_t.shape[0]], adapter_t, alpha=scale, beta=1.0)
 
 
 def fill_logits(
-    out: Tensor, hidden_states: Tensor, weight_t: Tensor, bias: Tensor | None, head: Head, slope: Tensor | None = None
+    out: Tensor,
+    hidden_states: Tensor,
+    weight_t: Tensor,
+    bias: Tensor | None,
+    head: Head,
+    slope: Tensor | None = None,
+    adapter_t: Tensor | None = None,
 ) -> None:
     """eq. (1) and (2) for one tile; writes the derivative of the softcap to `slope` if given."""
-    fill_uncapped(out, hidden_states, weight_t, bias, head)
+    fill_uncapped(out, hidden_states, weight_t, bias, head, adapter_t)
     if head.softcap is not None:
         out.div_(head.softcap).tanh_()
         if slope is not None:

@@ -28,6 +28,7 @@ def tiled_forward_with_grads(
     labels: Tensor,  # (T,) int64
     head: Head,
     combine: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    adapter_weight: Tensor | None = None,  # (V, r), for hidden_states (T, H + r)
 ) -> dict[str, Tensor]:
     """The values named in ALWAYS and in `head.outputs`, each (T,); fills `out` with D.
 
@@ -41,7 +42,8 @@ def tiled_forward_with_grads(
     rows_operand = operand(hidden_states)
     for vocab in operand_blocks(lm_head_weight):
         weight = operand(lm_head_weight[vocab])
-        fill_uncapped(out[:, vocab], rows_operand, weight.T, None if bias is None else bias[vocab], head)
+        adapter = None if adapter_weight is None else operand(adapter_weight[vocab]).T
+        fill_uncapped(out[:, vocab], rows_operand, weight.T, None if bias is None else bias[vocab], head, adapter)
         del weight  # where it is a cast, before the next one is made
 
     step = max(1, SLICE_ELEMENTS // V)

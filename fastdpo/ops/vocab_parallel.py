@@ -96,16 +96,24 @@ def sharded(engine: Any, shard: Shard | None) -> Any:
         names = dict.fromkeys(name for output in head.outputs for name in EXCHANGED[output])
         return replace(head, outputs=tuple(names))
 
-    def forward(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Head) -> Any:
-        values = engine.forward(hidden_states, weight, bias, labels, local(head))
+    def forward(
+        hidden_states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Head, **adapter: Any
+    ) -> Any:
+        values = engine.forward(hidden_states, weight, bias, labels, local(head), **adapter)
         return combined(shard, values, labels, head.outputs)
 
     def forward_with_grads(
-        out: Tensor, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Head
+        out: Tensor,
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        head: Head,
+        **adapter: Any,
     ) -> Any:
         def combine(values: dict[str, Tensor]) -> dict[str, Tensor]:
             return combined(shard, values, labels, head.outputs)
 
-        return engine.forward_with_grads(out, hidden_states, weight, bias, labels, local(head), combine)
+        return engine.forward_with_grads(out, hidden_states, weight, bias, labels, local(head), combine, **adapter)
 
     return engine._replace(forward=forward, forward_with_grads=forward_with_grads)

@@ -2,9 +2,10 @@
 
 from fastdpo.report.html import write_report
 from fastdpo.report.plots import Interval, Point, Spot, frontier, intervals, lines, require_matplotlib, training_curves
-from fastdpo.report.sections import Figure, FigureGrid, Response, Sample, SampleList, Table, Text, svg
+from fastdpo.report.sections import Commands, Figure, FigureGrid, Response, Sample, SampleList, Table, Text, svg
 
 __all__ = [
+    "Commands",
     "Figure",
     "FigureGrid",
     "Interval",

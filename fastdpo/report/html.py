@@ -31,6 +31,7 @@ th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--line); text-align
 thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); vertical-align: bottom; }
 tbody th { font-weight: 600; white-space: nowrap; }
 table.figures td, table.figures thead th:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; }
+table.figures th, table.figures td { padding: .45rem .5rem; }
 table.figures td { white-space: nowrap; }
 table.figures tbody tr:nth-child(odd) { background: var(--band); }
 table.prose tbody th { width: 13rem; white-space: normal; font-weight: 500; color: var(--soft); }
@@ -43,6 +44,7 @@ article { margin: 0 0 1.6rem; }
   border-left: 3px solid var(--accent); font-weight: 500; white-space: pre-wrap; overflow-wrap: anywhere; }
 table.samples td:nth-of-type(1) { white-space: pre-wrap; overflow-wrap: anywhere; }
 .coloured { max-width: none; margin: .5rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.command { margin: 0 0 .8rem; padding: .5rem .8rem; background: var(--band); font-size: .9rem; overflow-x: auto; }
 .coloured span { border-radius: 2px; }
 figure { margin: 0 0 .6rem; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff; border-radius: 4px; }
@@ -53,7 +55,7 @@ footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line)
   main { padding: 1.5rem .9rem 3rem; }
   table { font-size: .84rem; }
   th, td { padding: .35rem .4rem; }
-  tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 6.6rem; }
+  tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 7.9rem; }
   table.figures td { white-space: normal; }
   table.prose tbody th { width: auto; }
   table.samples { min-width: 0; }

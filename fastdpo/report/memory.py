@@ -16,11 +16,11 @@ GB = 1e9
 Curves = Mapping[str, Sequence[tuple[float, int]]]
 
 
-def longest_pairs(curves: Curves) -> Any:
-    """The longest pair of each setting against the GPU's memory, both on logarithmic axes."""
+def longest_pairs(method: str, curves: Curves) -> Any:
+    """The longest pair of each setting of a method against the GPU's memory, both on logarithmic axes."""
     figure = new_figure(width=5.2, height=3.6 + 0.19 * (len(curves) + 1) // 2)
     panel = figure.subplots()
-    _draw_lengths(panel, curves)
+    _draw_lengths(panel, method, curves)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
@@ -48,15 +48,15 @@ def whole_picture(
     figure.suptitle(title)
     upper, lower = figure.subfigures(2, 1, height_ratios=height)
     for (name, of_method), panel in zip(curves.items(), upper.subplots(1, len(curves), squeeze=False)[0], strict=True):
-        _draw_lengths(panel, of_method)
-        panel.set_title(name, loc="left", fontsize=10)
+        _draw_lengths(panel, name, of_method)
         panel.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     _draw_bars(lower.subplots(), bars, limit)
     lower.legend(loc="outside lower center", ncols=8, frameon=False, fontsize=9)
     return figure
 
 
-def _draw_lengths(panel: Any, curves: Curves) -> None:
+def _draw_lengths(panel: Any, method: str, curves: Curves) -> None:
+    panel.set_title(method, loc="left", fontsize=10)
     sizes = sorted({size for points in curves.values() for size, _ in points})
     for index, (name, points) in enumerate(curves.items()):
         fitting = [point for point in points if point[1] > 0]

@@ -37,6 +37,18 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Commands:
+    """Commands to copy, an option on each line."""
+
+    title: str
+    commands: Sequence[str]
+
+    def body(self) -> str:
+        lines = (escape(command.replace(" --", " \\\n  --")) for command in self.commands)
+        return "\n".join(f'<pre class="command">{command}</pre>' for command in lines)
+
+
+@dataclass(frozen=True)
 class Table:
     """Rows of cells. The first column names the row; the other columns are figures unless `is_prose`."""
 

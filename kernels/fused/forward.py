@@ -40,9 +40,12 @@ def partials_kernel(
     sum_sq_exp_ptr,
     sum_z_ptr,
     out_ptr,  # (T, V) in the operands' dtype, or unused
+    extra_ptr,  # (T, R) of the strides of hidden_ptr, or with TMA its descriptor, or unused
+    adapter_ptr,  # (V, R) contiguous, likewise
     T,
     V,
     H,
+    R,
     stride_ht,
     stride_hh,
     stride_wv,
@@ -56,6 +59,7 @@ def partials_kernel(
     WITH_SQUARES: tl.constexpr,
     WITH_MEAN: tl.constexpr,
     WITH_GRADS: tl.constexpr,
+    HAS_ADAPTER: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -94,6 +98,10 @@ def partials_kernel(
             BLOCK_V,
             BLOCK_H,
             TMA,
+            extra_ptr,
+            adapter_ptr,
+            R,
+            HAS_ADAPTER,
         )
 
         store_partials(
@@ -135,6 +143,7 @@ def fused_forward(
     blocks: Blocks | None = None,
     keep_partials: bool = False,
     visit: Callable[[Tensor, slice, slice], None] | None = None,
+    adapter_weight: Tensor | None = None,  # (V, R), which the columns of hidden_states beyond H multiply
 ) -> dict[str, Tensor]:
     """logps, lse_whole, lse_rest and `outputs`, each (T,).
 
@@ -146,7 +155,7 @@ def fused_forward(
     kernel = "skipping" if keep_partials else "forward_options" if options else "forward"
     blocks = blocks or device_blocks(hidden_states, kernel)
     head = (lm_head_weight, bias, labels, logit_scale, softcap)
-    values, partials = _forward(None, hidden_states, *head, outputs, blocks, visit)
+    values, partials = _forward(None, hidden_states, *head, outputs, blocks, visit, adapter_weight)
     if keep_partials:
         values |= {"tile_max": partials.max, "tile_sumexp": partials.sumexp}
     return values
@@ -163,6 +172,7 @@ def fused_forward_with_grads(
     outputs: tuple[str, ...],
     blocks: Blocks | None = None,
     combine: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    adapter_weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Like `fused_forward`, and the logits' gradient in `out` without a second matmul (ignored rows are 0).
 
@@ -173,7 +183,7 @@ def fused_forward_with_grads(
     options = bias is not None or softcap is not None or any(statistics(outputs).values())
     blocks = blocks or device_blocks(hidden_states, "eager_options" if options else "eager")
     head = (lm_head_weight, bias, labels, logit_scale, softcap)
-    values, partials = _forward(out, hidden_states, *head, outputs, blocks)
+    values, partials = _forward(out, hidden_states, *head, outputs, blocks, None, adapter_weight)
     if combine is not None:
         values = combine(values)
     if out.numel() > 0:
@@ -191,7 +201,8 @@ def _forward(
     softcap: float | None,
     outputs: tuple[str, ...],
     blocks: Blocks,
-    visit: Callable[[Tensor, slice, slice], None] | None = None,
+    visit: Callable[[Tensor, slice, slice], None] | None,
+    adapter_weight: Tensor | None,
 ) -> tuple[dict[str, Tensor], Partials]:
     """The values, and the partials that they are merged from; with `out` also the tiles of eq. (13) in `out`."""
     T, V = hidden_states.shape[0], lm_head_weight.shape[0]
@@ -208,9 +219,8 @@ def _forward(
     extra = (next(spare) if wanted else sums[0] for wanted in wants.values())
     partials = Partials(label_logit, sums[0], sums[1], *extra)
     if T > 0:
-        _launch_partials(
-            partials, out, hidden_states, lm_head_weight, bias, labels, logit_scale, softcap, wants, blocks, visit
-        )
+        head = (lm_head_weight, bias, labels, logit_scale, softcap)
+        _launch_partials(partials, out, hidden_states, *head, wants, blocks, visit, adapter_weight)
         merge(partials, labels, values, V)
     if "is_top1" in values:
         values["is_top1"] = values["is_top1"].bool()
@@ -229,22 +239,29 @@ def _launch_partials(
     wants: dict[str, bool],
     blocks: Blocks,
     visit: Callable[[Tensor, slice, slice], None] | None,
+    adapter_weight: Tensor | None,
 ) -> None:
     if blocks.library:
         head = (hidden_states, lm_head_weight, bias, labels, logit_scale, softcap)
-        return library_partials(partials, out, *head, wants, blocks, visit)
-    (T, H), V = hidden_states.shape, lm_head_weight.shape[0]
-    operands, tma = tile_operands(hidden_states, lm_head_weight, blocks)
+        return library_partials(partials, out, *head, wants, blocks, visit, adapter_weight)
+    T, (V, H) = hidden_states.shape[0], lm_head_weight.shape
+    R = 0 if adapter_weight is None else adapter_weight.shape[1]
+    adapter = () if adapter_weight is None else (hidden_states[:, H : H + R], adapter_weight.contiguous())
+    hidden_states = hidden_states[:, :H]
+    (hidden, weight, *adapter), tma = tile_operands(hidden_states, lm_head_weight, blocks, *adapter)
     num_tiles = triton.cdiv(T, blocks.block_t) * triton.cdiv(V, blocks.block_v)
     partials_kernel[(num_programs(blocks, num_tiles, hidden_states),)](
-        *operands,
+        hidden,
+        weight,
         labels if bias is None else bias.contiguous(),
         labels,
         *partials,
         partials.label_logit if out is None else out,
+        *(adapter or (partials.label_logit,) * 2),
         T,
         V,
         H,
+        R,
         *tile_strides(hidden_states, lm_head_weight),
         V if out is None else out.stride(0),
         float(logit_scale),
@@ -253,6 +270,7 @@ def _launch_partials(
         HAS_SOFTCAP=softcap is not None,
         **wants,
         WITH_GRADS=out is not None,
+        HAS_ADAPTER=adapter_weight is not None,
         GROUP_T=8,
         TMA=tma,
         PERSISTENT=blocks.persistent > 0,

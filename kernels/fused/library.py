@@ -176,12 +176,13 @@ def library_partials(
     wants: dict[str, bool],
     blocks: Blocks,
     visit: Callable[[Tensor, slice, slice], None] | None = None,
+    adapter_weight: Tensor | None = None,
 ) -> None:
     """Fills partials like `partials_kernel`, from blocks of logits with tiles of blocks.block_t x blocks.block_v.
 
     `visit` gets every block of logits before bias and scale, its rows and its ids.
     """
-    for logits, rows, vocab in logit_blocks(hidden_states, weight, blocks):
+    for logits, rows, vocab in logit_blocks(hidden_states, weight, blocks, adapter_weight):
         num_tiles = triton.cdiv(logits.shape[0], blocks.block_t) * triton.cdiv(logits.shape[1], blocks.block_v)
         fold_kernel[(num_tiles,)](
             logits,
@@ -258,18 +259,26 @@ def writable_columns(out: Tensor, weight: Tensor, vocab: slice) -> int:
     return out.stride(0) - vocab.start if vocab.stop == len(weight) else vocab.stop - vocab.start
 
 
-def logit_blocks(hidden_states: Tensor, weight: Tensor, blocks: Blocks) -> Iterator[tuple[Tensor, slice, slice]]:
+def logit_blocks(
+    hidden_states: Tensor, weight: Tensor, blocks: Blocks, adapter_weight: Tensor | None = None
+) -> Iterator[tuple[Tensor, slice, slice]]:
     """Products before bias and scale, each valid until the next one; ids start at multiples of a tile."""
-    T, V = len(hidden_states), len(weight)
+    T, (V, H) = len(hidden_states), weight.shape
     ids = max(1, BLOCK_IDS // blocks.block_v) * blocks.block_v
-    space = scratch((min(T, BLOCK_ROWS) * min(V, ids),), hidden_states, torch.float32)
+    size = min(T, BLOCK_ROWS) * min(V, ids)
+    space = scratch((size,), hidden_states, torch.float32)
+    more = None if adapter_weight is None else scratch((size,), hidden_states, torch.float32)
     for first_row in range(0, T, BLOCK_ROWS):
         rows = slice(first_row, min(first_row + BLOCK_ROWS, T))
         for first in range(0, V, ids):
             vocab = slice(first, min(first + ids, V))
             shape = (rows.stop - rows.start, vocab.stop - vocab.start)
             logits = space[: shape[0] * shape[1]].view(shape)
-            _multiply(logits, hidden_states[rows], weight[vocab])
+            _multiply(logits, hidden_states[rows, :H], weight[vocab])
+            if more is not None and adapter_weight is not None:
+                added, r = more[: shape[0] * shape[1]].view(shape), adapter_weight.shape[1]
+                _multiply(added, hidden_states[rows, H : H + r], adapter_weight[vocab])
+                logits += added
             yield logits, rows, vocab
 
 

@@ -41,6 +41,7 @@ def program_tile(program, T, V, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, GR
 
 @triton.jit
 def tile_dot(
+    acc,  # (BLOCK_T, BLOCK_V) fp32
     hidden_ptr,  # (T, H)
     weight_ptr,  # (V, H)
     t,  # (BLOCK_T,) int64 rows, clamped to T - 1
@@ -54,8 +55,7 @@ def tile_dot(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """h @ W.T over the tile, (BLOCK_T, BLOCK_V) fp32."""
-    acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
+    """acc + h @ W.T over the tile, (BLOCK_T, BLOCK_V) fp32."""
     h = tl.arange(0, BLOCK_H).to(tl.int64)
     hidden_ptrs = hidden_ptr + t[:, None] * stride_ht + h[None, :] * stride_hh
     weight_ptrs = weight_ptr + v[None, :] * stride_wv + h[:, None] * stride_wh
@@ -73,6 +73,7 @@ def tile_dot(
 
 @triton.jit
 def described_dot(
+    acc,  # (BLOCK_T, BLOCK_V) fp32
     hidden_desc,  # (T, H)
     weight_desc,  # (V, H)
     row_block,
@@ -83,7 +84,6 @@ def described_dot(
     BLOCK_H: tl.constexpr,
 ):
     """`tile_dot` through tensor descriptors, which fill ragged edges with zeros."""
-    acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
     for start in range(0, H, BLOCK_H):
         x = hidden_desc.load([row_block * BLOCK_T, start])  # (BLOCK_T, BLOCK_H)
         w = weight_desc.load([tile * BLOCK_V, start])  # (BLOCK_V, BLOCK_H)
@@ -115,25 +115,37 @@ def tile_logits(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     TMA: tl.constexpr,
+    extra_ptr=None,  # (T, R) of the strides of hidden_ptr, or with TMA its descriptor, or unused
+    adapter_ptr=None,  # (V, R) contiguous, likewise
+    R=0,
+    HAS_ADAPTER: tl.constexpr = False,
 ):
     """`scale_logits` of the tile: z and u, (BLOCK_T, BLOCK_V) fp32; beyond the edges whatever, but nothing is read."""
     v = tl.minimum(tile.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V), V - 1)
+    t = tl.minimum(row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T), T - 1)
+    acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
     if TMA:
-        acc = described_dot(hidden_ptr, weight_ptr, row_block, tile, H, BLOCK_T, BLOCK_V, BLOCK_H)
+        acc = described_dot(acc, hidden_ptr, weight_ptr, row_block, tile, H, BLOCK_T, BLOCK_V, BLOCK_H)
+        if HAS_ADAPTER:
+            acc = described_dot(acc, extra_ptr, adapter_ptr, row_block, tile, R, BLOCK_T, BLOCK_V, BLOCK_H)
     else:
-        t = tl.minimum(row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T), T - 1)
         acc = tile_dot(
-            hidden_ptr, weight_ptr, t, v, H, stride_ht, stride_hh, stride_wv, stride_wh, BLOCK_T, BLOCK_V, BLOCK_H
+            acc, hidden_ptr, weight_ptr, t, v, H, stride_ht, stride_hh, stride_wv, stride_wh, BLOCK_T, BLOCK_V, BLOCK_H
         )
+        if HAS_ADAPTER:
+            acc = tile_dot(acc, extra_ptr, adapter_ptr, t, v, R, stride_ht, stride_hh, R, 1, BLOCK_T, BLOCK_V, BLOCK_H)
     return scale_logits(acc, bias_ptr, v, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP)
 
 
-def tile_operands(hidden_states: Tensor, weight: Tensor, blocks: Blocks) -> tuple[tuple[Any, Any], bool]:
-    """The arguments hidden_ptr, weight_ptr and TMA of `tile_logits`."""
-    if not (blocks.tma and can_be_described(hidden_states) and can_be_described(weight)):
-        return (hidden_states, weight), False
-    hidden_box, weight_box = (blocks.block_t, blocks.block_h), (blocks.block_v, blocks.block_h)
-    return (describe(hidden_states, hidden_box), describe(weight, weight_box)), True
+def tile_operands(
+    hidden_states: Tensor, weight: Tensor, blocks: Blocks, *adapter: Tensor
+) -> tuple[tuple[Any, ...], bool]:
+    """The arguments hidden_ptr, weight_ptr, with an adapter extra_ptr and adapter_ptr, and TMA of `tile_logits`."""
+    factors = (hidden_states, weight, *adapter)
+    if not (blocks.tma and all(map(can_be_described, factors))):
+        return factors, False
+    boxes = ((blocks.block_t, blocks.block_h), (blocks.block_v, blocks.block_h)) * 2
+    return tuple(map(describe, factors, boxes)), True
 
 
 def describe(x: Tensor, box: tuple[int, int]) -> TensorDescriptor:

@@ -244,7 +244,7 @@ def test_the_picture_is_a_page_and_a_png(capsys, folder, estimated_once, kept_es
     ]
     assert image.read_bytes().startswith(b"\x89PNG")
     text = page.read_text()
-    for fact in ("Longest pair by memory", "Where the bytes go", "QLoRA (4-bit base), checkpointing", "fastdpo train"):
+    for fact in ("Longest pair with QLoRA (4-bit base)", "Where the bytes go", ">checkpointing<", "fastdpo train"):
         assert fact in text, fact
 
 

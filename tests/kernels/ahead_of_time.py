@@ -43,7 +43,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 INDICES = ("starts", "visits", "slots", "blocks", "bounds", "spans")
 PLACES = ("labels", "lengths", "rows", "ends")
 POINTER_TYPES = {**dict.fromkeys(PLACES, "*i64"), "is_top1": "*i8", "value_3": "*u8", **dict.fromkeys(INDICES, "*i32")}
-OPERANDS = ("hidden", "weight", "bias", "out", "tiles", "other")  # what is in neither is fp32
+OPERANDS = ("hidden", "weight", "bias", "out", "extra", "adapter", "tiles", "other")  # what is in neither is fp32
 INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG")  # the matrix units', and the copy engine's load
 NO_STATISTICS = {"WITH_ENTROPY": False, "WITH_SQUARES": False, "WITH_MEAN": False}
 
@@ -69,9 +69,12 @@ def tile_variant(
     constexprs = {"HAS_BIAS": options, "HAS_SOFTCAP": options, "TMA": blocks.tma, "GROUP_T": 8, **switches}
     if kernel is partials_kernel:
         constexprs |= dict.fromkeys(NO_STATISTICS, options) | {"PERSISTENT": blocks.persistent > 0, "FLATTEN": flatten}
+        constexprs.setdefault("HAS_ADAPTER", False)
     constexprs |= {name: value for name, value in blocks.options().items() if name.startswith("BLOCK_")}
     constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
     boxes = {"hidden_ptr": (blocks.block_t, blocks.block_h), "weight_ptr": (blocks.block_v, blocks.block_h)}
+    if switches.get("HAS_ADAPTER"):
+        boxes |= {"extra_ptr": boxes["hidden_ptr"], "adapter_ptr": boxes["weight_ptr"]}
     name = f"{name}, {'every option' if options else 'plain'}"
     return Variant(name, kernel, constexprs, blocks, boxes if blocks.tma else {})
 
@@ -107,6 +110,7 @@ def variants(capability: tuple[int, int], operand: str) -> list[Variant]:
         found += [
             tile_variant("partials", partials_kernel, blocks(f"forward{kernel}"), on, WITH_GRADS=False),
             tile_variant("partials with grads", partials_kernel, eager, on, WITH_GRADS=True),
+            tile_variant("partials with grads, adapter", partials_kernel, eager, on, WITH_GRADS=True, HAS_ADAPTER=True),
             tile_variant("partials to skip by", partials_kernel, blocks("skipping"), on, WITH_GRADS=False),
             tile_variant("logit_grads", logit_grads_kernel, blocks(f"logit_grads{kernel}"), on),
             tile_variant("kept logit_grads", kept_logit_grads_kernel, blocks("skipping"), on),

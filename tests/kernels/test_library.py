@@ -50,6 +50,22 @@ def test_sums_statistics_and_gradients_are_those_of_the_kernels(case):
         torch.testing.assert_close(ours, other, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("blocks", [INTERPRETED, FOLDED], ids=["kernels", "library"])
+def test_the_columns_of_an_adapter_are_multiplied_where_they_lie(blocks):
+    leaves, labels, _ = make_inputs(Case(67, 40, 257, FP32), 0)
+    hidden_states, weight = (x.detach() for x in leaves.values())
+    split = weight[:, :33].contiguous(), weight[:, 33:].contiguous()  # 7 columns of an adapter
+    results = []
+    for first, adapter_weight in ((weight, None), split):
+        out = torch.full((67, 272), torch.nan)[:, :257]
+        head = (hidden_states, first, None, labels, 0.5, 4.0, TOKEN_OUTPUTS, blocks)
+        made = fused_forward_with_grads(out, *head, adapter_weight=adapter_weight)
+        values = fused_forward(*head, adapter_weight=adapter_weight)
+        results.append([*made.values(), *values.values(), out])
+    for ours, other in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
+
+
 def test_a_block_of_the_vocabulary_knows_its_first_id():
     leaves, labels, upstream = make_inputs(Case(67, 40, 600, FP32), 0)
     hidden_states, weight = (x.detach() for x in leaves.values())

@@ -98,19 +98,21 @@ def test_an_adapter_of_the_wrong_shape_or_beside_a_trained_weight_is_refused():
 
 
 @pytest.mark.parametrize("with_grad", [True, False])
-def test_joined_columns_are_padded_so_that_the_copy_engine_takes_them(with_grad, monkeypatch):
-    """40 + 3 columns of bf16 are 86 bytes a row; 48 of them are 96, three times 16."""
+def test_the_copy_engine_takes_what_an_adapter_widens(with_grad, monkeypatch):
+    """40 + 3 columns of bf16 are 86 bytes a row; 48 of them are 96, three times 16.
+
+    In forward the weight stays as it is beside 3 columns padded to 8; without a gradient it is joined with them.
+    """
     from fastdpo.kernels import forward
     from fastdpo.kernels.logits import can_be_described
 
     seen = []
     tile_operands = forward.tile_operands
 
-    def recording(hidden_states, weight, blocks):
-        seen.append(
-            (hidden_states.shape[1], weight.shape[1], can_be_described(hidden_states), can_be_described(weight))
-        )
-        return tile_operands(hidden_states, weight, blocks)
+    def recording(hidden_states, weight, blocks, *adapter):
+        factors = (hidden_states, weight, *adapter)
+        seen.append(tuple(x.shape[1] for x in factors if can_be_described(x)))
+        return tile_operands(hidden_states, weight, blocks, *adapter)
 
     monkeypatch.setattr(forward, "tile_operands", recording)
     leaves, weight, labels = make(torch.bfloat16)
@@ -125,7 +127,7 @@ def test_joined_columns_are_padded_so_that_the_copy_engine_takes_them(with_grad,
             adapter_weight=leaves["adapter_weight"],
             impl="triton",
         )
-    assert set(seen) == {(48, 48, True, True)}
+    assert set(seen) == {(40, 40, 8, 8) if with_grad else (48, 48)}
     if with_grad:
         loss.backward()
         assert [x.grad.shape for x in leaves.values()] == [(T, H + R), (V, R)]

@@ -2,29 +2,40 @@
 and one call over the whole row with a boolean (T, T) mask.
 
 Per branch, the queries are one contiguous slice of the row, and the keys are the prefix's slice followed by the
-branch's own, causal and aligned at the bottom right. The mask over the whole row costs T x T bits and logits, masked or
-not; it serves layers that only pass on a mask, and as a reference.
+branch's own, causal and aligned at the bottom right. On a CPU, one call sees the branch and another its prefix, so that
+no mask exists: as a tensor of queries x keys it would be the largest of a long pair. The mask over the whole row costs
+T x T bits and logits, masked or not; it serves layers that only pass on a mask, and as a reference.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastdpo.modeling.attention.call import AttentionCall
 
 
 class BranchSdpa:
-    """One call per branch."""
+    """One call per branch; on a CPU two for a branch with a prefix, without a mask."""
 
     title = "one SDPA call per branch"
+
+    def __init__(self, masked: bool = False) -> None:
+        self.masked = masked  # whether to run on a CPU as on other devices
 
     def refusal(self, call: AttentionCall) -> str | None:
         return None
 
     @torch.compiler.disable  # a loop over branches, which would be compiled anew for every batch
     def attend(self, call: AttentionCall) -> Tensor:
+        if not self.masked and _needs_no_mask(call):
+            operands = (x.to(call.dtype) for x in (call.query, call.key, call.value))
+            output: Tensor = _Branches.apply(*operands, call.layout.segments, call.scale)
+            return output
         layout = call.layout
         # split instead of slices: the backward of each slice would fill a tensor of the whole row with zeros
         lengths = [end - start for start, end, _, _ in layout.segments]
@@ -50,6 +61,62 @@ class BranchSdpa:
                 mask = layout.branch_mask(num_queries, num_keys, window, q.device, chunk)
                 outputs.append(_sdpa(q, k, v, mask, call))
         return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _needs_no_mask(call: AttentionCall) -> bool:
+    """Whether each branch sees all of its prefix and causally itself, on a device where PyTorch gives lse."""
+    limits = (call.window, call.chunk, call.softcap, call.sinks)
+    operands = (call.query, call.key, call.value)
+    fits = len({x.shape[-1] for x in operands}) == 1 and all(x.stride(-1) == 1 for x in operands)
+    return call.query.device.type == "cpu" and all(x is None for x in limits) and call.dropout == 0.0 and fits
+
+
+class _Branches(torch.autograd.Function):
+    """Attention of every branch to its prefix and to itself; (1, T, num_heads, D).
+
+    lse over both makes the weights of each a part of one softmax, in forward and in backward. Only the operands, the
+    output and lse are kept, and no keys are copied.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query, key, value, segments, scale):  # type: ignore[override]
+        assert segments[-1][1] == query.shape[2], "the operator does not take empty slices"
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        output, sums = query.new_empty(query.transpose(1, 2).shape), []
+        for start, end, prefix_start, prefix_end in segments:
+            own, prefix = slice(start, end), slice(prefix_start, prefix_end)
+            q = query[:, :, own]
+            found, lse = attend(q, key[:, :, own], value[:, :, own], 0.0, True, scale=scale)
+            if prefix_end > prefix_start:
+                of_prefix, prefix_lse = attend(q, key[:, :, prefix], value[:, :, prefix], 0.0, False, scale=scale)
+                share = torch.sigmoid(lse - prefix_lse)[..., None]  # of the branch itself, (1, num_heads, queries, 1)
+                found = torch.lerp(of_prefix.to(share.dtype), found.to(share.dtype), share)
+                lse = torch.logaddexp(lse, prefix_lse)
+            output[:, own] = found.transpose(1, 2)
+            sums.append(lse)
+        ctx.segments, ctx.scale = segments, scale
+        ctx.save_for_backward(query, key, value, output, torch.cat(sums, dim=2))
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        query, key, value, output, lse = ctx.saved_tensors
+        of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
+        attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        for start, end, prefix_start, prefix_end in ctx.segments:
+            own, prefix = slice(start, end), slice(prefix_start, prefix_end)
+            rows = grad[:, own].transpose(1, 2), query[:, :, own]
+            rest = output[:, own].transpose(1, 2), lse[:, :, own], 0.0
+            found = attend_backward(*rows, key[:, :, own], value[:, :, own], *rest, True, scale=ctx.scale)
+            of_query[:, :, own], of_key[:, :, own], of_value[:, :, own] = found
+            if prefix_end > prefix_start:  # the start of an earlier branch
+                found = attend_backward(*rows, key[:, :, prefix], value[:, :, prefix], *rest, False, scale=ctx.scale)
+                of_query[:, :, own] += found[0]
+                of_key[:, :, prefix] += found[1]
+                of_value[:, :, prefix] += found[2]
+            del found  # before the next branch makes its own
+        return of_query, of_key, of_value, None, None
 
 
 class RowMask:

@@ -7,7 +7,8 @@ arguments and outputs hold rows. A module is taken if
   reordered (values stay the same, so experts get as many tokens as before);
 - two calls give the same numbers: a module that draws random numbers would draw others in backward;
 - the gradients of a module of its kind, of arguments and weights, are the same over tiles, up to rounding;
-- backward keeps more for it than its arguments: a plain linear layer gains nothing from tiles.
+- backward keeps more for it than its arguments, or makes more than their gradients: a plain linear layer gains nothing
+  from tiles.
 
 For tensors without storage there are no numbers: then a module without convolutions is taken if it gets neither
 attention masks nor the layout of a packed row.
@@ -16,6 +17,7 @@ attention masks nor the layout of a packed row.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastdpo.modeling.backbone import backbone
 from fastdpo.modeling.tiles.run import RowLeaves, run_in_tiles
@@ -31,7 +34,7 @@ from fastdpo.modeling.tiles.run import RowLeaves, run_in_tiles
 _ROUNDING = 64  # units in the last place of the largest number
 _MOST_FROM_ROUNDING = 0.05  # relative to the largest number: larger differences do not count as rounding
 _MOST_COPIED = 10**9  # weights of a module that is tried as a fp32 copy
-_LEAST_GAIN = 0.25  # bytes that backward keeps beyond the arguments, as a share of the arguments
+_LEAST_GAIN = 0.25  # bytes that backward takes beyond arguments and gradients, as a share of the arguments
 _OF_ATTENTION = ("packed_layout", "attention_mask", "position_embeddings")  # arguments of modules that mix rows
 
 
@@ -197,7 +200,7 @@ class _Search:
         return self._flat_rows(leaf, depth)[order].reshape(leaf.shape)
 
     def _tried(self, call: _Call, rows: RowLeaves) -> tuple[bool, bool]:
-        """Whether the gradients over tiles are the same, and whether backward keeps more than the arguments."""
+        """Whether the gradients over tiles are the same, and whether tiles save anything."""
         weights = [(tuple(p.shape), p.dtype, p.requires_grad) for p in call.module.parameters()]
         kind = (type(call.module), tuple(weights), tuple(rows.inputs.items()), tuple(rows.outputs.items()))
         if kind not in self.tried:
@@ -208,8 +211,8 @@ class _Search:
         return self.tried[kind]
 
     def _gradients(self, call: _Call, rows: RowLeaves) -> tuple[bool, bool]:
-        _, kept = self._gradient(call, rows, None)
-        gains = kept > _LEAST_GAIN * sum(_bytes(call.leaves[number]) for number in rows.inputs)
+        _, beyond = self._gradient(call, rows, None)
+        gains = beyond > _LEAST_GAIN * sum(_bytes(call.leaves[number]) for number in rows.inputs)
         if not (self.by_numbers and gains):
             return True, gains
         with _in_fp32_where_it_fits(call) as in_fp32:
@@ -219,7 +222,8 @@ class _Search:
         return all(_close([a], [b], [b], eps=eps) for a, b in zip(tiled, plain, strict=True)), gains
 
     def _gradient(self, call: _Call, rows: RowLeaves, tile_rows: int | None) -> tuple[list[Tensor], int]:
-        """Gradients of arguments and weights, and the bytes that backward keeps beyond arguments, weights, outputs."""
+        """Gradients of arguments and weights, and the bytes that backward takes beyond those and the arguments, weights
+        and outputs: what is kept for it, and the most that it makes at once."""
         leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in call.leaves]
         wanted = [leaves[n].requires_grad_() for n in rows.inputs if leaves[n].is_floating_point()]
         weights = [parameter for parameter in call.module.parameters() if parameter.requires_grad]
@@ -241,12 +245,35 @@ class _Search:
         for tensor in known:
             if isinstance(tensor, Tensor):
                 kept.pop(tensor.untyped_storage()._cdata, None)
-        if not self.by_numbers:
-            return [], sum(kept.values())
         generator = torch.Generator().manual_seed(0)
         upstream = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
-        grads = torch.autograd.grad(outputs, [*wanted, *weights], upstream, allow_unused=True)
-        return [torch.zeros(()) if grad is None else grad for grad in grads], sum(kept.values())
+        with _Made() as made:
+            results = torch.autograd.grad(outputs, [*wanted, *weights], upstream, allow_unused=True)
+        grads = [torch.zeros(()) if grad is None else grad for grad in results]
+        return grads, sum(kept.values()) + max(made.most - sum(map(_bytes, grads)), 0)
+
+
+class _Made(TorchDispatchMode):
+    """Counts the most bytes of new tensors that exist at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self.now = 0
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.known.update(leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._release, storage.nbytes()).atexit = False
+        return result
+
+    def _release(self, size: int) -> None:
+        self.now -= size
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdpo.modeling.attention.call import AttentionCall, PackedLayout
 from fastdpo.modeling.attention.heads import to_heads, to_rows
@@ -36,6 +37,14 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dty
     else:
         shape = (a.shape[-2], b.shape[-1])
     return torch.empty(shape, dtype=out_dtype or a.dtype)
+
+
+class DryExperts(TorchDispatchMode):
+    """Replaces experts' matmuls by `grouped_mm`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_grouped = func is torch.ops.aten._grouped_mm.default
+        return (grouped_mm if is_grouped else func)(*args, **(kwargs or {}))
 
 
 def head_loss(
@@ -70,16 +79,20 @@ class _HeadAllocations(torch.autograd.Function):
         ctx: Any, hidden_states, weight, adapter_weight, dtype, impl, workspace_bytes, largest_group
     ):
         engine = engine_of(impl)
-        h, w = hidden_states.to(dtype), joined_weight(weight, adapter_weight, dtype)
+        h, w = hidden_states.to(dtype), weight.to(dtype)
         ctx.has_adapter = adapter_weight is not None
-        weight = adapter_weight if ctx.has_adapter else weight
         acc = accumulator_dtype(dtype)
-        (R, H), V = h.shape, w.shape[0]
+        (R, width), (V, H) = h.shape, w.shape
+        if ctx.has_adapter:
+            weight, adapter = adapter_weight, adapter_weight.to(dtype)
+            more = -adapter.shape[1] % engine.column_multiple
+            if more:
+                h, adapter = h.new_empty(R, width + more), adapter.new_empty(V, adapter.shape[1] + more)
         sums = [torch.empty(x.shape, dtype=acc) if x.requires_grad else None for x in (hidden_states, weight)]
         sums_bytes = 0 if sums[1] is None else sums[1].numel() * acc.itemsize
         rows = min(R, max_chunk_rows(w, engine, workspace_bytes, sums_bytes))
         d = torch.empty(rows, padded(V, engine.row_multiple), dtype=engine.grads_dtype(dtype))
-        scaled = torch.empty(rows, H, dtype=acc)
+        scaled = torch.empty(rows, weight.shape[1] if weight.requires_grad else 0, dtype=acc)
         if rows < largest_group and impl == "tiled":  # its log-probs come from a forward before its gradients
             tiling = choose_tiling(h, w, workspace_bytes)
             logits = torch.empty(tiling.block_rows, tiling.block_vocab, dtype=acc)
@@ -169,7 +182,8 @@ def dry_attention(
         is_limited = sliding_window is not None and sliding_window < packed_layout.varlen.max_keys
         window = sliding_window if is_limited else None
         call = AttentionCall(query, key, value, packed_layout, 0.0, 1.0, window, softcap, s_aux)
-        backend = _DryVarlen() if packed_layout.backend == "varlen" else BranchSdpa()
+        name = packed_layout.backend
+        backend = _DryVarlen() if name == "varlen" else BranchSdpa(masked=name == "masked")
         output = backend.attend(call)
     return output if group is None else to_rows(group, output), None
 

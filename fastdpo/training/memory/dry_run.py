@@ -21,17 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdpo.data.batches.varlen import varlen_layout
 from fastdpo.modeling.attention.call import PackedLayout
 from fastdpo.modeling.backbone import backbone
+from fastdpo.modeling.embedding import EmbeddingGradient
 from fastdpo.modeling.head import lm_head
 from fastdpo.modeling.mixers import MixerRows, mixers_of
 from fastdpo.modeling.packed import bare_model, is_prepared, unprepare_model
 from fastdpo.modeling.tiles import find_tiles, install_tiles, only_first_tiles
-from fastdpo.training.memory.dry_ops import DryGroup, dry_attention, grouped_mm, head_loss
+from fastdpo.training.memory.dry_ops import DryExperts, DryGroup, dry_attention, head_loss
 from fastdpo.training.memory.folding import Fold, Marks, decoder_layers, only_folded, peak_of, unfolded_peak
 
 PARTS = ("casts", "gradients", "head", "activations")
@@ -135,8 +135,8 @@ def assume_tiles(model: nn.Module, mode: Any, tile_rows: int, autocast: torch.dt
         length += 1
     row = RowShape(((0, length, 0, 0), (length, 2 * length, 0, 1)), length)
     bare.train()
-    with mode, nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast):
-        found, _ = find_tiles(bare, lambda: _hidden_states(bare, row, True), (1, 2 * length), by_numbers=False)
+    with mode, DryExperts(), nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast):
+        found, _ = find_tiles(bare, lambda: _hidden_states(bare, row, "varlen"), (1, 2 * length), by_numbers=False)
     if not any(p.dim() > 1 for name in found for p in bare.get_submodule(name).parameters()):
         return False
     install_tiles(bare, found, tile_rows)
@@ -150,6 +150,7 @@ def dry_step(
     *,
     impl: str,
     varlen: bool,
+    masked: bool = False,
     autocast: torch.dtype | None = None,
     accumulates: bool = False,
     with_grad: bool = True,
@@ -162,7 +163,8 @@ def dry_step(
     Args:
         model: from `shape_only`, or made under `mode`.
         impl: "triton" or "tiled"; determines the workspace of the head.
-        varlen: whether attention is one call over gathered keys, or one call per branch with its mask.
+        varlen: whether attention is one call over gathered keys, or calls per branch.
+        masked: whether the calls of branches have masks, as on a GPU.
         autocast: dtype of autocast; None for off.
         accumulates: whether gradients of an earlier micro-batch already exist.
         with_grad: False for a forward that saves nothing, as in evaluation and for a reference.
@@ -174,7 +176,7 @@ def dry_step(
     """
     settings: dict[str, Any] = {
         "impl": impl,
-        "varlen": varlen,
+        "attention": "varlen" if varlen else "masked" if masked else "sdpa",
         "autocast": autocast,
         "accumulates": accumulates,
         "with_grad": with_grad,
@@ -214,7 +216,7 @@ def _step(
     mode: Any,
     *,
     impl: str,
-    varlen: bool,
+    attention: str,
     autocast: torch.dtype | None,
     accumulates: bool,
     with_grad: bool,
@@ -235,11 +237,13 @@ def _step(
         marks = Marks()
         with live, marks.kept(decoder_layers(bare) if fold is not None else (), live):
             with context, torch.set_grad_enabled(with_grad):
-                hidden_states = _hidden_states(bare, row, varlen)
+                embedded = EmbeddingGradient(bare)
+                with embedded.of_embedding():
+                    hidden_states = _hidden_states(bare, row, attention)
                 rows = hidden_states.flatten(0, 1).index_select(0, torch.zeros(row.num_rows, dtype=torch.int64))
                 with live.tagged("head"):
                     rows, weight, adapter_weight = lm_head(bare).operands(rows, split=with_grad)
-                    dtype = autocast or weight.dtype
+                    weight, dtype = embedded.of_head(weight), autocast or weight.dtype
                     loss: Any = head_loss(rows, weight, adapter_weight, dtype, impl, workspace_bytes, row.largest_group)
                 forward_end = len(live.events)
             del hidden_states, rows
@@ -272,7 +276,7 @@ def _few_tiles() -> Iterator[None]:
         only_first_tiles.reset(token)
 
 
-def _hidden_states(bare: Any, row: RowShape, varlen: bool) -> Tensor:
+def _hidden_states(bare: Any, row: RowShape, attention: str) -> Tensor:
     from transformers import AttentionInterface
 
     AttentionInterface.register(_DRY_ATTENTION, dry_attention)
@@ -281,7 +285,7 @@ def _hidden_states(bare: Any, row: RowShape, varlen: bool) -> Tensor:
     layout: dict[str, Any] = {}
     if not row.sequences:
         group = None if row.num_processes == 1 else DryGroup(row.num_processes)
-        packed = PackedLayout(row.segments, varlen_layout(row.segments), "varlen" if varlen else "sdpa", group=group)
+        packed = PackedLayout(row.segments, varlen_layout(row.segments), attention, group=group)
         layout = {"position_ids": ids, "packed_layout": packed}
     mixers = mixers_of(bare)
     if mixers is not None:  # found on the model that this one has the shapes of
@@ -294,7 +298,7 @@ def _hidden_states(bare: Any, row: RowShape, varlen: bool) -> Tensor:
     return hidden_states
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(DryExperts):
     """Records when each storage is created and released."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
@@ -322,8 +326,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.num_ops += 1
-        is_grouped = func is torch.ops.aten._grouped_mm.default
-        result = grouped_mm(*args, **(kwargs or {})) if is_grouped else func(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         tag = self.tag
         if not tag and func is torch.ops.aten._to_copy.default and args[0].untyped_storage() in self.weights:
             tag = "casts"

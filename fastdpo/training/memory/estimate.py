@@ -185,6 +185,7 @@ def estimate_peak_memory(run: Run, *, impl: str | None = None) -> MemoryEstimate
     settings: dict[str, Any] = {
         "impl": impl if impl != "reference" else "tiled",
         "varlen": any(name.startswith(("flash", "varlen")) for name in run.packing_check.backends),
+        "masked": args.device.type != "cpu",
         "autocast": torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         "workspace_bytes": args.workspace_bytes,
     }

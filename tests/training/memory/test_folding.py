@@ -102,6 +102,11 @@ def test_the_peak_of_all_layers_is_that_of_the_first_ones_and_their_repetitions(
         assert folded == whole
 
 
+def test_experts_in_fp32_run_in_tiles():
+    mode = fake_mode()
+    assert assume_tiles(shape_only(make_model("experts", "full"), mode), mode, 16, torch.bfloat16)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["kept", "checkpoints"])
 def test_recurrent_layers_are_extrapolated_from_as_many_tokens_with_a_fold(way):
