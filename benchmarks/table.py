@@ -12,16 +12,15 @@ Of several records of one measurement the last one counts. What failed has its l
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
+
+from shared.pages import filled, named_files
 
 from fastdpo.evidence.bench.records import MACHINE, SHAPE, Record, groups, machine_of, read, shape_of
 from fastdpo.evidence.bench.steps.tables import training_table
 
-HERE = Path(__file__).parent
-README, RESULTS = HERE / "README.md", HERE / "results"
-MARKED = re.compile(r"(<!-- table: (\S+\.jsonl) -->\n).*?(<!-- end -->)", re.DOTALL)
+README = Path(__file__).parent / "README.md"
 NOTHING = "No measurement has been kept yet.\n"
 
 
@@ -103,11 +102,6 @@ def tolerance_of(record: Record) -> str:
     return "0, exact" if tolerance == 0 else f"2^-{exponent}" if exponent else f"{tolerance:.1e}"
 
 
-def filled(readme: str) -> str:
-    """README's text with every marked table made anew."""
-    return MARKED.sub(lambda match: match[1] + tables(read(RESULTS / match[2])) + match[3], readme)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -118,12 +112,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(argv)
     readme = README.read_text()
+    wanted = filled(readme, lambda path: tables(read(path)))
     if options.write:
-        README.write_text(filled(readme))
-    elif options.check and filled(readme) != readme:
+        README.write_text(wanted)
+    elif options.check and wanted != readme:
         print(f"{README} is not what the JSON lines say: run python benchmarks/table.py --write", file=sys.stderr)
         return 1
-    files = options.files or [RESULTS / match[2] for match in MARKED.finditer(readme)]
+    files = options.files or named_files(readme)
     records = [read(path) for path in files]
     if options.files:
         print("\n".join(map(tables, records)))

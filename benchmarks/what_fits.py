@@ -1,0 +1,110 @@
+"""The longest pair on GPUs of 8 to 80 GB by the estimate of `fastdpo plan`: the table of docs/memory.md.
+
+    python benchmarks/what_fits.py            # prints a line per model, training and GPU
+    python benchmarks/what_fits.py --write    # and writes results/what_fits.jsonl and the table
+    python benchmarks/what_fits.py --docs     # the table from the results as they are
+
+Models are built from their shapes, without weights. Nothing has been measured on a GPU. Some minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from scaling_model import MODELS as LLAMAS
+from shared import pages
+from transformers import Qwen3Config
+
+from fastdpo.cli.plan_names import GB, kept_activations, training_name
+from fastdpo.evidence.bench.measure import append_lines, machine_facts
+from fastdpo.evidence.bench.records import Record, groups, read
+from fastdpo.training.memory.plan import ROUNDING, Estimates, Plan, Settings
+
+RESULTS, PAGE = pages.RESULTS / "what_fits.jsonl", pages.DOCS / "memory.md"
+LORA_R = 16
+CARDS = (8, 16, 24, 48, 80)  # GB
+MODELS = {
+    "Llama-3.1-8B": LLAMAS["8B"],
+    "Llama-3.2-1B": LLAMAS["1B"],
+    "Qwen3-0.6B": Qwen3Config(
+        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, vocab_size=151936, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+WAYS: dict[str, Callable[[Settings], bool]] = {
+    "all weights, fp32": lambda settings: settings.method == "full" and settings.weight_rounding == "nearest",
+    "all weights, bf16": lambda settings: settings.method == "full" and settings.weight_rounding != "nearest",
+    f"LoRA, r = {LORA_R}": lambda settings: settings.method == "lora",
+    f"QLoRA, r = {LORA_R}": lambda settings: settings.method == "qlora",
+}
+
+
+def is_plain(settings: Settings) -> bool:
+    """Whether checkpointing is all that it does to save activations and gradients."""
+    return settings.checkpointing and not (settings.tiles or settings.offload or settings.in_backward)
+
+
+def longest(plans: Sequence[Plan]) -> dict[str, Any]:
+    """Tokens of the longest pair, 0 if none fits, and the settings that take it."""
+    best = max(plans, key=lambda plan: plan.tokens)
+    names = (training_name(best.settings), kept_activations(best.settings), best.settings.optim)
+    return {"tokens": best.tokens, "settings": ", ".join(names) if best.tokens else None}
+
+
+def records_of(name: str, config: Any, cards: Sequence[int] = CARDS) -> list[Record]:
+    """A record per way to train and GPU: the longest pair with checkpointing, and with any settings."""
+    estimates = Estimates(config, LORA_R)
+    found = []
+    for card in cards:
+        plans = estimates.plans(int(card * GB), ROUNDING)
+        for way, belongs in WAYS.items():
+            own = [plan for plan in plans if belongs(plan.settings)]
+            plain = longest([plan for plan in own if is_plain(plan.settings)])
+            found.append({"workload": name, "method": way, "x": card, "checkpointed": plain, "longest": longest(own)})
+    return found
+
+
+def table(records: Sequence[Record]) -> str:
+    """Markdown: a line per model and training, a column per GPU."""
+    cards = sorted({record["x"] for record in records})
+    lines = [f"| model | training | {' | '.join(f'{card} GB' for card in cards)} |", f"|---|---|{'---|' * len(cards)}"]
+    for (model, way), own in groups(records, ("workload", "method")).items():
+        cells = {record["x"]: cell(record) for record in own}
+        lines.append(f"| {model} | {way} | {' | '.join(cells[card] for card in cards)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(record: Record) -> str:
+    plain, most = (record[key]["tokens"] for key in ("checkpointed", "longest"))
+    if not most:
+        return "no"
+    return f"{most:,}" if plain == most else f"{plain:,} to {most:,}"
+
+
+def write_docs() -> None:
+    PAGE.write_text(pages.filled(PAGE.read_text(), lambda path: table(read(path))))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="into the project's results and docs/memory.md")
+    parser.add_argument("--docs", action="store_true", help="docs/memory.md from the results as they are")
+    options = parser.parse_args(argv)
+    if not options.docs:
+        facts = machine_facts()
+        for name, config in MODELS.items():
+            records = [{**facts, **record} for record in records_of(name, config)]
+            for record in records:
+                print(json.dumps({key: value for key, value in record.items() if key not in facts}), flush=True)
+            append_lines(str(RESULTS) if options.write else None, records)
+    if options.write or options.docs:
+        write_docs()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
