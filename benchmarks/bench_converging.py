@@ -34,7 +34,7 @@ PICTURE = pages.DOCS / "pictures" / "converging.svg"
 SMOOTHED = {"label_smoothing": 0.1}
 LOSSES: dict[str, dict[str, Any]] = {  # with settings that are not the defaults
     **{name: {} for name in ("sigmoid", "sigmoid_norm", "hinge", "ipo")},
-    **{name: SMOOTHED for name in ("exo_pair", "robust")},
+    **dict.fromkeys(("exo_pair", "robust"), SMOOTHED),
     **{name: {} for name in ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop")},
     **{name: {} for name in ("aot", "aot_unpaired", "sft")},
 }
