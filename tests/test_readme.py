@@ -96,6 +96,7 @@ def known_options():
     known |= SINCE_5_23 | set(re.findall(r"--([a-z_]+)", torchruns_parser().format_help()))
     for script in ("benchmarks/gpu_suite", "benchmarks/gpu_page", "benchmarks/bench_training_step", "tests/portable"):
         known |= set(re.findall(r"--([a-z_0-9]+)", (ROOT / f"{script}.py").read_text()))
+    known |= {"no-deps"}  # of pip
     return known | set(re.findall(r'"--([a-z-]+)"', (ROOT / "kernels/fused/tuning.py").read_text()))
 
 
