@@ -1,5 +1,5 @@
-"""The README, the pages of docs/ and the text of notebooks: their Python runs as it stands, with a tiny model in place of
-the one that would be downloaded, and the options, files and headings that they name exist.
+"""The README, the pages of docs/ and the text of notebooks: their Python runs as it stands, with a tiny model in place
+of the one that would be downloaded, and the options, files and headings that they name exist.
 """
 
 import contextlib
