@@ -86,11 +86,6 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return path
 
 
-def is_installed() -> bool:
-    """Whether the model's package and the reader of its file are there."""
-    return all(importlib.util.find_spec(name) for name in (PACKAGE, "gguf"))  # without importing them
-
-
 def start_model(given: str | None, home: Path) -> Path:
     """The folder of the model to start from: the given one, or SmolLM2 in `home`, converted if it is not there yet.
 
@@ -102,8 +97,8 @@ def start_model(given: str | None, home: Path) -> Path:
     folder = home / "smollm2_135m_instruct"
     if folder.is_dir():
         return folder
-    package = importlib.util.find_spec(PACKAGE)  # which is not imported: it needs packages that run GGUF files
-    if package is None or package.origin is None or not is_installed():
+    package = importlib.util.find_spec(PACKAGE)  # without importing it: it needs packages that run GGUF files
+    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
         raise ValueError(f"model must be a folder if {PACKAGE} or gguf is not installed, got none; {INSTALL}")
     convert(Path(package.origin).with_name(WEIGHTS), folder)
     return folder

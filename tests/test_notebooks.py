@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-
-from recipes.smollm2 import INSTALL, is_installed
+from pretrained import needs_smollm2
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -23,9 +22,7 @@ def test_every_cell_has_been_run_in_order_and_without_an_error(path):
     assert not [output for output in outputs if output["output_type"] == "error"]
 
 
-@pytest.mark.slow
-@pytest.mark.pretrained
-@pytest.mark.skipif(not is_installed(), reason=f"SmolLM2 is not installed: {INSTALL}")
+@needs_smollm2
 def test_the_first_run_makes_answers_shorter(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,4 @@
-"""A real pretrained model, SmolLM2-135M-Instruct: trained in every way beside TRL, saved, loaded and asked.
-
-Slow, and skipped where the packages of its GGUF file are missing.
-"""
+"""A real pretrained model, SmolLM2-135M-Instruct: trained in every way beside TRL, saved, loaded and asked."""
 
 import math
 
@@ -9,19 +6,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peers import peer
+from pretrained import needs_smollm2
 from side_by_side import logged, trained
 
 import fastdpo
 from fastdpo.alignment.chat import Talker
 from fastdpo.evidence.bench.steps.workloads import WORKLOADS, make_rows, pretrained_folder
 from fastdpo.training.setup.models import load_model, load_tokenizer
-from recipes.smollm2 import INSTALL, is_installed
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.pretrained,
-    pytest.mark.skipif(not is_installed(), reason=f"SmolLM2 is not installed: {INSTALL}"),
-]
 
 SETTINGS = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-5, "beta": 0.1}
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -72,6 +63,7 @@ WAYS = {
 }
 
 
+@needs_smollm2
 @pytest.mark.parametrize("way", WAYS)
 def test_four_steps_log_what_trl_logs(way, folder, tmp_path):
     """Every number that TRL logs, to 1e-4 relative to one more than its size."""
@@ -100,6 +92,7 @@ def test_four_steps_log_what_trl_logs(way, folder, tmp_path):
         assert not wrong, f"step {step}, ours and TRL's: {wrong}"
 
 
+@needs_smollm2
 @pytest.mark.parametrize("adapter", [None, lora], ids=["full", "LoRA"])
 def test_it_answers_before_and_after_training_and_when_it_is_loaded_again(adapter, folder, tmp_path):
     def answer(model):
