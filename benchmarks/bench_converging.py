@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from fastdpo.evidence.bench.records import Record, machine_of, read
 from fastdpo.modeling.packed import unprepare_model
 
 RESULTS, PAGE = pages.RESULTS / "converging.jsonl", pages.DOCS / "converging.md"
-PICTURE = pages.DOCS / "pictures" / "converging.png"
+PICTURE = pages.DOCS / "pictures" / "converging.svg"
 SMOOTHED = {"label_smoothing": 0.1}
 LOSSES: dict[str, dict[str, Any]] = {  # with settings that are not the defaults
     **{name: {} for name in ("sigmoid", "sigmoid_norm", "hinge", "ipo")},
@@ -42,6 +43,7 @@ COMPARED = {"loss": "loss", "grad_norm": "gradient norm", "rewards/margins": "ma
 STEPS, PAIRS = 200, 8  # pairs of a step
 LONGER = 64  # tokens that TRL pads to a multiple of, the second time
 DIGITS = 6  # of the losses that are kept
+DRAWN = 5  # steps, of which the plot shows the mean
 
 
 def run(package: Any, task: Task, loss: str, steps: int, **more: Any) -> list[dict[str, float]]:
@@ -113,27 +115,34 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join([about, "", *lines]) + "\n"
 
 
+def blocks(losses: Sequence[float]) -> list[Sequence[float]]:
+    return [losses[start : start + DRAWN] for start in range(0, len(losses), DRAWN)]
+
+
 def figure(records: Sequence[Record]) -> Any:
-    """A panel per loss: TRL's curve as a broad line, fastdpo's as a narrow one over it."""
+    """A panel per loss: TRL's curve as a broad line, fastdpo's as a narrow one over it; means of DRAWN steps."""
     from fastdpo.report.plots import COLORS, clean, new_figure
 
     drawn = new_figure(width=10, height=1.9 * -(-len(records) // 3))
     for place, record in enumerate(records, 1):
         panel = drawn.add_subplot(-(-len(records) // 3), 3, place)
-        steps = range(1, record["steps"] + 1)
-        panel.plot(steps, record["losses"]["TRL"], color="#b9c4d4", linewidth=3.5, label="TRL")
-        panel.plot(steps, record["losses"]["fastdpo"], color=COLORS[1], linewidth=0.8, label="fastdpo")
+        for name, color, width in (("TRL", "#b9c4d4", 3.5), ("fastdpo", COLORS[1], 0.9)):
+            means = [statistics.fmean(block) for block in blocks(record["losses"][name])]
+            steps = [DRAWN * (place + 1) for place in range(len(means))]
+            panel.plot(steps, means, color=color, linewidth=width, label=name)
         panel.set_title(record["method"], fontsize=9, loc="left")
         clean(panel)
         panel.tick_params(labelsize=8)
         panel.margins(x=0)
     drawn.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
-    drawn.supxlabel("optimizer step", fontsize=9)
+    drawn.supxlabel(f"optimizer step (each point is the mean of {DRAWN})", fontsize=9)
     return drawn
 
 
 def write_docs() -> None:
-    figure(read(RESULTS)).savefig(PICTURE, dpi=100)  # as SVG it would be three times as large
+    from fastdpo.report.sections import svg
+
+    PICTURE.write_bytes(svg(figure(read(RESULTS))))
     PAGE.write_text(pages.filled(PAGE.read_text(), lambda path: table(read(path))))
 
 
