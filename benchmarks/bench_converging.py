@@ -128,12 +128,11 @@ def figure(records: Sequence[Record]) -> Any:
         panel = drawn.add_subplot(-(-len(records) // 3), 3, place)
         for name, color, width in (("TRL", "#b9c4d4", 3.5), ("fastdpo", COLORS[1], 0.9)):
             means = [statistics.fmean(block) for block in blocks(record["losses"][name])]
-            steps = [DRAWN * (place + 1) for place in range(len(means))]
-            panel.plot(steps, means, color=color, linewidth=width, label=name)
+            panel.plot(range(DRAWN, record["steps"] + 1, DRAWN), means, color=color, linewidth=width, label=name)
         panel.set_title(record["method"], fontsize=9, loc="left")
         clean(panel)
         panel.tick_params(labelsize=8)
-        panel.margins(x=0)
+        panel.locator_params(nbins=4)
     drawn.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     drawn.supxlabel(f"optimizer step (each point is the mean of {DRAWN})", fontsize=9)
     return drawn
