@@ -43,7 +43,7 @@ COMPARED = {"loss": "loss", "grad_norm": "gradient norm", "rewards/margins": "ma
 STEPS, PAIRS = 200, 8  # pairs of a step
 LONGER = 64  # tokens that TRL pads to a multiple of, the second time
 DIGITS = 6  # of the losses that are kept
-DRAWN = 5  # steps, of which the plot shows the mean
+DRAWN, LAST = 5, 20  # steps of which the plot shows the mean, and steps at the end of which the table does
 
 
 def run(package: Any, task: Task, loss: str, steps: int, **more: Any) -> list[dict[str, float]]:
@@ -101,13 +101,14 @@ def table(records: Sequence[Record]) -> str:
     """Markdown: distances of fastdpo from TRL, and of TRL from itself with longer padding."""
     names = list(COMPARED.values())
     lines = [
-        f"| `loss_type` | first loss | last loss | {' | '.join(names)} | {' | '.join(f'TRL: {n}' for n in names)} |",
+        f"| `loss_type` | first loss | last {LAST} steps | {' | '.join(names)} | {' | '.join(f'TRL: {n}' for n in names)} |",
         f"|---|---|---|{'---|' * 2 * len(names)}",
     ]
     for record in records:
         smoothing = record["settings"].get("label_smoothing")
         name = f"`{record['method']}`" + (f", smoothing {smoothing}" if smoothing else "")
-        ends = [f"{record['losses']['fastdpo'][place]:.4f}" for place in (0, -1)]
+        losses = record["losses"]["fastdpo"]
+        ends = [f"{losses[0]:.4f}", f"{statistics.fmean(losses[-LAST:]):.4f}"]
         figures = [f"{record[which][key]:.0e}" for which in ("distance", "rounding") for key in COMPARED]
         lines.append(f"| {' | '.join([name, *ends, *figures])} |")
     first = records[0]
