@@ -99,11 +99,8 @@ def measure(task: Task, loss: str, steps: int) -> Record:
 
 def table(records: Sequence[Record]) -> str:
     """Markdown: distances of fastdpo from TRL, and of TRL from itself with longer padding."""
-    names = list(COMPARED.values())
-    lines = [
-        f"| `loss_type` | first loss | last {LAST} steps | {' | '.join(names)} | {' | '.join(f'TRL: {n}' for n in names)} |",
-        f"|---|---|---|{'---|' * 2 * len(names)}",
-    ]
+    names = [f"{whose}{name}" for whose in ("", "TRL: ") for name in COMPARED.values()]
+    lines = [f"| `loss_type` | first loss | last {LAST} steps | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
     for record in records:
         smoothing = record["settings"].get("label_smoothing")
         name = f"`{record['method']}`" + (f", smoothing {smoothing}" if smoothing else "")
