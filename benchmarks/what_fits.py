@@ -23,7 +23,7 @@ from transformers import Qwen3Config
 from fastdpo.cli.plan_names import GB, kept_activations, training_name
 from fastdpo.evidence.bench.measure import append_lines, machine_facts
 from fastdpo.evidence.bench.records import Record, groups, read
-from fastdpo.training.memory.plan import Estimates, Settings
+from fastdpo.training.memory.plan import Estimates, Settings, pair_tokens
 
 RESULTS, PAGE = pages.RESULTS / "what_fits.jsonl", pages.DOCS / "memory.md"
 LORA_R = 16
@@ -36,6 +36,7 @@ MODELS = {
         head_dim=128, vocab_size=151936, tie_word_embeddings=True,
     ),
 }  # fmt: skip
+LIMITS = {"Llama-3.1-8B": 131072, "Llama-3.2-1B": 131072, "Qwen3-0.6B": 40960}  # tokens of prompt and response
 WAYS: dict[str, Callable[[Settings], bool]] = {
     "all weights, fp32": lambda settings: settings.method == "full" and settings.weight_rounding == "nearest",
     "all weights, bf16": lambda settings: settings.method == "full" and settings.weight_rounding != "nearest",
@@ -77,10 +78,12 @@ def table(records: Sequence[Record]) -> str:
 
 
 def cell(record: Record) -> str:
-    plain, longest = record["plain"], record["longest"]
-    if not longest:
-        return "no"
-    shown = [f"{plain:,}" if plain else "no", f"{longest:,}"]
+    """Both lengths; "any" for one that the model's own limit of a sequence cannot reach."""
+    limit = pair_tokens(LIMITS[record["workload"]])
+    shown = [
+        "no" if not tokens else "any" if tokens >= limit else f"{tokens:,}"
+        for tokens in (record["plain"], record["longest"])
+    ]
     return " / ".join(dict.fromkeys(shown))
 
 

@@ -18,12 +18,15 @@ def test_the_page_says_what_the_records_say():
 
 def test_a_cell_has_the_longest_pair_with_the_plain_settings_and_with_any():
     def record(plain, most):
-        return {"plain": plain, "longest": most}
+        return {"workload": "Qwen3-0.6B", "plain": plain, "longest": most}
 
     assert bench.cell(record(0, 0)) == "no"
     assert bench.cell(record(2048, 2048)) == "2,048"
     assert bench.cell(record(2048, 16384)) == "2,048 / 16,384"
     assert bench.cell(record(0, 16384)) == "no / 16,384"
+    # 40,960 tokens of prompt and response are at most 54,614 of a pair
+    assert bench.cell(record(54613, 54614)) == "54,613 / any"
+    assert bench.cell(record(60000, 70000)) == "any"
 
 
 def test_more_memory_and_more_settings_never_take_shorter_pairs():
