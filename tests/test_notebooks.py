@@ -1,4 +1,4 @@
-"""The notebooks: what is saved in them is of a whole run, and a real model runs every cell."""
+"""The notebooks: they are saved without outputs, and a real model runs every cell."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,11 @@ def code_cells(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_cell_has_been_run_in_order_and_without_an_error(path):
-    cells = code_cells(path)
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    outputs = [output for cell in cells for output in cell["outputs"]]
-    assert outputs
-    assert not [output for output in outputs if output["output_type"] == "error"]
+def test_cells_are_saved_as_they_are_before_a_run(path):
+    """So that a figure in the notebook is always that of the reader's own machine."""
+    for cell in code_cells(path):
+        compile("".join(cell["source"]), path.name, "exec")
+        assert (cell["execution_count"], cell["outputs"]) == (None, [])
 
 
 @needs_smollm2
