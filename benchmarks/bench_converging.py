@@ -158,6 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="into the project's results and docs/converging.md")
     parser.add_argument("--docs", action="store_true", help="docs/converging.md from the results as they are")
     options = parser.parse_args(argv)
+    steps = 5 if options.quick else options.steps
+    if options.write and steps != STEPS:
+        parser.error(f"--write takes {STEPS} steps")
     if options.docs:
         write_docs()
         return 0
@@ -165,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         task = cached_task(SIZES["small"], 0, options.task or Path(scratch, "task"))
         for loss in options.losses:
-            record = {**facts, **measure(task, loss, 5 if options.quick else options.steps)}
+            record = {**facts, **measure(task, loss, steps)}
             print(json.dumps({key: record[key] for key in ("method", "distance", "rounding")}), flush=True)
             append_lines(str(RESULTS) if options.write else None, [record])
     if options.write:

@@ -4,8 +4,8 @@
     python benchmarks/what_fits.py --write    # and writes results/what_fits.jsonl and the table
     python benchmarks/what_fits.py --docs     # the table from the results as they are
 
-Models are built from their shapes, without weights. Nothing has been measured on a GPU. Lengths are
-read off lines through a few estimates, and `fastdpo plan` may find a little longer ones. Minutes on one core.
+Models are built from their shapes, without weights. Lengths are read off lines through a few estimates; `fastdpo plan`
+may find a little longer ones. Nothing has been measured on a GPU. Some minutes on one core.
 """
 
 from __future__ import annotations
