@@ -85,11 +85,12 @@ def first_gradient_norm(tmp_path, base, *, asked_before):
 
 @pytest.mark.parametrize("asked_before", [False, True])
 def test_no_gradient_is_lost_where_bitsandbytes_repacks_weights(tmp_path, base, monkeypatch, asked_before):
-    """It does so on CPUs with bf16 instructions, at a forward in eval mode: that of the self-check, or an earlier one."""
+    """It does so on CPUs with bf16 instructions, at a forward in eval mode: that of the self-check, or an earlier one,
+    which has then rounded the scales of the weights to bf16."""
     pytest.importorskip("bitsandbytes")
-    found = first_gradient_norm(tmp_path, base, asked_before=asked_before)
+    found, tolerance = first_gradient_norm(tmp_path, base, asked_before=asked_before), 0.05 if asked_before else 1e-5
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False, raising=False)
-    assert found == pytest.approx(first_gradient_norm(tmp_path, base, asked_before=False), rel=1e-5)
+    assert found == pytest.approx(first_gradient_norm(tmp_path, base, asked_before=False), rel=tolerance)
 
 
 def test_a_4_bit_base_without_an_adapter_is_refused(tmp_path, base, bitsandbytes):
