@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shared.marked import filled
+from shared.pages import filled
 
 HERE = Path(__file__).parent
 PAGE, RESULTS = HERE.parent / "docs" / "gpu.md", HERE / "results" / "gpu"

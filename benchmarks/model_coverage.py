@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared import pages
 from shared.doubles import WholeDoubles, in_fp64
-from shared.marked import filled
 from shared.tiny_models import build_tiny, tiny_config
 from torch import Tensor
 
@@ -36,8 +36,7 @@ from fastdpo.modeling import check_packing
 from fastdpo.modeling.backbone import freeze_towers, text_ids
 from fastdpo.training.setup.model_kinds import check_kind
 
-HERE = Path(__file__).parent
-RESULTS, DOCS = HERE / "results" / "model_coverage.jsonl", HERE.parent / "docs" / "models.md"
+RESULTS, DOCS = pages.RESULTS / "model_coverage.jsonl", pages.DOCS / "models.md"
 STATUSES = ("packed and shared", "packed", "padded", "refused", "wrong", "cannot be built")
 EXACT = 1e-5  # error of log-probs, and of the gradient of each weight, that counts as none in fp32
 EXACT_IN_FP64 = 1e-9  # and in fp64
@@ -311,7 +310,7 @@ def exactness(shared: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def write_docs(records: Sequence[dict[str, Any]], path: Path = DOCS) -> None:
-    path.write_text(filled(path.read_text(), {"model_coverage.jsonl": docs_table(records)}))
+    path.write_text(pages.filled(path.read_text(), {"model_coverage.jsonl": docs_table(records)}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

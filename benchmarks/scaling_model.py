@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from shared.marked import filled
+from shared.pages import filled
 from transformers import LlamaConfig
 
 from fastdpo.training.memory.cluster.hardware import Cluster, make_cluster

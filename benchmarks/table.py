@@ -15,13 +15,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from shared.marked import filled, names_in
+from shared.pages import RESULTS, filled, names_in
 
 from fastdpo.evidence.bench.records import MACHINE, SHAPE, Record, groups, machine_of, read, shape_of
 from fastdpo.evidence.bench.steps.tables import training_table
 
-HERE = Path(__file__).parent
-README, RESULTS = HERE / "README.md", HERE / "results"
+README = Path(__file__).parent / "README.md"
 NOTHING = "No measurement has been kept yet.\n"
 
 

@@ -1,5 +1,5 @@
-"""The README and the pages of docs/: their Python runs as it stands, with a tiny model in place of the one that would
-be downloaded, and the options, files and headings that they name exist.
+"""The README, the pages of docs/ and the text of notebooks: their Python runs as it stands, with a tiny model in place
+of the one that would be downloaded, and the options, files and headings that they name exist.
 """
 
 import contextlib
@@ -19,6 +19,10 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
 }
+for path in sorted(ROOT.glob("notebooks/*.ipynb")):
+    cells = json.loads(path.read_text())["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    PAGES[str(path.relative_to(ROOT))] = "\n\n".join(texts)
 # those pages' Python is run by test_migrating.py and test_feature_docs.py, on data and trainers that it expects
 ELSEWHERE = ("docs/migrating.md", "docs/around_the_loss.md")
 BLOCKS = {
@@ -92,6 +96,7 @@ def known_options():
     known |= SINCE_5_23 | set(re.findall(r"--([a-z_]+)", torchruns_parser().format_help()))
     for script in ("benchmarks/gpu_suite", "benchmarks/gpu_page", "benchmarks/bench_training_step", "tests/portable"):
         known |= set(re.findall(r"--([a-z_0-9]+)", (ROOT / f"{script}.py").read_text()))
+    known |= {"no-deps"}  # of pip
     return known | set(re.findall(r'"--([a-z-]+)"', (ROOT / "kernels/fused/tuning.py").read_text()))
 
 

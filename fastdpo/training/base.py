@@ -72,7 +72,7 @@ from fastdpo.training.setup.accelerator import KeptAccelerator
 from fastdpo.training.setup.experts import router_coefficient
 from fastdpo.training.setup.failures import failing_together
 from fastdpo.training.setup.layer_kernels import use_layer_kernels
-from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype
+from fastdpo.training.setup.models import disable_dropout, forget_accelerate, head_dtype, keep_4_bits_trainable
 from fastdpo.training.setup.optimizers import optimizer_name
 from fastdpo.training.setup.sequence_parallel import (
     check_engine_of_groups,
@@ -130,6 +130,7 @@ class PackedTrainer(SteppingTrainer):
         check_updates(args, optimizer_name(args), is_own=has_own_optimizer)
         check_rounded_weights(args, model)
         forget_accelerate(model)
+        keep_4_bits_trainable(model)
         check_not_divided(model)
         use_layer_kernels(model, args)
         prepare_model(model)

@@ -71,6 +71,28 @@ def test_a_4_bit_base_trains_under_an_adapter(tmp_path, base, bitsandbytes, case
         torch.testing.assert_close(plain_sums(again), expected)
 
 
+def first_gradient_norm(tmp_path, base, *, asked_before):
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bits(), dtype=torch.float32)
+    if asked_before:
+        with torch.no_grad():
+            model.eval()(input_ids=torch.tensor([[3, 4, 5, 6]]))
+    args = DPOConfig(str(tmp_path / "out"), use_cpu=True, max_steps=1, logging_steps=1, seed=1, report_to="none")
+    rows, tokenizer = Dataset.from_list(make_rows(8)), make_tokenizer()
+    trainer = DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=lora())
+    trainer.train()
+    return next(entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry)
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_no_gradient_is_lost_where_bitsandbytes_repacks_weights(tmp_path, base, monkeypatch, asked_before):
+    """It does so on CPUs with bf16 instructions, at a forward in eval mode: that of the self-check, or an earlier one,
+    which has then rounded the scales of the weights to bf16."""
+    pytest.importorskip("bitsandbytes")
+    found, tolerance = first_gradient_norm(tmp_path, base, asked_before=asked_before), 0.05 if asked_before else 1e-5
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False, raising=False)
+    assert found == pytest.approx(first_gradient_norm(tmp_path, base, asked_before=False), rel=tolerance)
+
+
 def test_a_4_bit_base_without_an_adapter_is_refused(tmp_path, base, bitsandbytes):
     with pytest.raises(ValueError, match="purely quantized"):
         make_trainer(tmp_path, base, None)

@@ -17,7 +17,7 @@ from model_coverage import (
     run_types,
     write_docs,
 )
-from shared.marked import part
+from shared.pages import part
 
 FEW = ["llama", "stablelm", "gptj", "bert"]
 

@@ -2,7 +2,7 @@
 
 import pytest
 import scaling_model
-from shared.marked import part
+from shared.pages import part
 from tiny import make_llama
 
 from fastdpo.training.memory.cluster.plans import MethodModel

@@ -38,10 +38,11 @@ def mixtral(seed=0):
     return MixtralForCausalLM(MixtralConfig(vocab_size=32, router_aux_loss_coef=0.1, **sizes, **experts))
 
 
-def trained(package, folder, model, tokenizer, keywords, settings):
-    """The package's DPOTrainer after three steps."""
+def trained(package, folder, model, tokenizer, keywords, settings, dataset=None):
+    """The package's DPOTrainer after three steps, on `rows()` if no dataset is given."""
     args = package.DPOConfig(str(folder), **{**SETTINGS, **settings})
-    trainer = package.DPOTrainer(model, args=args, train_dataset=rows(), processing_class=tokenizer, **keywords)
+    data = rows() if dataset is None else dataset
+    trainer = package.DPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer, **keywords)
     trainer.train()
     return trainer
 

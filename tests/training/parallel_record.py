@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from shared.marked import filled
+from shared.pages import filled
 
 RECORD = Path(__file__).with_name("parallel_record.jsonl")
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"

@@ -5,7 +5,7 @@ import json
 import parallel_record
 import pytest
 from parallel_record import PAGE, RECORD, entries, refuses, table, works
-from shared.marked import part
+from shared.pages import part
 
 
 def test_the_page_shows_the_record():

@@ -438,6 +438,18 @@ def forget_accelerate(model: nn.Module) -> None:
             module.forward = module.__dict__.pop("_original_forward")
 
 
+def keep_4_bits_trainable(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights on a CPU with bf16 instructions, and undoes it.
+
+    It repacks them at the first forward in eval mode without gradients, and multiplies with them in a product that has
+    no backward: all gradients that pass a 4-bit layer would be lost without an error.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # for which it packs them back, up to rounding
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Sets every dropout probability to 0: in modules, in attributes that layers read, and in PEFT's adapters."""
     for module in model.modules():

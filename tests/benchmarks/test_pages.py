@@ -1,7 +1,7 @@
 """A part of a page that a script writes is replaced by name, and nothing else of the page."""
 
 import pytest
-from shared.marked import filled, names_in, part
+from shared.pages import filled, names_in, part
 
 PAGE = "a\n<!-- table: one.jsonl -->\nold\n<!-- end -->\nb\n<!-- table: two -->\n<!-- end -->\nc\n"
 

@@ -3,7 +3,10 @@ their own, where NAME is the file of its records, or the script's."""
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
+RESULTS = Path(__file__).parents[1] / "results"
+DOCS = Path(__file__).parents[2] / "docs"
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
