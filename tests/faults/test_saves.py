@@ -30,7 +30,6 @@ from fastdpo.training.saving.manifest import (
 from fastdpo.training.saving.staging import UNFINISHED, checkpoints, put_in_place, restore_unfinished, rotate
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
-NUM_EVENTS = 9  # of a save: files, renames and removals that tests/faults/killing.py counts
 
 
 @pytest.fixture(scope="module")
@@ -48,39 +47,41 @@ def run(finished, tmp_path):
 
 # Killed inside a save
 
+LIMITED = {"max_steps": 4, "save_steps": 2, "save_total_limit": 1}
+MOVED = {"max_steps": 4, "save_steps": 2, "adapter": {}, "sync_ref_model": True, "ref_model_sync_steps": 1}
 
-def killed_in_a_save(killer, folder, where, count, settings):
-    """Kills in the second save, resumes, and compares with a run that is not killed."""
-    assert killer.run(folder / "whole", settings) == 0, output(folder / "whole")
-    cut = folder / "cut"
-    status = killer.run(cut, settings, (where, count))
-    assert status == -9, (status, output(cut))
-    for checkpoint in checkpoints(cut / "out"):
+
+def killed(killer, folder, settings, moment, expected):
+    """Whether the run came to that moment. It is killed, resumed, and compared with the end of one that was not."""
+    status = killer.run(folder, settings, moment)
+    if status == 0:
+        return False
+    assert status == -9, output(folder)
+    for checkpoint in checkpoints(folder / "out"):
         assert has_manifest(checkpoint)
         assert damage(checkpoint) is None
-    is_begun = bool(checkpoints(cut / "out")) or bool(checkpoints(cut / "out" / UNFINISHED))
-    assert killer.run(cut, settings, resume=bool(checkpoints(cut / "out"))) == 0, output(cut)
-    assert differences(end_of(folder / "whole"), end_of(cut)) == []
-    assert not (cut / "out" / UNFINISHED).exists()
-    return is_begun
+    assert killer.run(folder, settings, resume=bool(checkpoints(folder / "out"))) == 0, output(folder)
+    assert differences(expected, end_of(folder)) == [], moment
+    assert not (folder / "out" / UNFINISHED).exists()
+    return True
 
 
-@pytest.mark.parametrize(("where", "count"), [("save", 3), ("torn", 2 + 5)])
-def test_a_run_that_is_killed_in_a_save_loses_nothing(killer, tmp_path, where, count):
-    assert killed_in_a_save(killer, tmp_path, where, count, {"max_steps": 4, "save_steps": 2})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", range(1, 2 * NUM_EVENTS + 1))
-def test_a_run_that_is_killed_anywhere_in_a_save_loses_nothing(killer, tmp_path, count):
-    killed_in_a_save(killer, tmp_path, "save", count, {"max_steps": 6, "save_steps": 2, "save_total_limit": 1})
+@pytest.mark.parametrize("moment", [("commit", 2), ("torn", 2 + 5)], ids=lambda moment: moment[0])
+def test_a_run_that_is_killed_in_a_save_loses_nothing(killer, tmp_path, moment):
+    assert killer.run(tmp_path / "whole", LIMITED) == 0, output(tmp_path / "whole")
+    assert killed(killer, tmp_path / "cut", LIMITED, moment, end_of(tmp_path / "whole"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", range(1, 11))
-def test_a_run_whose_file_is_cut_off_in_a_save_loses_nothing(killer, tmp_path, count):
-    settings = {"max_steps": 6, "save_steps": 2, "adapter": {}, "sync_ref_model": True, "ref_model_sync_steps": 1}
-    killed_in_a_save(killer, tmp_path, "torn", count, settings)
+@pytest.mark.parametrize(("where", "settings"), [("save", LIMITED), ("torn", MOVED)], ids=["killed", "cut off"])
+def test_a_run_that_is_killed_anywhere_in_a_save_loses_nothing(killer, tmp_path, where, settings):
+    assert killer.run(tmp_path / "whole", settings, (where, 0)) == 0, output(tmp_path / "whole")
+    expected = end_of(tmp_path / "whole")
+    moments = range(1, expected["num_events"] + 1)
+    assert len(moments) >= (8 if where == "torn" else 24)  # files of two saves, renames, the removal of the first
+    for count in moments:
+        assert killed(killer, tmp_path / str(count), settings, (where, count), expected), count
+        shutil.rmtree(tmp_path / str(count))
 
 
 def test_a_complete_checkpoint_that_was_not_renamed_yet_is_kept(run):
