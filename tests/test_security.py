@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from fastdpo import DPOConfig
 from fastdpo.cli.main import main
 from fastdpo.cli.options import yaml_file
+from fastdpo.cli.plan import load_config
 from fastdpo.cli.recipes.kinds import migrated
 from fastdpo.data.prepare import prepare_preference_dataset
 from fastdpo.data.sources.loading import dataset_from_rows, load_preference_dataset
@@ -27,6 +28,7 @@ from fastdpo.report.html import write_report
 from fastdpo.report.sections import Response, Sample, SampleList, Table, Text
 from fastdpo.rounds.judges import Classifier
 from fastdpo.training.setup import models
+from fastdpo.training.setup.reference import weight_bytes
 
 MESSAGES = {
     "prompt": [{"role": "user", "content": "a"}],
@@ -81,7 +83,7 @@ def test_a_classifier_whose_files_are_cut_off_or_nest_without_end_is_refused(tmp
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"judge classifier must have complete weights in .*/judge'"):
         Classifier(str(folder))
-    (folder / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    (folder / "config.json").write_text(DEEP)
     with pytest.raises(ValueError, match=r"judge/config.json must not nest its values so deeply"):
         Classifier(str(folder))
 
@@ -151,19 +153,47 @@ def test_code_of_a_model_whose_config_needs_none_does_not_run(tmp_path, monkeypa
     assert not trace.exists()
 
 
-def test_json_that_nests_without_end_is_refused(tmp_path):
-    deep = '{"a":' * 100_000 + "1" + "}" * 100_000
-    for number, (name, load) in enumerate(
-        [
-            ("config.json", models.load_model),
-            ("config.json", lambda folder: models.check_config(folder, {})),
-            ("tokenizer.json", models.load_tokenizer),
-        ]
-    ):
-        folder = save_model(tmp_path / str(number))
-        (folder / name).write_text(deep)
-        with pytest.raises(ValueError, match="must not nest its values so deeply"):
-            load(str(folder))
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
+LOADERS = {
+    "load_model": models.load_model,
+    "check_config": lambda folder: models.check_config(folder, {}),
+    "load_tokenizer": models.load_tokenizer,
+    "load_config": load_config,
+    "weight_bytes": weight_bytes,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "loader"),
+    [
+        *(("config.json", loader) for loader in ("load_model", "check_config", "load_config", "weight_bytes")),
+        *((name, "load_model") for name in ("generation_config.json", "model.safetensors.index.json")),
+        *((name, "load_tokenizer") for name in ("config.json", "tokenizer.json", "special_tokens_map.json")),
+    ],
+)
+def test_json_that_nests_without_end_is_refused_by_its_name(tmp_path, name, loader):
+    folder = save_model(tmp_path / "model")
+    if name == "model.safetensors.index.json":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text(DEEP)
+    with pytest.raises(ValueError, match=f"model/{name} must not nest its values so deeply"):
+        LOADERS[loader](str(folder))
+
+
+def test_commands_refuse_a_config_that_nests_without_end_or_is_too_large(tmp_path, monkeypatch, capsys):
+    folder = save_model(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(make_rows(1)[0]) + "\n")
+    train = ["train", "--model", str(folder), "--dataset", str(tmp_path / "rows.jsonl"), "--output_dir"]
+    others = (["plan", "--gpu_memory", "24GB"], ["bench"])
+    commands = [[*train, str(tmp_path / "out")], *([*words, "--model", str(folder)] for words in others)]
+    (folder / "config.json").write_text(DEEP)
+    for words in commands:
+        assert main(words) == 2
+        assert "model/config.json must not nest its values so deeply" in capsys.readouterr().err
+    monkeypatch.setattr(models, "MOST_JSON_BYTES", 100)
+    for words in commands:
+        assert main(words) == 2
+        assert "model/config.json must have at most 100 bytes" in capsys.readouterr().err
 
 
 def test_nesting_that_the_tokenizers_library_refuses_is_refused_in_words(tmp_path):
