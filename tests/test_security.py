@@ -5,6 +5,7 @@ and show their text as text.
 import contextlib
 import json
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tiny_tokenizers import CHATML, byte_level_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from fastdpo import DPOConfig
+from fastdpo.alignment.chat import templated_ids
 from fastdpo.cli.main import main
 from fastdpo.cli.options import yaml_file
 from fastdpo.cli.plan import load_config
@@ -52,10 +54,10 @@ def evil(tmp_path):
 # Models
 
 
-def saved_classifier(folder):
+def saved_classifier(folder, **options):
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForSequenceClassification(LlamaConfig(vocab_size=32, num_labels=1, **small)).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    make_tokenizer(**options).save_pretrained(folder)
     return folder
 
 
@@ -245,12 +247,14 @@ def test_a_set_of_llama_factory_stays_in_its_folder(tmp_path, name):
 # Templates
 
 
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
 @pytest.mark.parametrize("where", ["tokenizer", "row"])
 def test_a_template_that_loops_for_ever_is_stopped(monkeypatch, where):
     monkeypatch.setattr(rendering, "RENDER_SECONDS", 0.5)
-    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    row = {**MESSAGES, **({"chat_template_kwargs": {"chat_template": endless}} if where == "row" else {})}
-    tokenizer = byte_level_tokenizer(chat_template=endless if where == "tokenizer" else CHATML)
+    row = {**MESSAGES, **({"chat_template_kwargs": {"chat_template": ENDLESS}} if where == "row" else {})}
+    tokenizer = byte_level_tokenizer(chat_template=ENDLESS if where == "tokenizer" else CHATML)
     started = time.monotonic()
     with pytest.raises(ValueError, match=r"chat_template must render .* conversations in less than 0.5 s"):
         prepare_preference_dataset([row], tokenizer, TokenizationSettings())
@@ -259,6 +263,19 @@ def test_a_template_that_loops_for_ever_is_stopped(monkeypatch, where):
         [MESSAGES], byte_level_tokenizer(chat_template=CHATML), TokenizationSettings()
     )
     assert len(prepared) == 1  # the watch stops nothing that ends
+
+
+@pytest.mark.parametrize("who", ["writer", "judge"])
+def test_the_template_of_a_model_that_answers_or_judges_is_stopped_too(tmp_path, monkeypatch, who):
+    monkeypatch.setattr(rendering, "RENDER_SECONDS", 0.5)
+    if who == "writer":
+        tokenizer = byte_level_tokenizer(chat_template=ENDLESS)
+        run = partial(templated_ids, tokenizer, MESSAGES["prompt"])
+    else:
+        judge = Classifier(str(saved_classifier(tmp_path, chat_template=ENDLESS)))
+        run = partial(judge, [MESSAGES["prompt"]], [MESSAGES["chosen"]])
+    with pytest.raises(ValueError, match=r"chat_template must render .* less than 0.5 s, got one that does not end"):
+        run()
 
 
 @pytest.mark.parametrize(
