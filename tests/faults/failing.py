@@ -102,9 +102,9 @@ def main(rank, file):
     os.environ.update(MASTER_ADDR="127.0.0.1", WORLD_SIZE="2", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     sys.path[:0] = [str(TESTS), str(TESTS / "training")]
     import sharded_runs  # noqa: F401 (what is imported here, the children have)
-    import torch
+    from processes import prepare_to_fork
 
-    torch.set_num_threads(1)
+    prepare_to_fork()
     for case in json.loads(Path(file).read_text()):
         start = time.monotonic()
         pid = os.fork()

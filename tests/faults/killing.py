@@ -306,13 +306,9 @@ def _cut(path):
 def _serve():
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     sys.path.insert(0, str(TESTS))
-    import torch
+    from processes import prepare_to_fork
 
-    torch.set_num_threads(1)
-    import tiny_runs  # noqa: F401
-
-    from fastdpo import DPOTrainer, SFTTrainer  # noqa: F401
-
+    prepare_to_fork()
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()
