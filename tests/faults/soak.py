@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -135,7 +135,7 @@ def soak(folder, *, steps=2000, data="stream", workers=0, callbacks=()):
     else:
         train = Dataset.from_list(list(rows_with_bad_ones(num_rows)))
     watch = Watch(every=max(steps // 100, 1))
-    often = 6 if short else 25
+    often = max(steps // 80, 6)
     trainer = tiny_trainer(
         Path(folder) / "out",
         make_llama(attention_dropout=0.1),
@@ -222,7 +222,12 @@ def main(argv=None):
     for steps, data, workers in runs:
         name = f"{steps:,} steps on {'a stream' if data == 'stream' else 'a dataset'}, {workers} workers"
         began = time.process_time()
-        with tempfile.TemporaryDirectory() as folder, open(printed, "a") as file, redirect_stdout(file):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            open(printed, "a") as file,
+            redirect_stdout(file),
+            redirect_stderr(file),
+        ):
             values = soak(folder, steps=steps, data=data, workers=workers)
         results = judged(values)
         verdicts += [verdict for *_, verdict in results]

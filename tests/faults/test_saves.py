@@ -1,10 +1,12 @@
 """Saves are whole or not there; damage is found and named, and the newest sound checkpoint is never lost."""
 
 import errno
+import itertools
 import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -15,6 +17,7 @@ from killing import differences, end_of, output
 from tiny import make_rows
 from tiny_runs import make_lora, tiny_trainer
 
+from fastdpo import StopOnSignal
 from fastdpo.files import write_whole
 from fastdpo.training import resuming
 from fastdpo.training.saving.checkpoints import checkpoint_folder
@@ -27,6 +30,7 @@ from fastdpo.training.saving.manifest import (
     size_of,
     write_manifest,
 )
+from fastdpo.training.saving.signals import Stopped
 from fastdpo.training.saving.staging import UNFINISHED, checkpoints, put_in_place, restore_unfinished, rotate
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
@@ -317,6 +321,27 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_names_the_missing_bytes(small
     assert stopped.value.missing > 0
     for name in (finished / "checkpoint-1").iterdir():
         assert (small_disk / "checkpoint-1" / name.name).exists()
+
+
+def test_a_save_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(resuming, "free_bytes", lambda folder: 1000)
+    trainer, begun = tiny_trainer(tmp_path, **SAVES), []
+    monkeypatch.setattr(trainer, "save_model", lambda *_, **__: begun.append(True))
+    with pytest.raises(DiskFull, match=r"bytes are missing \(checkpoint-1 needs about [\d,]+, 1,000 are free\)"):
+        trainer.train()
+    assert begun == []
+
+
+def test_a_signal_ends_the_waiting_for_space(tmp_path, monkeypatch):
+    free = itertools.chain([1000] * 9, itertools.repeat(10**9))
+    monkeypatch.setattr(resuming, "free_bytes", lambda folder: next(free))
+    monkeypatch.setattr(resuming, "SECONDS_BETWEEN_TRIES", 0.05)
+    monkeypatch.setattr(resuming.logger, "warning", lambda text: os.kill(os.getpid(), signal.SIGUSR1))
+    trainer = tiny_trainer(tmp_path, on_full_disk="wait", callbacks=[StopOnSignal()], **SAVES)
+    with pytest.raises(Stopped) as stopped:
+        trainer.train()
+    assert stopped.value.code == 128 + signal.SIGUSR1
+    assert checkpoints(tmp_path) == []
 
 
 def test_a_run_on_a_full_disk_waits_for_space_and_goes_on(small_disk, tmp_path, monkeypatch, caplog):

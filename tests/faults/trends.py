@@ -1,9 +1,9 @@
 """Whether a measure grows over a run: its growth from first to last step, with a confidence interval, and a verdict.
 
-In: (step, value) pairs; times come from `as_if_alone`. The first quarter is left out: caches fill and libraries load. The
-rest is cut into ten blocks of equal size, and a line is fitted to the medians of the blocks, because neighbouring values
-are not independent and a busy machine makes single ones large. Out: growth over the steps that count, with its 95%
-interval.
+In: (step, value) pairs; times come from `as_if_alone`. The first quarter is left out: caches fill and libraries load.
+The rest is cut into ten blocks of equal size, and a line is fitted to the medians of the blocks, because neighbouring
+values are not independent and a busy machine makes single ones large. Out: growth over the steps that count, with its
+95% interval.
 """
 
 import itertools
