@@ -182,15 +182,15 @@ def table(name, results):
     rows = [
         [
             measure,
+            verdict,
             f"{line.level:,.2f} {MEASURES[measure][0]}",
             f"{line.growth:+,.3f}",
             f"{line.low:+,.3f} to {line.high:+,.3f}",
             f"{tolerated:,.2f}",
-            verdict,
         ]
         for measure, line, tolerated, verdict in results
     ]
-    return Table(name, ("", "median", "growth", "95% interval", "tolerated", ""), rows)
+    return Table(name, ("", "", "median", "growth", "95% interval", "tolerated"), rows)
 
 
 def curves(name, values, results):
@@ -234,7 +234,7 @@ def main(argv=None):
         sections += [table(name, results), curves(name, values, results)]
         print(f"{name} ({time.process_time() - began:.0f} s of CPU)")
         for row in table(name, results).rows:
-            print(f"  {row[0]:<24} {row[1]:>22}  growth {row[2]:>10}  ({row[3]})  tolerated {row[4]:>8}: {row[5]}")
+            print(f"  {row[0]:<24} {row[2]:>22}  growth {row[3]:>10}  ({row[4]})  tolerated {row[5]:>8}: {row[1]}")
     note = (
         "Growth is from the first step that counts (after a quarter of the run) to the last, on a line through the"
         " medians of ten blocks; the interval is Student's t. Time is CPU time of the process, which other processes of"
