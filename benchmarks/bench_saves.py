@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from bench_row_parts import make_tokenizer
+from shared.special_tokens import make_tokenizer
 from transformers import Trainer
 
 from fastdpo import DPOConfig, DPOTrainer, StopOnSignal
