@@ -28,6 +28,8 @@ from fastdpo.data.tokens.settings import TokenizationSettings
 from fastdpo.data.visible import visible
 from fastdpo.report.html import write_report
 from fastdpo.report.sections import Response, Sample, SampleList, Table, Text
+from fastdpo.rewards.credits import Credits
+from fastdpo.rewards.page import ColouredRow, ColouredText
 from fastdpo.rounds.judges import Classifier
 from fastdpo.training.setup import models
 from fastdpo.training.setup.reference import weight_bytes
@@ -216,6 +218,9 @@ def test_a_file_too_large_to_be_read_whole_is_refused(tmp_path, monkeypatch):
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match=r"tokenizer.json must have at most 100 bytes, got"):
         models.load_tokenizer(str(folder))
+    adapter = saved_adapter(tmp_path / "adapter", str(folder))
+    with pytest.raises(ValueError, match=r"adapter_config.json must have at most 100 bytes, got"):
+        models.load_model(str(adapter))
 
 
 # Data
@@ -314,11 +319,12 @@ def test_html_in_texts_is_text_in_every_section_of_a_report(tmp_path):
         Text(SCRIPT, [SCRIPT]),
         Table(SCRIPT, [SCRIPT, SCRIPT], [(SCRIPT, SCRIPT)], note=SCRIPT),
         SampleList(SCRIPT, [Sample(SCRIPT, [Response(SCRIPT, SCRIPT, SCRIPT)])], SCRIPT, SCRIPT, SCRIPT),
+        ColouredText(SCRIPT, [ColouredRow(SCRIPT, [(SCRIPT, Credits((SCRIPT,), (0.5,)))])], SCRIPT),
     ]
     page = write_report(tmp_path / "page.html", SCRIPT, sections, subtitle=SCRIPT).read_text()
     assert "<script" not in page
     assert "<img" not in page
-    assert page.count("&lt;script&gt;") >= 12
+    assert page.count("&lt;script&gt;") >= 16
 
 
 ESCAPES = "\x1b[31mred\x1b]0;title\x07 \x9b2J \u202egnp.exe [bold]b[/bold] \r\x08 :smile: é 👩‍👧"
