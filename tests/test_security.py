@@ -19,6 +19,7 @@ from fastdpo.alignment.chat import templated_ids
 from fastdpo.cli.main import main
 from fastdpo.cli.options import yaml_file
 from fastdpo.cli.plan import load_config
+from fastdpo.cli.recipes.book import as_yaml
 from fastdpo.cli.recipes.kinds import migrated
 from fastdpo.data.prepare import prepare_preference_dataset
 from fastdpo.data.sources.loading import dataset_from_rows, load_preference_dataset
@@ -420,6 +421,15 @@ def test_a_recipe_that_is_too_large_or_too_deep_is_refused(tmp_path, monkeypatch
     monkeypatch.setattr(yaml_file, "MOST_BYTES", 100)
     with pytest.raises(ValueError, match="recipe must have at most 100 bytes, got"):
         yaml_file.read_yaml(path, "recipe")
+
+
+def test_a_line_break_in_a_recipe_begins_no_line_of_what_it_becomes(tmp_path):
+    evil = "mine\nenv: {PATH: evil}"
+    recipe = {"stage": "dpo", "model_name_or_path": "m", "dataset": evil, "output_dir": "o", evil: evil}
+    text = as_yaml(migrated("llama_factory", recipe, tmp_path), "recipe")
+    assert text.count("evil") >= 3
+    assert yaml.safe_load(text)["dataset"] == evil
+    assert "env" not in yaml.safe_load(text)
 
 
 def test_a_tokenizer_is_loaded_without_the_code_beside_it(tmp_path, monkeypatch):
