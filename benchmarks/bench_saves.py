@@ -4,8 +4,8 @@
 
 All weights and the state of AdamW, saved to the disk of the temporary folder. Ways take turns, and what they have
 written reaches the disk before the next one starts. Also the time at the end of a step that neither logs nor saves:
-fastdpo's, which asks for signals, and Trainer's. Times are medians, of wall and of CPU seconds; a share is the median
-over rounds.
+fastdpo's, which asks for signals, and Trainer's. Times are medians, of wall and of CPU seconds. What checksums take of
+a save's CPU seconds is measured inside the save, since a busy machine makes the difference of two saves uncertain.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from transformers import Trainer
 from fastdpo import DPOConfig, DPOTrainer, StopOnSignal
 from fastdpo.evidence.bench.measure import append_lines, machine_facts
 from fastdpo.training import resuming
+from fastdpo.training.saving import manifest
 
 WHOLE, UNCHECKED, TRAINER = "fastdpo", "fastdpo, without checksums", "Trainer"
 STEPS = 200
@@ -57,6 +60,33 @@ def without_checksums(trainer: Any) -> Iterator[None]:
         resuming.write_manifest, trainer.checksums.start = write, start
 
 
+@contextmanager
+def timed_checksums() -> Iterator[list[float]]:
+    """A list that gets the CPU seconds of the manifest and of the checksums that a thread makes before."""
+    spent: list[float] = []
+
+    def timed(inner: Callable[..., Any], where: Callable[[], bool]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            began = time.thread_time()
+            result = inner(*args, **kwargs)
+            if where():
+                spent.append(time.thread_time() - began)
+            return result
+
+        return run
+
+    def in_main() -> bool:
+        return threading.current_thread() is threading.main_thread()
+
+    write, checksum = resuming.write_manifest, manifest._checksum
+    resuming.write_manifest = timed(write, in_main)
+    manifest._checksum = timed(checksum, lambda: not in_main())
+    try:
+        yield spent
+    finally:
+        resuming.write_manifest, manifest._checksum = write, checksum
+
+
 def save(trainer: Any, way: str) -> None:
     if way == TRAINER:
         Trainer._save_checkpoint(trainer, trainer.model, None)
@@ -74,21 +104,25 @@ def timed(call: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def time_saves(trainer: Any, rounds: int) -> tuple[dict[str, list[tuple[float, float]]], int]:
-    """Wall and CPU seconds of every save by its way, and the bytes of one."""
+def time_saves(trainer: Any, rounds: int) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float]]:
+    """Wall and CPU seconds of every save by its way; the bytes of one, and the CPU seconds of its checksums, in all and
+    as a share of the rest."""
     found: dict[str, list[tuple[float, float]]] = {WHOLE: [], UNCHECKED: [], TRAINER: []}
-    num_bytes = 0
+    num_bytes, checks = 0, []
     for number in range(rounds + 1):
         for way in list(found)[:: 1 if number % 2 else -1]:
             trainer.state.global_step += 1
             os.sync()
-            seconds = timed(lambda way=way: save(trainer, way))  # type: ignore[misc]
+            with timed_checksums() as spent:
+                seconds = timed(partial(save, trainer, way))
             folder = trainer._checkpoint_path(None)
             num_bytes = sum(path.stat().st_size for path in folder.iterdir())
             shutil.rmtree(folder)
             if number > 0:  # the first is a warm-up
                 found[way].append(seconds)
-    return found, num_bytes
+                checks += [(sum(spent), sum(spent) / (seconds[1] - sum(spent)))] if way == WHOLE else []
+    cpu, share = (statistics.median(numbers) for numbers in zip(*checks, strict=True))
+    return found, {"bytes": num_bytes, "checksum_cpu_seconds": cpu, "checksum_cpu_share": share}
 
 
 def time_steps(folder: str) -> dict[str, list[tuple[float, float]]]:
@@ -108,21 +142,15 @@ def time_steps(folder: str) -> dict[str, list[tuple[float, float]]]:
     return {way: seconds[1:-1] for way, seconds in found.items()}  # the last step saves
 
 
-def records(kind: str, found: dict[str, list[tuple[float, float]]], **facts: Any) -> list[dict[str, Any]]:
+def records(kind: str, found: dict[str, list[tuple[float, float]]]) -> list[dict[str, Any]]:
     lines = []
     for way, seconds in found.items():
         wall, cpu = zip(*seconds, strict=True)
-        line = {"benchmark": "saves", "kind": kind, "way": way, "rounds": len(seconds), **facts}
+        line = {"benchmark": "saves", "kind": kind, "way": way, "rounds": len(seconds)}
         line |= {"seconds": statistics.median(wall), "spread": max(wall) - min(wall)}
         line |= {"cpu_seconds": statistics.median(cpu), "cpu_spread": max(cpu) - min(cpu)}
         lines.append(line)
     return lines
-
-
-def share_of_checksums(found: dict[str, list[tuple[float, float]]], clock: int) -> float:
-    """What checksums add to a save, as a share of one without them; the median over rounds."""
-    pairs = zip(found[WHOLE], found[UNCHECKED], strict=True)
-    return statistics.median(whole[clock] / unchecked[clock] - 1 for whole, unchecked in pairs)
 
 
 def main() -> None:
@@ -134,10 +162,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(folder, options.quick)
         trainer.train()  # AdamW then has its state
-        saves, num_bytes = time_saves(trainer, 2 if options.quick else options.rounds)
-        lines = [*records("save", saves, bytes=num_bytes), *records("end of a step", time_steps(f"{folder}/steps"))]
-        shares = [share_of_checksums(saves, clock) for clock in (0, 1)]
-        lines[0] |= dict(zip(("share_of_checksums", "cpu_share_of_checksums"), shares, strict=True))
+        saves, facts = time_saves(trainer, 2 if options.quick else options.rounds)
+        lines = [*records("save", saves), *records("end of a step", time_steps(f"{folder}/steps"))]
+        lines[0] |= facts
     for line in lines:
         print(json.dumps(line), flush=True)
     append_lines(options.out, [{**machine_facts(), **line} for line in lines])

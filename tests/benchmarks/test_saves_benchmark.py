@@ -19,7 +19,13 @@ def test_each_way_saves_what_its_name_says(tmp_path):
     assert files[bench.TRAINER] <= files[bench.UNCHECKED]
 
 
-def test_the_share_of_checksums_is_the_median_over_rounds():
-    found = {bench.WHOLE: [(1.1, 2.0), (3.0, 2.0), (2.4, 2.0)], bench.UNCHECKED: [(1.0, 1.0), (1.0, 2.0), (2.0, 4.0)]}
-    assert bench.share_of_checksums(found, 0) == pytest.approx(0.2)
-    assert bench.share_of_checksums(found, 1) == 0.0
+def test_the_time_of_checksums_is_a_part_of_that_of_the_save(tmp_path):
+    trainer = bench.make_trainer(str(tmp_path), quick=True)
+    trainer.train()
+    found, facts = bench.time_saves(trainer, 1)
+    ((_, cpu),) = found[bench.WHOLE]
+    assert 0 < facts["checksum_cpu_seconds"] < cpu
+    assert facts["checksum_cpu_share"] == pytest.approx(
+        facts["checksum_cpu_seconds"] / (cpu - facts["checksum_cpu_seconds"])
+    )
+    assert {len(seconds) for seconds in found.values()} == {1}

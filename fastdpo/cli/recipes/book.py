@@ -123,7 +123,8 @@ class _OneLine(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if text.splitlines() not in ([], [text]) else None)
+    has_breaks = text.splitlines() not in ([], [text])
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if has_breaks else None)
 
 
 _OneLine.add_representer(str, _text)
