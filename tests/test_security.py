@@ -147,6 +147,18 @@ def test_code_of_a_model_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
     assert not trace.exists()
 
 
+def test_code_of_a_judge_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    folder, trace = saved_classifier(tmp_path / "judge"), tmp_path / "was run"
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "own.C", "AutoModelForSequenceClassification": "own.M"}, "model_type": "own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(trace)!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        Classifier(str(folder))
+    assert not trace.exists()
+
+
 def test_code_of_a_model_whose_config_needs_none_does_not_run(tmp_path, monkeypatch):
     folder, trace = save_model(tmp_path / "model"), tmp_path / "was run"
     config = {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "own.M"}}  # transformers knows the config alone
