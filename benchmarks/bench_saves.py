@@ -61,16 +61,17 @@ def without_checksums(trainer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def timed_checksums() -> Iterator[list[float]]:
-    """A list that gets the CPU seconds of the manifest and of the checksums that a thread makes before."""
-    spent: list[float] = []
+def timed_checksums() -> Iterator[list[tuple[float, float]]]:
+    """A list that gets the seconds that the save is held up by the manifest, and its CPU seconds; and those of the
+    checksums that a thread makes meanwhile, which hold it up for 0.0."""
+    spent: list[tuple[float, float]] = []
 
     def timed(inner: Callable[..., Any], where: Callable[[], bool]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            began = time.thread_time()
+            wall, cpu = time.perf_counter(), time.thread_time()
             result = inner(*args, **kwargs)
             if where():
-                spent.append(time.thread_time() - began)
+                spent.append((time.perf_counter() - wall if in_main() else 0.0, time.thread_time() - cpu))
             return result
 
         return run
@@ -105,10 +106,9 @@ def timed(call: Callable[[], None]) -> tuple[float, float]:
 
 
 def time_saves(trainer: Any, rounds: int) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float]]:
-    """Wall and CPU seconds of every save by its way; the bytes of one, and the CPU seconds of its checksums, in all and
-    as a share of the rest."""
+    """Wall and CPU seconds of every save by its way; the bytes of one, and the shares of its checksums in both."""
     found: dict[str, list[tuple[float, float]]] = {WHOLE: [], UNCHECKED: [], TRAINER: []}
-    num_bytes, checks = 0, []
+    num_bytes, shares = 0, []
     for number in range(rounds + 1):
         for way in list(found)[:: 1 if number % 2 else -1]:
             trainer.state.global_step += 1
@@ -120,9 +120,11 @@ def time_saves(trainer: Any, rounds: int) -> tuple[dict[str, list[tuple[float, f
             shutil.rmtree(folder)
             if number > 0:  # the first is a warm-up
                 found[way].append(seconds)
-                checks += [(sum(spent), sum(spent) / (seconds[1] - sum(spent)))] if way == WHOLE else []
-    cpu, share = (statistics.median(numbers) for numbers in zip(*checks, strict=True))
-    return found, {"bytes": num_bytes, "checksum_cpu_seconds": cpu, "checksum_cpu_share": share}
+                if way == WHOLE:
+                    checks = [sum(each) for each in zip(*spent, strict=True)]
+                    shares.append([part / whole for part, whole in zip(checks, seconds, strict=True)])
+    share, cpu_share = (statistics.median(each) for each in zip(*shares, strict=True))
+    return found, {"bytes": num_bytes, "checksum_share": share, "checksum_cpu_share": cpu_share}
 
 
 def time_steps(folder: str) -> dict[str, list[tuple[float, float]]]:

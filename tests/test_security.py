@@ -4,6 +4,7 @@ and show their text as text.
 
 import contextlib
 import json
+import pickle
 import time
 from functools import partial
 
@@ -32,6 +33,7 @@ from fastdpo.report.sections import Response, Sample, SampleList, Table, Text
 from fastdpo.rewards.credits import Credits
 from fastdpo.rewards.page import ColouredRow, ColouredText
 from fastdpo.rounds.judges import Classifier
+from fastdpo.training.saving.progress import load_random_states
 from fastdpo.training.setup import models
 from fastdpo.training.setup.reference import weight_bytes
 
@@ -145,6 +147,13 @@ def test_code_of_a_model_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="trust_remote_code"):
             load(str(folder))
     assert not trace.exists()
+
+
+def test_random_states_of_a_checkpoint_are_never_unpickled(tmp_path, evil):
+    torch.save({"python": evil[0]}, tmp_path / "rng_state.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        load_random_states(tmp_path)
+    assert not evil[1].exists()
 
 
 def test_code_of_a_judge_is_neither_run_nor_asked_about(tmp_path, monkeypatch):

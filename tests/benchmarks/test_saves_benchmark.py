@@ -1,7 +1,6 @@
 """The benchmark of saves compares checkpoints that differ in their manifest alone."""
 
 import bench_saves as bench
-import pytest
 
 from fastdpo.training.saving.manifest import MANIFEST, damage
 
@@ -23,9 +22,7 @@ def test_the_time_of_checksums_is_a_part_of_that_of_the_save(tmp_path):
     trainer = bench.make_trainer(str(tmp_path), quick=True)
     trainer.train()
     found, facts = bench.time_saves(trainer, 1)
-    ((_, cpu),) = found[bench.WHOLE]
-    assert 0 < facts["checksum_cpu_seconds"] < cpu
-    assert facts["checksum_cpu_share"] == pytest.approx(
-        facts["checksum_cpu_seconds"] / (cpu - facts["checksum_cpu_seconds"])
-    )
     assert {len(seconds) for seconds in found.values()} == {1}
+    assert 0 < facts["checksum_share"] < 1
+    assert 0 < facts["checksum_cpu_share"] < 1
+    assert facts["bytes"] > 10**6

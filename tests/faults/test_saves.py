@@ -205,6 +205,13 @@ def test_weights_that_change_after_they_were_read_early_are_read_again(run):
     assert damage(folder) is None
 
 
+@pytest.mark.parametrize("size", [0, 1, 2**20, 2**20 + 3])
+def test_a_checksum_is_the_same_when_it_is_written_and_when_it_is_compared(tmp_path, size):
+    (tmp_path / "weights.safetensors.part").write_bytes(os.urandom(size))
+    write_manifest(tmp_path)
+    assert damage(tmp_path) is None
+
+
 def test_files_that_training_does_not_read_may_change(run):
     (run / "checkpoint-3" / "README.md").write_text("a card")
     (run / "checkpoint-3" / "notes.txt").write_text("mine")
