@@ -78,8 +78,8 @@ def test_the_cost_of_checksums_is_that_of_the_results():
     lines = (ROOT / "benchmarks" / "results" / "saves.jsonl").read_text().splitlines()
     record = next(line for line in map(json.loads, reversed(lines)) if "checksum_share" in line)
     words = (
-        f"They hold up a save of {record['bytes'] / 1e6:.0f} MB for {record['checksum_share']:.1%} of its time, and take"
-        f" {record['checksum_cpu_share']:.1%} of its CPU time"
+        f"They hold up a save of {record['bytes'] / 1e6:.0f} MB for {record['checksum_share']:.1%} of its time, and"
+        f" take {record['checksum_cpu_share']:.1%} of its CPU time"
     )
     assert words in " ".join((ROOT / "docs" / "resuming.md").read_text().split())
 
