@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from tiny import make_rows, save_model
+from tiny import make_rows
 from tiny_runs import tiny_trainer
 from transformers import TrainerCallback
 
@@ -132,12 +132,11 @@ def test_a_run_in_an_output_directory_that_is_in_use_is_refused(tmp_path, holder
         tiny_trainer(tmp_path, max_steps=1).train()
 
 
-def test_the_command_refuses_an_output_directory_that_is_in_use(tmp_path, holder, capsys):
+def test_the_command_refuses_an_output_directory_that_is_in_use_before_it_looks_for_the_model(tmp_path, holder, capsys):
     from fastdpo.cli.main import main
 
-    save_model(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(4)))
-    words = ["train", "--model", tmp_path / "model", "--dataset", tmp_path / "rows.jsonl", "--output_dir", tmp_path]
+    words = ["train", "--model", tmp_path / "none", "--dataset", tmp_path / "rows.jsonl", "--output_dir", tmp_path]
     assert main(list(map(str, words))) == 2
     assert f"process {holder.pid} on" in capsys.readouterr().err
 
