@@ -31,7 +31,7 @@ from fastdpo.training.saving.manifest import (
     write_manifest,
 )
 from fastdpo.training.saving.signals import Stopped
-from fastdpo.training.saving.staging import UNFINISHED, checkpoints, put_in_place, restore_unfinished, rotate
+from fastdpo.training.saving.staging import UNFINISHED, checkpoints, put_in_place, remove, restore_unfinished, rotate
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
 
@@ -253,6 +253,12 @@ def test_the_disk_has_a_new_checkpoint_before_an_older_one_goes(run, monkeypatch
     assert events[-2:] == [f"removed {run / 'checkpoint-1'}", f"removed {run / 'checkpoint-2'}"]
     files = {str(path) for path in (run / "checkpoint-3").rglob("*")} | {str(run / "checkpoint-3"), str(run)}
     assert set(events[:-2]) == files
+
+
+def test_a_checkpoint_that_is_removed_leaves_its_name_at_once(run, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if the run were killed before
+    remove(run / "checkpoint-1")
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-2", "checkpoint-3"]
 
 
 @pytest.mark.parametrize("is_damaged", [True, False])

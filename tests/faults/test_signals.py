@@ -102,6 +102,21 @@ def test_the_exit_code_is_128_and_the_signals_number_and_handlers_are_restored(t
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
 
 
+def test_a_signal_in_a_save_asks_for_no_second_one(tmp_path):
+    saved = []
+
+    class Saves(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if not saved:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            saved.append(state.global_step)
+
+    often = {"save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(Stopped):
+        tiny_trainer(tmp_path, max_steps=5, callbacks=[Saves(), StopOnSignal()], **often).train()
+    assert saved == [2]
+
+
 def test_without_the_callback_nothing_is_installed(tmp_path):
     seen, before = [], [signal.getsignal(number) for number in SIGNALS]
 
