@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 import torch
+from shared.special_tokens import make_tokenizer
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.evidence.bench.measure import append_lines, machine_facts
@@ -46,14 +47,6 @@ def make_row(num_responses: int, prompt: int, response: int) -> dict[str, Any]:
         "responses": responses,
         "preferences": [[i, i + 1] for i in range(num_responses - 1)],
     }
-
-
-def make_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 class Way:

@@ -8,6 +8,7 @@ As a script: the process that forks; or, for processes that share a GPU, what to
 """
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -68,6 +70,24 @@ def served_by(script):
     )
 
 
+def prepare_to_fork():
+    """What every child would do anew: imports, what transformers makes for its first save, a search for garbage among a
+    million imported objects, which accelerate asks for at every start of training."""
+    import torch
+
+    torch.set_num_threads(1)
+    import peft  # noqa: F401
+    import tiny_runs  # noqa: F401
+    from tiny import make_llama
+
+    from fastdpo import DPOTrainer, SFTTrainer  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as folder:
+        make_llama().save_pretrained(folder)
+    gc.collect()
+    gc.freeze()
+
+
 class _Forks:
     """The process that forks, from its first use to the end of the tests."""
 
@@ -96,16 +116,11 @@ _forks = _Forks()
 
 
 def _serve():
-    import torch
-
-    torch.set_num_threads(1)
     import pytest  # noqa: F401
-    import tiny_runs  # noqa: F401
     import torch.distributed.fsdp
-    import torch.distributed.tensor
+    import torch.distributed.tensor  # noqa: F401
 
-    from fastdpo import DPOTrainer, SFTTrainer  # noqa: F401
-
+    prepare_to_fork()
     for line in sys.stdin:
         order = json.loads(line)
         failed = _wait(_fork_all(order), order["timeout"])

@@ -74,6 +74,16 @@ def test_the_picture_of_the_readme_is_drawn_from_the_results(monkeypatch):
     assert drawn.PICTURE.exists()
 
 
+def test_the_cost_of_checksums_is_that_of_the_results():
+    lines = (ROOT / "benchmarks" / "results" / "saves.jsonl").read_text().splitlines()
+    record = next(line for line in map(json.loads, reversed(lines)) if "checksum_share" in line)
+    words = (
+        f"They hold up a save of {record['bytes'] / 1e6:.0f} MB for {record['checksum_share']:.1%} of its time, and"
+        f" take {record['checksum_cpu_share']:.1%} of its CPU time"
+    )
+    assert words in " ".join((ROOT / "docs" / "resuming.md").read_text().split())
+
+
 def test_figures_of_the_head_op_are_those_of_the_results():
     measured = newest("linear_logps", ("pass", "method"))
     base = measured["dpo loss", "plain, response rows"]

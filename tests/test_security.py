@@ -4,7 +4,9 @@ and show their text as text.
 
 import contextlib
 import json
+import pickle
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -14,8 +16,11 @@ from tiny_tokenizers import CHATML, byte_level_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from fastdpo import DPOConfig
+from fastdpo.alignment.chat import templated_ids
 from fastdpo.cli.main import main
 from fastdpo.cli.options import yaml_file
+from fastdpo.cli.plan import load_config
+from fastdpo.cli.recipes.book import as_yaml
 from fastdpo.cli.recipes.kinds import migrated
 from fastdpo.data.prepare import prepare_preference_dataset
 from fastdpo.data.sources.loading import dataset_from_rows, load_preference_dataset
@@ -25,8 +30,12 @@ from fastdpo.data.tokens.settings import TokenizationSettings
 from fastdpo.data.visible import visible
 from fastdpo.report.html import write_report
 from fastdpo.report.sections import Response, Sample, SampleList, Table, Text
+from fastdpo.rewards.credits import Credits
+from fastdpo.rewards.page import ColouredRow, ColouredText
 from fastdpo.rounds.judges import Classifier
+from fastdpo.training.saving.progress import load_random_states
 from fastdpo.training.setup import models
+from fastdpo.training.setup.reference import weight_bytes
 
 MESSAGES = {
     "prompt": [{"role": "user", "content": "a"}],
@@ -50,10 +59,10 @@ def evil(tmp_path):
 # Models
 
 
-def saved_classifier(folder):
+def saved_classifier(folder, **options):
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForSequenceClassification(LlamaConfig(vocab_size=32, num_labels=1, **small)).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    make_tokenizer(**options).save_pretrained(folder)
     return folder
 
 
@@ -81,7 +90,7 @@ def test_a_classifier_whose_files_are_cut_off_or_nest_without_end_is_refused(tmp
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"judge classifier must have complete weights in .*/judge'"):
         Classifier(str(folder))
-    (folder / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    (folder / "config.json").write_text(DEEP)
     with pytest.raises(ValueError, match=r"judge/config.json must not nest its values so deeply"):
         Classifier(str(folder))
 
@@ -140,6 +149,25 @@ def test_code_of_a_model_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
     assert not trace.exists()
 
 
+def test_random_states_of_a_checkpoint_are_never_unpickled(tmp_path, evil):
+    torch.save({"python": evil[0]}, tmp_path / "rng_state.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        load_random_states(tmp_path)
+    assert not evil[1].exists()
+
+
+def test_code_of_a_judge_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    folder, trace = saved_classifier(tmp_path / "judge"), tmp_path / "was run"
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "own.C", "AutoModelForSequenceClassification": "own.M"}, "model_type": "own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(trace)!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        Classifier(str(folder))
+    assert not trace.exists()
+
+
 def test_code_of_a_model_whose_config_needs_none_does_not_run(tmp_path, monkeypatch):
     folder, trace = save_model(tmp_path / "model"), tmp_path / "was run"
     config = {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "own.M"}}  # transformers knows the config alone
@@ -151,19 +179,47 @@ def test_code_of_a_model_whose_config_needs_none_does_not_run(tmp_path, monkeypa
     assert not trace.exists()
 
 
-def test_json_that_nests_without_end_is_refused(tmp_path):
-    deep = '{"a":' * 100_000 + "1" + "}" * 100_000
-    for number, (name, load) in enumerate(
-        [
-            ("config.json", models.load_model),
-            ("config.json", lambda folder: models.check_config(folder, {})),
-            ("tokenizer.json", models.load_tokenizer),
-        ]
-    ):
-        folder = save_model(tmp_path / str(number))
-        (folder / name).write_text(deep)
-        with pytest.raises(ValueError, match="must not nest its values so deeply"):
-            load(str(folder))
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
+LOADERS = {
+    "load_model": models.load_model,
+    "check_config": lambda folder: models.check_config(folder, {}),
+    "load_tokenizer": models.load_tokenizer,
+    "load_config": load_config,
+    "weight_bytes": weight_bytes,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "loader"),
+    [
+        *(("config.json", loader) for loader in ("load_model", "check_config", "load_config", "weight_bytes")),
+        *((name, "load_model") for name in ("generation_config.json", "model.safetensors.index.json")),
+        *((name, "load_tokenizer") for name in ("config.json", "tokenizer.json", "special_tokens_map.json")),
+    ],
+)
+def test_json_that_nests_without_end_is_refused_by_its_name(tmp_path, name, loader):
+    folder = save_model(tmp_path / "model")
+    if name == "model.safetensors.index.json":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text(DEEP)
+    with pytest.raises(ValueError, match=f"model/{name} must not nest its values so deeply"):
+        LOADERS[loader](str(folder))
+
+
+def test_commands_refuse_a_config_that_nests_without_end_or_is_too_large(tmp_path, monkeypatch, capsys):
+    folder = save_model(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(make_rows(1)[0]) + "\n")
+    train = ["train", "--model", str(folder), "--dataset", str(tmp_path / "rows.jsonl"), "--output_dir"]
+    others = (["plan", "--gpu_memory", "24GB"], ["bench"])
+    commands = [[*train, str(tmp_path / "out")], *([*words, "--model", str(folder)] for words in others)]
+    (folder / "config.json").write_text(DEEP)
+    for words in commands:
+        assert main(words) == 2
+        assert "model/config.json must not nest its values so deeply" in capsys.readouterr().err
+    monkeypatch.setattr(models, "MOST_JSON_BYTES", 100)
+    for words in commands:
+        assert main(words) == 2
+        assert "model/config.json must have at most 100 bytes" in capsys.readouterr().err
 
 
 def test_nesting_that_the_tokenizers_library_refuses_is_refused_in_words(tmp_path):
@@ -184,6 +240,9 @@ def test_a_file_too_large_to_be_read_whole_is_refused(tmp_path, monkeypatch):
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match=r"tokenizer.json must have at most 100 bytes, got"):
         models.load_tokenizer(str(folder))
+    adapter = saved_adapter(tmp_path / "adapter", str(folder))
+    with pytest.raises(ValueError, match=r"adapter_config.json must have at most 100 bytes, got"):
+        models.load_model(str(adapter))
 
 
 # Data
@@ -215,12 +274,14 @@ def test_a_set_of_llama_factory_stays_in_its_folder(tmp_path, name):
 # Templates
 
 
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
 @pytest.mark.parametrize("where", ["tokenizer", "row"])
 def test_a_template_that_loops_for_ever_is_stopped(monkeypatch, where):
     monkeypatch.setattr(rendering, "RENDER_SECONDS", 0.5)
-    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    row = {**MESSAGES, **({"chat_template_kwargs": {"chat_template": endless}} if where == "row" else {})}
-    tokenizer = byte_level_tokenizer(chat_template=endless if where == "tokenizer" else CHATML)
+    row = {**MESSAGES, **({"chat_template_kwargs": {"chat_template": ENDLESS}} if where == "row" else {})}
+    tokenizer = byte_level_tokenizer(chat_template=ENDLESS if where == "tokenizer" else CHATML)
     started = time.monotonic()
     with pytest.raises(ValueError, match=r"chat_template must render .* conversations in less than 0.5 s"):
         prepare_preference_dataset([row], tokenizer, TokenizationSettings())
@@ -229,6 +290,19 @@ def test_a_template_that_loops_for_ever_is_stopped(monkeypatch, where):
         [MESSAGES], byte_level_tokenizer(chat_template=CHATML), TokenizationSettings()
     )
     assert len(prepared) == 1  # the watch stops nothing that ends
+
+
+@pytest.mark.parametrize("who", ["writer", "judge"])
+def test_the_template_of_a_model_that_answers_or_judges_is_stopped_too(tmp_path, monkeypatch, who):
+    monkeypatch.setattr(rendering, "RENDER_SECONDS", 0.5)
+    if who == "writer":
+        tokenizer = byte_level_tokenizer(chat_template=ENDLESS)
+        run = partial(templated_ids, tokenizer, MESSAGES["prompt"])
+    else:
+        judge = Classifier(str(saved_classifier(tmp_path, chat_template=ENDLESS)))
+        run = partial(judge, [MESSAGES["prompt"]], [MESSAGES["chosen"]])
+    with pytest.raises(ValueError, match=r"chat_template must render .* less than 0.5 s, got one that does not end"):
+        run()
 
 
 @pytest.mark.parametrize(
@@ -267,11 +341,12 @@ def test_html_in_texts_is_text_in_every_section_of_a_report(tmp_path):
         Text(SCRIPT, [SCRIPT]),
         Table(SCRIPT, [SCRIPT, SCRIPT], [(SCRIPT, SCRIPT)], note=SCRIPT),
         SampleList(SCRIPT, [Sample(SCRIPT, [Response(SCRIPT, SCRIPT, SCRIPT)])], SCRIPT, SCRIPT, SCRIPT),
+        ColouredText(SCRIPT, [ColouredRow(SCRIPT, [(SCRIPT, Credits((SCRIPT,), (0.5,)))])], SCRIPT),
     ]
     page = write_report(tmp_path / "page.html", SCRIPT, sections, subtitle=SCRIPT).read_text()
     assert "<script" not in page
     assert "<img" not in page
-    assert page.count("&lt;script&gt;") >= 12
+    assert page.count("&lt;script&gt;") >= 16
 
 
 ESCAPES = "\x1b[31mred\x1b]0;title\x07 \x9b2J \u202egnp.exe [bold]b[/bold] \r\x08 :smile: é 👩‍👧"
@@ -367,6 +442,15 @@ def test_a_recipe_that_is_too_large_or_too_deep_is_refused(tmp_path, monkeypatch
     monkeypatch.setattr(yaml_file, "MOST_BYTES", 100)
     with pytest.raises(ValueError, match="recipe must have at most 100 bytes, got"):
         yaml_file.read_yaml(path, "recipe")
+
+
+def test_a_line_break_in_a_recipe_begins_no_line_of_what_it_becomes(tmp_path):
+    evil = "mine\nenv: {PATH: evil}"
+    recipe = {"stage": "dpo", "model_name_or_path": "m", "dataset": evil, "output_dir": "o", evil: evil}
+    text = as_yaml(migrated("llama_factory", recipe, tmp_path), "recipe")
+    assert text.count("evil") >= 3
+    assert yaml.safe_load(text)["dataset"] == evil
+    assert "env" not in yaml.safe_load(text)
 
 
 def test_a_tokenizer_is_loaded_without_the_code_beside_it(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastdpo.data.forms import ASSISTANT_TURN, HUMAN_TURN
-from fastdpo.data.tokens.chat.rendering import has_chat_template
+from fastdpo.data.tokens.chat.rendering import has_chat_template, rendering_ends
 from fastdpo.modeling.generation import generate_ids, special_ids
 from fastdpo.types import Message
 
@@ -70,13 +70,14 @@ def templated_ids(
     """The tokens of a conversation, after which the model answers.
 
     Raises:
-        ValueError: the chat template refuses the conversation.
+        ValueError: the chat template refuses the conversation, or loops for ever.
     """
     from jinja2 import TemplateError
 
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False, **(template_kwargs or {})}
     try:
-        return list(tokenizer.apply_chat_template(list(messages), **options))
+        with rendering_ends(getattr(tokenizer, "chat_template", None)):
+            return list(tokenizer.apply_chat_template(list(messages), **options))
     except TemplateError as error:
         said = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
         raise ValueError(f"messages must fit the chat template, got {said[:80]!r}: {error}") from error

@@ -21,6 +21,7 @@ from fastdpo.training.setup.model_kinds import check_kind
 from fastdpo.training.setup.models import (
     adapter_base,
     load_tokenizer,
+    readable_files,
     resolve_tokenizer,
     where_from,
 )
@@ -65,7 +66,8 @@ def _look_at_config(option: str, name: str, args: EngineConfig) -> None:
     check_model_folder(option, name)
     base = as_folder(adapter_base(name) or name, option)
     try:
-        config = AutoConfig.from_pretrained(base, **where_from(args.init_kwargs()))
+        with readable_files(option, base):
+            config = AutoConfig.from_pretrained(base, **where_from(args.init_kwargs()))
     except (OSError, ValueError) as error:
         of_adapter = "" if base == name else f" (the base of the adapter {name})"
         raise ValueError(

@@ -258,10 +258,12 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
 
     from fastdpo.training.setup.gguf_files import as_folder
     from fastdpo.training.setup.model_kinds import check_kind
+    from fastdpo.training.setup.models import readable_files
 
     name = as_folder(name)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with readable_files("model", name):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model must be a name on the Hub, a folder or a config.json, got {name!r}: {error}"

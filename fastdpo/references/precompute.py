@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from fastdpo.locks import locked
+from fastdpo.modeling.allocation import is_out_of_memory
 from fastdpo.references.cache import LogpsCache
 from fastdpo.references.rows import RowInfo, row_infos, with_ref_logps
 from fastdpo.references.units import make_units, next_batch, num_tokens, read_units
@@ -172,8 +173,8 @@ def _compute(
                 batch = next_batch(units, start, budget, scorer.is_packed, scorer.prompts_per_batch)
                 try:
                     sums = scorer.score(scorer.collate(read_units(dataset, batch))).tolist()
-                except torch.OutOfMemoryError:
-                    if scorer.in_step:  # the others would wait for this process
+                except RuntimeError as error:
+                    if scorer.in_step or not is_out_of_memory(error):  # in step, the others would wait for this process
                         raise
                     if len(batch) == len(batch[0].members) == 1:
                         row, tokens = batch[0].members[0][0], num_tokens(batch, scorer.is_packed)

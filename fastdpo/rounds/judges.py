@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from fastdpo.data.sources.nearest import check_model_folder
+from fastdpo.data.tokens.chat.rendering import rendering_ends
 from fastdpo.rewards.implicit import implicit_reward
 from fastdpo.rounds.endpoint import TIMEOUT, EndpointJudge
 from fastdpo.training.settings.config import DPOConfig
@@ -179,5 +180,6 @@ class Classifier:
         said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
         if getattr(self.tokenizer, "chat_template", None) is None:
             return "\n\n".join(message["content"] for message in (*asked, *said))
-        text: str = self.tokenizer.apply_chat_template([*asked, *said], tokenize=False)
+        with rendering_ends(self.tokenizer.chat_template):
+            text: str = self.tokenizer.apply_chat_template([*asked, *said], tokenize=False)
         return text

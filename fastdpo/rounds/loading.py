@@ -24,6 +24,7 @@ from fastdpo.training.setup.models import (
     check_config,
     load_model,
     load_tokenizer,
+    readable_files,
     resolve_tokenizer,
     where_from,
 )
@@ -106,10 +107,11 @@ class Loader:
 def _eos_ids(name: str, tokenizer: Any, init_kwargs: Mapping[str, Any]) -> list[int]:
     """The ids that end a response, as for a model that transformers loads."""
     base, where = as_folder(adapter_base(name) or name), where_from(dict(init_kwargs))
-    try:
-        generation = GenerationConfig.from_pretrained(base, **where)
-    except OSError:
-        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base, **where))
+    with readable_files("model", base):
+        try:
+            generation = GenerationConfig.from_pretrained(base, **where)
+        except OSError:
+            generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base, **where))
     return special_ids(_Described(generation), tokenizer)[1]
 
 

@@ -1,8 +1,8 @@
-"""Runs of two processes of which one fails: as a script, one of the two; it forks a child for each case.
+"""Runs of two processes of which one fails: as a script, the process that forks both for each case.
 
-In: the rank, and a JSON file with the cases: engine, fault, folder, port. Out: for each case, the exit status of this
-rank in its folder, its seconds, whether it ended within a minute, and what it has printed. A case that takes longer is
-killed. A minute is longer where other processes wait for the same cores.
+In: a JSON file with the cases: engine, fault, folder, port. Out, in the folder of each case: the exit status of each
+rank, its seconds, whether it ended within a minute, and what it has printed. A process that takes longer is killed. A
+minute is longer where other processes wait for the same cores.
 """
 
 import json
@@ -98,30 +98,39 @@ def child(rank, case):
     os._exit(status)
 
 
-def main(rank, file):
+def ends(pids):
+    """{rank: exit status, seconds, and whether it ended in time}."""
+    start, found = time.monotonic(), {}
+    while len(found) < len(pids):
+        for rank, pid in enumerate(pids):
+            seconds = time.monotonic() - start
+            done, status = (0, 0) if rank in found else os.waitpid(pid, os.WNOHANG)
+            if done:
+                in_time = seconds <= seconds_allowed()
+                found[rank] = {"status": os.waitstatus_to_exitcode(status), "seconds": seconds, "in_time": in_time}
+            elif rank not in found and seconds > seconds_allowed():
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    return found
+
+
+def main(file):
     os.environ.update(MASTER_ADDR="127.0.0.1", WORLD_SIZE="2", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     sys.path[:0] = [str(TESTS), str(TESTS / "training")]
     import sharded_runs  # noqa: F401 (what is imported here, the children have)
-    import torch
+    from processes import prepare_to_fork
 
-    torch.set_num_threads(1)
+    prepare_to_fork()
     for case in json.loads(Path(file).read_text()):
-        start = time.monotonic()
-        pid = os.fork()
-        if pid == 0:
-            child(rank, case)
-        status = None
-        while status is None:
-            done, found = os.waitpid(pid, os.WNOHANG)
-            if done:
-                status = os.waitstatus_to_exitcode(found)
-            elif time.monotonic() - start > seconds_allowed():
-                os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
-        seconds = time.monotonic() - start
-        result = {"status": status, "seconds": seconds, "in_time": seconds <= seconds_allowed()}
-        Path(case["folder"], f"result{rank}.json").write_text(json.dumps(result))
+        pids = []
+        for rank in range(2):
+            pid = os.fork()
+            if pid == 0:
+                child(rank, case)
+            pids.append(pid)
+        for rank, end in ends(pids).items():
+            Path(case["folder"], f"result{rank}.json").write_text(json.dumps(end))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(sys.argv[1])

@@ -4,7 +4,8 @@
 training costs. As a script it is this process: a line of JSON in, the exit status of the child out.
 
 A case is a dict of settings for `trainer_of`. A moment is (where, count): the run is killed at the count-th event of
-that kind. Moments are hooks of this script; the product knows nothing of them.
+that kind; at none if the count is 0, and what it leaves at its end holds the number of such events. Moments are hooks
+of this script; the product knows nothing of them.
 """
 
 import json
@@ -124,16 +125,16 @@ def trainer_of(folder, case):
 def _run(folder, case, moment, number, resume):
     import torch
 
-    if moment is not None:
-        _arm(*moment, number)
+    where, count = moment or ("", 0)
+    at = _Count(count, number)
+    _arm(where, at)
     settings = dict(case)
     to_group = settings.pop("signal_to_group", False)
     if to_group:
         os.setpgrp()
     is_signalled, second = settings.pop("signals", False), settings.pop("second_signal", None)
     trainer = trainer_of(folder, settings)
-    if moment is not None:
-        trainer.add_callback(_callback(*moment, number))
+    trainer.add_callback(_callback(where, at))
     if is_signalled:
         from fastdpo import StopOnSignal
 
@@ -155,6 +156,7 @@ def _run(folder, case, moment, number, resume):
         "log": [entry for entry in log if "total_flos" not in entry],
         "metrics": {name: value for entry in log if "total_flos" in entry for name, value in entry.items()},
         "best": None if best is None else Path(best).name,
+        "num_events": at.seen,
         **lines,
     }
     torch.save(ended, Path(folder, RESULT))
@@ -165,18 +167,22 @@ def _text(path):
 
 
 class _Count:
-    """Kills at the count-th call."""
+    """Counts its calls, and kills at the count-th."""
 
     def __init__(self, count, number):
-        self.left, self.number = count, number
+        self.count, self.number, self.seen = count, number, 0
+
+    @property
+    def is_next(self):
+        return self.seen + 1 == self.count
 
     def __call__(self):
-        self.left -= 1
-        if self.left == 0:
+        self.seen += 1
+        if self.seen == self.count:
             os.kill(os.getpid(), self.number)
 
 
-def _callback(where, count, number):
+def _callback(where, at):
     from transformers import TrainerCallback
 
     methods = {
@@ -188,7 +194,6 @@ def _callback(where, count, number):
     }
     if where not in methods:
         return TrainerCallback()
-    at = _Count(count, number)
 
     def method(self, args, state, control, **kwargs):
         at()
@@ -222,8 +227,7 @@ def _signal_to_group(number):
     return Signals()
 
 
-def _arm(where, count, number):
-    at = _Count(count, number)
+def _arm(where, at):
     if where == "precompute":
         from fastdpo.references import cache, precompute
 
@@ -233,6 +237,10 @@ def _arm(where, count, number):
         from fastdpo.training.callbacks import samples
 
         _after(samples, "generate_ids", at)
+    elif where == "commit":  # the count-th checkpoint has its place
+        from fastdpo.training import resuming
+
+        _after(resuming, "commit", at)
     elif where == "save":
         _arm_save(at)
     elif where == "torn":  # the count-th file of a save is cut in the middle
@@ -253,12 +261,13 @@ def _after(owner, name, at):
 def _arm_save(at, is_cut=False):
     """Counts files that a save writes, renames and removals of files and folders."""
     import torch
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedModel
 
+    from fastdpo.training.resuming import ResumableTrainer
     from fastdpo.training.saving.run_state import StateWriter
 
     inside = []
-    save_checkpoint = Trainer._save_checkpoint
+    save_checkpoint = ResumableTrainer._save_checkpoint
 
     def counted(owner, name, path_of):
         inner = getattr(owner, name)
@@ -266,19 +275,12 @@ def _arm_save(at, is_cut=False):
         def wrapped(*args, **kwargs):
             result = inner(*args, **kwargs)
             if inside:
-                if is_cut and at.left == 1:
+                if is_cut and at.is_next:
                     _cut(path_of(args))
                 at()
             return result
 
         setattr(owner, name, wrapped)
-
-    counted(torch, "save", lambda args: args[1])
-    counted(PreTrainedModel, "save_pretrained", lambda args: Path(args[1], "model.safetensors"))
-    counted(StateWriter, "write", lambda args: args[2])
-    if not is_cut:
-        for name in ("rename", "replace", "rmdir", "unlink"):
-            counted(os, name, None)
 
     def marked(self, *args, **kwargs):
         inside.append(True)
@@ -287,13 +289,13 @@ def _arm_save(at, is_cut=False):
         finally:
             inside.pop()
 
-    from fastdpo.training.base import PackedTrainer
-
-    if "_save_checkpoint" in vars(PackedTrainer):
-        save_checkpoint = PackedTrainer._save_checkpoint
-        PackedTrainer._save_checkpoint = marked
-    else:
-        Trainer._save_checkpoint = marked
+    ResumableTrainer._save_checkpoint = marked
+    counted(torch, "save", lambda args: args[1])
+    counted(PreTrainedModel, "save_pretrained", lambda args: Path(args[1], "model.safetensors"))
+    counted(StateWriter, "write", lambda args: args[2])
+    if not is_cut:
+        for name in ("rename", "replace", "rmdir", "unlink"):
+            counted(os, name, None)
 
 
 def _cut(path):
@@ -304,13 +306,9 @@ def _cut(path):
 def _serve():
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     sys.path.insert(0, str(TESTS))
-    import torch
+    from processes import prepare_to_fork
 
-    torch.set_num_threads(1)
-    import tiny_runs  # noqa: F401
-
-    from fastdpo import DPOTrainer, SFTTrainer  # noqa: F401
-
+    prepare_to_fork()
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()

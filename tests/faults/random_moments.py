@@ -5,7 +5,9 @@ with SIGTERM. FAULTS="--seed 7 --moments 100" chooses others; the seed is printe
 """
 
 import argparse
+import itertools
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -28,24 +30,32 @@ CASE = {
     "reference": "cached",
     "ref_tokens_per_batch": 96,
 }
-# kind -> (where, the number of such events in a run)
 KINDS = {
-    "training": [("step", 24), ("substep", 24)],
-    "evaluating": [("evaluation", 16)],
-    "saving": [("save", 70), ("torn", 40)],
-    "precomputing": [("precompute", 12)],
-    "generating": [("generate", 5)],
+    "training": ["step", "substep"],
+    "evaluating": ["evaluation"],
+    "saving": ["save", "torn"],
+    "precomputing": ["precompute"],
+    "generating": ["generate"],
 }
 
 
-def moments(seed, count):
-    """Random moments, of every kind in turn."""
+def count_events(killer, folder, case):
+    """{where: the number of such events in an undisturbed run}. The last of these runs stays in `folder`."""
+    found = {}
+    for where in (where for places in KINDS.values() for where in places):
+        shutil.rmtree(folder, ignore_errors=True)
+        assert killer.run(folder, case, (where, 0)) == 0, output(folder)
+        found[where] = end_of(folder)["num_events"]
+    return found
+
+
+def moments(seed, count, num_events):
+    """Random moments, of every kind in turn. `num_events` is the number of events by where they are."""
     chosen = random.Random(seed)
-    kinds = [kind for _, kind in zip(range(count), (k for _ in range(count) for k in KINDS), strict=False)]
     found = []
-    for kind in kinds:
-        where, most = chosen.choice(KINDS[kind])
-        found.append((kind, where, chosen.randint(1, most)))
+    for kind in itertools.islice(itertools.cycle(KINDS), count):
+        where = chosen.choice(KINDS[kind])
+        found.append((kind, where, chosen.randint(1, num_events[where])))
     return found
 
 
@@ -64,8 +74,8 @@ def run(seed, count, number):
     case = {**CASE, "signals": number == signal.SIGTERM}
     num_wrong = num_killed = 0
     with Killer() as killer, tempfile.TemporaryDirectory() as root:
-        assert killer.run(Path(root, "whole"), case) == 0, output(Path(root, "whole"))
-        for index, (kind, event, nth) in enumerate(moments(seed, count)):
+        num_events = count_events(killer, Path(root, "whole"), case)
+        for index, (kind, event, nth) in enumerate(moments(seed, count, num_events)):
             # "torn" cuts a file off, which only a run that dies then leaves behind
             where = "save" if event == "torn" and number == signal.SIGTERM else event
             folder = Path(root, str(index))

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -25,7 +25,7 @@ from datasets import Dataset, IterableDataset
 from tiny import make_llama, make_rows
 from tiny_runs import tiny_trainer
 from transformers import TrainerCallback
-from trends import GROWS, LEAST, UNDECIDED, trend
+from trends import GROWS, LEAST, UNDECIDED, as_if_alone, trend
 
 from fastdpo.report import FigureGrid, Spot, Table, Text, lines, require_matplotlib, write_report
 
@@ -48,6 +48,7 @@ BAD_ROWS = (
     {"prompt": "the cat " * 99, "chosen": "sees", "rejected": "likes"},
 )
 EVERY_BAD = 23  # rows: one of them is bad
+WORK = torch.ones(128, 128)  # of `timed_work`
 
 
 def rows_with_bad_ones(num_rows):
@@ -58,13 +59,26 @@ def rows_with_bad_ones(num_rows):
             yield BAD_ROWS[number // EVERY_BAD % len(BAD_ROWS)]
 
 
+def timed_work():
+    """CPU seconds of work that is always the same, about one millisecond: what else the machine does is in it, too."""
+    began = time.process_time()
+    (WORK @ WORK).sum().item()
+    sorted(range(9_000), key=lambda number: number * 7_919 % 9_001)
+    return time.process_time() - began
+
+
 class Watch(TrainerCallback):
-    """Collects the measures of a run as (step, value) pairs, by name."""
+    """Collects the measures of a run as (step, value) pairs, by name; a time is a (step, value, CPU seconds of the same
+    work at that moment)."""
 
     def __init__(self, every):
         self.every, self.process = every, psutil.Process()
-        self.values = defaultdict(list)
-        self.step, self._began = 0, 0.0
+        self.values, self.times = defaultdict(list), defaultdict(list)
+        self.step, self._began, self._work = 0, 0.0, 0.0
+
+    def measured(self):
+        """{measure: (step, value) pairs}."""
+        return {**self.values, **{measure: as_if_alone(times) for measure, times in self.times.items()}}
 
     def time_calls(self, trainer):
         """Measures how long the trainer's calls take."""
@@ -73,19 +87,21 @@ class Watch(TrainerCallback):
 
     def _timed(self, inner, measure):
         def timed(*args, **kwargs):
-            began = time.process_time()
+            before, began = timed_work(), time.process_time()
             result = inner(*args, **kwargs)
-            self.values[measure].append((self.step, 1e3 * (time.process_time() - began)))
+            seconds = time.process_time() - began
+            self.times[measure].append((self.step, 1e3 * seconds, before + timed_work()))
             return result
 
         return timed
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._began = time.process_time()
+        self._work, self._began = timed_work(), time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
-        step = self.step = state.global_step
-        self.values["time of a step"].append((step, 1e3 * (time.process_time() - self._began)))
+        step, seconds = state.global_step, time.process_time() - self._began
+        self.step = step
+        self.times["time of a step"].append((step, 1e3 * seconds, self._work + timed_work()))
         if step % self.every == 0:
             self._look(step)
 
@@ -119,7 +135,7 @@ def soak(folder, *, steps=2000, data="stream", workers=0, callbacks=()):
     else:
         train = Dataset.from_list(list(rows_with_bad_ones(num_rows)))
     watch = Watch(every=max(steps // 100, 1))
-    often = 6 if short else 50
+    often = max(steps // 80, 6)
     trainer = tiny_trainer(
         Path(folder) / "out",
         make_llama(attention_dropout=0.1),
@@ -148,7 +164,7 @@ def soak(folder, *, steps=2000, data="stream", workers=0, callbacks=()):
         trainer.train()
     finally:
         gc.unfreeze()
-    return dict(watch.values)
+    return watch.measured()
 
 
 def judged(values):
@@ -166,15 +182,15 @@ def table(name, results):
     rows = [
         [
             measure,
+            verdict,
             f"{line.level:,.2f} {MEASURES[measure][0]}",
             f"{line.growth:+,.3f}",
             f"{line.low:+,.3f} to {line.high:+,.3f}",
             f"{tolerated:,.2f}",
-            verdict,
         ]
         for measure, line, tolerated, verdict in results
     ]
-    return Table(name, ("", "median", "growth", "95% interval", "tolerated", ""), rows)
+    return Table(name, ("", "", "median", "growth", "95% interval", "tolerated"), rows)
 
 
 def curves(name, values, results):
@@ -206,17 +222,23 @@ def main(argv=None):
     for steps, data, workers in runs:
         name = f"{steps:,} steps on {'a stream' if data == 'stream' else 'a dataset'}, {workers} workers"
         began = time.process_time()
-        with tempfile.TemporaryDirectory() as folder, open(printed, "a") as file, redirect_stdout(file):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            open(printed, "a") as file,
+            redirect_stdout(file),
+            redirect_stderr(file),
+        ):
             values = soak(folder, steps=steps, data=data, workers=workers)
         results = judged(values)
         verdicts += [verdict for *_, verdict in results]
         sections += [table(name, results), curves(name, values, results)]
         print(f"{name} ({time.process_time() - began:.0f} s of CPU)")
         for row in table(name, results).rows:
-            print(f"  {row[0]:<24} {row[1]:>22}  growth {row[2]:>10}  ({row[3]})  tolerated {row[4]:>8}: {row[5]}")
+            print(f"  {row[0]:<24} {row[2]:>22}  growth {row[3]:>10}  ({row[4]})  tolerated {row[5]:>8}: {row[1]}")
     note = (
         "Growth is from the first step that counts (after a quarter of the run) to the last, on a line through the"
-        " medians of ten blocks; the interval is Student's t. Time is CPU time of the process."
+        " medians of ten blocks; the interval is Student's t. Time is CPU time of the process, which other processes of"
+        " the machine lengthen: it is divided by that of a fixed piece of work right before and after."
     )
     path = write_report(options.report, "Soak", [Text("How to read this", [note]), *sections])
     print(f"report: {path}")

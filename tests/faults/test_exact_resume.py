@@ -1,8 +1,10 @@
 """A run that is killed and resumed ends in the weights, logs, samples and warnings of one that is not, bit by bit."""
 
+import shutil
+
 import pytest
 import torch
-from killing import differences, end_of, output
+from killing import RESULT, differences, end_of, output
 
 from fastdpo.training.saving.progress import Progress, load_progress, save_progress
 
@@ -98,6 +100,14 @@ SLOW = {
 }
 
 
+@pytest.fixture(scope="module")
+def finished(killer, tmp_path_factory):
+    """The folder of a run that has come to its end, which no test changes."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert killer.run(folder, {}) == 0, output(folder)
+    return folder
+
+
 def check(killer, folder, settings, moments):
     assert killer.run(folder / "whole", settings) == 0, output(folder / "whole")
     cut = folder / "cut"
@@ -122,19 +132,18 @@ def test_a_killed_run_of_another_kind_ends_like_one_that_is_not(killer, tmp_path
         assert end["warnings"].count("\n") >= 1
 
 
-def test_the_comparison_sees_a_run_of_other_dropout(killer, tmp_path):
+def test_the_comparison_sees_a_run_of_other_dropout(killer, finished, tmp_path):
     """Else equal weights would say nothing of random states."""
-    assert killer.run(tmp_path / "one", {}) == 0
-    assert killer.run(tmp_path / "other", {"dropout": 0.2}) == 0
-    found = differences(end_of(tmp_path / "one"), end_of(tmp_path / "other"))
+    assert killer.run(tmp_path, {"dropout": 0.2}) == 0
+    found = differences(end_of(finished), end_of(tmp_path))
     assert len(found) > 20
 
 
-def test_a_finished_run_takes_no_further_step_when_it_is_resumed(killer, tmp_path):
-    assert killer.run(tmp_path, {}) == 0
-    before = end_of(tmp_path)
-    assert killer.run(tmp_path, {}, resume=True) == 0
-    assert differences(before, end_of(tmp_path)) == []
+def test_a_finished_run_takes_no_further_step_when_it_is_resumed(killer, finished, tmp_path):
+    again = shutil.copytree(finished, tmp_path / "again")
+    (again / RESULT).unlink()
+    assert killer.run(again, {}, resume=True) == 0
+    assert differences(end_of(finished), end_of(again)) == []
 
 
 def test_a_finished_run_goes_on_if_it_is_given_more_steps(killer, tmp_path):

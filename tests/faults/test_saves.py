@@ -1,10 +1,12 @@
 """Saves are whole or not there; damage is found and named, and the newest sound checkpoint is never lost."""
 
 import errno
+import itertools
 import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -15,6 +17,7 @@ from killing import differences, end_of, output
 from tiny import make_rows
 from tiny_runs import make_lora, tiny_trainer
 
+from fastdpo import StopOnSignal
 from fastdpo.files import write_whole
 from fastdpo.training import resuming
 from fastdpo.training.saving.checkpoints import checkpoint_folder
@@ -27,10 +30,10 @@ from fastdpo.training.saving.manifest import (
     size_of,
     write_manifest,
 )
-from fastdpo.training.saving.staging import UNFINISHED, checkpoints, put_in_place, restore_unfinished, rotate
+from fastdpo.training.saving.signals import Stopped
+from fastdpo.training.saving.staging import UNFINISHED, checkpoints, put_in_place, remove, restore_unfinished, rotate
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
-NUM_EVENTS = 9  # of a save: files, renames and removals that tests/faults/killing.py counts
 
 
 @pytest.fixture(scope="module")
@@ -48,39 +51,41 @@ def run(finished, tmp_path):
 
 # Killed inside a save
 
+LIMITED = {"max_steps": 4, "save_steps": 2, "save_total_limit": 1}
+MOVED = {"max_steps": 4, "save_steps": 2, "adapter": {}, "sync_ref_model": True, "ref_model_sync_steps": 1}
 
-def killed_in_a_save(killer, folder, where, count, settings):
-    """Kills in the second save, resumes, and compares with a run that is not killed."""
-    assert killer.run(folder / "whole", settings) == 0, output(folder / "whole")
-    cut = folder / "cut"
-    status = killer.run(cut, settings, (where, count))
-    assert status == -9, (status, output(cut))
-    for checkpoint in checkpoints(cut / "out"):
+
+def killed(killer, folder, settings, moment, expected):
+    """Whether the run came to that moment. It is killed, resumed, and compared with the end of one that was not."""
+    status = killer.run(folder, settings, moment)
+    if status == 0:
+        return False
+    assert status == -9, output(folder)
+    for checkpoint in checkpoints(folder / "out"):
         assert has_manifest(checkpoint)
         assert damage(checkpoint) is None
-    is_begun = bool(checkpoints(cut / "out")) or bool(checkpoints(cut / "out" / UNFINISHED))
-    assert killer.run(cut, settings, resume=bool(checkpoints(cut / "out"))) == 0, output(cut)
-    assert differences(end_of(folder / "whole"), end_of(cut)) == []
-    assert not (cut / "out" / UNFINISHED).exists()
-    return is_begun
+    assert killer.run(folder, settings, resume=bool(checkpoints(folder / "out"))) == 0, output(folder)
+    assert differences(expected, end_of(folder)) == [], moment
+    assert not (folder / "out" / UNFINISHED).exists()
+    return True
 
 
-@pytest.mark.parametrize(("where", "count"), [("save", 3), ("torn", 2 + 5)])
-def test_a_run_that_is_killed_in_a_save_loses_nothing(killer, tmp_path, where, count):
-    assert killed_in_a_save(killer, tmp_path, where, count, {"max_steps": 4, "save_steps": 2})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", range(1, 2 * NUM_EVENTS + 1))
-def test_a_run_that_is_killed_anywhere_in_a_save_loses_nothing(killer, tmp_path, count):
-    killed_in_a_save(killer, tmp_path, "save", count, {"max_steps": 6, "save_steps": 2, "save_total_limit": 1})
+@pytest.mark.parametrize("moment", [("commit", 2), ("torn", 2 + 5)], ids=lambda moment: moment[0])
+def test_a_run_that_is_killed_in_a_save_loses_nothing(killer, tmp_path, moment):
+    assert killer.run(tmp_path / "whole", LIMITED) == 0, output(tmp_path / "whole")
+    assert killed(killer, tmp_path / "cut", LIMITED, moment, end_of(tmp_path / "whole"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", range(1, 11))
-def test_a_run_whose_file_is_cut_off_in_a_save_loses_nothing(killer, tmp_path, count):
-    settings = {"max_steps": 6, "save_steps": 2, "adapter": {}, "sync_ref_model": True, "ref_model_sync_steps": 1}
-    killed_in_a_save(killer, tmp_path, "torn", count, settings)
+@pytest.mark.parametrize(("where", "settings"), [("save", LIMITED), ("torn", MOVED)], ids=["killed", "cut off"])
+def test_a_run_that_is_killed_anywhere_in_a_save_loses_nothing(killer, tmp_path, where, settings):
+    assert killer.run(tmp_path / "whole", settings, (where, 0)) == 0, output(tmp_path / "whole")
+    expected = end_of(tmp_path / "whole")
+    moments = range(1, expected["num_events"] + 1)
+    assert len(moments) >= (8 if where == "torn" else 24)  # files of two saves, renames, the removal of the first
+    for count in moments:
+        assert killed(killer, tmp_path / str(count), settings, (where, count), expected), count
+        shutil.rmtree(tmp_path / str(count))
 
 
 def test_a_complete_checkpoint_that_was_not_renamed_yet_is_kept(run):
@@ -200,6 +205,13 @@ def test_weights_that_change_after_they_were_read_early_are_read_again(run):
     assert damage(folder) is None
 
 
+@pytest.mark.parametrize("size", [0, 1, 2**20, 2**20 + 3])
+def test_a_checksum_is_the_same_when_it_is_written_and_when_it_is_compared(tmp_path, size):
+    (tmp_path / "weights.safetensors.part").write_bytes(os.urandom(size))
+    write_manifest(tmp_path)
+    assert damage(tmp_path) is None
+
+
 def test_files_that_training_does_not_read_may_change(run):
     (run / "checkpoint-3" / "README.md").write_text("a card")
     (run / "checkpoint-3" / "notes.txt").write_text("mine")
@@ -241,6 +253,12 @@ def test_the_disk_has_a_new_checkpoint_before_an_older_one_goes(run, monkeypatch
     assert events[-2:] == [f"removed {run / 'checkpoint-1'}", f"removed {run / 'checkpoint-2'}"]
     files = {str(path) for path in (run / "checkpoint-3").rglob("*")} | {str(run / "checkpoint-3"), str(run)}
     assert set(events[:-2]) == files
+
+
+def test_a_checkpoint_that_is_removed_leaves_its_name_at_once(run, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if the run were killed before
+    remove(run / "checkpoint-1")
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-2", "checkpoint-3"]
 
 
 @pytest.mark.parametrize("is_damaged", [True, False])
@@ -316,6 +334,27 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_names_the_missing_bytes(small
     assert stopped.value.missing > 0
     for name in (finished / "checkpoint-1").iterdir():
         assert (small_disk / "checkpoint-1" / name.name).exists()
+
+
+def test_a_save_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(resuming, "free_bytes", lambda folder: 1000)
+    trainer, begun = tiny_trainer(tmp_path, **SAVES), []
+    monkeypatch.setattr(trainer, "save_model", lambda *_, **__: begun.append(True))
+    with pytest.raises(DiskFull, match=r"bytes are missing \(checkpoint-1 needs about [\d,]+, 1,000 are free\)"):
+        trainer.train()
+    assert begun == []
+
+
+def test_a_signal_ends_the_waiting_for_space(tmp_path, monkeypatch):
+    free = itertools.chain([1000] * 9, itertools.repeat(10**9))
+    monkeypatch.setattr(resuming, "free_bytes", lambda folder: next(free))
+    monkeypatch.setattr(resuming, "SECONDS_BETWEEN_TRIES", 0.05)
+    monkeypatch.setattr(resuming.logger, "warning", lambda text: os.kill(os.getpid(), signal.SIGUSR1))
+    trainer = tiny_trainer(tmp_path, on_full_disk="wait", callbacks=[StopOnSignal()], **SAVES)
+    with pytest.raises(Stopped) as stopped:
+        trainer.train()
+    assert stopped.value.code == 128 + signal.SIGUSR1
+    assert checkpoints(tmp_path) == []
 
 
 def test_a_run_on_a_full_disk_waits_for_space_and_goes_on(small_disk, tmp_path, monkeypatch, caplog):

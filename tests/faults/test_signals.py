@@ -102,6 +102,21 @@ def test_the_exit_code_is_128_and_the_signals_number_and_handlers_are_restored(t
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
 
 
+def test_a_signal_in_a_save_asks_for_no_second_one(tmp_path):
+    saved = []
+
+    class Saves(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if not saved:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            saved.append(state.global_step)
+
+    often = {"save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(Stopped):
+        tiny_trainer(tmp_path, max_steps=5, callbacks=[Saves(), StopOnSignal()], **often).train()
+    assert saved == [2]
+
+
 def test_without_the_callback_nothing_is_installed(tmp_path):
     seen, before = [], [signal.getsignal(number) for number in SIGNALS]
 
@@ -185,9 +200,15 @@ def test_the_command_that_continues_holds_no_secret_and_one_checkpoint():
 
 
 def stop_one(folder, number):
-    """Only one process gets the signal: both save the same step, once, and stop."""
+    """Only one process gets the signal: both save the same step, once, and stop when the first one has said so."""
     rank = int(os.environ["RANK"])
-    saved = []
+    saved, is_said = [], False
+
+    def say_late(*words, **options):
+        time.sleep(0.5)
+        (folder / "said").touch()
+
+    signals.print = say_late
 
     class Saves(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
@@ -199,18 +220,18 @@ def stop_one(folder, number):
         trainer.train()
         code = 0
     except Stopped as stopped:
-        code = stopped.code
+        code, is_said = stopped.code, (folder / "said").exists()
     again = tiny_trainer(folder, max_steps=6)
     again.train(resume_from_checkpoint="last")
     whole = tiny_trainer(folder / "whole", max_steps=6)
     whole.train()
     pairs = zip(again.model.parameters(), whole.model.parameters(), strict=True)
-    return {"code": code, "saved": saved, "is_same": all(one.equal(other) for one, other in pairs)}
+    return {"code": code, "saved": saved, "is_said": is_said, "is_same": all(one.equal(other) for one, other in pairs)}
 
 
 def test_two_processes_save_once_and_stop_together(tmp_path):
     (of_two,) = on_processes(stop_one, [{"number": int(signal.SIGUSR1)}], tmp_path)
-    assert of_two == [{"code": 128 + signal.SIGUSR1, "saved": [3], "is_same": True}] * 2
+    assert of_two == [{"code": 128 + signal.SIGUSR1, "saved": [3], "is_said": True, "is_same": True}] * 2
 
 
 # The command

@@ -1,10 +1,10 @@
-"""The soak, in short: nothing grows in 60 steps, and each kind of growth that it is there for is found."""
+"""The soak, in short: nothing grows in 48 steps, and each kind of growth that it is there for is found."""
 
 import pytest
 import torch
 from soak import judged, soak
 from transformers import TrainerCallback
-from trends import GROWS, STEADY, UNDECIDED, trend
+from trends import GROWS, STEADY, UNDECIDED, as_if_alone, trend
 
 COUNTED = ("live tensors", "bytes of live tensors", "open files")
 MEASURED = ("memory of the process", "time of a log entry")
@@ -37,7 +37,7 @@ def leaking(folder, mib=2):
 
 
 def test_nothing_grows_in_a_short_run_and_leaks_are_found(tmp_path):
-    found = verdicts(soak(tmp_path / "sound", steps=60))
+    found = verdicts(soak(tmp_path / "sound", steps=48))
     assert {measure: found[measure] for measure in COUNTED} == dict.fromkeys(COUNTED, STEADY)
     assert set(found) >= {*MEASURED, "time of a step", "time of an evaluation", "time of a save"}
     assert {measure for measure, verdict in leaking(tmp_path / "leaking").items() if verdict == GROWS} >= {*COUNTED}
@@ -56,6 +56,16 @@ def test_a_line_is_fitted_after_the_warm_up():
     assert found.high - found.low < 1e-9
     assert found.verdict(36) == GROWS
     assert found.verdict(38) == STEADY
+
+
+@pytest.mark.parametrize(("growth", "verdict"), [(0.0, STEADY), (0.4, GROWS)])
+def test_a_machine_that_becomes_busy_is_told_from_a_run_that_becomes_slow(growth, verdict):
+    times = []
+    for step in range(200):
+        busy = 1.0 + 0.8 * (step > 120) + step * 7 % 11 / 100
+        times.append((step, 20.0 * busy * (1 + growth * step / 200), 0.002 * busy))
+    assert trend(as_if_alone(times)).verdict(4.0) == verdict
+    assert trend([(step, value) for step, value, _ in times]).verdict(4.0) == GROWS
 
 
 def test_uneven_values_are_not_called_steady():

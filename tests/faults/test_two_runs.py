@@ -14,6 +14,7 @@ from tiny import make_rows, save_model
 from tiny_runs import tiny_trainer
 from transformers import TrainerCallback
 
+from fastdpo import locks
 from fastdpo.locks import LOCK_FILE, Locked, locked
 
 FORK = multiprocessing.get_context("fork")
@@ -106,6 +107,22 @@ def test_processes_that_take_turns_never_hold_the_lock_together(tmp_path, monkey
     assert counter.read_text() == "60"
 
 
+def test_a_lock_whose_holder_removes_the_file_meanwhile_is_taken_with_a_new_file(tmp_path, monkeypatch):
+    """Else the next process would make a new file, and hold the lock too."""
+    is_free, handles = locks._is_free, []
+
+    def after_the_removal(handle):
+        if not handles:
+            (tmp_path / LOCK_FILE).unlink()
+        handles.append(handle)
+        return is_free(handle)
+
+    monkeypatch.setattr(locks, "_is_free", after_the_removal)
+    with locked(tmp_path, "output_dir"):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+    assert len(handles) == 2
+
+
 @pytest.mark.parametrize(("pid", "is_free"), [(2**22 + 1, True), (os.getpid(), False)], ids=["ended", "running"])
 def test_without_locks_of_the_file_system_the_process_in_the_file_decides(tmp_path, monkeypatch, pid, is_free):
     import errno
@@ -132,9 +149,12 @@ def test_a_run_in_an_output_directory_that_is_in_use_is_refused(tmp_path, holder
         tiny_trainer(tmp_path, max_steps=1).train()
 
 
-def test_the_command_refuses_an_output_directory_that_is_in_use(tmp_path, holder, capsys):
+def test_the_command_refuses_an_output_directory_that_is_in_use_before_it_looks_at_the_model(
+    tmp_path, holder, capsys, monkeypatch
+):
     from fastdpo.cli.main import main
 
+    monkeypatch.setattr("fastdpo.cli.run.look_at_models", lambda *_, **__: pytest.fail("it has looked"))
     save_model(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(4)))
     words = ["train", "--model", tmp_path / "model", "--dataset", tmp_path / "rows.jsonl", "--output_dir", tmp_path]

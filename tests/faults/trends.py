@@ -1,8 +1,9 @@
 """Whether a measure grows over a run: its growth from first to last step, with a confidence interval, and a verdict.
 
-In: (step, value) pairs. The first quarter is left out: caches fill and libraries load. The rest is cut into ten blocks
-of equal size, and a line is fitted to the medians of the blocks, because neighbouring values are not independent and a
-busy machine makes single ones large. Out: growth over the steps that count, with its 95% interval.
+In: (step, value) pairs; times come from `as_if_alone`. The first quarter is left out: caches fill and libraries load.
+The rest is cut into ten blocks of equal size, and a line is fitted to the medians of the blocks, because neighbouring
+values are not independent and a busy machine makes single ones large. Out: growth over the steps that count, with its
+95% interval.
 """
 
 import itertools
@@ -32,6 +33,16 @@ class Trend:
         if self.low > tolerated:
             return GROWS
         return STEADY if self.high <= tolerated else UNDECIDED
+
+
+def as_if_alone(times):
+    """(step, value) pairs of (step, value, work) triples, as if the machine had been equally busy all the time.
+
+    Args:
+        times: a time with that of the same work right before and after, which grows with it on a busy machine.
+    """
+    usual = statistics.median(work for _, _, work in times)
+    return [(step, value * usual / work) for step, value, work in times]
 
 
 def trend(values):

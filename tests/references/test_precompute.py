@@ -23,20 +23,23 @@ from fastdpo.references.fingerprint import reference_facts
 from fastdpo.references.precompute import Scorer, fill_ref_logps
 from fastdpo.references.rows import read_groups
 
+GPU_IS_FULL = torch.OutOfMemoryError("as if there were no more")
+CPU_IS_FULL = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
 
 class Counting:
     """A model to score with, that remembers what it was asked."""
 
-    def __init__(self, model=None, is_packed=True, tokens_per_batch=100, fail_above=None):
+    def __init__(self, model=None, is_packed=True, tokens_per_batch=100, fail_above=None, error=GPU_IS_FULL):
         self.model = make_llama().eval() if model is None else model
         self.batches = []  # tokens, sequences
-        self.fail_above = fail_above
+        self.fail_above, self.error = fail_above, error
         collate = pack_pairs if is_packed else pad_pairs
         self.scorer = Scorer(self.score, collate, is_packed, tokens_per_batch, show_progress=False)
 
     def score(self, batch):
         if self.fail_above is not None and batch.input_ids.numel() > self.fail_above:
-            raise torch.OutOfMemoryError("as if there were no more")
+            raise self.error
         self.batches.append((batch.input_ids.numel(), batch.num_sequences))
         with torch.no_grad():
             return packed_logps(self.model, batch).sequences.sums
@@ -210,8 +213,9 @@ def test_rows_that_nobody_can_compute_any_more_are_an_error(dataset, tmp_path):
         fill_ref_logps(dataset, Counting().cache(tmp_path), None, name="later")
 
 
-def test_a_batch_that_does_not_fit_is_halved(dataset, tmp_path, caplog):
-    asked = Counting(tokens_per_batch=400, fail_above=150)
+@pytest.mark.parametrize("error", [GPU_IS_FULL, CPU_IS_FULL], ids=["GPU", "CPU"])
+def test_a_batch_that_does_not_fit_is_halved(dataset, tmp_path, caplog, error):
+    asked = Counting(tokens_per_batch=400, fail_above=150, error=error)
     filled, counts = fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
     assert counts.num_computed == 40
     assert asked.num_sequences == 80
@@ -225,6 +229,12 @@ def test_a_row_that_does_not_fit_alone_stops_the_run_with_its_number_and_length(
     with pytest.raises(
         ValueError, match=r"row \d+ of the prepared train dataset .* has a sequence of \d+ tokens, which"
     ):
+        fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
+
+
+def test_another_error_in_a_batch_is_not_taken_for_memory(dataset, tmp_path):
+    asked = Counting(fail_above=10, error=RuntimeError("size mismatch"))
+    with pytest.raises(RuntimeError, match="size mismatch"):
         fill_ref_logps(dataset, asked.cache(tmp_path), asked.scorer)
 
 

@@ -32,6 +32,16 @@ def test_shards_are_read_together(cache, warnings):
     assert not warnings()
 
 
+def test_a_shard_that_cannot_be_written_whole_is_not_there(cache, monkeypatch):
+    def fails(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", fails)
+    with pytest.raises(OSError, match="no space left"):
+        cache.write(KEYS, LOGPS)
+    assert [path.name for path in cache.folder.iterdir()] == ["about.json"]
+
+
 def test_another_reference_reads_nothing_of_it(cache, tmp_path):
     cache.write(KEYS, LOGPS)
     assert LogpsCache(tmp_path / "cache", {**FACTS, "weights": "abd"}).read() == {}

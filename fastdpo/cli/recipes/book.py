@@ -118,9 +118,21 @@ def _block(name: str, value: Any) -> str:
     return f"{name}: {_flow(value)}\n"
 
 
+class _OneLine(yaml.SafeDumper):
+    """Writes text of several lines in quotes, with escapes for its line breaks."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    has_breaks = text.splitlines() not in ([], [text])
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if has_breaks else None)
+
+
+_OneLine.add_representer(str, _text)
+
+
 def _flow(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=_WIDTH, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...").replace("\n", " ")
+    options: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": _WIDTH, "allow_unicode": True}
+    return yaml.dump(value, Dumper=_OneLine, **options).removesuffix("\n").removesuffix("\n...")
 
 
 def as_number(value: Any) -> float | None:

@@ -126,10 +126,13 @@ def _fields_of(model: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from fastdpo.data.sources.nearest import check_model_folder
+    from fastdpo.training.setup.models import readable_files
 
     check_model_folder("model", model)
+    folder = str(Path(model).parent) if model.endswith("config.json") else model
     try:
-        config = AutoConfig.from_pretrained(str(Path(model).parent) if model.endswith("config.json") else model)
+        with readable_files("model", folder):
+            config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

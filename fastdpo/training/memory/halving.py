@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdpo.modeling.allocation import is_out_of_memory
 from fastdpo.training.inputs.collator import Example
-from fastdpo.training.memory.out_of_memory import OutOfMemory, OwnItems, Piece, is_out_of_memory
+from fastdpo.training.memory.out_of_memory import OutOfMemory, OwnItems, Piece
 from fastdpo.training.memory.row_parts import FirstPass, KnownWeights, RowPart
 
 # forward and backward of a micro-batch: the model, the micro-batch, and the items of its optimizer step give the loss

@@ -171,11 +171,6 @@ class OutOfMemory:
         return Piece(moved, tuple(examples), own_items=piece.own_items)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation has failed: on a GPU, or on the CPU, whose error has no type of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def row_of(dataset: Any, example: Example) -> int:
     """The number of the row in a prepared dataset, -1 if it is not found; a stream cannot be searched."""
     if not isinstance(dataset, Dataset):

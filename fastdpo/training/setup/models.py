@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTok
 from transformers.utils import logging
 
 from fastdpo.data.batches.lengths import row_lengths
+from fastdpo.data.depth import is_too_deep
 from fastdpo.data.sources.arrow import arrow_column
 from fastdpo.data.sources.nearest import check_model_folder
 from fastdpo.data.tokens.chat.templates import give_template
@@ -128,12 +129,10 @@ def check_config(name: str, init_kwargs: dict[str, Any]) -> None:
     check_model_folder("model", name)
     base = as_folder(adapter_base(name) or name)
     try:
-        check_json_files(base)
-        check_kind(AutoConfig.from_pretrained(base, **where_from(init_kwargs)), base)
+        with readable_files("model", base):
+            check_kind(AutoConfig.from_pretrained(base, **where_from(init_kwargs)), base)
     except OSError as error:
         raise ValueError(_no_model(base, error)) from error
-    except RecursionError:
-        raise ValueError(f"{base}/config.json must not nest its values so deeply") from None
 
 
 def check_json_files(folder: str) -> None:
@@ -143,6 +142,20 @@ def check_json_files(folder: str) -> None:
         if path.is_file() and path.stat().st_size > MOST_JSON_BYTES:
             size = path.stat().st_size
             raise ValueError(f"{path} must have at most {MOST_JSON_BYTES:,} bytes, got {size:,}: it is read as a whole")
+
+
+def _too_deep(folder: str) -> ValueError:
+    """The error of a JSON file in this folder that nests values too deeply for its parser."""
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            is_deep = is_too_deep(json.loads(path.read_text(encoding="utf-8")))
+        except RecursionError:
+            is_deep = True
+        except (OSError, ValueError):  # no JSON
+            is_deep = False
+        if is_deep:
+            return ValueError(f"{path} must not nest its values so deeply")
+    return ValueError(f"the JSON files of {folder!r} must not nest their values so deeply")
 
 
 def _no_model(name: str, error: Exception) -> str:
@@ -188,7 +201,7 @@ def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None = None) -> PreT
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except RecursionError:
-        raise ValueError(f"the tokenizer of {name!r} must not nest its values so deeply") from None
+        raise _too_deep(name) from None
     except (OSError, ValueError) as error:
         base = adapter_base(name)
         if base is not None:  # an adapter saved without a tokenizer
@@ -318,7 +331,7 @@ def readable_files(argument: str, name: str) -> Iterator[None]:
             " whose file holds other Python objects; they are never unpickled, because that runs code"
         ) from None
     except RecursionError:
-        raise ValueError(f"{name}/config.json must not nest its values so deeply") from None
+        raise _too_deep(name) from None
 
 
 # Weights in an adapter's file that show the size of the vocabulary: the end of the name, and the dimension

@@ -43,6 +43,7 @@ from fastdpo.training.setup.models import (
     adapter_base,
     check_model_and_tokenizer,
     load_model,
+    readable_files,
     where_from,
 )
 from fastdpo.training.setup.tensor_parallel import copy_of_cut, cut_over_processes, distributed_options, is_cut
@@ -144,7 +145,7 @@ def weight_bytes(model: str | nn.Module, model_init_kwargs: dict[str, Any] | Non
         options = {"dtype": torch.float32, **(model_init_kwargs or {})}
         loading, model = where_from(options), as_folder(adapter_base(model) or model)
         trust = {key: loading[key] for key in ("trust_remote_code",) if key in loading}
-        with torch.device("meta"):
+        with readable_files("model", model), torch.device("meta"):
             config = AutoConfig.from_pretrained(model, **loading)
             dtype = config.dtype if options["dtype"] == "auto" else options["dtype"]
             model = auto_class(config).from_config(config, dtype=dtype, **trust)

@@ -154,7 +154,7 @@ def test_a_process_whose_own_losses_are_finite_stops_with_the_others(tmp_path, n
     assert equal(watched.seen[2], watched.seen[3])
 
 
-def test_gradients_that_overflow_under_a_loss_scaler_stop_nothing(tmp_path):
+def test_gradients_that_overflow_under_a_loss_scaler_stop_nothing(tmp_path, nobody_waits):
     """The scale of a new scaler is too large: it skips the step and halves the scale, as it is meant to."""
     trainer = tiny_trainer(tmp_path, max_steps=8, num_rows=24, max_grad_norm=0.0, optim="adamw_torch_fused")
     scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-40)
@@ -167,7 +167,8 @@ def test_gradients_that_overflow_under_a_loss_scaler_stop_nothing(tmp_path):
     assert not list(tmp_path.glob("nonfinite_batch*"))
 
 
-def test_a_loss_that_is_not_finite_stops_under_a_loss_scaler_too(tmp_path):
-    trainer = spoiling(tiny_trainer(tmp_path, **EVERY_STEP), 2)
+def test_a_loss_that_is_not_finite_stops_under_a_loss_scaler_too(tmp_path, nobody_waits):
+    trainer = spoiling(tiny_trainer(tmp_path, optim="adamw_torch_fused", **EVERY_STEP), 2)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     assert "at step 2; no weight was changed" in Watched(trainer).train()
+    assert trainer.state.global_step == 2  # at once: the scaler has the number on the device for itself

@@ -6,8 +6,8 @@ from datasets import Dataset
 from tiny import make_llama, make_rows
 from tiny_runs import logged, tiny_trainer
 
+from fastdpo.modeling.allocation import is_out_of_memory
 from fastdpo.training.inputs.collator import PackingCollator, examples_of, microbatches_of
-from fastdpo.training.memory.out_of_memory import is_out_of_memory
 from fastdpo.types import PackedBatch
 
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB"

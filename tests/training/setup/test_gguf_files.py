@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
+import time
 
 import pytest
 from tiny import save_model
@@ -45,6 +47,27 @@ def test_a_file_is_converted_once_and_again_after_it_changes(gguf_file):
     os.utime(path, ns=(1, 1))
     assert as_folder(str(path)) != folder
     assert len(converted) == 2
+
+
+def test_of_two_processes_that_start_together_one_converts_the_file(gguf_file, tmp_path, monkeypatch):
+    path, _ = gguf_file
+    fork = multiprocessing.get_context("fork")
+
+    def convert(source, folder):
+        time.sleep(0.5)
+        with (tmp_path / "converted").open("a") as file:
+            file.write("once\n")
+        folder.mkdir()
+
+    monkeypatch.setattr(gguf_files, "convert", convert)
+    monkeypatch.setattr("fastdpo.locks._SECONDS_BETWEEN_TRIES", 0.01)
+    processes = [fork.Process(target=as_folder, args=(str(path),)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert (tmp_path / "converted").read_text() == "once\n"
 
 
 def test_model_and_tokenizer_load_from_the_file(gguf_file):

@@ -9,7 +9,8 @@ Refused with BadRow: messages that the template or the code refuses. Refused wit
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,23 @@ class Rendered:
 
     text: str
     spans: tuple[Span, ...] = ()  # the assistant's parts, if the template marks them and they were requested
+
+
+@contextmanager
+def rendering_ends(template: object, num_conversations: int = 1) -> Iterator[None]:
+    """Around what a chat template renders.
+
+    Raises:
+        ValueError: it loops for ever.
+    """
+    try:
+        with time_limit(RENDER_SECONDS):
+            yield
+    except TooLong:
+        raise ValueError(
+            f"chat_template must render {num_conversations} conversations in less than {RENDER_SECONDS} s, got one"
+            f" that does not end: {str(template)[:80]!r}"
+        ) from None
 
 
 class ChatTemplate:
@@ -83,8 +101,8 @@ class ChatTemplate:
 
         jinja = self.jinja(kwargs)
         further = {key: value for key, value in kwargs.items() if key != "chat_template"}
-        try:
-            with time_limit(RENDER_SECONDS):
+        with rendering_ends(jinja, len(conversations)):
+            try:
                 texts, spans = render_jinja_template(
                     conversations=[with_thoughts_by_all_names(messages) for messages in conversations],
                     chat_template=jinja,
@@ -93,13 +111,8 @@ class ChatTemplate:
                     return_assistant_tokens_mask=with_spans,
                     **{**self._variables, **further},
                 )
-        except TooLong:
-            raise ValueError(
-                f"chat_template must render {len(conversations)} conversations in less than {RENDER_SECONDS} s, got one"
-                f" that does not end: {jinja[:80]!r}"
-            ) from None
-        except (TemplateError, *_OF_EXPRESSIONS) as error:
-            raise BadRow(f"the chat template refuses the messages ({error})") from None
+            except (TemplateError, *_OF_EXPRESSIONS) as error:
+                raise BadRow(f"the chat template refuses the messages ({error})") from None
         marked = spans if with_spans else [()] * len(texts)
         of_template = "what the chat template renders"
         return [Rendered(as_text(text, of_template), tuple(found)) for text, found in zip(texts, marked, strict=True)]
