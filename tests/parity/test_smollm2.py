@@ -55,17 +55,17 @@ def in_4_bits(folder):
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
 
 
-def with_fp32_adapters(trl):
-    """TRL, which rounds adapters on 4 bits to bf16, without that."""
+def with_rounded_adapters(package):
+    """The package, its adapters rounded to bf16 and trained in fp32. TRL trains those on 4 bits in bf16."""
 
-    class Trainer(trl.DPOTrainer):
+    class Trainer(package.DPOTrainer):
         def __init__(self, *args, **keywords):
             super().__init__(*args, **keywords)
             for weights in self.model.parameters():
                 if weights.requires_grad:
-                    weights.data = weights.data.float()
+                    weights.data = weights.data.bfloat16().float()
 
-    return SimpleNamespace(DPOConfig=trl.DPOConfig, DPOTrainer=Trainer)
+    return SimpleNamespace(DPOConfig=package.DPOConfig, DPOTrainer=Trainer)
 
 
 # way -> the model from its folder, a new adapter, and settings
@@ -85,9 +85,11 @@ def test_four_steps_log_what_trl_logs(way, folder, tmp_path):
     both = {}
     for name, package, own in (
         ("ours", fastdpo, {"packing": "packed", "ref_cache_dir": str(tmp_path / "cache")}),
-        ("trl", with_fp32_adapters(peer("trl")), {}),
+        ("trl", peer("trl"), {}),
     ):
-        keywords = {} if adapter is None else {"peft_config": adapter()}
+        keywords = {}
+        if adapter is not None:
+            keywords, package = {"peft_config": adapter()}, with_rounded_adapters(package)
         arguments = {**SETTINGS, **settings, **own}
         tokenizer = load_tokenizer(folder, {})
         both[name] = logged(

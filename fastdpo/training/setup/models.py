@@ -451,7 +451,7 @@ def forget_accelerate(model: nn.Module) -> None:
             module.forward = module.__dict__.pop("_original_forward")
 
 
-def keep_4_bits_trainable(model: nn.Module) -> None:
+def keep_4_bits_trainable(model: Any) -> None:
     """Keeps bitsandbytes from repacking 4-bit weights on a CPU with bf16 instructions, and undoes it.
 
     It repacks them at the first forward in eval mode without gradients, and multiplies with them in a product that has
