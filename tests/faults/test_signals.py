@@ -117,6 +117,25 @@ def test_a_signal_in_a_save_asks_for_no_second_one(tmp_path):
     assert saved == [2]
 
 
+@pytest.mark.parametrize("saves", ["no", "steps"])
+def test_a_signal_after_the_last_step_saves_it_once_and_stops(tmp_path, saves):
+    saved = []
+
+    class AtTheEnd(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            saved.append(state.global_step)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = {"save_strategy": saves, "save_steps": 2, "max_steps": 4}
+    with pytest.raises(Stopped) as stopped:
+        tiny_trainer(tmp_path, callbacks=[AtTheEnd(), StopOnSignal()], **settings).train()
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert saved == ([2, 4] if saves == "steps" else [])
+    assert (tmp_path / "checkpoint-4" / "fastdpo_manifest.json").is_file()
+
+
 def test_without_the_callback_nothing_is_installed(tmp_path):
     seen, before = [], [signal.getsignal(number) for number in SIGNALS]
 

@@ -457,6 +457,7 @@ def keep_4_bits_trainable(model: Any) -> None:
     It repacks them at the first forward in eval mode without gradients, and multiplies with them in a product that has
     no backward: all gradients that pass a 4-bit layer would be lost without an error.
     """
+    module: Any
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
