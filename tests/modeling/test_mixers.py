@@ -284,6 +284,7 @@ def test_layers_that_use_the_keys_of_other_layers_are_no_leak(model_type):
     assert mixers_of(model).names == mixers_of(model).leaks == ()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_runs_its_mixers_as_they_are():
     model = build_hybrid("lfm2", num_hidden_layers=1, layer_types=["conv"])
     expected = packed_logps(model, pack_pairs(GROUPS)).sequences.sums

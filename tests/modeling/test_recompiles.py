@@ -75,7 +75,7 @@ def random_batch(generator):
 
 
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # else it would go on without the compiler
-@pytest.mark.parametrize("backend", ["sdpa", "varlen"])
+@pytest.mark.parametrize("backend", ["sdpa", pytest.param("varlen", marks=pytest.mark.slow)])
 def test_a_compiled_model_is_not_compiled_anew_for_every_batch(backend, emulated):  # noqa: F811
     emulated("varlen", OpaqueVarlen())
     model = prepare_model(build("mistral", num_hidden_layers=1), attention_backend=backend)

@@ -1,9 +1,12 @@
 """The recipe of sampling temperatures end to end at its tiny size."""
 
+import pytest
+
 from fastdpo.training.callbacks.json_lines import read_lines
 from recipes.sampling_temperature.run import METHODS, main, table
 
 
+@pytest.mark.slow
 def test_every_method_is_sampled_at_every_temperature_and_cold_answers_are_the_likeliest(tmp_path):
     main(["--size", "tiny", "--output_dir", str(tmp_path)])
     results = read_lines(tmp_path / "results.jsonl")

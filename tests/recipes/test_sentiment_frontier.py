@@ -16,6 +16,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_method_is_run_at_every_value_and_seed(folder):
     results = read_lines(folder / "results.jsonl")
     assert len(results) == 2 * sum(len(values_of(method, "tiny")) for method in METHODS)

@@ -67,7 +67,7 @@ def test_a_reference_that_exceeds_the_memory_of_the_process_is_cached(tmp_path):
     model.save_pretrained(tmp_path / "large", max_shard_size="6MB")  # a file is mapped as a whole
     here = Path(__file__).parent
     script = CAPPED.format(paths=[str(here), str(here.parent)])
-    arguments = [str(tmp_path / "large"), str(tmp_path / "capped"), str(int(0.6 * size))]
+    arguments = [str(tmp_path / "large"), str(tmp_path / "capped"), str(int(0.8 * size))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-c", script, *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

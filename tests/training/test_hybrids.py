@@ -168,7 +168,7 @@ def test_the_estimate_counts_prefixes_that_mixers_run_again(model_type):
     assert estimated(model, batch).total == pytest.approx(peak_live_bytes(step), rel=0.15)
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "rwkv"])
+@pytest.mark.parametrize("model_type", ["mamba", pytest.param("rwkv", marks=pytest.mark.slow)])
 def test_rows_of_models_that_take_token_by_token_are_estimated_on_a_line(model_type, monkeypatch):
     model, batch = prepare_model(build_hybrid(model_type)), long_batch(2)
     packed_logps(model, batch)

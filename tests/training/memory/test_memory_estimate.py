@@ -104,10 +104,13 @@ def test_an_adapter_on_the_head_takes_what_was_estimated(whole, autocast):
     assert estimated.total == pytest.approx(measured, rel=0.1)
 
 
-TILES = [(False, None), (True, torch.bfloat16)]
+TILES = [
+    pytest.param(False, None, id="full, fp32"),
+    pytest.param(True, torch.bfloat16, id="LoRA, bf16", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize(("lora", "autocast"), TILES, ids=["full, fp32", "LoRA, bf16"])
+@pytest.mark.parametrize(("lora", "autocast"), TILES)
 def test_layers_in_tiles_take_what_was_estimated(lora, autocast):
     """A group of more rows than the head's workspace holds, as in a long pair: its log-probs come first."""
     model = make_model("small", lora, checkpointing=True, vocab_size=8000)
