@@ -39,7 +39,7 @@ COUNTS_BYTES = (
 # In about a minute on two cores: what CI adds to its ordinary run. Triton's interpreter adds up with NumPy, which heeds
 # none of the variables: its tests are left to the whole run.
 QUICK = (
-    "integrations", "losses", "modeling/test_packed_logps.py", "modeling/test_packed_loss.py",
+    "integrations/test_linear_dpo_loss.py", "losses", "modeling/test_packed_logps.py", "modeling/test_packed_loss.py",
     "ops/test_adapter_weight.py", "ops/test_linear_cross_entropy.py", "ops/test_linear_logps.py", "ops/test_matmul.py",
     "ops/test_sequence_logps.py", "ops/test_sequence_loss.py", "wrong",
 )  # fmt: skip

@@ -154,6 +154,7 @@ def test_the_largest_micro_batch_is_the_first_that_fits(monkeypatch):
     assert tried == [4, 2]
 
 
+@pytest.mark.slow
 def test_gradients_are_accumulated_over_micro_batches(monkeypatch, figures):
     monkeypatch.setitem(METHODS, "TRL by two", replace(METHODS["TRL"], micro_batch=2))
     monkeypatch.setitem(METHODS, "ours by two", replace(METHODS["fastdpo"], micro_batch=2))

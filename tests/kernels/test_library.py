@@ -88,6 +88,7 @@ def test_the_head_op_is_as_exact_with_it(case, monkeypatch):
     assert_at_most_twice_plain(ours, case)
 
 
+@pytest.mark.slow
 def test_the_logits_that_are_there_at_once_do_not_grow(monkeypatch):
     sizes = []
     original = library.scratch

@@ -180,7 +180,7 @@ def test_nothing_kept_gives_zeros(wanted):
 
 
 @pytest.mark.parametrize("wanted", [(1, 1, 1), (1, 0, 0)], ids=["all", "dH"])
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param(FP32, marks=pytest.mark.slow), BF16], ids=["fp32", "bf16"])
 def test_old_contents_of_the_workspace_change_no_bit_and_its_size_no_number(dtype, wanted, monkeypatch):
     case = Case(67, 40, 521, dtype, has_bias=True, softcap=4.0)
     leaves, labels, upstream = make_inputs(case, 0, DEVICE)

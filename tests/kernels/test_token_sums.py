@@ -53,7 +53,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "unweighted"])
+@pytest.mark.parametrize(
+    "weighted", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["weighted", "unweighted"]
+)
 @pytest.mark.parametrize(("num_rows", "lengths"), CASES.values(), ids=CASES)
 def test_sums_lengths_and_gradients_are_those_of_fp64(num_rows, lengths, weighted):
     values, labels, tokens = problem(num_rows, lengths, weighted=weighted)

@@ -132,7 +132,7 @@ def deep_model(num_layers, seed):
 
 
 @pytest.mark.parametrize("bits", [10, 7])
-@pytest.mark.parametrize("num_layers", [2, 12, 24])
+@pytest.mark.parametrize("num_layers", [2, 12, pytest.param(24, marks=pytest.mark.slow)])
 def test_a_model_whose_products_are_rounded_is_packed_all_the_same(num_layers, bits):
     for seed in range(4):
         with RoundedProducts(bits):

@@ -16,6 +16,7 @@ def words(tmp_path):
     return ["--data", str(tmp_path / "pairs.json"), "--model", str(tmp_path / "model"), *out]
 
 
+@pytest.mark.slow
 def test_pairs_rounds_and_ranking_follow_each_other(words, tmp_path, monkeypatch, capsys):
     # a random model shares no word with an answer: every pair of answers would be a tie
     monkeypatch.setattr(judge, "f1", lambda answer, right: len(answer.encode()) / 100)

@@ -127,6 +127,7 @@ def test_packing_that_was_asked_for_is_refused_by_the_name_of_what_leaks(tmp_pat
         losses(tmp_path, "lfm2", False, packing="packed")
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_hybrid_says_that_it_is_packed_and_estimates_its_memory(tmp_path):
     args = DPOConfig(str(tmp_path), per_device_train_batch_size=2, use_cpu=True, report_to="none")
     trainer = DPOTrainer(build_hybrid("qwen3_5_text"), args=args, train_dataset=ROWS, processing_class=make_tokenizer())
@@ -153,7 +154,7 @@ def estimated(model, batch, **settings):
     return dry_step(shape_only(model, mode), row, mode, impl="tiled", varlen=False, **settings)
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_5_text", "lfm2", "mamba2"])
+@pytest.mark.parametrize("model_type", [pytest.param("qwen3_5_text", marks=pytest.mark.slow), "lfm2", "mamba2"])
 def test_the_estimate_counts_prefixes_that_mixers_run_again(model_type):
     model, batch = prepare_model(build_hybrid(model_type)), long_batch(4)
     packed_logps(model, batch)

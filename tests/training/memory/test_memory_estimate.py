@@ -204,7 +204,7 @@ def make_trainer(tmp_path, **settings):
     return DPOTrainer(model, args=args, train_dataset=make_rows(40), processing_class=make_tokenizer())
 
 
-@pytest.mark.parametrize("packing", ["packed", "padded"])
+@pytest.mark.parametrize("packing", ["packed", pytest.param("padded", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_trainers_step_takes_what_its_summary_says(tmp_path, packing, checkpointing):
     trainer = make_trainer(tmp_path, gradient_checkpointing=checkpointing, packing=packing)
