@@ -97,6 +97,7 @@ def test_parts_are_those_of_the_settings(plans):
             assert estimate.optimizer == pytest.approx(8 * numel, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_table_names_settings_and_what_to_type(capsys, folder):
     code, out, _ = run(capsys, folder, "900MiB", "--max_length", 512)
     assert code == 0

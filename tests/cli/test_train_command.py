@@ -479,10 +479,11 @@ def test_an_unknown_command_names_the_nearest(capsys):
     ("name", "kept", "rows"),
     [
         ("llms-from-scratch-preference.json", 1094, 1100),
-        ("llama-factory-dpo-en-demo.json", 300, 300),
+        pytest.param("llama-factory-dpo-en-demo.json", 300, 300, marks=pytest.mark.slow),
         ("llama-factory-v1-dpo-demo.jsonl", 10, 10),
         ("hh-rlhf-harmless-test-benign44.jsonl", 44, 44),
-        ("open-assistant-en-100-tree.jsonl.gz", 212, 212),  # prompts with 754 pairs of answers
+        # prompts with 754 pairs of answers
+        pytest.param("open-assistant-en-100-tree.jsonl.gz", 212, 212, marks=pytest.mark.slow),
     ],
 )
 def test_real_files_train_as_they_are(capsys, tmp_path, name, kept, rows):

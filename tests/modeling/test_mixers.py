@@ -17,8 +17,10 @@ from fastdpo.modeling.mixers.adapter import run_with_boundaries
 from fastdpo.modeling.mixers.rows import MixerRows
 from fastdpo.modeling.packed import unprepare_model
 
+SHARING = [pytest.param(True, id="shared"), pytest.param(False, id="unshared", marks=pytest.mark.slow)]
 
-@pytest.mark.parametrize("prefix_sharing", [True, False], ids=["shared", "unshared"])
+
+@pytest.mark.parametrize("prefix_sharing", SHARING)
 @pytest.mark.parametrize("model_type", HYBRIDS)
 def test_packed_equals_separate_forwards_of_the_stock_model(model_type, prefix_sharing):
     """In fp64 throughout, where gradients of decays and steps keep their digits too."""

@@ -41,6 +41,7 @@ def test_losses_are_compared_within_a_seed():
     assert (found["robust"].mean, found["robust"].stderr) == (-1.0, 0.0)
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_every_loss_at_every_share_and_writes_its_page(tmp_path):
     main(["--size", "tiny", "--output_dir", str(tmp_path)])
     results = read_lines(tmp_path / "results.jsonl")

@@ -75,6 +75,7 @@ def test_gradients_exist_for_one_weight_at_a_time(tmp_path):
     assert max(alive) == 0
 
 
+@pytest.mark.slow
 def test_the_estimate_has_the_gradient_of_one_weight_at_a_time(tmp_path):
     shape = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "tie_word_embeddings": True}
     settings = {"weight_rounding": "stochastic", "reference_free": True, "max_grad_norm": 0.0, "num_rows": 8}
