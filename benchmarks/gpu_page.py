@@ -17,10 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shared.pages import filled
+from shared import pages
 
-HERE = Path(__file__).parent
-PAGE, RESULTS = HERE.parent / "docs" / "gpu.md", HERE / "results" / "gpu"
+PAGE, RESULTS = pages.DOCS / "gpu.md", pages.RESULTS / "gpu"
 # compute capability -> cards that have it
 ARCHITECTURES = {
     80: "A100, A30",
@@ -87,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         print(found, end="")
         return 0
     page = PAGE.read_text()
-    wanted = filled(page, {"gpu": found})
+    wanted = pages.filled(page, {"gpu": found})
     if options.check:
         if page != wanted:
             print(

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
-from shared.pages import filled
+from shared import pages
 from transformers import LlamaConfig
 
 from fastdpo.training.memory.cluster.hardware import Cluster, make_cluster
@@ -22,7 +21,7 @@ from fastdpo.training.memory.cluster.layouts import layouts_for
 from fastdpo.training.memory.cluster.plans import ClusterPlan, MethodModel, plan_layout
 from fastdpo.training.memory.dry_run import StepPeak
 
-PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+PAGE = pages.DOCS / "scaling.md"
 GB = 1e9
 GPU_MEMORY, PAIR_TOKENS, NUM_PAIRS, LORA_R = int(80 * GB), 4096, 1024, 16
 CLUSTERS = ((1, 1), (8, 1), (8, 8), (8, 128))
@@ -109,7 +108,7 @@ def main() -> None:
     found = table()
     print(found)
     if options.write:
-        PAGE.write_text(filled(PAGE.read_text(), {"scaling_model.py": found}))
+        PAGE.write_text(pages.filled(PAGE.read_text(), {"scaling_model.py": found}))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from fastdpo.integrations.linear_losses.base import (
     checked_reference,
     mean_logits,
 )
-from fastdpo.integrations.linear_losses.rows import Rows
+from fastdpo.integrations.linear_losses.rows import Rows, places_of
 from fastdpo.losses.checks import check_beta
 from fastdpo.ops.targets import labels_of
 
@@ -100,8 +100,7 @@ class LinearKTOLoss(LinearLoss):
         states = {"ref_input": ref_input, "ref_weight": ref_weight, "ref_bias": ref_bias}
         reference = checked_reference(self.use_ref_model, target, states, {"ref_logps": ref_logps}, "response")
         labels = labels_of(target, self.ignore_index)
-        places = torch.arange(labels.numel(), device=labels.device).view_as(labels)
-        rows = Rows.of(labels[:, None], places[:, None])
+        rows = Rows.of(labels[:, None], places_of(labels)[:, None])
         num_responses = len(target)
         baseline = self._reference_logps(reference, rows, hidden)
         thresholds = _checked_kl(kl, target)

@@ -18,7 +18,7 @@ from fastdpo.integrations.linear_losses.base import (
     check_matches,
     mean_logits,
 )
-from fastdpo.integrations.linear_losses.rows import Rows
+from fastdpo.integrations.linear_losses.rows import Rows, places_of
 from fastdpo.losses.checks import check_at_least_0, check_loss_settings
 from fastdpo.ops.targets import labels_of
 from fastdpo.types import IGNORE_INDEX, PairScores
@@ -106,6 +106,5 @@ def check_pairs(lm_head_weight: Tensor, hidden: Tensor, target: Tensor) -> None:
 
 def _by_pair(labels: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 2, L) labels of (2B, L), each chosen sequence beside its rejected one, and their places in the batch."""
-    places = torch.arange(labels.numel(), device=labels.device).view_as(labels)
-    by_pair = [x.unflatten(0, (2, len(x) // 2)).transpose(0, 1) for x in (labels, places)]
+    by_pair = [x.unflatten(0, (2, len(x) // 2)).transpose(0, 1) for x in (labels, places_of(labels))]
     return by_pair[0], by_pair[1]

@@ -53,3 +53,8 @@ class Rows(NamedTuple):
     def take(self, hidden: Tensor) -> Tensor:
         """(T, H) rows of (B, L, H) hidden states."""
         return hidden.flatten(0, 1).index_select(0, self.positions)
+
+
+def places_of(labels: Tensor) -> Tensor:
+    """The place of each label in the flat batch, in the shape of the labels."""
+    return torch.arange(labels.numel(), device=labels.device).view_as(labels)
