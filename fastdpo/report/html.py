@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from fastdpo.files import write_whole
 from fastdpo.report.sections import Section
 
 _STYLE = """
@@ -90,7 +91,5 @@ def write_report(path: str | os.PathLike[str], title: str, sections: Sequence[Se
     ]
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text("\n".join(parts), encoding="utf-8")
-    partial.replace(target)
+    write_whole(target, "\n".join(parts))
     return target
