@@ -261,9 +261,13 @@ def test_smoothed_and_soft_targets_are_as_exact_as_plain_pytorch(impl, dtype, ki
 def test_autocast_rounds_the_operands_of_smoothed_labels_and_leaves_probabilities_as_they_are():
     leaves, target, _ = make(dtype=torch.float32)
     shares = torch.randn(N, V, generator=torch.Generator().manual_seed(1)).softmax(-1)
-    with torch.autocast("cpu", torch.bfloat16):
-        smoothed, half = (run(f, leaves, target, label_smoothing=0.1) for f in (linear_cross_entropy, plain))
-        soft = run(linear_cross_entropy, leaves, shares)
+
+    def under_autocast(function):  # forward alone, as torch wants it
+        return torch.autocast("cpu", torch.bfloat16)(function)
+
+    ours, theirs = under_autocast(linear_cross_entropy), under_autocast(plain)
+    smoothed, half = (run(f, leaves, target, label_smoothing=0.1) for f in (ours, theirs))
+    soft = run(ours, leaves, shares)
     exact = run(plain, [x.detach().double().requires_grad_() for x in leaves], target, label_smoothing=0.1)
     assert_as_exact(smoothed, half, exact)
     for a, b in zip(soft, run(linear_cross_entropy, leaves, shares), strict=True):  # the same computation
