@@ -139,8 +139,8 @@ def _of_indices(
     same: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """(T,) losses, and each row's share of the mean's denominator."""
-    with_lse = {"outputs": "lse", "output_grads": "lse"} if label_smoothing > 0.0 else {}
-    found = linear_logps(rows, linear_weight, labels, bias=linear_bias, **with_lse, **same)
+    names = ("lse",) if label_smoothing > 0.0 else ()
+    found = linear_logps(rows, linear_weight, labels, bias=linear_bias, outputs=names, output_grads=names, **same)
     losses = -found.logps  # (T,)
     counts = (labels != IGNORE_INDEX).to(losses.dtype)
     if weight is not None:
