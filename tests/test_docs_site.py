@@ -43,6 +43,7 @@ def test_every_page_of_docs_is_in_the_navigation_and_every_entry_is_a_page(pages
         ("memory.md", "[a](https://arxiv.org/abs/2305.18290)", "[a](https://arxiv.org/abs/2305.18290)"),
         ("memory.md", "[a](nowhere.py)", "[a](nowhere.py)"),
         ("memory.md", "```\n[a](../tests/test_layers.py)\n```", "```\n[a](../tests/test_layers.py)\n```"),
+        ("index.md", "[a](../recipes/README.md)", "[a](recipes/index.md)"),
         ("kernels.md", "[a](../docs/memory.md)", "[a](memory.md)"),
         ("contributing.md", "[a](docs/code_tour.md)", "[a](code_tour.md)"),
         ("recipes/index.md", "[a](plackett_luce/README.md)", "[a](plackett_luce.md)"),
@@ -51,6 +52,8 @@ def test_every_page_of_docs_is_in_the_navigation_and_every_entry_is_a_page(pages
             "![a](expected/plot_1.svg)",
             "![a](label_noise/expected/plot_1.svg)",
         ),
+        ("mathematics.md", "![a](pictures/weight.svg)", "![a](pictures/weight.svg)"),
+        ("benchmarks.md", "![a](../docs/pictures/speed.svg)", "![a](pictures/speed.svg)"),
         ("commands/train.md", "[a](../tests/test_layers.py)", "[a](../tests/test_layers.py)"),
     ],
 )

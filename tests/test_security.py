@@ -19,7 +19,6 @@ from fastdpo import DPOConfig
 from fastdpo.alignment.chat import templated_ids
 from fastdpo.cli.main import main
 from fastdpo.cli.options import yaml_file
-from fastdpo.cli.plan import load_config
 from fastdpo.cli.recipes.book import as_yaml
 from fastdpo.cli.recipes.kinds import migrated
 from fastdpo.data.prepare import prepare_preference_dataset
@@ -131,7 +130,7 @@ def test_an_adapter_that_would_run_code_is_refused_and_not_run(tmp_path, evil):
 @pytest.mark.parametrize("base", ["..", "/etc", "ITSELF", ["x"], 5, ""])
 def test_an_adapter_names_a_model_as_its_base_and_no_other_folder(tmp_path, base):
     adapter = saved_adapter(tmp_path / "adapter", str(tmp_path / "adapter") if base == "ITSELF" else base)
-    for load in (models.load_model, lambda name: models.check_config(name, {})):
+    for load in (models.load_model, models.load_config):
         with pytest.raises(ValueError, match=r"adapter_config.json must name .* base_model_name_or_path"):
             load(str(adapter))
 
@@ -143,7 +142,7 @@ def test_code_of_a_model_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(f"open({str(trace)!r}, 'w')\n")
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # as a user in a hurry answers
-    for load in (models.load_model, lambda name: models.check_config(name, {})):
+    for load in (models.load_model, models.load_config):
         with pytest.raises(ValueError, match="trust_remote_code"):
             load(str(folder))
     assert not trace.exists()
@@ -182,9 +181,8 @@ def test_code_of_a_model_whose_config_needs_none_does_not_run(tmp_path, monkeypa
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 LOADERS = {
     "load_model": models.load_model,
-    "check_config": lambda folder: models.check_config(folder, {}),
     "load_tokenizer": models.load_tokenizer,
-    "load_config": load_config,
+    "load_config": models.load_config,
     "weight_bytes": weight_bytes,
 }
 
@@ -192,7 +190,7 @@ LOADERS = {
 @pytest.mark.parametrize(
     ("name", "loader"),
     [
-        *(("config.json", loader) for loader in ("load_model", "check_config", "load_config", "weight_bytes")),
+        *(("config.json", loader) for loader in ("load_model", "load_config", "weight_bytes")),
         *((name, "load_model") for name in ("generation_config.json", "model.safetensors.index.json")),
         *((name, "load_tokenizer") for name in ("config.json", "tokenizer.json", "special_tokens_map.json")),
     ],

@@ -79,15 +79,16 @@ def elsewhere() -> dict[str, str]:
 
 
 def _source(page: str) -> str:
-    """The file of the repository that a page is made of."""
-    return next((file for file, name in elsewhere().items() if name == page), f"docs/{page}")
+    """The file of the repository that a page is made of: the one in docs/, also where another leads to its page."""
+    own = f"docs/{page}"
+    return own if (ROOT / own).is_file() else next((file for file, name in elsewhere().items() if name == page), own)
 
 
 def _target(file: str) -> str | None:
     """The page or picture of the site for a file of the repository, None if it has none."""
     if file in elsewhere():
         return elsewhere()[file]
-    if file.startswith("docs/") and file.endswith(".md"):
+    if file.endswith((".md", *PICTURES)) and file.startswith("docs/"):
         return file.removeprefix("docs/")
     return file if file.endswith(PICTURES) else None
 

@@ -37,12 +37,12 @@ def main(argv: list[str]) -> int:
     from fastdpo.cli.console import make_console
     from fastdpo.evidence.bad_batch import load_bad_batch, replay
     from fastdpo.modeling import prepare_model
-    from fastdpo.training.setup.models import check_config, load_model, load_tokenizer
+    from fastdpo.training.setup.models import load_config, load_model, load_tokenizer
 
     bad = load_bad_batch(options.file)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     init_kwargs = {"trust_remote_code": True} if options.trust_remote_code else {}
-    check_config(options.model, init_kwargs)
+    load_config(options.model, init_kwargs)
     console = make_console()
     with console.status("replaying"):
         model: Any = load_model(options.model, init_kwargs)

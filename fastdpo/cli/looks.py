@@ -13,18 +13,9 @@ from fastdpo.cli.arguments import RunArguments
 from fastdpo.data.forms.formats import regrouped
 from fastdpo.data.rows.columns import RowPreparer
 from fastdpo.data.sources.loading import raw_example
-from fastdpo.data.sources.nearest import check_model_folder
 from fastdpo.training.settings.config import SFTConfig
 from fastdpo.training.settings.engine import EngineConfig
-from fastdpo.training.setup.gguf_files import as_folder
-from fastdpo.training.setup.model_kinds import check_kind
-from fastdpo.training.setup.models import (
-    adapter_base,
-    load_tokenizer,
-    readable_files,
-    resolve_tokenizer,
-    where_from,
-)
+from fastdpo.training.setup.models import load_config, load_tokenizer, resolve_tokenizer
 
 NUM_ROWS = 3  # of each dataset, that are read and tokenized first
 
@@ -53,28 +44,11 @@ def look_at_models(run: RunArguments, args: EngineConfig, ref_model: str | None 
     Raises:
         ValueError: one of them is missing or cannot be trained; the message names the option to change.
     """
-    _look_at_config("model", run.model, args)
+    load_config(run.model, args.init_kwargs())
     if ref_model is not None:
-        _look_at_config("ref_model", ref_model, args)
+        load_config(ref_model, args.init_kwargs(), "ref_model")
     tokenizer = _load_tokenizer(run, args)
     return resolve_tokenizer(run.model, tokenizer, args)
-
-
-def _look_at_config(option: str, name: str, args: EngineConfig) -> None:
-    from transformers import AutoConfig
-
-    check_model_folder(option, name)
-    base = as_folder(adapter_base(name) or name, option)
-    try:
-        with readable_files(option, base):
-            config = AutoConfig.from_pretrained(base, **where_from(args.init_kwargs()))
-    except (OSError, ValueError) as error:
-        of_adapter = "" if base == name else f" (the base of the adapter {name})"
-        raise ValueError(
-            f"{option} must be a local directory or a model name on the Hub, got {base!r}{of_adapter}: {_first(error)};"
-            f" write --{option} FOLDER_OR_NAME"
-        ) from error
-    check_kind(config, base)
 
 
 def _load_tokenizer(run: RunArguments, args: EngineConfig) -> Any:

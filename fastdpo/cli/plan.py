@@ -23,11 +23,11 @@ from fastdpo.cli.options.parser import RaisingParser
 from fastdpo.cli.plan_cluster import DEFAULT_LENGTH, check_fits, records, show
 from fastdpo.cli.plan_length import first_of_smallest_cards, fitting_plans, length_record, length_table
 from fastdpo.cli.plan_names import GB, gigabytes, kept_activations, training_name
-from fastdpo.data.sources.nearest import check_model_folder
 from fastdpo.training.memory.cluster.hardware import Cluster, make_cluster
 from fastdpo.training.memory.cluster.plans import make_cluster_plans
 from fastdpo.training.memory.plan import ROUNDING, USABLE_SHARE, Estimates, Plan, pair_tokens
 from fastdpo.training.setup.model_kinds import text_part
+from fastdpo.training.setup.models import load_config
 
 LEAST_PAIR = 4  # tokens: two of the prompt, and one of each response
 _SHORT = {"optimizer": "state", "reference": "ref.", "gradients": "grads", "activations": "activ.", "overhead": "CUDA"}
@@ -91,8 +91,7 @@ def main(argv: list[str]) -> None:
     cluster = None
     if memory is not None:
         cluster = make_cluster(options.gpus, options.nodes, memory, options.gpu, options.interconnect)
-    check_model_folder("model", options.model)
-    config = load_config(options.model, options.trust_remote_code)
+    config = load_config(options.model, {"trust_remote_code": options.trust_remote_code})
     if cluster is not None and cluster.num_gpus > 1:
         _plan_cluster(config, cluster, options)
         return
@@ -248,28 +247,6 @@ def parse_bytes(text: str) -> int:
     if found is None or (found[3] and not found[2]) or float(found[1]) == 0:
         raise ValueError(f"gpu_memory must be an amount like 24GB or 24GiB, got {text!r}")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** _UNITS[found[2].upper()])
-
-
-def load_config(name: str, trust_remote_code: bool = False) -> Any:
-    """Raises:
-    ValueError: the config does not exist, or it is not for a causal LM.
-    """
-    from transformers import AutoConfig
-
-    from fastdpo.training.setup.gguf_files import as_folder
-    from fastdpo.training.setup.model_kinds import check_kind
-    from fastdpo.training.setup.models import readable_files
-
-    name = as_folder(name)
-    try:
-        with readable_files("model", name):
-            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model must be a name on the Hub, a folder or a config.json, got {name!r}: {error}"
-        ) from error
-    check_kind(config, name)
-    return config
 
 
 def _record(plan: Plan, memory: int | None, options: Any) -> dict[str, Any]:

@@ -79,11 +79,10 @@ def _estimate(trained: TrainRun, *, on_gpu: bool) -> Any:
     """A MemoryEstimate, or why there is none."""
     from fastdpo.cli.looks import look_at_models, look_at_rows
     from fastdpo.cli.options.adapters import lora_config
-    from fastdpo.cli.plan import load_config
     from fastdpo.cli.run import load_datasets
     from fastdpo.data.prepare import prepare_preference_dataset
     from fastdpo.training.memory.planned import PlannedRun, estimate_planned_run
-    from fastdpo.training.setup.models import adapter_base
+    from fastdpo.training.setup.models import adapter_base, load_config
 
     run, adapter, args = trained.run, trained.adapter, trained.args
     if run.dataset_streaming:
@@ -114,13 +113,13 @@ def _estimate(trained: TrainRun, *, on_gpu: bool) -> Any:
     return estimate_planned_run(
         PlannedRun(
             args,
-            load_config(base or run.model, args.trust_remote_code),
+            load_config(run.model, args.init_kwargs()),
             tokenizer,
             train,
             evaluated,
             peft_config=peft_config,
             bits=4 if adapter.load_in_4bit else 8 if adapter.load_in_8bit else None,
-            ref_config=None if ref is None else load_config(adapter_base(ref) or ref, args.trust_remote_code),
+            ref_config=None if ref is None else load_config(ref, args.init_kwargs(), "ref_model"),
             ref_model=ref,
             num_processes=run.num_processes or 1,
         ),

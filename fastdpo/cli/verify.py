@@ -95,10 +95,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(options: argparse.Namespace) -> Any:
-    from fastdpo.training.setup.models import check_config, load_model
+    from fastdpo.training.setup.models import load_config, load_model
 
     init_kwargs = {"trust_remote_code": True} if options.trust_remote_code else {}
-    check_config(options.model, init_kwargs)
+    load_config(options.model, init_kwargs)
     return load_model(options.model, init_kwargs)
 
 

@@ -1,8 +1,8 @@
-"""The head op for several labels per row and for a differentiable entropy.
+"""The head op for several labels per row, and for an lse or entropy with a gradient.
 
-In: arguments that `linear_logps` has validated, with labels (T, K). Out: TokenLogps with logps (T, K), and an entropy
-that has a gradient if requested. Backward makes the logits again, tile by tile; only numbers per row and label are
-kept. Refuses a second derivative.
+In: arguments that `linear_logps` has validated, with labels (T, K). Out: TokenLogps with logps (T, K), and an lse and
+entropy that have a gradient if requested. Backward makes the logits again, tile by tile; only numbers per row and label
+are kept. Refuses a second derivative.
 """
 
 from __future__ import annotations
@@ -54,23 +54,22 @@ class _Choices(torch.autograd.Function):
         saved = (values["lse_whole"], values["lse_rest"], values.get("entropy"))
         ctx.save_for_backward(hidden_states, lm_head_weight, bias, labels, *saved)
         statistics = [values[name] for name in head.outputs]
-        with_grad = {"entropy"} if head.entropy_grad else set()
-        ctx.mark_non_differentiable(*(values[name] for name in head.outputs if name not in with_grad))
+        ctx.mark_non_differentiable(*(values[name] for name in head.outputs if name not in head.output_grads))
         return values["logps"], *statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_states, lm_head_weight, bias, labels, lse_whole, lse_rest, entropy = ctx.saved_tensors
-        grad_entropy = None
-        if ctx.head.entropy_grad:
-            grad_entropy = upstream[1 + ctx.head.outputs.index("entropy")]
+        grad_logps, *others = upstream
+        of_output = dict(zip(ctx.head.outputs, others, strict=True))  # None without a gradient
         inputs, needed = (hidden_states, lm_head_weight, bias), ctx.needs_input_grad
         wanted = [x.dtype if need else None for x, need in zip(inputs, needed, strict=False)]
         dtype = ctx.dtype
         with torch.autocast(hidden_states.device.type, enabled=False):
             args = (hidden_states.to(dtype), lm_head_weight.to(dtype), None if bias is None else bias.to(dtype))
             lse, num_vocab = SplitLse(lse_whole, lse_rest), lm_head_weight.shape[0]
-            rows = choice_rows(upstream[0], grad_entropy, entropy, lse, labels, num_vocab, dtype)
+            of_outputs = (of_output.get("lse"), of_output.get("entropy"), entropy)
+            rows = choice_rows(grad_logps, *of_outputs, lse, labels, num_vocab, dtype)
             tiles = engine_of(ctx.impl).choice_grads(*args, labels, rows, ctx.head)
             return *head_gradients(tiles, *args[:2], *wanted), None, None, None, None

@@ -31,7 +31,7 @@ class Head:
     skip_tolerance: float = 0.0  # probability mass that backward may drop per row
     workspace_bytes: int | None = None  # temporary memory of a pass; None: the implementation's default
     shard: Shard | None = None  # the part of the vocabulary that the weight holds; None: all of it
-    entropy_grad: bool = False  # whether the entropy has a gradient
+    output_grads: tuple[str, ...] = ()  # statistics that have a gradient, out of GRAD_OUTPUTS
 
 
 class SplitLse(NamedTuple):
@@ -55,16 +55,17 @@ class ChoiceRows(NamedTuple):
     """What eq. (22) needs of each row besides its logits; gradients in units of `unit`."""
 
     grads: Tensor  # (T, K) g, 0 at ignored labels
-    offset: Tensor  # (T,) sum_k g_k + e E
+    offset: Tensor  # (T,) sum_k g_k - l + e E
     slope: Tensor  # (T,) e
     lse: SplitLse  # inf in ignored rows, whose probabilities are then 0; nan in rows with a label out of range
     unit: Tensor | None  # (1,) power of two that keeps fp16 in its range; None: 1
 
 
 def choice_rows(
-    grad_logps: Tensor | None,  # (T, K)
-    grad_entropy: Tensor | None,  # (T,)
-    entropy: Tensor | None,  # (T,), given with grad_entropy
+    grad_logps: Tensor | None,  # (T, K) g
+    grad_lse: Tensor | None,  # (T,) l
+    grad_entropy: Tensor | None,  # (T,) e
+    entropy: Tensor | None,  # (T,) E, given with grad_entropy
     lse: SplitLse,
     labels: Tensor,  # (T, K)
     num_vocab: int,
@@ -72,14 +73,19 @@ def choice_rows(
 ) -> ChoiceRows:
     ignored = labels == IGNORE_INDEX  # (T, K)
     grads = lse.whole.new_zeros(labels.shape) if grad_logps is None else grad_logps.masked_fill(ignored, 0.0)
-    slope = lse.whole.new_zeros(lse.whole.shape) if grad_entropy is None else grad_entropy
-    slope = slope.masked_fill(ignored.all(1), 0.0)
+    zeros = lse.whole.new_zeros(lse.whole.shape)
+    of_lse, slope = (
+        (zeros if grad is None else grad).masked_fill(ignored.all(1), 0.0) for grad in (grad_lse, grad_entropy)
+    )
     unit = None
     if dtype == torch.float16:
-        largest = torch.cat([grads.abs().flatten(), slope.abs(), slope.new_zeros(1)]).amax(0, keepdim=True)
+        sizes = [grads.abs().flatten(), of_lse.abs(), slope.abs(), zeros.new_zeros(1)]
+        largest = torch.cat(sizes).amax(0, keepdim=True)
         unit = torch.where(largest > 0, largest.log2().floor().exp2(), 1.0)
-        grads, slope = grads / unit, slope / unit
-    offset = grads.sum(1) if grad_entropy is None or entropy is None else grads.sum(1) + slope * entropy
+        grads, of_lse, slope = grads / unit, of_lse / unit, slope / unit
+    offset = grads.sum(1) - of_lse
+    if grad_entropy is not None and entropy is not None:
+        offset = offset + slope * entropy
     wrong = (~ignored & ((labels < 0) | (labels >= num_vocab))).any(1)
     whole = lse.whole.masked_fill(ignored.all(1), torch.inf).masked_fill(wrong, torch.nan)
     return ChoiceRows(grads, offset, slope, SplitLse(whole, lse.rest), unit)

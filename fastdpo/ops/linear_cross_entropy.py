@@ -5,9 +5,9 @@ loss, also for smoothed labels, class probabilities and K-dimensional targets. R
 runs with torch releases that lack this function.
 
 Smoothed labels and probabilities need no logits either. With q the target's share of each class (times its weight),
-`-sum_v q_v log p_v = (sum_v q_v) lse - sum_v q_v z_v`. The last sum is linear in the head, `h @ (q @ W) + q @ b`: a
-product with (T, H) or (H,) numbers. The first needs `lse = z_y - log p_y`, of any one class y: the head op's log-prob
-and one row of the head. Both take a copy of the head in fp32 if it is in half precision.
+`-sum_v q_v log p_v = (sum_v q_v) lse - sum_v q_v z_v`. The lse is the head op's, with its gradient. The last sum is
+linear in the head, `h @ (q @ W) + q @ b`: a product with (T, H) or (H,) numbers, for which a head in half precision is
+copied in fp32.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def linear_cross_entropy(
         ignore_index: target of the rows that give 0 and no gradient; None, torch's default, means -100. As in torch,
             only None with probabilities.
         label_smoothing: in [0, 1], the share of the target that is spread evenly over all classes. As class
-            probabilities, it cannot go with logit_scale and softcap: a capped sum of logits is not linear in the head.
+            probabilities, it cannot go with logit_scale and softcap (a capped sum of logits is not linear in the head)
+            nor with skip_tolerance.
         options: a torch.nn.LinearCrossEntropyOptions, whose choices of chunks and of what is kept have no effect: this
             op chooses its tiles within workspace_bytes, keeps what a second backward needs, and sums in fp32 (fp64 for
             fp64 inputs), the only acc_dtype beside None.
@@ -84,7 +85,7 @@ def linear_cross_entropy(
     _check_linear(input, linear_weight, linear_bias, weight)
     is_soft = target.is_floating_point()
     if is_soft or label_smoothing > 0.0:
-        for name, neutral in (("softcap", None), ("logit_scale", 1.0)):
+        for name, neutral in (("softcap", None), ("logit_scale", 1.0), ("skip_tolerance", 0.0)):
             if same.get(name, neutral) != neutral:
                 raise ValueError(
                     f"{name} must be {neutral} with label_smoothing or class probabilities, got {same[name]}"
@@ -101,7 +102,7 @@ def linear_cross_entropy(
     rows = input.reshape(-1, H)
     target_shape = (rows.shape[0], V) if is_soft else (rows.shape[0],)
     if is_soft:
-        # in fp32: the gradient of the class that gives the lse is a difference of two parts, not to be rounded before
+        # in fp32: near the best fit p - q is small beside p and q, which are not to be rounded before
         dtype = torch.promote_types(operand_dtype(input, linear_weight, linear_bias), torch.float32)
         rows, linear_weight = rows.to(dtype), linear_weight.to(dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(dtype)
@@ -138,17 +139,19 @@ def _of_indices(
     same: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """(T,) losses, and each row's share of the mean's denominator."""
-    logps = linear_logps(rows, linear_weight, labels, bias=linear_bias, **same).logps  # (T,)
-    losses = -logps
+    names = ("lse",) if label_smoothing > 0.0 else ()
+    found = linear_logps(rows, linear_weight, labels, bias=linear_bias, outputs=names, output_grads=names, **same)
+    losses = -found.logps  # (T,)
     counts = (labels != IGNORE_INDEX).to(losses.dtype)
     if weight is not None:
         # clamped, so that no label reads beyond the weights: ignored rows count 0, out-of-range rows are already nan
         counts = counts * weight.detach().to(losses.dtype)[labels.clamp(0, linear_weight.shape[0] - 1)]
         losses = losses * counts
-    if label_smoothing > 0.0:
-        spread = _ones(linear_weight, logps.dtype) if weight is None else weight.detach().to(logps.dtype)
-        spread = label_smoothing / linear_weight.shape[0] * spread  # (V,)
-        smooth = _expected_nll(rows, linear_weight, linear_bias, labels, logps, spread)
+    if found.lse is not None:
+        V = linear_weight.shape[0]
+        ones = torch.ones(V, dtype=losses.dtype, device=losses.device)
+        spread = label_smoothing / V * (ones if weight is None else weight.detach().to(losses.dtype))
+        smooth = _expected_nll(rows, linear_weight, linear_bias, found.lse, spread)
         losses = (1.0 - label_smoothing) * losses + smooth.where(labels != IGNORE_INDEX, 0.0)
     return losses, counts
 
@@ -163,37 +166,29 @@ def _of_probabilities(
     same: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """(T,) losses, and ones."""
-    labels = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)  # any class gives the lse
+    labels = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)  # of any class: only the lse counts
     with torch.autocast(rows.device.type, enabled=False):
-        logps = linear_logps(rows, linear_weight, labels, bias=linear_bias, **same).logps  # (T,)
-    shares = shares.to(logps.dtype)  # (T, V)
-    if label_smoothing > 0.0:
-        shares = (1.0 - label_smoothing) * shares + label_smoothing / linear_weight.shape[0]
-    if weight is not None:
-        shares = shares * weight.detach().to(logps.dtype)
-    return _expected_nll(rows, linear_weight, linear_bias, labels, logps, shares), torch.ones_like(logps)
+        lse = linear_logps(rows, linear_weight, labels, bias=linear_bias, outputs="lse", output_grads="lse", **same).lse
+        assert lse is not None
+        shares = shares.to(lse.dtype)  # (T, V)
+        if label_smoothing > 0.0:
+            shares = (1.0 - label_smoothing) * shares + label_smoothing / linear_weight.shape[0]
+        if weight is not None:
+            shares = shares * weight.detach().to(lse.dtype)
+        return _expected_nll(rows, linear_weight, linear_bias, lse, shares), torch.ones_like(lse)
 
 
 def _expected_nll(
-    rows: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, labels: Tensor, logps: Tensor, shares: Tensor
+    rows: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, lse: Tensor, shares: Tensor
 ) -> Tensor:
-    """(T,) `-sum_v shares_v log p_v`, from the log-probs of labels; shares are (V,) or (T, V)."""
-    dtype, operand = logps.dtype, operand_dtype(rows, linear_weight, linear_bias)  # the op's, also under autocast
+    """(T,) `-sum_v shares_v log p_v`; shares are (V,) or (T, V)."""
+    operand = operand_dtype(rows, linear_weight, linear_bias)  # the op's, also under autocast
     with torch.autocast(rows.device.type, enabled=False):
-        hidden, linear_weight = rows.to(operand).to(dtype), linear_weight.to(operand)
-        linear_bias = None if linear_bias is None else linear_bias.to(operand).to(dtype)
-        safe = labels.clamp(0, linear_weight.shape[0] - 1)  # ignored rows read class 0, and are left out by the caller
-        mean_weight = shares @ linear_weight.to(dtype)  # (H,) or (T, H)
-        expected = (hidden * mean_weight).sum(-1)
-        lse = (hidden * linear_weight.index_select(0, safe).to(dtype)).sum(-1) - logps
+        mean_weight = shares @ linear_weight.to(operand).to(lse.dtype)  # (H,) or (T, H)
+        expected = (rows.to(operand).to(lse.dtype) * mean_weight).sum(-1)
         if linear_bias is not None:
-            expected = expected + shares @ linear_bias
-            lse = lse + linear_bias.index_select(0, safe)
+            expected = expected + shares @ linear_bias.to(operand).to(lse.dtype)
         return shares.sum(-1) * lse - expected
-
-
-def _ones(linear_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.ones(linear_weight.shape[0], dtype=dtype, device=linear_weight.device)
 
 
 def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, weight: Tensor | None) -> None:

@@ -18,7 +18,7 @@ from fastdpo.ops.head import Head
 from fastdpo.ops.reference import reference_linear_logps
 from fastdpo.ops.shard import shard_of
 from fastdpo.ops.validation import check_head, check_labels, check_settings, operand_dtype, output_names
-from fastdpo.types import TokenLogps
+from fastdpo.types import GRAD_OUTPUTS, TokenLogps
 
 
 def linear_logps(
@@ -30,7 +30,7 @@ def linear_logps(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     outputs: Sequence[str] = (),
-    entropy_grad: bool = False,
+    output_grads: Sequence[str] = (),
     skip_tolerance: float = 0.0,
     workspace_bytes: int | None = None,
     impl: str = "auto",
@@ -50,8 +50,8 @@ def linear_logps(
         logit_scale: factor of the logits; not zero.
         softcap: bound of the logits, > 0 (Gemma 2's final_logit_softcapping).
         outputs: optional fields to fill, out of "lse", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs". They
-            have no gradient, and are 0 (False) in ignored rows.
-        entropy_grad: give the entropy a gradient; outputs must then name it. With it, or with labels (T, K), the
+            are 0 (False) in ignored rows.
+        output_grads: the outputs to give a gradient, out of "lse" and "entropy". With any, or with labels (T, K), the
             vocabulary must be whole and skip_tolerance 0; "triton" then takes 34 MB beside workspace_bytes.
         skip_tolerance: probability mass q in [0, 1) that backward may drop from each row. Vocabulary tiles with little
             mass are then neither recomputed nor multiplied; tiles with a label are always kept. With g the gradient of
@@ -78,15 +78,15 @@ def linear_logps(
             the CPU) a label lies outside [0, V). On a GPU such a label is not checked, to avoid a synchronization; it
             is never read out of bounds, and its log-prob and the affected gradients become nan.
     """
-    outputs = output_names(outputs)
+    outputs, output_grads = output_names("outputs", outputs), output_names("output_grads", output_grads)
     check_settings(logit_scale, softcap, outputs, skip_tolerance, workspace_bytes, impl)
     check_head(hidden_states, lm_head_weight, labels, bias, choices=True)
     dtype = operand_dtype(hidden_states, lm_head_weight, bias)
     softcap = None if softcap is None else float(softcap)
     shard = shard_of(process_group, vocab_size, lm_head_weight, impl)
-    head = Head(float(logit_scale), softcap, outputs, float(skip_tolerance), workspace_bytes, shard, bool(entropy_grad))
+    head = Head(float(logit_scale), softcap, outputs, float(skip_tolerance), workspace_bytes, shard, output_grads)
     labels = labels.to(torch.int64)
-    by_choice = entropy_grad or labels.dim() == 2
+    by_choice = bool(output_grads) or labels.dim() == 2
     if by_choice:
         _check_choices(head, labels)
 
@@ -111,12 +111,14 @@ def _first_choice(found: TokenLogps) -> TokenLogps:
 
 
 def _check_choices(head: Head, labels: Tensor) -> None:
-    """What several labels per row and the gradient of the entropy do not work with."""
-    name = "labels" if labels.dim() == 2 else "entropy_grad"
-    value = f"shape {tuple(labels.shape)}" if name == "labels" else "True"
-    rule = f"labels must have shape ({len(labels)},)" if name == "labels" else "entropy_grad must be False"
-    if head.entropy_grad and "entropy" not in head.outputs:
-        raise ValueError(f'outputs must name "entropy" if entropy_grad is True, got {head.outputs}')
+    """What several labels per row and gradients of outputs do not work with."""
+    if labels.dim() == 2:
+        rule, value = f"labels must have shape ({len(labels)},)", f"shape {tuple(labels.shape)}"
+    else:
+        rule, value = "output_grads must be empty", str(head.output_grads)
+    for name in head.output_grads:
+        if name not in GRAD_OUTPUTS or name not in head.outputs:
+            raise ValueError(f"output_grads must be among {GRAD_OUTPUTS} and named in outputs, got {name!r}")
     if labels.dim() == 2 and labels.shape[1] == 0:
         raise ValueError(f"labels must have at least one label per row, got shape {tuple(labels.shape)}")
     if head.skip_tolerance > 0:

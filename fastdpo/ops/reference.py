@@ -47,7 +47,7 @@ def reference_linear_logps(
     values = {}
     for name in head.outputs:
         value = statistics[name]()
-        value = value if name == "entropy" and head.entropy_grad else value.detach()
+        value = value if name in head.output_grads else value.detach()
         kept = keep if value.dim() == keep.dim() else keep.any(1)
         values[name] = value.where(kept, torch.zeros_like(value))
     return TokenLogps(logps.where(keep, 0.0), **values)

@@ -103,7 +103,7 @@ def sequence_loss(
         last place of its chunk's largest gets no gradient; on a CPU its products are skipped. Differentiable once; if
         the inputs are fp32, one backward must compute all gradients.
     """
-    outputs = output_names(outputs)
+    outputs = output_names("outputs", outputs)
     check_settings(logit_scale, softcap, outputs, 0.0, workspace_bytes, impl)
     check_head(_check_adapter(hidden_states, lm_head_weight, adapter_weight), lm_head_weight, labels, bias)
     check_sequences(cu_seqlens, rows, weights, labels)

@@ -1,4 +1,4 @@
-"""Several labels per row and the gradient of the entropy in pure PyTorch, on any device, tile by tile.
+"""Several labels per row and the gradients of lse and entropy in pure PyTorch, on any device, tile by tile.
 
 In: validated tensors of one dtype. Out: the same as its counterpart in `fastdpo.ops.fused`. A label outside the
 vocabulary gives nan. Equation numbers are those of kernels/README.md.

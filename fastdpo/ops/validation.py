@@ -61,11 +61,11 @@ def check_labels(labels: Tensor, num_vocab: int) -> None:
         )
 
 
-def output_names(outputs: object) -> tuple[str, ...]:
+def output_names(argument: str, outputs: object) -> tuple[str, ...]:
     """The names of optional results, each once; a single name may stand by itself."""
     names = (outputs,) if isinstance(outputs, str) else outputs
     if not isinstance(names, list | tuple | set | frozenset | dict) or not all(isinstance(n, str) for n in names):
-        raise ValueError(f"outputs must be a sequence of names out of {TOKEN_OUTPUTS}, got {outputs!r}")
+        raise ValueError(f"{argument} must be a sequence of names out of {TOKEN_OUTPUTS}, got {outputs!r}")
     return tuple(dict.fromkeys(names))
 
 

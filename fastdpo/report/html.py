@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from fastdpo.files import write_whole
 from fastdpo.report.sections import Section
 
 _STYLE = """
@@ -55,12 +56,13 @@ footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line)
   main { padding: 1.5rem .9rem 3rem; }
   table { font-size: .84rem; }
   th, td { padding: .35rem .4rem; }
-  tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 7.9rem; }
-  table.figures td { white-space: normal; }
+  tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 6.4rem; }
+  table.figures th, table.figures td { padding: .35rem .3rem; }
+  table.figures td:not(.word) { white-space: normal; }
   table.prose tbody th { width: auto; }
   table.samples { min-width: 0; }
   table.samples th:first-child { width: 6rem; }
-  table.samples th:last-child, table.samples td:last-child { width: 5.4rem; }
+  table.samples th:last-child, table.samples td:last-child { width: 5.9rem; }
   table.samples thead th:last-child { white-space: normal; }
 }
 @media print { main { max-width: none; padding: 0; } article, figure { break-inside: avoid; } }
@@ -90,7 +92,5 @@ def write_report(path: str | os.PathLike[str], title: str, sections: Sequence[Se
     ]
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text("\n".join(parts), encoding="utf-8")
-    partial.replace(target)
+    write_whole(target, "\n".join(parts))
     return target

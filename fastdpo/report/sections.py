@@ -71,7 +71,7 @@ class Table:
             lines.append(f"<thead><tr>{head}</tr></thead>")
         lines.append("<tbody>")
         for name, *cells in self.rows:
-            figures = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+            figures = "".join(_cell(cell) for cell in cells)
             lines.append(f'<tr><th scope="row">{escape(name)}</th>{figures}</tr>')
         return "\n".join([*lines, "</tbody></table></div>", _note(self.note)])
 
@@ -161,6 +161,11 @@ def _image(figure: Any, alt: str) -> str:
     """An SVG inside the page."""
     data = base64.b64encode(svg(figure)).decode()
     return f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(alt)}">'
+
+
+def _cell(text: str) -> str:
+    """A cell of a table; a number such as 4e-07 does not wrap at its minus on narrow screens."""
+    return f"<td>{escape(text)}</td>" if " " in text else f'<td class="word">{escape(text)}</td>'
 
 
 def _note(note: str) -> str:

@@ -21,7 +21,7 @@ from fastdpo.training.settings.config import DPOConfig
 from fastdpo.training.setup.gguf_files import as_folder
 from fastdpo.training.setup.models import (
     adapter_base,
-    check_config,
+    load_config,
     load_model,
     load_tokenizer,
     readable_files,
@@ -50,7 +50,7 @@ class Loader:
         engine = self.engine_of(model)
         if self.vllm_args and engine != "vllm":
             raise ValueError(f"vllm_args must not be given with the engine {engine}, got {dict(self.vllm_args)}")
-        check_config(model, self.args.init_kwargs())
+        load_config(model, self.args.init_kwargs())
 
     def engine_of(self, model: str) -> str:
         """The engine that samples from a model: transformers or vllm."""

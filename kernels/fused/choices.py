@@ -1,4 +1,4 @@
-"""Several labels per row, and the gradient of the entropy, from blocks of logits that the matmul library makes.
+"""Several labels per row, and the gradients of lse and entropy, from blocks of logits that the matmul library makes.
 
 In: the inputs of `forward.py` and `backward.py`, with labels (T, K). Out: the chosen logits beside the statistics of
 `forward.py`, and eq. (22) over a row block times a vocabulary block. Each label is looked up in the fp32 logits that
@@ -59,7 +59,7 @@ def choice_grads(
     logit_scale,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """eq. (22), with offset = sum_k g_tk + e_t E_t and slope = e_t."""
+    """eq. (22), with offset = sum_k g_tk - l_t + e_t E_t and slope = e_t."""
     log_p = (z - lse_whole) - lse_rest
     grad = chosen - tl.exp(log_p) * (tl.maximum(log_p, EXP_FLOOR) * slope + offset)
     if HAS_SOFTCAP:

@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from peers import peer
 from peft import PeftModel
 from peft_cases import GROUPS, lora, plain_sums
 from tiny import make_llama, make_rows, make_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import fastdpo
 from fastdpo import DPOConfig, DPOTrainer, pack_pairs, packed_logps
 from fastdpo.training.callbacks.model_card import training_facts
 from fastdpo.training.callbacks.summary import summary_lines
@@ -69,6 +71,18 @@ def test_a_4_bit_base_trains_under_an_adapter(tmp_path, base, bitsandbytes, case
         again = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bits(), dtype=torch.float32)
         again = PeftModel.from_pretrained(again, tmp_path / "out").eval()
         torch.testing.assert_close(plain_sums(again), expected)
+
+
+def test_an_adapter_on_4_bits_trains_in_fp32_and_trls_in_bf16(tmp_path, base, bitsandbytes):
+    found = {}
+    for name, package in (("ours", fastdpo), ("trl", peer("trl"))):
+        model = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bits(), dtype=torch.bfloat16)
+        args = package.DPOConfig(str(tmp_path / name), use_cpu=True, bf16=False, max_steps=1, report_to="none")
+        data = {"train_dataset": Dataset.from_list(make_rows(8)), "processing_class": make_tokenizer()}
+        trainer = package.DPOTrainer(model, args=args, peft_config=lora(), **data)
+        trainer.train()
+        found[name] = {weights.dtype for weights in trainer.model.parameters() if weights.requires_grad}
+    assert found == {"ours": {torch.float32}, "trl": {torch.bfloat16}}
 
 
 def first_gradient_norm(tmp_path, base, *, asked_before):

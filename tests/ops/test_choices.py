@@ -1,4 +1,4 @@
-"""Several labels per row, and the gradient of the entropy, against plain PyTorch in fp64."""
+"""Several labels per row, and the gradients of lse and entropy, against plain PyTorch in fp64."""
 
 import re
 
@@ -22,35 +22,44 @@ def make(dtype=torch.float64, has_bias=True, device="cpu"):
     labels[2] = labels[2, 0]  # one id four times
     labels[3, -1] = V - 1
     leaves = [x.to(device, dtype).requires_grad_() for x in (hidden, weight, bias)[: 2 + has_bias]]
-    upstream = (torch.randn(T, K, generator=g).to(device, dtype), torch.randn(T, generator=g).to(device, dtype))
-    return leaves, labels.to(device), *upstream
+    upstream = [torch.randn(shape, generator=g).to(device, dtype) for shape in ((T, K), (T,), (T,))]
+    return leaves, labels.to(device), upstream
 
 
 def plain(hidden, weight, bias, labels, scale, cap):
-    """(T, K) log-probs and (T,) entropy, from the whole logits."""
+    """(T, K) log-probs, (T,) lse and (T,) entropy, from the whole logits."""
     z = hidden @ weight.T * scale if bias is None else (hidden @ weight.T + bias) * scale
     z = z if cap is None else cap * torch.tanh(z / cap)
     logps = z.log_softmax(-1)
     keep = labels != IGNORE_INDEX
-    entropy = -(logps.exp() * logps).sum(-1)
-    return logps.gather(1, labels.clamp(min=0)).where(keep, 0.0), entropy.where(keep.any(1), 0.0)
+    of_rows = [x.where(keep.any(1), 0.0) for x in (z.logsumexp(-1), -(logps.exp() * logps).sum(-1))]
+    return logps.gather(1, labels.clamp(min=0)).where(keep, 0.0), *of_rows
+
+
+GRADS = ("lse", "entropy")
+
+
+def values_of(found):
+    return found.logps, found.lse, found.entropy
+
+
+def with_gradients(inputs, values, upstream):
+    """The values, and the gradient of every input under the upstream gradients."""
+    loss = sum((value * grad.to(value.dtype)).sum() for value, grad in zip(values, upstream, strict=True))
+    return [*(value.detach() for value in values), *torch.autograd.grad(loss, inputs)]
 
 
 @pytest.mark.parametrize("impl", ["reference", "tiled", "auto"])
 @pytest.mark.parametrize(("scale", "cap", "has_bias"), [(1.0, None, True), (0.5, 3.0, True), (-1.5, None, False)])
 @pytest.mark.parametrize("workspace_bytes", [None, 4096])
 def test_values_and_gradients_are_those_of_plain_pytorch(impl, scale, cap, has_bias, workspace_bytes):
-    leaves, labels, g, e = make(has_bias=has_bias)
+    leaves, labels, upstream = make(has_bias=has_bias)
     hidden, weight, bias = (*leaves, None)[:3]
     settings = {"bias": bias, "logit_scale": scale, "softcap": cap, "impl": impl, "workspace_bytes": workspace_bytes}
-    found = linear_logps(hidden, weight, labels, outputs="entropy", entropy_grad=True, **settings)
-    logps, entropy = plain(hidden, weight, bias, labels, scale, cap)
-    torch.testing.assert_close(found.logps, logps, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(found.entropy, entropy, rtol=1e-11, atol=1e-11)
-    ours = torch.autograd.grad((found.logps * g).sum() + (found.entropy * e).sum(), leaves)
-    exact = torch.autograd.grad((logps * g).sum() + (entropy * e).sum(), leaves)
-    for mine, wanted in zip(ours, exact, strict=True):
-        torch.testing.assert_close(mine, wanted, rtol=1e-10, atol=1e-10)
+    found = linear_logps(hidden, weight, labels, outputs=GRADS, output_grads=GRADS, **settings)
+    ours = with_gradients(leaves, values_of(found), upstream)
+    exact = with_gradients(leaves, plain(hidden, weight, bias, labels, scale, cap), upstream)
+    torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
 
 
 @pytest.fixture
@@ -74,17 +83,15 @@ def small_blocks(monkeypatch):
     ],
 )
 def test_low_precision_errs_at_most_twice_as_much_as_plain_pytorch(dtype, impl, scale, cap, has_bias, small_blocks):
-    leaves, labels, g, e = make(dtype, has_bias, DEVICE if impl == "triton" else "cpu")
+    leaves, labels, upstream = make(dtype, has_bias, DEVICE if impl == "triton" else "cpu")
     doubles = [x.detach().double().requires_grad_() for x in leaves]
-
-    def results(inputs, logps, entropy):
-        grads = torch.autograd.grad((logps * g.to(logps.dtype)).sum() + (entropy * e.to(logps.dtype)).sum(), inputs)
-        return [x.detach() for x in (logps, entropy, *grads)]
-
     settings = {"bias": (*leaves, None)[2], "logit_scale": scale, "softcap": cap, "impl": impl}
-    found = linear_logps(*leaves[:2], labels, outputs="entropy", entropy_grad=True, workspace_bytes=16384, **settings)
-    ours = results(leaves, found.logps, found.entropy)
-    half, exact = (results(inputs, *plain(*(*inputs, None)[:3], labels, scale, cap)) for inputs in (leaves, doubles))
+    found = linear_logps(*leaves[:2], labels, outputs=GRADS, output_grads=GRADS, workspace_bytes=16384, **settings)
+    ours = with_gradients(leaves, values_of(found), upstream)
+    half, exact = (
+        with_gradients(inputs, plain(*(*inputs, None)[:3], labels, scale, cap), upstream)
+        for inputs in (leaves, doubles)
+    )
     assert_as_exact(ours, half, exact)
 
 
@@ -107,13 +114,12 @@ def test_the_kernels_take_more_labels_than_a_program_does_at_once():
 def test_workspace_full_of_nan_changes_nothing_of_the_kernels(monkeypatch):
     from fastdpo.kernels import forward, launch, library
 
-    leaves, labels, g, e = make(torch.float32, device=DEVICE)
+    leaves, labels, upstream = make(torch.float32, device=DEVICE)
 
     def results():
-        head = {"bias": leaves[2], "outputs": ("entropy", "is_top1"), "entropy_grad": True, "impl": "triton"}
+        head = {"bias": leaves[2], "outputs": (*GRADS, "is_top1"), "output_grads": GRADS, "impl": "triton"}
         found = linear_logps(*leaves[:2], labels, **head)
-        grads = torch.autograd.grad((found.logps * g).sum() + (found.entropy * e).sum(), leaves)
-        return [found.logps, found.entropy, found.is_top1, *grads]
+        return [found.is_top1, *with_gradients(leaves, values_of(found), upstream)]
 
     before = results()
     for module in (forward, launch, library):
@@ -130,7 +136,7 @@ def test_a_label_outside_the_vocabulary_makes_its_row_nan_in_the_kernels():
     from fastdpo.ops.gradients import head_gradients
     from fastdpo.ops.head import Head, SplitLse, choice_rows
 
-    (hidden, weight, bias), labels, g, _ = make(torch.float32, device=DEVICE)
+    (hidden, weight, bias), labels, (g, *_) = make(torch.float32, device=DEVICE)
     hidden, weight, bias = (x.detach() for x in (hidden, weight, bias))
     labels[7, 1] = V
     labels[9, 2] = -5
@@ -138,7 +144,7 @@ def test_a_label_outside_the_vocabulary_makes_its_row_nan_in_the_kernels():
     assert chosen.isnan().nonzero().tolist() == [[0, 0], [0, 1], [0, 2], [0, 3], [1, 2], [7, 1], [9, 2]]
     values = fused_choice_forward(hidden, weight, bias, labels, Head())
     assert values["logps"].isnan().nonzero().tolist() == [[7, 1], [9, 2]]
-    rows = choice_rows(g, None, None, SplitLse(values["lse_whole"], values["lse_rest"]), labels, V, torch.float32)
+    rows = choice_rows(g, None, None, None, SplitLse(values["lse_whole"], values["lse_rest"]), labels, V, torch.float32)
     tiles = FusedChoiceGrads(hidden, weight, bias, labels, rows, Head())
     grad_hidden, *_ = head_gradients(tiles, hidden, weight, torch.float32, None, None)
     assert grad_hidden.isnan().all(1).nonzero()[:, 0].tolist() == [7, 9]
@@ -146,15 +152,17 @@ def test_a_label_outside_the_vocabulary_makes_its_row_nan_in_the_kernels():
 
 
 @pytest.mark.parametrize("impl", ["reference", "tiled"])
-def test_a_frozen_head_and_one_label_per_row_give_the_entropy_a_gradient(impl):
-    (hidden, weight, _), labels, _, e = make()
+@pytest.mark.parametrize("name", GRADS)
+def test_a_frozen_head_and_one_label_per_row_give_one_output_alone_a_gradient(impl, name):
+    (hidden, weight, _), labels, (*_, upstream) = make()
     weight = weight.detach()
-    found = linear_logps(hidden, weight, labels[:, 0], outputs=("lse", "entropy"), entropy_grad=True, impl=impl)
+    found = linear_logps(hidden, weight, labels[:, 0], outputs=GRADS, output_grads=name, impl=impl)
     assert found.logps.shape == (T,)
-    assert not found.lse.requires_grad
-    (ours,) = torch.autograd.grad((found.entropy * e).sum(), hidden)
-    _, entropy = plain(hidden, weight, None, labels[:, :1], 1.0, None)
-    torch.testing.assert_close(ours, torch.autograd.grad((entropy * e).sum(), hidden)[0], rtol=1e-10, atol=1e-10)
+    assert [getattr(found, output).requires_grad for output in GRADS] == [output == name for output in GRADS]
+    (ours,) = torch.autograd.grad(getattr(found, name), hidden, upstream)
+    _, *expected = plain(hidden, weight, None, labels[:, :1], 1.0, None)
+    (exact,) = torch.autograd.grad(expected[GRADS.index(name)], hidden, upstream)
+    torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
@@ -177,7 +185,7 @@ def test_nothing_of_the_size_of_the_logits_is_saved_for_backward():
     (hidden, weight, bias), labels, *_ = make()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        linear_logps(hidden, weight, labels, bias=bias, outputs="entropy", entropy_grad=True)
+        linear_logps(hidden, weight, labels, bias=bias, outputs=GRADS, output_grads=GRADS)
     assert saved
     assert max(saved) == V * H  # the head itself; logits would be T x V = 4,847
 
@@ -186,11 +194,11 @@ def test_nothing_of_the_size_of_the_logits_is_saved_for_backward():
 def test_no_rows_give_no_log_probs_and_zero_gradients(impl):
     hidden, weight = torch.zeros(0, H, requires_grad=True), torch.ones(V, H, requires_grad=True)
     labels = torch.zeros(0, K, dtype=torch.int64)
-    found = linear_logps(hidden, weight, labels, outputs="entropy", entropy_grad=True, impl=impl)
+    found = linear_logps(hidden, weight, labels, outputs=GRADS, output_grads=GRADS, impl=impl)
     assert found.logps.shape == (0, K)
-    grads = torch.autograd.grad(found.logps.sum() + found.entropy.sum(), (hidden, weight))
+    grads = torch.autograd.grad(sum(value.sum() for value in values_of(found)), (hidden, weight))
     assert [float(grad.abs().sum()) for grad in grads] == [0.0, 0.0]
-    one = linear_logps(hidden, weight, labels[:, 0], outputs="entropy", entropy_grad=True, impl=impl)
+    one = linear_logps(hidden, weight, labels[:, 0], outputs=GRADS, output_grads=GRADS, impl=impl)
     assert one.logps.shape == (0,)
 
 
@@ -198,7 +206,14 @@ def test_no_rows_give_no_log_probs_and_zero_gradients(impl):
     ("change", "message"),
     [
         ({"skip_tolerance": 0.1}, "labels must have shape (37,) with skip_tolerance"),
-        ({"entropy_grad": True}, 'outputs must name "entropy"'),
+        (
+            {"output_grads": "entropy"},
+            "output_grads must be among ('lse', 'entropy') and named in outputs, got 'entropy'",
+        ),
+        (
+            {"outputs": "mean_logits", "output_grads": "mean_logits"},
+            "output_grads must be among ('lse', 'entropy') and named in outputs, got 'mean_logits'",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change, message):

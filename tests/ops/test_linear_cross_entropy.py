@@ -255,9 +255,23 @@ def test_smoothed_and_soft_targets_are_as_exact_as_plain_pytorch(impl, dtype, ki
     exact = run(whole, [x.detach().double().requires_grad_() for x in leaves], target, **settings)
     ours = run(linear_cross_entropy, leaves, target, **settings, impl=impl)
     assert ours[0].dtype == torch.float32
-    # with probabilities, the bias of the class that gives the lse gets a difference of two sums over N rows of 1
-    floor = 1e-7 if kind == "smoothed" else 2**-22 * N / float(exact[3].norm())
-    assert_as_exact(ours, run(careful, leaves, target, **settings), exact, floor)
+    assert_as_exact(ours, run(careful, leaves, target, **settings), exact)
+
+
+def test_autocast_rounds_the_operands_of_smoothed_labels_and_leaves_probabilities_as_they_are():
+    leaves, target, _ = make(dtype=torch.float32)
+    shares = torch.randn(N, V, generator=torch.Generator().manual_seed(1)).softmax(-1)
+
+    def under_autocast(function):  # forward alone, as torch wants it
+        return torch.autocast("cpu", torch.bfloat16)(function)
+
+    ours, theirs = under_autocast(linear_cross_entropy), under_autocast(plain)
+    smoothed, half = (run(f, leaves, target, label_smoothing=0.1) for f in (ours, theirs))
+    soft = run(ours, leaves, shares)
+    exact = run(plain, [x.detach().double().requires_grad_() for x in leaves], target, label_smoothing=0.1)
+    assert_as_exact(smoothed, half, exact)
+    for a, b in zip(soft, run(linear_cross_entropy, leaves, shares), strict=True):  # the same computation
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -343,6 +357,7 @@ def test_softcap_and_scale_reach_the_op():
         ((X, W, Y), {"reduction": "avg"}, r"reduction must be one of \('mean', 'sum', 'none'\), got 'avg'"),
         ((X, W, Y), {"label_smoothing": 1.1}, r"label_smoothing must be in \[0, 1\], got 1.1"),
         ((X, W, Y), {"label_smoothing": 0.1, "softcap": 3.0}, "softcap must be None with label_smoothing or class"),
+        ((X, W, Y), {"label_smoothing": 0.1, "skip_tolerance": 0.1}, "skip_tolerance must be 0.0 with label_smoothing"),
         ((X, W, torch.zeros(4, 7)), {"logit_scale": 2.0}, "logit_scale must be 1.0 with label_smoothing or class"),
         ((X, W, Y), {"options": object()}, "options must be None or a torch.nn.LinearCrossEntropyOptions, got <object"),
         (

@@ -123,21 +123,12 @@ def _vocab_size(text: str) -> int:
 
 
 def _fields_of(model: str) -> dict[str, Any]:
-    from transformers import AutoConfig
+    from fastdpo.training.setup.models import load_config
 
-    from fastdpo.data.sources.nearest import check_model_folder
-    from fastdpo.training.setup.models import readable_files
-
-    check_model_folder("model", model)
-    folder = str(Path(model).parent) if model.endswith("config.json") else model
     try:
-        with readable_files("model", folder):
-            config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"model must be one of {', '.join(PRESETS)}, or a folder or name with a config, got {model!r}: {reason}"
-        ) from None
+        config = load_config(str(Path(model).parent) if model.endswith("config.json") else model)
+    except ValueError as error:
+        raise ValueError(f"{error}; the shapes without a folder are {', '.join(PRESETS)}") from None
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 1)
     return {
@@ -147,5 +138,5 @@ def _fields_of(model: str) -> dict[str, Any]:
         "num_heads": heads,
         "num_kv_heads": getattr(text, "num_key_value_heads", None) or heads,
         "vocab_size": text.vocab_size,
-        "model": str(Path(model).parent) if model.endswith("config.json") else model,
+        "model": config.name_or_path,
     }

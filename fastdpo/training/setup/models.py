@@ -59,7 +59,7 @@ def resolve_model(
         raise ValueError(f"model must be a model or the name of one, got {model!r}")
     init_kwargs = args.init_kwargs()
     if isinstance(model, str):
-        check_config(model, init_kwargs)
+        load_config(model, init_kwargs)  # to refuse it before a tokenizer or weights are loaded
     tokenizer = resolve_tokenizer(model, tokenizer, args)
     if isinstance(model, str):
         if quantization_config is not None and "quantization_config" in init_kwargs:
@@ -120,19 +120,24 @@ def model_name(model: str | nn.Module) -> str:
     return model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
 
 
-def check_config(name: str, init_kwargs: dict[str, Any]) -> None:
-    """Checks the config of a model, or of an adapter's base model, without loading weights.
+def load_config(name: str, init_kwargs: dict[str, Any] | None = None, option: str = "model") -> Any:
+    """The config of a model, or of an adapter's base model, without loading weights.
 
+    Args:
+        option: the setting that names the model, for errors.
     Raises:
         ValueError: the model does not exist, or it has no causal LM.
     """
-    check_model_folder("model", name)
-    base = as_folder(adapter_base(name) or name)
+    check_model_folder(option, name)
+    base = as_folder(adapter_base(name) or name, option)
     try:
-        with readable_files("model", base):
-            check_kind(AutoConfig.from_pretrained(base, **where_from(init_kwargs)), base)
-    except OSError as error:
-        raise ValueError(_no_model(base, error)) from error
+        with readable_files(option, base):
+            config = AutoConfig.from_pretrained(base, **where_from(init_kwargs))
+    except (OSError, ValueError) as error:
+        of_adapter = "" if adapter_base(name) is None else f" (the base of the adapter {name})"
+        raise ValueError(_no_model(base, error, option, of_adapter)) from error
+    check_kind(config, base)
+    return config
 
 
 def check_json_files(folder: str) -> None:
@@ -158,8 +163,8 @@ def _too_deep(folder: str) -> ValueError:
     return ValueError(f"the JSON files of {folder!r} must not nest their values so deeply")
 
 
-def _no_model(name: str, error: Exception) -> str:
-    return f"model must be a local directory or a model name on the Hub, got {name!r}: {error}"
+def _no_model(name: str, error: Exception, option: str = "model", what: str = "") -> str:
+    return f"{option} must be a local directory or a model name on the Hub, got {name!r}{what}: {error}"
 
 
 def adapter_base(name: str) -> str | None:

