@@ -28,7 +28,7 @@ from shared import pages
 from fastdpo.alignment.task import SIZES, Task, cached_task
 from fastdpo.evidence.bench.measure import append_lines, machine_facts
 from fastdpo.evidence.bench.records import Record, machine_of, read
-from fastdpo.modeling.packed import unprepare_model
+from fastdpo.modeling.prepared import unprepare_model
 
 RESULTS, PAGE = pages.RESULTS / "converging.jsonl", pages.DOCS / "converging.md"
 PICTURE = pages.DOCS / "pictures" / "converging.svg"

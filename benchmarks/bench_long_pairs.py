@@ -25,8 +25,8 @@ from fastdpo import TokenizedPair, pack_pairs
 from fastdpo.evidence.bench.measure import append_lines, machine_facts
 from fastdpo.evidence.memory import peak_live_bytes
 from fastdpo.modeling import packed_loss, prepare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.modeling.offload import DryCopies, PlainCopies, offload_checkpoints
-from fastdpo.modeling.packed import bare_model
 from fastdpo.modeling.tiles import use_tiles
 from fastdpo.training.memory.dry_run import RowShape, dry_step, fake_mode, shape_only
 

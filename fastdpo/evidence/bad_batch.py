@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.modeling.packed import packed_logps, run_mixers_packed
+from fastdpo.modeling.packed import packed_logps
+from fastdpo.modeling.prepared import run_mixers_packed
 from fastdpo.types import PackedBatch
 
 

@@ -26,7 +26,8 @@ from fastdpo.evidence.problems import relative_error
 from fastdpo.modeling.attention import BACKENDS, UnsupportedAttention
 from fastdpo.modeling.backbone import text_ids
 from fastdpo.modeling.head import lm_head
-from fastdpo.modeling.packed import packed_logps, packed_loss, prepare_model
+from fastdpo.modeling.packed import packed_logps, packed_loss
+from fastdpo.modeling.prepared import prepare_model
 from fastdpo.modeling.self_check import check_packing, whole_fp32_products
 from fastdpo.types import PackedBatch, TokenizedPair
 

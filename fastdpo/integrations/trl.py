@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.modeling.head import lm_head
-from fastdpo.modeling.packed import bare_model
 from fastdpo.ops import linear_logps
 from fastdpo.types import IGNORE_INDEX
 

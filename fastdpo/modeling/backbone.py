@@ -1,7 +1,7 @@
 """Finds the part of a model that is trained on text: the decoder whose last hidden state is the input of the LM head.
 
-In: a bare causal LM, or a multimodal model with a causal LM inside. Out: that decoder, the other towers, and the ids
-that stand for text. Refused: models without such a decoder, or without an LM head.
+In: a causal LM, bare or wrapped, or a multimodal model with a causal LM inside. Out: the bare model, that decoder, the
+other towers, and the ids that stand for text. Refused: models without such a decoder, or without an LM head.
 """
 
 from __future__ import annotations
@@ -17,6 +17,21 @@ from fastdpo.modeling.head import num_output_ids
 _PLACEHOLDER = re.compile(r"_token_(id|index)$")  # fields of composite configs: image_token_id, audio_token_index, ...
 _OF_TOWERS = ("vision_config", "audio_config")  # parts of a decoder's config that are not of its text
 _OF_TEXT = frozenset({"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id"})
+
+
+def bare_model(model: Any) -> Any:
+    """The Hugging Face model inside DDP, FSDP, torch.compile and PEFT wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        elif hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod
+        elif isinstance(inner := getattr(model, "module", None), nn.Module) and not hasattr(
+            type(model), "get_output_embeddings"
+        ):
+            model = inner  # DDP, FSDP1, DeepSpeed, whose engine has the model's attributes
+        else:
+            return model
 
 
 def text_config(model: Any) -> Any:

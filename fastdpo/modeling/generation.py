@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.data.tokens.tokenization import padding_id
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 
 
 @torch.no_grad()

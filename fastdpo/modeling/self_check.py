@@ -27,20 +27,13 @@ from torch import Tensor, nn
 from fastdpo.data.batches.packing import pack_pairs, pad_pairs
 from fastdpo.modeling.attention import BACKENDS, MASKS, Observed, UnsupportedAttention, can_do_without, observed
 from fastdpo.modeling.attention.check import attention_fault, scores_note
-from fastdpo.modeling.backbone import text_config, text_ids
+from fastdpo.modeling.backbone import bare_model, text_config, text_ids
 from fastdpo.modeling.head import execution_device
 from fastdpo.modeling.head_check import before_head, check_causal
 from fastdpo.modeling.mixers import mixers_of
-from fastdpo.modeling.packed import (
-    attention_backend,
-    bare_model,
-    give_masks,
-    packed_logps,
-    prepare_model,
-    prepared_state,
-    run_mixers_packed,
-)
+from fastdpo.modeling.packed import packed_logps
 from fastdpo.modeling.positions import short_scales
+from fastdpo.modeling.prepared import attention_backend, give_masks, prepare_model, prepared_state, run_mixers_packed
 from fastdpo.modeling.vocab_rows import is_dtensor
 from fastdpo.types import TokenizedPair
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from fastdpo.data.batches.layout import lay_out
 from fastdpo.data.batches.packing import pack_layouts
 from fastdpo.data.batches.shares import with_shares
-from fastdpo.modeling.backbone import text_ids
+from fastdpo.modeling.backbone import bare_model, text_ids
 from fastdpo.modeling.head import execution_device
 from fastdpo.modeling.mixers import mixers_of
-from fastdpo.modeling.packed import bare_model, packed_logps, prepare_model, prepared_state
+from fastdpo.modeling.packed import packed_logps
+from fastdpo.modeling.prepared import prepare_model, prepared_state
 from fastdpo.modeling.self_check import PackingCheck, in_fp32_where_it_fits, whole_fp32_products
 from fastdpo.modeling.sequence_group import SequenceGroup
 from fastdpo.types import PackedBatch, TokenizedPair

@@ -18,8 +18,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.modeling.head import resident
-from fastdpo.modeling.packed import bare_model
 from fastdpo.modeling.vocab_rows import is_dtensor
 
 CACHE_VERSION = 1  # of the meaning of keys and the format of stored log-probs

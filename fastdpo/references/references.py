@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.modeling import packed_logps
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.references.adapters import as_reference
 from fastdpo.types import PackedBatch
 

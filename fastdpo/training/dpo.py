@@ -20,7 +20,8 @@ from fastdpo.data.prepare import Report, prepare_preference_dataset
 from fastdpo.losses import LOSSES, is_listwise, looks_at_whole_batch, pair_scores, preference_losses
 from fastdpo.metrics import metrics_of_tokens, pair_metrics, token_statistics
 from fastdpo.modeling import packed_logps, packed_loss
-from fastdpo.modeling.packed import LossOfSums, summed_statistics
+from fastdpo.modeling.packed import summed_statistics
+from fastdpo.modeling.packed_forward import LossOfSums
 from fastdpo.references import AdapterReference, DatasetReference, NoReference, Reference
 from fastdpo.references.adapters import (
     brings_reference,

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from fastdpo.data.prepare import Report, prepare_preference_dataset
 from fastdpo.modeling import check_packing, prepare_model
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.references.precompute import Filled, fill_ref_logps
 from fastdpo.references.rows import with_ref_logps
 from fastdpo.training.inputs.prepared_rows import check_rows

@@ -11,7 +11,8 @@ from tiny import make_llama
 
 from fastdpo.data.batches.packing import pack_pairs
 from fastdpo.losses import LOSSES, pair_scores, preference_losses
-from fastdpo.modeling.packed import packed_logps, prepare_model
+from fastdpo.modeling.packed import packed_logps
+from fastdpo.modeling.prepared import prepare_model
 from fastdpo.training import DPOConfig
 from fastdpo.training.inputs.collator import PackingCollator, microbatches_of
 from fastdpo.types import PackedBatch, TokenizedGroup

@@ -17,7 +17,7 @@ from fastdpo.modeling import check_packing
 from fastdpo.modeling.attention import Observed, UnsupportedAttention, observed
 from fastdpo.modeling.attention.backends import CallShape
 from fastdpo.modeling.attention.check import attention_fault, scores_note
-from fastdpo.modeling.packed import prepared_state
+from fastdpo.modeling.prepared import prepared_state
 
 
 class WrongGradient(torch.autograd.Function):

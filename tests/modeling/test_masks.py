@@ -33,7 +33,7 @@ from fastdpo.modeling.attention import PACKED_ATTENTIONS, PackedLayout, masks_of
 from fastdpo.modeling.attention.masks import carried, limits_of, only_picked, packed_mask
 from fastdpo.modeling.mixers import MixerRows, mixers_of
 from fastdpo.modeling.mixers.adapter import run_sequences
-from fastdpo.modeling.packed import prepared_state
+from fastdpo.modeling.prepared import prepared_state
 
 SMALL = {
     "vocab_size": 67,

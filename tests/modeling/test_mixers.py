@@ -11,11 +11,11 @@ from hybrids import HYBRIDS, WholeDoubles, build_hybrid
 from test_packed_logps import GROUPS, MODELS, VOCAB, assert_same, build, gradients, separate_sums
 
 from fastdpo import TokenizedGroup, TokenizedPair, pack_pairs, packed_logps, pad_pairs
-from fastdpo.modeling import check_packing, packed
+from fastdpo.modeling import check_packing, prepared
 from fastdpo.modeling.mixers import adapter, mixers_of
 from fastdpo.modeling.mixers.adapter import run_with_boundaries
 from fastdpo.modeling.mixers.rows import MixerRows
-from fastdpo.modeling.packed import unprepare_model
+from fastdpo.modeling.prepared import unprepare_model
 
 SHARING = [pytest.param(True, id="shared"), pytest.param(False, id="unshared", marks=pytest.mark.slow)]
 
@@ -162,7 +162,7 @@ def test_taking_the_packed_branch_out_takes_the_adapters_out_and_they_are_not_lo
     before = packed_logps(model, pack_pairs(GROUPS)).chosen
     unprepare_model(model)
     assert not [name for name, module in model.named_modules() if "forward" in module.__dict__]
-    monkeypatch.setattr(packed, "find_mixers", lambda *_: pytest.fail("looked for again"))
+    monkeypatch.setattr(prepared, "find_mixers", lambda *_: pytest.fail("looked for again"))
     torch.testing.assert_close(packed_logps(model, pack_pairs(GROUPS)).chosen, before)
 
 

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fastdpo import TokenizedGroup, TokenizedPair, pack_pairs, packed_logps, pad_pairs, prepare_model
 from fastdpo.modeling import check_packing
-from fastdpo.modeling.packed import unprepare_model
+from fastdpo.modeling.prepared import unprepare_model
 
 VOCAB = 67
 SMALL = {

@@ -7,8 +7,8 @@ from test_packed_logps import GROUPS, assert_same
 
 from fastdpo import TokenizedPair, pack_pairs, prepare_model
 from fastdpo.modeling import attention, check_packing, self_check
-from fastdpo.modeling.packed import prepared_state
 from fastdpo.modeling.positions import counting_tables, layers_with_counting_biases, short_scales, told_positions
+from fastdpo.modeling.prepared import prepared_state
 
 BART = {
     "vocab_size": 67,

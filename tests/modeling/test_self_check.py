@@ -14,9 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from varlen_emulation import EmulatedVarlen, varlen_attn_2_13
 
 from fastdpo import pack_pairs, prepare_model
-from fastdpo.modeling import check_packing, packed
+from fastdpo.modeling import check_packing, prepared
 from fastdpo.modeling.backbone import text_ids
-from fastdpo.modeling.packed import attention_backend
+from fastdpo.modeling.prepared import attention_backend
 
 
 def test_it_says_what_attention_the_run_will_have_why_and_how_long_it_took():
@@ -142,7 +142,7 @@ def test_a_model_whose_products_are_rounded_is_packed_all_the_same(num_layers, b
 
 @pytest.mark.parametrize("bits", [10, 7])
 def test_rounding_does_not_hide_what_a_model_does_wrong(bits, monkeypatch):
-    monkeypatch.setattr(packed, "find_mixers", lambda *_: None)  # so that its convolutions leak
+    monkeypatch.setattr(prepared, "find_mixers", lambda *_: None)  # so that its convolutions leak
     leaking = build_hybrid("lfm2", spread=0.0, initializer_range=0.2)
     scaled = deep_model(12, 0)
     forward = scaled.lm_head.forward

@@ -11,7 +11,7 @@ from fastdpo import TokenizedPair, pack_pairs
 from fastdpo.data.batches.packing import pad_pairs
 from fastdpo.evidence.memory import peak_live_bytes
 from fastdpo.modeling import packed_logps, packed_loss, prepare_model
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.modeling.tiles import auto_tile_rows, remove_tiles, tiles_of, use_tiles
 from fastdpo.modeling.tiles.run import RowLeaves, run_in_tiles
 

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from fastdpo import DPOTrainer
 from fastdpo.data.prepare import group_from_columns, prepare_preference_dataset
 from fastdpo.data.tokens.tokenization import TokenizationSettings
-from fastdpo.modeling.packed import unprepare_model
+from fastdpo.modeling.prepared import unprepare_model
 
 # A plain loop: padded, full logits, no packing, written without fastdpo's engine
 

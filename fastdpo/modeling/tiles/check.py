@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.data.batches.packing import pack_pairs, pad_pairs
-from fastdpo.modeling.backbone import text_config, text_ids
+from fastdpo.modeling.backbone import bare_model, text_config, text_ids
 from fastdpo.modeling.head import execution_device
-from fastdpo.modeling.packed import bare_model, packed_logps
+from fastdpo.modeling.packed import packed_logps
 from fastdpo.modeling.tiles.install import Tiles, auto_tile_rows, install_tiles, remove_tiles, tile_rows_of
 from fastdpo.modeling.tiles.trial import find_tiles
 from fastdpo.types import PackedBatch, TokenizedPair

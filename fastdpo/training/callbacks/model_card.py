@@ -17,8 +17,7 @@ from huggingface_hub import ModelCardData
 from torch import nn
 from transformers import TrainerCallback
 
-from fastdpo.modeling.backbone import is_composite
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model, is_composite
 from fastdpo.references.adapters import is_peft_model
 from fastdpo.training.callbacks.log_history import RESULTS, logs_by_source
 from fastdpo.training.run import Run

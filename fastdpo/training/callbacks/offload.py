@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.modeling.offload import CudaCopies, PlainCopies, offload_checkpoints
-from fastdpo.modeling.packed import bare_model
 
 
 class OffloadAtStart(TrainerCallback):

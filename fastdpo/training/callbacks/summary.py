@@ -14,8 +14,7 @@ from rich.text import Text
 
 from fastdpo.data.terminal import make_console
 from fastdpo.data.visible import visible
-from fastdpo.modeling.backbone import tower_names
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model, tower_names
 from fastdpo.modeling.tiles import tiles_of
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.references.adapters import is_peft_model

@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
 
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.references import AdapterReference
 from fastdpo.references.cache import LogpsCache
 from fastdpo.references.precompute import Scorer, fill_ref_logps, lacks_ref_logps

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from fastdpo.data.prepare import Report
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.training.setup.models import check_lengths, check_token_ids
 from fastdpo.training.setup.rotary import warn_of_mixed_lengths
 

@@ -21,7 +21,7 @@ from fastdpo.data.rows.columns import column_features
 from fastdpo.data.sources.arrow import arrow_column
 from fastdpo.data.sources.loading import dataset_from_rows
 from fastdpo.data.streaming import checked_stream
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.training.setup.models import learned_positions
 from fastdpo.types import TokenizedGroup
 

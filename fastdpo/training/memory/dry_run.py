@@ -25,11 +25,11 @@ from torch.utils._pytree import tree_leaves
 
 from fastdpo.data.batches.varlen import varlen_layout
 from fastdpo.modeling.attention.call import PackedLayout
-from fastdpo.modeling.backbone import backbone
+from fastdpo.modeling.backbone import backbone, bare_model
 from fastdpo.modeling.embedding import EmbeddingGradient
 from fastdpo.modeling.head import lm_head
 from fastdpo.modeling.mixers import MixerRows, mixers_of
-from fastdpo.modeling.packed import bare_model, is_prepared, unprepare_model
+from fastdpo.modeling.prepared import is_prepared, unprepare_model
 from fastdpo.modeling.tiles import find_tiles, install_tiles, only_first_tiles
 from fastdpo.training.memory.dry_ops import DryExperts, DryGroup, dry_attention, head_loss
 from fastdpo.training.memory.folding import Fold, Marks, decoder_layers, only_folded, peak_of, unfolded_peak

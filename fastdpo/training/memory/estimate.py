@@ -19,8 +19,8 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.modeling.offload import DryCopies, offload_checkpoints
-from fastdpo.modeling.packed import bare_model
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.training.memory.dry_run import StepPeak, dry_step, fake_mode, shape_only
 from fastdpo.training.memory.largest_batch import is_measured_later, largest_in_order, largest_microbatch

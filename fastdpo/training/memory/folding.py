@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from fastdpo.modeling.backbone import backbone, text_config
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import backbone, bare_model, text_config
 
 # Layers that run: the first and the last differ from the others. With checkpoints in host memory, the first two and the
 # last two do.

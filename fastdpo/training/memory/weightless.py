@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdpo.modeling.backbone import freeze_towers
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model, freeze_towers
 from fastdpo.training.memory.estimate import BYTES_IN_4_BIT
 from fastdpo.training.setup.adapter_targets import on_text_layers
 from fastdpo.training.setup.model_kinds import auto_class

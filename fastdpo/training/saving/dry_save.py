@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.references.adapters import REFERENCE_ADAPTER, is_peft_model
 from fastdpo.training.run import Run
 from fastdpo.training.saving.saved import SavedModel

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.references.adapters import is_peft_model
 from fastdpo.training.saving.progress import load_progress
 from fastdpo.training.setup.checkpoint_keys import check_all_loaded

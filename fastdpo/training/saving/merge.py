@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.training.saving.saved import SavedModel
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.models import adapter_base, load_model, load_tokenizer

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from fastdpo.modeling.backbone import is_composite
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model, is_composite
 from fastdpo.references.adapters import is_peft_model
 from fastdpo.training.run import Run
 from fastdpo.training.setup.checkpoint_keys import check_all_loaded

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import set_seed
 
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.modeling.vocab_rows import is_dtensor
 
 _STYLES = (None, "colwise", "rowwise", "colwise_gather_output")  # of layers with an adapter; None: not cut

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdpo.metrics import SumAndWeight
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.modeling.router import has_load_balancing
 
 

@@ -24,8 +24,7 @@ from fastdpo.data.sources.arrow import arrow_column
 from fastdpo.data.sources.nearest import check_model_folder
 from fastdpo.data.tokens.chat.templates import give_template
 from fastdpo.data.tokens.tokenization import padding_id
-from fastdpo.modeling.backbone import backbone, freeze_towers, tower_names
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import backbone, bare_model, freeze_towers, tower_names
 from fastdpo.training.settings.checks import load_whole_models
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.checkpoint_keys import check_all_loaded

@@ -23,7 +23,8 @@ from fastdpo.data.sources.nearest import check_model_folder
 from fastdpo.data.tokens.tokenization import padding_id
 from fastdpo.losses import losses_where
 from fastdpo.modeling import prepare_model
-from fastdpo.modeling.packed import bare_model, unprepare_model
+from fastdpo.modeling.backbone import bare_model
+from fastdpo.modeling.prepared import unprepare_model
 from fastdpo.modeling.vocab_rows import local
 from fastdpo.references import AdapterReference, FrozenReference
 from fastdpo.references.adapters import (

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.utils import logging
 
 from fastdpo.data.batches.lengths import row_lengths
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 
 logger = logging.get_logger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.modeling.sequence_group import SequenceGroup
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.rotary import length_dependent_rope

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.training.settings.engine import EngineConfig
 
 _SUMMED = "replicated_with_grad_allreduce"  # style of weights that each process uses for its own heads

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.modeling.tiles import use_tiles
 
 logger = logging.get_logger(__name__)

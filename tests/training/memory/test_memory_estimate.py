@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastdpo import DPOConfig, DPOTrainer, TokenizedPair, pack_pairs
 from fastdpo.evidence.memory import peak_live_bytes
 from fastdpo.modeling import packed_loss, prepare_model
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.modeling.tiles import use_tiles
 from fastdpo.training.callbacks.summary import summary_lines
 from fastdpo.training.memory import estimate as memory

@@ -74,17 +74,17 @@ def test_padding_at_the_end_of_a_packed_row_is_no_part_of_any_branch():
 
 
 def test_the_head_op_gets_the_settings_that_are_its_own(tmp_path, monkeypatch):
-    from fastdpo.modeling import packed
+    from fastdpo.modeling import packed_forward
 
     seen = []
     for name in ("sequence_logps", "sequence_loss"):
-        real = getattr(packed, name)
+        real = getattr(packed_forward, name)
 
         def spy(*args, _real=real, _name=name, **settings):
             seen.append((_name, settings.get("skip_tolerance", 0.0), settings["workspace_bytes"]))
             return _real(*args, **settings)
 
-        monkeypatch.setattr(packed, name, spy)
+        monkeypatch.setattr(packed_forward, name, spy)
     tiny_trainer(tmp_path, max_steps=1, workspace_bytes=12345).train()
     assert {workspace for *_, workspace in seen[-2:]} == {12345}  # the reference, and then the policy
     assert seen[-1][0] == "sequence_loss"

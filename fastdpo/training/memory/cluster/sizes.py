@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdpo.modeling.packed import bare_model
+from fastdpo.modeling.backbone import bare_model
 from fastdpo.training.setup.model_kinds import text_part
 
 
