@@ -216,13 +216,14 @@ def _show_longest(
 ) -> None:
     console.print(_table(timed, config))
     console.print(
-        "longest pair: tokens of prompt and both responses; the prompt counts once and is half of them, so the longer"
-        " sequence has three quarters. Shorter pairs are packed into micro-batches of this size. Sizes are in GB (10**9"
-        f" bytes) at this length; {1 - USABLE_SHARE:.0%} of the memory stays free for fragmentation. adapter: the model"
-        " without its LoRA is the reference; cached: log-probs are computed once. bf16: weights in bf16 with"
-        " stochastic rounding; in backward: each is updated in backward, one micro-batch a step. With"
-        " `--on_oversized_row split` a sequence may be as long as the longest pair, unless weights are updated in"
-        f" backward. {_step_text(pair, options)} {ON_GPUS} Measure on yours with `--max_tokens_per_microbatch auto`."
+        "longest: tokens of the longest pair that fits, prompt and both responses; the prompt counts once and is half"
+        " of them, so the longer sequence has three quarters. Shorter pairs are packed into micro-batches of this size."
+        f" Sizes are in GB (10**9 bytes) at this length; {1 - USABLE_SHARE:.0%} of the memory stays free for"
+        " fragmentation. adapter: the model without its LoRA is the reference; cached: log-probs are computed once."
+        " bf16: weights in bf16 with stochastic rounding; in backward: each is updated in backward, one micro-batch a"
+        " step. With `--on_oversized_row split` a sequence may be as long as the longest pair, unless weights are"
+        f" updated in backward. {_step_text(pair, options)} {ON_GPUS} Measure on yours with"
+        " `--max_tokens_per_microbatch auto`."
         " Assumed for the time:"
     )
     _show_assumptions(console)
@@ -304,12 +305,12 @@ def _table(timed: Sequence[Timed], config: Any) -> Table:
     for name in ("train", "checkpointing", "reference", "optim"):
         table.add_column(name, no_wrap=True)
     parts = list(timed[0][0].estimate.parts())
-    for name in ("longest pair", *(_SHORT.get(part, part) for part in parts), "total", "step"):
+    for name in ("longest", *(_SHORT.get(part, part) for part in parts), "total", "step"):
         table.add_column(name, justify="right", no_wrap=True)
     for plan, seconds in timed:
         settings, sizes = plan.settings, plan.estimate.parts()
         figures = [gigabytes(sizes[name]) for name in parts]
-        tokens = f"{plan.tokens:,}" if plan.tokens else "does not fit"
+        tokens = f"{plan.tokens:,}" if plan.tokens else "no"
         table.add_row(
             training_name(settings),
             kept_activations(settings),

@@ -29,8 +29,8 @@ def fitting_plans(plans: Sequence[Plan], memory: int | None, model: str, tokens:
         raise ValueError(
             f"pair_tokens must be fewer for {most / GB:g}GB, got {tokens}: {model} takes"
             f" {least.estimate.total / USABLE_SHARE / GB:.1f}GB for it, with {training_name(least.settings)},"
-            f" checkpointing {kept_activations(least.settings)}, {least.settings.optim}; with --on_oversized_row split"
-            " only the longest sequence has to fit, and several GPUs (--gpus) share a model"
+            f" checkpointing ({kept_activations(least.settings)}), {least.settings.optim}; with --on_oversized_row"
+            " split only the longest sequence has to fit, and several GPUs (--gpus) share a model"
         )
     return fitting
 

@@ -20,7 +20,8 @@ def kept_activations(settings: Settings) -> str:
         return "off"
     if settings.every_n_layers > 1:
         return f"1 of {settings.every_n_layers} layers"
-    return "on" + (", tiles" if settings.tiles else "") + (", on host" if settings.offload else "")
+    more = ["tiles"] * settings.tiles + ["on host"] * settings.offload
+    return ", ".join(more) or "on"
 
 
 def gigabytes(size: int) -> str:
@@ -28,4 +29,4 @@ def gigabytes(size: int) -> str:
 
 
 def seconds_text(seconds: StepSeconds | None) -> str:
-    return "" if seconds is None else f"{seconds.total:.2f} s"
+    return "" if seconds is None else f"{seconds.total:,.1f} s"

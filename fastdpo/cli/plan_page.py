@@ -80,7 +80,7 @@ def _rank(plan: Plan) -> tuple[int, int]:
 
 def _way(settings: Settings) -> str:
     name = training_name(settings).removeprefix(settings.method).lstrip(" ,")
-    activations = kept_activations(settings).removeprefix("on, ")
+    activations = kept_activations(settings)
     kept = {"off": "no checkpointing", "on": "checkpointing"}.get(activations, activations)
     return f"{name}, {kept}" if name else kept
 
