@@ -23,7 +23,9 @@ from transformers import Qwen3Config
 from fastdpo.cli.plan_names import GB, kept_activations, training_name
 from fastdpo.evidence.bench.measure import append_lines, machine_facts
 from fastdpo.evidence.bench.records import Record, groups, read
-from fastdpo.training.memory.plan import Estimates, Settings, pair_tokens
+from fastdpo.training.memory.card.estimates import pair_tokens
+from fastdpo.training.memory.card.plans import Estimates
+from fastdpo.training.memory.card.settings import Settings
 
 RESULTS, PAGE = pages.RESULTS / "what_fits.jsonl", pages.DOCS / "memory.md"
 LORA_R = 16

@@ -1,8 +1,9 @@
-"""`fastdpo plan`: which settings of a model fit a GPU, or several, and the longest pair for each.
+"""`fastdpo plan`: which settings of a model fit a GPU, or several, the longest pair for each, and the fastest.
 
 In: a model's name, folder or config.json, and an amount of memory, or the length of a pair. Out: a table (or JSON) of
-training methods and settings, with an estimate of each part of the memory, and a picture of them. It needs only the
-config: it loads no weights and needs no GPU. Refuses invalid amounts, and a model that fits with no settings.
+training methods and settings, with an estimate of each part of the memory and of the time, a picture of them, and the
+command of the fastest. It needs only the config: it loads no weights and needs no GPU. Refuses invalid amounts, and a
+model that fits with no settings.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from rich.table import Table
 from fastdpo.cli.console import make_console
 from fastdpo.cli.options.parser import RaisingParser
 from fastdpo.cli.plan_cluster import DEFAULT_LENGTH, check_fits, records, show
-from fastdpo.cli.plan_length import first_of_smallest_cards, fitting_plans, length_record, length_table
-from fastdpo.cli.plan_names import GB, gigabytes, kept_activations, training_name
-from fastdpo.training.memory.cluster.hardware import Cluster, make_cluster
+from fastdpo.cli.plan_length import fastest_of_smallest_cards, fitting_plans, length_record, length_table
+from fastdpo.cli.plan_names import GB, ON_GPUS, gigabytes, kept_activations, seconds_text, training_name
+from fastdpo.training.memory.card.estimates import pair_tokens
+from fastdpo.training.memory.card.plans import ROUNDING, USABLE_SHARE, Estimates, Plan, Timed, fastest
+from fastdpo.training.memory.card.seconds import ASSUMPTIONS, StepSeconds
+from fastdpo.training.memory.cluster.hardware import Cluster, find_gpu, make_cluster
 from fastdpo.training.memory.cluster.plans import make_cluster_plans
-from fastdpo.training.memory.plan import ROUNDING, USABLE_SHARE, Estimates, Plan, pair_tokens
 from fastdpo.training.setup.model_kinds import text_part
 from fastdpo.training.setup.models import load_config
 
@@ -88,7 +91,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     _check(options)
     memory = None if options.gpu_memory is None else parse_bytes(options.gpu_memory)
-    cluster = None
+    cluster, gpu = None, find_gpu(options.gpu)
     if memory is not None:
         cluster = make_cluster(options.gpus, options.nodes, memory, options.gpu, options.interconnect)
     config = load_config(options.model, {"trust_remote_code": options.trust_remote_code})
@@ -104,12 +107,15 @@ def main(argv: list[str]) -> None:
         else:
             plans = estimates.at_length(options.pair_tokens)
     fitting = _fitting(plans, memory, options)
+    pair = options.pair_tokens or _timed_pair(fitting, options)
+    timed = estimates.timed(plans, gpu, num_pairs=options.pairs_per_step, pair_tokens=pair)
+    taken = [one for one in timed if one[0] in fitting]
     if options.json:
-        print(json.dumps([_record(plan, memory, options) for plan in plans], indent=1))
+        print(json.dumps([_record(plan, seconds, memory, options) for plan, seconds in timed], indent=1))
     elif options.pair_tokens is None:
-        _show_longest(plans, fitting, config, options, console)
+        _show_longest(timed, taken, pair, config, options, console)
     else:
-        _show_length(plans, fitting, memory, options, console)
+        _show_length(timed, taken, memory, options, console)
     if options.html or options.png:
         from fastdpo.cli.plan_page import write_pictures
 
@@ -119,7 +125,7 @@ def main(argv: list[str]) -> None:
                 plans,
                 memory,
                 title=f"Memory of {_short_name(options.model)}",
-                commands=[_command(plan, options) for plan in _first_of_each_kind(fitting)],
+                commands=[_command(plan, options) for plan in fastest(taken)],
                 html=options.html,
                 png=options.png,
             )
@@ -170,12 +176,17 @@ def _fitting(plans: Sequence[Plan], memory: int | None, options: Any) -> list[Pl
     return fitting
 
 
+def _timed_pair(fitting: Sequence[Plan], options: Any) -> int:
+    """Tokens of the pairs whose time is shown: of the length asked for, or the usual one, or the longest that fits."""
+    if options.max_length is not None:
+        return pair_tokens(options.max_length)
+    return min(pair_tokens(DEFAULT_LENGTH), max(plan.tokens for plan in fitting))
+
+
 def _command(plan: Plan, options: Any) -> str:
     length = "" if options.max_length is None else f"--max_length {options.max_length} "
     needs = "" if not plan.settings.needs_bitsandbytes else '  # pip install "fastdpo[quant]"'
-    return (
-        f"fastdpo train --model {options.model} ... {length}{plan.settings.options(plan.tokens, options.lora_r)}{needs}"
-    )
+    return f"fastdpo train --model {options.model} ... {length}{plan.options(options.lora_r)}{needs}"
 
 
 def _short_name(model: str) -> str:
@@ -183,44 +194,53 @@ def _short_name(model: str) -> str:
 
 
 def _show_length(
-    plans: Sequence[Plan], fitting: Sequence[Plan], memory: int | None, options: Any, console: Console
+    timed: Sequence[Timed], fitting: Sequence[Timed], memory: int | None, options: Any, console: Console
 ) -> None:
-    console.print(length_table(plans, memory))
+    console.print(length_table(timed, memory))
     console.print(
         f"needs: GB (10**9 bytes) for a pair of {options.pair_tokens:,} tokens, prompt and both responses, the prompt"
-        f" once and half of them; with the {1 - USABLE_SHARE:.0%} that stay free for fragmentation. Settings are in the"
-        " order of the time that they cost. With `--on_oversized_row split`, a sequence of so many tokens is enough. No"
-        " estimate has been compared with a GPU yet."
+        f" once and half of them; with the {1 - USABLE_SHARE:.0%} that stay free for fragmentation."
+        f" {_step_text(options.pair_tokens, options)} With `--on_oversized_row split`, a sequence of so many tokens is"
+        f" enough. {ON_GPUS} Assumed for the time:"
     )
+    _show_assumptions(console)
     console.print(
-        "\nOn the GPU:" if memory else "\nThe smallest GPU for each kind, and the first command that fits it:"
+        "\nThe fastest on the GPU:" if memory else "\nThe smallest GPU for each kind, and the fastest command on it:"
     )
-    for card, plan in first_of_smallest_cards(fitting, memory):
+    for card, plan in fastest_of_smallest_cards(fitting, memory):
         console.print(f"  {card / GB:g} GB: {_command(plan, options)}", soft_wrap=True, markup=False)
 
 
-def _show_longest(plans: Sequence[Plan], fitting: Sequence[Plan], config: Any, options: Any, console: Console) -> None:
-    console.print(_table(plans, config))
+def _show_longest(
+    timed: Sequence[Timed], fitting: Sequence[Timed], pair: int, config: Any, options: Any, console: Console
+) -> None:
+    console.print(_table(timed, config))
     console.print(
-        "longest pair: tokens of prompt and both responses; the prompt counts once and is half of them, so the longer"
-        " sequence has three quarters. Shorter pairs are packed into micro-batches of this size. Sizes are in GB (10**9"
-        f" bytes) at this length; {1 - USABLE_SHARE:.0%} of the memory stays free for fragmentation. adapter: the model"
-        " without its LoRA is the reference; cached: log-probs are computed once. bf16: weights in bf16 with"
-        " stochastic rounding; in backward: each is updated in backward, one micro-batch a step. With"
-        " `--on_oversized_row split` a sequence may be as long as the longest pair, unless weights are updated in"
-        " backward. No estimate has been compared with a GPU yet; measure on yours with"
+        "longest: tokens of the longest pair that fits, prompt and both responses; the prompt counts once and is half"
+        " of them, so the longer sequence has three quarters. Shorter pairs are packed into micro-batches of this size."
+        f" Sizes are in GB (10**9 bytes) at this length; {1 - USABLE_SHARE:.0%} of the memory stays free for"
+        " fragmentation. adapter: the model without its LoRA is the reference; cached: log-probs are computed once."
+        " bf16: weights in bf16 with stochastic rounding; in backward: each is updated in backward, one micro-batch a"
+        " step. With `--on_oversized_row split` a sequence may be as long as the longest pair, unless weights are"
+        f" updated in backward. {_step_text(pair, options)} {ON_GPUS} Measure on yours with"
         " `--max_tokens_per_microbatch auto`."
+        " Assumed for the time:"
     )
-    console.print("\nThe first command of each kind that fits:")
-    for plan in _first_of_each_kind(fitting):
+    _show_assumptions(console)
+    console.print(
+        f"\nThe fastest of each kind that fits a pair of {pair:,} tokens; of all weights, those that round least:"
+    )
+    for plan in fastest(fitting):
         console.print(f"  {_command(plan, options)}", soft_wrap=True, markup=False)
 
 
-def _first_of_each_kind(fitting: Sequence[Plan]) -> list[Plan]:
-    firsts: dict[str, Plan] = {}
-    for plan in fitting:
-        firsts.setdefault(plan.settings.method, plan)
-    return list(firsts.values())
+def _step_text(pair: int, options: Any) -> str:
+    return f"step: seconds for {options.pairs_per_step:,} pairs of {pair:,} tokens on one {options.gpu.lower()}."
+
+
+def _show_assumptions(console: Console) -> None:
+    for assumption in ASSUMPTIONS:
+        console.print(f"  - {assumption}", markup=False)
 
 
 def _plan_cluster(config: Any, cluster: Cluster, options: Any) -> None:
@@ -249,11 +269,12 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** _UNITS[found[2].upper()])
 
 
-def _record(plan: Plan, memory: int | None, options: Any) -> dict[str, Any]:
+def _record(plan: Plan, seconds: StepSeconds | None, memory: int | None, options: Any) -> dict[str, Any]:
     settings = plan.settings
     record = {
         "method": settings.method,
         "gradient_checkpointing": settings.checkpointing,
+        "every_n_layers": settings.every_n_layers,
         "tile_rows": "auto" if settings.tiles else None,
         "activation_offloading": settings.offload,
         "reference": settings.reference,
@@ -266,7 +287,9 @@ def _record(plan: Plan, memory: int | None, options: Any) -> dict[str, Any]:
         "longest_sequence_tokens": plan.tokens * 3 // 4,
         "longest_split_sequence_tokens": None if settings.in_backward else plan.tokens,  # on_oversized_row="split"
         "bytes": {**plan.estimate.parts(), "total": plan.estimate.total},
-        "options": settings.options(plan.tokens, options.lora_r) if plan.tokens else None,
+        "workspace_bytes": plan.workspace_bytes,
+        "step_seconds": seconds and seconds.total,
+        "options": plan.options(options.lora_r) if plan.tokens else None,
     }
     if options.pair_tokens is None:
         return record
@@ -275,19 +298,19 @@ def _record(plan: Plan, memory: int | None, options: Any) -> dict[str, Any]:
     return record | length_record(plan, memory, options.lora_r)
 
 
-def _table(plans: Sequence[Plan], config: Any) -> Table:
+def _table(timed: Sequence[Timed], config: Any) -> Table:
     positions = getattr(text_part(config), "max_position_embeddings", None)
     caption = f"The model's own limit is {positions:,} tokens of prompt and response." if positions else None
     table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("train", "checkpointing", "reference", "optim"):
         table.add_column(name, no_wrap=True)
-    parts = list(plans[0].estimate.parts())
-    for name in ("longest pair", *(_SHORT.get(part, part) for part in parts), "total"):
+    parts = list(timed[0][0].estimate.parts())
+    for name in ("longest", *(_SHORT.get(part, part) for part in parts), "total", "step"):
         table.add_column(name, justify="right", no_wrap=True)
-    for plan in plans:
+    for plan, seconds in timed:
         settings, sizes = plan.settings, plan.estimate.parts()
         figures = [gigabytes(sizes[name]) for name in parts]
-        tokens = f"{plan.tokens:,}" if plan.tokens else "does not fit"
+        tokens = f"{plan.tokens:,}" if plan.tokens else "no"
         table.add_row(
             training_name(settings),
             kept_activations(settings),
@@ -296,6 +319,7 @@ def _table(plans: Sequence[Plan], config: Any) -> Table:
             tokens,
             *figures,
             gigabytes(plan.estimate.total),
+            seconds_text(seconds),
             style=None if plan.tokens else "dim",
         )
     return table

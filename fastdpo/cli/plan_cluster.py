@@ -12,10 +12,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from fastdpo.training.memory.card.plans import USABLE_SHARE
 from fastdpo.training.memory.cluster.hardware import Cluster
 from fastdpo.training.memory.cluster.plans import ClusterPlan
 from fastdpo.training.memory.cluster.step_time import ASSUMPTIONS
-from fastdpo.training.memory.plan import USABLE_SHARE
 
 GB = 1e9
 DEFAULT_LENGTH = 3072  # tokens of prompt and response: a pair of 4,096

@@ -12,8 +12,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from fastdpo.cli.plan_names import GB, gigabytes, kept_activations, training_name
-from fastdpo.training.memory.plan import CARDS, USABLE_SHARE, Plan, smallest_card
+from fastdpo.cli.plan_names import GB, gigabytes, kept_activations, seconds_text, training_name
+from fastdpo.training.memory.card.plans import CARDS, USABLE_SHARE, Plan, Timed, fastest, smallest_card
 
 
 def fitting_plans(plans: Sequence[Plan], memory: int | None, model: str, tokens: int) -> list[Plan]:
@@ -29,20 +29,20 @@ def fitting_plans(plans: Sequence[Plan], memory: int | None, model: str, tokens:
         raise ValueError(
             f"pair_tokens must be fewer for {most / GB:g}GB, got {tokens}: {model} takes"
             f" {least.estimate.total / USABLE_SHARE / GB:.1f}GB for it, with {training_name(least.settings)},"
-            f" checkpointing {kept_activations(least.settings)}, {least.settings.optim}; with --on_oversized_row split"
-            " only the longest sequence has to fit, and several GPUs (--gpus) share a model"
+            f" checkpointing ({kept_activations(least.settings)}), {least.settings.optim}; with --on_oversized_row"
+            " split only the longest sequence has to fit, and several GPUs (--gpus) share a model"
         )
     return fitting
 
 
-def length_table(plans: Sequence[Plan], memory: int | None) -> Table:
+def length_table(timed: Sequence[Timed], memory: int | None) -> Table:
     """All settings with the memory that they need; those that do not fit are dim."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("train", "checkpointing", "reference", "optim"):
         table.add_column(name, no_wrap=True)
-    for name in ("needs", "smallest GPU"):
+    for name in ("needs", "smallest GPU", "step"):
         table.add_column(name, justify="right", no_wrap=True)
-    for plan in plans:
+    for plan, seconds in timed:
         settings, card = plan.settings, smallest_card(plan.estimate.total)
         is_dim = plan.estimate.total > (CARDS[-1] if memory is None else memory) * USABLE_SHARE
         table.add_row(
@@ -52,22 +52,23 @@ def length_table(plans: Sequence[Plan], memory: int | None) -> Table:
             settings.optim,
             gigabytes(int(plan.estimate.total / USABLE_SHARE)),
             f"over {CARDS[-1] / GB:g} GB" if card is None else f"{card / GB:g} GB",
+            seconds_text(seconds),
             style="dim" if is_dim else None,
         )
     return table
 
 
-def first_of_smallest_cards(fitting: Sequence[Plan], memory: int | None) -> list[tuple[int, Plan]]:
-    """What to type: (bytes of a GPU, plan) of each method, the first that fits the GPU that is named, or else the first
-    on the smallest GPU that takes the method."""
-    found: dict[str, tuple[int, Plan]] = {}
-    for plan in fitting:
-        card = memory or smallest_card(plan.estimate.total)
+def fastest_of_smallest_cards(fitting: Sequence[Timed], memory: int | None) -> list[tuple[int, Plan]]:
+    """What to type: (bytes of a GPU, plan) of each method, the fastest on the GPU that is named, or else on the
+    smallest GPU that takes the method."""
+    found = []
+    for method in dict.fromkeys(plan.settings.method for plan, _ in fitting):
+        own = [one for one in fitting if one[0].settings.method == method]
+        card = memory or smallest_card(min(plan.estimate.total for plan, _ in own))
         assert card is not None  # it fits the largest
-        method = plan.settings.method
-        if method not in found or card < found[method][0]:
-            found[method] = (card, plan)
-    return sorted(found.values(), key=lambda pair: pair[0])
+        (best,) = fastest([one for one in own if one[0].estimate.total <= card * USABLE_SHARE])
+        found.append((card, best))
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def length_record(plan: Plan, memory: int | None, lora_r: int) -> dict[str, Any]:
@@ -79,5 +80,5 @@ def length_record(plan: Plan, memory: int | None, lora_r: int) -> dict[str, Any]
         "pair_tokens": plan.tokens,
         "needed_bytes": needed,
         "smallest_gpu_bytes": card,
-        "options": plan.settings.options(plan.tokens, lora_r),
+        "options": plan.options(lora_r),
     }

@@ -13,7 +13,8 @@ from typing import Any
 from fastdpo.cli.plan_names import GB, kept_activations, training_name
 from fastdpo.report import Commands, Figure, FigureGrid, Table, write_report
 from fastdpo.report.memory import longest_pairs, memory_bars, whole_picture
-from fastdpo.training.memory.plan import CARDS, USABLE_SHARE, Estimates, Plan, Settings
+from fastdpo.training.memory.card.plans import CARDS, USABLE_SHARE, Estimates, Plan
+from fastdpo.training.memory.card.settings import Settings
 
 METHODS = {"full": "all weights", "lora": "LoRA", "qlora": "QLoRA (4-bit base)"}
 
@@ -33,7 +34,7 @@ def write_pictures(
     Args:
         plans: those whose memory is shown part by part.
         memory: bytes of the GPU, if one is named.
-        commands: what to type for the first setting of each kind that fits.
+        commands: what to type for the fastest setting of each kind that fits.
     """
     curves = lengths_by_memory(estimates, [*CARDS])
     bars = {_bar_name(plan): plan.estimate.parts() for plan in best_of_each(plans)}
@@ -79,7 +80,7 @@ def _rank(plan: Plan) -> tuple[int, int]:
 
 def _way(settings: Settings) -> str:
     name = training_name(settings).removeprefix(settings.method).lstrip(" ,")
-    activations = kept_activations(settings).removeprefix("on, ")
+    activations = kept_activations(settings)
     kept = {"off": "no checkpointing", "on": "checkpointing"}.get(activations, activations)
     return f"{name}, {kept}" if name else kept
 
@@ -123,5 +124,5 @@ def _sections(
             "The number behind each setting is the tokens of the pair."
             + ("" if usable is None else " The dashed line is the usable memory."),
         ),
-        Commands("The first command of each kind that fits", commands),
+        Commands("The fastest command of each kind that fits", commands),
     ]

@@ -39,7 +39,7 @@ def memory_table(params: Sequence[Mapping[str, str]], planned: Sequence[TrainRun
     from rich import box
     from rich.table import Table
 
-    from fastdpo.training.memory.plan import USABLE_SHARE
+    from fastdpo.training.memory.card.plans import USABLE_SHARE
 
     memory, on_gpu, whose = available_memory(asked)
     title = f"estimated peak memory of each run; {whose}: {_shown(memory)}"
@@ -50,7 +50,7 @@ def memory_table(params: Sequence[Mapping[str, str]], planned: Sequence[TrainRun
     for run, trained in zip(params, planned, strict=True):
         key = _key(trained)
         if key not in known:
-            known[key] = _estimate(trained, on_gpu=on_gpu)
+            known[key] = _estimate(trained, memory if on_gpu else None)
         found = known[key]
         if isinstance(found, str):
             table.add_row(*run.values(), "", "", "", "", "unknown", found)
@@ -75,8 +75,8 @@ def _key(trained: TrainRun) -> str:
     return json.dumps({k: v for k, v in settings.items() if k not in _WITHOUT_EFFECT}, sort_keys=True, default=str)
 
 
-def _estimate(trained: TrainRun, *, on_gpu: bool) -> Any:
-    """A MemoryEstimate, or why there is none."""
+def _estimate(trained: TrainRun, gpu_memory: int | None) -> Any:
+    """A MemoryEstimate, or why there is none; on a CPU without gpu_memory."""
     from fastdpo.cli.looks import look_at_models, look_at_rows
     from fastdpo.cli.options.adapters import lora_config
     from fastdpo.cli.run import load_datasets
@@ -97,7 +97,7 @@ def _estimate(trained: TrainRun, *, on_gpu: bool) -> Any:
         else prepare_preference_dataset(rows, tokenizer, settings, num_proc=args.dataset_num_proc)[0]
         for rows in datasets
     )
-    if on_gpu:  # as the run resolves them on a GPU
+    if gpu_memory is not None:  # as the run resolves them on a GPU
         args.bf16 = not args.fp16 if trained.given.bf16 is None else args.bf16
         args.gradient_checkpointing = (
             True if trained.given.gradient_checkpointing is None else args.gradient_checkpointing
@@ -123,5 +123,6 @@ def _estimate(trained: TrainRun, *, on_gpu: bool) -> Any:
             ref_model=ref,
             num_processes=run.num_processes or 1,
         ),
-        on_gpu=on_gpu,
+        on_gpu=gpu_memory is not None,
+        memory=gpu_memory,
     )

@@ -54,12 +54,20 @@ def max_chunk_rows(
     return max(1, rows // engine.chunk_multiple * engine.chunk_multiple or rows)
 
 
-def _default_bytes(engine: Engine, device: torch.device, weight_sums_bytes: int) -> int:
+def default_workspace_bytes(engine: Engine, weight_sums_bytes: int, free: int | None = None) -> int:
+    """Half of dW's sums, within the engine's bounds and half of the free memory; None: as much is free as it takes."""
     wanted = min(engine.most_workspace_bytes, max(engine.workspace_bytes, weight_sums_bytes // 2))
+    if free is not None:
+        wanted = max(engine.workspace_bytes, min(wanted, free // 2))  # half: chunks need more than D
+    return wanted
+
+
+def _default_bytes(engine: Engine, device: torch.device, weight_sums_bytes: int) -> int:
+    wanted = default_workspace_bytes(engine, weight_sums_bytes)
     if wanted > engine.workspace_bytes and device.type == "cuda":
         # no queries to the driver during graph capture
         free = 0 if torch.cuda.is_current_stream_capturing() else free_bytes(device)
-        wanted = max(engine.workspace_bytes, min(wanted, free // 2))  # half: chunks need more than D
+        wanted = default_workspace_bytes(engine, weight_sums_bytes, free)
     return wanted
 
 

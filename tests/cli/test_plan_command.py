@@ -10,7 +10,7 @@ from fastdpo.cli import plan as command
 from fastdpo.cli.arguments import AdapterArguments, RunArguments, parse
 from fastdpo.cli.main import main
 from fastdpo.training import DPOConfig
-from fastdpo.training.memory import plan
+from fastdpo.training.memory.card import plans as plan
 from fastdpo.training.memory.cluster.plans import make_cluster_plans
 from fastdpo.training.memory.estimate import CUDA_BYTES, MIB
 
@@ -31,21 +31,24 @@ def run(capsys, folder, memory, *more):
 
 
 @pytest.fixture(scope="module")
-def plans(folder):
-    config = command.load_config(str(folder))
-    return {memory: plan.Estimates(config, 8).plans(memory * MIB, 256) for memory in (800, 1000)}
+def estimates(folder):
+    return plan.Estimates(command.load_config(str(folder)), 8)
+
+
+@pytest.fixture(scope="module")
+def plans(estimates):
+    return {memory: estimates.plans(memory * MIB, 256) for memory in (800, 1000)}
 
 
 @pytest.mark.slow
-def test_what_is_planned_fits_and_little_more_would(folder, plans):
-    config = command.load_config(str(folder))
+def test_what_is_planned_fits_and_little_more_would(estimates, plans):
     for memory, found in plans.items():
         usable = memory * MIB * plan.USABLE_SHARE
         assert all(p.tokens > 0 for p in found)
         assert all(p.estimate.total <= usable for p in found)
         for p in found:
-            estimate = plan._estimator(config, p.settings, 8)
-            assert estimate(p.settings, p.tokens) == p.estimate
+            estimate = dict(estimates.candidates)[p.settings]
+            assert estimate(p.settings, p.tokens, p.workspace_bytes) == p.estimate
             assert estimate(p.settings, int(p.tokens * 1.1) + 256).total > usable, p.settings
 
 
@@ -57,6 +60,9 @@ def test_more_memory_checkpointing_and_no_second_model_take_longer_pairs(plans):
     for settings, found in tokens.items():
         if not settings.checkpointing:
             assert found < tokens[plan.replace(settings, checkpointing=True)]
+        if settings.every_n_layers > 1:
+            every = plan.replace(settings, every_n_layers=1)
+            assert tokens[plan.replace(every, checkpointing=False)] < found < tokens[every]
         if settings.tiles and not settings.offload:
             assert tokens[plan.replace(settings, tiles=False)] < found
 
@@ -68,9 +74,9 @@ def test_checkpoints_on_the_host_take_longer_pairs_where_there_are_more_than_the
     found = plan.Estimates(command.load_config(str(tmp_path)), 8).plans(800 * MIB, 256)
     tokens = {p.settings: p.tokens for p in found}
     offloaded = [settings for settings in tokens if settings.offload]
-    assert len(offloaded) == 3
+    assert len(offloaded) == 6
     for settings in offloaded:
-        assert tokens[settings] > 1.2 * tokens[plan.replace(settings, offload=False)]
+        assert tokens[settings] > (1.2 if settings.tiles else 1.1) * tokens[plan.replace(settings, offload=False)]
         if settings.reference == "frozen":
             assert found <= tokens[plan.replace(settings, reference="cached")]
 
@@ -101,6 +107,7 @@ def test_parts_are_those_of_the_settings(plans):
 def test_the_table_names_settings_and_what_to_type(capsys, folder):
     code, out, _ = run(capsys, folder, "900MiB", "--max_length", 512)
     assert code == 0
+    shown = " ".join(out.split())
     for fact in (
         "qlora",
         "adamw_torch_fused",
@@ -108,8 +115,11 @@ def test_the_table_names_settings_and_what_to_type(capsys, folder):
         "4,096 tokens",
         "fastdpo train",
         "--max_length 512 --bf16 true",
+        "64 pairs of 683 tokens on one h100",
+        "40% of the GPU's bf16 FLOPs",
+        "fits a pair of 683 tokens",
     ):
-        assert fact in out, fact
+        assert fact in shown, fact
     lines = [line for line in out.splitlines() if "fastdpo train" in line]
     assert ["--use_peft" in line for line in lines].count(True) == 2  # LoRA and QLoRA, and training of all weights
     assert ["--load_in_4bit" in line for line in lines].count(True) == 1
@@ -134,6 +144,8 @@ def test_the_options_of_every_plan_are_those_of_train(capsys, folder):
         assert (args.optimizer_in_backward, args.weight_rounding) == (in_backward, record["weight_rounding"])
         assert args.gradient_checkpointing == record["gradient_checkpointing"]
         assert args.tile_rows == record["tile_rows"]
+        if record["every_n_layers"] > 1:
+            assert args.activation_checkpointing_kwargs == {"every_n_layers": record["every_n_layers"]}
         assert (args.optim, args.reference) == (record["optim"], record["reference"])
         assert (adapter.use_peft, adapter.load_in_4bit) == (record["method"] != "full", record["method"] == "qlora")
 
@@ -191,7 +203,7 @@ def kept_estimates(folder):
 @pytest.fixture
 def estimated_once(monkeypatch, kept_estimates):
     monkeypatch.setattr(command, "Estimates", lambda config, lora_r: kept_estimates)
-    few = kept_estimates.candidates[-3:]  # QLoRA with checkpoints, tiles, and both on the host
+    few = kept_estimates.candidates[-4:]  # QLoRA with checkpoints, on the host, in tiles, and both
     monkeypatch.setattr(kept_estimates, "candidates", few)
     return few
 
@@ -206,7 +218,7 @@ def test_a_length_is_answered_with_what_each_setting_needs_and_the_smallest_gpu(
     code, out, _ = run_length(capsys, folder, "--pair_tokens", 3000, "--json")
     assert code == 0
     found = json.loads(out)
-    assert len(found) == len(estimated_once) == 3
+    assert len(found) == len(estimated_once) == 4
     for record, (settings, estimate) in zip(found, estimated_once, strict=True):
         total = estimate(settings, 3000).total
         assert record["bytes"]["total"] == total
@@ -226,7 +238,7 @@ def test_the_gpu_that_is_named_decides_what_fits_the_length(capsys, folder, esti
     needs = sorted(estimate(settings, 3000).total / 0.95 for settings, estimate in estimated_once)
     memory = f"{int(needs[1]) + 1}"
     found = json.loads(run_length(capsys, folder, "--pair_tokens", 3000, "--gpu_memory", memory, "--json")[1])
-    assert sorted(record["fits"] for record in found) == [False, True, True]
+    assert sorted(record["fits"] for record in found) == [False, False, True, True]
     code, _, error = run_length(capsys, folder, "--pair_tokens", 3000, "--gpu_memory", "0.7GB")
     assert code == 2
     assert "pair_tokens must be fewer for 0.7GB, got 3000" in error

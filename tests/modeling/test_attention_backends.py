@@ -22,6 +22,7 @@ from varlen_emulation import (
 )
 
 from fastdpo import pack_pairs, packed_logps, prepare_model
+from fastdpo.evidence.memory import peak_live_bytes
 from fastdpo.modeling import attention
 from fastdpo.modeling.attention import BACKENDS, Observed, observed, sdpa
 from fastdpo.modeling.attention.call import AttentionCall, PackedLayout
@@ -326,6 +327,42 @@ def test_the_installed_varlen_attn_takes_our_arguments_and_no_layer_reads_the_de
         mask = layout.row_mask(window)
         assert mask.shape == (num_rows, num_rows)
     assert kernel.num_calls == 1
+
+
+def branch_gradients(most, monkeypatch):
+    """Of queries, keys and values of a row with a prompt of 400 tokens, and the bytes beyond them at the peak."""
+    monkeypatch.setattr(sdpa, "MAX_GRADIENT_BYTES", most)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    generator, segments = torch.Generator().manual_seed(0), [(0, 1400, 0, 0), (1400, 2000, 0, 400)]
+    leaves = [torch.randn(1, heads, 2000, 16, generator=generator).requires_grad_() for heads in (8, 4, 4)]
+    output = sdpa._Branches.apply(*leaves, segments, None)
+    weights = torch.randn(output.shape, generator=generator)
+
+    def backward():
+        return torch.autograd.grad(output, leaves, weights, retain_graph=True)
+
+    return backward(), peak_live_bytes(backward) - sum(x.numel() * x.element_size() for x in leaves)
+
+
+def test_large_gradients_of_heads_are_made_a_few_heads_at_once_in_fewer_bytes(monkeypatch):
+    of_one = 1400 * 16 * 4 * (2 + 1 + 1)  # a head of keys and the two of queries that share it, of the longest branch
+    expected, plain = branch_gradients(2**22, monkeypatch)
+    assert plain >= 4 * of_one
+    for most, at_once in ((2 * of_one, 2), (1, 1)):
+        found, peak = branch_gradients(most, monkeypatch)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        copied = at_once * of_one / 2  # what reaches the output of these heads, which the kernel wants in one piece
+        assert plain - peak == pytest.approx((4 - at_once) * of_one - copied, rel=0.02)
+
+
+def test_heads_are_only_split_as_far_as_threads_stay_busy(monkeypatch):
+    monkeypatch.setattr(sdpa, "MAX_GRADIENT_BYTES", 1)
+    query, key = torch.empty(1, 8, 1, 16), torch.empty(1, 4, 1, 16)
+    for threads, at_once in ((1, 1), (3, 2), (5, 3), (64, 32)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found = list(sdpa._heads_at_once(query, key, [(0, 1, 0, 0)]))
+        assert [shared.start for _, shared in found] == list(range(0, 4, at_once))
+        assert [(heads.start, heads.stop) for heads, _ in found] == [(2 * s.start, 2 * s.stop) for _, s in found]
 
 
 # Layouts

@@ -9,6 +9,7 @@ T x T bits and logits, masked or not; it serves layers that only pass on a mask,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdpo.modeling.attention.call import AttentionCall
+
+MAX_GRADIENT_BYTES = 2**22  # of a branch's queries, keys and values, beside those of the row, if heads can be split
 
 
 class BranchSdpa:
@@ -75,7 +78,8 @@ class _Branches(torch.autograd.Function):
     """Attention of every branch to its prefix and to itself; (1, T, num_heads, D).
 
     lse over both makes the weights of each a part of one softmax, in forward and in backward. Only the operands, the
-    output and lse are kept, and no keys are copied.
+    output and lse are kept, and no keys are copied. Where gradients of a branch are large, backward makes them a few
+    heads at once.
     """
 
     @staticmethod
@@ -102,21 +106,37 @@ class _Branches(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         query, key, value, output, lse = ctx.saved_tensors
-        of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
+        grads = of_query, of_key, of_value = [torch.empty_like(x) for x in (query, key, value)]
         attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        for start, end, prefix_start, prefix_end in ctx.segments:
-            own, prefix = slice(start, end), slice(prefix_start, prefix_end)
-            rows = grad[:, own].transpose(1, 2), query[:, :, own]
-            rest = output[:, own].transpose(1, 2), lse[:, :, own], 0.0
-            found = attend_backward(*rows, key[:, :, own], value[:, :, own], *rest, True, scale=ctx.scale)
-            of_query[:, :, own], of_key[:, :, own], of_value[:, :, own] = found
-            if prefix_end > prefix_start:  # the start of an earlier branch
-                found = attend_backward(*rows, key[:, :, prefix], value[:, :, prefix], *rest, False, scale=ctx.scale)
-                of_query[:, :, own] += found[0]
-                of_key[:, :, prefix] += found[1]
-                of_value[:, :, prefix] += found[2]
-            del found  # before the next branch makes its own
-        return of_query, of_key, of_value, None, None
+        for heads, shared in _heads_at_once(query, key, ctx.segments):
+            of_rows = [x[:, heads] for x in (grad.transpose(1, 2), query, output.transpose(1, 2), lse)]
+            k, v = key[:, shared], value[:, shared]
+            of_q, of_k, of_v = of_query[:, heads], of_key[:, shared], of_value[:, shared]
+            for start, end, prefix_start, prefix_end in ctx.segments:
+                own, prefix = slice(start, end), slice(prefix_start, prefix_end)
+                g, q, out, sums = (x[:, :, own] for x in of_rows)
+                rest = out, sums, 0.0
+                found = attend_backward(g, q, k[:, :, own], v[:, :, own], *rest, True, scale=ctx.scale)
+                of_q[:, :, own], of_k[:, :, own], of_v[:, :, own] = found
+                if prefix_end > prefix_start:  # the start of an earlier branch
+                    found = attend_backward(g, q, k[:, :, prefix], v[:, :, prefix], *rest, False, scale=ctx.scale)
+                    of_q[:, :, own] += found[0]
+                    of_k[:, :, prefix] += found[1]
+                    of_v[:, :, prefix] += found[2]
+                del found  # before the next branch makes its own
+        return *grads, None, None
+
+
+def _heads_at_once(query: Tensor, key: Tensor, segments: Any) -> Iterator[tuple[slice, slice]]:
+    """Heads of the queries, and those of the keys that they share, that backward takes at once: all, or as few as keep
+    all threads busy where the gradients of the longest branch would be large."""
+    num_heads, num_shared, size = query.shape[1], key.shape[1], query.shape[3] * query.element_size()
+    group = num_heads // num_shared
+    longest = max(end - start for start, end, _, _ in segments)
+    at_once = max(MAX_GRADIENT_BYTES // (longest * size * (group + 2)), -(-torch.get_num_threads() // group), 1)
+    for start in range(0, num_shared, at_once):
+        shared = slice(start, min(start + at_once, num_shared))
+        yield slice(shared.start * group, shared.stop * group), shared
 
 
 class RowMask:

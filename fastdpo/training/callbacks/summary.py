@@ -151,8 +151,10 @@ def _steps(run: Run) -> str:
 def _peak_memory(run: Run) -> str:
     if is_cut(run.model):  # the estimate runs layers, on the main process alone: they would wait for their other parts
         return "not estimated for a model that is cut over processes"
+    device = run.args.device
     try:
-        estimate = estimate_peak_memory(run)
+        memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+        estimate = estimate_peak_memory(run, memory=memory)
     except Exception as error:  # model code may fail on tensors without data, and still be trainable
         return f"not estimated: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if is_measured_later(run):

@@ -21,13 +21,20 @@ class DryModel:
         mode: from `fake_mode`.
         prepare: what to do with a copy before its first step: checkpointing, tiles.
         offload: whether `prepare` moves checkpoints to the host.
+        every_n_layers: one layer of so many that `prepare` checkpoints.
     """
 
     def __init__(
-        self, model: nn.Module, mode: Any, prepare: Callable[[nn.Module], Any] | None = None, offload: bool = False
+        self,
+        model: nn.Module,
+        mode: Any,
+        prepare: Callable[[nn.Module], Any] | None = None,
+        *,
+        offload: bool = False,
+        every_n_layers: int = 1,
     ) -> None:
         self._model, self._mode, self._prepare = model, mode, prepare
-        self._fold = find_fold(model, offload)
+        self._fold = find_fold(model, offload, every_n_layers)
         self._dry = self._copy()
 
     def step(self, row: RowShape, **settings: Any) -> StepPeak:

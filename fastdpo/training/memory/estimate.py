@@ -20,8 +20,10 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from fastdpo.modeling.backbone import bare_model
+from fastdpo.modeling.head import lm_head
 from fastdpo.modeling.offload import DryCopies, offload_checkpoints
-from fastdpo.ops.engine import resolve_impl
+from fastdpo.ops.eager import default_workspace_bytes
+from fastdpo.ops.engine import engine_of, resolve_impl
 from fastdpo.training.memory.dry_run import StepPeak, dry_step, fake_mode, shape_only
 from fastdpo.training.memory.largest_batch import is_measured_later, largest_in_order, largest_microbatch
 from fastdpo.training.run import Run
@@ -115,6 +117,15 @@ def model_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() + _scale_bytes(tensor) for tensor in tensors)
 
 
+def head_sums_bytes(model: nn.Module) -> int:
+    """Bytes of the fp32 sums of the gradient that the head op adds up for the LM head: of its weight, of the B of its
+    adapters, or 0 if it is frozen. The op's workspace grows with them, see `fastdpo.ops.eager`."""
+    head = lm_head(bare_model(model))
+    if head.weight.requires_grad:
+        return 4 * head.weight.numel()
+    return sum(4 * low_rank.b.weight.numel() for low_rank in head.low_ranks if low_rank.b.weight.requires_grad)
+
+
 def _scale_bytes(weight: Any) -> int:
     """Bytes of the scales of bitsandbytes' 4-bit weights: one per block, and their own if quantized too."""
     state, total = getattr(weight, "quant_state", None), 0
@@ -168,26 +179,40 @@ def estimate_step(
     return replace(most, gradients=most.gradients + bucket_bytes, overhead=CUDA_BYTES if on_gpu else 0)
 
 
-def estimate_peak_memory(run: Run, *, impl: str | None = None) -> MemoryEstimate:
+def estimate_peak_memory(run: Run, *, impl: str | None = None, memory: int | None = None) -> MemoryEstimate:
     """Bytes at the peak of training and evaluation, for the largest expected micro-batches.
 
     Args:
         impl: the head op's implementation; by default the one that runs on this machine.
+        memory: of the GPU, in bytes, from which the head op takes its workspace by default; None: all that it takes is
+            free. What is free is counted at the peak; more may be where the head runs, and is taken then.
     """
+    args = run.args
+    impl = resolve_impl(args.impl, args.device, head_dtype(run.model, args)) if impl is None else impl
+    impl = impl if impl != "reference" else "tiled"
+    found = _estimate(run, impl, args.workspace_bytes)
+    if memory is None or args.workspace_bytes is not None:
+        return found
+    engine, sums_bytes = engine_of(impl), head_sums_bytes(run.model)
+    most = default_workspace_bytes(engine, sums_bytes)  # the estimate has so many
+    chosen = default_workspace_bytes(engine, sums_bytes, memory - found.total + most)
+    return found if chosen == most else _estimate(run, impl, chosen)
+
+
+def _estimate(run: Run, impl: str, workspace_bytes: int | None) -> MemoryEstimate:
     args = run.args
     mode = fake_mode()
     dry = shape_only(run.model, mode)
     if args.gradient_checkpointing:
         enable_checkpointing(dry, checkpointing_kwargs(args))
-    impl = resolve_impl(args.impl, args.device, head_dtype(run.model, args)) if impl is None else impl
     is_split = run.collator.max_tokens is not None or is_measured_later(run)
     accumulates = args.gradient_accumulation_steps > 1 or is_split
     settings: dict[str, Any] = {
-        "impl": impl if impl != "reference" else "tiled",
+        "impl": impl,
         "varlen": any(name.startswith(("flash", "varlen")) for name in run.packing_check.backends),
         "masked": args.device.type != "cpu",
         "autocast": torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-        "workspace_bytes": args.workspace_bytes,
+        "workspace_bytes": workspace_bytes,
     }
     row = largest_microbatch(run)
     of_update = None

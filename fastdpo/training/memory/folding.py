@@ -40,17 +40,21 @@ class Fold:
     trained_bytes: int  # of the weights in one period that are trained
 
 
-def find_fold(model: nn.Module, offload: bool = False) -> Fold | None:
+def find_fold(model: nn.Module, offload: bool = False, every_n_layers: int = 1) -> Fold | None:
     """None if the model has too few layers, or its layers show no pattern.
 
     Args:
         offload: whether checkpoints are in host memory.
+        every_n_layers: one layer of so many is checkpointed, the first one of all.
     """
     least = LEAST_LAYERS_OFFLOADED if offload else LEAST_LAYERS
     layers = decoder_layers(model)
     kinds: Any = getattr(text_config(bare_model(model)), "layer_types", None)
     kinds = kinds if isinstance(kinds, Sequence) and len(kinds) == len(layers) else [None] * len(layers)
-    alike = [(kind, _likeness(layer)) for kind, layer in zip(kinds, layers, strict=True)]
+    alike = [
+        (kind, number % every_n_layers, _likeness(layer))
+        for number, (kind, layer) in enumerate(zip(kinds, layers, strict=True))
+    ]
     folds = []
     for period in range(1, len(alike) // 2):
         start = len(alike) - period  # where the pattern begins: some models have other layers first

@@ -37,8 +37,12 @@ class PlannedRun:
     num_processes: int = 1
 
 
-def estimate_planned_run(run: PlannedRun, *, on_gpu: bool) -> MemoryEstimate:
-    """Bytes at the peak of the run on a GPU or on a CPU, whatever this machine has."""
+def estimate_planned_run(run: PlannedRun, *, on_gpu: bool, memory: int | None = None) -> MemoryEstimate:
+    """Bytes at the peak of the run on a GPU or on a CPU, whatever this machine has.
+
+    Args:
+        memory: of the GPU, in bytes, see `estimate_peak_memory`.
+    """
     args: Any = _OnGpu(run.args) if on_gpu else run.args
     dtype = _dtype(args, run.config, run.bits)
     model = weightless_model(run.config, dtype, run.peft_config)
@@ -69,11 +73,10 @@ def estimate_planned_run(run: PlannedRun, *, on_gpu: bool) -> MemoryEstimate:
         accelerator=SimpleNamespace(distributed_type=DistributedType.MULTI_GPU if is_parallel else DistributedType.NO),
     )
     impl = planned_impl() if on_gpu and args.impl == "auto" else None
-    estimate = estimate_peak_memory(planned, impl=impl)
-    if run.bits is not None:
-        saved, largest = in_fewer_bits(model, run.bits)
-        estimate = replace(estimate, weights=estimate.weights - saved, casts=estimate.casts + largest)
-    return estimate
+    saved, largest = (0, 0) if run.bits is None else in_fewer_bits(model, run.bits)
+    memory = None if memory is None else memory + saved - largest  # the estimate is of the base in full precision
+    estimate = estimate_peak_memory(planned, impl=impl, memory=memory)
+    return replace(estimate, weights=estimate.weights - saved, casts=estimate.casts + largest)
 
 
 def _dtype(args: Any, config: Any, bits: int | None) -> torch.dtype:

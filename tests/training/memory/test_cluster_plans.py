@@ -132,9 +132,9 @@ def test_flops_are_those_of_products_and_of_attention():
     matrices = 3 * (LAYER - 2 * 64)
     attention = 4 * 64 * 3 * 0.4375 * 100**2
     forward, head = 2 * matrices * 100 + attention, 2 * ENDS * 50
-    settings = {"checkpointing": False, "adapter_reference": False}
+    settings = {"repeated": 0, "references": 0}
     assert flops_of_pair(found, 100, full=True, **settings) == pytest.approx(3 * forward + 3 * head)
-    settings = {"checkpointing": True, "adapter_reference": True}
+    settings = {"repeated": 1, "references": 1}
     assert flops_of_pair(found, 100, full=False, **settings) == pytest.approx(4 * forward + attention + 3 * head)
 
 

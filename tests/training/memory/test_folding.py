@@ -5,16 +5,17 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig
+from releases import needs_activation_checkpointing
 from tiny import make_llama
 from torch import nn
 from transformers import AutoConfig
 
 from fastdpo.training.memory import dry_model
+from fastdpo.training.memory.card.estimates import pair_shape
 from fastdpo.training.memory.dry_model import DryModel
 from fastdpo.training.memory.dry_run import assume_tiles, dry_step, fake_mode, shape_only
 from fastdpo.training.memory.estimate import enable_checkpointing
 from fastdpo.training.memory.folding import NotPeriodic, find_fold
-from fastdpo.training.memory.plan import pair_shape
 from fastdpo.training.memory.weightless import weightless_model
 from fastdpo.training.setup.optimizers import update_bytes
 
@@ -45,18 +46,18 @@ def make_model(name, method):
     return model
 
 
-def folded_and_whole(model, tokens, *, checkpointing=False, tiles=False, offload=False, **settings):
+def folded_and_whole(model, tokens, *, checkpointing=False, tiles=False, offload=False, every=1, **settings):
     """The peak by a fold that was found and did not fail, and the peak of all layers."""
     mode = fake_mode()
 
     def prepare(dry):
         assert not tiles or assume_tiles(dry, mode, 16, torch.bfloat16)
         if checkpointing:
-            enable_checkpointing(dry, {"offload": True} if offload else {})
+            enable_checkpointing(dry, {"offload": offload, **({"every_n_layers": every} if every > 1 else {})})
 
     settings = {"autocast": torch.bfloat16, "workspace_bytes": 2**18, "accumulates": True, **settings}
     settings |= {"impl": "tiled", "varlen": True}
-    fold, whole = find_fold(model, offload), shape_only(model, mode)
+    fold, whole = find_fold(model, offload, every), shape_only(model, mode)
     folded = shape_only(model, mode, fold)
     for dry in (folded, whole):
         prepare(dry)
@@ -74,11 +75,21 @@ def test_four_layers_give_the_peak_of_nine(method, settings):
     assert folded == whole
 
 
+@needs_activation_checkpointing
+def test_seven_layers_of_which_every_second_is_checkpointed_give_the_peak_of_nine():
+    model = make_model("llama", "lora")
+    fold = find_fold(model, every_n_layers=2)
+    assert (fold.num_layers, fold.period, fold.times) == (7, 2, 1)
+    folded, whole = folded_and_whole(model, 256, checkpointing=True, every=2)
+    assert folded == whole
+
+
 WAYS = {
     "kept": {},
     "first micro-batch": {"accumulates": False},
     "fp32": {"autocast": None},
     "checkpoints": {"checkpointing": True},
+    "every second layer": {"checkpointing": True, "every": 2},
     "tiles": {"checkpointing": True, "tiles": True},
     "offload": {"checkpointing": True, "offload": True},
     "tiles and offload": {"checkpointing": True, "tiles": True, "offload": True},
@@ -92,7 +103,9 @@ WAYS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=needs_activation_checkpointing if "every" in WAYS[way] else ()) for way in WAYS]
+)
 @pytest.mark.parametrize("method", ["full", "bf16", "lora"])
 @pytest.mark.parametrize("name", ["llama", "tied", "experts", "dense-first", "sliding"])
 def test_the_peak_of_all_layers_is_that_of_the_first_ones_and_their_repetitions(name, method, way):

@@ -15,6 +15,7 @@ from fastdpo.losses.checks import nearest_hint
 class Gpu:
     flops: float  # dense bf16 FLOPs per second
     memory_rate: float  # bytes per second
+    host_rate: float  # bytes per second to the host's memory, and as many back
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,12 @@ class Network:
 
 
 GPUS = {
-    "a100": Gpu(312e12, 2.04e12),
-    "h100": Gpu(989e12, 3.35e12),
-    "h200": Gpu(989e12, 4.8e12),
-    "b200": Gpu(2250e12, 8e12),
-    "l40s": Gpu(362e12, 0.864e12),
-    "rtx4090": Gpu(165e12, 1.008e12),
+    "a100": Gpu(312e12, 2.04e12, 32e9),
+    "h100": Gpu(989e12, 3.35e12, 64e9),
+    "h200": Gpu(989e12, 4.8e12, 64e9),
+    "b200": Gpu(2250e12, 8e12, 64e9),
+    "l40s": Gpu(362e12, 0.864e12, 32e9),
+    "rtx4090": Gpu(165e12, 1.008e12, 32e9),
 }
 # nvlink: of generation 4 (H100); ib: InfiniBand with one port for each GPU; ethernet: one port for each GPU
 NETWORKS = {
@@ -69,6 +70,15 @@ class Cluster:
         return self.between if crosses_nodes else self.inside
 
 
+def find_gpu(name: str) -> Gpu:
+    """Raises:
+    ValueError: the name is unknown.
+    """
+    if name.lower() not in GPUS:
+        raise ValueError(f"gpu must be one of {sorted(GPUS)}, got {name!r}{nearest_hint(name.lower(), GPUS)}")
+    return GPUS[name.lower()]
+
+
 def make_cluster(gpus: int, nodes: int, memory: int, gpu: str, interconnect: str) -> Cluster:
     """Args:
         gpus: of each node.
@@ -80,8 +90,6 @@ def make_cluster(gpus: int, nodes: int, memory: int, gpu: str, interconnect: str
     for name, value in (("gpus", gpus), ("nodes", nodes)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if gpu.lower() not in GPUS:
-        raise ValueError(f"gpu must be one of {sorted(GPUS)}, got {gpu!r}{nearest_hint(gpu.lower(), GPUS)}")
     names = [name.strip().lower() for name in interconnect.split(",")]
     for name in names:
         if name not in NETWORKS:
@@ -93,4 +101,4 @@ def make_cluster(gpus: int, nodes: int, memory: int, gpu: str, interconnect: str
             "interconnect must name the network inside a node and the one between nodes, such as nvlink,ib400, got"
             f" {interconnect!r} for {nodes} nodes"
         )
-    return Cluster(gpus, nodes, memory, GPUS[gpu.lower()], NETWORKS[names[0]], NETWORKS[names[-1]])
+    return Cluster(gpus, nodes, memory, find_gpu(gpu), NETWORKS[names[0]], NETWORKS[names[-1]])

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fastdpo.training.memory.card.estimates import pair_shape
+from fastdpo.training.memory.card.plans import ROUNDING, USABLE_SHARE
 from fastdpo.training.memory.cluster.hardware import Cluster
 from fastdpo.training.memory.cluster.holding import ProcessMemory, process_memory
 from fastdpo.training.memory.cluster.layouts import Layout, layouts_for
@@ -23,7 +25,6 @@ from fastdpo.training.memory.cluster.traffic import Precision
 from fastdpo.training.memory.dry_model import DryModel
 from fastdpo.training.memory.dry_run import StepPeak, fake_mode
 from fastdpo.training.memory.estimate import CUDA_BYTES, CUDA_WORKSPACE_BYTES, enable_checkpointing, planned_impl
-from fastdpo.training.memory.plan import ROUNDING, USABLE_SHARE, pair_shape
 from fastdpo.training.memory.weightless import weightless_model
 from fastdpo.training.setup.optimizers import optimizer_state_bytes, trained_parameters
 

@@ -44,16 +44,29 @@ class StepTime:
         return max(self.compute, self.overlapped) + self.blocking + self.optimizer
 
 
-def flops_of_pair(sizes: ModelSizes, tokens: int, *, full: bool, checkpointing: bool, adapter_reference: bool) -> float:
-    """FLOPs of a pair of so many tokens. Backward costs a forward for the inputs, and one more for trained weights."""
-    attention = 4 * sizes.num_heads * sizes.head_dim * sizes.num_layers * ATTENTION_SHARE * tokens**2
-    layers = 2 * sizes.active * tokens + attention
+def attention_flops(sizes: ModelSizes, tokens: int) -> float:
+    """Of a forward of a pair, without the products with weights."""
+    return 4 * sizes.num_heads * sizes.head_dim * sizes.num_layers * ATTENTION_SHARE * tokens**2
+
+
+def layer_flops(sizes: ModelSizes, tokens: int) -> float:
+    """Of a forward of a pair through the layers."""
+    return 2 * sizes.active * tokens + attention_flops(sizes, tokens)
+
+
+def flops_of_pair(sizes: ModelSizes, tokens: int, *, full: bool, repeated: float, references: float) -> float:
+    """FLOPs of a pair of so many tokens. Backward costs a forward for the inputs, and one more for trained weights.
+
+    Args:
+        repeated: share of the layers that run forward again in backward.
+        references: forwards for reference log-probs.
+    """
+    layers = layer_flops(sizes, tokens)
     head = 2 * sizes.vocab_size * sizes.hidden_size * ROWS_SHARE * tokens
-    backward = 2 * layers if full else layers + attention  # attention has no weights: both its factors get gradients
-    repeated = layers if checkpointing else 0
-    reference = layers + head if adapter_reference else 0
+    # attention has no weights: both its factors get gradients
+    backward = 2 * layers if full else layers + attention_flops(sizes, tokens)
     of_head = head * (3 if full else 2)  # its gradient is made in forward, kernels/README.md, "Work and memory"
-    return layers + repeated + backward + reference + of_head
+    return layers + repeated * layers + backward + references * (layers + head) + of_head
 
 
 def step_time(
@@ -77,9 +90,7 @@ def step_time(
     per_microbatch = min(max(largest_microbatch // pair_tokens, 1), of_group)
     count = math.ceil(of_group / per_microbatch)
     per_microbatch = math.ceil(of_group / count)
-    flops = of_group * flops_of_pair(
-        sizes, pair_tokens, full=full, checkpointing=checkpointing, adapter_reference=not full
-    )
+    flops = of_group * flops_of_pair(sizes, pair_tokens, full=full, repeated=checkpointing, references=not full)
     share = 1 / (layout.tensor * layout.sequence)
     batch = MicroBatch(per_microbatch * pair_tokens, int(per_microbatch * pair_tokens * ROWS_SHARE))
     sent = overlapped = blocking = 0.0
