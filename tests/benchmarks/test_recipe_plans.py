@@ -1,0 +1,34 @@
+"""recipes/sizes/README.md shows what `fastdpo plan` says of the settings there, and they fit."""
+
+import pytest
+import recipe_plans as bench
+import yaml
+from shared.pages import part
+
+from fastdpo.evidence.bench.records import read
+from fastdpo.training.memory.plan import pair_tokens
+
+RECORDS = {record["workload"]: record for record in read(bench.RESULTS)}
+
+
+def test_the_page_says_what_the_records_say():
+    page = (bench.FOLDER / "README.md").read_text()
+    assert part(page, bench.RESULTS.name) == bench.table(list(RECORDS.values()))
+    assert set(RECORDS) == set(bench.FILES)
+
+
+@pytest.mark.parametrize("name", bench.FILES)
+def test_the_plan_was_asked_for_the_settings_of_the_file_and_they_fit(name):
+    settings, record = yaml.safe_load(bench.FILES[name].read_text()), RECORDS[name]
+    assert record["plan"] == " ".join(bench.options_of(name))
+    assert bench.line_of(name).items() <= record.items()
+    asked = settings["max_tokens_per_microbatch"]
+    assert record["longest_pair_tokens"] >= max(pair_tokens(settings["max_length"]), 0 if asked == "auto" else asked)
+    assert sum(size for part, size in record["bytes"].items() if part != "total") == record["bytes"]["total"]
+
+
+@pytest.mark.slow
+def test_the_plan_still_says_so():
+    """Within 2%: what other releases of torch and transformers keep for backward may differ a little."""
+    found = bench.record_of("hh_0.5b_24gb")
+    assert found["longest_pair_tokens"] == pytest.approx(RECORDS["hh_0.5b_24gb"]["longest_pair_tokens"], rel=0.02)
