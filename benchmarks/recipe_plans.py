@@ -19,6 +19,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,21 +88,25 @@ def record_of(name: str) -> Record:
     Raises:
         ValueError: the plan has no line with the settings of the file, or several.
     """
-    settings, options = yaml.safe_load(FILES[name].read_text()), options_of(name)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "config.json")
-        CONFIGS[settings["model"]].save_pretrained(folder)
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            code = fastdpo(["plan", "--model", str(path), "--json", *options])
-    if code != 0:
-        raise ValueError(f"fastdpo plan must succeed for {name}, got exit code {code}")
-    wanted = line_of(name)
-    lines = [line for line in json.loads(printed.getvalue()) if wanted.items() <= line.items()]
+    model, options, wanted = yaml.safe_load(FILES[name].read_text())["model"], options_of(name), line_of(name)
+    lines = [line for line in plan(model, *options) if wanted.items() <= line.items()]
     if len(lines) != 1:
         raise ValueError(f"the plan must have one line with {wanted} for {name}, got {len(lines)}")
     kept = {key: lines[0][key] for key in ("longest_pair_tokens", "bytes")}
     return {"workload": name, "plan": " ".join(options), **wanted, **kept}
+
+
+@cache
+def plan(model: str, *options: str) -> list[dict[str, Any]]:
+    """What `fastdpo plan --json` prints for the shape of a model."""
+    with tempfile.TemporaryDirectory() as folder:
+        CONFIGS[model].save_pretrained(folder)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            code = fastdpo(["plan", "--model", str(Path(folder, "config.json")), "--json", *options])
+    if code != 0:
+        raise ValueError(f"fastdpo plan must succeed for {model}, got exit code {code}")
+    return json.loads(printed.getvalue())
 
 
 def table(records: Sequence[Record]) -> str:
