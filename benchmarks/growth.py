@@ -25,7 +25,7 @@ from fastdpo.evidence.bench.steps.growth import OURS, PLAIN
 
 RESULTS, PAGE = pages.RESULTS / "growth.jsonl", pages.DOCS / "growth.md"
 PICTURE = pages.DOCS / "pictures" / "growth.svg"
-RUNS = 3
+SETTINGS = ("--model", "tiny", "--pairs", "2", "--max_length", "512", "--rows", "256", "--runs", "3")
 FIGURES: dict[str, Callable[[Record], float]] = {
     "CPU ms": lambda record: record["cpu_ms"],
     "MiB": lambda record: record["peak_mib"],
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.docs:
         out = ["--out", str(RESULTS)] if options.write else []
         for sweep in options.sweeps or SWEEPS:
-            if code := fastdpo(["bench", "--model", "tiny", "--sweep", sweep, "--runs", str(RUNS), *out]):
+            if code := fastdpo(["bench", *SETTINGS, "--sweep", sweep, *out]):
                 return code
     if options.docs or options.write:
         write_docs()
