@@ -5,34 +5,33 @@
     python benchmarks/recipe_plans.py --write hh_0.5b_24gb    # of one file
     python benchmarks/recipe_plans.py --docs                  # the table from the results as they are
 
-The command runs as a user would run it, on configs with the models' shapes, and the line with a file's own settings is
-kept. Nothing has been measured on a GPU. Minutes for all files, most of them for the models of 8B.
+Models are built from their shapes, without weights, and of the plan only the line with a file's own settings is
+computed. Nothing has been measured on a GPU. Some minutes on one core.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
 
 import yaml
 from scaling_model import MODELS as LLAMAS
 from shared import pages
 from transformers import Qwen2Config, Qwen3Config
 
-from fastdpo.cli.main import main as fastdpo
 from fastdpo.cli.plan_names import GB
 from fastdpo.evidence.bench.measure import append_lines, machine_facts
 from fastdpo.evidence.bench.records import Record, read
-from fastdpo.training.memory.plan import pair_tokens
+from fastdpo.training.memory.card.estimates import pair_tokens
+from fastdpo.training.memory.card.plans import Estimates
+from fastdpo.training.memory.card.settings import Settings
+from fastdpo.training.memory.cluster.hardware import make_cluster
+from fastdpo.training.memory.cluster.layouts import layouts_for
+from fastdpo.training.memory.cluster.plans import MethodModel, plan_layout
 
 RESULTS = pages.RESULTS / "recipe_plans.jsonl"
 FOLDER = pages.DOCS.parent / "recipes" / "sizes"
@@ -50,63 +49,54 @@ CONFIGS = {
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": LLAMAS["8B"],
 }  # fmt: skip
 OPTIMIZERS = {"adamw_8bit": "adamw_bnb_8bit"}  # transformers' other names
+LAYOUT = "FSDP2"  # of several GPUs
 
 
-def options_of(name: str) -> list[str]:
-    """The options of `fastdpo plan` for a file: the GPUs of its name, and its lengths and adapter."""
-    settings = yaml.safe_load(FILES[name].read_text())
-    gpus, memory = re.fullmatch(r".*?_(?:(\d+)x)?(\d+)gb", name).groups()
-    words = ["--gpu_memory", f"{memory}GB", "--max_length", str(settings["max_length"])]
-    words += ["--gpus", gpus] if gpus else []
-    return words + (["--lora_r", str(settings["lora_r"])] if settings.get("use_peft") else [])
+def gpus_of(name: str) -> tuple[int, int]:
+    """Number of GPUs, and the memory of each in bytes, from the end of a file's name: 8x80gb."""
+    found = re.search(r"_(?:(\d+)x)?(\d+)gb$", name)
+    assert found is not None
+    return int(found[1] or 1), int(int(found[2]) * GB)
 
 
-def line_of(name: str) -> dict[str, Any]:
-    """Values of the plan's line that has the settings of a file, by their keys in `fastdpo plan --json`."""
-    settings = yaml.safe_load(FILES[name].read_text())
-    found = {
-        "method": "qlora" if settings.get("load_in_4bit") else "full",
-        "gradient_checkpointing": settings.get("gradient_checkpointing", True),  # on by default on a GPU
-    }
-    if "--gpus" in options_of(name):
-        return {**found, "layout": "FSDP2"}
-    optim = settings.get("optim", "adamw_torch_fused")
-    return {
-        **found,
-        "reference": settings.get("reference", "adapter" if settings.get("use_peft") else "frozen"),
-        "optim": OPTIMIZERS.get(optim, optim),
-        "weight_rounding": settings.get("weight_rounding", "nearest"),
-        "tile_rows": None,
-        "activation_offloading": False,
-        "optimizer_in_backward": False,
-    }
+def command_of(name: str) -> str:
+    """The options of `fastdpo plan` whose output has the line."""
+    given, (gpus, memory) = yaml.safe_load(FILES[name].read_text()), gpus_of(name)
+    options = f"--gpu_memory {memory / GB:g}GB --max_length {given['max_length']}"
+    options += f" --gpus {gpus}" if gpus > 1 else ""
+    return options + (f" --lora_r {given['lora_r']}" if given.get("use_peft") else "")
+
+
+def settings_of(name: str) -> Settings:
+    """The line of the plan that has a file's own settings."""
+    given = yaml.safe_load(FILES[name].read_text())
+    optim = given.get("optim", "adamw_torch_fused")
+    return Settings(
+        "qlora" if given.get("load_in_4bit") else "full",
+        given.get("gradient_checkpointing", True),  # on by default on a GPU
+        given.get("reference", "adapter" if given.get("use_peft") else "frozen"),
+        OPTIMIZERS.get(optim, optim),
+        weight_rounding=given.get("weight_rounding", "nearest"),
+    )
 
 
 def record_of(name: str) -> Record:
-    """The line, with what it is asked for.
-
-    Raises:
-        ValueError: the plan has no line with the settings of the file, or several.
-    """
-    model, options, wanted = yaml.safe_load(FILES[name].read_text())["model"], options_of(name), line_of(name)
-    lines = [line for line in plan(model, *options) if wanted.items() <= line.items()]
-    if len(lines) != 1:
-        raise ValueError(f"the plan must have one line with {wanted} for {name}, got {len(lines)}")
-    kept = {key: lines[0][key] for key in ("longest_pair_tokens", "bytes")}
-    return {"workload": name, "plan": " ".join(options), **wanted, **kept}
-
-
-@cache
-def plan(model: str, *options: str) -> list[dict[str, Any]]:
-    """What `fastdpo plan --json` prints for the shape of a model."""
-    with tempfile.TemporaryDirectory() as folder:
-        CONFIGS[model].save_pretrained(folder)
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            code = fastdpo(["plan", "--model", str(Path(folder, "config.json")), "--json", *options])
-    if code != 0:
-        raise ValueError(f"fastdpo plan must succeed for {model}, got exit code {code}")
-    return json.loads(printed.getvalue())
+    """The longest pair and the bytes of that line; no other line is computed."""
+    given, settings, (gpus, memory) = yaml.safe_load(FILES[name].read_text()), settings_of(name), gpus_of(name)
+    config, least, lora_r = CONFIGS[given["model"]], pair_tokens(given["max_length"]), given.get("lora_r", 16)
+    if gpus > 1:
+        cluster = make_cluster(gpus, 1, memory, "h100", "nvlink,ib400")
+        model = MethodModel(config, settings.method, settings.checkpointing, lora_r)
+        (layout,) = (layout for layout in layouts_for(cluster, model.sizes) if layout.name == LAYOUT)
+        shared = plan_layout(model, layout, cluster, least, num_pairs=64)
+        tokens, sizes = shared.tokens, {part: int(size) for part, size in shared.memory.parts().items()}
+    else:
+        estimates = Estimates(config, lora_r)
+        estimates.candidates = [candidate for candidate in estimates.candidates if candidate[0] == settings]
+        (plan,) = estimates.plans(memory, least)
+        tokens, sizes = plan.tokens, plan.estimate.parts()
+    found = {"longest_pair_tokens": tokens, "bytes": {**sizes, "total": sum(sizes.values())}}
+    return {"workload": name, "plan": command_of(name), "settings": asdict(settings), **found}
 
 
 def table(records: Sequence[Record]) -> str:
