@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -161,6 +162,35 @@ def test_a_run_without_a_sound_checkpoint_says_so(run):
         (path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"checkpoint-3: model.safetensors is missing; no checkpoint in .* is sound"):
         checkpoint_folder("last", run)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["model.safetensors"], "cannot be read"),
+        ({"model.safetensors": 3}, "cannot be read"),
+        ({"model.safetensors": {"bytes": math.inf, "checksum": "xxh3:0"}}, "cannot be read"),
+        ({"config.json": {"bytes": 1, "checksum": "none:0"}}, "config.json has .* bytes instead of 1"),
+        (
+            {"../checkpoint-2/config.json": {"bytes": 1, "checksum": "xxh3:0"}},
+            "names .*, which is outside of the folder",
+        ),
+        ({"/etc/passwd": {"bytes": 1, "checksum": "xxh3:0"}}, "names /etc/passwd, which is outside of the folder"),
+    ],
+)
+def test_a_manifest_that_is_none_is_damage(run, files, message):
+    (run / "checkpoint-3" / MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
+    with pytest.raises(ValueError, match=rf"checkpoint-3: .*{message}"):
+        checkpoint_folder(str(run / "checkpoint-3"), run)
+    assert checkpoint_folder("last", run) == str(run / "checkpoint-2")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 1, "of_another_version": 2}'])
+def test_progress_that_is_none_is_refused_by_its_file(run, content):
+    (run / "checkpoint-3" / MANIFEST).unlink()
+    (run / "checkpoint-3" / "fastdpo_progress.json").write_text(content)
+    with pytest.raises(ValueError, match=r"checkpoint-3/fastdpo_progress.json must hold the progress of a run"):
+        tiny_trainer(run, max_steps=4).train(resume_from_checkpoint="last")
 
 
 def test_a_checkpoint_without_a_manifest_is_loaded_and_that_is_said(run, caplog):
