@@ -16,6 +16,8 @@ def write_whole(path: Path | str, content: bytes | str, *, is_durable: bool = Fa
     Args:
         content: text is written as UTF-8.
         is_durable: wait until the disk has the content, so that it also survives a power failure.
+    Raises:
+        OSError: it cannot be written, for example on a full disk. It names the file.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -27,8 +29,10 @@ def write_whole(path: Path | str, content: bytes | str, *, is_durable: bool = Fa
                 os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a write, which knows no name
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

@@ -482,6 +482,14 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypatch
     assert path.read_text() == "new"
 
 
+def test_a_write_on_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", _raises(OSError(errno.ENOSPC, "No space left on device")))  # without a name
+    with pytest.raises(OSError, match=r"No space left on device: '.*state.json'") as error:
+        write_whole(tmp_path / "state.json", "new", is_durable=True)
+    assert is_full(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_that_cannot_be_saved_whole_leaves_the_one_that_was_there(tmp_path, monkeypatch):
     trainer = tiny_trainer(tmp_path)
     trainer.save_model()
