@@ -410,6 +410,25 @@ def test_a_run_on_a_full_disk_waits_for_space_and_goes_on(small_disk, tmp_path, 
     assert caplog.text.count("Waiting (on_full_disk)") == 1
 
 
+def test_a_model_on_a_full_disk_waits_for_space_and_is_saved(small_disk, tmp_path, monkeypatch):
+    """The last save of a run, after which its weights would be lost."""
+    trainer, filler = tiny_trainer(small_disk, on_full_disk="wait"), small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    monkeypatch.setattr(resuming, "SECONDS_BETWEEN_TRIES", 0.0)
+    said = []
+
+    def make_space(text):
+        said.append(text)
+        filler.unlink()
+
+    monkeypatch.setattr(resuming.logger, "warning", make_space)
+    trainer.save_model()
+    assert len(said) == 1
+    assert f"space for the model, got {small_disk}: " in said[0]
+    assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in small_disk.iterdir()}
+    assert not (small_disk / UNFINISHED).exists()
+
+
 @pytest.mark.parametrize("owner", ["torch", "json"])
 def test_a_write_that_fails_in_a_save_leaves_the_last_checkpoint_and_no_part_of_the_next(tmp_path, monkeypatch, owner):
     """The disk is filled by someone else meanwhile, so that the space before the save says nothing."""
@@ -497,8 +516,9 @@ def test_a_model_that_cannot_be_saved_whole_leaves_the_one_that_was_there(tmp_pa
     with torch.no_grad():
         trainer.model.lm_head.weight.add_(1.0)
     monkeypatch.setattr(torch, "save", _raises(OSError(errno.ENOSPC, "full")))  # the last file, after the weights
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(DiskFull, match=r"about [\d,]+ bytes for the model cannot be written"):
         trainer.save_model()
+    assert not (tmp_path / UNFINISHED).exists()
     monkeypatch.undo()
     assert (tmp_path / "model.safetensors").read_bytes() == before
     trainer.save_model()
