@@ -14,13 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from killing import differences, end_of, output
-from tiny import make_rows
+from tiny import make_rows, make_tokenizer
 from tiny_runs import make_lora, tiny_trainer
 
 from fastdpo import StopOnSignal
+from fastdpo.data.prepare import prepare_preference_dataset
+from fastdpo.data.tokens.settings import TokenizationSettings
 from fastdpo.files import write_whole
 from fastdpo.training import resuming
+from fastdpo.training.callbacks.json_lines import append_lines
 from fastdpo.training.saving.checkpoints import checkpoint_folder
 from fastdpo.training.saving.disk import DiskFull, is_full
 from fastdpo.training.saving.manifest import (
@@ -507,6 +511,15 @@ def test_a_write_on_a_full_disk_names_the_file(tmp_path, monkeypatch):
         write_whole(tmp_path / "state.json", "new", is_durable=True)
     assert is_full(error.value)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        append_lines(Path("/dev/full"), [{"step": 1}])
+
+
+def test_tokenizing_on_a_full_disk_names_the_folder_of_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.finalize", _raises(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OSError, match=rf"No space left: '{tmp_path}/\w+'"):
+        prepare_preference_dataset(Dataset.from_list(make_rows(4)), make_tokenizer(), TokenizationSettings())
 
 
 def test_a_model_that_cannot_be_saved_whole_leaves_the_one_that_was_there(tmp_path, monkeypatch):
