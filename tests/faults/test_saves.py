@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from killing import differences, end_of, output
+from killing import differences, end_of, output, train_until
 from tiny import make_rows, make_tokenizer
 from tiny_runs import make_lora, tiny_trainer
 
@@ -60,36 +60,36 @@ LIMITED = {"max_steps": 4, "save_steps": 2, "save_total_limit": 1}
 MOVED = {"max_steps": 4, "save_steps": 2, "adapter": {}, "sync_ref_model": True, "ref_model_sync_steps": 1}
 
 
-def killed(killer, folder, settings, moment, expected):
+def killed(folder, settings, moment, expected):
     """Whether the run came to that moment. It is killed, resumed, and compared with the end of one that was not."""
-    status = killer.run(folder, settings, moment)
+    status = train_until(folder, settings, moment)
     if status == 0:
         return False
     assert status == -9, output(folder)
     for checkpoint in checkpoints(folder / "out"):
         assert has_manifest(checkpoint)
         assert damage(checkpoint) is None
-    assert killer.run(folder, settings, resume=bool(checkpoints(folder / "out"))) == 0, output(folder)
+    assert train_until(folder, settings, resume=bool(checkpoints(folder / "out"))) == 0, output(folder)
     assert differences(expected, end_of(folder)) == [], moment
     assert not (folder / "out" / UNFINISHED).exists()
     return True
 
 
 @pytest.mark.parametrize("moment", [("commit", 2), ("torn", 2 + 5)], ids=lambda moment: moment[0])
-def test_a_run_that_is_killed_in_a_save_loses_nothing(killer, tmp_path, moment):
-    assert killer.run(tmp_path / "whole", LIMITED) == 0, output(tmp_path / "whole")
-    assert killed(killer, tmp_path / "cut", LIMITED, moment, end_of(tmp_path / "whole"))
+def test_a_run_that_is_killed_in_a_save_loses_nothing(tmp_path, moment):
+    assert train_until(tmp_path / "whole", LIMITED) == 0, output(tmp_path / "whole")
+    assert killed(tmp_path / "cut", LIMITED, moment, end_of(tmp_path / "whole"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("where", "settings"), [("save", LIMITED), ("torn", MOVED)], ids=["killed", "cut off"])
-def test_a_run_that_is_killed_anywhere_in_a_save_loses_nothing(killer, tmp_path, where, settings):
-    assert killer.run(tmp_path / "whole", settings, (where, 0)) == 0, output(tmp_path / "whole")
+def test_a_run_that_is_killed_anywhere_in_a_save_loses_nothing(tmp_path, where, settings):
+    assert train_until(tmp_path / "whole", settings, (where, 0)) == 0, output(tmp_path / "whole")
     expected = end_of(tmp_path / "whole")
     moments = range(1, expected["num_events"] + 1)
     assert len(moments) >= (8 if where == "torn" else 24)  # files of two saves, renames, the removal of the first
     for count in moments:
-        assert killed(killer, tmp_path / str(count), settings, (where, count), expected), count
+        assert killed(tmp_path / str(count), settings, (where, count), expected), count
         shutil.rmtree(tmp_path / str(count))
 
 
