@@ -296,8 +296,24 @@ def test_nesting_that_the_tokenizers_library_refuses_is_refused_in_words(tmp_pat
         inner["normalizers"].append({"type": "Sequence", "normalizers": []})
         inner = inner["normalizers"][0]
     (folder / "tokenizer.json").write_text(json.dumps(whole))
-    with pytest.raises(ValueError, match="cannot be read: recursion limit exceeded"):
+    with pytest.raises(ValueError, match=r"cannot be read: .*recursion limit exceeded"):
         models.load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("tokenizer_config.json", {"eos_token": 3}),
+        ("tokenizer_config.json", {"tokenizer_class": 5}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+        ("tokenizer.json", {"added_tokens": 5}),
+    ],
+)
+def test_a_tokenizer_with_values_of_another_type_is_refused_in_words(tmp_path, name, extra):
+    path = save_model(tmp_path / "model") / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **extra}))
+    with pytest.raises(ValueError, match=r"the tokenizer of .*/model' cannot be read"):
+        models.load_tokenizer(str(path.parent))
 
 
 def test_a_file_too_large_to_be_read_whole_is_refused(tmp_path, monkeypatch):

@@ -185,10 +185,10 @@ def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None = None) -> PreT
             f"processing_class must be given if the model has no tokenizer, got None and no tokenizer in {name!r}:"
             f" {error}"
         ) from error
-    except Exception as error:
-        if type(error) is not Exception:
+    except Exception as error:  # the last three are transformers', for values of other types than it expects
+        if type(error) not in (Exception, AttributeError, KeyError, TypeError):  # the first is the tokenizers library's
             raise
-        raise ValueError(f"the tokenizer of {name!r} cannot be read: {error}") from error  # of the tokenizers library
+        raise ValueError(f"the tokenizer of {name!r} cannot be read: {error!r}") from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _processors_template(name, where)
     return tokenizer
