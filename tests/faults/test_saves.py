@@ -75,10 +75,10 @@ def killed(folder, settings, moment, expected):
     return True
 
 
-@pytest.mark.parametrize("moment", [("commit", 2), ("torn", 2 + 5)], ids=lambda moment: moment[0])
-def test_a_run_that_is_killed_in_a_save_loses_nothing(tmp_path, moment):
+def test_a_run_that_is_killed_in_a_save_loses_nothing(tmp_path):
     assert train_until(tmp_path / "whole", LIMITED) == 0, output(tmp_path / "whole")
-    assert killed(tmp_path / "cut", LIMITED, moment, end_of(tmp_path / "whole"))
+    for where, count in (("commit", 2), ("torn", 2 + 5)):
+        assert killed(tmp_path / where, LIMITED, (where, count), end_of(tmp_path / "whole"))
 
 
 @pytest.mark.slow

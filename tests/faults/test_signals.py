@@ -30,11 +30,11 @@ BEST = {
     "signals": True,
 }
 CASES = {
-    "in a step": (NEVER, ("step", 4), signal.SIGTERM),
     "in an accumulation": ({**NEVER, "gradient_accumulation_steps": 3}, ("substep", 8), signal.SIGUSR1),
     "in an evaluation": ({**NEVER, **EVERY_2}, ("evaluation", 6), signal.SIGINT),
 }
 SLOW = {
+    "at the end of a step": (NEVER, ("step", 4), signal.SIGTERM),
     "in the step before an evaluation": ({**NEVER, **EVERY_2}, ("step", 4), signal.SIGTERM),
     "in an evaluation that a save follows": (BEST, ("evaluation", 6), signal.SIGTERM),
     "after an evaluation": (BEST, ("evaluated", 2), signal.SIGTERM),
@@ -180,7 +180,7 @@ def test_a_worker_ends_at_a_later_signal(monkeypatch):
     assert ended == [128 + signal.SIGTERM]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [SIGNALS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in SIGNALS[1:])])
 def test_a_second_signal_ends_the_run_at_once(tmp_path, number):
     status = train_until(tmp_path, {**NEVER, "second_signal": int(number)})
     assert status in (-number, 128 + number)

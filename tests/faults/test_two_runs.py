@@ -237,10 +237,10 @@ def _at_once(function, arguments):
 
 
 def test_runs_that_start_together_share_one_reference_cache(tmp_path):
-    found = _at_once(_train, [(tmp_path / "cache", tmp_path / str(i)) for i in range(3)])
+    found = _at_once(_train, [(tmp_path / "cache", tmp_path / str(i)) for i in range(2)])
     assert all(one[1] == found[0][1] and one[3] == found[0][3] for one in found)
     reasons = sorted(reason for _, _, reason, _ in found)
-    assert sum("16 computed" in reason for reason in reasons) == 1  # the others waited, and found them
+    assert sum("16 computed" in reason for reason in reasons) == 1  # the other waited, and found them
     (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     assert not (folder / LOCK_FILE).exists()
     assert not list(folder.glob("*.tmp"))
@@ -257,8 +257,8 @@ def _tokenize(path, results):
 def test_runs_that_start_together_share_one_cache_of_tokens(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(50)))
-    found = _at_once(_tokenize, [(path,)] * 3)
-    assert found[0] == found[1] == found[2]
+    found = _at_once(_tokenize, [(path,)] * 2)
+    assert found[0] == found[1]
     assert len(found[0]) == 50
 
 
