@@ -62,7 +62,7 @@ def test_more_memory_checkpointing_and_no_second_model_take_longer_pairs(plans):
             assert found < tokens[plan.replace(settings, checkpointing=True)]
         if settings.every_n_layers > 1:
             every = plan.replace(settings, every_n_layers=1)
-            assert tokens[plan.replace(every, checkpointing=False)] < found < tokens[every]
+            assert tokens[plan.replace(every, checkpointing=False)] < found <= tokens[every]
         if settings.tiles and not settings.offload:
             assert tokens[plan.replace(settings, tiles=False)] < found
 
