@@ -195,6 +195,11 @@ class ResumableTrainer(Trainer):
         if progress.evaluates:
             self._evaluate_late(saves=progress.saves)
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in Trainer, but a resumed run does not repeat the evaluation at the start (eval_on_start)."""
+        is_at_start = kwargs.get("skip_scheduler", False)
+        return {} if is_at_start and self.state.global_step > 0 else super()._evaluate(*args, **kwargs)
+
     def _evaluate_late(self, *, saves: bool) -> None:
         """The evaluation of the checkpoint's step, which a signal interrupted."""
         control = self.control

@@ -33,7 +33,10 @@ QUICK = {
         {"gradient_accumulation_steps": 3, "save_steps": 2, **BUDGET},
         [("substep", 11)],
     ),
-    "in an evaluation, with workers": ({**EVERY_2, **WORKERS, "max_steps": 6}, [("evaluation", 10)]),
+    "in an evaluation, after one at the start, with workers": (
+        {**EVERY_2, **WORKERS, "max_steps": 6, "eval_on_start": True},
+        [("evaluation", 10)],
+    ),
     "in the precompute": ({**CACHED, "max_steps": 4}, [("precompute", 2)]),
     "in the samples": ({**EVERY_2, **SAMPLES, "max_steps": 6}, [("generate", 4)]),
     "a stream that is read again, shuffled": ({"max_steps": 15, "stream": "shuffled"}, [("step", 14)]),
