@@ -131,6 +131,8 @@ def _prepare_to_fork():
 
 
 def _serve():
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print while they are imported is no answer
     import pytest  # noqa: F401
     import torch.distributed.fsdp
     import torch.distributed.tensor  # noqa: F401
@@ -139,7 +141,7 @@ def _serve():
     for line in sys.stdin:
         order = json.loads(line)
         statuses = _wait(_fork_all(order), order["timeout"])
-        print(json.dumps(statuses), flush=True)
+        print(json.dumps(statuses), file=answers, flush=True)
 
 
 def _fork_all(order):

@@ -348,7 +348,8 @@ class PackedTrainer(SteppingTrainer):
         super().log(logs, start_time)
 
     def _num_tokens_so_far(self) -> int:
-        """Tokens trained on by all processes since the run began."""
+        """Tokens that have run on all processes since the run began: as in TRL, rows that accelerate repeats to fill an
+        epoch's last step too."""
         num_new_tokens = torch.tensor(self._num_train_tokens, device=self.args.device)
         before = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
         return next(before, 0) + int(self._reduce(num_new_tokens)) // self.args.row_group_size
