@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 
 from fastdpo.training.memory.cluster.hardware import Cluster, make_cluster
 from fastdpo.training.memory.cluster.layouts import layouts_for
-from fastdpo.training.memory.cluster.plans import ClusterPlan, MethodModel, plan_layout
+from fastdpo.training.memory.cluster.plans import REFERENCES, ClusterPlan, MethodModel, plan_layout
 from fastdpo.training.memory.dry_run import StepPeak
 
 PAGE = pages.DOCS / "scaling.md"
@@ -66,8 +66,9 @@ class ManyLayers(MethodModel):
 def best(models: list[MethodModel], cluster: Cluster) -> ClusterPlan:
     """The fastest that fits; the one that holds least if none does."""
     plans = [
-        plan_layout(model, layout, cluster, PAIR_TOKENS, NUM_PAIRS)
+        plan_layout(model, layout, cluster, reference, PAIR_TOKENS, NUM_PAIRS)
         for model in models
+        for reference in REFERENCES[model.method]
         for layout in layouts_for(cluster, model.sizes)
     ]
     fitting = [plan for plan in plans if plan.time is not None]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -16,11 +18,13 @@ def write_whole(path: Path | str, content: bytes | str, *, is_durable: bool = Fa
     Args:
         content: text is written as UTF-8.
         is_durable: wait until the disk has the content, so that it also survives a power failure.
+    Raises:
+        OSError: it cannot be written, for example on a full disk. It names the file.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with naming(path), os.fdopen(handle, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             if is_durable:
@@ -30,6 +34,17 @@ def write_whole(path: Path | str, content: bytes | str, *, is_durable: bool = Fa
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, the error of a write names the file, as the error of opening one does."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _umask() -> int:

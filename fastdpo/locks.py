@@ -1,8 +1,9 @@
-"""Locks between processes that write to one folder: the second is refused, or waits.
+"""Locks between processes that write to one folder or file: the second is refused, or waits.
 
-In: a folder. Out: a file LOCK_FILE in it, which says who holds the lock: host and process. The system frees the lock
-when its process ends, however it ends, so none is stale. Where a file system has no locks, the process that the file
-names is looked up: on this host it may have ended; on another host the file must be removed by hand.
+In: a folder, or a file. Out: LOCK_FILE in the folder, or a file of its own beside the file, which says who holds the
+lock: host and process. The system frees the lock when its process ends, however it ends, so none is stale. Where a file
+system has no locks, the process that the lock's file names is looked up: on this host it may have ended; on another
+host the file must be removed by hand.
 """
 
 from __future__ import annotations
@@ -30,19 +31,23 @@ class Locked(ValueError):
 
 
 @contextmanager
-def locked(folder: Path | str, name: str, *, wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Holds the lock of a folder inside the block. A process may hold it several times; a forked child does not.
+def locked(
+    place: Path | str, name: str, *, wait: Callable[[str], None] | None = None, is_file: bool = False
+) -> Iterator[None]:
+    """Holds the lock of a place inside the block. A process may hold it several times; a forked child does not.
 
     Args:
-        name: the setting that names the folder, for the error.
+        place: a folder, or a file, which need not exist yet.
+        name: the setting that names the place, for the error.
         wait: called once with who holds the lock, before this process waits for it. None: refuse.
     Raises:
         Locked: another process holds the lock, and there is no `wait`.
         ValueError: the folder is a file, or cannot be written to.
     """
-    path = Path(folder) / LOCK_FILE
+    place = Path(place)
+    path = place.with_name(f".{place.name}.lock") if is_file else place / LOCK_FILE
     if path.parent.exists() and not path.parent.is_dir():
-        raise ValueError(f"{name} must be a directory, got the file {folder}")
+        raise ValueError(f"{name} must be a directory, got the file {path.parent}")
     key = os.path.realpath(path), os.getpid()
     if _held.get(key, 0) > 0:
         _held[key] += 1
@@ -54,9 +59,11 @@ def locked(folder: Path | str, name: str, *, wait: Callable[[str], None] | None 
     made = [each for each in (path.parent, *path.parent.parents) if not each.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = _acquire(path, name, wait)
+        handle = _acquire(path, place, name, wait)
     except OSError as error:
-        raise ValueError(f"{name} must be a folder that can be written to, got {folder}: {error.strerror}") from error
+        raise ValueError(
+            f"{name} must be a folder that can be written to, got {path.parent}: {error.strerror}"
+        ) from error
     _held[key] = 1
     try:
         yield
@@ -69,7 +76,7 @@ def locked(folder: Path | str, name: str, *, wait: Callable[[str], None] | None 
                 each.rmdir()
 
 
-def _acquire(path: Path, name: str, wait: Callable[[str], None] | None) -> int:
+def _acquire(path: Path, place: Path, name: str, wait: Callable[[str], None] | None) -> int:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         if _is_free(handle):
@@ -77,14 +84,15 @@ def _acquire(path: Path, name: str, wait: Callable[[str], None] | None) -> int:
                 os.close(handle)
                 continue
             os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(_myself()).encode(), 0)
+            with suppress(OSError):  # a full disk: the lock holds without its holder's name
+                os.pwrite(handle, json.dumps(_myself()).encode(), 0)
             return handle
         holder = _in_words(_read(handle))
         os.close(handle)
         if wait is None:
             raise Locked(
-                f"{name} must not be in use by another run, got {path.parent}, which {holder} uses; wait for its end,"
-                f" or choose another folder (if that process is gone, remove {path})"
+                f"{name} must not be in use by another run, got {place}, which {holder} uses; wait for its end, or"
+                f" choose another one (if that process is gone, remove {path})"
             )
         wait(holder)
         wait = _silent

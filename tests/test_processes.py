@@ -1,10 +1,11 @@
 """Several processes of a test: a failure on one is shown and ends all, and none waits forever."""
 
 import os
+import sys
 import time
 
 import pytest
-from processes import on_processes
+from processes import on_processes, status_of
 
 
 def meet(folder, number):
@@ -39,6 +40,20 @@ def test_cases_run_in_order_on_all_processes_which_meet(tmp_path):
 def test_a_process_that_fails_ends_the_others_and_its_error_is_shown(tmp_path):
     with pytest.raises(AssertionError, match=r"(?s)processes \[1\] of 2 failed .*ValueError: row 7 is bad"):
         on_processes(fail_on_one, [{}], tmp_path, timeout=300)
+
+
+def end_with(number, code):
+    print("before the end", flush=True)
+    assert "RANK" not in os.environ
+    if number:
+        os.kill(os.getpid(), number)
+    sys.exit(code)
+
+
+@pytest.mark.parametrize(("number", "code", "status"), [(0, 0, 0), (0, 143, 143), (9, 0, -9)])
+def test_the_status_of_a_process_that_may_be_killed(tmp_path, number, code, status):
+    assert status_of(end_with, tmp_path / "run", {"number": number, "code": code}) == status
+    assert (tmp_path / "run" / "printed0.txt").read_text() == "before the end\n"
 
 
 def test_processes_that_do_not_end_are_ended(tmp_path):

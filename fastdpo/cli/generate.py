@@ -10,6 +10,7 @@ from fastdpo.cli.options.parser import RaisingParser
 from fastdpo.cli.options.rounds import add_engine_options, add_judge_options
 from fastdpo.cli.options.values import json_object
 from fastdpo.cli.records import write_records
+from fastdpo.locks import locked
 
 WAYS = ("best_worst", "best_random", "all", "ranking")
 
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> None:
     check_output("output", options.output, options.prompts)
     check_data("prompts", options.prompts)
     check_model("model", options.model)
-    from fastdpo.rounds.generate import Pairing, Sampling, check_prompts
+    from fastdpo.rounds.generate import Pairing, Sampling
 
     sampling = Sampling(
         options.num,
@@ -42,11 +43,22 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"max_prompts must be at least 1, got {options.max_prompts}")
     loader = _loader(options)
     loader.check(options.model)
+    with locked(output, "output", is_file=True):
+        _generate(options, loader, sampling, pairing, output)
 
+
+def _generate(options: Any, loader: Any, sampling: Any, pairing: Any, output: Path) -> None:
     from fastdpo.cli.console import make_console
     from fastdpo.cli.progress import progress_bar
     from fastdpo.data.sources.loading import load_preference_dataset
-    from fastdpo.rounds.generate import generate_scored, make_rows, read_prompts, source_of, summary_of
+    from fastdpo.rounds.generate import (
+        check_prompts,
+        generate_scored,
+        make_rows,
+        read_prompts,
+        source_of,
+        summary_of,
+    )
 
     console = make_console()
     prompts = read_prompts(load_preference_dataset(options.prompts, options.dataset_split))[: options.max_prompts]

@@ -29,9 +29,10 @@ def show(plans: Sequence[ClusterPlan], cluster: Cluster, model: str, num_pairs: 
     console.print(_table(plans))
     console.print(
         f"{cluster.nodes} x {cluster.gpus} GPUs; sizes in GB (10**9 bytes) of one GPU at the longest pair, of which"
-        f" {1 - USABLE_SHARE:.0%} stays free. state: weights, gradients and AdamW's moments. gathered: whole layers"
-        " under FSDP, bf16 copies of weights otherwise. step, sent, compute and network (seconds) are for a step of"
-        f" {num_pairs} pairs of {pair:,} tokens, prompt once. No estimate has been compared with GPUs yet. Assumed:"
+        f" {1 - USABLE_SHARE:.0%} stays free. state: weights, gradients and AdamW's moments. ref.: a frozen reference."
+        " gathered: whole layers under FSDP, bf16 copies of weights otherwise. adapter: the model without its LoRA is"
+        " the reference; cached: log-probs are computed once. step, sent, compute and network (seconds) are for a step"
+        f" of {num_pairs} pairs of {pair:,} tokens, prompt once. No estimate has been compared with GPUs yet. Assumed:"
     )
     for assumption in ASSUMPTIONS:
         console.print(f"  - {assumption}", markup=False)
@@ -70,7 +71,8 @@ def options(plan: ClusterPlan, cluster: Cluster) -> str:
     if layout.sequence > 1:
         parts.append(f"--sequence_parallel_size {layout.sequence}")
     parts += ["--bf16 true", f"--gradient_checkpointing {str(plan.checkpointing).lower()}"]
-    parts.append("--reference cached" if plan.method == "full" else "--use_peft --reference adapter")
+    parts += ["--use_peft"] * (plan.method == "lora")
+    parts.append(f"--reference {plan.reference}")
     parts.append(f"--max_tokens_per_microbatch {plan.tokens}")
     return " ".join(parts)
 
@@ -95,6 +97,7 @@ def _record(plan: ClusterPlan, cluster: Cluster) -> dict[str, Any]:
         "method": plan.method,
         "layout": plan.layout.name,
         "gradient_checkpointing": plan.checkpointing,
+        "reference": plan.reference,
         "fits": plan.tokens > 0,
         "longest_pair_tokens": plan.tokens,
         "longest_sequence_tokens": plan.tokens * 3 // 4,
@@ -115,14 +118,16 @@ def _record(plan: ClusterPlan, cluster: Cluster) -> dict[str, Any]:
 
 def _table(plans: Sequence[ClusterPlan]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("train", "over GPUs", "checkpointing"):
+    for name in ("train", "over GPUs", "checkpointing", "reference"):
         table.add_column(name, no_wrap=True)
-    for name in ("longest pair", "state", "gathered", "activ.", "total", "sent", "compute", "network", "step"):
+    of_memory = ("state", "ref.", "gathered", "activ.", "total")
+    for name in ("longest pair", *of_memory, "sent", "compute", "network", "step"):
         table.add_column(name, justify="right", no_wrap=True)
     for plan in plans:
         memory, time = plan.memory, plan.time
         sizes = (
             memory.weights + memory.optimizer + memory.gradients,
+            memory.reference,
             memory.gathered,
             memory.activations + memory.head,
             memory.total,
@@ -135,6 +140,7 @@ def _table(plans: Sequence[ClusterPlan]) -> Table:
             plan.method,
             plan.layout.name,
             "on" if plan.checkpointing else "off",
+            plan.reference,
             f"{plan.tokens:,}" if plan.tokens else "does not fit",
             *(f"{size / GB:.1f}" for size in sizes),
             *seconds,

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastdpo.files import write_whole
+
 
 def write_records(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]) -> Path:
     """Writes one JSON object per line and returns the path. An incomplete file never appears."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    partial.replace(target)
+    write_whole(target, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     return target

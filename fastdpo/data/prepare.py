@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.forms.columns import ColumnLedger
@@ -25,6 +27,7 @@ from fastdpo.data.sources.loading import dataset_from_rows, raw_example
 from fastdpo.data.streaming import prepare_stream
 from fastdpo.data.tokens.notes import note_counts
 from fastdpo.data.tokens.tokenization import TokenizationSettings
+from fastdpo.files import naming
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -90,18 +93,22 @@ def _prepare(
         return prepare_stream(dataset.with_format(None), tokenizer, settings, is_sft=is_sft)
     dataset = one_prompt_a_row(_checked_dataset(dataset), settings.dataset_format, is_sft=is_sft)
     fingerprint = tokens_fingerprint(dataset, tokenizer, settings=settings, is_sft=is_sft)
-    prepared = dataset.map(
-        RowPreparer(tokenizer, settings, is_sft, features_of_fill_ins(dataset)),
-        with_indices=True,
-        batched=True,
-        batch_size=ROWS_AT_ONCE,
-        remove_columns=dataset.column_names,
-        features=column_features(),
-        num_proc=num_proc,
-        desc=desc or "Tokenizing",
-        new_fingerprint=fingerprint,
-        cache_file_name=cache_file(dataset, fingerprint),
-    )
+    file = cache_file(dataset, fingerprint)
+    beside = [file, *(of["filename"] for of in dataset.cache_files)]  # the folder that `map` writes to
+    place = next((Path(each).parent for each in beside if each is not None), None)
+    with nullcontext() if place is None else naming(place):
+        prepared = dataset.map(
+            RowPreparer(tokenizer, settings, is_sft, features_of_fill_ins(dataset)),
+            with_indices=True,
+            batched=True,
+            batch_size=ROWS_AT_ONCE,
+            remove_columns=dataset.column_names,
+            features=column_features(),
+            num_proc=num_proc,
+            desc=desc or "Tokenizing",
+            new_fingerprint=fingerprint,
+            cache_file_name=file,
+        )
     prepared = prepared.with_format(None)  # a transform of the raw rows stays with them in `map`
     report = _report(prepared.select_columns(list(STATE_COLUMNS)), "examples" if is_sft else "pairs")
     report = replace(report, first_row=first_row(dataset, settings, is_sft=is_sft))

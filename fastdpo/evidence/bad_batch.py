@@ -86,13 +86,31 @@ def load_bad_batch(path: str | Path) -> BadBatch:
         raise ValueError(f"{wrong}, which does not exist")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return BadBatch(
+        bad = BadBatch(
             PackedBatch(**saved["inputs"]), saved.get("sums", {}), saved["step"], saved.get("loss", math.nan),
             saved.get("settings", {}),
         )  # fmt: skip
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
+        _check(bad)
+        return bad
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ValueError(f"{wrong} ({first or type(error).__name__})") from None
+
+
+def _check(bad: BadBatch) -> None:
+    """Raises TypeError or IndexError for a file that has the names of a batch, but not its kinds of values."""
+    batch = bad.batch
+    for name in ("pairs", "input_ids", "position_ids", "logit_rows", "labels", "token_rows", "cu_seqlens"):
+        if not isinstance(getattr(batch, name), Tensor):
+            raise TypeError(f"{name} is no tensor")
+    if not (isinstance(bad.settings, dict) and isinstance(bad.sums, dict) and isinstance(batch.segments, tuple)):
+        raise TypeError("settings, sums or segments are of another type")
+    if not all(isinstance(sums, Tensor) for sums in bad.sums.values()):
+        raise TypeError("sums hold no tensors")
+    for name, size in (("logit_rows", batch.input_ids.numel()), ("token_rows", len(batch.labels))):
+        rows = getattr(batch, name)
+        if ((rows < 0) | (rows >= size)).any():
+            raise IndexError(f"{name} must be in [0, {size})")
 
 
 @torch.no_grad()

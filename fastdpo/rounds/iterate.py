@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdpo.files import write_whole
+from fastdpo.locks import locked
 from fastdpo.rounds.state import as_stored, check_same, read_json, write_json
 
 REFERENCES, STARTS = ("keep", "move"), ("last", "first")
@@ -57,10 +59,14 @@ def iterate(plan: Plan, output: Path, steps: Steps, settings: Mapping[str, Any])
     Args:
         settings: further settings that the results depend on. They must not change between runs in one folder.
     Raises:
-        ValueError: the plan cannot work, or the folder belongs to another plan.
+        ValueError: the plan cannot work, the folder belongs to another plan, or another process is at work in it.
     """
     plan.check()
-    output.mkdir(parents=True, exist_ok=True)
+    with locked(output, "output_dir"):
+        return _iterate(plan, output, steps, settings)
+
+
+def _iterate(plan: Plan, output: Path, steps: Steps, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     path, now = output / PLAN_FILE, as_stored({**asdict(plan), **settings})
     if path.is_file():
         check_same(read_json(path), now, path, "use another output_dir", may_differ=("num_rounds",))
@@ -109,7 +115,7 @@ def _with_replay(plan: Plan, output: Path, number: int) -> Path:
     if plan.replay != "all" and int(plan.replay) < len(earlier):
         earlier = random.Random(plan.seed + number).sample(earlier, int(plan.replay))
     path = own.with_name("train.jsonl")
-    path.write_text("".join([*_lines(own), *earlier]), encoding="utf-8")
+    write_whole(path, "".join([*_lines(own), *earlier]))
     return path
 
 

@@ -142,7 +142,8 @@ class Classifier:
     def __init__(self, name: str, args: DPOConfig | None = None) -> None:
         from transformers import AutoModelForSequenceClassification
 
-        from fastdpo.training.setup.models import load_tokenizer, readable_files, refuse_unpickling
+        from fastdpo.training.setup.model_files import readable_files
+        from fastdpo.training.setup.models import load_tokenizer, refuse_unpickling
 
         args = DPOConfig("not_used") if args is None else args
         refuse_unpickling(args.init_kwargs())

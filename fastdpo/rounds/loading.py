@@ -19,12 +19,12 @@ from fastdpo.rounds.judges import check_judge, make_judge
 from fastdpo.rounds.vllm import VllmEngine, choose_engine
 from fastdpo.training.settings.config import DPOConfig
 from fastdpo.training.setup.gguf_files import as_folder
+from fastdpo.training.setup.model_files import readable_files
 from fastdpo.training.setup.models import (
     adapter_base,
     load_config,
     load_model,
     load_tokenizer,
-    readable_files,
     resolve_tokenizer,
     where_from,
 )

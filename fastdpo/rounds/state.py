@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastdpo.files import write_whole
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The content of the file; empty if there is no file."""
@@ -22,9 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes the file atomically. Creates its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def as_stored(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,9 @@ that is not finite.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ from fastdpo.training.memory.token_budget import (
     steps_in_backward,
 )
 from fastdpo.training.saving.checkpoints import checkpoint_folder
+from fastdpo.training.saving.disk import bytes_of_save
 from fastdpo.training.saving.dry_save import check_can_save
 from fastdpo.training.saving.engines import check_can_continue, load_weights
 from fastdpo.training.saving.saved import SavedModel
@@ -347,7 +348,8 @@ class PackedTrainer(SteppingTrainer):
         super().log(logs, start_time)
 
     def _num_tokens_so_far(self) -> int:
-        """Tokens trained on by all processes since the run began."""
+        """Tokens that have run on all processes since the run began: as in TRL, rows that accelerate repeats to fill an
+        epoch's last step too."""
         num_new_tokens = torch.tensor(self._num_train_tokens, device=self.args.device)
         before = (entry["num_tokens"] for entry in reversed(self.state.log_history) if "num_tokens" in entry)
         return next(before, 0) + int(self._reduce(num_new_tokens)) // self.args.row_group_size
@@ -433,20 +435,37 @@ class PackedTrainer(SteppingTrainer):
         self.card.write(self.args.output_dir, *args, **metadata)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Saves as Trainer does, without the reference's adapter: it is not part of the trained model."""
+        """Saves as Trainer does. A model outside of a checkpoint replaces the one in its folder once it is whole.
+
+        Raises:
+            DiskFull: it does not fit. The model that was there is unchanged.
+        """
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if self._is_staging:
+            self._write_model(folder, state_dict)
+            if self.args.should_save:
+                self.checksums.start(folder)
+        else:
+            replace = partial(self._replace_model, folder, state_dict)
+            self.save_with_space(replace, "the model", folder, self._bytes_of_model)
+
+    def _replace_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        self._write_model(folder / UNFINISHED, state_dict)
+        if self.args.should_save:
+            put_in_place(folder / UNFINISHED, folder)
+
+    def _write_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        """Without the reference's adapter: it is not part of the trained model."""
         has_one = self.reference is not None and is_peft_model(self.model)
         if has_one and REFERENCE_ADAPTER in self.model.peft_config:
             state_dict = without_reference_weights(self.model.state_dict() if state_dict is None else state_dict)
-        folder = self.args.output_dir if output_dir is None else output_dir
-        staged = folder if self._is_staging else os.path.join(folder, UNFINISHED)
         with without_reference_adapter(self.model) if has_one else nullcontext():
-            super()._save(staged, state_dict)
+            super()._save(str(folder), state_dict)
         if self.args.should_save:
-            self.saved.add_to(staged)
-            if self._is_staging:
-                self.checksums.start(Path(staged))
-        if self.args.should_save and not self._is_staging:
-            put_in_place(Path(staged), Path(folder))
+            self.saved.add_to(str(folder))
+
+    def _bytes_of_model(self) -> int:
+        return bytes_of_save(self.model, None, trained_only=is_peft_model(self.model))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._is_of_another_engine(resume_from_checkpoint):

@@ -195,6 +195,11 @@ class ResumableTrainer(Trainer):
         if progress.evaluates:
             self._evaluate_late(saves=progress.saves)
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in Trainer, but a resumed run does not repeat the evaluation at the start (eval_on_start)."""
+        is_at_start = kwargs.get("skip_scheduler", False)
+        return {} if is_at_start and self.state.global_step > 0 else super()._evaluate(*args, **kwargs)
+
     def _evaluate_late(self, *, saves: bool) -> None:
         """The evaluation of the checkpoint's step, which a signal interrupted."""
         control = self.control
@@ -315,8 +320,8 @@ class ResumableTrainer(Trainer):
             DiskFull: the checkpoint does not fit. Those before it are unchanged.
         """
         final = self._checkpoint_path(trial)
-        while not self._is_saved(partial(self._write_checkpoint, final, model, trial), final):
-            self._wait_for_space(final)
+        write = partial(self._write_checkpoint, final, model, trial)
+        self.save_with_space(write, final.name, final.parent, self._bytes_needed)
         self._saved_step, self._saved_bytes = self.state.global_step, size_of(final) if final.is_dir() else None
         if self._pushes:
             self._pushes = False
@@ -358,37 +363,43 @@ class ResumableTrainer(Trainer):
         self._choose_best(final)
         self._on_all_processes(finish if self.args.should_save else None)
 
-    def _is_saved(self, save: Callable[[], None], final: Path) -> bool:
-        """Whether the save succeeded; False if the disk is full and the run waits for space.
+    def save_with_space(
+        self, save: Callable[[], None], what: str, folder: Path, bytes_needed: Callable[[], int]
+    ) -> None:
+        """Calls `save`, which writes into UNFINISHED in the folder; again if the disk is full and the run waits.
 
         Raises:
-            DiskFull: the disk is full, and the run does not wait.
+            DiskFull: the disk is full, and the run does not wait. No part of the save is left.
         """
+        while not self._is_saved(save, what, folder, bytes_needed):
+            self._wait_for_space(what, folder, bytes_needed())
+
+    def _is_saved(self, save: Callable[[], None], what: str, folder: Path, bytes_needed: Callable[[], int]) -> bool:
+        """Whether the save succeeded; False if the disk is full and the run waits for space."""
         try:
             save()
             return True
         except Exception as error:
             self.checksums.forget()
             if self.args.should_save:
-                shutil.rmtree(final.parent / UNFINISHED, ignore_errors=True)
+                shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
             if not is_full(error):
                 raise
             if self.args.on_full_disk == "wait":
                 return False
             if isinstance(error, DiskFull):
                 raise
-            raise DiskFull(final.name, final.parent, self._bytes_needed(), free_bytes(final.parent)) from error
+            raise DiskFull(what, folder, bytes_needed(), free_bytes(folder)) from error
 
-    def _wait_for_space(self, final: Path) -> None:
+    def _wait_for_space(self, what: str, folder: Path, needed: int) -> None:
         if not self.args.should_save:
             return  # this process waits for the others when it tries again
-        needed, free = self._bytes_needed(), free_bytes(final.parent)
-        logger.warning(f"{DiskFull(final.name, final.parent, needed, free)}. Waiting (on_full_disk)")
+        logger.warning(f"{DiskFull(what, folder, needed, free_bytes(folder))}. Waiting (on_full_disk)")
         while True:
             time.sleep(SECONDS_BETWEEN_TRIES)
             if self._stop_on_signal is not None and self._stop_on_signal.received is not None:
                 raise Stopped(128 + self._stop_on_signal.received)
-            if free_bytes(final.parent) >= needed:
+            if free_bytes(folder) >= needed:
                 return
 
     def _bytes_needed(self) -> int:

@@ -8,6 +8,7 @@ from datasets import Dataset
 from tiny import make_llama, make_tokenizer
 from tiny_runs import tiny_trainer
 
+from fastdpo import TokenizedPair, pack_pairs
 from fastdpo.cli.main import main
 from fastdpo.evidence.bad_batch import load_bad_batch, replay, sequence_ids
 from fastdpo.modeling import prepare_model
@@ -106,3 +107,20 @@ def test_a_file_that_no_run_saved_is_refused_and_never_unpickled(tmp_path, capsy
         assert main(["debug-batch", str(tmp_path / name), "--model", "unused"]) == 2
         assert "file must be the nonfinite_batch_rank*.pt that a run saved" in capsys.readouterr().err
     assert not (tmp_path / "was run").exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"settings": [1]},
+        {"sums": {"policy": "x"}},
+        {"inputs": {"input_ids": "x"}},
+        {"inputs": {"segments": None}},
+        {"inputs": {"logit_rows": torch.tensor([9, 9])}},
+    ],
+)
+def test_a_file_with_values_that_are_of_no_batch_is_refused(tmp_path, changed):
+    inputs = pack_pairs([TokenizedPair([1, 2], [4], [5])]).asdict() | changed.pop("inputs", {})
+    torch.save({"inputs": inputs, "step": 0, **changed}, tmp_path / "batch.pt")
+    with pytest.raises(ValueError, match=r"file must be the nonfinite_batch_rank\*\.pt that a run saved"):
+        load_bad_batch(tmp_path / "batch.pt")

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_runs import options_of, run, save_model, save_rows, short
+from processes import on_processes
 
 from fastdpo.cli.launch import start
 from fastdpo.cli.launch.start import CONFIGS, STARTED, group_words, launch, launcher_words
+from fastdpo.cli.main import main
 
 
 def asked(**options):
@@ -27,22 +29,68 @@ def asked(**options):
     return argparse.Namespace(**{name: options.get(name) for name in names})
 
 
-@pytest.mark.parametrize("command", ["train", pytest.param("sft", marks=pytest.mark.slow)])
-def test_two_processes_train_one_model(tmp_path, command):
+def words_of_run(tmp_path, command):
+    """Of a run on two processes that a file asks for."""
     save_model(tmp_path / "model")
     save_rows(tmp_path / "pairs.jsonl")
     (tmp_path / "run.yaml").write_text("accelerate_config: multi_gpu\nnum_processes: 2\n")
     options = ("--model", tmp_path / "model", "--dataset", tmp_path / "pairs.jsonl", "--output_dir", tmp_path / "out")
+    return [str(w) for w in (command, "--config", tmp_path / "run.yaml", *options, *short("--eval_fraction", 0))]
+
+
+def assert_one_model(printed, output_dir):
+    assert "of 8 rows (4 x 1 accumulated x 2 processes)" in " ".join(printed.split())
+    assert printed.count("saved in") == 1
+    assert (output_dir / "model.safetensors").exists()
+    assert options_of(output_dir)["num_processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_two_processes_train_one_model(tmp_path, command):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    started = [sys.executable, "-m", "fastdpo", command, "--config", tmp_path / "run.yaml", *options]
-    done = subprocess.run(
-        [*map(str, started), *short("--eval_fraction", 0)], env=environment, capture_output=True, text=True, check=False
-    )
+    started = [sys.executable, "-m", "fastdpo", *words_of_run(tmp_path, command)]
+    done = subprocess.run(started, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "of 8 rows (4 x 1 accumulated x 2 processes)" in " ".join(done.stdout.split())
-    assert done.stdout.count("saved in") == 1
-    assert (tmp_path / "out" / "model.safetensors").exists()
-    assert options_of(tmp_path / "out")["num_processes"] == 2
+    assert_one_model(done.stdout, tmp_path / "out")
+
+
+WRITES_DOWN = """#!/bin/sh
+printf '%s\\0' "$@" > {folder}/words$RANK
+env -0 > {folder}/environment$RANK
+"""
+
+
+def written_down(folder, rank):
+    words, environment = (
+        (folder / f"{name}{rank}").read_text().removesuffix("\0").split("\0") for name in ("words", "environment")
+    )
+    return words, dict(line.split("=", 1) for line in environment)
+
+
+def run_main(folder, words):
+    return main(words)
+
+
+def test_what_the_launcher_starts_trains_one_model(tmp_path, monkeypatch):
+    """accelerate starts a script that writes down its words and environment; processes that have imported everything
+    run the command with them."""
+    script, folder = tmp_path / "script", tmp_path / "run"
+    folder.mkdir()
+    script.write_text(WRITES_DOWN.format(folder=tmp_path))
+    script.chmod(0o755)
+    monkeypatch.setenv("PYTHON_EXEC", str(script))  # which torchrun starts in place of Python
+    given = words_of_run(tmp_path, "train")
+    assert main(given) == 0
+    of_processes = [written_down(tmp_path, rank) for rank in (0, 1)]
+    for rank, (words, environment) in enumerate(of_processes):
+        assert words == ["-u", "-m", "fastdpo", *given]
+        assert (environment["RANK"], environment["WORLD_SIZE"], environment[STARTED]) == (str(rank), "2", "1")
+    for name, value in environment.items():
+        if name.startswith(("ACCELERATE_", "FASTDPO_")):
+            monkeypatch.setenv(name, value)
+    assert on_processes(run_main, [{"words": given}], folder) == [[0, 0]]
+    assert_one_model("".join((folder / f"printed{rank}.txt").read_text() for rank in (0, 1)), tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_more_memory_checkpointing_and_no_second_model_take_longer_pairs(plans):
             assert found < tokens[plan.replace(settings, checkpointing=True)]
         if settings.every_n_layers > 1:
             every = plan.replace(settings, every_n_layers=1)
-            assert tokens[plan.replace(every, checkpointing=False)] < found < tokens[every]
+            assert tokens[plan.replace(every, checkpointing=False)] < found <= tokens[every]
         if settings.tiles and not settings.offload:
             assert tokens[plan.replace(settings, tiles=False)] < found
 
@@ -323,13 +323,13 @@ def test_records_of_several_gpus_name_what_to_type(capsys, folder, planned_once)
     code, out, _ = run_on_cluster(capsys, folder, "--json")
     assert code == 0
     found = json.loads(out)
-    assert {(record["method"], record["gradient_checkpointing"]) for record in found} == {
-        ("full", False),
-        ("full", True),
-        ("lora", False),
-        ("lora", True),
+    assert {(record["method"], record["reference"], record["gradient_checkpointing"]) for record in found} == {
+        (*kind, checkpointing)
+        for kind in (("full", "frozen"), ("full", "cached"), ("lora", "adapter"))
+        for checkpointing in (False, True)
     }
     for record in found:
+        assert (record["bytes"]["reference"] > 0) == (record["reference"] == "frozen")
         assert record["fits"]
         assert sum(record["bytes"].values()) == 2 * record["bytes"]["total"]
         step = record["step"]
@@ -339,6 +339,7 @@ def test_records_of_several_gpus_name_what_to_type(capsys, folder, planned_once)
         assert ("--sequence_parallel_size 4" in options) == ("SP 4" in record["layout"])
         assert ("--tensor_parallel_size 2" in options) == ("TP 2" in record["layout"])
         assert ("--use_peft" in options) == (record["method"] == "lora")
+        assert f"--reference {record['reference']}" in options
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""Runs of two processes of which one fails: as a script, the process that forks both for each case.
+"""Runs of two processes of which one fails. `run_all`, in a process of its own, forks both for each case.
 
-In: a JSON file with the cases: engine, fault, folder, port. Out, in the folder of each case: the exit status of each
-rank, its seconds, whether it ended within a minute, and what it has printed. A process that takes longer is killed. A
-minute is longer where other processes wait for the same cores.
+In: the cases: engine, fault, folder, port. Out, in the folder of each case: the exit status of each rank, its seconds,
+whether it ended within a minute, and what it has printed. A process that takes longer is killed. A minute is longer
+where other processes wait for the same cores.
 """
 
 import json
@@ -114,14 +114,10 @@ def ends(pids):
     return found
 
 
-def main(file):
-    os.environ.update(MASTER_ADDR="127.0.0.1", WORLD_SIZE="2", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    sys.path[:0] = [str(TESTS), str(TESTS / "training")]
-    import sharded_runs  # noqa: F401 (what is imported here, the children have)
-    from processes import prepare_to_fork
-
-    prepare_to_fork()
-    for case in json.loads(Path(file).read_text()):
+def run_all(cases):
+    os.environ.update(MASTER_ADDR="127.0.0.1", WORLD_SIZE="2")
+    sys.path.insert(0, str(TESTS / "training"))  # of the children
+    for case in cases:
         pids = []
         for rank in range(2):
             pid = os.fork()
@@ -130,7 +126,3 @@ def main(file):
             pids.append(pid)
         for rank, end in ends(pids).items():
             Path(case["folder"], f"result{rank}.json").write_text(json.dumps(end))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

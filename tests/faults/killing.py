@@ -1,51 +1,31 @@
 """Runs that are killed: each in a process of its own, at a chosen moment, resumed until it ends.
 
-`Killer` starts one process that imports everything once, and forks a child for each run: a run then costs what its
-training costs. As a script it is this process: a line of JSON in, the exit status of the child out.
-
 A case is a dict of settings for `trainer_of`. A moment is (where, count): the run is killed at the count-th event of
 that kind; at none if the count is 0, and what it leaves at its end holds the number of such events. Moments are hooks
-of this script; the product knows nothing of them.
+of this file; the product knows nothing of them.
 """
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
-import traceback
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1]
 RESULT = "result.pt"
 _TIMES = ("runtime", "per_second", "_time")  # parts of the names of metrics that two equal runs differ in
 
 
-class Killer:
-    """Starts children; `with` ends the process."""
+def train_until(folder, case, moment=None, *, number=signal.SIGKILL, resume=False):
+    """The exit status of one run: -9 for a run that SIGKILL ended."""
+    from processes import status_of  # not above: random_moments.py, a script, sets the path first
 
-    def __enter__(self):
-        from processes import served_by  # not above: as a script, this file sets the path first
-
-        self.process = served_by(__file__)
-        return self
-
-    def __exit__(self, *_):
-        self.process.stdin.close()
-        self.process.wait()
-
-    def run(self, folder, case, moment=None, *, number=signal.SIGKILL, resume=False):
-        """The exit status of one run: -9 for a run that SIGKILL ended. What it printed is in `folder`/out.txt."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        order = {"folder": str(folder), "case": case, "moment": moment, "number": int(number), "resume": resume}
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+    order = {"folder": str(folder), "case": case, "moment": moment, "number": int(number), "resume": resume}
+    return status_of(_train, folder, order)
 
 
 def output(folder):
-    return Path(folder, "out.txt").read_text()
+    """What a run has printed."""
+    return Path(folder, "printed0.txt").read_text()
 
 
 def end_of(folder):
@@ -122,7 +102,7 @@ def trainer_of(folder, case):
     return built
 
 
-def _run(folder, case, moment, number, resume):
+def _train(folder, case, moment, number, resume):
     import torch
 
     where, count = moment or ("", 0)
@@ -301,35 +281,3 @@ def _arm_save(at, is_cut=False):
 def _cut(path):
     size = os.path.getsize(path)
     os.truncate(path, size // 2)
-
-
-def _serve():
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    sys.path.insert(0, str(TESTS))
-    from processes import prepare_to_fork
-
-    prepare_to_fork()
-    for line in sys.stdin:
-        order = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            code = 1
-            with open(Path(order["folder"], "out.txt"), "w") as printed:
-                os.dup2(printed.fileno(), 1)
-                os.dup2(printed.fileno(), 2)
-            try:
-                _run(**order)
-                code = 0
-            except SystemExit as stop:
-                code = stop.code
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
-
-
-if __name__ == "__main__":
-    _serve()

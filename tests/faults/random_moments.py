@@ -6,6 +6,7 @@ with SIGTERM. FAULTS="--seed 7 --moments 100" chooses others; the seed is printe
 
 import argparse
 import itertools
+import os
 import random
 import shutil
 import signal
@@ -13,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from killing import Killer, differences, end_of, output
+from killing import differences, end_of, output, train_until
 
 CASE = {
     "max_steps": 24,
@@ -39,12 +40,12 @@ KINDS = {
 }
 
 
-def count_events(killer, folder, case):
+def count_events(folder, case):
     """{where: the number of such events in an undisturbed run}. The last of these runs stays in `folder`."""
     found = {}
     for where in (where for places in KINDS.values() for where in places):
         shutil.rmtree(folder, ignore_errors=True)
-        assert killer.run(folder, case, (where, 0)) == 0, output(folder)
+        assert train_until(folder, case, (where, 0)) == 0, output(folder)
         found[where] = end_of(folder)["num_events"]
     return found
 
@@ -59,11 +60,11 @@ def moments(seed, count, num_events):
     return found
 
 
-def try_moment(killer, folder, case, moment, number):
+def try_moment(folder, case, moment, number):
     """The exit status of the run that is killed, the checkpoint it is resumed from, and what differs in the end."""
-    status = killer.run(folder, case, moment, number=number)
+    status = train_until(folder, case, moment, number=number)
     begun = sorted(folder.glob("out/checkpoint-*"), key=lambda path: int(path.name[11:]))
-    last = killer.run(folder, case, resume=bool(begun))
+    last = train_until(folder, case, resume=bool(begun))
     if last != 0:
         return status, begun, [f"the resumed run ended with {last}: {output(folder)[-500:]}"]
     return status, begun, differences(end_of(folder.parent / "whole"), end_of(folder))
@@ -73,13 +74,13 @@ def run(seed, count, number):
     """Prints a line per moment. Returns the number of moments at which the ends differed."""
     case = {**CASE, "signals": number == signal.SIGTERM}
     num_wrong = num_killed = 0
-    with Killer() as killer, tempfile.TemporaryDirectory() as root:
-        num_events = count_events(killer, Path(root, "whole"), case)
+    with tempfile.TemporaryDirectory() as root:
+        num_events = count_events(Path(root, "whole"), case)
         for index, (kind, event, nth) in enumerate(moments(seed, count, num_events)):
             # "torn" cuts a file off, which only a run that dies then leaves behind
             where = "save" if event == "torn" and number == signal.SIGTERM else event
             folder = Path(root, str(index))
-            status, begun, wrong = try_moment(killer, folder, case, (where, nth), number)
+            status, begun, wrong = try_moment(folder, case, (where, nth), number)
             num_killed += status != 0
             num_wrong += bool(wrong)
             how = "not reached" if status == 0 else f"ended with {status}"
@@ -99,5 +100,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     sys.path.insert(0, str(Path(__file__).parents[1]))
     sys.exit(min(main(), 1))

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from killing import RESULT, differences, end_of, output
+from killing import RESULT, differences, end_of, output, train_until
 
 from fastdpo.training.saving.progress import Progress, load_progress, save_progress
 
@@ -33,7 +33,10 @@ QUICK = {
         {"gradient_accumulation_steps": 3, "save_steps": 2, **BUDGET},
         [("substep", 11)],
     ),
-    "in an evaluation, with workers": ({**EVERY_2, **WORKERS, "max_steps": 6}, [("evaluation", 10)]),
+    "in an evaluation, after one at the start, with workers": (
+        {**EVERY_2, **WORKERS, "max_steps": 6, "eval_on_start": True},
+        [("evaluation", 10)],
+    ),
     "in the precompute": ({**CACHED, "max_steps": 4}, [("precompute", 2)]),
     "in the samples": ({**EVERY_2, **SAMPLES, "max_steps": 6}, [("generate", 4)]),
     "a stream that is read again, shuffled": ({"max_steps": 15, "stream": "shuffled"}, [("step", 14)]),
@@ -101,67 +104,67 @@ SLOW = {
 
 
 @pytest.fixture(scope="module")
-def finished(killer, tmp_path_factory):
+def finished(tmp_path_factory):
     """The folder of a run that has come to its end, which no test changes."""
     folder = tmp_path_factory.mktemp("finished")
-    assert killer.run(folder, {}) == 0, output(folder)
+    assert train_until(folder, {}) == 0, output(folder)
     return folder
 
 
-def check(killer, folder, settings, moments):
-    assert killer.run(folder / "whole", settings) == 0, output(folder / "whole")
+def check(folder, settings, moments):
+    assert train_until(folder / "whole", settings) == 0, output(folder / "whole")
     cut = folder / "cut"
     for moment in moments:
-        status = killer.run(cut, settings, moment, resume=any(cut.glob("out/checkpoint-*")))
+        status = train_until(cut, settings, moment, resume=any(cut.glob("out/checkpoint-*")))
         assert status == -9, (moment, output(cut))
-    assert killer.run(cut, settings, resume=any(cut.glob("out/checkpoint-*"))) == 0, output(cut)
+    assert train_until(cut, settings, resume=any(cut.glob("out/checkpoint-*"))) == 0, output(cut)
     assert differences(end_of(folder / "whole"), end_of(cut)) == []
     return end_of(cut)
 
 
 @pytest.mark.parametrize("case", QUICK)
-def test_a_killed_run_ends_like_one_that_is_not(killer, tmp_path, case):
-    check(killer, tmp_path, *QUICK[case])
+def test_a_killed_run_ends_like_one_that_is_not(tmp_path, case):
+    check(tmp_path, *QUICK[case])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW)
-def test_a_killed_run_of_another_kind_ends_like_one_that_is_not(killer, tmp_path, case):
-    end = check(killer, tmp_path, *SLOW[case])
+def test_a_killed_run_of_another_kind_ends_like_one_that_is_not(tmp_path, case):
+    end = check(tmp_path, *SLOW[case])
     if case.startswith("warnings"):
         assert end["warnings"].count("\n") >= 1
 
 
-def test_the_comparison_sees_a_run_of_other_dropout(killer, finished, tmp_path):
+def test_the_comparison_sees_a_run_of_other_dropout(finished, tmp_path):
     """Else equal weights would say nothing of random states."""
-    assert killer.run(tmp_path, {"dropout": 0.2}) == 0
+    assert train_until(tmp_path, {"dropout": 0.2}) == 0
     found = differences(end_of(finished), end_of(tmp_path))
     assert len(found) > 20
 
 
-def test_a_finished_run_takes_no_further_step_when_it_is_resumed(killer, finished, tmp_path):
+def test_a_finished_run_takes_no_further_step_when_it_is_resumed(finished, tmp_path):
     again = shutil.copytree(finished, tmp_path / "again")
     (again / RESULT).unlink()
-    assert killer.run(again, {}, resume=True) == 0
+    assert train_until(again, {}, resume=True) == 0
     assert differences(end_of(finished), end_of(again)) == []
 
 
-def test_a_finished_run_goes_on_if_it_is_given_more_steps(killer, tmp_path):
+def test_a_finished_run_goes_on_if_it_is_given_more_steps(tmp_path):
     """As if it had had them from the start: the rate of learning does not change."""
     constant = {"lr_scheduler_type": "constant"}
-    assert killer.run(tmp_path / "whole", {**constant, **LONG}) == 0
-    assert killer.run(tmp_path / "cut", constant) == 0
-    assert killer.run(tmp_path / "cut", {**constant, **LONG}, resume=True) == 0
+    assert train_until(tmp_path / "whole", {**constant, **LONG}) == 0
+    assert train_until(tmp_path / "cut", constant) == 0
+    assert train_until(tmp_path / "cut", {**constant, **LONG}, resume=True) == 0
     weights = [end_of(tmp_path / name)["weights"] for name in ("whole", "cut")]
     assert all(weights[0][name].equal(weight) for name, weight in weights[1].items())
 
 
 @pytest.mark.slow
-def test_a_finished_stream_goes_on_if_it_is_given_more_steps(killer, tmp_path):
+def test_a_finished_stream_goes_on_if_it_is_given_more_steps(tmp_path):
     settings = {"lr_scheduler_type": "constant", "stream": "plain", "num_rows": 64}
-    assert killer.run(tmp_path / "whole", {**settings, **LONG}) == 0
-    assert killer.run(tmp_path / "cut", settings) == 0
-    assert killer.run(tmp_path / "cut", {**settings, **LONG}, resume=True) == 0
+    assert train_until(tmp_path / "whole", {**settings, **LONG}) == 0
+    assert train_until(tmp_path / "cut", settings) == 0
+    assert train_until(tmp_path / "cut", {**settings, **LONG}, resume=True) == 0
     weights = [end_of(tmp_path / name)["weights"] for name in ("whole", "cut")]
     assert all(weights[0][name].equal(weight) for name, weight in weights[1].items())
 

@@ -2,12 +2,10 @@
 
 import json
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from failing import FAILS
+from failing import FAILS, run_all
+from processes import status_of
 
 FAULTS = {  # and what every process that can still speak says
     "killed": "another process of this run has ended without a message: it was killed",
@@ -37,9 +35,7 @@ def run(folder, pairs):
     for number, ((engine, fault), port) in enumerate(zip(pairs, free_ports(len(pairs)), strict=True)):
         (folder / str(number)).mkdir()
         cases.append({"engine": engine, "fault": fault, "folder": str(folder / str(number)), "port": port})
-    (folder / "cases.json").write_text(json.dumps(cases))
-    script = Path(__file__).with_name("failing.py")
-    subprocess.run([sys.executable, script, folder / "cases.json"], check=True, timeout=1800)
+    assert status_of(run_all, folder, {"cases": cases}) == 0, (folder / "printed0.txt").read_text()
     found = {}
     for number, case in enumerate(pairs):
         own = folder / str(number)

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -13,13 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import differences, end_of, output
-from tiny import make_rows
+from datasets import Dataset
+from killing import differences, end_of, output, train_until
+from tiny import make_rows, make_tokenizer
 from tiny_runs import make_lora, tiny_trainer
 
 from fastdpo import StopOnSignal
+from fastdpo.data.prepare import prepare_preference_dataset
+from fastdpo.data.tokens.settings import TokenizationSettings
 from fastdpo.files import write_whole
 from fastdpo.training import resuming
+from fastdpo.training.callbacks.json_lines import append_lines
 from fastdpo.training.saving.checkpoints import checkpoint_folder
 from fastdpo.training.saving.disk import DiskFull, is_full
 from fastdpo.training.saving.manifest import (
@@ -55,36 +60,36 @@ LIMITED = {"max_steps": 4, "save_steps": 2, "save_total_limit": 1}
 MOVED = {"max_steps": 4, "save_steps": 2, "adapter": {}, "sync_ref_model": True, "ref_model_sync_steps": 1}
 
 
-def killed(killer, folder, settings, moment, expected):
+def killed(folder, settings, moment, expected):
     """Whether the run came to that moment. It is killed, resumed, and compared with the end of one that was not."""
-    status = killer.run(folder, settings, moment)
+    status = train_until(folder, settings, moment)
     if status == 0:
         return False
     assert status == -9, output(folder)
     for checkpoint in checkpoints(folder / "out"):
         assert has_manifest(checkpoint)
         assert damage(checkpoint) is None
-    assert killer.run(folder, settings, resume=bool(checkpoints(folder / "out"))) == 0, output(folder)
+    assert train_until(folder, settings, resume=bool(checkpoints(folder / "out"))) == 0, output(folder)
     assert differences(expected, end_of(folder)) == [], moment
     assert not (folder / "out" / UNFINISHED).exists()
     return True
 
 
-@pytest.mark.parametrize("moment", [("commit", 2), ("torn", 2 + 5)], ids=lambda moment: moment[0])
-def test_a_run_that_is_killed_in_a_save_loses_nothing(killer, tmp_path, moment):
-    assert killer.run(tmp_path / "whole", LIMITED) == 0, output(tmp_path / "whole")
-    assert killed(killer, tmp_path / "cut", LIMITED, moment, end_of(tmp_path / "whole"))
+def test_a_run_that_is_killed_in_a_save_loses_nothing(tmp_path):
+    assert train_until(tmp_path / "whole", LIMITED) == 0, output(tmp_path / "whole")
+    for where, count in (("commit", 2), ("torn", 2 + 5)):
+        assert killed(tmp_path / where, LIMITED, (where, count), end_of(tmp_path / "whole"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("where", "settings"), [("save", LIMITED), ("torn", MOVED)], ids=["killed", "cut off"])
-def test_a_run_that_is_killed_anywhere_in_a_save_loses_nothing(killer, tmp_path, where, settings):
-    assert killer.run(tmp_path / "whole", settings, (where, 0)) == 0, output(tmp_path / "whole")
+def test_a_run_that_is_killed_anywhere_in_a_save_loses_nothing(tmp_path, where, settings):
+    assert train_until(tmp_path / "whole", settings, (where, 0)) == 0, output(tmp_path / "whole")
     expected = end_of(tmp_path / "whole")
     moments = range(1, expected["num_events"] + 1)
     assert len(moments) >= (8 if where == "torn" else 24)  # files of two saves, renames, the removal of the first
     for count in moments:
-        assert killed(killer, tmp_path / str(count), settings, (where, count), expected), count
+        assert killed(tmp_path / str(count), settings, (where, count), expected), count
         shutil.rmtree(tmp_path / str(count))
 
 
@@ -161,6 +166,35 @@ def test_a_run_without_a_sound_checkpoint_says_so(run):
         (path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"checkpoint-3: model.safetensors is missing; no checkpoint in .* is sound"):
         checkpoint_folder("last", run)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["model.safetensors"], "cannot be read"),
+        ({"model.safetensors": 3}, "cannot be read"),
+        ({"model.safetensors": {"bytes": math.inf, "checksum": "xxh3:0"}}, "cannot be read"),
+        ({"config.json": {"bytes": 1, "checksum": "none:0"}}, "config.json has .* bytes instead of 1"),
+        (
+            {"../checkpoint-2/config.json": {"bytes": 1, "checksum": "xxh3:0"}},
+            "names .*, which is outside of the folder",
+        ),
+        ({"/etc/passwd": {"bytes": 1, "checksum": "xxh3:0"}}, "names /etc/passwd, which is outside of the folder"),
+    ],
+)
+def test_a_manifest_that_is_none_is_damage(run, files, message):
+    (run / "checkpoint-3" / MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
+    with pytest.raises(ValueError, match=rf"checkpoint-3: .*{message}"):
+        checkpoint_folder(str(run / "checkpoint-3"), run)
+    assert checkpoint_folder("last", run) == str(run / "checkpoint-2")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 1, "of_another_version": 2}'])
+def test_progress_that_is_none_is_refused_by_its_file(run, content):
+    (run / "checkpoint-3" / MANIFEST).unlink()
+    (run / "checkpoint-3" / "fastdpo_progress.json").write_text(content)
+    with pytest.raises(ValueError, match=r"checkpoint-3/fastdpo_progress.json must hold the progress of a run"):
+        tiny_trainer(run, max_steps=4).train(resume_from_checkpoint="last")
 
 
 def test_a_checkpoint_without_a_manifest_is_loaded_and_that_is_said(run, caplog):
@@ -380,6 +414,25 @@ def test_a_run_on_a_full_disk_waits_for_space_and_goes_on(small_disk, tmp_path, 
     assert caplog.text.count("Waiting (on_full_disk)") == 1
 
 
+def test_a_model_on_a_full_disk_waits_for_space_and_is_saved(small_disk, tmp_path, monkeypatch):
+    """The last save of a run, after which its weights would be lost."""
+    trainer, filler = tiny_trainer(small_disk, on_full_disk="wait"), small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    monkeypatch.setattr(resuming, "SECONDS_BETWEEN_TRIES", 0.0)
+    said = []
+
+    def make_space(text):
+        said.append(text)
+        filler.unlink()
+
+    monkeypatch.setattr(resuming.logger, "warning", make_space)
+    trainer.save_model()
+    assert len(said) == 1
+    assert f"space for the model, got {small_disk}: " in said[0]
+    assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in small_disk.iterdir()}
+    assert not (small_disk / UNFINISHED).exists()
+
+
 @pytest.mark.parametrize("owner", ["torch", "json"])
 def test_a_write_that_fails_in_a_save_leaves_the_last_checkpoint_and_no_part_of_the_next(tmp_path, monkeypatch, owner):
     """The disk is filled by someone else meanwhile, so that the space before the save says nothing."""
@@ -452,6 +505,23 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path, monkeypatch
     assert path.read_text() == "new"
 
 
+def test_a_write_on_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", _raises(OSError(errno.ENOSPC, "No space left on device")))  # without a name
+    with pytest.raises(OSError, match=r"No space left on device: '.*state.json'") as error:
+        write_whole(tmp_path / "state.json", "new", is_durable=True)
+    assert is_full(error.value)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        append_lines(Path("/dev/full"), [{"step": 1}])
+
+
+def test_tokenizing_on_a_full_disk_names_the_folder_of_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.finalize", _raises(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OSError, match=rf"No space left: '{tmp_path}/\w+'"):
+        prepare_preference_dataset(Dataset.from_list(make_rows(4)), make_tokenizer(), TokenizationSettings())
+
+
 def test_a_model_that_cannot_be_saved_whole_leaves_the_one_that_was_there(tmp_path, monkeypatch):
     trainer = tiny_trainer(tmp_path)
     trainer.save_model()
@@ -459,8 +529,9 @@ def test_a_model_that_cannot_be_saved_whole_leaves_the_one_that_was_there(tmp_pa
     with torch.no_grad():
         trainer.model.lm_head.weight.add_(1.0)
     monkeypatch.setattr(torch, "save", _raises(OSError(errno.ENOSPC, "full")))  # the last file, after the weights
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(DiskFull, match=r"about [\d,]+ bytes for the model cannot be written"):
         trainer.save_model()
+    assert not (tmp_path / UNFINISHED).exists()
     monkeypatch.undo()
     assert (tmp_path / "model.safetensors").read_bytes() == before
     trainer.save_model()

@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from killing import differences, end_of, output
+from killing import differences, end_of, output, train_until
 from processes import on_processes
 from tiny import make_rows, save_model
 from tiny_runs import tiny_trainer
@@ -30,11 +30,11 @@ BEST = {
     "signals": True,
 }
 CASES = {
-    "in a step": (NEVER, ("step", 4), signal.SIGTERM),
     "in an accumulation": ({**NEVER, "gradient_accumulation_steps": 3}, ("substep", 8), signal.SIGUSR1),
     "in an evaluation": ({**NEVER, **EVERY_2}, ("evaluation", 6), signal.SIGINT),
 }
 SLOW = {
+    "at the end of a step": (NEVER, ("step", 4), signal.SIGTERM),
     "in the step before an evaluation": ({**NEVER, **EVERY_2}, ("step", 4), signal.SIGTERM),
     "in an evaluation that a save follows": (BEST, ("evaluation", 6), signal.SIGTERM),
     "after an evaluation": (BEST, ("evaluated", 2), signal.SIGTERM),
@@ -52,29 +52,29 @@ SLOW = {
 }
 
 
-def check(killer, folder, settings, moment, number):
-    assert killer.run(folder / "whole", settings) == 0, output(folder / "whole")
+def check(folder, settings, moment, number):
+    assert train_until(folder / "whole", settings) == 0, output(folder / "whole")
     cut = folder / "cut"
-    assert killer.run(cut, settings, moment, number=number) == 128 + number, output(cut)
+    assert train_until(cut, settings, moment, number=number) == 128 + number, output(cut)
     if moment[0] == "evaluation" and settings.get("eval_strategy") == "steps":  # left, not finished
         last = max(cut.glob("out/checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
         assert json.loads((last / "fastdpo_progress.json").read_text())["evaluates"]
     printed = output(cut)
     assert f"{number.name}: stopped after a save in" in printed
     assert "To continue: trainer.train(resume_from_checkpoint=" in printed
-    assert killer.run(cut, settings, resume=True) == 0, output(cut)
+    assert train_until(cut, settings, resume=True) == 0, output(cut)
     assert differences(end_of(folder / "whole"), end_of(cut)) == []
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_a_signal_stops_ends_like_one_that_is_not(killer, tmp_path, case):
-    check(killer, tmp_path, *CASES[case])
+def test_a_run_that_a_signal_stops_ends_like_one_that_is_not(tmp_path, case):
+    check(tmp_path, *CASES[case])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW)
-def test_a_run_that_a_signal_stops_elsewhere_ends_like_one_that_is_not(killer, tmp_path, case):
-    check(killer, tmp_path, *SLOW[case])
+def test_a_run_that_a_signal_stops_elsewhere_ends_like_one_that_is_not(tmp_path, case):
+    check(tmp_path, *SLOW[case])
 
 
 class Signals(TrainerCallback):
@@ -163,9 +163,9 @@ def test_a_callback_in_another_thread_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
-def test_a_signal_that_data_loader_workers_get_too_ends_the_run_after_a_save(killer, tmp_path, number):
+def test_a_signal_that_data_loader_workers_get_too_ends_the_run_after_a_save(tmp_path, number):
     case = {**NEVER, "dataloader_num_workers": 2, "signal_to_group": True}
-    assert killer.run(tmp_path, case, number=number) == 128 + number, output(tmp_path)
+    assert train_until(tmp_path, case, number=number) == 128 + number, output(tmp_path)
     assert [path.name for path in tmp_path.glob("out/checkpoint-*")] == ["checkpoint-4"]
     assert output(tmp_path).count(f"{number.name}: the run stops after this step") == 1
 
@@ -180,9 +180,9 @@ def test_a_worker_ends_at_a_later_signal(monkeypatch):
     assert ended == [128 + signal.SIGTERM]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_second_signal_ends_the_run_at_once(killer, tmp_path, number):
-    status = killer.run(tmp_path, {**NEVER, "second_signal": int(number)})
+@pytest.mark.parametrize("number", [SIGNALS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in SIGNALS[1:])])
+def test_a_second_signal_ends_the_run_at_once(tmp_path, number):
+    status = train_until(tmp_path, {**NEVER, "second_signal": int(number)})
     assert status in (-number, 128 + number)
     assert not any(tmp_path.glob("out/checkpoint-*"))
 

@@ -18,6 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from fastdpo.training.memory.cluster.holding import process_memory
+from fastdpo.training.memory.cluster.sizes import model_sizes
+from fastdpo.training.memory.cluster.traffic import Precision
+from fastdpo.training.memory.dry_run import StepPeak
+
 FSDP2 = {
     "fsdp": "full_shard auto_wrap",
     "fsdp_config": {"version": 2, "fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
@@ -122,6 +127,22 @@ def whole_bytes(tensor):
     return tensor.numel() * tensor.element_size()
 
 
+def share_of_reference(trainer):
+    """What this process holds of a frozen reference; None without one."""
+    if trainer.ref_model is None:
+        return None
+    weights = [*trainer.ref_model.parameters()]
+    return sum(map(own_bytes, weights)) / sum(map(whole_bytes, weights))
+
+
+def share_by_formula(layout, model=None):
+    """The same by the cost model, of a copy of the tiny Llama or of another model."""
+    sizes = model_sizes(make_llama() if model is None else model)
+    nothing = StepPeak(casts=0, gradients=0, head=0, activations=0)
+    settings = {"state_bytes": 0, "hidden_bytes": 0, "checkpointing": False, "reference_bytes": 1.0}
+    return process_memory(sizes, layout, nothing, Precision(), **settings).reference
+
+
 def whole(parameter):
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
 
@@ -172,10 +193,9 @@ def train(folder, mode, steps=1, num_processes=1, num_copies=1, is_sharded=True,
     trainer = tiny_trainer(folder, **settings)
     made = Shapes.of_steps(trainer)
     logs = train_and_keep(folder, trainer)
-    reference = [*trainer.ref_model.parameters()] if trainer.ref_model is not None else []
     return {
         "logs": logs,
-        "share_of_reference": sum(map(own_bytes, reference)) / max(1, sum(map(whole_bytes, reference))),
+        "share_of_reference": share_of_reference(trainer),
         "num_sharded": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "num_parameters": sum(1 for _ in trainer.model.parameters()),
         "num_heads_in": {str(dtype): made.counts[BF16_SHAPE, dtype] for dtype in (torch.float32, torch.bfloat16)},

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 from datasets import Dataset
-from sharded_runs import lora, settings_of, settings_of_steps, shards_on_cpus, train_and_keep
+from sharded_runs import lora, settings_of, settings_of_steps, shards_on_cpus, share_of_reference, train_and_keep
 from tiny import make_llama, make_rows, save_model
 from tiny_runs import tiny_trainer
 from torch.distributed.tensor import DTensor
@@ -99,6 +99,7 @@ def train(folder, mode, steps=1, cut_over=1, num_processes=1, evaluates=False):
     return {
         "logs": train_and_keep(folder, trainer),
         "num_cut": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "share_of_reference": share_of_reference(trainer),
         "head_rows": trainer.model.get_output_embeddings().weight.to_local().shape[0] if cut_over > 1 else None,
         "evaluation": evaluation(trainer, num_readers) if evaluates else None,
     }

@@ -5,7 +5,10 @@ test_distributed.py has a few kinds that run with every `make test`, evaluation 
 
 import pytest
 from parallel_record import works
+from sharded_runs import share_by_formula
 from test_fsdp import MODES, assert_like_one, run_on
+
+from fastdpo.training.memory.cluster.layouts import Layout
 
 UNEVEN = ["uneven pairs", "uneven pairs, in order"]
 
@@ -29,6 +32,9 @@ def of_four_after_five_steps(tmp_path_factory):
 def test_losses_and_gradients_are_those_of_one_process(mode, of_two, tmp_path):
     with works("DDP", mode, processes=2, steps=1):
         assert_like_one(mode, *of_two[mode], tmp_path / "one", 1, is_sharded=False)
+    if mode == "frozen reference":
+        share = share_by_formula(Layout("DDP", copies=2))
+        assert [process["share_of_reference"] for process in of_two[mode][1]] == [share] * 2
 
 
 @pytest.mark.slow

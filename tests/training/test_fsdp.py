@@ -6,8 +6,10 @@ from like_one import assert_runs_like_one
 from parallel_record import works
 from processes import on_processes
 from safetensors.torch import load_file
-from sharded_runs import resume, train
+from sharded_runs import resume, share_by_formula, train
 from transformers import AutoModelForCausalLM
+
+from fastdpo.training.memory.cluster.layouts import Layout
 
 MODES = (
     "cached reference",
@@ -126,9 +128,10 @@ def test_log_probs_are_not_rounded_to_bf16(of_two):
 
 def test_each_process_holds_its_share_of_a_frozen_reference(of_two):
     """Also after its forwards: nothing of it stays gathered."""
+    share = share_by_formula(Layout("FSDP2", shards=2))
     for mode in ("accumulation", "tied embeddings", "tiles, checkpointing"):
         for process in of_two[mode][1]:
-            assert process["share_of_reference"] == pytest.approx(0.5), mode
+            assert process["share_of_reference"] == pytest.approx(share) == 0.5, mode
 
 
 def test_no_process_holds_a_whole_fp32_gradient_of_the_head(of_two):
@@ -140,10 +143,13 @@ def test_no_process_holds_a_whole_fp32_gradient_of_the_head(of_two):
 
 @pytest.mark.slow
 def test_two_copies_that_are_each_divided_over_two_processes_too(tmp_path):
-    modes = ("cached reference", "LoRA", "LoRA, micro-batches")
+    modes = ("cached reference", "frozen reference", "LoRA", "LoRA, micro-batches")
+    share = share_by_formula(Layout("HSDP", shards=2, copies=2))
     for mode, (folder, results) in run_on(4, tmp_path, modes, 2, num_copies=2).items():
         with works("HSDP", mode, processes=4, steps=2):
             assert_like_one(mode, folder, results, tmp_path / f"one {mode}", 2)
+        if mode == "frozen reference":
+            assert [process["share_of_reference"] for process in results] == [pytest.approx(share)] * 4
 
 
 @pytest.mark.parametrize(("mode", "kind"), KINDS)

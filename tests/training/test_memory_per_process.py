@@ -4,7 +4,11 @@ import pytest
 from memory_runs import held
 from processes import on_processes
 
-KINDS = [{"has_lora": has_lora, "vocab_size": vocab_size} for has_lora in (False, True) for vocab_size in (1000, 16000)]
+KINDS = [
+    {"reference": reference, "vocab_size": vocab_size}
+    for reference in ("cached", "frozen", "adapter")
+    for vocab_size in (1000, 16000)
+]
 
 
 @pytest.mark.slow

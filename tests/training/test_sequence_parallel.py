@@ -9,7 +9,7 @@ from like_one import assert_runs_like_one
 from parallel_record import refuses, works
 from processes import on_processes
 from sequence_runs import evaluate, run, sample
-from sharded_runs import train
+from sharded_runs import share_by_formula, train
 from tiny_runs import tiny_config, tiny_trainer
 from transformers import Trainer
 
@@ -17,6 +17,7 @@ from fastdpo import TokenizedPair, pack_pairs
 from fastdpo.data.batches.shares import with_shares
 from fastdpo.evidence.bad_batch import load_bad_batch
 from fastdpo.training.callbacks.finite import save_bad_batch
+from fastdpo.training.memory.cluster.layouts import Layout
 
 MODES = ("LoRA, checkpointing", "micro-batches", "listwise")
 SLOW_MODES = ("accumulation", "no reference, sft")  # of these after one step, too
@@ -217,6 +218,9 @@ def test_four_processes_train_like_one(kind, mode, of_four, tmp_path):
     with works("FSDP2 x SP" if kind == "FSDP2" else "SP", *names, processes=4, steps=5):
         assert_runs_like_one(folder, results, tmp_path, train(tmp_path, mode, 5), 5, has_repeated_rows=repeats)
     assert [process["num_sharded"] > 0 for process in results] == [kind == "FSDP2"] * 4
+    if mode in ("micro-batches", "frozen reference"):  # a copy of the policy, and one that is given
+        share = share_by_formula(Layout("SP 2", sequence=2, **({"shards": 4} if kind == "FSDP2" else {"copies": 4})))
+        assert [process["share_of_reference"] for process in results] == [pytest.approx(share)] * 4
 
 
 @pytest.mark.slow

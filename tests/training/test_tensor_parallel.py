@@ -8,12 +8,14 @@ from parallel_record import refuses, works
 from peft import PeftModel
 from processes import on_processes
 from safetensors.torch import load_file
+from sharded_runs import share_by_formula
 from tensor_parallel_runs import run, train
 from test_fsdp import MODES as MODES_OF_FSDP
 from tiny import make_llama, save_model
 from transformers import AutoModelForCausalLM, Trainer
 
 from fastdpo import DPOConfig
+from fastdpo.training.memory.cluster.layouts import Layout
 from fastdpo.training.setup.tensor_parallel import check_not_resumed
 
 pytestmark = pytest.mark.skipif(
@@ -112,6 +114,11 @@ def test_losses_and_gradients_are_those_of_one_process(mode, of_two, tmp_path):
     assert all(process["num_cut"] > 0 for process in results)
 
 
+def test_a_process_holds_its_part_of_a_frozen_reference(of_two):
+    share = share_by_formula(Layout("TP 2", tensor=2))
+    assert [process["share_of_reference"] for process in of_two["clipped"][1]] == [pytest.approx(share)] * 2
+
+
 def test_an_evaluation_is_that_of_one_process(of_two, tmp_path):
     one = train(tmp_path, MODES[0], evaluates=True)["evaluation"]
     with works("TP", "evaluation", processes=2, steps=1):
@@ -177,9 +184,12 @@ def test_two_groups_that_shard_their_parts_too(modes, tmp_path):
     cases = trained(modes, 4, steps=5)
     cases[0]["evaluates"] = evaluates = modes[0] == MODES[0]
     found = on_processes(run, cases, tmp_path, 4)
+    share = share_by_formula(Layout("TP 2 x FSDP2", shards=2, tensor=2))
     for mode, number, results in zip(modes, range(len(modes)), found, strict=True):
         more = {"evaluates": evaluates and number == 0}
         with works("FSDP2 x TP", *features(mode), *["evaluation"] * more["evaluates"], processes=4, steps=5):
             one = assert_like_one(mode, tmp_path / str(number), results, tmp_path / f"one {mode}", 5, **more)
             if more["evaluates"]:
                 assert results[0]["evaluation"]["logps"] == pytest.approx(one["evaluation"]["logps"], rel=1e-5)
+        if mode in ("clipped", "frozen reference"):  # a copy of the policy, and one that is given
+            assert [process["share_of_reference"] for process in results] == [pytest.approx(share)] * 4, mode

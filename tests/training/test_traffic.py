@@ -8,8 +8,8 @@ from processes import on_processes
 from traffic_runs import count
 
 KINDS = [
-    {"has_lora": has_lora, "checkpointing": checkpointing, "is_tied": is_tied}
-    for has_lora in (False, True)
+    {"reference": reference, "checkpointing": checkpointing, "is_tied": is_tied}
+    for reference in ("frozen", "cached", "adapter")
     for checkpointing in (False, True)
     for is_tied in (False, True)
 ]

@@ -18,13 +18,14 @@ def size_of(tensor):
     return tensor.numel() * tensor.element_size()
 
 
-def count(folder, kind, num_processes, has_lora=False, checkpointing=False, is_tied=False):
+def count(folder, kind, num_processes, reference, checkpointing=False, is_tied=False):
     """Bytes by kind of collective: of one training step with one micro-batch, and by `transfers`."""
     settings = {"per_device_train_batch_size": 2, "max_steps": 1, "gradient_checkpointing": checkpointing}
+    settings["reference"] = reference
     if kind == "FSDP2":
         shards_on_cpus()
         settings |= FSDP2
-    if has_lora:
+    if reference == "adapter":
         settings["peft_config"] = make_lora(target_modules="all-linear")
     trainer = tiny_trainer(folder, make_llama(tie_word_embeddings=is_tied, **SHAPE), **settings)
     sizes = model_sizes(trainer.model)
@@ -45,7 +46,7 @@ def count(folder, kind, num_processes, has_lora=False, checkpointing=False, is_t
     trainer.training_step = counting_step
     trainer.train()
     layout = Layout(kind, shards=num_processes) if kind == "FSDP2" else Layout(kind, copies=num_processes)
-    settings = {"checkpointing": checkpointing, "adapter_reference": has_lora}
+    settings = {"checkpointing": checkpointing, "reference": reference}
     expected = transfers(sizes, layout, num_processes, MicroBatch(0, 0), AS_STORED, **settings)
     return [counted, {transfer.kind: transfer.num_bytes for transfer in expected}]
 

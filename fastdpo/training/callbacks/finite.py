@@ -96,10 +96,15 @@ class FiniteLosses:
         args = trainer.args
         path = Path(args.output_dir) / f"nonfinite_batch_rank{args.process_index}.pt"
         inputs, sums = step.inputs[where]
-        save_bad_batch(path, inputs, sums, step=step.number, loss=loss, args=args)
+        found = f"the loss is {loss} at step {step.number}; no weight was changed."
+        try:
+            save_bad_batch(path, inputs, sums, step=step.number, loss=loss, args=args)
+        except (OSError, RuntimeError) as error:  # a full disk, for example, of which torch makes a RuntimeError
+            path.unlink(missing_ok=True)
+            return f"{found} The batch cannot be saved in {path}: {error}"
         return (
-            f"the loss is {loss} at step {step.number}; no weight was changed. The batch is saved in {path}:"
-            f" fastdpo debug-batch {path} --model MODEL shows where the first number went wrong"
+            f"{found} The batch is saved in {path}: fastdpo debug-batch {path} --model MODEL shows where the first"
+            " number went wrong"
         )
 
 

@@ -11,14 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastdpo.files import write_whole
+from fastdpo.files import naming, write_whole
 
 
 def append_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Appends the entries. Creates the file and its folder if necessary."""
+    """Appends the entries. Creates the file and its folder if necessary. The error of a full disk names the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    with path.open("a+b") as file:
+    with naming(path), path.open("a+b") as file:
         if size := file.seek(0, os.SEEK_END):
             file.seek(size - 1)
         last = file.read(1)  # alone: a long run appends often

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCardData
 from torch import nn
 from transformers import TrainerCallback
 
+from fastdpo.files import write_whole
 from fastdpo.modeling.backbone import bare_model, is_composite
 from fastdpo.references.adapters import is_peft_model
 from fastdpo.training.callbacks.log_history import RESULTS, logs_by_source
@@ -68,9 +69,7 @@ class ModelCard(TrainerCallback):
         tags = [tags] if isinstance(tags, str) else list(tags or [])
         path = Path(folder) / "README.md"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            model_card(self.run, name, dataset_name or self.run.dataset_name, tags, metadata), encoding="utf-8"
-        )
+        write_whole(path, model_card(self.run, name, dataset_name or self.run.dataset_name, tags, metadata))
 
 
 def tag_model(model: nn.Module, method: str) -> None:

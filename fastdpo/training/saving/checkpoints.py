@@ -102,7 +102,7 @@ def _check_whole(folder: Path) -> None:
         raise ValueError(f"resume_from_checkpoint must be a checkpoint, got {folder} without {_STATE}")
     try:
         int(json.loads((folder / _STATE).read_text())["global_step"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"resume_from_checkpoint must be a complete checkpoint, got unreadable {folder / _STATE}: {error!r}"
         ) from None

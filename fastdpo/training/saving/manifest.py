@@ -15,7 +15,6 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -80,11 +79,14 @@ def damage(folder: Path, *, quick: bool = False) -> str | None:
         quick: compare sizes only.
     """
     try:
-        expected = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = json.loads((folder / MANIFEST).read_text())["files"].items()
+        expected = {name: (int(facts["bytes"]), str(facts["checksum"])) for name, facts in files}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
     for name, facts in expected.items():
-        found = _difference(folder / name, facts, quick)
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{MANIFEST} names {name}, which is outside of the folder"
+        found = _difference(folder / name, *facts, quick=quick)
         if found is not None:
             return f"{name} {found}"
     return None
@@ -109,16 +111,14 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for _, path in _files(folder))
 
 
-def _difference(path: Path, facts: dict[str, Any], quick: bool) -> str | None:
+def _difference(path: Path, size: int, checksum: str, *, quick: bool) -> str | None:
     if not path.is_file():
         return "is missing"
-    size = path.stat().st_size
-    if size != facts["bytes"]:
-        return f"has {size:,} bytes instead of {facts['bytes']:,}"
+    found = path.stat().st_size
+    if found != size:
+        return f"has {found:,} bytes instead of {size:,}"
     try:
-        is_same = (
-            quick or _checksum(path, kind=facts["checksum"].partition(":")[0], reads_all=True) == facts["checksum"]
-        )
+        is_same = quick or _checksum(path, kind=checksum.partition(":")[0], reads_all=True) == checksum
     except (OSError, ValueError, struct.error, zipfile.BadZipFile) as error:
         return f"cannot be read ({error})"
     return None if is_same else "has another checksum"

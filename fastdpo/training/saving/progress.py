@@ -84,8 +84,11 @@ def _read(folder: str | Path, process: int) -> Progress | None:
     path = progress_file(folder, process)
     if not path.is_file():
         return None
-    found = json.loads(path.read_text())
-    return Progress(**found) if found.pop("format", None) == _FORMAT else None
+    try:
+        found = json.loads(path.read_text())
+        return Progress(**found) if found.pop("format", None) == _FORMAT else None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # of a checkpoint without a manifest
+        raise ValueError(f"{path} must hold the progress of a run, got {error!r}") from error
 
 
 def _dealt(saved: Sequence[Progress], process: int) -> Progress:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from fastdpo.data.batches.lengths import row_lengths
-from fastdpo.data.depth import is_too_deep
 from fastdpo.data.sources.arrow import arrow_column
 from fastdpo.data.sources.nearest import check_model_folder
 from fastdpo.data.tokens.chat.templates import give_template
@@ -29,14 +24,13 @@ from fastdpo.training.settings.checks import load_whole_models
 from fastdpo.training.settings.engine import EngineConfig
 from fastdpo.training.setup.checkpoint_keys import check_all_loaded
 from fastdpo.training.setup.gguf_files import as_folder
+from fastdpo.training.setup.model_files import check_json_files, readable_files, too_deep
 from fastdpo.training.setup.model_kinds import auto_class, check_kind, has_other_parts, is_encoder
 from fastdpo.training.setup.source_files import source_file
 from fastdpo.training.setup.tensor_parallel import cut_over_processes, distributed_options
 
 logger = logging.get_logger(__name__)
 
-MOST_JSON_BYTES = 512 * 2**20  # the largest tokenizer.json in use has about 35 MB
-_READ_WHOLE = ("config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json", "chat_template.json")
 # arguments of from_pretrained that also apply to configs and tokenizers
 _WHERE_FROM = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "local_files_only", "gguf_file")
 
@@ -139,29 +133,6 @@ def load_config(name: str, init_kwargs: dict[str, Any] | None = None, option: st
     return config
 
 
-def check_json_files(folder: str) -> None:
-    """Refuses a folder with a JSON file of a model or tokenizer so large that reading it would take all memory."""
-    for name in _READ_WHOLE:
-        path = Path(folder, name)
-        if path.is_file() and path.stat().st_size > MOST_JSON_BYTES:
-            size = path.stat().st_size
-            raise ValueError(f"{path} must have at most {MOST_JSON_BYTES:,} bytes, got {size:,}: it is read as a whole")
-
-
-def _too_deep(folder: str) -> ValueError:
-    """The error of a JSON file in this folder that nests values too deeply for its parser."""
-    for path in sorted(Path(folder).glob("*.json")):
-        try:
-            is_deep = is_too_deep(json.loads(path.read_text(encoding="utf-8")))
-        except RecursionError:
-            is_deep = True
-        except (OSError, ValueError):  # no JSON
-            is_deep = False
-        if is_deep:
-            return ValueError(f"{path} must not nest its values so deeply")
-    return ValueError(f"the JSON files of {folder!r} must not nest their values so deeply")
-
-
 def _no_model(name: str, error: Exception, option: str = "model", what: str = "") -> str:
     return f"{option} must be a local directory or a model name on the Hub, got {name!r}{what}: {error}"
 
@@ -205,7 +176,7 @@ def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None = None) -> PreT
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except RecursionError:
-        raise _too_deep(name) from None
+        raise too_deep(name) from None
     except (OSError, ValueError) as error:
         base = adapter_base(name)
         if base is not None:  # an adapter saved without a tokenizer
@@ -214,10 +185,10 @@ def load_tokenizer(name: str, init_kwargs: dict[str, Any] | None = None) -> PreT
             f"processing_class must be given if the model has no tokenizer, got None and no tokenizer in {name!r}:"
             f" {error}"
         ) from error
-    except Exception as error:
-        if type(error) is not Exception:
+    except Exception as error:  # the last three are transformers', for values of other types than it expects
+        if type(error) not in (Exception, AttributeError, KeyError, TypeError):  # the first is the tokenizers library's
             raise
-        raise ValueError(f"the tokenizer of {name!r} cannot be read: {error}") from error  # of the tokenizers library
+        raise ValueError(f"the tokenizer of {name!r} cannot be read: {error!r}") from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _processors_template(name, where)
     return tokenizer
@@ -304,38 +275,24 @@ def _with_saved_adapter(base: nn.Module, folder: str, model_init_kwargs: dict[st
         from peft import PeftModel
     except ImportError as error:
         raise ValueError('loading an adapter needs the peft package: pip install "fastdpo[peft]"') from error
-    num_embeddings = _saved_embeddings(folder)
-    if num_embeddings is None and (Path(folder) / "tokenizer_config.json").is_file():
-        num_tokens = len(load_tokenizer(folder, model_init_kwargs))
-        num_embeddings = max(num_tokens, base.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-    if num_embeddings is not None:  # it was trained with tokens that the base does not have
-        base.resize_token_embeddings(num_embeddings)  # type: ignore[operator]
+    if not any(Path(folder).glob("adapter_model.*")):
+        raise ValueError(f"model must have its adapter's weights, got {folder!r} without adapter_model.safetensors")
     with readable_files("model", folder):
-        return PeftModel.from_pretrained(base, folder, is_trainable=True)
-
-
-@contextmanager
-def readable_files(argument: str, name: str) -> Iterator[None]:
-    """Around from_pretrained of what `argument` names.
-
-    Raises:
-        ValueError: a JSON file is too large or nests too deeply, or weights are cut off or pickled objects.
-    """
-    check_json_files(name)
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(
-            f"{argument} must have complete weights in {str(name)!r}, got a file that cannot be read: {error}; copy or"
-            " download it again"
-        ) from error
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{argument} must have its weights as safetensors, or as plain tensors in a .bin file, got {str(name)!r},"
-            " whose file holds other Python objects; they are never unpickled, because that runs code"
-        ) from None
-    except RecursionError:
-        raise _too_deep(name) from None
+        num_embeddings = _saved_embeddings(folder)
+        if num_embeddings is None and (Path(folder) / "tokenizer_config.json").is_file():
+            num_tokens = len(load_tokenizer(folder, model_init_kwargs))
+            num_embeddings = max(num_tokens, base.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        if num_embeddings is not None:  # it was trained with tokens that the base does not have
+            base.resize_token_embeddings(num_embeddings)  # type: ignore[operator]
+        try:
+            return PeftModel.from_pretrained(base, folder, is_trainable=True)
+        except (KeyError, TypeError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+                raise
+            raise ValueError(
+                f"{folder}/adapter_config.json must describe the adapter beside it, for the base model that it names:"
+                f" {error!r}"
+            ) from error
 
 
 # Weights in an adapter's file that show the size of the vocabulary: the end of the name, and the dimension

@@ -39,12 +39,12 @@ from fastdpo.references.fingerprint import reference_facts
 from fastdpo.references.precompute import Scorer
 from fastdpo.training.settings.config import DPOConfig
 from fastdpo.training.setup.gguf_files import as_folder
+from fastdpo.training.setup.model_files import readable_files
 from fastdpo.training.setup.model_kinds import auto_class
 from fastdpo.training.setup.models import (
     adapter_base,
     check_model_and_tokenizer,
     load_model,
-    readable_files,
     where_from,
 )
 from fastdpo.training.setup.tensor_parallel import copy_of_cut, cut_over_processes, distributed_options, is_cut

@@ -2,7 +2,7 @@
 
 In: the accelerator of a trainer. Out: its FSDP plugin with a mixed precision policy that does not round what the model
 returns; whether processes must run equally many forwards and backwards; a context for a backward without a step; and
-a reference that is divided as the policy will be, by FSDP2 or DeepSpeed.
+a reference that is divided as the policy will be, of which nothing stays gathered between its forwards.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def keep_outputs_whole(accelerator: Any) -> None:
@@ -78,8 +79,11 @@ def uses_fsdp2(accelerator: Any) -> bool:
 def shard_reference(model: nn.Module, accelerator: Any) -> nn.Module:
     """A frozen reference, divided over the processes if FSDP2 or DeepSpeed's stage 3 will divide the policy.
 
-    One that is quantized, or that accelerate has placed, stays as it is.
+    One that is quantized, or that accelerate has placed, stays as it is. One that is cut over processes was divided
+    with the cut (`tensor_parallel`).
     """
+    if isinstance(model, FSDPModule):
+        return _gathered_in_forwards(model)
     is_placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
     if is_placed:
         return model
@@ -103,9 +107,13 @@ def _divided_by_fsdp2(model: nn.Module, accelerator: Any) -> nn.Module:
     finally:
         vars(plugin).clear()
         vars(plugin).update(before)
-    # accelerate leaves head and norm whole until the backward of a policy; a reference has none
-    divided.set_reshard_after_forward(True)
-    return divided.eval()
+    return _gathered_in_forwards(divided).eval()
+
+
+def _gathered_in_forwards(model: Any) -> Any:
+    """accelerate and transformers leave head and norm whole until the backward of a policy; a reference has none."""
+    model.set_reshard_after_forward(True)
+    return model
 
 
 def _divided_by_zero(model: nn.Module, accelerator: Any) -> nn.Module:

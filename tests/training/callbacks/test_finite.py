@@ -172,3 +172,19 @@ def test_a_loss_that_is_not_finite_stops_under_a_loss_scaler_too(tmp_path, nobod
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     assert "at step 2; no weight was changed" in Watched(trainer).train()
     assert trainer.state.global_step == 2  # at once: the scaler has the number on the device for itself
+
+
+def test_a_batch_that_cannot_be_saved_does_not_hide_the_loss_that_is_not_finite(tmp_path, monkeypatch):
+    batch, save = tmp_path / "nonfinite_batch_rank0.pt", torch.save
+
+    def fails(content, path):
+        if path != batch:
+            return save(content, path)
+        path.write_bytes(b"a part")
+        raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
+
+    trainer = spoiling(tiny_trainer(tmp_path, **EVERY_STEP), 2)
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 2; .* cannot be saved in .*: .* failed"):
+        trainer.train()
+    assert not batch.exists()

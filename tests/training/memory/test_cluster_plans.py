@@ -41,8 +41,9 @@ def sent(found, kind):
 NO_BATCH = MicroBatch(0, 0)
 
 
-def of(layout, batch=NO_BATCH, lora=False, checkpointing=False, gpus=8):
-    return transfers(sizes(lora), layout, gpus, batch, BF16, checkpointing=checkpointing, adapter_reference=lora)
+def of(layout, batch=NO_BATCH, reference="cached", checkpointing=False, gpus=8):
+    lora = reference == "adapter"
+    return transfers(sizes(lora), layout, gpus, batch, BF16, checkpointing=checkpointing, reference=reference)
 
 
 def test_sizes_are_those_of_layers_embedding_and_head():
@@ -80,6 +81,9 @@ def test_sharded_weights_are_gathered_for_forward_and_backward():
         2 * (2 * numel - ENDS - 64) * 15 / 16
     )  # the head and its norm once
     assert sent(found, "reduce_scatter") == pytest.approx(2 * numel * 15 / 16)
+    frozen = of(Layout("FSDP2", shards=16), reference="frozen")
+    assert sent(frozen, "all_gather") - sent(found, "all_gather") == pytest.approx(2 * numel * 15 / 16)
+    assert sent(frozen, "reduce_scatter") == sent(found, "reduce_scatter")
 
 
 def test_copies_of_shards_only_exchange_gradients_of_their_part_between_nodes():
@@ -98,6 +102,10 @@ def test_tensor_parallelism_reduces_hidden_states_twice_a_layer_and_pass():
     assert sent(found, "all_gather") == pytest.approx(4 * 6 * 40)
     again = of(Layout("TP 2", tensor=2), batch, checkpointing=True)
     assert sent(again, "all_reduce") - sent(found, "all_reduce") == pytest.approx(2 * 2 * 3 * hidden / 2)
+    for reference in ("frozen", "adapter"):  # one more forward, whose head has no statistics
+        more = of(Layout("TP 2", tensor=2), batch, reference)
+        assert sent(more, "all_reduce") - sent(found, "all_reduce") == pytest.approx(2 * (2 * 3 + 1) * hidden / 2)
+        assert sent(more, "all_gather") - sent(found, "all_gather") == pytest.approx(4 * 3 * 40)
 
 
 def test_sequence_parallelism_moves_heads_for_tokens():
@@ -106,6 +114,10 @@ def test_sequence_parallelism_moves_heads_for_tokens():
     assert sent(found, "all_to_all") == pytest.approx(3 * 2 * (4 + 4 + 4 + 4) * 16 * 25 * 2 * 3 / 4)
     two = of(Layout("FSDP2 x SP 2", shards=8, sequence=2), MicroBatch(100, 40))
     assert sent(two, "all_to_all") == pytest.approx(3 * 2 * (4 + 2 + 2 + 4) * 16 * 50 * 2 / 2)
+    frozen = of(Layout("FSDP2 x SP 4", shards=8, sequence=4), MicroBatch(100, 40), "frozen")
+    assert sent(frozen, "all_to_all") == pytest.approx(1.5 * sent(found, "all_to_all"))
+    log_probs = [transfer for transfer in frozen if transfer.num_processes == 4 and transfer.kind == "all_gather"]
+    assert [transfer.num_bytes for transfer in log_probs] == [4 * (1 + 3 + 1) * 40]
 
 
 def test_a_process_holds_its_part_and_what_runs():
@@ -127,6 +139,29 @@ def test_a_process_holds_its_part_and_what_runs():
     assert tensor.weights == pytest.approx(4 * ((sizes().all.count - norms) / 2 + norms))
 
 
+def test_a_process_holds_its_part_of_a_frozen_reference():
+    """A copy that is divided as the policy is, and nothing else."""
+    peak = StepPeak(casts=70, gradients=0, head=5, activations=1000)
+    numel, norms = sizes().all.count, 3 * 2 * 64 + 64
+    cut = (numel - norms) / 2 + norms
+    for layout, part in (
+        (Layout("DDP", copies=4), numel),
+        (Layout("FSDP2", shards=4), numel / 4),
+        (Layout("HSDP", shards=4, copies=2), numel / 4),
+        (Layout("FSDP2 x SP 4", shards=8, sequence=4), numel / 8),
+        (Layout("TP 2", tensor=2), cut),
+        (Layout("TP 2 x FSDP2", shards=4, tensor=2), cut / 4),
+    ):
+        without, frozen = (
+            process_memory(
+                sizes(), layout, peak, BF16, state_bytes=0, hidden_bytes=0, checkpointing=True, reference_bytes=given
+            )
+            for given in (0, 4 * numel)
+        )
+        assert frozen.reference == pytest.approx(4 * part), layout
+        assert frozen.total - without.total == pytest.approx(4 * part), layout
+
+
 def test_flops_are_those_of_products_and_of_attention():
     found = sizes()
     matrices = 3 * (LAYER - 2 * 64)
@@ -134,12 +169,15 @@ def test_flops_are_those_of_products_and_of_attention():
     forward, head = 2 * matrices * 100 + attention, 2 * ENDS * 50
     settings = {"repeated": 0, "references": 0}
     assert flops_of_pair(found, 100, full=True, **settings) == pytest.approx(3 * forward + 3 * head)
+    settings = {"repeated": 0, "references": 1}
+    assert flops_of_pair(found, 100, full=True, **settings) == pytest.approx(4 * forward + 4 * head)
     settings = {"repeated": 1, "references": 1}
     assert flops_of_pair(found, 100, full=False, **settings) == pytest.approx(4 * forward + attention + 3 * head)
 
 
 def test_a_step_takes_the_longer_of_computing_and_sending():
-    arguments = {"num_pairs": 64, "pair_tokens": 100, "largest_microbatch": 450, "full": True, "checkpointing": False}
+    arguments = {"num_pairs": 64, "pair_tokens": 100, "largest_microbatch": 450}
+    arguments |= {"full": True, "checkpointing": False, "reference": "cached"}
     found = step_time(sizes(), Layout("FSDP2", shards=8, copies=1), cluster(nodes=1), BF16, **arguments)
     assert found.microbatches == 2  # 8 pairs of each GPU, four at a time
     assert found.blocking == 0
@@ -179,7 +217,9 @@ def test_plans_that_fit_use_the_memory_and_no_more(found):
 
 
 def test_checkpointing_shards_and_sequence_parallelism_take_longer_pairs(found):
-    tokens = {(plan.method, plan.layout.name, plan.checkpointing): plan.tokens for plan in found}
+    tokens = {
+        (plan.method, plan.layout.name, plan.checkpointing): plan.tokens for plan in found if plan.reference != "frozen"
+    }
     assert len(tokens) == 2 * 5 * 2
     for (method, name, checkpointing), longest in tokens.items():
         if not checkpointing:
@@ -189,6 +229,18 @@ def test_checkpointing_shards_and_sequence_parallelism_take_longer_pairs(found):
         assert tokens["full", "HSDP", checkpointing] <= tokens["full", "FSDP2", checkpointing]
         longest = tokens["full", "FSDP2 x SP 4", checkpointing]
         assert longest == pytest.approx(4 * tokens["full", "FSDP2", checkpointing], rel=0.02)
+
+
+def test_a_frozen_reference_costs_memory_and_seconds(found):
+    kinds = {(plan.layout.name, plan.checkpointing, plan.reference): plan for plan in found if plan.method == "full"}
+    assert len(kinds) == 5 * 2 * 2
+    for (name, checkpointing, reference), plan in kinds.items():
+        if reference == "frozen":
+            cached = kinds[name, checkpointing, "cached"]
+            assert plan.memory.reference > cached.memory.reference == 0, (name, checkpointing)
+            assert plan.tokens <= cached.tokens, (name, checkpointing)
+            assert plan.time.compute > cached.time.compute, (name, checkpointing)
+    assert {plan.reference for plan in found if plan.method == "lora"} == {"adapter"}
 
 
 @pytest.mark.parametrize(

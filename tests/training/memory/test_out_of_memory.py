@@ -140,8 +140,22 @@ def test_another_error_is_not_taken_for_memory(tmp_path):
     trainer.model.get_input_embeddings().register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.train()
-    assert not is_out_of_memory(RuntimeError("size mismatch"))
-    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", True),
+        ("CUDA error: out of memory", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`", False),
+        ("DataLoader worker is killed by signal: Bus error. Its workers may be out of shared memory", False),
+        ("size mismatch", False),
+    ],
+)
+def test_errors_of_memory_are_known_by_their_words(message, expected):
+    assert is_out_of_memory(RuntimeError(message)) == expected
 
 
 def test_the_parts_of_a_batch_hold_its_rows_once():

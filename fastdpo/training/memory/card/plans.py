@@ -36,7 +36,7 @@ class Plan:
     settings: Settings
     tokens: int  # of the largest micro-batch that fits, which is the longest pair, prompt once; 0 where none does
     estimate: MemoryEstimate  # at so many tokens, or of a pair of ROUNDING tokens where nothing fits
-    # of the head op, if its default depends on what is free: the most that fits beside so many tokens
+    # of the head op, if its default depends on what is free: its default for what is left beside so many tokens
     workspace_bytes: int | None = None
 
     def options(self, lora_r: int) -> str:

@@ -26,6 +26,7 @@ class ProcessMemory:
     weights: float
     optimizer: float
     gradients: float  # with DDP's buckets
+    reference: float  # a second, frozen model
     gathered: float  # weights and gradients of whole layers under FSDP; copies of weights in autocast's dtype otherwise
     head: float  # the head op's workspace and fp32 sums
     activations: float
@@ -48,12 +49,14 @@ def process_memory(
     state_bytes: float,
     hidden_bytes: float,
     checkpointing: bool,
+    reference_bytes: float = 0.0,
     overhead: float = 0.0,
 ) -> ProcessMemory:
     """Args:
     peak: of the tokens that the process runs: with sequence parallelism, its part of the row.
     state_bytes: of the optimizer of the whole model.
     hidden_bytes: of one layer's hidden states (T, H).
+    reference_bytes: of a frozen copy of the model. Its forward runs before the policy's and holds less at once.
     """
     of_all = sizes.all
     divided = (sizes.linear + sizes.embedding.count + sizes.head.count) / max(of_all.count, 1)
@@ -68,6 +71,7 @@ def process_memory(
         weights=of_all.num_bytes * share / parts,
         optimizer=state_bytes * share / parts,
         gradients=of_all.trained_bytes * share / parts * (2 if has_buckets else 1),
+        reference=reference_bytes * share / parts,
         gathered=_gathered(sizes, precision) / layout.tensor if parts > 1 else peak.casts / layout.tensor,
         head=peak.head / layout.tensor,
         activations=activations,

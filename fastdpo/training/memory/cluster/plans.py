@@ -31,6 +31,7 @@ from fastdpo.training.setup.optimizers import optimizer_state_bytes, trained_par
 MEASURED_TOKENS = (512, 16_384, 1_048_576)  # those between and beyond are on the lines through these points
 MOST_TOKENS = 2**27  # longer pairs are not looked for
 OPTIMIZER = "adamw_torch_fused"
+REFERENCES = {"full": ("frozen", "cached"), "lora": ("adapter",)}  # by method
 # With bf16, accelerate's policy for FSDP2 gathers weights and reduces gradients in bf16.
 BF16 = Precision(gathered=2, reduced=2, activation=2)
 
@@ -39,6 +40,7 @@ BF16 = Precision(gathered=2, reduced=2, activation=2)
 class ClusterPlan:
     layout: Layout
     method: str  # "full" or "lora"
+    reference: str  # one of REFERENCES
     checkpointing: bool
     tokens: int  # of the longest pair that fits, its prompt once; 0 if the pair that is asked for does not fit
     memory: ProcessMemory  # at so many tokens, or at the tokens asked for
@@ -80,7 +82,7 @@ class MethodModel:
             self._peaks[tokens] = self._dry.step(pair_shape(tokens), **settings)
         return self._peaks[tokens]
 
-    def memory(self, layout: Layout, tokens: int) -> ProcessMemory:
+    def memory(self, layout: Layout, tokens: int, reference: str) -> ProcessMemory:
         """Of a process, if its group runs so many tokens."""
         own = -(-tokens // layout.sequence)
         return process_memory(
@@ -91,6 +93,7 @@ class MethodModel:
             state_bytes=self.state_bytes,
             hidden_bytes=own * self.sizes.hidden_size * self.bytes_of_hidden_state,
             checkpointing=self.checkpointing,
+            reference_bytes=self.sizes.all.num_bytes if reference == "frozen" else 0,
             overhead=CUDA_BYTES,
         )
 
@@ -117,8 +120,9 @@ def make_cluster_plans(
     plans = []
     for method in ("full", "lora"):
         of_method = [
-            plan_layout(model, layout, cluster, pair_tokens, num_pairs)
+            plan_layout(model, layout, cluster, reference, pair_tokens, num_pairs)
             for model in (MethodModel(config, method, checkpointing, lora_r) for checkpointing in (False, True))
+            for reference in REFERENCES[method]
             for layout in layouts_for(cluster, model.sizes)
         ]
         names = list(dict.fromkeys(plan.layout.name for plan in of_method))
@@ -126,11 +130,14 @@ def make_cluster_plans(
     return plans
 
 
-def plan_layout(model: MethodModel, layout: Layout, cluster: Cluster, pair_tokens: int, num_pairs: int) -> ClusterPlan:
+def plan_layout(
+    model: MethodModel, layout: Layout, cluster: Cluster, reference: str, pair_tokens: int, num_pairs: int
+) -> ClusterPlan:
     """The longest pair that fits with this layout, and a step of `num_pairs` pairs of `pair_tokens` tokens."""
-    tokens = largest(lambda tokens: model.memory(layout, tokens).total <= USABLE_SHARE * cluster.memory)
+    kind = (layout, model.method, reference, model.checkpointing)
+    tokens = largest(lambda tokens: model.memory(layout, tokens, reference).total <= USABLE_SHARE * cluster.memory)
     if tokens < pair_tokens:
-        return ClusterPlan(layout, model.method, model.checkpointing, 0, model.memory(layout, pair_tokens), None)
+        return ClusterPlan(*kind, 0, model.memory(layout, pair_tokens, reference), None)
     time = step_time(
         model.sizes,
         layout,
@@ -141,8 +148,9 @@ def plan_layout(model: MethodModel, layout: Layout, cluster: Cluster, pair_token
         largest_microbatch=tokens,
         full=model.method == "full",
         checkpointing=model.checkpointing,
+        reference=reference,
     )
-    return ClusterPlan(layout, model.method, model.checkpointing, tokens, model.memory(layout, tokens), time)
+    return ClusterPlan(*kind, tokens, model.memory(layout, tokens, reference), time)
 
 
 def largest(fits: Callable[[int], bool]) -> int:

@@ -24,7 +24,7 @@ ASSUMPTIONS = (
     f"{COMPUTE_SHARE:.0%} of the GPU's bf16 FLOPs and {RATE_SHARE:.0%} of the rates of its memory and of the networks",
     "FSDP and DDP send while layers compute, so the longer of both counts; TP and SP send between computations",
     "a ring over nodes is as fast as one port of the network between nodes; each GPU has one",
-    "all pairs have the same length, and reference log-probs are cached or come from the model without its adapter",
+    "all pairs have the same length",
 )
 
 
@@ -80,28 +80,40 @@ def step_time(
     largest_microbatch: int,
     full: bool,
     checkpointing: bool,
+    reference: str,
 ) -> StepTime:
     """Args:
     num_pairs: of the step, on all processes.
     pair_tokens: of a pair, its prompt once.
     largest_microbatch: tokens that fit; at least those of a pair.
+    reference: as in `transfers`.
     """
     of_group = math.ceil(num_pairs / layout.groups)
     per_microbatch = min(max(largest_microbatch // pair_tokens, 1), of_group)
     count = math.ceil(of_group / per_microbatch)
     per_microbatch = math.ceil(of_group / count)
-    flops = of_group * flops_of_pair(sizes, pair_tokens, full=full, repeated=checkpointing, references=not full)
+    references = int(reference != "cached")
+    flops = of_group * flops_of_pair(sizes, pair_tokens, full=full, repeated=checkpointing, references=references)
     share = 1 / (layout.tensor * layout.sequence)
     batch = MicroBatch(per_microbatch * pair_tokens, int(per_microbatch * pair_tokens * ROWS_SHARE))
     sent = overlapped = blocking = 0.0
     for times, is_last in ((count - 1, False), (1, True)):
-        settings = {"checkpointing": checkpointing, "adapter_reference": not full, "is_last": is_last}
-        for transfer in transfers(sizes, layout, cluster.gpus, batch, precision, **settings):
+        found = transfers(
+            sizes,
+            layout,
+            cluster.gpus,
+            batch,
+            precision,
+            checkpointing=checkpointing,
+            reference=reference,
+            is_last=is_last,
+        )
+        for transfer in found:
             seconds = times * transfer.sent / (RATE_SHARE * cluster.network(transfer.crosses_nodes).rate)
             sent += times * transfer.sent
             overlapped += seconds if transfer.overlaps else 0.0
             blocking += 0.0 if transfer.overlaps else seconds
-    passes = 2 + checkpointing + full  # each reads the weights once
+    passes = 2 + checkpointing + full + references  # each reads the weights once
     reads = count * passes * 2 * sizes.all.count / layout.tensor
     compute = max(flops * share / (COMPUTE_SHARE * cluster.gpu.flops), reads / (RATE_SHARE * cluster.gpu.memory_rate))
     update = ADAM_BYTES * sizes.all.trained / (layout.shards * layout.tensor) / (RATE_SHARE * cluster.gpu.memory_rate)

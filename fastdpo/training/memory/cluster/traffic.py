@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from fastdpo.training.memory.cluster.layouts import Layout
 from fastdpo.training.memory.cluster.sizes import NOTHING, ModelSizes, Weights
 
-HEAD_NUMBERS = 3 + 3  # fp32 numbers that the cut head exchanges per row: with entropy and top-1, kernels/README.md (20)
+# fp32 numbers that the cut head exchanges per row, kernels/README.md (20): of log-probs, of entropy and top-1
+HEAD_NUMBERS, STATISTICS_NUMBERS = 3, 3
 _FACTORS = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
 
 
@@ -54,32 +55,33 @@ def transfers(
     precision: Precision,
     *,
     checkpointing: bool,
-    adapter_reference: bool,
+    reference: str,
     is_last: bool = True,
 ) -> list[Transfer]:
     """Args:
     gpus: of a node.
-    adapter_reference: whether another forward, without the adapter, gives reference log-probs.
+    reference: "cached"; or "adapter" (the model without its adapter) or "frozen" (a second model), which are one
+        more forward.
     is_last: of the step; DDP reduces gradients once, FSDP2 after every micro-batch.
     """
     found = []
     if layout.shards > 1:
-        found += _sharded(sizes, layout, gpus, precision, adapter_reference)
+        found += _sharded(sizes, layout, gpus, precision, reference)
     elif layout.copies > 1 and is_last:
         found.append(Transfer("all_reduce", sizes.all.trained_bytes, layout.copies, layout.copies > gpus, True))
-    passes = 2 + checkpointing + adapter_reference  # forward, backward, and the forward that a checkpoint repeats
+    forwards = 1 + (reference != "cached")
+    passes = forwards + 1 + checkpointing  # backward, and the forward that a checkpoint repeats
     if layout.tensor > 1:
-        found += _tensor(sizes, layout, batch, precision, passes)
+        found += _tensor(sizes, layout, batch, precision, forwards, passes)
     if layout.sequence > 1:
-        found += _sequence(sizes, layout, batch, precision, passes)
+        found += _sequence(sizes, layout, batch, precision, forwards, passes)
     return [transfer for transfer in found if transfer.num_bytes > 0]
 
 
-def _sharded(
-    sizes: ModelSizes, layout: Layout, gpus: int, precision: Precision, adapter_reference: bool
-) -> list[Transfer]:
+def _sharded(sizes: ModelSizes, layout: Layout, gpus: int, precision: Precision, reference: str) -> list[Transfer]:
     """Layers are gathered for forward and for backward, which also recomputes. The head stays gathered in between, and
-    the embedding is gathered again if it has a gradient; the final norm, and a tied head, once for all forwards."""
+    the embedding is gathered again if it has a gradient; the final norm, and a tied head, once for all forwards of a
+    model. A frozen reference has one forward, for which all of it is gathered."""
 
     def gathered(weights: Weights) -> float:
         return weights.num_bytes if precision.gathered is None else weights.count * precision.gathered
@@ -89,9 +91,9 @@ def _sharded(
 
     is_tied = sizes.head.count == 0
     ends = NOTHING if is_tied else sizes.embedding
-    forwards = sizes.all + (sizes.layers + ends + sizes.head if adapter_reference else NOTHING)
+    again = {"cached": NOTHING, "adapter": sizes.layers + ends + sizes.head, "frozen": sizes.all}[reference]
     backward = sizes.layers + (ends if ends.trained else NOTHING)
-    weights = gathered(forwards + backward) / layout.tensor
+    weights = gathered(sizes.all + again + backward) / layout.tensor
     gradients = reduced(sizes.all) / layout.tensor
     crosses = layout.shards * layout.tensor > gpus
     found = [
@@ -103,27 +105,31 @@ def _sharded(
     return found
 
 
-def _tensor(sizes: ModelSizes, layout: Layout, batch: MicroBatch, precision: Precision, passes: int) -> list[Transfer]:
+def _tensor(
+    sizes: ModelSizes, layout: Layout, batch: MicroBatch, precision: Precision, forwards: int, passes: int
+) -> list[Transfer]:
     """Two all-reduces of the hidden states in each layer and pass: after attention and after the MLP, and backward
-    before them. The embedding's output is reduced too. The head exchanges numbers per row, and dH in fp32."""
+    before them. The embedding's output is reduced in each forward too. The head exchanges numbers per row in each
+    forward, those of statistics in the policy's, and dH in fp32."""
     hidden = batch.tokens * sizes.hidden_size * precision.activation
-    reduced = 2 * sizes.num_layers * passes * hidden + hidden + 4 * batch.rows * sizes.hidden_size
+    reduced = (2 * sizes.num_layers * passes + forwards) * hidden + 4 * batch.rows * sizes.hidden_size
+    numbers = (HEAD_NUMBERS * forwards + STATISTICS_NUMBERS) * batch.rows
     return [
         Transfer("all_reduce", reduced, layout.tensor, False, False),
-        Transfer("all_gather", 4 * HEAD_NUMBERS * batch.rows * layout.tensor, layout.tensor, False, False),
+        Transfer("all_gather", 4 * numbers * layout.tensor, layout.tensor, False, False),
     ]
 
 
 def _sequence(
-    sizes: ModelSizes, layout: Layout, batch: MicroBatch, precision: Precision, passes: int
+    sizes: ModelSizes, layout: Layout, batch: MicroBatch, precision: Precision, forwards: int, passes: int
 ) -> list[Transfer]:
     """Queries, keys, values and the output of attention change from tokens to heads and back, in each layer and pass;
-    key and value heads are repeated until the processes divide them. Log-probs are gathered with two statistics, and
-    their gradients (docs/scaling.md, "Sequence parallelism")."""
+    key and value heads are repeated until the processes divide them. Log-probs are gathered in each forward, with the
+    policy's two statistics, and their gradients (docs/scaling.md, "Sequence parallelism")."""
     heads = 2 * sizes.num_heads + 2 * math.lcm(sizes.num_kv_heads, layout.sequence)
     tokens = -(-batch.tokens // layout.sequence)
     moved = sizes.num_layers * passes * heads * sizes.head_dim * tokens * precision.activation
     return [
         Transfer("all_to_all", moved, layout.sequence, False, False),
-        Transfer("all_gather", 4 * (1 + 2 + 1) * batch.rows, layout.sequence, False, False),
+        Transfer("all_gather", 4 * (forwards + 2 + 1) * batch.rows, layout.sequence, False, False),
     ]
