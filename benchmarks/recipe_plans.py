@@ -88,7 +88,7 @@ def record_of(name: str) -> Record:
         cluster = make_cluster(gpus, 1, memory, "h100", "nvlink,ib400")
         model = MethodModel(config, settings.method, settings.checkpointing, lora_r)
         (layout,) = (layout for layout in layouts_for(cluster, model.sizes) if layout.name == LAYOUT)
-        shared = plan_layout(model, layout, cluster, least, num_pairs=64)
+        shared = plan_layout(model, layout, cluster, settings.reference, least, num_pairs=64)
         tokens, sizes = shared.tokens, {part: int(size) for part, size in shared.memory.parts().items()}
     else:
         estimates = Estimates(config, lora_r)
