@@ -30,5 +30,7 @@ def test_the_first_run_makes_answers_shorter(tmp_path, monkeypatch):
     for cell in code_cells(path):
         exec("".join(cell["source"]), names)
     assert len(names["pairs"]) > 40
-    assert names["measured"]["eval_rewards/margins"] > 0
-    assert names["mean_words"](names["after"]) < 0.8 * names["mean_words"](names["before"])
+    assert names["measured"]["eval_rewards/margins"] > 0.5  # it was 1.48
+    # 55 words before and 16 after; phrases of 5 when it was trained too long
+    before, after = (names["mean_words"](names[when]) for when in ("before", "after"))
+    assert 8 < after < 0.6 * before

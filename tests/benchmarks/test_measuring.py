@@ -42,10 +42,14 @@ def test_peak_memory_sees_what_backward_allocates():
 def test_functions_take_turns_after_warm_ups(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(measure, "elapsed_ms", lambda function: (function(), float(next(clock)))[1])
+    reads = iter(range(100))
+    monkeypatch.setattr(measure.time, "process_time", lambda: next(reads) ** 2 / 1e3)
     times = measure.interleaved_ms({"a": lambda: None, "b": lambda: None}, 3)
     first = 2 * measure.NUM_WARMUPS  # the clock's readings of a: first, first + 2, first + 4
-    assert times["a"] == {"ms": first + 2, "ms_min": first, "ms_max": first + 4}
-    assert times["b"] == {"ms": first + 3, "ms_min": first + 1, "ms_max": first + 5}
+    # the CPU's clock is read before and after a call; of two squares in a row the difference is the sum of their roots
+    cpu = {name: pytest.approx(4 * reading + 1) for name, reading in (("a", first + 2), ("b", first + 3))}
+    assert times["a"] == {"ms": first + 2, "ms_min": first, "ms_max": first + 4, "cpu_ms": cpu["a"]}
+    assert times["b"] == {"ms": first + 3, "ms_min": first + 1, "ms_max": first + 5, "cpu_ms": cpu["b"]}
 
 
 def test_the_bare_matmul_counts_its_own_flops():

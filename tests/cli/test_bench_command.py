@@ -59,6 +59,8 @@ def test_a_sweep_prints_slopes_and_predicts_from_shared_tokens(tmp_path, capsys)
     found = records_of(out)
     assert sorted({record["x"] for record in found}) == [2, 4, 8, 16]
     assert {record["method"] for record in found} == {"plain, response rows", "fastdpo", "fastdpo, unshared"}
+    assert all(0 < record["results_mib"] < record["peak_mib"] for record in found)
+    assert all(record["cpu_ms"] > 0 for record in found)
     printed = " ".join(capsys.readouterr().out.split())
     assert "slopes on a log-log scale" in printed
     assert "x raw/unique tokens, through 4 points" in printed

@@ -1,9 +1,11 @@
 """What `fastdpo bench` measures: workloads from names, sizes of sweeps, slopes; a wrong step has no figures."""
 
+import json
 import math
 
 import pytest
 import torch
+from tiny import make_llama
 
 from fastdpo.evidence.bench import cases
 from fastdpo.evidence.bench.steps import growth
@@ -35,9 +37,21 @@ def test_a_preset_has_the_shape_of_its_model_and_the_vocabulary_that_is_asked_fo
     assert cases.make_shape(found, 512).num_rows == 512
 
 
+def test_a_folder_of_an_adapter_has_the_shape_of_its_base(tmp_path):
+    make_llama(hidden_size=64, num_hidden_layers=3).save_pretrained(tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    named = {"base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(named))
+    found = workload(model=str(tmp_path / "adapter"))
+    assert (found.hidden_size, found.num_layers, found.vocab_size) == (64, 3, 211)
+    with torch.device("meta"):
+        assert found.make_model("meta").config.hidden_size == 64
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"model": "./nowhere"}, "does not exist; the shapes without a folder are tiny, 0.5B, 1B, 8B"),
         ({"profile": "short"}, "profile must be one of hh, ultrafeedback, long, got 'short'"),
         ({"vocab": "llama"}, "vocab must be one of llama3, qwen3, gemma3 or a number of at least 8, got 'llama'"),
         ({"pairs": 0}, "pairs must be at least 1, got 0"),

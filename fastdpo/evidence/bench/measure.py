@@ -53,14 +53,25 @@ def machine_facts() -> dict[str, Any]:
 
 
 def interleaved_ms(functions: dict[Any, Callable[[], Any]], num_runs: int) -> dict[Any, dict[str, float]]:
-    """Median, minimum and maximum milliseconds of each function: warm-ups, then A B C A B C ..."""
+    """Median, minimum and maximum milliseconds of each function: warm-ups, then A B C A B C ...
+
+    And `cpu_ms`, the median of what all threads of this process spend: other processes change it less.
+    """
     times: dict[Any, list[float]] = {name: [] for name in functions}
+    spent: dict[Any, list[float]] = {name: [] for name in functions}
     for run in range(-NUM_WARMUPS, num_runs):
         for name, function in functions.items():
+            before = time.process_time()
             elapsed = elapsed_ms(function)
+            on_cpu = 1e3 * (time.process_time() - before)
             if run >= 0:
                 times[name].append(elapsed)
-    return {name: {"ms": statistics.median(t), "ms_min": min(t), "ms_max": max(t)} for name, t in times.items()}
+                spent[name].append(on_cpu)
+    median = statistics.median
+    return {
+        name: {"ms": median(t), "ms_min": min(t), "ms_max": max(t), "cpu_ms": median(spent[name])}
+        for name, t in times.items()
+    }
 
 
 def elapsed_ms(function: Callable[[], Any]) -> float:

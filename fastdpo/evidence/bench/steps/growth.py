@@ -2,8 +2,8 @@
 sizes or numbers of responses.
 
 In: a workload's model and the kind of sweep. Out: one record per size and method, with milliseconds, the most MiB that
-the step adds, and the tokens with and without shared prompts. A method whose loss or gradient differs from the plain
-loop's has the reason in the place of its figures.
+the step adds and the gradients among them, and the tokens with and without shared prompts. A method whose loss or
+gradient differs from the plain loop's has the reason in the place of its figures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdpo.evidence.bench.cases import VOCABULARIES
-from fastdpo.evidence.bench.measure import interleaved_ms, peak_mib
+from fastdpo.evidence.bench.measure import MIB, interleaved_ms, peak_mib
 from fastdpo.evidence.bench.steps.methods import BETA, plain_logps
 from fastdpo.evidence.bench.steps.workloads import Workload
 from fastdpo.types import IGNORE_INDEX, TokenizedGroup
@@ -83,6 +83,7 @@ def grown(kind: str, workload: Workload, num_runs: int) -> Iterator[list[dict[st
 
 
 def _measured(model: nn.Module, size: Size, device: torch.device, dtype: str, num_runs: int) -> list[dict[str, Any]]:
+    gradients = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     facts = {"x": size.x, "raw_tokens": size.raw_tokens, "unique_tokens": size.unique_tokens}
     records: dict[str, dict[str, Any]] = {}
     jobs: dict[str, Callable[[], Any]] = {}
@@ -95,7 +96,7 @@ def _measured(model: nn.Module, size: Size, device: torch.device, dtype: str, nu
             off = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
             if not off <= TOLERANCE[dtype]:
                 raise AssertionError(f"loss and gradient norm {found} where {expected} is expected")
-            records[name] |= {"off": off, "peak_mib": peak_mib(step)}
+            records[name] |= {"off": off, "peak_mib": peak_mib(step), "results_mib": gradients / MIB}
             jobs[name] = step
         except Exception as error:  # one method's failure is a line in the table, not the end of the run
             records[name]["error"] = f"{type(error).__name__}: {error}".split("\n")[0]
