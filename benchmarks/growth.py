@@ -29,7 +29,7 @@ SETTINGS = ("--model", "tiny", "--pairs", "2", "--max_length", "512", "--rows", 
 FIGURES: dict[str, Callable[[Record], float]] = {
     "CPU ms": lambda record: record["cpu_ms"],
     "MiB": lambda record: record["peak_mib"],
-    "MiB beyond gradients": lambda record: record["peak_mib"] - record["results_mib"],
+    "MiB without gradients": lambda record: record["peak_mib"] - record["results_mib"],
 }
 AXES = {
     "length": "tokens of prompt and response",
@@ -50,15 +50,24 @@ def parts_of(records: Sequence[Record]) -> dict[str, str]:
 
 
 def table(records: Sequence[Record], what: str) -> str:
-    """Markdown: a line per figure and method, with its values at all sizes and their slope."""
+    """Markdown: a line per figure and method, with its values at all sizes and their slope.
+
+    The head's peak holds its gradients, so that their difference is what a method needs. A step's may come before most
+    gradients exist; their size is a line of its own.
+    """
     sizes = sorted({record["x"] for record in records})
     heads = [what, "method", *(f"{size:,}" for size in sizes), "slope"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for figure, value in FIGURES.items():
-        for (method,), own in groups(records, ("method",)).items():
-            values = [value(record) for record in sorted(own, key=lambda record: record["x"])]
-            cells = [f"{one:,.0f}" if one >= 100 else f"{one:.1f}" for one in values]
-            lines.append(f"| {figure} | {method} | {' | '.join(cells)} | {slope(sizes, values):.2f} |")
+    of_methods = {method: sorted(own, key=lambda r: r["x"]) for (method,), own in groups(records, ("method",)).items()}
+    rows = [
+        (figure, method, [value(record) for record in own])
+        for figure, value in list(FIGURES.items())[: 3 if what == "head" else 2]
+        for method, own in of_methods.items()
+    ]
+    rows.append(("MiB", "gradients alone", [record["results_mib"] for record in of_methods[OURS]]))
+    for figure, method, values in rows:
+        cells = [f"{one:,.0f}" if one >= 100 else f"{one:.1f}" for one in values]
+        lines.append(f"| {figure} | {method} | {' | '.join(cells)} | {slope(sizes, values):.2f} |")
     return f"{machine_of(records[0])}, {records[0]['runs']} runs\n\n" + "\n".join(lines) + "\n"
 
 

@@ -17,9 +17,12 @@ def record(method, x, ms, peak, unique):
 
 
 def test_a_table_has_every_size_and_the_slope_through_them():
-    text = bench.table([record("fastdpo", 2, 100.0, 14.0, 220), record("fastdpo", 4, 400.0, 26.0, 320)], "step")
+    records = [record("fastdpo", 2, 100.0, 14.0, 220), record("fastdpo", 4, 400.0, 26.0, 320)]
+    text = bench.table(records, "step")
     assert "| CPU ms | fastdpo | 100 | 400 | 2.00 |" in text  # four times as long at twice the size
-    assert "| MiB beyond gradients | fastdpo | 4.0 | 16.0 | 2.00 |" in text
+    assert "| MiB | gradients alone | 10.0 | 10.0 | 0.00 |" in text
+    assert "without gradients" not in text
+    assert "| MiB without gradients | fastdpo | 4.0 | 16.0 | 2.00 |" in bench.table(records, "head")
     assert text.startswith("a CPU, 1 threads, torch 2.13, commit abc, 3 runs\n")
 
 
