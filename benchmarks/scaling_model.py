@@ -91,8 +91,8 @@ def line(name: str, num_gpus: int, plan: ClusterPlan) -> str:
 
 
 def table() -> str:
-    names = "model, train, GPUs, fastest that fits, state GB, longest pair, sent GB, compute s, network s, step s"
-    lines = [f"| {' | '.join(names.split(', '))} |", "|---|---|---|---|---|---|---|---|---|---|"]
+    names = "model | train | GPUs | fastest that fits | state, GB | longest pair | sent, GB | compute, s | network, s"
+    lines = [f"| {names} | step, s |", "|---|---|---|---|---|---|---|---|---|---|"]
     for name, config in MODELS.items():
         for method in ("full", "lora"):
             models: list[MethodModel] = [ManyLayers(config, method, checkpointing) for checkpointing in (False, True)]
