@@ -73,7 +73,8 @@ def _shown(
             rows.append((method, "not measured", "", ""))
             continue
         xs = [float(r["x"]) for r in of]
-        beyond = [r["peak_mib"] - r["results_mib"] for r in of if "results_mib" in r]
+        # of a step, the peak may come before most gradients exist
+        beyond = [] if is_step else [r["peak_mib"] - r["results_mib"] for r in of]
         cells = [slope(xs, [r["ms"] for r in of]), slope(xs, [r["peak_mib"] for r in of])]
         last = f"{slope(xs, beyond):.2f}" if beyond and min(beyond) > 0 else ""
         rows.append((method, *(f"{value:.2f}" for value in cells), last))
