@@ -398,7 +398,7 @@ def test_a_target_out_of_range_never_reads_beyond_the_class_weights(monkeypatch)
     assert losses.isnan().tolist() == [False, True, True, False]
 
 
-def nan_out_of_range(hidden_states, lm_head_weight, labels, *, bias):
+def nan_out_of_range(hidden_states, lm_head_weight, labels, *, bias, **_):
     from fastdpo import TokenLogps
 
     outside = (labels != -100) & ((labels < 0) | (labels >= lm_head_weight.shape[0]))
