@@ -74,6 +74,7 @@ TRAINER = {
         "_get_output_dir",
         "_get_train_sampler",
         "_clip_grad_norm",
+        "_evaluate",
         "_get_grad_norm",
         "_init_training_state",
         "_load_best_model",

@@ -55,7 +55,7 @@ def files(folder):
         ("fastdpo.rounds.generate:append_lines", 2, {}),  # the second chunk was sampled and judged
         ("fastdpo.rounds.generate:append_lines", 2, {"after": True}),
         ("fastdpo.rounds.generate:sample_ids", 3, {}),
-        ("pathlib:Path.replace", 1, {}),  # the pairs are written, under a hidden name
+        ("os:replace", 1, {}),  # the pairs are written, under a hidden name
     ],
 )
 def test_generate(capsys, monkeypatch, paths, where, call, when):
