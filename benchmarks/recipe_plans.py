@@ -91,9 +91,7 @@ def record_of(name: str) -> Record:
         shared = plan_layout(model, layout, cluster, settings.reference, least, num_pairs=64)
         tokens, sizes = shared.tokens, {part: int(size) for part, size in shared.memory.parts().items()}
     else:
-        estimates = Estimates(config, lora_r)
-        estimates.candidates = [candidate for candidate in estimates.candidates if candidate[0] == settings]
-        (plan,) = estimates.plans(memory, least)
+        (plan,) = Estimates(config, lora_r, [settings]).plans(memory, least)
         tokens, sizes = plan.tokens, plan.estimate.parts()
     found = {"longest_pair_tokens": tokens, "bytes": {**sizes, "total": sum(sizes.values())}}
     return {"workload": name, "plan": command_of(name), "settings": asdict(settings), **found}

@@ -157,7 +157,6 @@ def _head_outputs(
 def _head_settings(state: PreparedState, head: LMHead, impl: str, outputs: tuple[str, ...]) -> dict[str, Any]:
     cut = {} if head.cut is None else {"process_group": head.cut.group, "vocab_size": head.cut.num_vocab}
     return {
-        **cut,
         "bias": head.bias,
         "logit_scale": head.logit_scale,
         "softcap": head.softcap,

@@ -153,10 +153,9 @@ def test_the_workspace_of_a_trained_head_is_what_is_left_and_a_frozen_one_keeps_
 
 
 @pytest.mark.skipif(planned_impl() != "triton", reason="only the kernels' workspace grows")
-def test_a_plan_takes_the_workspace_that_fits_beside_the_pair_and_names_it(monkeypatch):
-    monkeypatch.setattr("fastdpo.training.memory.card.plans.CANDIDATES", [FULL])
+def test_a_plan_takes_the_workspace_that_fits_beside_the_pair_and_names_it():
     config = make_llama(vocab_size=262_144, hidden_size=1024, num_hidden_layers=1).config
-    estimates = Estimates(config, 8)
+    estimates = Estimates(config, 8, [FULL])
     ((_, estimate),) = estimates.candidates
     memory = 20_000 * MIB
     (plan,) = estimates.plans(memory, 256)

@@ -48,13 +48,13 @@ Timed = tuple[Plan, StepSeconds | None]
 
 
 class Estimates:
-    """Estimates of every candidate. Dry runs are shared between settings, lengths and amounts of memory."""
+    """Estimates of candidates. Dry runs are shared between settings, lengths and amounts of memory."""
 
-    def __init__(self, config: Any, lora_r: int) -> None:
+    def __init__(self, config: Any, lora_r: int, candidates: Sequence[Settings] = tuple(CANDIDATES)) -> None:
         estimators: dict[Settings, Estimator | None] = {}
         built = cache(partial(build, config, lora_r))
         self.candidates: list[tuple[Settings, Estimator]] = []  # without those that cannot run
-        for settings in CANDIDATES:
+        for settings in candidates:
             if settings.every_n_layers > 1 and not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
                 continue  # transformers before 5.23
             is_full = settings.method == "full"
