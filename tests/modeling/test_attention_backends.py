@@ -355,14 +355,18 @@ def test_large_gradients_of_heads_are_made_a_few_heads_at_once_in_fewer_bytes(mo
         assert plain - peak == pytest.approx((4 - at_once) * of_one - copied, rel=0.02)
 
 
-def test_heads_are_only_split_as_far_as_threads_stay_busy(monkeypatch):
+@pytest.mark.parametrize(
+    ("group", "threads", "at_once"),
+    [(2, 1, 1), (2, 2, 1), (2, 3, 3), (2, 5, 2), (2, 64, 4), (3, 2, 2), (3, 16, 4), (1, 2, 2), (1, 4, 4)],
+)
+def test_heads_are_only_split_where_the_threads_take_no_longer(group, threads, at_once, monkeypatch):
+    """Of 4 heads of keys: 3 heads of queries that share one would leave one of two threads idle half of the time."""
     monkeypatch.setattr(sdpa, "MAX_GRADIENT_BYTES", 1)
-    query, key = torch.empty(1, 8, 1, 16), torch.empty(1, 4, 1, 16)
-    for threads, at_once in ((1, 1), (3, 2), (5, 3), (64, 32)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found = list(sdpa._heads_at_once(query, key, [(0, 1, 0, 0)]))
-        assert [shared.start for _, shared in found] == list(range(0, 4, at_once))
-        assert [(heads.start, heads.stop) for heads, _ in found] == [(2 * s.start, 2 * s.stop) for _, s in found]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    query, key = torch.empty(1, 4 * group, 1, 16), torch.empty(1, 4, 1, 16)
+    found = list(sdpa._heads_at_once(query, key, [(0, 1, 0, 0)]))
+    assert [shared.start for _, shared in found] == list(range(0, 4, at_once))
+    assert [(heads.start, heads.stop) for heads, _ in found] == [(group * s.start, group * s.stop) for _, s in found]
 
 
 # Layouts

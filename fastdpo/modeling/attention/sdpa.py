@@ -128,12 +128,18 @@ class _Branches(torch.autograd.Function):
 
 
 def _heads_at_once(query: Tensor, key: Tensor, segments: Any) -> Iterator[tuple[slice, slice]]:
-    """Heads of the queries, and those of the keys that they share, that backward takes at once: all, or as few as keep
-    all threads busy where the gradients of the longest branch would be large."""
+    """Heads of the queries, and those of the keys that they share, that backward takes at once: all, or where the
+    gradients of the longest branch would be large, as few as take the threads no longer (a thread runs a head)."""
     num_heads, num_shared, size = query.shape[1], key.shape[1], query.shape[3] * query.element_size()
-    group = num_heads // num_shared
+    group, num_threads = num_heads // num_shared, torch.get_num_threads()
     longest = max(end - start for start, end, _, _ in segments)
-    at_once = max(MAX_GRADIENT_BYTES // (longest * size * (group + 2)), -(-torch.get_num_threads() // group), 1)
+    fewest = min(max(MAX_GRADIENT_BYTES // (longest * size * (group + 2)), 1), num_shared)
+
+    def rounds(at_once: int) -> int:
+        whole, rest = divmod(num_shared, at_once)
+        return whole * -(-at_once * group // num_threads) + -(-rest * group // num_threads)
+
+    at_once = min(range(fewest, num_shared + 1), key=rounds)
     for start in range(0, num_shared, at_once):
         shared = slice(start, min(start + at_once, num_shared))
         yield slice(shared.start * group, shared.stop * group), shared
