@@ -191,3 +191,10 @@ def test_half_a_surrogate_pair_from_a_template_or_its_arguments_drops_the_row(te
     tokenizer.chat_template = template
     row = {name: [{"role": role, "content": name}] for name, role in TURNS.items()}
     assert reason_of({**row, **more}, tokenizer) == "what the chat template renders is not valid Unicode"
+
+
+def test_a_chat_template_that_is_too_long_for_a_file_name_is_a_name_or_refused(tmp_path):
+    config = DPOConfig(output_dir=str(tmp_path), use_cpu=True, chat_template="a" * 5000)
+    assert config.chat_template == "a" * 5000  # which may be one of the tokenizer's
+    with pytest.raises(ValueError, match="chat_template must be an existing file or the name of a template"):
+        DPOConfig(output_dir=str(tmp_path), use_cpu=True, chat_template="a" * 5000 + ".jinja")

@@ -13,6 +13,7 @@ is also meant for inference, so the tokenizer is saved with that template.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -44,14 +45,14 @@ def resolve_template(value: str) -> str:
     if value in training_templates():
         return (FOLDER / f"{value}.jinja").read_text(encoding="utf-8")
     path = Path(value).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):  # False, not an error, for a text that is too long for a name
         text = path.read_text(encoding="utf-8")
         if "{{" not in text and "{%" not in text:
             raise ValueError(f"chat_template must be a file with a Jinja template, got {value}, which has none")
         return text
     if not value.strip() or value.endswith(SUFFIXES):
         raise ValueError(f"chat_template must be an existing file or the name of a template, got {value!r}")
-    return _template_of(value) if path.is_dir() or "/" in value else value
+    return _template_of(value) if os.path.isdir(path) or "/" in value else value
 
 
 @cache
