@@ -68,6 +68,11 @@ def of_four_after_five_steps(tmp_path_factory):
     return run_on(4, tmp_path_factory.mktemp("four"), MODES, 5)
 
 
+@pytest.fixture(scope="module")
+def of_two_copies(tmp_path_factory):
+    return run_on(4, tmp_path_factory.mktemp("copies"), (*MODES, "uneven pairs"), 5, num_copies=2)
+
+
 def run_and_resume(kinds, folder):
     cases = [{"mode": mode, "kind": kind} for mode, kind in kinds]
     return dict(zip(kinds, on_processes(resume, cases, folder), strict=True))
@@ -142,14 +147,20 @@ def test_no_process_holds_a_whole_fp32_gradient_of_the_head(of_two):
 
 
 @pytest.mark.slow
-def test_two_copies_that_are_each_divided_over_two_processes_too(tmp_path):
-    modes = ("cached reference", "frozen reference", "LoRA", "LoRA, micro-batches")
-    share = share_by_formula(Layout("HSDP", shards=2, copies=2))
-    for mode, (folder, results) in run_on(4, tmp_path, modes, 2, num_copies=2).items():
-        with works("HSDP", mode, processes=4, steps=2):
-            assert_like_one(mode, folder, results, tmp_path / f"one {mode}", 2)
-        if mode == "frozen reference":
-            assert [process["share_of_reference"] for process in results] == [pytest.approx(share)] * 4
+@pytest.mark.parametrize("mode", MODES)
+def test_two_copies_that_are_each_divided_over_two_processes_too(mode, of_two_copies, tmp_path):
+    folder, results = of_two_copies[mode]
+    with works("HSDP", mode, processes=4, steps=5):
+        assert_like_one(mode, folder, results, tmp_path / "one", 5)
+    if mode == "frozen reference":
+        share = share_by_formula(Layout("HSDP", shards=2, copies=2))
+        assert [process["share_of_reference"] for process in results] == [pytest.approx(share)] * 4
+
+
+@pytest.mark.slow
+def test_copies_of_which_one_has_no_rows_in_an_epochs_last_step_too(of_two_copies, tmp_path):
+    with works("HSDP", "uneven pairs", "fewer rows than processes", processes=4, steps=5):
+        assert_like_one("uneven pairs", *of_two_copies["uneven pairs"], tmp_path / "one", 5)
 
 
 @pytest.mark.parametrize(("mode", "kind"), KINDS)
