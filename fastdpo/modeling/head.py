@@ -117,9 +117,15 @@ def lm_head(model: Any) -> LMHead:
     )
 
 
+def whole_shape(weight: Any) -> torch.Size:
+    """The shape of a weight, also of one that DeepSpeed has divided over processes: its own is (0,)."""
+    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
+    return shape
+
+
 def num_output_ids(model: Any) -> int:
     """How many ids the logits of a bare model cover: some models cut off the rows that pad the head's weight."""
-    num_rows: int = model.get_output_embeddings().weight.shape[0]
+    num_rows = whole_shape(model.get_output_embeddings().weight)[0]
     unpadded = getattr(model.config.get_text_config(), "unpadded_vocab_size", None)  # Inkling
     return min(num_rows, unpadded) if isinstance(unpadded, int) else num_rows
 

@@ -32,3 +32,13 @@ def assert_runs_like_one(folder, results, own_folder, one, steps, *, has_repeate
             rounding = 1e-7 * float(load_file(own_folder / "after0")[name].double().norm())
             assert float((found[name] - move).norm()) <= 1e-5 * float(move.norm()) + rounding, name
     assert any(float(move.norm()) > 0 for move in expected.values())
+
+
+def assert_evaluates_like_one(results, one):
+    """Metrics and log-probs of 7 rows, and how large the model is said to be when it is saved."""
+    expected = one["evaluation"]
+    assert len(expected["logps"]) == 7
+    for process in results:
+        assert process["evaluation"]["logps"] == pytest.approx(expected["logps"], rel=1e-5)
+        assert process["evaluation"]["bytes_of_model"] == expected["bytes_of_model"]
+        assert process["evaluation"]["metrics"] == pytest.approx(expected["metrics"], rel=1e-5, abs=1e-5)

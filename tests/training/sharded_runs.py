@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from safetensors.torch import save_file
-from tiny import make_llama
+from tiny import make_llama, make_rows
 from tiny_runs import make_lora, tiny_trainer
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -177,7 +177,22 @@ def train_and_keep(folder, trainer, named=named):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def train(folder, mode, steps=1, num_processes=1, num_copies=1, is_sharded=True, **more):
+def evaluation(trainer, num_readers):
+    """Metrics and log-probs on rows that do not divide evenly."""
+    trainer.args.per_device_eval_batch_size = 4 // num_readers
+    found = trainer.predict(make_rows(7, seed=1))
+    metrics = {
+        name: value for name, value in found.metrics.items() if "runtime" not in name and "per_second" not in name
+    }
+    return {
+        "summary": trainer.summary(),
+        "bytes_of_model": trainer._bytes_of_model(),
+        "metrics": metrics,
+        "logps": found.predictions["chosen_logps"].tolist(),
+    }
+
+
+def train(folder, mode, steps=1, num_processes=1, num_copies=1, is_sharded=True, evaluates=False, **more):
     """Log of the run; the trained weights before and after are in files of the folder.
 
     With several copies, each is divided over a part of the processes (HSDP). Weights that are not sharded are whole on
@@ -198,6 +213,7 @@ def train(folder, mode, steps=1, num_processes=1, num_copies=1, is_sharded=True,
         "share_of_reference": share_of_reference(trainer),
         "num_sharded": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "num_parameters": sum(1 for _ in trainer.model.parameters()),
+        "evaluation": evaluation(trainer, num_processes) if evaluates else None,
         "num_heads_in": {str(dtype): made.counts[BF16_SHAPE, dtype] for dtype in (torch.float32, torch.bfloat16)},
     }
 

@@ -10,7 +10,15 @@ from unittest.mock import patch
 
 import torch
 from datasets import Dataset
-from sharded_runs import lora, settings_of, settings_of_steps, shards_on_cpus, share_of_reference, train_and_keep
+from sharded_runs import (
+    evaluation,
+    lora,
+    settings_of,
+    settings_of_steps,
+    shards_on_cpus,
+    share_of_reference,
+    train_and_keep,
+)
 from tiny import make_llama, make_rows, save_model
 from tiny_runs import tiny_trainer
 from torch.distributed.tensor import DTensor
@@ -103,16 +111,6 @@ def train(folder, mode, steps=1, cut_over=1, num_processes=1, evaluates=False):
         "head_rows": trainer.model.get_output_embeddings().weight.to_local().shape[0] if cut_over > 1 else None,
         "evaluation": evaluation(trainer, num_readers) if evaluates else None,
     }
-
-
-def evaluation(trainer, num_readers):
-    """Metrics and log-probs on rows that do not divide evenly."""
-    trainer.args.per_device_eval_batch_size = 4 // num_readers
-    found = trainer.predict(make_rows(7, seed=1))
-    metrics = {
-        name: value for name, value in found.metrics.items() if "runtime" not in name and "per_second" not in name
-    }
-    return {"summary": trainer.summary(), "metrics": metrics, "logps": found.predictions["chosen_logps"].tolist()}
 
 
 def refusal(folder, environment=None, **settings):

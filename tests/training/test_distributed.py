@@ -104,9 +104,10 @@ def test_two_processes_train_like_one(tmp_path, of_two, mode):
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-4, abs=1e-4)
     # 5 rows on two processes: the last step repeats rows, which must not count twice
     assert len(one["predictions"]) == 5
-    assert two["predictions"] == pytest.approx(one["predictions"], rel=1e-4)  # in the order of the rows
-    for key in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_first_length"):
-        assert two["eval"][key] == pytest.approx(one["eval"][key], abs=1e-5), key
+    with works("DDP", "evaluation", processes=2, steps=4):
+        assert two["predictions"] == pytest.approx(one["predictions"], rel=1e-4)  # in the order of the rows
+        for key in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_first_length"):
+            assert two["eval"][key] == pytest.approx(one["eval"][key], abs=1e-5), key
     assert one["logs"][0]["loss"] != one["logs"][-1]["loss"]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from like_one import assert_runs_like_one
+from like_one import assert_evaluates_like_one, assert_runs_like_one
 from parallel_record import works
 from processes import on_processes
 from safetensors.torch import load_file
@@ -41,12 +41,16 @@ FEW = (
 SLOW = tuple(mode for mode in MODES if mode not in FEW)
 KINDS = [("cached reference", "SHARDED_STATE_DICT"), ("LoRA", "FULL_STATE_DICT")]
 SLOW_KINDS = [("cached reference", "FULL_STATE_DICT"), ("LoRA", "SHARDED_STATE_DICT")]
+EVALUATED = ("LoRA on the head", "tied embeddings", "frozen reference")
 STEPS = {"uneven pairs": 5}  # of the modes that need more than one: to the end of an epoch and beyond
 
 
 def run_on(num_processes, folder, modes, steps, **settings):
     same = {"num_processes": num_processes, **settings}
-    cases = [{"mode": mode, "steps": max(steps, STEPS.get(mode, 1)), **same} for mode in modes]
+    cases = [
+        {"mode": mode, "steps": max(steps, STEPS.get(mode, 1)), "evaluates": mode in EVALUATED, **same}
+        for mode in modes
+    ]
     found = on_processes(train, cases, folder, num_processes)
     return {
         mode: (folder / str(number), results) for number, (mode, results) in enumerate(zip(modes, found, strict=True))
@@ -124,6 +128,12 @@ def test_in_an_epochs_last_step_a_process_may_have_no_rows(of_two, tmp_path):
         assert_like_one("uneven pairs", *of_two["uneven pairs"], tmp_path / "one", 5)
 
 
+@pytest.mark.parametrize("mode", EVALUATED[:2])
+def test_an_evaluation_is_that_of_one_process(mode, of_two, tmp_path):
+    with works("FSDP2", "evaluation", processes=2, steps=1):
+        assert_evaluates_like_one(of_two[mode][1], train(tmp_path, mode, evaluates=True))
+
+
 def test_log_probs_are_not_rounded_to_bf16(of_two):
     _, (first, _) = of_two["bf16"]
     for key in ("logps/chosen", "logps/rejected"):
@@ -161,6 +171,13 @@ def test_two_copies_that_are_each_divided_over_two_processes_too(mode, of_two_co
 def test_copies_of_which_one_has_no_rows_in_an_epochs_last_step_too(of_two_copies, tmp_path):
     with works("HSDP", "uneven pairs", "fewer rows than processes", processes=4, steps=5):
         assert_like_one("uneven pairs", *of_two_copies["uneven pairs"], tmp_path / "one", 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", EVALUATED)
+def test_an_evaluation_of_two_copies_is_that_of_one_process(mode, of_two_copies, tmp_path):
+    with works("HSDP", "evaluation", processes=4, steps=5):
+        assert_evaluates_like_one(of_two_copies[mode][1], train(tmp_path, mode, 5, evaluates=True))
 
 
 @pytest.mark.parametrize(("mode", "kind"), KINDS)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from like_one import assert_runs_like_one
+from like_one import assert_evaluates_like_one, assert_runs_like_one
 from parallel_record import MODES as MODES_OF_TABLE
 from parallel_record import refuses, works
 from peft import PeftModel
@@ -120,14 +120,12 @@ def test_a_process_holds_its_part_of_a_frozen_reference(of_two):
 
 
 def test_an_evaluation_is_that_of_one_process(of_two, tmp_path):
-    one = train(tmp_path, MODES[0], evaluates=True)["evaluation"]
+    results = of_two[MODES[0]][1]
     with works("TP", "evaluation", processes=2, steps=1):
-        for process in of_two[MODES[0]][1]:
-            assert process["evaluation"]["logps"] == pytest.approx(one["logps"], rel=1e-5)
-            assert len(one["logps"]) == 7
+        assert_evaluates_like_one(results, train(tmp_path, MODES[0], evaluates=True))
+        for process in results:
             assert "x 1 groups of 2 processes)" in process["evaluation"]["summary"]
             assert "not estimated for a model that is cut over processes" in process["evaluation"]["summary"]
-            assert process["evaluation"]["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-5)
 
 
 def test_the_saved_model_is_whole(of_two):
@@ -190,6 +188,6 @@ def test_two_groups_that_shard_their_parts_too(modes, tmp_path):
         with works("FSDP2 x TP", *features(mode), *["evaluation"] * more["evaluates"], processes=4, steps=5):
             one = assert_like_one(mode, tmp_path / str(number), results, tmp_path / f"one {mode}", 5, **more)
             if more["evaluates"]:
-                assert results[0]["evaluation"]["logps"] == pytest.approx(one["evaluation"]["logps"], rel=1e-5)
+                assert_evaluates_like_one(results, one)
         if mode in ("clipped", "frozen reference"):  # a copy of the policy, and one that is given
             assert [process["share_of_reference"] for process in results] == [pytest.approx(share)] * 4, mode

@@ -7,7 +7,7 @@ from importlib import util
 
 import pytest
 import torch
-from like_one import assert_runs_like_one
+from like_one import assert_evaluates_like_one, assert_runs_like_one
 from parallel_record import MODES as MODES_OF_TABLE
 from parallel_record import refuses, works
 from processes import on_processes
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(util.find_spec("deepspeed") is None, reason="pip
 
 STAGES = (1, 2, 3)
 MODES = [mode for mode in MODES_OF_TABLE if mode != "tiles, checkpointing"]  # ZeRO 3 refuses tiles
+EVALUATED = ("frozen reference", "LoRA")
 KIND = {stage: f"ZeRO {stage}" for stage in STAGES}
 REFUSED = {  # by feature, the settings and how the error begins
     "micro-batches by free memory": (
@@ -40,7 +41,10 @@ def run_on_two(function, folder, cases):
 def of_modes(folder, modes, steps):
     """By mode and stage, the folder of the run and what both processes have seen."""
     keys = [(mode, stage) for mode in modes for stage in STAGES]
-    cases = [{"mode": mode, "stage": stage, "steps": 5 if mode == "uneven pairs" else steps} for mode, stage in keys]
+    cases = [
+        {"mode": mode, "stage": stage, "steps": 5 if mode == "uneven pairs" else steps, "evaluates": mode in EVALUATED}
+        for mode, stage in keys
+    ]
     return dict(zip(keys, run_on_two(train, folder, cases), strict=True))
 
 
@@ -102,6 +106,13 @@ def test_in_an_epochs_last_step_a_process_may_have_no_rows(stage, of_two, of_one
     with works(KIND[stage], "uneven pairs", "fewer rows than processes", processes=2, steps=5):
         found, expected = of_two["uneven pairs", stage], of_one("uneven pairs", 5)
         assert_like_one(found, expected, 5, stage, has_repeated_rows=True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("mode", EVALUATED)
+def test_an_evaluation_is_that_of_one_process(mode, stage, of_two, tmp_path):
+    with works(KIND[stage], "evaluation", processes=2, steps=1):
+        assert_evaluates_like_one(of_two[mode, stage][1], train_one(tmp_path, mode, evaluates=True))
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -6,7 +6,7 @@ a minute of every test run, unless TORCH_EXTENSIONS_DIR names a folder that stay
 
 from pathlib import Path
 
-from sharded_runs import resumed_digests, settings_of, settings_of_steps, train_and_keep
+from sharded_runs import evaluation, resumed_digests, settings_of, settings_of_steps, train_and_keep
 from tiny import make_llama
 from tiny_runs import tiny_trainer
 
@@ -43,7 +43,7 @@ def count_divided(model):
     return sum(hasattr(p, "ds_id") and p.numel() == 0 for p in model.parameters())
 
 
-def train(folder, mode, stage, steps=1, num_processes=2, **more):
+def train(folder, mode, stage, steps=1, num_processes=2, evaluates=False, **more):
     """Log of the run; the trained weights before and after are in files of the folder."""
     settings = {
         **settings_of_steps(12 // num_processes, steps),
@@ -56,6 +56,7 @@ def train(folder, mode, stage, steps=1, num_processes=2, **more):
     reference = getattr(trainer.reference, "model", None)  # which DeepSpeed divides at the start of training
     return {
         "logs": logs,
+        "evaluation": evaluation(trainer, num_processes) if evaluates else None,
         "num_divided": count_divided(trainer.model),
         "num_divided_of_reference": 0 if reference is None else count_divided(reference),
         "num_parameters": sum(1 for _ in trainer.model.parameters()),

@@ -15,6 +15,7 @@ from rich.text import Text
 from fastdpo.data.terminal import make_console
 from fastdpo.data.visible import visible
 from fastdpo.modeling.backbone import bare_model, tower_names
+from fastdpo.modeling.head import whole_shape
 from fastdpo.modeling.tiles import tiles_of
 from fastdpo.ops.engine import resolve_impl
 from fastdpo.references.adapters import is_peft_model
@@ -111,10 +112,10 @@ def _attention(run: Run) -> str:
 
 
 def _head_op(run: Run) -> str:
-    weight = bare_model(run.model).get_output_embeddings().weight
+    vocab_size, hidden_size = whole_shape(bare_model(run.model).get_output_embeddings().weight)
     impl = resolve_impl(run.args.impl, run.args.device, head_dtype(run.model, run.args))
     why = "set by impl" if run.args.impl != "auto" else f"chosen for {run.args.device.type}"
-    return f"{impl} ({why}); vocabulary {weight.shape[0]:,}, hidden size {weight.shape[1]:,}"
+    return f"{impl} ({why}); vocabulary {vocab_size:,}, hidden size {hidden_size:,}"
 
 
 def _updates(args: EngineConfig) -> str:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from fastdpo.data.prepare import Report
 from fastdpo.modeling.backbone import bare_model
+from fastdpo.modeling.head import whole_shape
 from fastdpo.training.setup.models import check_lengths, check_token_ids
 from fastdpo.training.setup.rotary import warn_of_mixed_lengths
 
@@ -30,7 +31,7 @@ def check_rows(model: nn.Module, dataset: Dataset, name: str) -> None:
     """
     check_lengths(model, dataset, name)
     warn_of_mixed_lengths(model, dataset, name)
-    check_token_ids(dataset, bare_model(model).get_input_embeddings().weight.shape[0], name)
+    check_token_ids(dataset, whole_shape(bare_model(model).get_input_embeddings().weight)[0], name)
 
 
 def warn_of_lost_rows(report: Report, name: str, args: Any) -> None:

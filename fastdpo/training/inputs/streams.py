@@ -22,6 +22,7 @@ from fastdpo.data.sources.arrow import arrow_column
 from fastdpo.data.sources.loading import dataset_from_rows
 from fastdpo.data.streaming import checked_stream
 from fastdpo.modeling.backbone import bare_model
+from fastdpo.modeling.head import whole_shape
 from fastdpo.training.setup.models import learned_positions
 from fastdpo.types import TokenizedGroup
 
@@ -78,7 +79,7 @@ class _ReadByAll(IterableDataset):
 def guarded(stream: IterableDataset, model: nn.Module, name: str) -> IterableDataset:
     """The stream of token columns for all processes, raising ValueError at the first group whose token ids or length
     the model cannot handle."""
-    num_embeddings = bare_model(model).get_input_embeddings().weight.shape[0]
+    num_embeddings = whole_shape(bare_model(model).get_input_embeddings().weight)[0]
     check = partial(_check_group, num_embeddings=num_embeddings, num_positions=learned_positions(model), name=name)
     checked = checked_stream(stream, check)
     checked.__class__ = _ReadByAll

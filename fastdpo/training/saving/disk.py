@@ -12,6 +12,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from fastdpo.modeling.head import whole_shape
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WORDS = ("no space left", "disk quota exceeded", "file write failed", "file too large", "unexpected pos")
 _OTHER_FILES = 2**18  # bytes: config, tokenizer, random states, logs
@@ -57,7 +59,11 @@ def bytes_of_save(model: nn.Module, optimizer: object, *, trained_only: bool) ->
     Args:
         trained_only: whether an adapter is saved instead of all weights.
     """
-    weights = {id(w): w.numel() * w.element_size() for w in model.parameters() if w.requires_grad or not trained_only}
+    weights = {
+        id(w): whole_shape(w).numel() * w.element_size()
+        for w in model.parameters()
+        if w.requires_grad or not trained_only
+    }
     states = getattr(optimizer, "state", {}).values()
     tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
     return sum(weights.values()) + sum(t.numel() * t.element_size() for t in tensors) + _OTHER_FILES
