@@ -56,10 +56,11 @@ def train(folder, mode, stage, steps=1, num_processes=2, evaluates=False, **more
     reference = getattr(trainer.reference, "model", None)  # which DeepSpeed divides at the start of training
     return {
         "logs": logs,
-        "evaluation": evaluation(trainer, num_processes) if evaluates else None,
         "num_divided": count_divided(trainer.model),
         "num_divided_of_reference": 0 if reference is None else count_divided(reference),
         "num_parameters": sum(1 for _ in trainer.model.parameters()),
+        # last: DeepSpeed keeps small models gathered after a forward without a backward
+        "evaluation": evaluation(trainer, num_processes) if evaluates else None,
     }
 
 
