@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_utils import has_length
 
 from fastdpo.metrics import MetricMeans
 from fastdpo.training.callbacks.finite import FiniteLosses
@@ -95,7 +96,7 @@ class SteppingTrainer(UpdatingTrainer):
     def _drop_repeated_rows(self, inputs: dict[str, Any]) -> None:
         """Takes the items of repeated rows out of a step's last batch, in place. Their tokens still run, because the
         other processes wait for this one."""
-        num_rows = self._num_own_rows(self.args.train_batch_size)
+        num_rows = self._num_own_rows(self.args.train_batch_size, self.train_dataset)
         if num_rows is None or any(part.get("example_ids") is None for part in microbatches_of(inputs)):
             return
         for part in microbatches_of(inputs):
@@ -259,12 +260,22 @@ class SteppingTrainer(UpdatingTrainer):
             raise ValueError("data_collator must return example_ids in an evaluation on several processes, got None")
         return self._first_rows(inputs, num_rows)
 
-    def _num_own_rows(self, batch_size: int) -> int | None:
-        """The number of rows in this process's batch that no process has had before; None if that is all of them."""
+    def _num_own_rows(self, batch_size: int, dataset: Any = None) -> int | None:
+        """The number of rows in this process's batch that no process has had before; None if that is all of them.
+
+        Args:
+            dataset: of training. A loader of accelerate that skips batches, with which a resumed run begins, does not
+                know how many rows are left for its last batch.
+        """
         state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        if self.args.world_size == 1 or not state.end_of_dataloader:
             return None
-        return min(max(state.remainder - self.args.data_parallel_index * batch_size, 0), batch_size)
+        num_left = state.remainder
+        if num_left < 0 and has_length(dataset) and not self.args.dataloader_drop_last:
+            num_left = len(dataset) % (batch_size * self.args.data_parallel_size)
+        if num_left <= 0:
+            return None
+        return min(max(num_left - self.args.data_parallel_index * batch_size, 0), batch_size)
 
     def _prepare_input(self, data: Any) -> Any:
         """Moves tensors without rounding. Trainer would round floats to the weights' dtype under DeepSpeed, so cached

@@ -192,6 +192,12 @@ def evaluation(trainer, num_readers):
     }
 
 
+def copies(num_processes, num_copies):
+    """The setting for several copies that are each divided (HSDP)."""
+    sizes = {"dp_replicate_size": num_copies, "dp_shard_size": num_processes // num_copies}
+    return {"parallelism_config": ParallelismConfig(**sizes)} if num_copies > 1 else {}
+
+
 def train(folder, mode, steps=1, num_processes=1, num_copies=1, is_sharded=True, evaluates=False, **more):
     """Log of the run; the trained weights before and after are in files of the folder.
 
@@ -201,9 +207,7 @@ def train(folder, mode, steps=1, num_processes=1, num_copies=1, is_sharded=True,
     if num_processes > 1 and is_sharded:
         shards_on_cpus()
         more |= FSDP2
-    if num_copies > 1:
-        sizes = {"dp_replicate_size": num_copies, "dp_shard_size": num_processes // num_copies}
-        more["parallelism_config"] = ParallelismConfig(**sizes)
+    more |= copies(num_processes, num_copies)
     settings = {**settings_of_steps(12 // num_processes, steps), **settings_of(mode, num_processes), **more}
     trainer = tiny_trainer(folder, **settings)
     made = Shapes.of_steps(trainer)
@@ -218,13 +222,14 @@ def train(folder, mode, steps=1, num_processes=1, num_copies=1, is_sharded=True,
     }
 
 
-def resume(folder, mode, kind=None, **more):
+def resume(folder, mode, kind=None, num_processes=2, num_copies=1, **more):
     """Digests of the trained weights of a run of four steps, and of one that goes on from its second step.
 
-    Without a `kind` of checkpoint, weights are whole on every process.
+    Without a `kind` of checkpoint, weights are whole on every process. The third step is an epoch's last, with half of
+    the rows: the others are rows of the first step, which must not count again.
     """
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_rows": 20, **settings_of(mode, 2)}
-    settings |= more
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_rows": 5 * num_processes}
+    settings |= {**settings_of(mode, num_processes), **copies(num_processes, num_copies), **more}
     if kind is not None:
         shards_on_cpus()
         settings |= {"fsdp": FSDP2["fsdp"], "fsdp_config": FSDP2["fsdp_config"] | {"state_dict_type": kind}}

@@ -5,7 +5,8 @@ test_distributed.py has a few kinds that run with every `make test`, evaluation 
 
 import pytest
 from parallel_record import works
-from sharded_runs import share_by_formula
+from processes import on_processes
+from sharded_runs import resume, share_by_formula
 from test_fsdp import MODES, assert_like_one, run_on
 
 from fastdpo.training.memory.cluster.layouts import Layout
@@ -43,3 +44,12 @@ def test_after_five_steps_on_four_processes_too(mode, of_four_after_five_steps, 
     names = ("uneven pairs", "fewer rows than processes") if mode in UNEVEN else (mode,)
     with works("DDP", *names, processes=4, steps=5):
         assert_like_one(mode, *of_four_after_five_steps[mode], tmp_path / "one", 5, is_sharded=False)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_in_the_same_weights(tmp_path):
+    cases = [{"mode": mode} for mode in ("cached reference", "LoRA")]
+    with works("DDP", "resuming", processes=2, steps=4):
+        for case in on_processes(resume, cases, tmp_path):
+            for weights, again in case:  # the same computation, so the same bits
+                assert weights == again

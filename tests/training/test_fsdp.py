@@ -188,6 +188,14 @@ def test_a_resumed_run_ends_in_the_same_weights(mode, kind, resumed):
 
 
 @pytest.mark.slow
+def test_a_resumed_run_of_two_copies_does_too(tmp_path):
+    case = {"mode": "cached reference", "kind": "SHARDED_STATE_DICT", "num_processes": 4, "num_copies": 2}
+    with works("HSDP", "resuming", processes=4, steps=4):
+        for weights, again in on_processes(resume, [case], tmp_path, 4)[0]:
+            assert weights == again
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "kind"), SLOW_KINDS)
 def test_a_resumed_run_of_the_other_kind_of_checkpoint_does_too(mode, kind, more_resumed):
     for weights, again in more_resumed[mode, kind]:

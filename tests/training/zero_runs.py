@@ -66,7 +66,7 @@ def train(folder, mode, stage, steps=1, num_processes=2, evaluates=False, **more
 
 def resume(folder, mode, stage):
     """Digests of the trained weights of a run of four steps, and of one that goes on from its second step."""
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_rows": 20}
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_rows": 10}
     return resumed_digests(folder, {**settings, **settings_of(mode, 2), "deepspeed": zero(stage)}, named)
 
 
