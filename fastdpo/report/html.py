@@ -52,11 +52,12 @@ figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; back
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: .8rem; }
 footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line); color: var(--soft);
   font-size: .85rem; }
+@media (min-width: 75rem) { .scroll.wide { margin-inline: -6rem; } }
 @media (max-width: 34rem) {
   main { padding: 1.5rem .9rem 3rem; }
   table { font-size: .84rem; }
   th, td { padding: .35rem .4rem; }
-  tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 6.4rem; }
+  tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 7.6rem; }
   table.figures th, table.figures td { padding: .35rem .3rem; }
   table.figures td:not(.word) { white-space: normal; }
   table.prose tbody th { width: auto; }

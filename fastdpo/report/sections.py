@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Protocol
 
+MANY_COLUMNS = 10  # of a table that may be wider than the text where there is space
+
 
 class Section(Protocol):
     """A part of a report with its own heading."""
@@ -66,7 +68,8 @@ class Table:
 
     def body(self) -> str:
         head = "".join(f'<th scope="col">{escape(column)}</th>' for column in self.columns)
-        lines = [f'<div class="scroll"><table class="{"prose" if self.is_prose else "figures"}">']
+        width = " wide" if len(self.rows[0] if self.rows else ()) >= MANY_COLUMNS else ""
+        lines = [f'<div class="scroll{width}"><table class="{"prose" if self.is_prose else "figures"}">']
         if head:
             lines.append(f"<thead><tr>{head}</tr></thead>")
         lines.append("<tbody>")

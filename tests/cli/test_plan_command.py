@@ -271,6 +271,14 @@ def test_lengths_read_off_the_lines_fit_and_grow_with_the_memory(estimated_once,
         assert estimate(settings, int(lengths[1] * 1.2) + 512).total > 2000 * MIB * 0.95
 
 
+@pytest.mark.slow
+def test_lengths_at_a_memory_that_was_planned_for_are_those_of_the_plan(estimated_once, kept_estimates):
+    """A page shows both."""
+    plans = {plan.settings: plan.tokens for plan in kept_estimates.plans(700 * MIB, 64)}
+    for settings, (length,) in kept_estimates.longest([700 * MIB]):
+        assert plans[settings] <= length <= 1.05 * plans[settings] + 256
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

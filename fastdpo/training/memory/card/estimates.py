@@ -131,6 +131,10 @@ class Estimator:
             result = replace(result, weights=planned.four_bit_bytes, casts=casts)
         return result
 
+    def known_lengths(self) -> list[int]:
+        """Tokens of the micro-batches whose estimate costs no further dry run."""
+        return [tokens for tokens, workspace_bytes in self._peaks if workspace_bytes == CUDA_WORKSPACE_BYTES]
+
     def workspace(self, free: int) -> int | None:
         """What the head op takes by default if so many bytes are free for it; None if that does not depend on them."""
         engine = engine_of(planned_impl())

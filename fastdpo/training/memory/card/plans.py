@@ -80,12 +80,13 @@ class Estimates:
     def longest(self, memories: Sequence[int]) -> list[tuple[Settings, list[int]]]:
         """Every candidate with the longest pair for each amount of memory, 0 where none fits.
 
-        Read off the lines through three lengths, so that more amounts cost no dry runs. The pair that `plans` finds
-        may be a little longer.
+        Read off the lines through three lengths and those that have been estimated before, so that more amounts cost
+        no dry runs. The pair that `plans` finds for one of them may be a little longer.
         """
         found = []
         for settings, estimate in self.candidates:
-            known = [(tokens, estimate(settings, tokens).total) for tokens in (ROUNDING, *MEASURED_TOKENS[1:])]
+            lengths = sorted({ROUNDING, *MEASURED_TOKENS[1:], *estimate.known_lengths()})
+            known = [(tokens, estimate(settings, tokens).total) for tokens in lengths]
             found.append((settings, [_on_lines(known, memory * USABLE_SHARE) for memory in memories]))
         return found
 
