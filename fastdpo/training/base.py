@@ -200,6 +200,7 @@ class PackedTrainer(SteppingTrainer):
         check_rotary(args, self.model)
         self.packing_check = self._check_packing(self.model)
         self.out_of_memory.cannot_split = self._why_whole()
+        self.out_of_memory.repeats_prompt = self._why_prompt_repeats()
         self._halving = Halving(self.out_of_memory, self._first_pass, steps_in_backward=steps_in_backward(self))
         check_can_run_in_parts(self, data_collator, shards_weights=self._shards_weights())
         if budget is not None:

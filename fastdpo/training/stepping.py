@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.metrics import MetricMeans
+from fastdpo.modeling.prompt_once import why_prompt_repeats
 from fastdpo.training.callbacks.finite import FiniteLosses
 from fastdpo.training.evaluation import Evaluation, StepResult
 from fastdpo.training.inputs.collator import Example, examples_of, microbatches_of
 from fastdpo.training.inputs.transfer import OneBuffer
 from fastdpo.training.memory.halving import FOR_NOTHING, Halving
 from fastdpo.training.memory.out_of_memory import OwnItems
-from fastdpo.training.memory.row_parts import KNOWN, KnownWeights, RowPart, loss_of_part
+from fastdpo.training.memory.row_parts import IN_PARTS, KNOWN, KnownWeights, RowPart, loss_of_part, loss_of_row
 from fastdpo.training.memory.token_budget import steps_in_backward
 from fastdpo.training.setup.sharding import backward_without_step, gathers_weights, reduces_in_backward
 from fastdpo.training.updating import UpdatingTrainer
@@ -144,6 +145,14 @@ class SteppingTrainer(UpdatingTrainer):
             return "other processes would wait for this one"
         return ""
 
+    def _why_prompt_repeats(self) -> str:
+        """Why the prompt of a row in parts must run once for every part; empty if it need not."""
+        if not (self.is_packed and self.args.prefix_sharing):
+            return "rows do not share their prompts"
+        if self.args.torch_compile:
+            return "the model is compiled"
+        return why_prompt_repeats(self.model)
+
     def _has_copies(self) -> bool:
         """Whether each of several processes has a copy of the model, and they meet only to reduce gradients."""
         is_ddp = self.accelerator.distributed_type.startswith("MULTI_") and not self._shards_weights()
@@ -203,6 +212,9 @@ class SteppingTrainer(UpdatingTrainer):
         """The summed loss of one micro-batch. Also records its metrics."""
         is_for_nothing = FOR_NOTHING in part
         part = {key: value for key, value in part.items() if key != FOR_NOTHING}
+        if IN_PARTS in part:
+            with self.accelerator.autocast():
+                return loss_of_row(model, part[IN_PARTS], **self._head_settings())
         if KNOWN in part:
             with self.accelerator.autocast():
                 return loss_of_part(model, part, **self._head_settings()) * (0.0 if is_for_nothing else 1.0)

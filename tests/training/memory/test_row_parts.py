@@ -106,8 +106,8 @@ def test_a_ranking_runs_in_parts_of_its_longest_sequence(tmp_path):
     whole = gradient(of_model(tmp_path / "whole", RANKING, make_gpt2(), **settings))
     parts = gradient(of_model(tmp_path / "parts", RANKING, make_gpt2(), **settings, **SPLIT))
     assert (max(whole[2]), max(parts[2])) == (24, 9)
-    # sequences of 9, of 8 and 1, and of 7 tokens, each twice, and the other ranking once
-    assert sorted(parts[2]) == [7, 7, 7, 9, 9, 9, 9]
+    # the other ranking; sequences of 9, of 8 and 1, and of 7 tokens; their prompt of 3; and their responses
+    assert parts[2] == [9, 9, 7, 3, 6, 6, 4, 7]
     assert_same_gradients(whole, parts)
 
 
