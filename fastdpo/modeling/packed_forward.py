@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastdpo.modeling.attention import PackedLayout, masks_of
@@ -93,7 +92,7 @@ def _forward(
         packed_layout.record = None  # layers that run again in backward are not recorded again
         return {}
     if packed_layout is not None and packed_layout.prefix is not None:
-        hidden_states = torch.cat([packed_layout.prefix.last_hidden_state, hidden_states])
+        hidden_states = packed_layout.prefix.with_last(hidden_states)
 
     def head_outputs(rows: Tensor) -> dict[str, Tensor]:
         if group is not None:

@@ -44,6 +44,11 @@ class Prefix:
         of_prefix = self.layers[module]
         return torch.cat([of_prefix[0], key], dim=2), torch.cat([of_prefix[1], value], dim=2)
 
+    def with_last(self, hidden_states: Tensor) -> Tensor:
+        """(1 + T, H): the hidden state that predicts the first token of the rows, and theirs (T, H)."""
+        assert self.last_hidden_state is not None
+        return torch.cat([self.last_hidden_state, hidden_states])
+
     def tensors(self) -> list[Tensor]:
         assert self.last_hidden_state is not None
         return [*(tensor for layer in self.layers.values() for tensor in layer), self.last_hidden_state]

@@ -191,11 +191,8 @@ class Halving:
             for record in self._held or ():
                 record()
             self._most = max(self._most, piece.num_tokens)
-            if (
-                piece.part is None
-                and not piece.pieces
-                and (self._smallest is None or piece.num_tokens < self._smallest.num_tokens)
-            ):
+            is_whole = piece.part is None and not piece.pieces
+            if is_whole and (self._smallest is None or piece.num_tokens < self._smallest.num_tokens):
                 self._smallest = piece
             if not self.out_of_memory.cannot_split:
                 self._done.append((piece.inputs, num_items))

@@ -103,7 +103,7 @@ class OutOfMemory:
         return parts_of_row(row, self.collator, min(capacities), piece.inputs["input_ids"])
 
     def weighted(self, parts: Sequence[RowPart], known: Sequence[KnownWeights]) -> list[Piece]:
-        """The micro-batches of a row: one, if its prompt can run once for all parts and need not run long for nothing."""
+        """The micro-batches of a row in parts: one if its prompt can run once for them, and that saves enough."""
         pieces = [Piece.of_part(*pair) for pair in zip(parts, known, strict=True)]
         fits = self.least_prompt is None or len(parts[0].group.prompt_ids) < self.least_prompt
         return [Piece.of_parts(pieces)] if not self.repeats_prompt and fits and repeats_much(parts) else pieces
