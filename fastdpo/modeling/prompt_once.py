@@ -3,14 +3,15 @@
 In: packed batches of one prompt each, the same in all, and their losses. Out: a zero with the gradient of the summed
 losses. The prompt runs forward, and leaves its keys and values of every layer and its last hidden state. In backward,
 each batch runs forward and backward on these; their gradients add up, and the prompt's own backward goes on from there.
-So one batch at a time has activations, beside the prompt's. Schedule-level reuse, arXiv 2606.01143.
+So one batch at a time has activations, beside the prompt's. Schedule-level reuse, arXiv 2606.01143. Log-probs without
+a graph come from batches that run on the prompt's keys and values.
 
 Refused with the reason: models that mix tokens in other ways than by attention of `packed_attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -23,10 +24,10 @@ from fastdpo.data.batches.varlen import varlen_layout
 from fastdpo.modeling.attention import PackedLayout, Prefix
 from fastdpo.modeling.backbone import bare_model, is_composite
 from fastdpo.modeling.mixers import mixers_of
-from fastdpo.modeling.packed import packed_loss
+from fastdpo.modeling.packed import packed_logps, packed_loss
 from fastdpo.modeling.packed_forward import LossOfSums
 from fastdpo.modeling.prepared import prepared_state, run_mixers_packed
-from fastdpo.types import PackedBatch
+from fastdpo.types import PackedBatch, PairLogps
 
 
 def why_prompt_repeats(model: nn.Module) -> str:
@@ -87,6 +88,25 @@ def prefix_of(model: nn.Module, batch: PackedBatch, num_prompt: int) -> Prefix:
     run_mixers_packed(model)
     model(input_ids=prompt.input_ids, packed_batch=prompt, packed_layout=layout)
     return prefix
+
+
+def logps_of_parts(
+    model: nn.Module, batches: Sequence[PackedBatch], num_prompt: int, **settings: Any
+) -> Iterator[PairLogps]:
+    """The log-probs of batches one after the other, as `packed_logps` gives them.
+
+    Args:
+        num_prompt: tokens of the prompt that all batches start with and that runs once; 0: they have none. A model that
+            must repeat it does so.
+        settings: of `packed_logps`.
+    Raises:
+        PrefixRefused: the keys and values of a layer cannot be recorded.
+    """
+    if num_prompt == 0 or why_prompt_repeats(model):
+        yield from (packed_logps(model, batch, **settings) for batch in batches)
+        return
+    prefix = prefix_of(model, batches[0], num_prompt)
+    yield from (packed_logps(model, after_prompt(batch, num_prompt), prefix=prefix, **settings) for batch in batches)
 
 
 def loss_after_prompt(

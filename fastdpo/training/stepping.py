@@ -53,9 +53,11 @@ class SteppingTrainer(UpdatingTrainer):
         """The summed loss of a micro-batch, and its metrics."""
         raise TypeError(f"{type(self).__name__} must define _loss_sum, the loss of a micro-batch")
 
-    def _loss_of_row(self, model: nn.Module, batch: PackedBatch, parts: Sequence[RowPart]) -> tuple[StepResult, Tensor]:
+    def _loss_of_row(
+        self, model: nn.Module, batch: PackedBatch, parts: Sequence[RowPart], num_prompt: int
+    ) -> tuple[StepResult, Tensor]:
         """The result of a row from forwards of its parts, without a graph; and the (S,) gradient of its loss in the
-        log-probs of its sequences."""
+        log-probs of its sequences. Its prompt of so many tokens runs once; 0: with every part."""
         raise TypeError(f"{type(self).__name__} must define _loss_of_row, which runs a row in parts")
 
     def _head_settings(self) -> dict[str, Any]:
@@ -226,12 +228,14 @@ class SteppingTrainer(UpdatingTrainer):
         self._add_result(model, result, part, batch)
         return result.loss
 
-    def _first_pass(self, model: nn.Module, row: dict[str, Any], parts: Sequence[RowPart]) -> list[KnownWeights]:
+    def _first_pass(
+        self, model: nn.Module, row: dict[str, Any], parts: Sequence[RowPart], num_prompt: int
+    ) -> list[KnownWeights]:
         """The weights of a row's parts. Also records the row's metrics."""
         row = self._prepare_inputs(row)
         batch = PackedBatch(**row)
         with torch.no_grad(), self.accelerator.autocast():
-            result, weights = self._loss_of_row(model, batch, parts)
+            result, weights = self._loss_of_row(model, batch, parts, num_prompt)
         self._add_result(model, result, row, batch)
         none = torch.zeros_like(result.loss)
         return [KnownWeights(weights[list(part.sequences)], none if i else result.loss) for i, part in enumerate(parts)]

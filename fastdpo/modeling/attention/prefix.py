@@ -31,12 +31,12 @@ class Prefix:
         """Records a layer.
 
         Raises:
-            PrefixRefused: it has more than one set of keys, or reentrant checkpointing runs it without a graph.
+            PrefixRefused: it has more than one set of keys, or none with a graph, as under reentrant checkpointing.
         """
         if module in self.layers:
             raise PrefixRefused(f"{type(module).__name__} attends more than once in a forward")
         if self.has_graph and not torch.is_grad_enabled():
-            raise PrefixRefused(f"{type(module).__name__} runs without a graph (checkpointing with use_reentrant=True)")
+            raise PrefixRefused(f"{type(module).__name__} runs without a graph, as reentrant checkpointing does it")
         self.layers[module] = key, value
 
     def before(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -153,13 +153,18 @@ class Halving:
         """The micro-batches of a row, after the first pass, and the weights of its parts; in smaller parts if that does
         not fit."""
         while True:
+            num_prompt = self.out_of_memory.shared_prompt(parts)
             try:
-                known = self.first_pass(model, piece.inputs, parts)
-                return self.out_of_memory.weighted(parts, known), known
+                known = self.first_pass(model, piece.inputs, parts, num_prompt)
+                pieces = [Piece.of_part(*pair) for pair in zip(parts, known, strict=True)]
+                return [Piece.of_parts(pieces)] if num_prompt else pieces, known
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not _cannot_run(error):
                     raise
                 reason = str(error).partition("\n")[0]
+            if num_prompt:
+                self.out_of_memory.repeat_prompt(num_prompt, reason)
+                continue
             largest = max((Piece.of_part(part, None) for part in parts), key=lambda part: part.num_tokens)
             self.out_of_memory.after(largest, reason, dataset, name)
             parts = self.out_of_memory.parts(piece)
@@ -182,7 +187,7 @@ class Halving:
         try:
             loss = step(model, piece.inputs, num_items)
         except RuntimeError as error:  # not kept: its frames hold the activations
-            if not is_out_of_memory(error) and not isinstance(error, PrefixRefused):
+            if not _cannot_run(error):
                 raise
             self._was_in_backward = bool(self._held) or piece.part is not None or FOR_NOTHING in piece.inputs
             _keep_buffers(model)
@@ -208,6 +213,11 @@ class Halving:
             self._held = []
             step(model, inputs, num_items)
         self._held = None
+
+
+def _cannot_run(error: RuntimeError) -> bool:
+    """Whether a micro-batch can run in smaller ones instead."""
+    return is_out_of_memory(error) or isinstance(error, PrefixRefused)
 
 
 def _keep_buffers(model: nn.Module) -> None:

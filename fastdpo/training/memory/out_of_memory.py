@@ -102,11 +102,20 @@ class OutOfMemory:
             return []
         return parts_of_row(row, self.collator, min(capacities), piece.inputs["input_ids"])
 
-    def weighted(self, parts: Sequence[RowPart], known: Sequence[KnownWeights]) -> list[Piece]:
-        """The micro-batches of a row in parts: one if its prompt can run once for them, and that saves enough."""
-        pieces = [Piece.of_part(*pair) for pair in zip(parts, known, strict=True)]
-        fits = self.least_prompt is None or len(parts[0].group.prompt_ids) < self.least_prompt
-        return [Piece.of_parts(pieces)] if not self.repeats_prompt and fits and repeats_much(parts) else pieces
+    def shared_prompt(self, parts: Sequence[RowPart]) -> int:
+        """Tokens of the prompt of a row's parts that runs once for them; 0 if it cannot, or if that saves little."""
+        num_prompt = len(parts[0].group.prompt_ids)
+        fits = self.least_prompt is None or num_prompt < self.least_prompt
+        return num_prompt if not self.repeats_prompt and fits and repeats_much(parts) else 0
+
+    def repeat_prompt(self, num_prompt: int, reason: str) -> None:
+        """From now on, prompts of so many tokens run with every part of their row."""
+        _release()
+        self.least_prompt = num_prompt
+        logger.warning(
+            f"A prompt of {num_prompt:,} tokens cannot run once for all parts of its row ({reason}). Prompts of that"
+            " length run with every part; gradients stay those of the whole row"
+        )
 
     def after(self, piece: Piece, reason: str, dataset: Any, name: str) -> list[Piece]:
         """What to run instead of a micro-batch that has not fitted; nothing if its only row is left out. A row that is
@@ -115,11 +124,11 @@ class OutOfMemory:
         Raises:
             ValueError: it cannot be split, or its only row does not fit.
         """
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _release()
         if piece.pieces:
-            return self._part_by_part(piece, reason)
+            assert piece.examples is not None
+            self.repeat_prompt(len(piece.examples[0][1].prompt_ids), reason)
+            return list(piece.pieces)
         tokens = piece.num_tokens
         if self.cannot_split or piece.examples is None:
             why = self.cannot_split or "the data_collator does not say which rows a batch holds"
@@ -145,16 +154,6 @@ class OutOfMemory:
         if not piece.examples or piece.part is not None:
             return piece
         return self._of(piece, [min(piece.examples, key=lambda example: self.collator.num_tokens(example[1]))])
-
-    def _part_by_part(self, piece: Piece, reason: str) -> list[Piece]:
-        assert piece.examples is not None
-        num_prompt = len(piece.examples[0][1].prompt_ids)
-        self.least_prompt = num_prompt
-        logger.warning(
-            f"A prompt of {num_prompt:,} tokens cannot run once for {len(piece.pieces)} parts of its row ({reason})."
-            " Prompts of that length run with every part; gradients stay those of the whole row"
-        )
-        return list(piece.pieces)
 
     def _in_parts(self, piece: Piece) -> list[Piece]:
         tokens = piece.num_tokens
@@ -209,6 +208,13 @@ class OutOfMemory:
             inputs = piece.own_items(inputs)
         moved = dict(OneBuffer(inputs).to(piece.inputs["input_ids"].device))
         return Piece(moved, tuple(examples), own_items=piece.own_items)
+
+
+def _release() -> None:
+    """Gives what a failed attempt has left behind back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def row_of(dataset: Any, example: Example) -> int:

@@ -61,8 +61,8 @@ class RowInParts:
     known: Sequence[KnownWeights]  # of each part
 
 
-# (model, inputs of the row, its parts) -> the known weights of each part
-FirstPass = Callable[[nn.Module, dict[str, Any], Sequence[RowPart]], list[KnownWeights]]
+# (model, inputs of the row, its parts, tokens of its prompt if it runs once) -> the known weights of each part
+FirstPass = Callable[[nn.Module, dict[str, Any], Sequence[RowPart], int], list[KnownWeights]]
 
 
 def parts_of_row(row: Example, collator: PackingCollator, capacity: int, like: Tensor) -> list[RowPart]:

@@ -76,7 +76,7 @@ def test_every_loss_of_pairs_has_the_gradient_of_the_whole_row(tmp_path):
             trainer.args.loss_type = [name]
             trainer.args.label_smoothing = 0.1 if LOSSES[name].smoothed else 0.0
         of_whole, of_parts = gradient(whole), gradient(parts)
-        assert max(of_parts[2]) == 9 < max(of_whole[2])
+        assert max(of_parts[2]) <= 9 < max(of_whole[2])
         assert float(of_whole[1].norm()) > 0, name
         assert_same_gradients(of_whole, of_parts)
 
@@ -97,7 +97,7 @@ def test_every_setting_has_the_gradient_of_the_whole_row(tmp_path, settings):
     models = {} if "reference" in settings else {"ref_model": make_gpt2(seed=1)}
     whole = gradient(of_model(tmp_path / "whole", ROWS, make_gpt2(), **models, **settings))
     parts = gradient(of_model(tmp_path / "parts", ROWS, make_gpt2(), **models, **settings, **SPLIT))
-    assert max(parts[2]) == 9 < max(whole[2])
+    assert max(parts[2]) <= 9 < max(whole[2])
     assert_same_gradients(whole, parts)
 
 
@@ -105,9 +105,9 @@ def test_a_ranking_runs_in_parts_of_its_longest_sequence(tmp_path):
     settings = {"loss_type": "plackett_luce", "ref_model": make_gpt2(seed=1)}
     whole = gradient(of_model(tmp_path / "whole", RANKING, make_gpt2(), **settings))
     parts = gradient(of_model(tmp_path / "parts", RANKING, make_gpt2(), **settings, **SPLIT))
-    assert (max(whole[2]), max(parts[2])) == (24, 9)
-    # the other ranking; sequences of 9, of 8 and 1, and of 7 tokens; their prompt of 3; and their responses
-    assert parts[2] == [9, 9, 7, 3, 6, 6, 4, 7]
+    assert max(whole[2]) == 24
+    # without a graph, and with one: the prompt of 3 tokens, and responses of 6, of 5 and 1, and of 4; the other ranking
+    assert parts[2] == [3, 6, 6, 4, 3, 6, 6, 4, 7]
     assert_same_gradients(whole, parts)
 
 
@@ -201,7 +201,7 @@ def test_an_evaluation_runs_a_row_that_does_not_fit_in_parts(tmp_path):
 
 def test_a_sequence_that_does_not_fit_ends_the_run_with_its_row(tmp_path):
     trainer = of_model(tmp_path, RANKING, make_gpt2(), on_oversized_row="split")
-    GPT2Memory(trainer.model, 8, "forward")
+    GPT2Memory(trainer.model, 5, "forward")
     with pytest.raises(ValueError, match=r"row 0 of the prepared train .* has a sequence of 9 tokens that does not"):
         trainer.train()
 
