@@ -1,4 +1,4 @@
-"""The prompt of a row in parts runs once: the whole row's gradient, and what happens where it cannot or does not fit."""
+"""The prompt of a row in parts runs once, with the gradient of the whole row; and what runs where it cannot."""
 
 import pytest
 import torch
