@@ -34,7 +34,7 @@ def why_prompt_repeats(model: nn.Module) -> str:
     """Why a prompt of this model must run with every micro-batch of its responses; empty if it need not."""
     bare, state = bare_model(model), prepared_state(model)
     mixers = mixers_of(bare)
-    if mixers is not None and (mixers.names or mixers.leaks):
+    if getattr(bare, "_is_stateful", False) or (mixers is not None and (mixers.names or mixers.leaks)):
         return "layers mix tokens outside attention"
     if state.masks != "none" or state.attention_backend == "mask":
         return "layers read a mask of the whole row"
@@ -133,11 +133,11 @@ def loss_after_prompt(
             torch.autograd.backward(loss, grad.to(loss.dtype))
 
     anchor = torch.zeros((), device=batches[0].input_ids.device, requires_grad=True)
-    zero: Tensor = _Continued.apply(anchor, backward, *tensors)
+    zero: Tensor = Continued.apply(anchor, backward, *tensors)
     return zero
 
 
-class _Continued(torch.autograd.Function):
+class Continued(torch.autograd.Function):
     """A zero whose backward runs what continues the tensors, and returns their gradients."""
 
     @staticmethod

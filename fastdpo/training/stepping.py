@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.metrics import MetricMeans
-from fastdpo.modeling.prompt_once import why_prompt_repeats
 from fastdpo.training.callbacks.finite import FiniteLosses
 from fastdpo.training.evaluation import Evaluation, StepResult
 from fastdpo.training.inputs.collator import Example, examples_of, microbatches_of
@@ -146,14 +145,6 @@ class SteppingTrainer(UpdatingTrainer):
         if self._shards_weights() or (self.args.world_size > 1 and not self._has_copies()):
             return "other processes would wait for this one"
         return ""
-
-    def _why_prompt_repeats(self) -> str:
-        """Why the prompt of a row in parts must run once for every part; empty if it need not."""
-        if not (self.is_packed and self.args.prefix_sharing):
-            return "rows do not share their prompts"
-        if self.args.torch_compile:
-            return "the model is compiled"
-        return why_prompt_repeats(self.model)
 
     def _has_copies(self) -> bool:
         """Whether each of several processes has a copy of the model, and they meet only to reduce gradients."""

@@ -162,10 +162,7 @@ def packed_attention(
         return masked_attention(call, attention_mask).contiguous(), None
     if attention_mask is not None and packed_layout.backend != "mask":
         raise ValueError(f"packed attention does not take the attention_mask that {type(module).__name__} passes")
-    if packed_layout.record is not None:
-        packed_layout.record.add(module, key, value)
-    if packed_layout.prefix is not None:
-        key, value = packed_layout.prefix.before(module, key, value)
+    key, value = packed_layout.continued(module, key, value)
     longest = packed_layout.varlen.max_keys
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     chunk = chunk if chunk is not None and chunk < longest else None

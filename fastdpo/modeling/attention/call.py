@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdpo.modeling.attention.prefix import Prefix
 from fastdpo.modeling.sequence_group import SequenceGroup
@@ -95,6 +95,12 @@ class PackedLayout:
     def num_before(self) -> int:
         """P, the tokens before the row."""
         return 0 if self.prefix is None else self.prefix.num_tokens
+
+    def continued(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values of the prefix and of the row, which are recorded if they are to be."""
+        if self.record is not None:
+            self.record.add(module, key, value)
+        return (key, value) if self.prefix is None else self.prefix.before(module, key, value)
 
     def positions(self) -> Tensor:
         """(T,) position of each row within its prefix and branch."""

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.modeling import packed_loss
-from fastdpo.modeling.prompt_once import loss_after_prompt
+from fastdpo.modeling.prompt_once import loss_after_prompt, why_prompt_repeats
 from fastdpo.training.inputs.collator import Example, PackingCollator
 from fastdpo.training.inputs.transfer import OneBuffer
+from fastdpo.training.run import Run
 from fastdpo.types import PackedBatch, TokenizedGroup
 
 KNOWN = "known_weights"  # key of a part's inputs, after the first pass
@@ -125,6 +126,13 @@ def loss_of_row(model: nn.Module, row: RowInParts, **settings: Any) -> Tensor:
     num_prompt, losses = len(row.parts[0].group.prompt_ids), [known.weighted for known in row.known]
     zero = loss_after_prompt(model, batches, num_prompt, losses, **settings)
     return zero + torch.stack([known.loss for known in row.known]).sum()
+
+
+def why_prompt_of_run_repeats(run: Run) -> str:
+    """Why the prompt of a row in parts must run once for every part; empty if it need not."""
+    if not (run.is_packed and run.args.prefix_sharing):
+        return "rows do not share their prompts"
+    return "the model is compiled" if run.args.torch_compile else why_prompt_repeats(run.model)
 
 
 def repeats_much(parts: Sequence[RowPart]) -> bool:

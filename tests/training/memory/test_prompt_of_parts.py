@@ -4,12 +4,17 @@ import pytest
 import torch
 from datasets import Dataset
 from hybrids import build_hybrid
+from test_memory_estimate import make_model
 from test_out_of_memory import MESSAGE
 from test_row_parts import RANKING, ROWS, assert_same_gradients, gradient, make_gpt2, of_model
 from tiny import make_llama
 from tiny_runs import make_lora
 
+from fastdpo import pack_pairs
+from fastdpo.evidence.memory import peak_live_bytes
+from fastdpo.modeling.prompt_once import after_prompt, loss_after_prompt
 from fastdpo.training.inputs.collator import PackingCollator
+from fastdpo.training.memory.dry_run import RowShape, dry_step, fake_mode, shape_only
 from fastdpo.training.memory.row_parts import parts_of_row, repeats_much
 from fastdpo.types import TokenizedGroup
 
@@ -154,7 +159,38 @@ def test_layers_that_cannot_be_recorded_are_found_in_the_first_attempt(tmp_path,
     assert_same_gradients(whole, found, 1e-6)
 
 
-# Out of memory
+# Memory
+
+
+def memory_of_parts(checkpointing, lora, autocast):
+    """Measured and estimated bytes beyond weights and gradients, of a prompt of 600 tokens and three responses."""
+    model = make_model("small", lora, checkpointing)
+    draw = torch.Generator().manual_seed(0)
+    prompt, *responses = (torch.randint(1000, (n,), generator=draw).tolist() for n in (600, 150, 90, 150))
+    batches = [pack_pairs([TokenizedGroup(prompt, [response], preferences=())]) for response in responses]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast is not None):
+            loss = loss_after_prompt(model, batches, len(prompt), 3 * [lambda sums, *_: sums.sum()])
+        loss.backward()
+
+    measured, mode = peak_live_bytes(step), fake_mode()
+    row = RowShape(after_prompt(batches[0], 600).segments, 150, num_prompt=600)
+    settings = {"impl": "tiled", "varlen": False, "accumulates": True, "autocast": autocast}
+    estimated = dry_step(shape_only(model, mode), row, mode, **settings)
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    return measured, estimated.total - gradients
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_a_row_whose_prompt_runs_once_takes_what_was_estimated(checkpointing, lora, autocast):
+    measured, estimated = memory_of_parts(checkpointing, lora, autocast)
+    assert estimated == pytest.approx(measured, rel=0.05)
 
 
 class Memory:

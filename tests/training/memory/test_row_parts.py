@@ -12,7 +12,7 @@ from fastdpo import DPOTrainer, SFTConfig
 from fastdpo.losses import LOSSES, losses_where
 from fastdpo.training.inputs.collator import PackingCollator
 from fastdpo.training.memory.estimate import estimate_peak_memory
-from fastdpo.training.memory.largest_batch import largest_microbatch
+from fastdpo.training.memory.largest_batch import largest_microbatch, largest_row_in_parts
 from fastdpo.training.memory.row_parts import halves_of_part, parts_of_row
 from fastdpo.types import TokenizedGroup
 
@@ -228,15 +228,25 @@ def test_sequences_that_fit_together_share_a_part_and_the_prompt():
     assert [(half.sequences, places) for half, places in halves] == [((0,), (0,)), ((3,), (1,))]
 
 
-def test_the_estimate_of_a_ranking_is_that_of_its_longest_sequence(tmp_path):
+def test_the_estimate_of_a_ranking_is_that_of_its_longest_sequence_beside_the_prompt(tmp_path):
     rows = [{"prompt_ids": [1] * 40, "responses": [[5 + i] * 60 for i in range(4)], "preferences": [[0, 1], [2, 3]]}]
     alone = [{"prompt_ids": [1] * 40, "responses": [[5] * 60], "preferences": []}]
     settings = {"max_tokens_per_microbatch": 100, "on_oversized_row": "split", "reference_free": True}
     trainer = of_model(tmp_path, rows, make_llama(), **settings)
     found = estimate_peak_memory(trainer)
     assert largest_microbatch(trainer).num_tokens == 100
+    assert largest_row_in_parts(trainer).segments == ((40, 100, 0, 40),)
     trainer.train_dataset = Dataset.from_list(alone)
-    assert found == estimate_peak_memory(trainer)
+    assert largest_row_in_parts(trainer) is None
+    of_sequence = estimate_peak_memory(trainer)
+    assert of_sequence.total <= found.total < 1.1 * of_sequence.total
+    trainer.args.prefix_sharing, trainer.train_dataset = (
+        False,
+        Dataset.from_list(rows),
+    )  # prompts repeat
+    assert largest_row_in_parts(trainer) is None
+    assert found.total >= estimate_peak_memory(trainer).total == of_sequence.total
+    trainer.args.prefix_sharing = True
     trainer.args.on_oversized_row, trainer.train_dataset = "alone", Dataset.from_list(rows)
     assert largest_microbatch(trainer).num_tokens == 280
     assert estimate_peak_memory(trainer).activations > 2 * found.activations
