@@ -124,11 +124,11 @@ class OutOfMemory:
         Raises:
             ValueError: it cannot be split, or its only row does not fit.
         """
-        _release()
         if piece.pieces:
             assert piece.examples is not None
             self.repeat_prompt(len(piece.examples[0][1].prompt_ids), reason)
             return list(piece.pieces)
+        _release()
         tokens = piece.num_tokens
         if self.cannot_split or piece.examples is None:
             why = self.cannot_split or "the data_collator does not say which rows a batch holds"
