@@ -173,4 +173,3 @@ def test_reentrant_checkpointing_is_refused():
     model.enable_input_require_grads()
     with pytest.raises(PrefixRefused, match="LlamaAttention runs without a graph"):
         once(model)
-
