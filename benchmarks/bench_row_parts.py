@@ -2,9 +2,10 @@
 
     python benchmarks/bench_row_parts.py [--quick] [--rounds N] [--out FILE.jsonl]
 
-One row: K responses to a prompt, in one micro-batch, in parts of about half of its tokens, and sequence by sequence.
-Ways take turns; the time is the median of CPU seconds of a step (of wall seconds on a GPU), the peak that of live bytes
-beyond weights and gradients. Gradients are compared with those of the whole row before anything is measured.
+Rows of K responses to a prompt, in one micro-batch, in parts of about half of their tokens, and response by response;
+in parts, the prompt runs once for all of them, or with each as where it does not fit. Ways take turns; the time is the
+median of CPU seconds of a step (of wall seconds on a GPU), the peak that of live bytes beyond weights and gradients.
+Gradients are compared with those of the whole row before anything is measured.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from fastdpo.evidence.bench.measure import append_lines, machine_facts
 from fastdpo.evidence.memory import peak_live_bytes
 
 MOST_ERROR = 1e-5  # of the gradient, in fp32
+SHAPES = ((4, 1024, 512), (2, 2048, 512), (4, 4096, 256), (2, 512, 1024))  # responses; tokens of prompt and of each
+QUICK = ((4, 48, 32),)
 
 
 def make_model(quick: bool) -> Any:
@@ -52,7 +55,7 @@ def make_row(num_responses: int, prompt: int, response: int) -> dict[str, Any]:
 class Way:
     """A trainer whose steps are measured."""
 
-    def __init__(self, folder: str, row: dict[str, Any], quick: bool, limit: int | None) -> None:
+    def __init__(self, folder: str, row: dict[str, Any], quick: bool, limit: int | None, *, repeats: bool) -> None:
         settings: dict[str, Any] = {"loss_type": "plackett_luce", "reference_free": True, "max_length": None}
         settings |= {"gradient_checkpointing": True, "report_to": "none", "disable_tqdm": True, "bf16": False}
         if limit is not None:
@@ -60,6 +63,9 @@ class Way:
         args = DPOConfig(folder, save_strategy="no", per_device_train_batch_size=1, **settings)
         self.trainer = DPOTrainer(make_model(quick), args=args, train_dataset=[row], processing_class=make_tokenizer())
         self.trainer.create_optimizer()
+        self.trainer.model.activation_checkpointing_enable({"use_reentrant": False})
+        if repeats:
+            self.trainer.out_of_memory.repeats_prompt = "the benchmark compares"
         self.seconds: list[float] = []
 
     def step(self) -> None:
@@ -80,41 +86,55 @@ class Way:
         self.seconds.append(clock() - started)
 
 
+def measured(shape: tuple[int, int, int], quick: bool, rounds: int) -> list[dict[str, Any]]:
+    """The records of all ways to run one row."""
+    count, prompt, response = shape
+    row, whole = make_row(count, prompt, response), prompt + count * response
+    parts = {"responses": prompt + response}
+    if count > 2:
+        parts["two parts"] = prompt + count * response // 2
+    limits = {("whole", False): None, **{(name, repeats): n for name, n in parts.items() for repeats in (False, True)}}
+    with tempfile.TemporaryDirectory() as folder:
+        ways = {
+            (name, repeats): Way(f"{folder}/{i}", row, quick, limit, repeats=repeats)
+            for i, ((name, repeats), limit) in enumerate(limits.items())
+        }
+        exact = ways["whole", False].gradient()
+        errors = {key: float((way.gradient() - exact).norm() / exact.norm()) for key, way in ways.items()}
+        assert max(errors.values()) <= MOST_ERROR, errors
+        peaks = {key: peak_live_bytes(way.step) for key, way in ways.items()}
+        for _ in range(rounds):
+            for way in ways.values():
+                way.timed()
+    return [
+        {
+            "benchmark": "row_parts",
+            "way": name,
+            "prompt_runs": "once" if name == "whole" or not repeats else "with every part",
+            "responses": count,
+            "prompt_tokens": prompt,
+            "response_tokens": response,
+            "tokens_at_once": min(limits[name, repeats] or whole, whole),
+            "seconds": statistics.median(way.seconds),
+            "spread": max(way.seconds) - min(way.seconds),
+            "peak_bytes": peaks[name, repeats],
+            "gradient_error": errors[name, repeats],
+        }
+        for (name, repeats), way in ways.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out")
     options = parser.parse_args()
-    count, prompt, response = (4, 48, 32) if options.quick else (4, 1024, 512)
-    row = make_row(count, prompt, response)
-    whole = prompt + count * response
-    limits = {"whole": None, "two parts": prompt + count * response // 2, "sequences": prompt + response}
-    with tempfile.TemporaryDirectory() as folder:
-        ways = {name: Way(f"{folder}/{i}", row, options.quick, n) for i, (name, n) in enumerate(limits.items())}
-        exact = ways["whole"].gradient()
-        errors = {name: float((way.gradient() - exact).norm() / exact.norm()) for name, way in ways.items()}
-        assert max(errors.values()) <= MOST_ERROR, errors
-        peaks = {name: peak_live_bytes(way.step) for name, way in ways.items()}
-        for _ in range(2 if options.quick else options.rounds):
-            for way in ways.values():
-                way.timed()
-    records = [
-        {
-            "benchmark": "row_parts",
-            "way": name,
-            "row_tokens": whole,
-            "tokens_at_once": min(limits[name] or whole, whole),
-            "seconds": statistics.median(way.seconds),
-            "spread": max(way.seconds) - min(way.seconds),
-            "peak_bytes": peaks[name],
-            "gradient_error": errors[name],
-        }
-        for name, way in ways.items()
-    ]
-    for record in records:
-        print(json.dumps(record), flush=True)
-    append_lines(options.out, [{**machine_facts(), **record} for record in records])
+    for shape in QUICK if options.quick else SHAPES:
+        records = measured(shape, options.quick, 2 if options.quick else options.rounds)
+        for record in records:
+            print(json.dumps(record), flush=True)
+        append_lines(options.out, [{**machine_facts(), **record} for record in records])
 
 
 if __name__ == "__main__":

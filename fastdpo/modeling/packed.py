@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.modeling.attention import PackedLayout
+from fastdpo.modeling.attention import PackedLayout, Prefix
 from fastdpo.modeling.backbone import bare_model
 from fastdpo.modeling.packed_forward import LossOfSums
 from fastdpo.modeling.prepared import prepared_state, run_mixers_packed
@@ -23,6 +23,7 @@ def packed_logps(
     impl: str = "auto",
     outputs: Sequence[str] = (),
     router_aux_loss: bool = False,
+    prefix: Prefix | None = None,
 ) -> PairLogps:
     """Summed log-probs of every pair of the batch, from one forward of the model.
 
@@ -32,6 +33,7 @@ def packed_logps(
         impl: implementation of the head op, see `linear_logps`.
         outputs: per-token statistics to return in `.sequences.tokens`, see `linear_logps`.
         router_aux_loss: return `.aux_loss`, see `fastdpo.modeling.router`.
+        prefix: the tokens before the batch, which is then one of `prompt_once.after_prompt`.
     Returns:
         PairLogps, differentiable in the model's parameters.
     Raises:
@@ -41,7 +43,7 @@ def packed_logps(
     if not isinstance(batch, PackedBatch):
         batch = _batch_of(batch)
     _check_token_ids(model, batch.input_ids)
-    return _run(model, batch, impl, outputs, router_aux_loss=router_aux_loss)[1]
+    return _run(model, batch, impl, outputs, prefix=prefix, router_aux_loss=router_aux_loss)[1]
 
 
 def packed_loss(
@@ -54,6 +56,7 @@ def packed_loss(
     summed: Sequence[str] = (),
     grad_in_forward: bool = True,
     router_aux_loss: bool = False,
+    prefix: Prefix | None = None,
 ) -> tuple[Tensor, PairLogps]:
     """A loss that is a sum over the batch's groups, and its log-probs.
 
@@ -64,6 +67,7 @@ def packed_loss(
         summed: statistics among `outputs` that `loss_of` also takes by name, (s,) sums without gradient.
         grad_in_forward: compute the gradient of the LM head in forward, see `fastdpo.ops.sequence_loss`; False computes
             the logits again in backward.
+        prefix: the tokens before the batch, which is then one of `prompt_once.after_prompt`.
     Returns:
         The loss, () and differentiable in the model's parameters; PairLogps, differentiable only if grad_in_forward is
         off.
@@ -71,10 +75,10 @@ def packed_loss(
     # on several processes, the loss needs the log-probs of all of them first
     in_forward = grad_in_forward and batch.shares is None and torch.is_grad_enabled() and impl != "reference"
     if in_forward and prepared_state(model).skip_tolerance == 0:  # skipping needs the whole forward's masses first
-        loss, logps = _run(model, batch, impl, outputs, loss_of, summed, router_aux_loss=router_aux_loss)
+        loss, logps = _run(model, batch, impl, outputs, loss_of, summed, prefix=prefix, router_aux_loss=router_aux_loss)
         assert loss is not None
         return loss, logps
-    logps = packed_logps(model, batch, impl=impl, outputs=outputs, router_aux_loss=router_aux_loss)
+    logps = packed_logps(model, batch, impl=impl, outputs=outputs, router_aux_loss=router_aux_loss, prefix=prefix)
     sums = logps.sequences.sums
     statistics = summed_statistics(logps.sequences.tokens, summed, batch, impl=impl)
     everything = (slice(0, len(sums)), slice(0, batch.num_pairs))
@@ -120,6 +124,7 @@ def _run(
     loss_of: LossOfSums | None = None,
     summed: Sequence[str] = (),
     *,
+    prefix: Prefix | None = None,
     router_aux_loss: bool = False,
 ) -> tuple[Tensor | None, PairLogps]:
     state, layout = prepared_state(model), None
@@ -127,9 +132,8 @@ def _run(
         group = None if batch.shares is None else state.sequence_group
         if group is None and batch.shares is not None:
             raise ValueError("batch must have no shares for a model that has no sequence_group (see prepare_model)")
-        layout = PackedLayout(
-            batch.segments, batch.varlen, state.attention_backend, state.excluded_backends, state.masks, group
-        )
+        about = state.attention_backend, state.excluded_backends, state.masks, group
+        layout = PackedLayout(batch.segments, batch.varlen, *about, prefix)
         run_mixers_packed(model)
     settings = {"packed_layout": layout, "impl": impl, "outputs": tuple(outputs), "router_aux_loss": router_aux_loss}
     result = model(input_ids=batch.input_ids, packed_batch=batch, loss_of=loss_of, summed=tuple(summed), **settings)

@@ -60,7 +60,10 @@ def _forward(
     router_aux_loss: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """The `model.forward` of a prepared model: the model's own forward unless a packed batch is given."""
+    """The `model.forward` of a prepared model: the model's own forward unless a packed batch is given.
+
+    A row that is recorded does not go through the head: nothing is returned.
+    """
     state: PreparedState = getattr(model, STATE)
     if packed_batch is None:
         with as_it_came(model):
@@ -82,13 +85,21 @@ def _forward(
     positions = told_positions(decoder, state.counting, layout.get("position_ids"))
     with masks_of(packed_layout), positions, embedded.of_embedding():
         backbone = decoder(input_ids=batch.input_ids, use_cache=False, **layout)
+    hidden_states = backbone.last_hidden_state.flatten(0, 1)
+    if packed_layout is not None and packed_layout.record is not None:
+        # a copy, since a view would keep the hidden states of all rows
+        packed_layout.record.last_hidden_state = hidden_states[-1:].clone()
+        packed_layout.record = None  # layers that run again in backward are not recorded again
+        return {}
+    if packed_layout is not None and packed_layout.prefix is not None:
+        hidden_states = packed_layout.prefix.with_last(hidden_states)
 
     def head_outputs(rows: Tensor) -> dict[str, Tensor]:
         if group is not None:
             return _token_outputs(model, batch, rows, embedded, impl, outputs)
         return _head_outputs(model, batch, rows, embedded, impl, outputs, loss_of, summed)
 
-    rows = backbone.last_hidden_state.flatten(0, 1).index_select(0, batch.logit_rows)
+    rows = hidden_states.index_select(0, batch.logit_rows)
     result: dict[str, Tensor] = inside(model.get_output_embeddings(), head_outputs, rows)
     if group is not None:
         result = joined_outputs(result, packed_batch, group, impl)

@@ -5,14 +5,15 @@ No source builds an autograd graph or runs dropout: the model is in eval mode du
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastdpo.modeling import packed_logps
 from fastdpo.modeling.backbone import bare_model
+from fastdpo.modeling.prompt_once import logps_of_parts
 from fastdpo.references.adapters import as_reference
 from fastdpo.types import PackedBatch
 
@@ -28,6 +29,14 @@ class Reference(Protocol):
         """(S,) summed log-probs of every sequence, nats, fp32, without gradient."""
         ...
 
+    def sums_of_parts(self, policy: nn.Module, batches: Sequence[PackedBatch], num_prompt: int) -> list[Tensor]:
+        """`sums` of each batch.
+
+        Args:
+            num_prompt: tokens of the prompt that all batches start with, which may run once for them; 0: it may not.
+        """
+        ...
+
 
 @dataclass
 class FrozenReference:
@@ -39,7 +48,10 @@ class FrozenReference:
 
     def sums(self, policy: nn.Module, batch: PackedBatch) -> Tensor:
         """(S,) summed log-probs of every sequence, nats, fp32, without gradient."""
-        return _sums(self.model, batch, self.impl)
+        return self.sums_of_parts(policy, [batch], 0)[0]
+
+    def sums_of_parts(self, policy: nn.Module, batches: Sequence[PackedBatch], num_prompt: int) -> list[Tensor]:
+        return _sums(self.model, batches, num_prompt, self.impl)
 
 
 @dataclass
@@ -63,13 +75,16 @@ class AdapterReference:
         Raises:
             ValueError: `policy` is not the model with the adapter any more.
         """
+        return self.sums_of_parts(policy, [batch], 0)[0]
+
+    def sums_of_parts(self, policy: nn.Module, batches: Sequence[PackedBatch], num_prompt: int) -> list[Tensor]:
         if bare_model(policy) is not bare_model(self.peft_model):
             raise ValueError(
                 "the trainer's model must stay the PeftModel that is also the reference (reference 'adapter'), got"
                 f" another {type(bare_model(policy)).__name__}; make a new trainer for it"
             )
         with as_reference(self.peft_model):
-            return _sums(policy, batch, self.impl)
+            return _sums(policy, batches, num_prompt, self.impl)
 
 
 @dataclass
@@ -87,6 +102,9 @@ class DatasetReference:
             )
         return batch.ref_logps
 
+    def sums_of_parts(self, policy: nn.Module, batches: Sequence[PackedBatch], num_prompt: int) -> list[Tensor]:
+        return [self.sums(policy, batch) for batch in batches]
+
 
 @dataclass
 class NoReference:
@@ -97,12 +115,15 @@ class NoReference:
     def sums(self, policy: nn.Module, batch: PackedBatch) -> Tensor:
         return torch.zeros(batch.num_sequences, dtype=torch.float32, device=batch.pairs.device)
 
+    def sums_of_parts(self, policy: nn.Module, batches: Sequence[PackedBatch], num_prompt: int) -> list[Tensor]:
+        return [self.sums(policy, batch) for batch in batches]
 
-def _sums(model: nn.Module, batch: PackedBatch, impl: str) -> Tensor:
+
+def _sums(model: nn.Module, batches: Sequence[PackedBatch], num_prompt: int, impl: str) -> list[Tensor]:
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return packed_logps(model, batch, impl=impl).sequences.sums
+            return [logps.sequences.sums for logps in logps_of_parts(model, batches, num_prompt, impl=impl)]
     finally:
         model.train(was_training)

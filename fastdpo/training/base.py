@@ -55,6 +55,7 @@ from fastdpo.training.inputs.streams import (
 from fastdpo.training.memory.estimate import check_memory_settings, checkpointing_kwargs
 from fastdpo.training.memory.halving import Halving
 from fastdpo.training.memory.out_of_memory import OutOfMemory
+from fastdpo.training.memory.row_parts import why_prompt_of_run_repeats
 from fastdpo.training.memory.token_budget import (
     BudgetAtStart,
     check_can_run_in_parts,
@@ -200,6 +201,7 @@ class PackedTrainer(SteppingTrainer):
         check_rotary(args, self.model)
         self.packing_check = self._check_packing(self.model)
         self.out_of_memory.cannot_split = self._why_whole()
+        self.out_of_memory.repeats_prompt = why_prompt_of_run_repeats(self)
         self._halving = Halving(self.out_of_memory, self._first_pass, steps_in_backward=steps_in_backward(self))
         check_can_run_in_parts(self, data_collator, shards_weights=self._shards_weights())
         if budget is not None:

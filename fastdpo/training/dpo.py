@@ -19,9 +19,10 @@ from transformers.utils import logging
 from fastdpo.data.prepare import Report, prepare_preference_dataset
 from fastdpo.losses import LOSSES, is_listwise, looks_at_whole_batch, pair_scores, preference_losses
 from fastdpo.metrics import metrics_of_tokens, pair_metrics, token_statistics
-from fastdpo.modeling import packed_logps, packed_loss
+from fastdpo.modeling import packed_loss
 from fastdpo.modeling.packed import summed_statistics
 from fastdpo.modeling.packed_forward import LossOfSums
+from fastdpo.modeling.prompt_once import logps_of_parts
 from fastdpo.references import AdapterReference, DatasetReference, NoReference, Reference
 from fastdpo.references.adapters import (
     brings_reference,
@@ -292,12 +293,15 @@ class DPOTrainer(PackedTrainer):
         loss, balance = with_load_balancing(loss, policy.aux_loss, self.router_aux_loss_coef, num_items)
         return replace(result, loss=loss, metrics={**result.metrics, **balance})
 
-    def _loss_of_row(self, model: nn.Module, batch: PackedBatch, parts: Sequence[RowPart]) -> tuple[StepResult, Tensor]:
+    def _loss_of_row(
+        self, model: nn.Module, batch: PackedBatch, parts: Sequence[RowPart], num_prompt: int
+    ) -> tuple[StepResult, Tensor]:
         found: list[dict[str, Tensor]] = []
-        for part in parts:
-            own = PackedBatch(**part.inputs)
-            ref_sums = self.reference.sums(model, own)
-            sequences = packed_logps(model, own, impl=self.args.impl, outputs=self._statistics()).sequences
+        batches = [PackedBatch(**part.inputs) for part in parts]
+        of_reference = self.reference.sums_of_parts(model, batches, num_prompt)
+        of_policy = logps_of_parts(model, batches, num_prompt, impl=self.args.impl, outputs=self._statistics())
+        for own, ref_sums, logps in zip(batches, of_reference, of_policy, strict=True):
+            sequences = logps.sequences
             statistics = token_statistics(sequences.tokens, own.token_rows, own.cu_seqlens, impl=self.args.impl)
             summed = summed_statistics(sequences.tokens, self._summed(), own, impl=self.args.impl)
             numbers = {"sums": sequences.sums, "lengths": sequences.lengths, "ref_sums": ref_sums}

@@ -22,7 +22,7 @@ from fastdpo.training.inputs.collator import Example, examples_of, microbatches_
 from fastdpo.training.inputs.transfer import OneBuffer
 from fastdpo.training.memory.halving import FOR_NOTHING, Halving
 from fastdpo.training.memory.out_of_memory import OwnItems
-from fastdpo.training.memory.row_parts import KNOWN, KnownWeights, RowPart, loss_of_part
+from fastdpo.training.memory.row_parts import IN_PARTS, KNOWN, KnownWeights, RowPart, loss_of_part, loss_of_row
 from fastdpo.training.memory.token_budget import steps_in_backward
 from fastdpo.training.setup.sharding import backward_without_step, gathers_weights, reduces_in_backward
 from fastdpo.training.updating import UpdatingTrainer
@@ -53,9 +53,11 @@ class SteppingTrainer(UpdatingTrainer):
         """The summed loss of a micro-batch, and its metrics."""
         raise TypeError(f"{type(self).__name__} must define _loss_sum, the loss of a micro-batch")
 
-    def _loss_of_row(self, model: nn.Module, batch: PackedBatch, parts: Sequence[RowPart]) -> tuple[StepResult, Tensor]:
+    def _loss_of_row(
+        self, model: nn.Module, batch: PackedBatch, parts: Sequence[RowPart], num_prompt: int
+    ) -> tuple[StepResult, Tensor]:
         """The result of a row from forwards of its parts, without a graph; and the (S,) gradient of its loss in the
-        log-probs of its sequences."""
+        log-probs of its sequences. Its prompt of so many tokens runs once; 0: with every part."""
         raise TypeError(f"{type(self).__name__} must define _loss_of_row, which runs a row in parts")
 
     def _head_settings(self) -> dict[str, Any]:
@@ -204,6 +206,9 @@ class SteppingTrainer(UpdatingTrainer):
         """The summed loss of one micro-batch. Also records its metrics."""
         is_for_nothing = FOR_NOTHING in part
         part = {key: value for key, value in part.items() if key != FOR_NOTHING}
+        if IN_PARTS in part:
+            with self.accelerator.autocast():
+                return loss_of_row(model, part[IN_PARTS], **self._head_settings())
         if KNOWN in part:
             with self.accelerator.autocast():
                 return loss_of_part(model, part, **self._head_settings()) * (0.0 if is_for_nothing else 1.0)
@@ -215,12 +220,14 @@ class SteppingTrainer(UpdatingTrainer):
         self._add_result(model, result, part, batch)
         return result.loss
 
-    def _first_pass(self, model: nn.Module, row: dict[str, Any], parts: Sequence[RowPart]) -> list[KnownWeights]:
+    def _first_pass(
+        self, model: nn.Module, row: dict[str, Any], parts: Sequence[RowPart], num_prompt: int
+    ) -> list[KnownWeights]:
         """The weights of a row's parts. Also records the row's metrics."""
         row = self._prepare_inputs(row)
         batch = PackedBatch(**row)
         with torch.no_grad(), self.accelerator.autocast():
-            result, weights = self._loss_of_row(model, batch, parts)
+            result, weights = self._loss_of_row(model, batch, parts, num_prompt)
         self._add_result(model, result, row, batch)
         none = torch.zeros_like(result.loss)
         return [KnownWeights(weights[list(part.sequences)], none if i else result.loss) for i, part in enumerate(parts)]

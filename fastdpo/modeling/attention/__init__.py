@@ -20,6 +20,7 @@ from fastdpo.modeling.attention.backends import ATTENTION_BACKENDS, BACKENDS, Ob
 from fastdpo.modeling.attention.call import AttentionCall, PackedLayout, UnsupportedAttention
 from fastdpo.modeling.attention.heads import own_heads, to_heads, to_rows
 from fastdpo.modeling.attention.masks import MASKS, carried, masks_of, only_picked, packed_mask
+from fastdpo.modeling.attention.prefix import Prefix, PrefixRefused
 from fastdpo.modeling.attention.sdpa import masked_attention
 from fastdpo.modeling.positions import scaled_by_position
 
@@ -33,6 +34,8 @@ __all__ = [
     "AttentionCall",
     "Observed",
     "PackedLayout",
+    "Prefix",
+    "PrefixRefused",
     "UnsupportedAttention",
     "can_do_without",
     "masks_of",
@@ -159,6 +162,7 @@ def packed_attention(
         return masked_attention(call, attention_mask).contiguous(), None
     if attention_mask is not None and packed_layout.backend != "mask":
         raise ValueError(f"packed attention does not take the attention_mask that {type(module).__name__} passes")
+    key, value = packed_layout.continued(module, key, value)
     longest = packed_layout.varlen.max_keys
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     chunk = chunk if chunk is not None and chunk < longest else None

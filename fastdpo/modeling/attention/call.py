@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastdpo.modeling.attention.prefix import Prefix
 from fastdpo.modeling.sequence_group import SequenceGroup
 from fastdpo.types import VarlenLayout
 
@@ -19,11 +20,14 @@ class UnsupportedAttention(ValueError):
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """T rows, D the head dim of queries and keys, E that of values. Backends return (1, T, num_heads, E)."""
+    """T rows, D the head dim of queries and keys, E that of values. Backends return (1, T, num_heads, E).
+
+    Keys and values of a row that continues a prefix of P tokens are those of the prefix, then its own: P + T.
+    """
 
     query: Tensor  # (1, num_heads, T, D)
-    key: Tensor  # (1, num_kv_heads, T, D)
-    value: Tensor  # (1, num_kv_heads, T, E)
+    key: Tensor  # (1, num_kv_heads, P + T, D)
+    value: Tensor  # (1, num_kv_heads, P + T, E)
     layout: PackedLayout
     dropout: float  # probability that a weight is dropped
     scale: float  # factor on the logits
@@ -53,12 +57,15 @@ class PackedLayout:
     """The branches of one packed row, with the masks that its layers share. Built once per forward.
 
     Args:
-        segments: per branch query start, query end, prefix start, prefix end, on the host.
+        segments: per branch query start, query end, prefix start, prefix end, on the host. Those of a row with a prefix
+            count its tokens too: the first branch starts at P and has the prefix 0, P.
         varlen: the same as index tensors on the row's device.
         backend: name of an attention backend, or "auto"; see `backends.py`.
         excluded: backends that "auto" and "flash" must not use, with reasons.
         masks: kind of mask for models that ask for one, see `masks.py`.
         group: the processes that hold the row in parts; None if this process holds it whole.
+        prefix: the tokens before the row, which ran before; None if the row starts with its first token.
+        record: takes the keys and values of the row.
     """
 
     def __init__(
@@ -69,6 +76,8 @@ class PackedLayout:
         excluded: Mapping[str, str] | None = None,
         masks: str = "none",
         group: SequenceGroup | None = None,
+        prefix: Prefix | None = None,
+        record: Prefix | None = None,
     ) -> None:
         self.segments = segments
         self.varlen = varlen
@@ -76,9 +85,22 @@ class PackedLayout:
         self.excluded = excluded or {}
         self.masks = masks
         self.group = group
+        self.prefix = prefix
+        self.record = record
         self._branch_masks: dict[tuple[Any, ...], Tensor] = {}
         self._row_masks: dict[tuple[int | None, int | None], Tensor] = {}
         self._positions: Tensor | None = None
+
+    @property
+    def num_before(self) -> int:
+        """P, the tokens before the row."""
+        return 0 if self.prefix is None else self.prefix.num_tokens
+
+    def continued(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values of the prefix and of the row, which are recorded if they are to be."""
+        if self.record is not None:
+            self.record.add(module, key, value)
+        return (key, value) if self.prefix is None else self.prefix.before(module, key, value)
 
     def positions(self) -> Tensor:
         """(T,) position of each row within its prefix and branch."""

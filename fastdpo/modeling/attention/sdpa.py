@@ -42,12 +42,16 @@ class BranchSdpa:
         layout = call.layout
         # split instead of slices: the backward of each slice would fill a tensor of the whole row with zeros
         lengths = [end - start for start, end, _, _ in layout.segments]
-        queries, keys, values = (x.split(lengths, dim=2) for x in (call.query, call.key, call.value))
+        queries = call.query.split(lengths, dim=2)
+        lengths[0] += layout.num_before  # keys of the tokens before the row go with its first branch
+        keys, values = (x.split(lengths, dim=2) for x in (call.key, call.value))
         first_at = {start: index for index, (start, _, _, _) in enumerate(layout.segments)}
+        first_at[0] = 0
         outputs = []
-        for index, (_, _, prefix_start, prefix_end) in enumerate(layout.segments):
+        for index, (start, _, prefix_start, prefix_end) in enumerate(layout.segments):
             q, k, v = queries[index], keys[index], values[index]
-            if prefix_end > prefix_start:  # the prefix is the start of the segment that begins where it does
+            # the prefix is the start of the segment that begins where it does
+            if prefix_end > prefix_start and start > layout.num_before:
                 first, num_shared = first_at[prefix_start], prefix_end - prefix_start
                 k = torch.cat([keys[first][:, :, :num_shared], k], dim=2)
                 v = torch.cat([values[first][:, :, :num_shared], v], dim=2)
@@ -79,24 +83,26 @@ class _Branches(torch.autograd.Function):
 
     lse over both makes the weights of each a part of one softmax, in forward and in backward. Only the operands, the
     output and lse are kept, and no keys are copied. Where gradients of a branch are large, backward makes them a few
-    heads at once.
+    heads at once. Keys may be more than queries: those of the tokens before the row come first.
     """
 
     @staticmethod
     def forward(ctx: Any, query, key, value, segments, scale):  # type: ignore[override]
-        assert segments[-1][1] == query.shape[2], "the operator does not take empty slices"
+        num_before = key.shape[2] - query.shape[2]
+        assert segments[-1][1] == key.shape[2], "the operator does not take empty slices"
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         output, sums = query.new_empty(query.transpose(1, 2).shape), []
         for start, end, prefix_start, prefix_end in segments:
             own, prefix = slice(start, end), slice(prefix_start, prefix_end)
-            q = query[:, :, own]
+            rows = slice(start - num_before, end - num_before)
+            q = query[:, :, rows]
             found, lse = attend(q, key[:, :, own], value[:, :, own], 0.0, True, scale=scale)
             if prefix_end > prefix_start:
                 of_prefix, prefix_lse = attend(q, key[:, :, prefix], value[:, :, prefix], 0.0, False, scale=scale)
                 share = torch.sigmoid(lse - prefix_lse)[..., None]  # of the branch itself, (1, num_heads, queries, 1)
                 found = torch.lerp(of_prefix.to(share.dtype), found.to(share.dtype), share)
                 lse = torch.logaddexp(lse, prefix_lse)
-            output[:, own] = found.transpose(1, 2)
+            output[:, rows] = found.transpose(1, 2)
             sums.append(lse)
         ctx.segments, ctx.scale = segments, scale
         ctx.save_for_backward(query, key, value, output, torch.cat(sums, dim=2))
@@ -108,19 +114,23 @@ class _Branches(torch.autograd.Function):
         query, key, value, output, lse = ctx.saved_tensors
         grads = of_query, of_key, of_value = [torch.empty_like(x) for x in (query, key, value)]
         attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        num_before = key.shape[2] - query.shape[2]
+        for gradient in (of_key, of_value):
+            gradient[:, :, :num_before].zero_()  # no branch has them for its own
         for heads, shared in _heads_at_once(query, key, ctx.segments):
             of_rows = [x[:, heads] for x in (grad.transpose(1, 2), query, output.transpose(1, 2), lse)]
             k, v = key[:, shared], value[:, shared]
             of_q, of_k, of_v = of_query[:, heads], of_key[:, shared], of_value[:, shared]
             for start, end, prefix_start, prefix_end in ctx.segments:
                 own, prefix = slice(start, end), slice(prefix_start, prefix_end)
-                g, q, out, sums = (x[:, :, own] for x in of_rows)
+                rows = slice(start - num_before, end - num_before)
+                g, q, out, sums = (x[:, :, rows] for x in of_rows)
                 rest = out, sums, 0.0
                 found = attend_backward(g, q, k[:, :, own], v[:, :, own], *rest, True, scale=ctx.scale)
-                of_q[:, :, own], of_k[:, :, own], of_v[:, :, own] = found
+                of_q[:, :, rows], of_k[:, :, own], of_v[:, :, own] = found
                 if prefix_end > prefix_start:  # the start of an earlier branch
                     found = attend_backward(g, q, k[:, :, prefix], v[:, :, prefix], *rest, False, scale=ctx.scale)
-                    of_q[:, :, own] += found[0]
+                    of_q[:, :, rows] += found[0]
                     of_k[:, :, prefix] += found[1]
                     of_v[:, :, prefix] += found[2]
                 del found  # before the next branch makes its own

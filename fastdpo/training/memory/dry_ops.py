@@ -179,6 +179,7 @@ def dry_attention(
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
             mask = query.new_empty(S, 1, L, L, dtype=torch.bool)
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).contiguous(), None
+        key, value = packed_layout.continued(module, key, value)
         is_limited = sliding_window is not None and sliding_window < packed_layout.varlen.max_keys
         window = sliding_window if is_limited else None
         call = AttentionCall(query, key, value, packed_layout, 0.0, 1.0, window, softcap, s_aux)

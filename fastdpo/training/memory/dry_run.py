@@ -24,12 +24,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from fastdpo.data.batches.varlen import varlen_layout
+from fastdpo.modeling.attention import Prefix
 from fastdpo.modeling.attention.call import PackedLayout
 from fastdpo.modeling.backbone import backbone, bare_model
 from fastdpo.modeling.embedding import EmbeddingGradient
 from fastdpo.modeling.head import lm_head
 from fastdpo.modeling.mixers import MixerRows, mixers_of
 from fastdpo.modeling.prepared import is_prepared, unprepare_model
+from fastdpo.modeling.prompt_once import Continued
 from fastdpo.modeling.tiles import find_tiles, install_tiles, only_first_tiles
 from fastdpo.training.memory.dry_ops import DryExperts, DryGroup, dry_attention, head_loss
 from fastdpo.training.memory.folding import Fold, Marks, decoder_layers, only_folded, peak_of, unfolded_peak
@@ -49,6 +51,7 @@ class RowShape:
     num_rows: int  # hidden states that go through the LM head, of this process
     sequences: tuple[int, int] | None = None  # (S, L) of a padded batch, which has no segments
     num_processes: int = 1  # that compute the row together
+    num_prompt: int = 0  # tokens of a prompt that runs once, if this is a part of a row; segments count them
 
     @property
     def num_tokens(self) -> int:
@@ -169,7 +172,8 @@ def dry_step(
         accumulates: whether gradients of an earlier micro-batch already exist.
         with_grad: False for a forward that saves nothing, as in evaluation and for a reference.
         update_bytes: of a weight that is updated in backward, where its gradient ends; None if none is.
-        fold: the one that `shape_only` was given; the peak is that of the whole model.
+        fold: the one that `shape_only` was given; the peak is that of the whole model. None for a part of a row whose
+            prompt runs once.
 
     Raises:
         NotPeriodic: the model has to run without a fold.
@@ -235,18 +239,29 @@ def _step(
         context = nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
         hooks = [] if update_bytes is None else [live.update_in_backward(p, update_bytes(p)) for p in trained]
         marks = Marks()
-        with live, marks.kept(decoder_layers(bare) if fold is not None else (), live):
+
+        def loss_of_row(prefix: Prefix | None) -> Tensor:
             with context, torch.set_grad_enabled(with_grad):
                 embedded = EmbeddingGradient(bare)
                 with embedded.of_embedding():
-                    hidden_states = _hidden_states(bare, row, attention)
-                rows = hidden_states.flatten(0, 1).index_select(0, torch.zeros(row.num_rows, dtype=torch.int64))
+                    hidden_states = _hidden_states(bare, row, attention, prefix=prefix).flatten(0, 1)
+                if prefix is not None:
+                    hidden_states = prefix.with_last(hidden_states)
+                rows = hidden_states.index_select(0, torch.zeros(row.num_rows, dtype=torch.int64))
+                del hidden_states
                 with live.tagged("head"):
                     rows, weight, adapter_weight = lm_head(bare).operands(rows, split=with_grad)
                     weight, dtype = embedded.of_head(weight), autocast or weight.dtype
-                    loss: Any = head_loss(rows, weight, adapter_weight, dtype, impl, workspace_bytes, row.largest_group)
-                forward_end = len(live.events)
-            del hidden_states, rows
+                    return head_loss(rows, weight, adapter_weight, dtype, impl, workspace_bytes, row.largest_group)
+
+        with live, marks.kept(decoder_layers(bare) if fold is not None else (), live):
+            if row.num_prompt:
+                assert fold is None
+                with context:
+                    loss: Any = _loss_after_prompt(bare, row.num_prompt, attention, loss_of_row)
+            else:
+                loss = loss_of_row(None)
+            forward_end = len(live.events)
             if loss.requires_grad:
                 loss.backward()
         changes = live.changes([p.grad for p in trained if p.grad is not None and not accumulates])
@@ -276,16 +291,36 @@ def _few_tiles() -> Iterator[None]:
         only_first_tiles.reset(token)
 
 
-def _hidden_states(bare: Any, row: RowShape, attention: str) -> Tensor:
+def _loss_after_prompt(bare: Any, num_prompt: int, attention: str, loss_of_part: Callable[[Prefix], Tensor]) -> Tensor:
+    """As `loss_after_prompt` of `modeling/prompt_once.py`, for two parts: the second one's backward meets the gradients
+    that the first one's has left."""
+    prefix, prompt = Prefix(num_prompt), RowShape(((0, num_prompt, 0, 0),), 0)
+    with EmbeddingGradient(bare).of_embedding():
+        prefix.last_hidden_state = _hidden_states(bare, prompt, attention, record=prefix)[0, -1:].clone()
+    tensors = prefix.tensors()
+    empty = prefix.of([torch.empty(0)] * len(tensors))
+
+    def backward(leaves: Sequence[Tensor], grad: Tensor) -> None:
+        for _ in range(2):
+            loss_of_part(empty.of(leaves)).backward()
+
+    loss: Tensor = Continued.apply(torch.zeros((), requires_grad=True), backward, *tensors)
+    return loss
+
+
+def _hidden_states(
+    bare: Any, row: RowShape, attention: str, *, prefix: Prefix | None = None, record: Prefix | None = None
+) -> Tensor:
     from transformers import AttentionInterface
 
     AttentionInterface.register(_DRY_ATTENTION, dry_attention)
-    shape = row.sequences or (1, row.num_tokens // row.num_processes)
+    shape = row.sequences or (1, (row.num_tokens - row.num_prompt) // row.num_processes)
     ids = torch.zeros(shape, dtype=torch.int64)
     layout: dict[str, Any] = {}
     if not row.sequences:
         group = None if row.num_processes == 1 else DryGroup(row.num_processes)
-        packed = PackedLayout(row.segments, varlen_layout(row.segments), attention, group=group)
+        about: dict[str, Any] = {"group": group, "prefix": prefix, "record": record}
+        packed = PackedLayout(row.segments, varlen_layout(row.segments), attention, **about)
         layout = {"position_ids": ids, "packed_layout": packed}
     mixers = mixers_of(bare)
     if mixers is not None:  # found on the model that this one has the shapes of
@@ -295,6 +330,8 @@ def _hidden_states(bare: Any, row: RowShape, attention: str) -> Tensor:
     for config in configs.values():
         config._attn_implementation_internal = _DRY_ATTENTION
     hidden_states: Tensor = backbone(bare)(input_ids=ids, use_cache=False, **layout).last_hidden_state
+    if record is not None:
+        packed.record = None
     return hidden_states
 
 

@@ -25,7 +25,12 @@ from fastdpo.modeling.offload import DryCopies, offload_checkpoints
 from fastdpo.ops.eager import default_workspace_bytes
 from fastdpo.ops.engine import engine_of, resolve_impl
 from fastdpo.training.memory.dry_run import StepPeak, dry_step, fake_mode, shape_only
-from fastdpo.training.memory.largest_batch import is_measured_later, largest_in_order, largest_microbatch
+from fastdpo.training.memory.largest_batch import (
+    is_measured_later,
+    largest_in_order,
+    largest_microbatch,
+    largest_row_in_parts,
+)
 from fastdpo.training.run import Run
 from fastdpo.training.setup.models import head_dtype
 from fastdpo.training.setup.optimizers import (
@@ -218,7 +223,9 @@ def _estimate(run: Run, impl: str, workspace_bytes: int | None) -> MemoryEstimat
     of_update = None
     if args.optimizer_in_backward:
         of_update = partial(update_bytes, optimizer_name(args), weight_rounding=args.weight_rounding)
-    peak = dry_step(dry, row, mode, **settings, accumulates=accumulates, update_bytes=of_update)
+    steps = [one for one in (row, largest_row_in_parts(run)) if one is not None]
+    peaks = [dry_step(dry, one, mode, **settings, accumulates=accumulates, update_bytes=of_update) for one in steps]
+    peak = max(peaks, key=lambda one: one.total)
     gradients = sum(p.numel() * p.element_size() for p in dry.parameters() if p.requires_grad)
     forwards = [
         dry_step(dry, evaluated, mode, **settings, with_grad=False)

@@ -6,7 +6,8 @@ losses. Gradients and metrics are those of the whole batch: what a failed attemp
 
 Processes with a copy of the model each (DDP) halve by themselves. They meet in the backward that reduces gradients, the
 last one of a step, which cannot be repeated. So a micro-batch of a size that has not fitted before runs without
-reducing. A small one that counts for nothing then follows, and its backward reduces the gradients of the whole step.
+reducing, and so does a row in parts whose prompt runs once, because its backward has others inside. A small one that
+counts for nothing then follows, and its backward reduces the gradients of the whole step.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.modeling.allocation import is_out_of_memory
+from fastdpo.modeling.attention import PrefixRefused
 from fastdpo.training.inputs.collator import Example
 from fastdpo.training.memory.out_of_memory import OutOfMemory, OwnItems, Piece
 from fastdpo.training.memory.row_parts import FirstPass, KnownWeights, RowPart
@@ -80,7 +82,8 @@ class Halving:
             if row_parts := self.out_of_memory.parts(piece):
                 pieces = [*self._weighed(model, piece, row_parts, dataset, "train")[0], *pieces]
                 continue
-            is_last = not pieces and (not reduces or piece.num_tokens <= self._most)
+            fits = piece.num_tokens <= self._most and not piece.pieces  # with a backward inside its backward
+            is_last = not pieces and (not reduces or fits)
             with nullcontext() if is_last else without_step(model):
                 loss = self._tried(step, model, piece, num_items)
             if isinstance(loss, str):
@@ -147,15 +150,21 @@ class Halving:
     def _weighed(
         self, model: nn.Module, piece: Piece, parts: list[RowPart], dataset: Any, name: str
     ) -> tuple[list[Piece], list[KnownWeights]]:
-        """The parts of a row with their weights, after the first pass; in smaller parts if that does not fit."""
+        """The micro-batches of a row, after the first pass, and the weights of its parts; in smaller parts if that does
+        not fit."""
         while True:
+            num_prompt = self.out_of_memory.shared_prompt(parts)
             try:
-                known = self.first_pass(model, piece.inputs, parts)
-                return [Piece.of_part(*pair) for pair in zip(parts, known, strict=True)], known
+                known = self.first_pass(model, piece.inputs, parts, num_prompt)
+                pieces = [Piece.of_part(*pair) for pair in zip(parts, known, strict=True)]
+                return [Piece.of_parts(pieces)] if num_prompt else pieces, known
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not _cannot_run(error):
                     raise
                 reason = str(error).partition("\n")[0]
+            if num_prompt:
+                self.out_of_memory.repeat_prompt(num_prompt, reason)
+                continue
             largest = max((Piece.of_part(part, None) for part in parts), key=lambda part: part.num_tokens)
             self.out_of_memory.after(largest, reason, dataset, name)
             parts = self.out_of_memory.parts(piece)
@@ -178,7 +187,7 @@ class Halving:
         try:
             loss = step(model, piece.inputs, num_items)
         except RuntimeError as error:  # not kept: its frames hold the activations
-            if not is_out_of_memory(error):
+            if not _cannot_run(error):
                 raise
             self._was_in_backward = bool(self._held) or piece.part is not None or FOR_NOTHING in piece.inputs
             _keep_buffers(model)
@@ -187,7 +196,8 @@ class Halving:
             for record in self._held or ():
                 record()
             self._most = max(self._most, piece.num_tokens)
-            if piece.part is None and (self._smallest is None or piece.num_tokens < self._smallest.num_tokens):
+            is_whole = piece.part is None and not piece.pieces
+            if is_whole and (self._smallest is None or piece.num_tokens < self._smallest.num_tokens):
                 self._smallest = piece
             if not self.out_of_memory.cannot_split:
                 self._done.append((piece.inputs, num_items))
@@ -203,6 +213,11 @@ class Halving:
             self._held = []
             step(model, inputs, num_items)
         self._held = None
+
+
+def _cannot_run(error: RuntimeError) -> bool:
+    """Whether a micro-batch can run in smaller ones instead."""
+    return is_out_of_memory(error) or isinstance(error, PrefixRefused)
 
 
 def _keep_buffers(model: nn.Module) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from fastdpo.data.batches.lengths import row_lengths
+from fastdpo.modeling.prompt_once import after_prompt
 from fastdpo.training.inputs.collator import examples_of, microbatches_of
 from fastdpo.training.inputs.streams import known_rows
 from fastdpo.training.memory.dry_run import RowShape
 from fastdpo.training.memory.out_of_memory import OutOfMemory, Piece
+from fastdpo.training.memory.row_parts import why_prompt_of_run_repeats
 from fastdpo.training.run import Run
 from fastdpo.types import PackedBatch
 
@@ -29,6 +31,7 @@ class _Sizes:
         self.num_responses = lengths.per_row(np.ones_like(lengths.responses))
         copies = 1 if run.args.prefix_sharing else self.num_responses
         self.packed = copies * lengths.prompts + lengths.per_row(lengths.responses)
+        self.prompts = lengths.prompts
         self.longest = np.zeros_like(lengths.prompts)
         np.maximum.at(self.longest, lengths.rows, lengths.sequences)
 
@@ -60,6 +63,30 @@ def largest_microbatch(run: Run, num_draws: int = 200) -> RowShape:
     elif not is_measured_later(run):
         candidates.append(max((draw.sample(range(len(dataset)), size) for _ in range(num_draws)), key=sizes.together))
     return _largest_part(run, dataset, candidates)
+
+
+def largest_row_in_parts(run: Run) -> RowShape | None:
+    """The largest part of a row whose prompt runs once, of the row with the longest prompt and sequence; None if no
+    prompt runs once."""
+    dataset: Any = known_rows(run.train_dataset)
+    limit = run.collator.max_tokens
+    if dataset is None or len(dataset) == 0 or limit is None or run.args.on_oversized_row != "split":
+        return None
+    sizes = _Sizes(run, dataset)
+    too_long = (sizes.alone() > limit).nonzero()[0]
+    if len(too_long) == 0 or why_prompt_of_run_repeats(run):
+        return None
+    row = int(too_long[(sizes.prompts + sizes.longest)[too_long].argmax()])
+    inputs = run.collator([dataset[row]])
+    ((part, examples),) = zip(microbatches_of(inputs), examples_of(inputs), strict=True)
+    oversized = OutOfMemory(run.collator, run.args.on_oversized_row)
+    row_parts = oversized.parts(Piece(part, examples))
+    num_prompt = oversized.shared_prompt(row_parts) if row_parts else 0
+    if num_prompt == 0:
+        return None
+    largest = max((PackedBatch(**one.inputs) for one in row_parts), key=lambda one: one.input_ids.numel())
+    segments = tuple(tuple(segment) for segment in after_prompt(largest, num_prompt).segments)
+    return RowShape(segments, len(largest.labels), num_prompt=num_prompt)  # type: ignore[arg-type]
 
 
 def largest_in_order(run: Run, dataset: Any) -> RowShape:

@@ -4,7 +4,7 @@ In: a micro-batch and the rows that it was made of. Out: two micro-batches of th
 is remembered: later micro-batches of at least as many tokens are halved before they run. A row that does not fit alone
 is refused with its number and length, or left out and counted if on_oversized_row is "skip"; it then counts as a loss
 of 0 in the mean of its step. If on_oversized_row is "split", the row runs in parts (`row_parts.py`), down to one
-sequence.
+sequence; first as one micro-batch whose prompt runs once, and if that does not fit, part by part.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from transformers.utils import logging
 from fastdpo.data.prepare import group_from_columns
 from fastdpo.training.inputs.collator import Example, PackingCollator
 from fastdpo.training.inputs.transfer import OneBuffer
-from fastdpo.training.memory.row_parts import KNOWN, KnownWeights, RowPart, halves_of_part, parts_of_row
+from fastdpo.training.memory.row_parts import (
+    IN_PARTS,
+    KNOWN,
+    KnownWeights,
+    RowInParts,
+    RowPart,
+    halves_of_part,
+    parts_of_row,
+    repeats_much,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -38,13 +47,24 @@ class Piece:
     examples: tuple[Example, ...] | None
     part: RowPart | None = None  # what it holds, if that is only a part of one row
     own_items: OwnItems | None = None  # if other processes have some of its rows, too
+    pieces: tuple[Piece, ...] = ()  # the parts of a row whose prompt runs once for them
 
     @classmethod
     def of_part(cls, part: RowPart, known: KnownWeights | None) -> Piece:
         return cls({**part.inputs, KNOWN: known}, ((part.row[0], part.group),), part)
 
+    @classmethod
+    def of_parts(cls, pieces: Sequence[Piece]) -> Piece:
+        """The parts of a row, each with its known weights, as one micro-batch."""
+        parts = [piece.part for piece in pieces if piece.part is not None]
+        in_parts = RowInParts(parts, [piece.inputs[KNOWN] for piece in pieces])
+        return cls({IN_PARTS: in_parts}, (parts[0].row,), pieces=tuple(pieces))
+
     @property
     def num_tokens(self) -> int:
+        """The tokens that run at once."""
+        if self.pieces:
+            return max(piece.num_tokens for piece in self.pieces)
         return int(self.inputs["input_ids"].numel())
 
 
@@ -55,8 +75,10 @@ class OutOfMemory:
     collator: PackingCollator
     on_oversized_row: str
     cannot_split: str = ""  # why micro-batches of this run must stay whole; empty if they need not
+    repeats_prompt: str = ""  # why a prompt of this run must run once for every part of its row; empty if it need not
     least: int | None = None  # tokens of the smallest micro-batch of several rows that did not fit
     least_of_row: int | None = None  # tokens of the smallest row or part of a row that did not fit
+    least_prompt: int | None = None  # tokens of the shortest prompt that did not fit beside the parts of its row
     skipped: list[int] = field(default_factory=list)  # numbers of the rows that were left out, -1 if unknown
 
     def fitting(self, piece: Piece) -> list[Piece]:
@@ -68,7 +90,7 @@ class OutOfMemory:
 
     def parts(self, piece: Piece) -> list[RowPart]:
         """The parts in which a row must run; none if it may run whole."""
-        is_row = piece.examples is not None and len(piece.examples) == 1 and piece.part is None
+        is_row = piece.examples is not None and len(piece.examples) == 1 and piece.part is None and not piece.pieces
         if self.on_oversized_row != "split" or not is_row:
             return []
         assert piece.examples is not None
@@ -80,6 +102,21 @@ class OutOfMemory:
             return []
         return parts_of_row(row, self.collator, min(capacities), piece.inputs["input_ids"])
 
+    def shared_prompt(self, parts: Sequence[RowPart]) -> int:
+        """Tokens of the prompt of a row's parts that runs once for them; 0 if it cannot, or if that saves little."""
+        num_prompt = len(parts[0].group.prompt_ids)
+        fits = self.least_prompt is None or num_prompt < self.least_prompt
+        return num_prompt if not self.repeats_prompt and fits and repeats_much(parts) else 0
+
+    def repeat_prompt(self, num_prompt: int, reason: str) -> None:
+        """From now on, prompts of so many tokens run with every part of their row."""
+        _release()
+        self.least_prompt = num_prompt
+        logger.warning(
+            f"A prompt of {num_prompt:,} tokens cannot run once for all parts of its row ({reason}). Prompts of that"
+            " length run with every part; gradients stay those of the whole row"
+        )
+
     def after(self, piece: Piece, reason: str, dataset: Any, name: str) -> list[Piece]:
         """What to run instead of a micro-batch that has not fitted; nothing if its only row is left out. A row that is
         returned as it was will run in parts.
@@ -87,9 +124,11 @@ class OutOfMemory:
         Raises:
             ValueError: it cannot be split, or its only row does not fit.
         """
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if piece.pieces:
+            assert piece.examples is not None
+            self.repeat_prompt(len(piece.examples[0][1].prompt_ids), reason)
+            return list(piece.pieces)
+        _release()
         tokens = piece.num_tokens
         if self.cannot_split or piece.examples is None:
             why = self.cannot_split or "the data_collator does not say which rows a batch holds"
@@ -119,7 +158,7 @@ class OutOfMemory:
     def _in_parts(self, piece: Piece) -> list[Piece]:
         tokens = piece.num_tokens
         if self.least_of_row is None or tokens < self.least_of_row:
-            self.least_of_row = tokens
+            self.least_of_row, self.least_prompt = tokens, None  # smaller parts may leave space for the prompt
             logger.warning(
                 f"{tokens:,} tokens of one row do not fit into memory. Its sequences run in parts, and so do those of"
                 " later rows of that size; gradients stay those of the whole row. To save the failed attempts, set"
@@ -169,6 +208,13 @@ class OutOfMemory:
             inputs = piece.own_items(inputs)
         moved = dict(OneBuffer(inputs).to(piece.inputs["input_ids"].device))
         return Piece(moved, tuple(examples), own_items=piece.own_items)
+
+
+def _release() -> None:
+    """Gives what a failed attempt has left behind back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def row_of(dataset: Any, example: Example) -> int:

@@ -4,7 +4,7 @@ In: a row, and how many tokens a part may have. Out: micro-batches of its sequen
 summed log-probs of the row's sequences has the gradient `sum_s weight_s * d logp_s`, with `weight_s = d loss / d
 logp_s`. A first pass without a graph gives all log-probs, and so the loss and the weights; each part then runs with the
 known weights of its sequences. This is exact and costs one more forward. The longest sequence has to fit into memory,
-not the pair or the ranking.
+not the pair or the ranking. Where the model allows, all parts are one micro-batch, whose prompt runs once.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastdpo.modeling import packed_loss
+from fastdpo.modeling.prompt_once import loss_after_prompt, why_prompt_repeats
 from fastdpo.training.inputs.collator import Example, PackingCollator
 from fastdpo.training.inputs.transfer import OneBuffer
+from fastdpo.training.run import Run
 from fastdpo.types import PackedBatch, TokenizedGroup
 
 KNOWN = "known_weights"  # key of a part's inputs, after the first pass
+IN_PARTS = "row_in_parts"  # the only key of the inputs of a row whose prompt runs once
+LEAST_SHARE = 1 / 16  # of the tokens of a row's parts that must be copies of the prompt
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,10 @@ class KnownWeights:
         """Of some sequences of the part; the loss goes to the first of its halves."""
         return KnownWeights(self.weights[list(places)], self.loss if first else self.loss * 0)
 
+    def weighted(self, sums: Tensor, lengths: Tensor, sequences: slice, pairs: slice) -> Tensor:
+        """(), whose gradient in the log-probs `sums` of some sequences is that of the row's loss."""
+        return (self.weights[sequences] * sums).sum()
+
 
 @dataclass(frozen=True)
 class RowPart:
@@ -45,8 +54,16 @@ class RowPart:
     inputs: dict[str, Any]
 
 
-# (model, inputs of the row, its parts) -> the known weights of each part
-FirstPass = Callable[[nn.Module, dict[str, Any], Sequence[RowPart]], list[KnownWeights]]
+@dataclass(frozen=True)
+class RowInParts:
+    """All parts of a row, for one micro-batch whose prompt runs once."""
+
+    parts: Sequence[RowPart]
+    known: Sequence[KnownWeights]  # of each part
+
+
+# (model, inputs of the row, its parts, tokens of its prompt if it runs once) -> the known weights of each part
+FirstPass = Callable[[nn.Module, dict[str, Any], Sequence[RowPart], int], list[KnownWeights]]
 
 
 def parts_of_row(row: Example, collator: PackingCollator, capacity: int, like: Tensor) -> list[RowPart]:
@@ -93,12 +110,36 @@ def loss_of_part(model: nn.Module, inputs: dict[str, Any], **settings: Any) -> T
     """
     known: KnownWeights = inputs[KNOWN]
     batch = PackedBatch(**{key: value for key, value in inputs.items() if key != KNOWN})
-
-    def weighted(sums: Tensor, lengths: Tensor, sequences: slice, pairs: slice) -> Tensor:
-        return (known.weights[sequences] * sums).sum()
-
-    loss, _ = packed_loss(model, batch, weighted, **settings)
+    loss, _ = packed_loss(model, batch, known.weighted, **settings)
     return loss - loss.detach() + known.loss
+
+
+def loss_of_row(model: nn.Module, row: RowInParts, **settings: Any) -> Tensor:
+    """The row's loss, (). Its prompt runs forward here, its parts run in backward.
+
+    Args:
+        settings: of `packed_loss`.
+    Raises:
+        PrefixRefused: the parts of this model's rows need the prompt.
+    """
+    batches = [PackedBatch(**part.inputs) for part in row.parts]
+    num_prompt, losses = len(row.parts[0].group.prompt_ids), [known.weighted for known in row.known]
+    zero = loss_after_prompt(model, batches, num_prompt, losses, **settings)
+    return zero + torch.stack([known.loss for known in row.known]).sum()
+
+
+def why_prompt_of_run_repeats(run: Run) -> str:
+    """Why the prompt of a row in parts must run once for every part; empty if it need not."""
+    if not (run.is_packed and run.args.prefix_sharing):
+        return "rows do not share their prompts"
+    return "the model is compiled" if run.args.torch_compile else why_prompt_repeats(run.model)
+
+
+def repeats_much(parts: Sequence[RowPart]) -> bool:
+    """Whether enough of the parts' tokens are copies of the prompt that it should run once for all of them."""
+    num_prompt = len(parts[0].group.prompt_ids)
+    num_tokens = sum(part.inputs["input_ids"].numel() for part in parts)
+    return num_prompt > 0 and (len(parts) - 1) * num_prompt >= LEAST_SHARE * num_tokens
 
 
 def _part(row: Example, sequences: tuple[int, ...], collator: PackingCollator, like: Tensor) -> RowPart:
