@@ -3,6 +3,9 @@
 import importlib
 import os
 import signal
+import sys
+import tempfile
+import traceback
 
 from fastdpo.cli.main import main
 from fastdpo.references.cache import LogpsCache
@@ -16,18 +19,24 @@ def killed(words, where, call=1, *, after=False):
         call: number of the call, from 1.
         after: whether the function still runs.
     """
-    pid = os.fork()
-    if pid == 0:
-        try:
-            with open(os.devnull, "w") as nothing:
-                os.dup2(nothing.fileno(), 1)
-                os.dup2(nothing.fileno(), 2)
-            _kill_at(where, call, after)
-            main([str(word) for word in words])
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status), f"{where} was called fewer than {call} times: exit code {os.WEXITSTATUS(status)}"
+    with tempfile.TemporaryFile("w+") as output:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                with open(2, "w", buffering=1, closefd=False) as sys.stdout:  # pytest's own would keep what is printed
+                    sys.stderr = sys.stdout
+                    _kill_at(where, call, after)
+                    print("exit code", main([str(word) for word in words]))
+            except BaseException:
+                os.write(2, traceback.format_exc().encode())
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(pid, 0)
+        output.seek(0)
+        said = output.read()[-2000:]
+    assert os.WIFSIGNALED(status), f"{where} was called fewer than {call} times:\n{said}"
     assert os.WTERMSIG(status) == signal.SIGKILL
 
 
@@ -61,3 +70,6 @@ def _kill_at(where, call, after):
         return found
 
     setattr(owner, name, deadly)
+    for other in [module for name, module in sys.modules.items() if name.startswith("fastdpo")]:
+        for name in [name for name, value in vars(other).items() if value is function]:  # imported by name before
+            setattr(other, name, deadly)
