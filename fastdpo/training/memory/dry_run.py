@@ -245,10 +245,9 @@ def _step(
                 embedded = EmbeddingGradient(bare)
                 with embedded.of_embedding():
                     hidden_states = _hidden_states(bare, row, attention, prefix=prefix).flatten(0, 1)
-                if prefix is not None:
-                    hidden_states = prefix.with_last(hidden_states)
-                rows = hidden_states.index_select(0, torch.zeros(row.num_rows, dtype=torch.int64))
-                del hidden_states
+                # alive while the head runs, as in a forward of the model
+                continued = hidden_states if prefix is None else prefix.with_last(hidden_states)
+                rows = continued.index_select(0, torch.zeros(row.num_rows, dtype=torch.int64))
                 with live.tagged("head"):
                     rows, weight, adapter_weight = lm_head(bare).operands(rows, split=with_grad)
                     weight, dtype = embedded.of_head(weight), autocast or weight.dtype
