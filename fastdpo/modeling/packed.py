@@ -116,6 +116,19 @@ def _check_token_ids(model: nn.Module, input_ids: Tensor) -> None:
             raise ValueError(f"input_ids must be in [0, {num_embeddings}), the model's embeddings, got {bound}")
 
 
+def layout_of(model: nn.Module, batch: PackedBatch, **more: Any) -> PackedLayout:
+    """The layout of a packed batch, for one forward of the model, whose mixers then run packed.
+
+    Args:
+        more: further arguments of PackedLayout.
+    """
+    assert batch.varlen is not None
+    state = prepared_state(model)
+    run_mixers_packed(model)
+    about = state.attention_backend, state.excluded_backends, state.masks
+    return PackedLayout(batch.segments, batch.varlen, *about, **more)
+
+
 def _run(
     model: nn.Module,
     batch: PackedBatch,
@@ -132,9 +145,7 @@ def _run(
         group = None if batch.shares is None else state.sequence_group
         if group is None and batch.shares is not None:
             raise ValueError("batch must have no shares for a model that has no sequence_group (see prepare_model)")
-        about = state.attention_backend, state.excluded_backends, state.masks, group
-        layout = PackedLayout(batch.segments, batch.varlen, *about, prefix)
-        run_mixers_packed(model)
+        layout = layout_of(model, batch, group=group, prefix=prefix)
     settings = {"packed_layout": layout, "impl": impl, "outputs": tuple(outputs), "router_aux_loss": router_aux_loss}
     result = model(input_ids=batch.input_ids, packed_batch=batch, loss_of=loss_of, summed=tuple(summed), **settings)
     if result["sums"].dtype.itemsize < 4:

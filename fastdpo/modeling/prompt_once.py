@@ -11,8 +11,7 @@ Refused with the reason: models that mix tokens in other ways than by attention 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +20,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastdpo.data.batches.varlen import varlen_layout
-from fastdpo.modeling.attention import PackedLayout, Prefix
+from fastdpo.modeling.attention import Prefix
+from fastdpo.modeling.autocast import autocast_of
 from fastdpo.modeling.backbone import bare_model, is_composite
 from fastdpo.modeling.mixers import mixers_of
-from fastdpo.modeling.packed import packed_logps, packed_loss
+from fastdpo.modeling.packed import layout_of, packed_logps, packed_loss
 from fastdpo.modeling.packed_forward import LossOfSums
-from fastdpo.modeling.prepared import prepared_state, run_mixers_packed
+from fastdpo.modeling.prepared import prepared_state
 from fastdpo.types import PackedBatch, PairLogps
 
 
@@ -74,7 +74,7 @@ def prefix_of(model: nn.Module, batch: PackedBatch, num_prompt: int) -> Prefix:
     Raises:
         PrefixRefused: the keys and values of a layer cannot be recorded.
     """
-    segments, prefix, state = ((0, num_prompt, 0, 0),), Prefix(num_prompt), prepared_state(model)
+    segments, prefix = ((0, num_prompt, 0, 0),), Prefix(num_prompt)
     prompt = replace(
         batch,
         input_ids=batch.input_ids[:, :num_prompt],
@@ -82,11 +82,7 @@ def prefix_of(model: nn.Module, batch: PackedBatch, num_prompt: int) -> Prefix:
         segments=segments,
         varlen=varlen_layout(segments).to(batch.input_ids.device),
     )
-    assert prompt.varlen is not None
-    about = state.attention_backend, state.excluded_backends, state.masks
-    layout = PackedLayout(segments, prompt.varlen, *about, record=prefix)
-    run_mixers_packed(model)
-    model(input_ids=prompt.input_ids, packed_batch=prompt, packed_layout=layout)
+    model(input_ids=prompt.input_ids, packed_batch=prompt, packed_layout=layout_of(model, prompt, record=prefix))
     return prefix
 
 
@@ -124,11 +120,11 @@ def loss_after_prompt(
     prefix = prefix_of(model, batches[0], num_prompt)
     rest = [after_prompt(batch, num_prompt) for batch in batches]
     tensors, shape = prefix.tensors(), prefix.of([torch.empty(0)] * len(prefix.tensors()))
-    as_now = _autocast_as_now(batches[0].input_ids.device.type)
+    autocast = autocast_of(batches[0].input_ids.device.type)
 
     def backward(leaves: Sequence[Tensor], grad: Tensor) -> None:
         for batch, loss_of in zip(rest, losses, strict=True):
-            with as_now():
+            with torch.autocast(**autocast):
                 loss, _ = packed_loss(model, batch, loss_of, prefix=shape.of(leaves), **settings)
             torch.autograd.backward(loss, grad.to(loss.dtype))
 
@@ -154,13 +150,3 @@ class Continued(torch.autograd.Function):
         with torch.enable_grad():
             ctx.run(leaves, grad)
         return None, None, *(leaf.grad for leaf in leaves)
-
-
-def _autocast_as_now(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
-    """A function that makes a context manager with the autocast of this moment, for another thread too."""
-    is_enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-
-    def make() -> AbstractContextManager[Any]:
-        return torch.autocast(device_type, dtype=dtype, enabled=is_enabled)
-
-    return make

@@ -61,14 +61,17 @@ class Table:
     is_prose: bool = False  # cells are words: aligned to the left, and they may wrap
 
     def __post_init__(self) -> None:
-        num_columns = len(self.columns) or (len(self.rows[0]) if self.rows else 0)
         for row in self.rows:
-            if len(row) != num_columns:
-                raise ValueError(f"rows must have {num_columns} cells each, got {list(row)!r}")
+            if len(row) != self.num_columns:
+                raise ValueError(f"rows must have {self.num_columns} cells each, got {list(row)!r}")
+
+    @property
+    def num_columns(self) -> int:
+        return len(self.columns) or (len(self.rows[0]) if self.rows else 0)
 
     def body(self) -> str:
         head = "".join(f'<th scope="col">{escape(column)}</th>' for column in self.columns)
-        width = " wide" if len(self.rows[0] if self.rows else ()) >= MANY_COLUMNS else ""
+        width = " wide" if self.num_columns >= MANY_COLUMNS else ""
         lines = [f'<div class="scroll{width}"><table class="{"prose" if self.is_prose else "figures"}">']
         if head:
             lines.append(f"<thead><tr>{head}</tr></thead>")

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from fastdpo.modeling.autocast import autocast_of
 from fastdpo.ops.eager import even_chunks
 
 # The number of tiles that run, for tensors without storage: all tiles allocate the same.
@@ -60,7 +61,7 @@ def run_in_tiles(
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     trained = [p for p in module.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *trained)):
-        call.autocast = _autocast_of(tensors[0].device.type)
+        call.autocast = autocast_of(tensors[0].device.type)
         call.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         call.places = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         token = _Start.apply(call, len(tensors), *tensors, *trained)
@@ -276,13 +277,3 @@ def _own_weights(module: nn.Module) -> Iterator[list[Tensor]]:
         for parameter, owners in places.items():
             for owner, name in owners:
                 owner._parameters[name] = parameter
-
-
-def _autocast_of(device_type: str) -> dict[str, Any]:
-    """The state of autocast, as arguments of `torch.autocast`."""
-    return {
-        "device_type": device_type,
-        "dtype": torch.get_autocast_dtype(device_type),
-        "enabled": torch.is_autocast_enabled(device_type),
-        "cache_enabled": torch.is_autocast_cache_enabled(),
-    }
