@@ -9,12 +9,15 @@ from peers import peer
 from peft import PeftModel
 from peft_cases import GROUPS, lora, plain_sums
 from tiny import make_llama, make_rows, make_tokenizer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import fastdpo
 from fastdpo import DPOConfig, DPOTrainer, pack_pairs, packed_logps
+from fastdpo.evidence.memory import peak_live_bytes
 from fastdpo.training.callbacks.model_card import training_facts
 from fastdpo.training.callbacks.summary import summary_lines
+from fastdpo.training.memory.estimate import estimate_peak_memory
+from fastdpo.training.memory.planned import PlannedRun, estimate_planned_run
 
 CASES = {
     "layers": lambda: lora(),
@@ -31,18 +34,18 @@ def base(tmp_path):
     return str(tmp_path / "base")
 
 
-def four_bits():
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+def four_bits(compute="float32"):
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
-def make_trainer(tmp_path, base, peft_config, **settings):
+def make_trainer(tmp_path, base, peft_config, *, rows=None, quantization_config=None, **settings):
     defaults = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-2, "beta": 0.5, "report_to": "none"}
     defaults |= {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "ref_cache_dir": str(tmp_path / "cache")}
     return DPOTrainer(
         base,
         args=DPOConfig(str(tmp_path / "out"), **{**defaults, **settings}),
-        train_dataset=Dataset.from_list(make_rows(8)),
-        quantization_config=four_bits(),
+        train_dataset=Dataset.from_list(make_rows(8) if rows is None else rows),
+        quantization_config=four_bits() if quantization_config is None else quantization_config,
         peft_config=peft_config,
     )
 
@@ -110,6 +113,53 @@ def test_no_gradient_is_lost_where_bitsandbytes_repacks_weights(tmp_path, base, 
 def test_a_4_bit_base_without_an_adapter_is_refused(tmp_path, base, bitsandbytes):
     with pytest.raises(ValueError, match="purely quantized"):
         make_trainer(tmp_path, base, None)
+
+
+DTYPES = {  # of the rest of the model, and of the products, as the commands choose it
+    "none asked for": ({}, "bfloat16"),
+    "float32": ({"dtype": "float32"}, "float32"),
+    "bfloat16": ({"dtype": "bfloat16"}, "bfloat16"),
+}
+
+
+def step_bytes(trainer):
+    """Bytes beyond weights, reference and optimizer state, as measured and as estimated."""
+    found = estimate_peak_memory(trainer)
+    trainer.train()
+    inputs = next(iter(trainer.get_train_dataloader()))
+
+    def step():
+        trainer.model.zero_grad()
+        trainer.training_step(trainer.model, inputs, 4)
+
+    return peak_live_bytes(step), found.total - found.weights - found.reference - found.optimizer
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_on_a_quantized_base_takes_what_was_estimated(tmp_path, bitsandbytes, dtype, bits, bf16):
+    """Results of quantized layers have the dtype of their input, that of the rest of the model, under autocast too."""
+    base, (kwargs, compute) = str(tmp_path / "wide"), DTYPES[dtype]
+    make_llama(hidden_size=128, intermediate_size=512, num_hidden_layers=3).save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    row = {"prompt_ids": [5] * 150, "chosen_ids": [6] * 80, "rejected_ids": [7] * 80}
+    settings = {"max_steps": 1, "per_device_train_batch_size": 4, "max_length": None, "bf16": bf16}
+    config = four_bits(compute) if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
+    more = {"rows": [row] * 4, "quantization_config": config, "model_init_kwargs": kwargs}
+    measured, estimated = step_bytes(make_trainer(tmp_path, base, lora(), **more, **settings))
+    assert estimated == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_plan_of_a_4_bit_base_is_the_estimate_of_its_trainer(tmp_path, base, bitsandbytes, dtype):
+    kwargs, compute = DTYPES[dtype]
+    settings = {"bf16": True, "model_init_kwargs": kwargs, "quantization_config": four_bits(compute)}
+    trainer = make_trainer(tmp_path, base, lora(), **settings)
+    config = AutoConfig.from_pretrained(base)
+    run = PlannedRun(trainer.args, config, make_tokenizer(), trainer.train_dataset, peft_config=lora(), bits=4)
+    expected = estimate_peak_memory(trainer).parts()
+    assert estimate_planned_run(run, on_gpu=False).parts() == pytest.approx(expected, rel=0.02, abs=8)
 
 
 def test_without_bitsandbytes_the_error_says_what_is_missing(tmp_path, base, monkeypatch):

@@ -28,7 +28,7 @@ def quantization_config(adapter: LoraArguments, dtype: str | None = None) -> Any
     """The BitsAndBytesConfig; None if the base model is not quantized.
 
     Args:
-        dtype: dtype of the loaded weights, and of the computation with 4-bit weights; bfloat16 by default.
+        dtype: of the other weights, and of products with 4-bit weights, which are in bfloat16 without one.
     """
     if not (adapter.load_in_4bit or adapter.load_in_8bit):
         return None

@@ -35,6 +35,7 @@ from fastdpo.modeling.prompt_once import Continued
 from fastdpo.modeling.tiles import find_tiles, install_tiles, only_first_tiles
 from fastdpo.training.memory.dry_ops import DryExperts, DryGroup, dry_attention, head_loss
 from fastdpo.training.memory.folding import Fold, Marks, decoder_layers, only_folded, peak_of, unfolded_peak
+from fastdpo.training.memory.quantized import dry_quantized, is_quantized
 
 PARTS = ("casts", "gradients", "head", "activations")
 # For models with recurrent states: rows that measure the operations per token, and the largest number of operations to
@@ -103,9 +104,8 @@ def fake_mode() -> Any:
 
 
 def shape_only(model: nn.Module, mode: Any, fold: Fold | None = None) -> nn.Module:
-    """A copy of the model whose weights have shapes and dtypes but no memory; 4-bit layers become bf16 layers.
-
-    With a fold, the copy has only the layers that run.
+    """A copy of the model whose weights have shapes and dtypes but no memory. Quantized layers become stand-ins, see
+    `fastdpo.training.memory.quantized`. With a fold, the copy has only the layers that run.
     """
     with mode, only_folded(model, fold):
         memo: dict[int, Any] = {}
@@ -113,11 +113,7 @@ def shape_only(model: nn.Module, mode: Any, fold: Fold | None = None) -> nn.Modu
             empty: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
             is_weight = isinstance(tensor, nn.Parameter) and tensor.dtype.is_floating_point
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_weight else empty
-        for module in model.modules():
-            given: Any = module
-            if type(module).__name__ == "Linear4bit" and not hasattr(module, "base_layer"):  # bitsandbytes', not PEFT's
-                linear = nn.Linear(given.in_features, given.out_features, given.bias is not None, dtype=torch.bfloat16)
-                memo[id(module)] = linear.requires_grad_(False)
+        memo |= {id(module): dry_quantized(module) for module in model.modules() if is_quantized(module)}
         dry: nn.Module = copy.deepcopy(model, memo)
         bare = bare_model(dry)
         if is_prepared(bare):

@@ -31,6 +31,7 @@ from fastdpo.training.memory.largest_batch import (
     largest_microbatch,
     largest_row_in_parts,
 )
+from fastdpo.training.memory.quantized import largest_copy, scale_bytes
 from fastdpo.training.run import Run
 from fastdpo.training.setup.models import head_dtype
 from fastdpo.training.setup.optimizers import (
@@ -45,7 +46,6 @@ from fastdpo.training.setup.optimizers import (
 MIB = 2**20
 CUDA_BYTES = 640 * MIB  # CUDA's context and libraries, outside the allocator, with cuBLAS's workspace; about right
 CUDA_WORKSPACE_BYTES = 2**28  # of the head op's kernels, which only take more if memory is free
-BYTES_IN_4_BIT = 0.5 + 4 / 64  # per weight: nf4, and an fp32 scale for each block of 64
 _DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -119,7 +119,7 @@ def enable_checkpointing(dry: nn.Module, kwargs: dict[str, Any]) -> None:
 def model_bytes(model: nn.Module) -> int:
     """Bytes of stored parameters and buffers; 4-bit parameters are counted packed and with their scales."""
     tensors = {*model.parameters(), *model.buffers()}
-    return sum(tensor.numel() * tensor.element_size() + _scale_bytes(tensor) for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() + scale_bytes(tensor) for tensor in tensors)
 
 
 def head_sums_bytes(model: nn.Module) -> int:
@@ -129,21 +129,6 @@ def head_sums_bytes(model: nn.Module) -> int:
     if head.weight.requires_grad:
         return 4 * head.weight.numel()
     return sum(4 * low_rank.b.weight.numel() for low_rank in head.low_ranks if low_rank.b.weight.requires_grad)
-
-
-def _scale_bytes(weight: Any) -> int:
-    """Bytes of the scales of bitsandbytes' 4-bit weights: one per block, and their own if quantized too."""
-    state, total = getattr(weight, "quant_state", None), 0
-    while state is not None:
-        total += state.absmax.numel() * state.absmax.element_size()
-        state = getattr(state, "state2", None)
-    return total
-
-
-def _largest_4_bit_layer(model: nn.Module) -> int:
-    """Bytes of the temporary bf16 copy of the largest 4-bit layer during a product."""
-    layers: list[Any] = [layer for layer in model.modules() if type(layer).__name__ == "Linear4bit"]
-    return max((2 * layer.in_features * layer.out_features for layer in layers), default=0)
 
 
 def estimate_step(
@@ -250,7 +235,7 @@ def _estimate(run: Run, impl: str, workspace_bytes: int | None) -> MemoryEstimat
         in_backward=args.optimizer_in_backward,
         on_gpu=args.device.type == "cuda",
     )
-    return replace(estimate, casts=estimate.casts + _largest_4_bit_layer(run.model))
+    return replace(estimate, casts=estimate.casts + largest_copy(run.model))
 
 
 def _evaluated(run: Run) -> list[Any]:

@@ -17,7 +17,8 @@ from accelerate.utils import DistributedType
 from fastdpo.training.inputs.collator import collator_for
 from fastdpo.training.inputs.streams import brings_ref_logps
 from fastdpo.training.memory.estimate import MemoryEstimate, estimate_peak_memory, planned_impl
-from fastdpo.training.memory.weightless import in_fewer_bits, weightless_model
+from fastdpo.training.memory.quantized import in_fewer_bits, quantize_shapes
+from fastdpo.training.memory.weightless import weightless_model
 from fastdpo.training.setup.reference import choose_reference, too_large_to_hold
 
 
@@ -44,8 +45,11 @@ def estimate_planned_run(run: PlannedRun, *, on_gpu: bool, memory: int | None = 
         memory: of the GPU, in bytes, see `estimate_peak_memory`.
     """
     args: Any = _OnGpu(run.args) if on_gpu else run.args
-    dtype = _dtype(args, run.config, run.bits)
+    dtype = _dtype(args, run.config)
     model = weightless_model(run.config, dtype, run.peft_config)
+    if run.bits is not None:
+        asked = args.init_kwargs().get("dtype")  # in which the commands multiply too, if one is asked for
+        quantize_shapes(model, run.bits, asked if isinstance(asked, torch.dtype) else torch.bfloat16)
     if run.peft_config is not None and args.gradient_checkpointing:
         model.enable_input_require_grads()
     evaluated = [] if run.eval_dataset is None else [run.eval_dataset]
@@ -79,10 +83,8 @@ def estimate_planned_run(run: PlannedRun, *, on_gpu: bool, memory: int | None = 
     return replace(estimate, weights=estimate.weights - saved, casts=estimate.casts + largest)
 
 
-def _dtype(args: Any, config: Any, bits: int | None) -> torch.dtype:
-    asked = args.init_kwargs().get("dtype")
-    if asked is None:
-        return torch.float32 if bits is None else torch.bfloat16
+def _dtype(args: Any, config: Any) -> torch.dtype:
+    asked = args.init_kwargs().get("dtype", torch.float32)
     if isinstance(asked, torch.dtype):
         return asked
     found: torch.dtype = (config.dtype or torch.float32) if asked == "auto" else getattr(torch, asked)

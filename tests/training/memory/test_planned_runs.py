@@ -59,7 +59,7 @@ def test_a_plan_for_a_gpu_counts_cuda_and_fewer_bits(tmp_path):
     lora = sum(4 * (32 + out) * 4 for out in (32, 16)) * 2  # q_proj, v_proj in fp32
     inverse_frequencies = plain.weights - 4 * (linear + others) - lora
     assert 0 <= inverse_frequencies <= 64
-    assert small.weights == pytest.approx(linear * (0.5 + 4 / 64) + 2 * others + lora + inverse_frequencies, rel=0.02)
+    assert small.weights == pytest.approx(linear * (0.5 + 4 / 64) + 4 * others + lora + inverse_frequencies, rel=0.02)
     assert small.total < plain.total
 
 

@@ -30,7 +30,8 @@ from fastdpo.training.memory.estimate import (
     model_bytes,
     planned_impl,
 )
-from fastdpo.training.memory.weightless import in_fewer_bits, weightless_model
+from fastdpo.training.memory.quantized import in_fewer_bits
+from fastdpo.training.memory.weightless import weightless_model
 from fastdpo.training.setup.model_kinds import text_part
 from fastdpo.training.setup.optimizers import update_bytes
 

@@ -20,11 +20,11 @@ from fastdpo.training.memory.cluster.step_time import (
     flops_of_pair,
     layer_flops,
 )
-from fastdpo.training.memory.estimate import BYTES_IN_4_BIT
+from fastdpo.training.memory.quantized import BYTES
 
 EPOCHS = 3  # transformers' default of num_train_epochs, over which cached log-probs are computed once
 MOMENT_BYTES = {"adamw_torch_fused": 8, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}  # both moments of a weight
-UNPACK_BYTES = BYTES_IN_4_BIT + 2  # per 4-bit weight and pass: it is read, and written in bf16
+UNPACK_BYTES = BYTES[4] + 2  # per 4-bit weight and pass: it is read, and written in bf16
 TILE_SUM_BYTES = 2 * 2 + 2 * 4  # per weight and tile: its gradient in bf16, and the fp32 sum, each written and read
 ASSUMPTIONS = (
     f"{COMPUTE_SHARE:.0%} of the GPU's bf16 FLOPs and {RATE_SHARE:.0%} of the rates of its memory and of its bus",
