@@ -29,6 +29,7 @@ def max_chunk_rows(
     workspace_bytes: int | None = None,
     weight_sums_bytes: int = 0,
     shard: Shard | None = None,
+    group_rows: int = 0,
 ) -> int:
     """Number of rows whose D fits the workspace; at least 1, and a multiple of the kernels' blocks if one fits.
 
@@ -39,18 +40,24 @@ def max_chunk_rows(
         weight_sums_bytes: bytes of the fp32 sums of dW, 0 if dW is not needed.
         shard: the part of the vocabulary that the weight holds. Every process must make the same chunks, so the largest
             part counts, and the free memory does not.
+        group_rows: of the largest group, whose logits are computed twice if they do not fit. The default grows to hold
+            them if they are no larger than the weight, up to the engine's maximum for a group.
     """
     device, dtype, num_vocab = lm_head_weight.device, lm_head_weight.dtype, lm_head_weight.shape[0]
     if shard is not None:
         weight_sums_bytes = weight_sums_bytes // num_vocab * shard.largest
         num_vocab = shard.largest
+    row_bytes = engine.grads_dtype(dtype).itemsize * padded(num_vocab, engine.row_multiple)
     if workspace_bytes is not None:
         budget = workspace_bytes
     else:
         budget = engine.workspace_bytes if shard else _default_bytes(engine, device, weight_sums_bytes)
+        group_bytes = group_rows * row_bytes
+        if group_rows <= lm_head_weight.shape[1] and group_bytes <= engine.most_group_bytes:
+            budget = max(budget, group_bytes)
     if weight_sums_bytes:
         budget -= min(product_bytes(device, dtype), budget // 2)
-    rows = budget // (engine.grads_dtype(dtype).itemsize * padded(num_vocab, engine.row_multiple))
+    rows = budget // row_bytes
     return max(1, rows // engine.chunk_multiple * engine.chunk_multiple or rows)
 
 

@@ -18,7 +18,7 @@ from fastdpo.ops.matmul import accumulator_dtype
 from fastdpo.ops.shard import Shard
 from fastdpo.ops.tiled import TiledLogitGrads, skip_blocks, tiled_forward
 from fastdpo.ops.tiled_choices import TiledChoiceGrads, tiled_choice_forward
-from fastdpo.ops.tiled_eager import WORKSPACE_BYTES, tiled_forward_with_grads
+from fastdpo.ops.tiled_eager import GROUP_BYTES, WORKSPACE_BYTES, tiled_forward_with_grads
 from fastdpo.ops.tiled_skipping import tiled_skipping_gradients
 from fastdpo.ops.vocab_parallel import sharded
 
@@ -49,6 +49,7 @@ class Engine(NamedTuple):
     column_multiple: int  # that wide hidden states are padded to: the copy engine takes rows of whole 16 bytes
     workspace_bytes: int  # default size of `out`
     most_workspace_bytes: int  # and where each chunk of rows reads and writes the sums of a large dW
+    most_group_bytes: int  # and where a group would not fit
 
 
 def _tiled() -> Engine:
@@ -66,6 +67,7 @@ def _tiled() -> Engine:
         1,
         WORKSPACE_BYTES,
         WORKSPACE_BYTES,
+        GROUP_BYTES,
     )
 
 
@@ -87,6 +89,7 @@ def _triton() -> Engine:
         fused.COLUMN_MULTIPLE,
         fused.WORKSPACE_BYTES,
         max(fused.WORKSPACE_BYTES, fused.MOST_WORKSPACE_BYTES),
+        0,
     )
 
 

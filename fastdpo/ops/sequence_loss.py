@@ -91,8 +91,8 @@ def sequence_loss(
             of W's size. Without a gradient in forward, one copy holds both weights side by side.
         workspace_bytes: memory for the gradients of the logits, (rows of a chunk, V); by default 256 MiB on a GPU (up
             to 1 GiB of the free memory if the gradient of the weight is needed, see
-            `fastdpo.ops.eager.max_chunk_rows`), and 32 MiB elsewhere. The logits of a group that does not fit alone are
-            computed twice.
+            `fastdpo.ops.eager.max_chunk_rows`), and 32 MiB elsewhere (up to the size of the weight and 256 MiB, if the
+            largest group needs it). The logits of a group that does not fit alone are computed twice.
         process_group, vocab_size: as in `linear_logps`; adapter_weight is then this process's rows too. Every process
             computes the same loss, and `loss_of` must give the same on each.
         grad_in_forward: False computes the logits again in backward (8 NHV). The gradient of a half-precision
@@ -185,7 +185,8 @@ class _LossInForward(torch.autograd.Function):
             if a is not None and (more := -a.shape[1] % engine.column_multiple):  # zeros, which change no product
                 h, a = pad(h, (0, more)), pad(a, (0, more))
             grads = RowGradients(h, w, b, wanted, a)
-            most = max_chunk_rows(w, engine, plan.head.workspace_bytes, grads.weight_sums_bytes, shard)
+            largest = max(b.row - a.row for a, b in pairwise([GroupEnd(0, 0, 0), *plan.group_ends]))
+            most = max_chunk_rows(w, engine, plan.head.workspace_bytes, grads.weight_sums_bytes, shard, largest)
             space = workspace(min(most, len(labels)), w, engine)
             losses, found = [], []
             for chunk in _chunks(plan.group_ends, most):

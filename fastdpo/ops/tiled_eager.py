@@ -17,6 +17,7 @@ from fastdpo.ops.tiled import fill_uncapped
 from fastdpo.types import ELSEWHERE, IGNORE_INDEX
 
 WORKSPACE_BYTES = 2**25  # for D of the rows whose gradients are made in forward
+GROUP_BYTES = 2**28  # at most, where the rows of one group need more
 SLICE_ELEMENTS = 2**19  # logits that pass through the softmax at once: 2 MiB of fp32 stay in a core's cache
 
 

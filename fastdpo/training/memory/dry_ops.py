@@ -90,7 +90,7 @@ class _HeadAllocations(torch.autograd.Function):
                 h, adapter = h.new_empty(R, width + more), adapter.new_empty(V, adapter.shape[1] + more)
         sums = [torch.empty(x.shape, dtype=acc) if x.requires_grad else None for x in (hidden_states, weight)]
         sums_bytes = 0 if sums[1] is None else sums[1].numel() * acc.itemsize
-        rows = min(R, max_chunk_rows(w, engine, workspace_bytes, sums_bytes))
+        rows = min(R, max_chunk_rows(w, engine, workspace_bytes, sums_bytes, group_rows=largest_group))
         d = torch.empty(rows, padded(V, engine.row_multiple), dtype=engine.grads_dtype(dtype))
         scaled = torch.empty(rows, weight.shape[1] if weight.requires_grad else 0, dtype=acc)
         if rows < largest_group and impl == "tiled":  # its log-probs come from a forward before its gradients

@@ -244,7 +244,7 @@ class EngineConfig(TrainingArguments):
         default=None,
         metadata=help_text(
             "Maximum bytes that a pass of the head op uses beyond gradients. Default: 256 MiB on a GPU (up to 1"
-            " GiB of its free memory if the head is trained), 32 MiB elsewhere."
+            " GiB of its free memory if the head is trained); 32 MiB elsewhere, and more for a long pair."
         ),
     )
     weight_rounding: str = field(
