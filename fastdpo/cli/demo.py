@@ -82,8 +82,8 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> SweepResul
             make_callbacks=lambda: [_step_callback(stages)],
         )
         stages.start("Writing the report")
-        _write_data(output_dir, options, experiment)
         seconds = time.perf_counter() - started
+        _write_data(output_dir, options, experiment, seconds)
         report = write_report(
             output_dir / REPORT_FILE,
             "DPO in a world with a known reward",
@@ -140,7 +140,7 @@ def _checked_output_dir(options: DemoOptions) -> Path:
     return output_dir
 
 
-def _write_data(output_dir: Path, options: DemoOptions, experiment: Experiment) -> None:
+def _write_data(output_dir: Path, options: DemoOptions, experiment: Experiment, seconds: float) -> None:
     """Writes everything except the report. Removes leftovers of an earlier demo; other files stay."""
     output_dir.mkdir(parents=True, exist_ok=True)
     sweep = experiment.sweep
@@ -153,7 +153,10 @@ def _write_data(output_dir: Path, options: DemoOptions, experiment: Experiment) 
         }
         for model in sweep.models
     ]
-    record = {"options": asdict(options), "models": figures}
+    orderings = {ordering.claim: ordering.num_stderrs for ordering in sweep.orderings()}
+    facts = {"label_ceiling": experiment.label_ceiling, "orderings": orderings, "seconds": seconds}
+    numbers = {"num_train_pairs": sweep.num_train_pairs, "num_heldout_pairs": sweep.num_heldout_pairs}
+    record = {"options": asdict(options), **numbers, **facts, "models": figures}
     (output_dir / DEMO_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for stale in output_dir.glob("policy-beta-*"):
         shutil.rmtree(stale)

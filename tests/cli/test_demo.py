@@ -159,3 +159,7 @@ def test_the_record_holds_the_figures_and_the_training_curves(finished):
     assert [model["beta"] for model in record["models"]] == [None, 0.1, 0.3, 1.0]
     assert record["models"][1]["kl"]["mean"] == sweep.policies[0].kl.mean
     assert any("rewards/margins" in entry for entry in record["models"][1]["log_history"])
+    assert 0.5 < record["label_ceiling"] < 1
+    assert record["num_train_pairs"] == sweep.num_train_pairs
+    assert record["orderings"] == {ordering.claim: ordering.num_stderrs for ordering in sweep.orderings()}
+    assert record["seconds"] > 0
