@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdpo.ops.head import ALWAYS, Head
 from fastdpo.ops.matmul import operand, operand_blocks
-from fastdpo.ops.tiled import fill_uncapped
+from fastdpo.ops.tiled import EXP_FLOOR, fill_uncapped
 from fastdpo.types import ELSEWHERE, IGNORE_INDEX
 
 WORKSPACE_BYTES = 2**25  # for D of the rows whose gradients are made in forward
@@ -80,6 +80,7 @@ def _softmax(z: Tensor, labels: Tensor, head: Head) -> dict[str, Tensor]:
     label_logit = z.gather(1, column)[:, 0].where((labels >= 0) & (labels < z.shape[1]), torch.nan)
     row_max = z.amax(1)
     mean_logits = z.mean(1) if "mean_logits" in head.outputs else None
+    below_max = (z - row_max[:, None]).clamp_(min=EXP_FLOOR) if "entropy" in head.outputs else None  # finite: p is 0
     probs = torch.softmax(z, 1, out=z)
     log_sum = -probs.amax(1).log()  # the largest probability is 1 / sum exp(z - max)
     logps = (label_logit - row_max) - log_sum
@@ -88,8 +89,8 @@ def _softmax(z: Tensor, labels: Tensor, head: Head) -> dict[str, Tensor]:
     values |= {"lse": lse.clone(), "is_top1": label_logit >= row_max, "max_logit": row_max}
     if mean_logits is not None:
         values["mean_logits"] = mean_logits
-    if "entropy" in head.outputs:
-        values["entropy"] = torch.special.entr(probs).sum(1)
+    if below_max is not None:  # log S - sum of p (z - max): two sums without cancelling, and no log for each id
+        values["entropy"] = log_sum - below_max.mul_(probs).sum(1)
     if "log_sum_sq_probs" in head.outputs:
         values["log_sum_sq_probs"] = probs.square().sum(1).log()
     values = {name: values[name] for name in (*ALWAYS, *head.outputs)}

@@ -360,17 +360,19 @@ def test_strides_of_the_inputs_do_not_matter(impl, small_tiles):
     assert_as_exact(*results, [logps, *torch.autograd.grad((logps * upstream).sum(), exact_leaves)])
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])  # whose gradient is in forward
 @pytest.mark.parametrize("impl", ALL)
-def test_masked_out_vocabulary_has_no_probability_and_no_gradient(impl, small_tiles):
+def test_masked_out_vocabulary_has_no_probability_and_no_gradient(impl, frozen, small_tiles):
     leaves, labels, upstream = make_inputs(Case(40, 16, 200, FP32, has_bias=True), 0, device_of(impl))
     labels.clamp_(max=49)
     bias = leaves["bias"].detach()
     bias[50:] = -torch.inf  # more than one whole tile
-    hidden_states, weight = leaves["hidden_states"], leaves["lm_head_weight"]
+    hidden_states, weight = leaves["hidden_states"], leaves["lm_head_weight"].requires_grad_(not frozen)
+    wanted = [x for x in (hidden_states, weight) if x.requires_grad]
     tokens = linear_logps(hidden_states, weight, labels, bias=bias, outputs=("entropy",), impl=impl)
-    grads = torch.autograd.grad((tokens.logps * upstream).sum(), [hidden_states, weight])
+    grads = torch.autograd.grad((tokens.logps * upstream).sum(), wanted)
     small = linear_logps(hidden_states, weight[:50], labels, bias=bias[:50], outputs=("entropy",), impl="reference")
-    expected = torch.autograd.grad((small.logps * upstream).sum(), [hidden_states, weight])
+    expected = torch.autograd.grad((small.logps * upstream).sum(), wanted)
     torch.testing.assert_close(tokens.logps, small.logps, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(tokens.entropy, small.entropy, rtol=1e-5, atol=1e-5)
     for ours, grad in zip(grads, expected, strict=True):
