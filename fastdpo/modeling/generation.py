@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from fastdpo.data.tokens.tokenization import padding_id
+from fastdpo.modeling.allocation import is_out_of_memory
 from fastdpo.modeling.backbone import bare_model
+
+
+class DoesNotFit(ValueError):
+    """A single answer does not fit into memory."""
 
 
 @torch.no_grad()
@@ -36,12 +41,15 @@ def generate_ids(
         model: a causal LM with `generate`, wrapped by PEFT or not.
         pad_id, eos_ids: from `special_ids`.
         temperature: >= 0.
-        batch_size: sequences generated at a time.
+        batch_size: sequences generated at a time; halved when memory runs out.
         seed: equal seeds give equal samples on equal machines.
         streamer: of transformers, which gets the tokens of a single prompt as they come.
         progress: called after each batch with the number of finished responses.
+    Raises:
+        DoesNotFit: memory runs out with a single sequence.
     """
     from transformers import GenerationConfig
+    from transformers.utils import logging
 
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -57,15 +65,28 @@ def generate_ids(
     try:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            for start in range(0, len(prompt_ids), batch_size):
-                chunk = prompt_ids[start : start + batch_size]
+            while len(response_ids) < len(prompt_ids):
+                chunk = prompt_ids[len(response_ids) : len(response_ids) + batch_size]
                 input_ids, attention_mask = pad_rows(chunk, pad_id, model.device, left=True)  # (B, P)
-                output = model.generate(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    generation_config=generation_config,
-                    streamer=streamer,
-                )
+                try:
+                    output = model.generate(
+                        input_ids=input_ids,
+                        attention_mask=attention_mask,
+                        generation_config=generation_config,
+                        streamer=streamer,
+                    )
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    if len(chunk) == 1:
+                        raise DoesNotFit(
+                            f"max_new_tokens must be smaller, got {max_new_tokens}: that many and a prompt of"
+                            f" {len(chunk[0])} tokens do not fit into memory by themselves"
+                        ) from None
+                    batch_size = len(chunk) // 2
+                    said = f"Out of memory; continuing to generate with {batch_size} sequences at a time"
+                    logging.get_logger(__name__).warning(said)
+                    continue
                 response_ids += [_until_eos(row, eos_ids) for row in output[:, input_ids.shape[1] :].tolist()]
                 progress(len(response_ids))
     finally:

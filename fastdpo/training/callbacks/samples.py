@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from fastdpo.data.terminal import PlainConsole
 from fastdpo.data.visible import visible
-from fastdpo.modeling.generation import generate_ids, special_ids
+from fastdpo.modeling.generation import DoesNotFit, generate_ids, special_ids
 from fastdpo.references import AdapterReference, FrozenReference, Reference
 from fastdpo.references.adapters import as_reference
 from fastdpo.training.callbacks.json_lines import append_lines, read_lines, replace_lines
@@ -122,7 +122,7 @@ class EvalSamples(TrainerCallback):
             self.answered = [entry for entry in self.answered if entry.step == 0]
             replace_lines(path, map(asdict, self.answered))
             if self._live_reference() is None:
-                self._of_reference = self._generate(self.policy_of())
+                self._of_reference = self._generate_or_warn(self.policy_of(), 0)
         elif path.is_file():
             found = [Answered(**line) for line in read_lines(path)]
             before = found[: len(found) - len(self.answered)] or found  # drop an evaluation just before resuming
@@ -139,12 +139,14 @@ class EvalSamples(TrainerCallback):
             self.take(state.global_step)
 
     def take(self, step: int) -> list[Answered]:
-        """Generates, shows and stores the samples at this step."""
-        policy = self._generate(self.policy_of())
+        """Generates, shows and stores the samples at this step; none, with a warning, if they do not fit into memory."""
+        policy = self._generate_or_warn(self.policy_of(), step)
+        if policy is None:
+            return []
         references, live = self._of_reference, self._live_reference()
         if references is None and live is not None:
             with live as model:
-                references = self._generate(model)
+                references = self._generate_or_warn(model, step)
         elif references is None and step == 0:
             references = policy
         if not self.args.sync_ref_model:
@@ -177,6 +179,15 @@ class EvalSamples(TrainerCallback):
         if isinstance(reference, AdapterReference):
             return _asked(reference)
         return None
+
+    def _generate_or_warn(self, model: nn.Module, step: int) -> list[Response] | None:
+        """The answers, or None if a single one does not fit into memory, which must not end a run."""
+        try:
+            return self._generate(model)
+        except DoesNotFit as error:
+            reason = str(error).replace("max_new_tokens", "eval_sample_tokens")
+            logger.warning(f"No samples at step {step}: {reason}")
+            return None
 
     def _generate(self, model: nn.Module) -> list[Response]:
         args, tokenizer = self.args, self.tokenizer

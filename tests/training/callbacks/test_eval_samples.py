@@ -10,6 +10,7 @@ import torch
 from tiny import make_llama, make_rows, make_tokenizer
 from tiny_runs import logged, make_lora, tiny_trainer
 
+from fastdpo.modeling.generation import DoesNotFit
 from fastdpo.training.callbacks.samples import SAMPLES_FILE, Response
 
 ROWS = make_rows(6, seed=1)
@@ -63,6 +64,25 @@ def test_an_evaluation_before_training_is_kept_and_another_runs_are_not(tmp_path
     assert [line["step"] for line in lines] == [0, 0, 0, 2, 2, 2, 4, 4, 4]
     assert [line["policy"] for line in lines[:3]] == [line["reference"] for line in lines[:3]]
     assert [entry.step for entry in fast.eval_samples.answered] == [line["step"] for line in lines]
+
+
+@pytest.mark.parametrize("mode", ["frozen", "cached"])
+def test_samples_that_do_not_fit_into_memory_are_left_out_and_the_run_goes_on(tmp_path, monkeypatch, mode, caplog):
+    """They do not fit before training and at step 2, and do at step 4."""
+    fast = tiny_trainer(tmp_path, eval_dataset=ROWS, reference=mode, **SAMPLING, **EVERY_2)
+    generate = fast.eval_samples._generate
+
+    def failing(model):
+        if fast.state.global_step < 4:
+            raise DoesNotFit("max_new_tokens must be smaller, got 6")
+        return generate(model)
+
+    monkeypatch.setattr(fast.eval_samples, "_generate", failing)
+    fast.train()
+    assert fast.state.global_step == 4
+    assert [entry.step for entry in fast.eval_samples.answered] == [4, 4, 4]
+    assert all((entry.reference is None) == (mode == "cached") for entry in fast.eval_samples.answered)
+    assert "No samples at step 2: eval_sample_tokens must be smaller, got 6" in caplog.text
 
 
 def test_a_reference_that_moves_is_asked_again(tmp_path):
