@@ -139,7 +139,7 @@ class EvalSamples(TrainerCallback):
             self.take(state.global_step)
 
     def take(self, step: int) -> list[Answered]:
-        """Generates, shows and stores the samples at this step; none, with a warning, if they do not fit into memory."""
+        """Generates, shows and stores the samples at this step; none if they do not fit into memory."""
         policy = self._generate_or_warn(self.policy_of(), step)
         if policy is None:
             return []
