@@ -5,6 +5,7 @@ every digit that is printed.
 import importlib
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def rounded(values, *formats):
 @pytest.mark.parametrize(("reference", "suffix"), [("live", ""), ("cached", ", cached")])
 def test_figures_of_training_steps_are_those_of_the_results(reference, suffix):
     measured = newest("training_step", ("workload", "method"))
-    for title, method in (("TRL 1.16", "TRL"), ("fastdpo", "fastdpo")):
+    plain = ("plain PyTorch, padded, response rows", "plain, response rows")
+    for title, method in (("TRL 1.16", "TRL"), plain, ("fastdpo", "fastdpo")):
         expected = []
         for workload in ("short", "long"):
             own, base = measured[workload, method + suffix], measured[workload, "TRL" + suffix]
@@ -114,14 +116,22 @@ README_ROWS = {
 }
 
 
-@pytest.mark.parametrize("title", README_ROWS)
+PRETRAINED_ROWS = {
+    "SmolLM2-135M: TRL": "TRL",
+    "SmolLM2-135M: padded loop": "plain, response rows",
+    "SmolLM2-135M: fastdpo": "fastdpo",
+}
+
+
+@pytest.mark.parametrize("title", [*README_ROWS, *PRETRAINED_ROWS])
 def test_figures_of_the_readme_are_those_of_the_results(title):
     """A cell is `pairs per second (peak MiB)`, the first to three digits."""
     measured = newest("training_step", ("workload", "method"))
+    prefix, method = ("SmolLM2 ", PRETRAINED_ROWS[title]) if title in PRETRAINED_ROWS else ("", README_ROWS[title])
     expected = []
     for workload in ("short", "long"):
         for suffix in ("", ", cached"):
-            record = measured[workload, README_ROWS[title] + suffix]
+            record = measured[prefix + workload, method + suffix]
             expected += [record["pairs_per_s"], record["peak_mib"]]
     line = next(line for line in README.splitlines() if line.startswith(f"| {title} |"))
     assert numbers(line.split("|", 2)[2]) == rounded(expected, ".3g", ".0f")
@@ -157,3 +167,61 @@ def test_figures_of_the_data_are_those_of_the_results():
             start = rf"^\| {record['rows']:,}, [^|]+ \| {method} \|(.*)$"
             stated = numbers(re.search(start, page, flags=re.MULTILINE).group(1))
             assert stated == rounded(expected, ".0f", ".0f", ".0f", ".2f", ".1f", ".0f")
+
+
+def test_figures_of_the_log_are_those_of_the_results():
+    text = (ROOT / "docs" / "log.md").read_text()
+    measured = newest("training_step", ("workload", "method"))
+
+    def compared(other, key="pairs_per_s", base="fastdpo, cached"):
+        return [measured[w, base][key] / measured[w, other][key] for w in ("short", "long")]
+
+    def more(other):
+        return [measured[w, other]["peak_mib"] - measured[w, "fastdpo, cached"]["peak_mib"] for w in ("short", "long")]
+
+    lines = {
+        "| prompts once per pair |": "{:.2f} x (short), {:.2f} x (long)".format(*compared("fastdpo, cached, unshared")),
+        "| packing, on top of that |": "{:.2f} x and {:.2f} x with both".format(*compared("fastdpo, cached, padded")),
+        "| the fused head against full logits |": "{:.2f} x and {:.2f} x, {:,.0f} MiB (long)".format(
+            *compared("fastdpo, cached, full logits"), more("fastdpo, cached, full logits")[1]
+        ),
+        "| gradient made in forward |": "{:.2f} x and {:.2f} x; costs up to {:.0f} MiB".format(
+            *compared("fastdpo, cached, recompute"), -min(more("fastdpo, cached, recompute"))
+        ),
+        "| reference log-probs cached |": "{:.2f} x (short), {:.2f} x (long)".format(*compared("fastdpo")),
+        "| Mamba and delta-net layers:": "{:.2f} x (short), {:.2f} x (long)".format(
+            *(
+                measured[w, "fastdpo, cached"]["pairs_per_s"] / measured[w, "fastdpo, cached, padded"]["pairs_per_s"]
+                for w in ("hybrid short", "hybrid long")
+            )
+        ),
+    }
+    for start, words in lines.items():
+        line = next(line for line in text.splitlines() if line.startswith(start))
+        assert f"| {words} |" in line, (start, words)
+
+
+def test_the_slow_head_of_the_log_is_that_of_the_results():
+    measured = newest("linear_logps", ("pass", "method"))
+    ratios = [
+        measured[name, "fastdpo"]["ms"] / measured[name, "plain, response rows"]["ms"]
+        for name in ("forward+backward", "frozen head", "dpo loss")
+    ]
+    words = (
+        f"{ratios[0]:.2f} x plain PyTorch on response rows, since backward computes the logits again. With a frozen"
+        f" head or a known reference it is {ratios[1]:.2f} and {ratios[2]:.2f} x."
+    )
+    assert words in " ".join((ROOT / "docs" / "log.md").read_text().split())
+
+
+def test_what_skipping_costs_in_the_log_is_that_of_the_results():
+    lines = (ROOT / "benchmarks" / "results" / "skipping.jsonl").read_text().splitlines()
+    records = {(r["order"], r["tolerance"]): r["ms"] / r["exact_ms"] for r in map(json.loads, lines)}
+    ratios = [ratio for (_, tolerance), ratio in records.items() if tolerance]
+    pays = {
+        order: min(t for (o, t), ratio in records.items() if t and o == order and ratio < 1) for order, _ in records
+    }
+    line = next(x for x in (ROOT / "docs" / "log.md").read_text().splitlines() if x.startswith("| skipping vocabulary"))
+    assert f"| {min(ratios):.2f} to {max(ratios):.2f} x of exact" in line
+    ordered, permuted = (round(math.log2(pays[order])) for order in ("by frequency", "permuted"))
+    assert f"from 2^{ordered} on if ids are in order of frequency, from 2^{permuted} on in random order" in line

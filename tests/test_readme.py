@@ -115,7 +115,10 @@ def anchors(page):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
         path, _, anchor = target.partition("#")
-        if not target.startswith("https://"):
+        if target.startswith("../../actions/"):  # of the repository on GitHub
+            workflow = target.removeprefix("../../actions/workflows/").removesuffix("/badge.svg")
+            assert (ROOT / ".github" / "workflows" / workflow).exists(), target
+        elif not target.startswith("https://"):
             file = (ROOT / page).parent / path if path else ROOT / page
             assert file.exists(), target
             assert not anchor or anchor in anchors(file), target
