@@ -1,6 +1,7 @@
 """Times, memory and machine facts are what they say."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -67,3 +68,27 @@ def test_a_record_names_the_machine_and_can_be_read_back(tmp_path):
     measure.append_lines(str(path), [facts])
     measure.append_lines(str(path), [facts, facts])
     assert [json.loads(line) for line in path.read_text().splitlines()] == [facts] * 3
+
+
+def test_a_commit_has_a_plus_where_code_differs_and_none_for_new_records(tmp_path, monkeypatch):
+    def git(*words):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        done = subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    for name in ("fastdpo/a.py", "kernels/b.py", "benchmarks/c.py", "benchmarks/results/d.jsonl", "docs/e.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("old\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    commit = git("rev-parse", "--short", "HEAD")
+    monkeypatch.setattr(measure, "CHECKOUT", tmp_path)
+    for name in ("benchmarks/results/d.jsonl", "docs/e.md"):
+        (tmp_path / name).write_text("new\n")
+    assert measure._commit() == commit
+    for name in ("fastdpo/a.py", "kernels/b.py", "benchmarks/c.py"):
+        (tmp_path / name).write_text("new\n")
+        assert measure._commit() == f"{commit}+"
+        (tmp_path / name).write_text("old\n")
+    assert measure._commit() == commit

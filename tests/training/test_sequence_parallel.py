@@ -6,6 +6,7 @@ import math
 
 import pytest
 from like_one import assert_runs_like_one
+from memory_record import SHARES, keep
 from parallel_record import refuses, works
 from processes import on_processes
 from sequence_runs import evaluate, run, sample
@@ -144,6 +145,7 @@ def test_each_process_keeps_its_part_of_the_activations_as_the_estimate_says(of_
     for found in of_two["keeps"][1]:
         assert found["parts"] <= 0.55 * found["whole"]
         assert found["peak"] == pytest.approx(found["estimate"], rel=0.1)
+    keep(SHARES, 2, kept=found["parts"], whole=found["whole"], peak=found["peak"], estimate=found["estimate"])
 
 
 def test_a_batch_that_is_saved_for_debugging_is_one_that_a_single_process_runs(tmp_path):
@@ -259,6 +261,7 @@ def test_four_processes_repeat_keys_and_keep_a_quarter(of_four):
     assert all(error < 1e-12 for process in of_four["qwen3_moe"][1] for error in process)
     for found in of_four["keeps"][1]:
         assert found["parts"] <= 0.3 * found["whole"]
+    keep(SHARES, 4, kept=found["parts"], whole=found["whole"])
 
 
 @pytest.mark.parametrize("name", ["sequence_parallel_size", "tensor_parallel_size"])

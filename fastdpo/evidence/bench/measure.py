@@ -140,9 +140,8 @@ def _commit() -> str | None:
     if not (CHECKOUT / ".git").exists():
         return None
     commit = _output_of("git", "rev-parse", "--short", "HEAD")
-    changed = _output_of(
-        "git", "status", "--porcelain", "--untracked-files=no", "--", "fastdpo", "kernels", "benchmarks"
-    )
+    code = (":/fastdpo", ":/kernels", ":/benchmarks/*.py")  # not the results, to which records are being written
+    changed = _output_of("git", "status", "--porcelain", "--untracked-files=no", "--", *code)
     return f"{commit}+" if commit and changed else commit
 
 
