@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # left to right; the names on one line are one layer and do not import each other
 LAYERS = [
-    ["files", "locks", "types"],
+    ["children", "files", "locks", "types"],
     ["kernels"],
     ["ops"],
     ["losses", "metrics"],

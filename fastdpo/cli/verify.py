@@ -16,6 +16,7 @@ import sys
 from dataclasses import asdict, replace
 from typing import Any
 
+from fastdpo.children import child_environment
 from fastdpo.cli.options.parser import RaisingParser
 from fastdpo.evidence.checks import MIB, Line
 from fastdpo.evidence.problems import Shape
@@ -116,7 +117,7 @@ def _sanitized(argv: list[str]) -> int:
         )
     start = "import sys; from fastdpo.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [tool, "--error-exitcode", "1", sys.executable, "-c", start, "verify", *argv]
-    return subprocess.run(command, check=False).returncode
+    return subprocess.run(command, env=child_environment(), check=False).returncode
 
 
 def _shape(options: argparse.Namespace, device: str) -> Shape | None:

@@ -18,6 +18,8 @@ from importlib import util
 from pathlib import Path
 from types import FrameType
 
+from fastdpo.children import child_environment
+
 CONFIGS = {file.stem: file for file in sorted(Path(__file__).parent.glob("*.yaml"))}
 STARTED = "FASTDPO_IS_LAUNCHED"  # set in the processes that the launcher starts: they run and start no others
 _PASSED_ON = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port")
@@ -41,7 +43,7 @@ def launch(command: str, argv: Sequence[str], options: argparse.Namespace) -> in
     words = launcher_words(options)
     words = [sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "fastdpo", command, *argv]
     words += group_words(options)
-    return run_signalled(words, {**os.environ, STARTED: "1"})
+    return run_signalled(words, child_environment(**{STARTED: "1"}))
 
 
 def run_signalled(words: Sequence[str], environment: Mapping[str, str]) -> int:

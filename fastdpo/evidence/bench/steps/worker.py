@@ -19,6 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fastdpo.children import child_environment
+
 MIB = 2**20
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -49,7 +51,7 @@ class Worker:
                     stdout=subprocess.PIPE,
                     stderr=log,
                     text=True,
-                    env={**os.environ, **QUIET, "HF_DATASETS_CACHE": self.folder.name},
+                    env=child_environment(**QUIET, HF_DATASETS_CACHE=self.folder.name),
                 )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
