@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
 
     from fastdpo.cli.arguments import AdapterArguments, RunArguments, parse
     from fastdpo.cli.console import make_console
+    from fastdpo.cli.launch.start import check_processes
     from fastdpo.cli.looks import look_at_models, look_at_rows, merge_load_settings
     from fastdpo.cli.options.adapters import quantization_config
     from fastdpo.cli.run import load_datasets
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> None:
     from fastdpo.training.precompute import precompute_ref_logps
 
     run, adapter, args = parse("precompute", [RunArguments, AdapterArguments, DPOConfig], argv, shown=shown)
+    check_processes(args)
     merge_load_settings(args, run.load_settings())
     console = make_console()
     tokenizer = look_at_models(run, args, ref_model=adapter.ref_model)

@@ -17,6 +17,7 @@ from rich.console import Console
 from fastdpo.cli.arguments import AdapterArguments, LoraArguments, RunArguments, parse
 from fastdpo.cli.comparison import comparison_table
 from fastdpo.cli.console import make_console
+from fastdpo.cli.launch.start import check_processes
 from fastdpo.cli.looks import look_at_models, look_at_rows, merge_load_settings
 from fastdpo.cli.options.adapters import (
     ignore_bias_buffers,
@@ -64,6 +65,7 @@ def run_training(
         ValueError: an error that the user can fix; raised before any weight is changed.
     """
     run, adapter, args = parse(command, [RunArguments, adapter_class, config_class], argv)
+    check_processes(args)
     stop = StopOnSignal(resume_command(command, argv))
     with ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():  # only it receives signals

@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,7 +15,7 @@ from cli_runs import options_of, run, save_model, save_rows, short
 from processes import on_processes
 
 from fastdpo.cli.launch import start
-from fastdpo.cli.launch.start import CONFIGS, STARTED, group_words, launch, launcher_words
+from fastdpo.cli.launch.start import CONFIGS, STARTED, check_processes, group_words, launch, launcher_words
 from fastdpo.cli.main import main
 
 
@@ -297,3 +299,23 @@ def test_the_processes_of_a_machine_are_one_group(name, setting):
 def test_every_machine_has_as_many_gpus_as_this_one(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     assert "--num_processes=16" in launcher_words(asked(accelerate_config="fsdp2", num_machines=2))
+
+
+@pytest.mark.parametrize(
+    ("environment", "world_size", "refused"),
+    [
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, 1, True),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, 2, False),
+        ({"WORLD_SIZE": "2"}, 1, False),  # of a cluster's job, in which no launcher started this process
+        ({}, 1, False),
+    ],
+)
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, environment, world_size, refused):
+    """As without a GPU: each would train on all data and write to the same folder."""
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    args = SimpleNamespace(world_size=world_size, use_cpu=False)
+    with pytest.raises(ValueError, match="use_cpu must be true for 2 processes") if refused else nullcontext():
+        check_processes(args)

@@ -17,6 +17,7 @@ from contextlib import suppress
 from importlib import util
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from fastdpo.children import child_environment
 
@@ -44,6 +45,22 @@ def launch(command: str, argv: Sequence[str], options: argparse.Namespace) -> in
     words = [sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "fastdpo", command, *argv]
     words += group_words(options)
     return run_signalled(words, child_environment(**{STARTED: "1"}))
+
+
+def check_processes(args: Any) -> None:
+    """Refuses processes of a launcher that do not know of each other, each of which would train by itself.
+
+    Args:
+        args: TrainingArguments.
+    Raises:
+        ValueError: there are several, as on a machine without GPUs if nothing says that the CPU is meant.
+    """
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if "LOCAL_RANK" in os.environ and asked > 1 and args.world_size == 1:
+        raise ValueError(
+            f"use_cpu must be true for {asked} processes on a machine without GPUs, got {args.use_cpu}: add --use_cpu"
+            " true, or run one process"
+        )
 
 
 def run_signalled(words: Sequence[str], environment: Mapping[str, str]) -> int:
