@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 from bench_data import make_rows
 from scaling_model import MODELS
 
+from fastdpo.children import child_environment
 from fastdpo.evidence.bench.measure import append_lines, machine_facts
 from fastdpo.evidence.bench.records import Record
 from fastdpo.evidence.bench.steps.worker import QUIET
@@ -35,7 +35,8 @@ def cpu_seconds(words: Sequence[str]) -> float:
     """Of a command, in a process of its own. Raises CalledProcessError if it fails."""
     command = [sys.executable, "-m", "fastdpo", *words]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, env={**os.environ, **QUIET, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.PIPE)
+    environment = child_environment(**{**QUIET, "OMP_NUM_THREADS": "1"})
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

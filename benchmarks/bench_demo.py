@@ -22,6 +22,7 @@ from pathlib import Path
 from shared import pages
 
 from fastdpo.alignment.results import Estimate
+from fastdpo.children import child_environment
 from fastdpo.cli.demo import DEMO_FILE, SIZE_NAMES
 from fastdpo.evidence.bench.measure import append_lines, machine_facts
 from fastdpo.evidence.bench.records import Record, read
@@ -36,7 +37,8 @@ def record_of(seed: int, size: str) -> Record:
     with tempfile.TemporaryDirectory(prefix="fastdpo-bench-") as folder:
         output_dir = Path(folder) / "run"
         options = ["--output_dir", str(output_dir), "--seed", str(seed), "--size", size]
-        subprocess.run([sys.executable, "-m", "fastdpo", "demo", *options], check=True, stdout=sys.stderr)
+        command = [sys.executable, "-m", "fastdpo", "demo", *options]
+        subprocess.run(command, env=child_environment(), check=True, stdout=sys.stderr)
         written = json.loads((output_dir / DEMO_FILE).read_text())
     models = [
         {"beta": model["beta"], "steps": last_step(model["log_history"]), **{name: model[name] for name in FIGURES}}

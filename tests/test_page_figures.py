@@ -174,8 +174,8 @@ def test_figures_of_the_log_are_those_of_the_results():
     text = (ROOT / "docs" / "log.md").read_text()
     measured = newest("training_step", ("workload", "method"))
 
-    def compared(other, key="pairs_per_s", base="fastdpo, cached"):
-        return [measured[w, base][key] / measured[w, other][key] for w in ("short", "long")]
+    def compared(other, workloads=("short", "long")):
+        return [measured[w, "fastdpo, cached"]["pairs_per_s"] / measured[w, other]["pairs_per_s"] for w in workloads]
 
     def more(other):
         return [measured[w, other]["peak_mib"] - measured[w, "fastdpo, cached"]["peak_mib"] for w in ("short", "long")]
@@ -191,10 +191,7 @@ def test_figures_of_the_log_are_those_of_the_results():
         ),
         "| reference log-probs cached |": "{:.2f} x (short), {:.2f} x (long)".format(*compared("fastdpo")),
         "| Mamba and delta-net layers:": "{:.2f} x (short), {:.2f} x (long)".format(
-            *(
-                measured[w, "fastdpo, cached"]["pairs_per_s"] / measured[w, "fastdpo, cached, padded"]["pairs_per_s"]
-                for w in ("hybrid short", "hybrid long")
-            )
+            *compared("fastdpo, cached, padded", ("hybrid short", "hybrid long"))
         ),
     }
     for start, words in lines.items():

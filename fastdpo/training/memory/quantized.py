@@ -5,6 +5,7 @@ In: a model whose layers are quantized, or one whose layers will be. bitsandbyte
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,15 +33,18 @@ def scale_bytes(weight: Any) -> int:
 
 def largest_copy(model: nn.Module) -> int:
     """Bytes of the temporary copy of the largest quantized layer during a product, in the dtype of that."""
-    layers: list[Any] = [module for module in model.modules() if is_quantized(module)]
-    return max((_compute_dtype(x).itemsize * x.in_features * x.out_features for x in layers), default=0)
+    return _largest_copy(module for module in model.modules() if is_quantized(module))
 
 
 def in_fewer_bits(model: Any, bits: int) -> tuple[int, int]:
     """Bytes that the layers will save once they are quantized, and those of the largest one's temporary copy."""
     layers = _to_quantize(model)
     saved = sum(layer.weight.numel() * (layer.weight.element_size() - BYTES[bits]) for layer in layers)
-    return int(saved), max((layer.weight.numel() * _compute_dtype(layer).itemsize for layer in layers), default=0)
+    return int(saved), _largest_copy(layers)
+
+
+def _largest_copy(layers: Iterable[Any]) -> int:
+    return max((_compute_dtype(x).itemsize * x.in_features * x.out_features for x in layers), default=0)
 
 
 def quantize_shapes(model: Any, bits: int, compute_dtype: torch.dtype) -> None:
